@@ -1,0 +1,163 @@
+"""`Sparse24Linear`: nn.Linear with a packed 2:4 weight.
+
+    N, K   outputs, inputs        rows   rows of the weight: N, or 2N with SwiGLU (gate first, then up)
+
+The weight lives once. On CPU (and before `prepare`) `weight` and `metadata` are row-major, as in a checkpoint; on a GPU
+they are in fragment order. Moving the module converts; `state_dict` is row-major always.
+"""
+
+import torch
+from torch import nn
+
+from . import dispatch, ops, prefill
+from .fragment import from_fragments, to_fragments
+from .reference import Packed, pack, unpack
+
+
+class Sparse24Linear(nn.Module):
+    """y = x Wᵀ + bias for a packed 2:4 W, on any device.
+
+    State: `weight` (rows, K/2) floats and `metadata` (rows, ceil(K/8)) uint8 as reference.py defines them, `bias` (rows,).
+    With `swiglu` the weight has 2N rows and y = silu(gate) · up. No gradients: the kernels are for inference.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        swiglu: bool = False,
+        device=None,
+        dtype=None,
+    ):
+        """An empty layer, for a checkpoint to fill. Raises ValueError if `in_features` is not divisible by 4."""
+        super().__init__()
+        if in_features % 4:
+            raise ValueError(
+                f"2:4 needs in_features divisible by 4, got {in_features}; keep this layer dense"
+            )
+        self.in_features, self.out_features, self.swiglu = in_features, out_features, swiglu
+        rows = self.rows
+        values = torch.empty(rows, in_features // 2, device=device, dtype=dtype)
+        self.weight = nn.Parameter(values, requires_grad=False)
+        self.register_buffer(
+            "metadata", torch.zeros(rows, -(-in_features // 8), dtype=torch.uint8, device=device)
+        )
+        self.register_buffer("prefill_copy", None, persistent=False)
+        empty_bias = torch.empty(rows, device=device, dtype=dtype) if bias else None
+        self.bias = None if empty_bias is None else nn.Parameter(empty_bias, requires_grad=False)
+
+    @classmethod
+    def from_packed(cls, values, metadata, bias=None, *, swiglu: bool = False, prefill_copy: bool = False):
+        """A layer around row-major packed tensors (not copied on CPU), prepared for the device they are on."""
+        rows, k = values.shape[0], 2 * values.shape[1]
+        layer = cls(
+            k,
+            rows // 2 if swiglu else rows,
+            bias is not None,
+            swiglu=swiglu,
+            device="meta",
+            dtype=values.dtype,
+        )
+        layer.weight = nn.Parameter(values.detach(), requires_grad=False)
+        layer.metadata = metadata
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        return layer.prepare(prefill_copy=prefill_copy)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, *, prefill_copy: bool = False):
+        """Pack an nn.Linear whose weight is 2:4. Raises ValueError, naming row and columns, if it is not."""
+        values, metadata, _ = pack(linear.weight)
+        return cls.from_packed(values, metadata, linear.bias, prefill_copy=prefill_copy)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        *,
+        residual: torch.Tensor | None = None,
+        norm_gain: torch.Tensor | None = None,
+        norm_eps: float = 0.0,
+    ) -> torch.Tensor:
+        """x (..., K) -> (..., N). `norm_gain` (K,) puts an RMSNorm in front, `residual` (..., N) is added last."""
+        options = (self.bias, residual, norm_gain, norm_eps, self.swiglu, self.prefill_copy)
+        return ops.linear(x, self.weight, self.metadata, self.out_features, *options)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the weight."""
+        return self.out_features * self._row_blocks
+
+    @property
+    def packed(self) -> Packed:
+        """The weight in the on-disk format, whatever the order in memory."""
+        if self.weight.ndim == 2:
+            return Packed(self.weight.data, self.metadata, (self.rows, self.in_features))
+        return from_fragments(self.weight.data, self.metadata, self.rows, self.in_features, self._row_blocks)
+
+    def dense(self) -> torch.Tensor:
+        """The weight as a dense (rows, K) matrix with its zeros."""
+        return unpack(self.packed.values, self.packed.metadata)
+
+    def prepare(self, *, prefill_copy: bool | None = None) -> "Sparse24Linear":
+        """Put the weight in the order its device wants; call after a loader filled it. Idempotent; returns self.
+
+        `prefill_copy` True keeps cuSPARSELt's copy (0.5625x of the dense bytes more), False drops it, None leaves things
+        as they are. Raises ValueError where cuSPARSELt cannot run this layer.
+        """
+        wanted = 4 if dispatch.uses_fragments(self.weight.dtype, self.weight.device) else 2
+        if self.weight.ndim != wanted:
+            packed = self.packed
+            tensors = to_fragments(packed, self._row_blocks) if wanted == 4 else packed[:2]
+            self.weight, self.metadata = nn.Parameter(tensors[0], requires_grad=False), tensors[1]
+        if prefill_copy:
+            if reason := self.prefill_refuses():
+                raise ValueError(f"prefill_copy=True cannot work here: {reason}")
+            self.prefill_copy = prefill.compress(self.dense())
+        elif prefill_copy is False:
+            self.prefill_copy = None
+        return self
+
+    def prefill_refuses(self) -> str | None:
+        """Why this layer cannot have a prefill copy where it is, or None if it can."""
+        return prefill.sparselt_refuses(self.rows, self.in_features, self.weight.dtype, self.weight.device)
+
+    def problem(self, tokens: int) -> dispatch.Problem:
+        """What `dispatch.choose` decides on, for this many tokens."""
+        prepared, has_copy = self.weight.ndim == 4, self.prefill_copy is not None
+        at = (self.rows, self.in_features, self.weight.dtype, self.weight.device)
+        return dispatch.Problem(tokens, *at, prepared, has_copy, self.swiglu)
+
+    @property
+    def _row_blocks(self) -> int:
+        return 2 if self.swiglu else 1
+
+    def _apply(self, fn, recurse=True):
+        had_copy, self.prefill_copy = (
+            self.prefill_copy is not None,
+            None,
+        )  # opaque bytes: rebuilt, never cast or moved
+        super()._apply(fn, recurse)
+        if self.weight.is_meta:
+            return self
+        return self.prepare(prefill_copy=had_copy and self.prefill_refuses() is None)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"], destination[prefix + "metadata"] = self.packed[:2]
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        was_prepared = self.weight.ndim == 4
+        if was_prepared:
+            values, self.metadata, _ = self.packed
+            self.weight = nn.Parameter(values, requires_grad=False)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if was_prepared:
+            self.prepare(prefill_copy=True if self.prefill_copy is not None else None)
+
+    def extra_repr(self) -> str:
+        """What print(model) shows."""
+        order = "fragments" if self.weight.ndim == 4 else "row-major"
+        swiglu = ", swiglu" if self.swiglu else ""
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}{swiglu}, 2:4 {order}"

@@ -1,0 +1,173 @@
+"""The operator `oneshot_kernels::linear`: one opaque node for torch.compile, everything decided inside.
+
+    M, N, K   tokens, outputs, inputs        rows   rows of the weight: N, or 2N with SwiGLU
+
+No host synchronisation and no data-dependent Python (but for the self-test on a variant's first call), and temporaries
+come from torch's allocator: CUDA graphs can capture it after one warm-up call.
+"""
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+
+from . import dispatch, prefill, reference
+from .fragment import K_BLOCK, K_PAD, ROWS, from_fragments, padded_rows
+
+if dispatch.triton is not None:
+    from . import decode, expand, selftest
+
+
+@torch.library.custom_op("oneshot_kernels::linear", mutates_args=())
+def linear(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    metadata: torch.Tensor,
+    out_features: int,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    norm_gain: torch.Tensor | None = None,
+    norm_eps: float = 0.0,
+    swiglu: bool = False,
+    prefill_copy: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x (..., K) times a packed weight -> (..., out_features), as `reference.linear` defines it, in x's dtype.
+
+    `values`, `metadata`: row-major as on disk (2-D), or in fragment order (4-D). Raises ValueError where shapes or dtypes
+    do not fit.
+    """
+    k = x.shape[-1]
+    _check(x, values, out_features, bias, residual, norm_gain, swiglu)
+    flat = x.reshape(-1, k).contiguous()
+    if flat.shape[0] == 0:
+        return x.new_empty(*x.shape[:-1], out_features)
+    if residual is not None:
+        residual = residual.reshape(-1, out_features).contiguous()
+    if values.ndim == 2 and dispatch.uses_fragments(values.dtype, values.device):
+        warnings.warn(
+            "2:4 weights on the GPU are still row-major, which is slow: call Sparse24Linear.prepare()",
+            stacklevel=2,
+        )
+    problem = make_problem(flat, values, out_features, swiglu, prefill_copy)
+    choice = dispatch.choose(problem)
+    if choice.path == "decode":
+        norm = norm_gain is not None
+        variant = selftest.variant(choice.config, flat.shape[0], k, x.dtype, x.device, norm, swiglu)
+        if not selftest.trusted(variant):
+            choice = dispatch.fallback(problem)
+    extras = {
+        "bias": bias,
+        "residual": residual,
+        "norm_gain": norm_gain,
+        "norm_eps": norm_eps,
+        "swiglu": swiglu,
+    }
+    y = run(choice, flat, values, metadata, out_features, prefill_copy=prefill_copy, **extras)
+    return y.view(*x.shape[:-1], out_features)
+
+
+@linear.register_fake
+def _(
+    x,
+    values,
+    metadata,
+    out_features,
+    bias=None,
+    residual=None,
+    norm_gain=None,
+    norm_eps=0.0,
+    swiglu=False,
+    prefill_copy=None,
+):
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+def run(
+    choice: dispatch.Choice,
+    x: torch.Tensor,
+    values: torch.Tensor,
+    metadata: torch.Tensor,
+    n: int,
+    *,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    norm_gain: torch.Tensor | None = None,
+    norm_eps: float = 0.0,
+    swiglu: bool = False,
+    prefill_copy: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One path on x (M, K) contiguous -> (M, n). What the decode kernel fuses, the others leave to torch."""
+    if choice.path == "decode":
+        extras = {
+            "bias": bias,
+            "residual": residual,
+            "norm_gain": norm_gain,
+            "norm_eps": norm_eps,
+            "swiglu": swiglu,
+        }
+        return decode.decode(x, values, metadata, n, config=choice.config, **extras)
+    if norm_gain is not None:
+        x = reference.rms_norm(x, norm_gain, norm_eps)
+    if swiglu:
+        gate, up = _gate_and_up(choice, x, values, metadata, n, bias, prefill_copy)
+        y = F.silu(gate) * up
+    else:
+        y = _product(choice, x, values, metadata, n, bias, prefill_copy)
+    return y if residual is None else y + residual
+
+
+def make_problem(x, values, out_features: int, swiglu: bool, prefill_copy) -> dispatch.Problem:
+    """What `dispatch.choose` needs to know about x (M, K) and this weight."""
+    rows = out_features * (2 if swiglu else 1)
+    fragments, has_copy = values.ndim == 4, prefill_copy is not None
+    return dispatch.Problem(x.shape[0], rows, x.shape[1], x.dtype, values.device, fragments, has_copy, swiglu)
+
+
+def _gate_and_up(choice, x, values, metadata, n, bias, prefill_copy):
+    """The two halves (M, n) of an unfused SwiGLU. In fragment order each half may carry padding rows: cut them off."""
+    padded = choice.path in ("middle", "scratch") and values.ndim == 4
+    rows = padded_rows(2 * n, row_blocks=2) if padded else 2 * n
+    y = _product(choice, x, values, metadata, rows, None, prefill_copy, row_blocks=2)
+    if bias is None:
+        return y[:, :n], y[:, rows // 2 : rows // 2 + n]
+    return y[:, :n] + bias[:n], y[:, rows // 2 : rows // 2 + n] + bias[n:]
+
+
+def _product(choice, x, values, metadata, rows, bias, prefill_copy, row_blocks: int = 1):
+    """x (M, K) times the weight by any path but decode -> (M, rows)."""
+    if choice.path == "middle":
+        return expand.matmul(x, values, metadata, rows, bias=bias, config=choice.config)
+    if choice.path == "sparselt":
+        return prefill.sparselt(x, prefill_copy, rows, bias=bias, algorithm=choice.config)
+    if choice.path == "scratch":
+        return prefill.through_scratch(x, values, metadata, rows, bias=bias)
+    if values.ndim == 4:
+        values, metadata, _ = from_fragments(values, metadata, rows, x.shape[1], row_blocks)
+    return F.linear(x, reference.unpack(values, metadata), bias)
+
+
+def _check(x, values, out_features, bias, residual, norm_gain, swiglu) -> None:
+    rows, k = out_features * (2 if swiglu else 1), x.shape[-1]
+    if values.ndim == 2:
+        fits = tuple(values.shape) == (rows, k // 2) and k % 4 == 0
+    else:
+        tiles = padded_rows(rows, 2 if swiglu else 1) // ROWS
+        fits = tuple(values.shape[:2]) == (tiles, -(-k // K_PAD) * K_PAD // K_BLOCK)
+    if not fits:
+        raise ValueError(
+            f"x has {k} features and {rows} rows are asked for; the packed weight has another shape"
+        )
+    tensors = {"x": x, "bias": bias, "residual": residual, "norm_gain": norm_gain}
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype != values.dtype:
+            raise ValueError(
+                f"{name} is {tensor.dtype}, the packed weight {values.dtype}: convert one of them"
+            )
+    shapes = {
+        "bias": (bias, (rows,)),
+        "residual": (residual, (*x.shape[:-1], out_features)),
+        "norm_gain": (norm_gain, (k,)),
+    }
+    for name, (tensor, shape) in shapes.items():
+        if tensor is not None and tuple(tensor.shape) != tuple(shape):
+            raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")

@@ -1,0 +1,304 @@
+"""Capture what each block of a model is called with, replay blocks one at a time, collect their linears' Moments.
+
+Layers differ in how they are called (sliding-window masks, local and global rotary tables, alibi), and the arguments
+change with every release of transformers. So nothing is rebuilt here: the model runs once with a stub in place of every
+block; each stub keeps its (args, kwargs) verbatim and hands its input on. Only the embeddings compute anything.
+
+    batch    some samples that run together; masks and tables have the batch's shape, so a replay keeps the batches
+    hidden   one batch's input to the current block, (B, T, H)
+    rows     bool (B·T,), False at padding; None where there is none
+"""
+
+import contextlib
+import functools
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from . import models
+from .moments import Moments
+
+
+@dataclass
+class Stream:
+    """All batches on their way through the blocks.
+
+    hidden, rows: one a batch (see above). calls[block][batch]: (args, kwargs) with HIDDEN where the batch's hidden state
+    goes. inputs: the model's own arguments, one dict a batch. device: where blocks run. place, dtype: where and as what
+    hidden states wait.
+    """
+
+    device: torch.device
+    place: torch.device
+    dtype: torch.dtype | None
+    returns_tuple: bool
+    calls: list
+    inputs: list = field(default_factory=list)
+    hidden: list = field(default_factory=list)
+    rows: list = field(default_factory=list)
+
+    def __len__(self):
+        return len(self.hidden)
+
+    def keep(self, i, hidden):
+        """Put batch i's hidden state away, where and as the user wants activations kept."""
+        self.hidden[i] = hidden.to(self.place, self.dtype or hidden.dtype)
+
+
+HIDDEN = object()
+
+
+class _Stub(nn.Module):
+    """Stands where a block stood: shows its call to `record(args, kwargs)`, returns `out` or else its input."""
+
+    def __init__(self, real, record, out=None, returns_tuple=False):
+        super().__init__()
+        self.__dict__.update(real=real, record=record, out=out, returns_tuple=returns_tuple)
+
+    def __getattr__(self, name):  # models read attributes such as attention_type off their layers
+        return getattr(self.__dict__["real"], name)
+
+    def forward(self, *args, **kwargs):
+        if self.record:
+            self.record(args, kwargs)
+        out = self.out if self.out is not None else args[0] if args else kwargs["hidden_states"]
+        return (out,) if self.returns_tuple else out
+
+
+@contextlib.contextmanager
+def stubbed(block_list, stubs):
+    """The model with `stubs` in place of its blocks."""
+    real = list(block_list)
+    try:
+        for i, stub in enumerate(stubs):
+            block_list[i] = stub
+        yield
+    finally:
+        for i, block in enumerate(real):
+            block_list[i] = block
+
+
+@torch.no_grad()
+def capture(model, ids, mask=None, *, batch_size, device="cpu", place=None, dtype=None):
+    """Stream of the model on ids int64 (n, T), mask bool (n, T) or None: the inputs of block 0, every block's call.
+
+    place, dtype: where and as what hidden states wait between blocks (default: on the device, as computed).
+    """
+    _, block_list = models.blocks(model)
+    inner, device = models.decoder(model), torch.device(device)
+    stream = Stream(device, torch.device(place or device), dtype, returns_tuple(model, ids, device),
+                    [[] for _ in block_list])
+    intern = _Intern()
+
+    def record(b, args, kwargs):
+        if args:
+            hidden, args = args[0], (HIDDEN, *args[1:])
+        else:
+            hidden, kwargs = kwargs["hidden_states"], {**kwargs, "hidden_states": HIDDEN}
+        if b == 0:
+            stream.hidden.append(None)
+            stream.keep(-1, hidden)
+        stream.calls[b].append(tree_map(intern, (args, kwargs)))
+
+    stubs = [_Stub(block, functools.partial(record, b), returns_tuple=stream.returns_tuple)
+             for b, block in enumerate(block_list)]
+    with models.resident(models.rest_of(inner, block_list), device), stubbed(block_list, stubs):
+        for i in range(0, len(ids), batch_size):
+            intern.start()
+            inputs = {"input_ids": ids[i : i + batch_size].to(device)}
+            if mask is not None:
+                inputs["attention_mask"] = mask[i : i + batch_size].long().to(device)
+            inner(**inputs, use_cache=False)
+            stream.inputs.append(inputs)
+            padded = mask is not None and not bool(mask[i : i + batch_size].all())
+            stream.rows.append(inputs["attention_mask"].reshape(-1).bool() if padded else None)
+    return stream
+
+
+@torch.no_grad()
+def returns_tuple(model, ids, device):
+    """Whether the model's blocks return a tuple (Bloom, Falcon) or a tensor: asked of block 0 on two tokens."""
+    _, block_list = models.blocks(model)
+    inner, first, answer = models.decoder(model), block_list[0], []
+
+    def ask(args, kwargs):
+        with models.resident(models.tensors_of(first), device):
+            answer.append(isinstance(first(*args, **kwargs), tuple))
+        raise _Enough
+
+    with models.resident(models.rest_of(inner, block_list), device), contextlib.suppress(_Enough), \
+            stubbed(block_list, [_Stub(first, ask), *block_list[1:]]):
+        inner(input_ids=ids[:1, :2].to(device), use_cache=False)
+    return answer[0]
+
+
+class _Enough(Exception):
+    """The first block was reached."""
+
+
+class _Intern:
+    """Keeps one copy of equal tensors: masks and rotary tables repeat over blocks and batches."""
+
+    def __init__(self):
+        self.known, self.this_batch = {}, {}
+
+    def start(self):
+        self.this_batch = {}
+
+    def __call__(self, t):
+        if not isinstance(t, torch.Tensor):
+            return t
+        if id(t) not in self.this_batch:  # the value holds t, so its id stays taken
+            same = self.known.setdefault((t.shape, t.dtype), [])
+            kept = next((k for k in same[-4:] if torch.equal(k, t)), None)
+            if kept is None:
+                kept = t
+                same.append(t)
+            self.this_batch[id(t)] = (t, kept)
+        return self.this_batch[id(t)][1]
+
+
+def tree_map(f, tree):
+    """`tree` with f applied to what is neither tuple, list nor dict."""
+    if isinstance(tree, dict):
+        return {k: tree_map(f, v) for k, v in tree.items()}
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(tree_map(f, v) for v in tree)
+    return f(tree)
+
+
+def forward(block, stream, b, i):
+    """Block b's output on batch i, on the stream's device; the block must be resident there."""
+    like = next((p for p in block.parameters() if p.is_floating_point()), None)
+    hidden = stream.hidden[i].to(stream.device, like.dtype if like is not None else None)
+
+    def bring(t):
+        return hidden if t is HIDDEN else t.to(stream.device) if isinstance(t, torch.Tensor) else t
+
+    args, kwargs = tree_map(bring, stream.calls[b][i])
+    out = block(*args, **kwargs)
+    return out[0] if isinstance(out, tuple) else out
+
+
+@torch.no_grad()
+def replay(block, stream, b):
+    """Move every batch through block b: the stream then holds the next block's inputs. Returns the first output."""
+    first = None
+    for i in range(len(stream)):
+        out = forward(block, stream, b, i)
+        first = out if first is None else first
+        stream.keep(i, out)
+    return first
+
+
+@torch.no_grad()
+def collect(block, stream, b, views, needs, *, budget=None, one_stage=False):
+    """Run the dense block b once and gather the Moments of `views`: ({name: Moments}, deferred views, first output).
+
+    Linears fed by the same tensor share one Moments. What does not fit into `budget` bytes of Gram matrices, and with
+    `one_stage` all that is fed later than the first linear, is deferred: call again with it. Views whose Moments are
+    missing and which are not deferred saw no token (an idle expert).
+    """
+    collector = _Collector(views, needs, stream, budget, one_stage)
+    first = None
+    with collector.watching():
+        for i in range(len(stream)):
+            collector.start(stream.rows[i])
+            out = forward(block, stream, b, i)
+            first = out if first is None else first
+    return collector.moments, [v for v in views if v.name in collector.deferred], first
+
+
+class _Collector:
+    """Gathers Moments by hooks on the linears; see `collect`."""
+
+    def __init__(self, views, needs, stream, budget, one_stage):
+        self.views, self.needs, self.device = views, needs, stream.device
+        self.budget, self.one_stage, self.stage, self.spent = budget, one_stage, None, 0
+        self.moments, self.deferred, self.leader = {}, set(), {}
+
+    @contextlib.contextmanager
+    def watching(self):
+        handles = []
+        fused = {(id(v.owner), v.kind.rsplit(".", 1)[-1], v.expert): v for v in self.views if v.expert is not None}
+        owners = {id(v.owner): v.owner for v in self.views if v.expert is not None}
+        for view in self.views:
+            if view.expert is None:
+                handles.append(view.owner.register_forward_pre_hook(
+                    lambda _, args, view=view: self.see(view, args[0])))
+        for key, owner in owners.items():
+            def observe(name, e, x, rows, key=key):
+                if (key, name, e) in fused:
+                    self.see(fused[key, name, e], x, rows)
+            owner.observe = observe
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for owner in owners.values():
+                del owner.observe
+            self.start(None)
+
+    def start(self, rows):
+        """A new batch begins; `rows` marks its real tokens."""
+        self.rows, self.fed = rows, {}
+
+    def see(self, view, x, index=None):
+        """The linear of `view` is about to be fed x (..., C); `index`: which of the batch's tokens x holds."""
+        key = (x.data_ptr(), x.shape, x.stride())
+        first, _ = self.fed.setdefault(key, (view.name, x))  # holding x keeps its address from being used again
+        leader = self.leader.setdefault(view.name, first)
+        if leader != view.name:
+            if leader in self.deferred:
+                self.deferred.add(view.name)
+            elif leader in self.moments:
+                self.moments[view.name] = self.moments[leader]
+            return
+        if view.name not in self.moments and not self.admit(view, x.shape[-1]):
+            self.deferred.add(view.name)
+        if view.name not in self.deferred:
+            self.moments[view.name].update(self.real(view, x, index))
+
+    def admit(self, view, C):
+        """Begin Moments for a view if the budget and the stage allow."""
+        if view.name in self.deferred:
+            return False
+        cost = 4 * C * C if "outer" in self.needs else 0
+        self.stage = self.stage or view.kind
+        if (self.one_stage and view.kind != self.stage) or \
+                (self.budget is not None and self.spent and self.spent + cost > self.budget):
+            return False
+        self.spent += cost
+        self.moments[view.name] = Moments(C, self.needs, self.device)
+        return True
+
+    def real(self, view, x, index):
+        """Rows of x that are no padding, (tokens, C)."""
+        x = x.reshape(-1, x.shape[-1])
+        if self.rows is None:
+            return x
+        rows = self.rows if index is None else self.rows[index]
+        if len(rows) != len(x):
+            raise ValueError(f"{view.name} is fed {len(x)} rows for {len(rows)} tokens, so padding cannot be told from "
+                             "text; use --documents join")
+        return x[rows]
+
+
+def logits(model, stream, i, *, elements=2**26):
+    """The model's logits on batch i of a stream that has passed all blocks: yields (positions (P,), (B, P, V)).
+
+    The model's own code behind the blocks runs (norm, head, soft-capping) on as many positions at a time as give at most
+    `elements` logits, so that a large vocabulary never fills the memory. The model's rest must be resident on the
+    stream's device.
+    """
+    _, block_list = models.blocks(model)
+    B, T = stream.inputs[i]["input_ids"].shape
+    hidden = stream.hidden[i].to(stream.device)
+    step = max(1, elements // (B * models.config_of(model).vocab_size))
+    stubs = [_Stub(block, None, hidden, stream.returns_tuple) for block in block_list]
+    with stubbed(block_list, stubs):
+        for positions in torch.arange(T, device=stream.device).split(step):
+            with torch.no_grad():
+                yield positions, model(**stream.inputs[i], use_cache=False, logits_to_keep=positions).logits

@@ -1,0 +1,107 @@
+"""RunConfig: one run's settings. Its fields are the command line's flags (cli.py) and the record's settings."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from . import patterns
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def flag(default, help, **extra):
+    return field(default=default, metadata={"help": help, **extra})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One model, one method, one pattern. None means: decided when the model is known."""
+
+    model: str = flag("demo", "local folder, hub name, or demo (the small model shipped with oneshot)", group="what")
+    method: str = flag("magnitude,wanda,sparsegpt", "solver, or chain as in wanda+refit; several separated by commas",
+                       group="what", many=True)
+    pattern: str = flag("0.5,2:4", "0.5 = half of the weights are zero; 2:4 = 2 of 4 are KEPT; several by commas",
+                        group="what", many=True)
+    group: str | None = flag(None, "where an unstructured pattern is counted: matrix, row, or a number of columns "
+                                   "(default: the method's own)", group="what")
+    true_sequential: bool = flag(False, "q,k,v, then o, then gate,up, then down, each on what is pruned before it",
+                                 group="what")
+
+    calibration: str = flag("builtin", "builtin, self (sampled from the model), wikitext2, c4, ptb, a hub data set, or a "
+                                       ".txt .jsonl .json .parquet .csv file", group="data")
+    nsamples: int = flag(128, "calibration windows", group="data")
+    seqlen: int | None = flag(None, "tokens in a window (default: min(2048, what the model was made for))", group="data")
+    seed: int = flag(0, "which windows; nothing else is random", group="data")
+    documents: str = flag("join", "join: windows run across documents, the papers' way; separate: each document is its "
+                                  "own window, padded and masked", group="data", choices=("join", "separate"))
+    per_line: bool = flag(False, "each line of a .txt file is a document", group="data")
+    column: str | None = flag(None, "the column that holds the text", group="data")
+    data_config: str | None = flag(None, "configuration of a hub data set", group="data")
+    split: str | None = flag(None, "split of a hub data set", group="data")
+    revision: str | None = flag(None, "revision of a hub data set", group="data")
+
+    evaluate: str = flag("builtin", "texts to measure perplexity on, as for --calibration, separated by commas; none: skip",
+                         group="evaluation")
+    eval_seqlen: int | None = flag(None, "window of the evaluation (default: --seqlen)", group="evaluation")
+    eval_windows: int | None = flag(None, "measure on at most so many windows of each text", group="evaluation")
+    eval_batch_size: int | None = flag(None, "windows at a time (default: --batch-size)", group="evaluation")
+
+    dtype: str = flag("auto", "dtype the weights are kept and saved in; on a CPU all computing is float32",
+                      group="machine", choices=DTYPES)
+    device: str = flag("cpu", "where blocks are computed, one at a time: cpu, cuda, cuda:1", group="machine")
+    batch_size: int = flag(8, "windows at a time", group="machine")
+    activations: str | None = flag(None, "where activations wait between blocks (default: on the device)",
+                                   group="machine")
+    activation_dtype: str | None = flag(None, "as what they wait (default: as computed)", group="machine",
+                                        choices=DTYPES[1:])
+    gram_budget: float = flag(4.0, "GiB of Gram matrices gathered at once; what does not fit takes further passes",
+                              group="machine")
+    tf32: bool = flag(False, "allow TF32 products on the GPU: faster, 10 bits of mantissa", group="machine")
+    layer_errors: bool = flag(True, "measure every linear's output error (on 512 calibration tokens)", group="machine")
+
+    model_revision: str | None = flag(None, "revision of a hub model", group="machine")
+    cache_dir: str | None = flag(None, "Hugging Face cache folder", group="machine", output=True)
+    trust_remote_code: bool = flag(False, "run code that the model's repository brings; off for a reason",
+                                   group="machine")
+
+    save: str | None = flag(None, "write the pruned model here, block by block: the same command continues a killed run; "
+                                  "one folder each below it for several methods or patterns", group="output", output=True)
+    overwrite: bool = flag(False, "replace another run's result in --save", group="output", output=True)
+    results: str = flag("runs", "folder for the run's record (JSON) and page (HTML)", group="output", output=True)
+    dense: bool = flag(True, "measure the dense model as well", group="output", output=True)
+    progress: bool = flag(True, "show progress bars", group="output", output=True)
+
+    solver: dict = field(default_factory=dict)  # {part of the method's chain: its Config}
+
+    def __post_init__(self):
+        for name in ("nsamples", "batch_size", "seqlen", "eval_seqlen", "eval_windows", "eval_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < (2 if "seqlen" in name else 1):
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {2 if 'seqlen' in name else 1}")
+        if self.gram_budget <= 0:
+            raise ValueError(f"--gram-budget {self.gram_budget:g}: must be positive")
+        patterns.parse(self.pattern, self.group)
+
+    @property
+    def evaluations(self):
+        return [] if self.evaluate in ("none", "") else self.evaluate.split(",")
+
+    def settings(self):
+        """All that bears on the numbers, as plain values: for the record and the run_id."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self)
+                 if f.name != "solver" and not f.metadata.get("output")}
+        plain["solver"] = {name: dataclasses.asdict(cfg) for name, cfg in self.solver.items()}
+        if self.method == "dense":  # calibration and pruning do not touch it
+            keep = {"model", "method", "pattern", "evaluate", "dtype", "device", "solver", "model_revision",
+                    "documents", "per_line", "column", "data_config", "split", "revision"}
+            plain = {k: v for k, v in plain.items() if k in keep or k.startswith("eval_")}
+        return plain
+
+    def run_id(self, *fingerprints):
+        """Readable name and a hash of all settings and of what they were applied to (model, windows)."""
+        whole = json.dumps([self.settings(), fingerprints], sort_keys=True, default=str)
+        model = Path(self.model.rstrip("/")).name or "model"
+        parts = [model, self.method] + ([self.pattern.replace(":", "of")] if self.method != "dense" else [])
+        return "-".join(parts) + "-" + hashlib.sha256(whole.encode()).hexdigest()[:8]

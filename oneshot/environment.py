@@ -1,0 +1,90 @@
+"""Where a run happened: commit, device, versions, peak memory. Goes into every record."""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+
+def environment(device):
+    """What a reader needs to judge or repeat a number: versions, device, threads, commit (None outside a checkout)."""
+    commit = git("rev-parse", "--short=10", "HEAD")
+    return {
+        "oneshot": version("oneshot"), "commit": commit, "dirty": bool(git("status", "--porcelain")) if commit else None,
+        "device": device_name(device), "threads": torch.get_num_threads(), "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "triton", "datasets", "tokenizers")},
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def version(package):
+    """Installed version, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def git(*args):
+    """Output of a git command in this package's checkout; None when there is none."""
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, timeout=20)
+        tracked = subprocess.run(["git", "-C", str(here), "ls-files", "--error-unmatch", __file__], capture_output=True,
+                                 timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 and tracked.returncode == 0 else None
+
+
+def device_name(device):
+    """"NVIDIA H200", or the processor's name."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"cpu ({name})"
+
+
+def check_device(device):
+    """Raise ValueError naming `--device` when it is not there."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ValueError(f"--device {device}: give cpu, cuda or cuda:N") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: this torch ({torch.__version__}) sees no CUDA device; use --device cpu")
+    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices")
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"--device {device}: only cpu and cuda are supported")
+
+
+def reset_peak_memory(device):
+    """Begin a new measurement of peak memory, where the system can."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass  # not Linux: the peak of the whole process is reported then
+
+
+def peak_memory(device):
+    """Bytes: the GPU's peak allocation, or the process's peak resident size."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,184 @@
+"""Checkpoints: a pruned model in a folder that `AutoModelForCausalLM.from_pretrained` loads, written crash-safe.
+
+    DIR/.oneshot/run.json            which run is at work here (its run_id)
+    DIR/.oneshot/block_00007.safetensors   a finished block: its tensors, and its rows of the record in the header
+    DIR/.oneshot/final/              the checkpoint while it is being written
+    DIR/oneshot.json                 the manifest, moved into place last: only a finished folder has it
+
+Every file is written under a temporary name, synced and renamed, so a kill at any moment leaves nothing half-written
+under a name that counts.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from . import models, patterns, report
+
+MANIFEST, WORK, SCHEMA = "oneshot.json", ".oneshot", 1
+
+
+class Folder:
+    """The folder that `--save` names, for one run.
+
+    Raises ValueError naming `--save` when the folder belongs to something else.
+    """
+
+    def __init__(self, path, run_id, overwrite=False):
+        self.path, self.run_id = Path(path), run_id
+        self.work = self.path / WORK
+        owner = owner_of(self.path)
+        if owner not in (None, run_id):
+            if not overwrite:
+                raise ValueError(f"--save {path}: holds another run ({owner}); --overwrite replaces it")
+            clear(self.path)
+        elif owner is None and self.path.is_dir() and any(self.path.iterdir()):
+            raise ValueError(f"--save {path}: this folder holds files that are not oneshot's; choose another")
+        if not self.finished:
+            self.work.mkdir(parents=True, exist_ok=True)
+            write_json({"run_id": run_id}, self.work / "run.json")
+
+    @property
+    def finished(self):
+        return (self.path / MANIFEST).is_file()
+
+    @property
+    def record(self):
+        """The record of the finished run."""
+        return read_manifest(self.path)["record"]
+
+    def blocks(self):
+        """(state dict, rows) of the blocks finished so far, in order."""
+        done = []
+        while (file := self._block(len(done))).is_file():
+            with safe_open(file, "pt") as f:
+                done.append(({k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["rows"])))  # noqa: SIM118
+        return done
+
+    def _block(self, b):
+        return self.work / f"block_{b:05d}.safetensors"
+
+    def save_block(self, b, block, rows):
+        """Keep a finished block, so that a killed run continues behind it."""
+        state = {k: v.contiguous() for k, v in block.state_dict().items()}
+        part = self._block(b).with_suffix(".part")
+        save_file(state, part, metadata={"rows": json.dumps(rows)})
+        sync(part)
+        os.replace(part, self._block(b))
+
+    def finish(self, model, tokenizer, record):
+        """Write checkpoint and manifest, move them into place, drop the work files."""
+        final = self.work / "final"
+        shutil.rmtree(final, ignore_errors=True)
+        model.save_pretrained(final)
+        tokenizer.save_pretrained(final)
+        write_json(manifest(model, record), final / MANIFEST)
+        files = sorted(f.name for f in final.iterdir())
+        last = ["config.json", MANIFEST]  # without the former nothing loads, without the latter nothing is finished
+        for name in [f for f in files if f not in last] + last:
+            (final / name).chmod(0o666 & ~umask())  # safetensors writes 0600
+            sync(final / name)
+            os.replace(final / name, self.path / name)
+        sync(self.path)
+        shutil.rmtree(self.work)
+
+
+def owner_of(path):
+    """run_id of the run that a folder belongs to, finished or not; None when it belongs to none.
+
+    Raises ValueError when the path is a file.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"--save {path}: is a file; give a folder")
+    for file, get in ((path / MANIFEST, lambda m: m["record"]["run_id"]), (path / WORK / "run.json",
+                                                                           lambda m: m["run_id"])):
+        if file.is_file():
+            try:
+                return get(json.loads(file.read_text()))
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"--save {path}: {file.name} is damaged; remove the folder") from None
+    return None
+
+
+def clear(path):
+    """Remove what an earlier run wrote into its folder: the files of a checkpoint and the work files."""
+    shutil.rmtree(path / WORK, ignore_errors=True)
+    for file in path.iterdir():
+        if file.is_file() and file.suffix in (".json", ".safetensors", ".html", ".jinja", ".txt", ".model"):
+            file.unlink()
+
+
+def manifest(model, record):
+    """What was done to which tensor, and proof: {"schema", "record", "tensors": {linear: {...}}}."""
+    views = dict(all_views(model))
+    tensors = {}
+    for row in record["layers"]:
+        view = views[row["name"]]
+        tensors[row["name"]] = {key: row[key] for key in ("shape", "pattern", "group", "target_zeros", "zeros")} | {
+            "dtype": str(view.stored).removeprefix("torch."), "sha256": digest(view)}
+    return {"schema": SCHEMA, "format": "dense", "record": record, "tensors": tensors}
+
+
+def all_views(model):
+    """(full name, view) of every prunable linear of a model at home."""
+    name, block_list = models.blocks(model)
+    for b, block in enumerate(block_list):
+        for view in models.linears(block)[0]:
+            yield f"{name}.{b}.{view.name}", view
+
+
+def digest(view):
+    """sha256 of a linear's stored bytes, as (R, C) in row-major order."""
+    stored = view.get().to(view.stored).contiguous()
+    return hashlib.sha256(stored.view(-1).view(torch.uint8).numpy()).hexdigest()
+
+
+def read_manifest(path):
+    """The manifest of a finished folder.
+
+    Raises ValueError when there is none, it is damaged, or from another version.
+    """
+    file = Path(path) / MANIFEST
+    if not file.is_file():
+        raise ValueError(f"{path}: no {MANIFEST}, so no finished oneshot checkpoint"
+                         + (" (a run was interrupted here; the same command continues it)"
+                            if (Path(path) / WORK).is_dir() else ""))
+    try:
+        data = json.loads(file.read_text())
+    except ValueError:
+        raise ValueError(f"{file}: not readable as JSON") from None
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        raise ValueError(f"{file}: written by another version of oneshot; prune again")
+    return data
+
+
+def pattern_of(entry):
+    """The Pattern that a manifest's entry names."""
+    return patterns.parse(entry["pattern"], entry.get("group"))
+
+
+def write_json(data, path):
+    """Write plain values as JSON, whole or not at all."""
+    report.write_text(json.dumps(data, indent=1) + "\n", path)
+
+
+def sync(path):
+    """Make a file or folder survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

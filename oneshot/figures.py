@@ -1,0 +1,442 @@
+"""Pictures of run records: each `fig_*` is a function of the records and gives a matplotlib Figure.
+
+    series    a method (with the settings in which its runs differ): a colour, the same in all pictures
+    pattern   N:M patterns have a marker of their own, unstructured ones are dots on a line
+    kind      which linear of a block: "self_attn.q_proj"; the numbers of experts are left out
+
+Colours are Okabe and Ito's (told apart by the colour-blind). In `svg`, INK, MUTED and GRID become the
+page's own, so that they follow its light or dark scheme.
+"""
+
+import io
+import itertools
+import math
+import re
+import warnings
+from pathlib import Path
+
+from . import report
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C")
+MARKERS = "sD^vPX*"
+INK, MUTED, GRID = "#1b1f25", "#69707b", "#d5d9df"
+WIDTH = 10.5  # inches; 72 points each, so 1008 pixels of the page
+RC = {"svg.fonttype": "none", "svg.hashsalt": "oneshot", "font.family": "DejaVu Sans", "font.size": 9,
+      "text.parse_math": False, "text.color": INK, "axes.labelcolor": INK, "axes.titlesize": 9,
+      "axes.labelsize": 9, "axes.edgecolor": MUTED, "axes.linewidth": 0.8, "xtick.color": MUTED,
+      "ytick.color": MUTED, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "xtick.labelsize": 8,
+      "ytick.labelsize": 8, "axes.grid": True, "grid.color": GRID,
+      "grid.linewidth": 0.7, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
+      "legend.frameon": False, "legend.fontsize": 9, "lines.linewidth": 1.6, "lines.markersize": 5.5}
+
+
+def _matplotlib():
+    try:
+        import matplotlib
+        import matplotlib.figure  # Figure itself, no pyplot: no window, no global state
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: pip install matplotlib") from error
+    return matplotlib
+
+
+def _drawn(function):
+    """`function(records, ...)` under this module's settings, whatever the user's matplotlibrc says."""
+    def draw(*args, **kwargs):
+        with _matplotlib().rc_context(RC):
+            return function(*args, **kwargs)
+    draw.__name__, draw.__doc__ = function.__name__, function.__doc__
+    return draw
+
+
+def _figure(width, height):
+    return _matplotlib().figure.Figure(figsize=(width, height), layout="constrained")
+
+
+def _styles(records):
+    """{series: (colour, line style)} for the series (report.series) of `records`, in their order."""
+    names = zip(records, report.series(records), strict=True)
+    lines = [style for style in ("-", "--", ":", "-.") for _ in COLOURS]
+    return dict(zip(dict.fromkeys(name for r, name in names if not report.is_dense(r)),
+                    itertools.cycle(zip(itertools.cycle(COLOURS), lines, strict=False)), strict=False))
+
+
+def _scale(axes, values, percent=False):
+    """Scale y axes for `values`: logarithmic, with plain numbers at the ticks, if they span more than 5x."""
+    from matplotlib import ticker
+
+    values = [v for v in values if math.isfinite(v)]
+    low, high = min(values, default=0), max(values, default=1)
+    log = low > 0 and high > 5 * low
+    for ax in axes:
+        if log:
+            ax.set_yscale("log")
+            pad = (high / low) ** 0.06
+            ax.set_ylim(low / pad, high * pad)
+            steps = (1, 2, 5) if high / low < 60 else (1, 3) if high / low < 400 else (1,)
+            powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+            thin = math.ceil(len(powers) / 7)
+            ticks = [s * 10.0**p for p in powers if p % thin == 0 for s in steps]
+            ticks = [t for t in ticks if low / pad <= t <= high * pad]
+            ax.yaxis.set_major_locator(ticker.FixedLocator(ticks))
+            ax.yaxis.set_minor_locator(ticker.NullLocator())
+        ax.yaxis.set_major_formatter(ticker.FuncFormatter(
+            lambda y, _: f"{100 * y:.4g}" if percent else f"{y:.6g}" if abs(y) < 1e6 else f"{y:.0e}"))
+    return log
+
+
+# ---------------------------------------------------------------- layers by depth
+
+@_drawn
+def fig_layer_errors(records, methods=None):
+    """Relative output error of every pruned linear against the depth of its block, a small picture per kind.
+
+    A row for every model and pattern, a line for every series (the median where several experts or seeds meet
+    in a point, a band for their range). methods: the records whose series fix the colours, default `records`.
+    """
+    return _by_depth(records, lambda layer: layer.get("relative_error"), "relative error", methods)
+
+
+@_drawn
+def fig_layer_sparsity(records, methods=None):
+    """Share of zeros in every pruned linear against the depth of its block, arranged as `fig_layer_errors`.
+
+    Where every linear of a pattern holds the same share (to 0.1 %) one picture shows all patterns.
+    """
+    points = _points(records, layer_sparsity)
+    shares = {}
+    for (_, pattern), panels in points.items():
+        values = _values(panels)
+        if max(values) - min(values) > 1e-3:
+            return _by_depth(records, layer_sparsity, "zeros", methods, percent=True)
+        shares.setdefault(round(sum(values) / len(values), 3), {})[pattern] = None
+    if not shares:
+        return _nothing("no layer has a count of zeros in its record")
+    fig = _figure(7.6, 1.4 + 0.2 * len(shares))
+    ax, last = fig.subplots(), _last_block(points)
+    handles = []
+    for (share, patterns), colour in zip(sorted(shares.items()), itertools.cycle(COLOURS), strict=False):
+        ax.plot([-0.3, last + 0.3], [share, share], color=colour)
+        text = f"{100 * share:.3g} % in every linear: {', '.join(patterns)}"
+        handles.append(_handle(text, colour, marker=""))
+    _scale([ax], [], percent=True)
+    ax.set_ylim(max(0, min(shares) - 0.1), min(1, max(shares) + 0.1))
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.set_xlabel("block (0 is next to the input)")
+    ax.set_ylabel("zeros (%)")
+    _legend(fig, handles)
+    return fig
+
+
+def layer_sparsity(layer):
+    """Share of zeros in one layer row; None if it is not known."""
+    size = math.prod(layer.get("shape") or [0])
+    return layer["zeros"] / size if size and layer.get("zeros") is not None else None
+
+
+def kind(linear):
+    """The kind of a linear: its name in the block without the numbers of experts."""
+    return report.clean(re.sub(r"[.\[]\d+\]?", "", str(linear)))
+
+
+def _by_depth(records, measure, name, methods, percent=False):
+    points = _points(records, measure)  # {(model, pattern): {kind: {method: {block: [values]}}}}
+    kinds = list(dict.fromkeys(k for panels in points.values() for k in panels))
+    if not kinds:
+        return _nothing(f"no layer has a {name} in its record")
+    panels = [(row, k) for row in points for k in kinds]
+    across = len(kinds) if len(points) > 1 else min(4, len(kinds))
+    down = math.ceil(len(panels) / across)
+    height = 1.75 if len(points) == 1 else 1.45
+    fig = _figure(max(min(WIDTH, 2.75 * across), 1.3 * across), 0.75 + height * down)
+    grid = fig.subplots(down, across, sharex=True, sharey=True, squeeze=False)
+    flat, titles, styles = list(grid.flat), _short(kinds), _styles(methods or records)
+    for ax, (row, k) in zip(flat, panels, strict=False):
+        for method, blocks in points[row].get(k, {}).items():
+            _line(ax, blocks, *styles[method])
+        if len(points) == 1 or row == next(iter(points)):
+            ax.set_title(titles[k], loc="left")
+    for ax in flat[len(panels):]:
+        ax.remove()
+    for i, ax in enumerate(flat[: len(panels)]):  # numbers below each column; the last row may be short
+        ax.tick_params(labelbottom=i + across >= len(panels), bottom=i + across >= len(panels))
+    if len(points) > 1:
+        several = len({model for model, _ in points}) > 1
+        for line, (model, pattern) in zip(grid, points, strict=True):
+            line[0].set_ylabel(f"{model}\n{pattern}" if several else pattern, fontweight="bold")
+    values = [v for panels in points.values() for v in _values(panels)]
+    log = _scale(flat[: len(panels)], values, percent)
+    if percent:
+        flat[0].set_ylim(max(0, min(values) - 0.05), min(1, max(values) + 0.05))
+    last = _last_block(points)
+    flat[0].set_xlim(-0.04 * last - 0.2, 1.04 * last + 0.2)
+    flat[0].xaxis.get_major_locator().set_params(integer=True, nbins=6)
+    fig.supxlabel("block (0 is next to the input)", fontsize=9)
+    fig.supylabel(f"{name} (%)" if percent else name + (", log scale" if log else ""), fontsize=9)
+    drawn = dict.fromkeys(m for p in points.values() for k in p.values() for m in k)
+    _legend(fig, [_handle(m, *styles[m]) for m in styles if m in drawn])
+    return fig
+
+
+def _points(records, measure):
+    names, points = report.model_names(records), {}
+    records = report.ordered(records)
+    for record, series in zip(records, report.series(records), strict=True):
+        row = names[report.identity(record)], report.clean(report.pattern_of(record))
+        for layer in record.get("layers") or []:
+            x = measure(layer)
+            if x is not None and math.isfinite(x):
+                which = kind(layer.get("linear", layer.get("name")))
+                line = points.setdefault(row, {}).setdefault(which, {}).setdefault(series, {})
+                line.setdefault(int(layer.get("block") or 0), []).append(x)
+    return points
+
+
+def _values(panels):
+    return [v for lines in panels.values() for blocks in lines.values() for vs in blocks.values() for v in vs]
+
+
+def _last_block(points):
+    kinds = [lines for panels in points.values() for lines in panels.values()]
+    return max(max(blocks) for lines in kinds for blocks in lines.values())
+
+
+def _line(ax, blocks, colour, style):
+    depth = sorted(blocks)
+    ax.plot(depth, [_median(blocks[b]) for b in depth], color=colour, ls=style, lw=1.4,
+            marker="o" if len(depth) < 13 else None, ms=2.8)
+    if any(len(v) > 1 for v in blocks.values()):
+        low, high = [min(blocks[b]) for b in depth], [max(blocks[b]) for b in depth]
+        ax.fill_between(depth, low, high, color=colour, alpha=0.2, lw=0)
+
+
+def _median(values):
+    values = sorted(values)
+    return (values[len(values) // 2] + values[(len(values) - 1) // 2]) / 2
+
+
+def _short(names):
+    """{name: its shortest ending, by dots, that no other name has}."""
+    endings = {n: [".".join(n.split(".")[-i:]) for i in range(1, n.count(".") + 2)] for n in names}
+    return {n: next((e for e in own if sum(e in other for other in endings.values()) == 1), n)
+            for n, own in endings.items()}
+
+
+def _handle(label, colour, style="-", marker="o", filled=True):
+    from matplotlib.lines import Line2D
+
+    face = colour if filled else "none"
+    return Line2D([], [], color=colour, ls=style, marker=marker, mfc=face, label=report.clean(label))
+
+
+def _legend(fig, handles):
+    """A legend above the picture, read row by row, with as many entries in a row as the width holds."""
+    def inches(across):
+        columns = [handles[i::across] for i in range(across)]
+        return sum(0.55 + 0.078 * max(len(h.get_label()) for h in column) for column in columns)
+
+    across = next((n for n in range(len(handles), 1, -1) if inches(n) <= fig.get_figwidth()), 1)
+    if handles:
+        fig.legend(handles=[h for i in range(across) for h in handles[i::across]], loc="outside upper left",
+                   ncols=across, handlelength=1.8)
+
+
+def _nothing(text):
+    fig = _figure(6, 0.8)
+    fig.text(0.02, 0.5, text, va="center", color=MUTED)
+    return fig
+
+
+# ---------------------------------------------------------------- perplexity
+
+@_drawn
+def fig_perplexity(records, metric):
+    """A metric against sparsity: a line per series, N:M patterns as hollow markers, the dense model dashed.
+
+    metric: a key of the metrics or a column's header. One panel per model and window. Patterns of equal
+    sparsity would hide each other, so every N:M pattern has a column of its own on the right, the series side
+    by side. Seeds: the mean, and a bar from lowest to highest. Values not finite are named, not drawn.
+    """
+    names = report.model_names(records)
+    chosen = [c for c in report.columns(records) if metric in (c.metric, c.header)]
+    panels = [(c, key) for c in chosen for key in names
+              if any(report.value(r, c) is not None for r in records if report.identity(r) == key)]
+    if not panels:
+        return _nothing(f"no run has the metric {metric}")
+    styles, across = _styles(records), min(2, len(panels))
+    down = math.ceil(len(panels) / across)
+    fig = _figure(7.6 if across == 1 else WIDTH, 0.6 + 3.4 * down)
+    flat = list(fig.subplots(down, across, squeeze=False).flat)
+    patterns = [p for p in dict.fromkeys(report.pattern_of(r) for r in report.ordered(records)) if ":" in p]
+    markers = dict(zip(sorted(patterns, key=report.pattern_key), itertools.cycle(MARKERS), strict=False))
+    for ax, (column, key) in zip(flat, panels, strict=False):
+        _perplexity_panel(ax, [r for r in records if report.identity(r) == key], column, styles, markers)
+        ax.set_title(names[key] if len(names) > 1 else "", loc="left", fontweight="bold")
+    for ax in flat[len(panels):]:
+        ax.remove()
+    _legend(fig, [_handle(m, *style) for m, style in styles.items()]
+            + [_handle(p, INK, "none", marker, filled=False) for p, marker in markers.items()])
+    return fig
+
+
+def _perplexity_panel(ax, records, column, styles, markers):
+    points, dense, lost = _measured(records, column)
+    places = _places(points, markers)
+    methods = [m for m in styles if any(m == own for own, _ in points)]
+    for i, method in enumerate(methods):
+        colour, style = styles[method]
+        shift = (i - (len(methods) - 1) / 2) / max(len(methods), 3)  # side by side within a column
+        line = []
+        for (own, pattern), (_, values) in points.items():
+            if own == method:
+                at, width = places[pattern]
+                marked = {"mfc": "none", "mew": 1.6, "ms": 6.5} if pattern in markers else {}
+                _mark(ax, at + 0.8 * shift * width, values, colour, markers.get(pattern, "o"), **marked)
+                line += [(at, sum(values) / len(values))] if not width else []
+        ax.plot([x for x, _ in sorted(line)], [y for _, y in sorted(line)], color=colour, ls=style)
+    log = _scale([ax], [v for _, values in points.values() for v in values] + [dense] * (dense is not None))
+    _pattern_axis(ax, points, places)
+    if dense is not None:
+        ax.axhline(dense, color=INK, ls=(0, (4, 3)), lw=1)
+        ax.annotate(f"dense {report.number(dense)}", (1, dense), xycoords=("axes fraction", "data"),
+                    xytext=(4, 0), textcoords="offset points", va="center")
+    ax.set_ylabel(column.header + (", log scale" if log else ""))
+    if lost:
+        named = ", ".join(lost[:4]) + (f" and {len(lost) - 4} more" if len(lost) > 4 else "")
+        ax.set_xlabel(f"{ax.get_xlabel()}\nnot finite, not drawn: {named}")
+
+
+def _measured(records, column):
+    """({(series, pattern): (sparsity, [values])}, dense value or None, [runs whose value is not finite])."""
+    points, dense, lost = {}, None, []
+    records = report.ordered(records)
+    for record, method in zip(records, report.series(records), strict=True):
+        x, pattern = report.value(record, column), report.pattern_of(record)
+        if x is None:
+            continue
+        if not math.isfinite(x):
+            lost.append(f"{method} {report.clean(pattern)}")
+        elif report.is_dense(record):
+            dense = x
+        else:
+            points.setdefault((method, pattern), (record.get("sparsity") or 0, []))[1].append(x)
+    return points, dense, lost
+
+
+def _places(points, markers):
+    """{pattern: (x, width)}: its sparsity and 0; or a column, for N:M and for a lone unstructured one."""
+    found = {}
+    for (_, pattern), (x, _) in points.items():
+        found.setdefault(pattern, []).append(x)
+    free = {p: sum(xs) / len(xs) for p, xs in found.items() if p not in markers}
+    span = max(free.values(), default=0) - min(free.values(), default=0)
+    if span < 0.005:
+        free, step, edge = {}, 1.0, -1.0
+    else:
+        step, edge = span / 4, max(free.values())
+    columns = sorted((p for p in found if p not in free), key=report.pattern_key)
+    placed = {p: (x, 0) for p, x in free.items()}
+    return placed | {p: (edge + i * step, step) for i, p in enumerate(columns, 1)}
+
+
+def _pattern_axis(ax, points, places):
+    """Ticks of the x axis: sparsities in percent, then the columns of the N:M patterns behind a thin line."""
+    sparsity = {pattern: x for (_, pattern), (x, _) in points.items()}
+    free = [x for x, width in places.values() if not width]
+    span = max(free) - min(free) if free else 0
+    ticks, texts = [], []
+    for pattern, (x, width) in sorted(places.items(), key=lambda item: item[1]):
+        if width or not ticks or x - ticks[-1] > span / 12:
+            ticks.append(x)
+            percent = f"{100 * sparsity[pattern]:.3g} %"
+            texts.append(f"{report.clean(pattern)}\n{percent}" if width and ":" in pattern else percent)
+    ax.set_xticks(ticks, texts)
+    columns = [(x - width / 2, x + width / 2) for x, width in places.values() if width]
+    for edge in sorted({round(e, 9) for pair in columns for e in pair})[:-1] if columns else ():
+        ax.axvline(edge, color=GRID, lw=1.2)
+    if columns:
+        ax.set_xlim(right=max(columns)[1])
+        ax.set_xlim(left=min(free) - span / 12 if free else min(columns)[0])
+    ax.set_xlabel("sparsity (% of the prunable weights that are zero)")
+
+
+def _mark(ax, x, values, colour, marker, **kwargs):
+    """The mean of `values` at x, with a bar over their range."""
+    ax.plot([x], [sum(values) / len(values)], color=colour, ls="none", marker=marker, zorder=3, **kwargs)
+    if len(values) > 1:
+        ax.plot([x, x], [min(values), max(values)], color=colour, lw=1.2, marker="_", ms=6)
+
+
+# ---------------------------------------------------------------- time
+
+@_drawn
+def fig_time(records):
+    """Where the seconds of each run went: one stacked bar a run."""
+    records = report.ordered(records)
+    parts = [seconds(r) for r in records]
+    if not any(parts):
+        return _nothing("no run has its seconds in the record")
+    colour = {name: c for name, c in PARTS.items() if any(p.get(name) for p in parts)}
+    fig = _figure(WIDTH, 0.95 + 0.27 * len(records))
+    ax = fig.subplots()
+    for i, part in enumerate(parts):
+        left = 0.0
+        for name in colour:
+            ax.barh(i, part.get(name, 0), 0.72, left=left, color=colour[name])
+            left += part.get(name, 0)
+        ax.annotate(f"{report.number(left, 3)} s", (left, i), xytext=(4, 0), textcoords="offset points",
+                    va="center", fontsize=8)
+    names = [t if len(t) <= 48 else f"{t[:23]}…{t[-24:]}" for t in report.labels(records)]
+    ax.set_yticks(range(len(records)), names)
+    ax.set_ylim(len(records) - 0.5, -0.5)
+    ax.margins(x=0.08)
+    ax.set_xlim(left=0)
+    ax.grid(False, axis="y")
+    ax.set_xlabel("wall time (seconds)")
+    _legend(fig, [_handle(name, c, "none", "s") for name, c in colour.items()])
+    return fig
+
+
+PARTS = {"load": COLOURS[0], "data": "#F0E442", "collect": COLOURS[1], "solve": COLOURS[2], "replay": COLOURS[3],
+         "other pruning": COLOURS[4], "evaluate": COLOURS[5], "other": COLOURS[6]}
+
+
+def seconds(record):
+    """{part: seconds} of one run, without the parts that took none: they add up to its total."""
+    told = {k: v for k, v in (record.get("seconds") or {}).items() if isinstance(v, (int, float))}
+    parts = {}
+    for block in record.get("blocks") or []:
+        for name, spent in (block.get("seconds") or {}).items():
+            name = name if name in PARTS else "other pruning"
+            parts[name] = parts.get(name, 0) + (spent or 0)
+    rest = max(0, told.get("prune", 0) - sum(parts.values()))
+    parts["other pruning"] = parts.get("other pruning", 0) + rest
+    for name in ("load", "data", "evaluate"):
+        parts[name] = parts.get(name, 0) + told.get(name, 0)
+    parts["other"] = max(0, told.get("total", 0) - sum(parts.values()))
+    return {name: spent for name, spent in parts.items() if spent > 0}
+
+
+# ---------------------------------------------------------------- out
+
+def svg(fig, prefix=""):
+    """The figure as an <svg> element for a page, always the same; `prefix` keeps the ids of several apart."""
+    out = io.StringIO()
+    with _matplotlib().rc_context(RC), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser will have the font
+        fig.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    text = re.sub(r"<metadata>.*?</metadata>", "", out.getvalue(), flags=re.S)
+    text = text[text.index("<svg"):]
+    text = re.sub(r' xmlns(:\w+)?="[^"]*"| version="[^"]*"', "", text, count=3).replace("xlink:href", "href")
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", text)
+    for colour, name in ((INK, "currentColor"), (MUTED, "var(--muted)"), (GRID, "var(--grid)")):
+        text = text.replace(colour, name)
+    return text.strip()
+
+
+def save(fig, path):
+    """Write the figure to a file whose ending names the format (svg, pdf, png), always the same bytes."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(path.suffix[1:].lower())
+    with _matplotlib().rc_context(RC):
+        fig.savefig(path, metadata=dates, dpi=200)

@@ -1,0 +1,206 @@
+"""The block loop: capture -> collect -> solve -> write back -> replay, one block at a time.
+
+Every block is pruned on what the already pruned blocks before it produce, as in SparseGPT and Wanda. Two passes over the
+data a block: one to collect statistics with the block still dense, one to carry the data through the pruned block.
+"""
+
+import contextlib
+import time
+from dataclasses import dataclass, field
+
+import torch
+from tqdm import tqdm
+
+from . import capture, models, solvers
+from .linalg import NumericalError
+from .patterns import Dense
+from .solvers import magnitude
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the loop computes (what it computes is in the plan and the chain).
+
+    gram_budget: bytes of Gram matrices gathered at once. activations, activation_dtype: where and as what hidden states
+    wait between blocks (None: on the device, as computed). layer_errors: measure each linear's error on sampled inputs.
+    """
+
+    device: str = "cpu"
+    batch_size: int = 8
+    true_sequential: bool = False
+    gram_budget: int = 4 * 2**30
+    activations: str | None = None
+    activation_dtype: torch.dtype | None = None
+    layer_errors: bool = True
+    tf32: bool = False
+    progress: bool = True
+
+
+@dataclass
+class Result:
+    """Rows for the record: one per linear, one per block, what was skipped, every weaker path taken."""
+
+    layers: list = field(default_factory=list)
+    blocks: list = field(default_factory=list)
+    skipped: list = field(default_factory=list)
+    warnings: list = field(default_factory=list)
+
+
+def make_plan(model, pattern, steps):
+    """{full linear name: Pattern} with `pattern` everywhere, its comparison group the solver's own unless named.
+
+    Raises ValueError naming the first layer whose shape cannot have the pattern.
+    """
+    plan, (name, block_list) = {}, models.blocks(model)
+    pattern = pattern.with_default_group(steps[0][1].group)
+    for b, block in enumerate(block_list):
+        for view in models.linears(block)[0]:
+            full = f"{name}.{b}.{view.name}"
+            try:
+                pattern.check(*view.shape)
+            except ValueError as error:
+                raise ValueError(f"--pattern {pattern}: {error} ({full}, {view.shape[0]}x{view.shape[1]})") from None
+            plan[full] = pattern
+    if not plan:
+        raise ValueError("--model: no block of this model holds a linear that can be pruned")
+    return plan
+
+
+@torch.no_grad()
+def prune_model(model, ids, mask, plan, steps, options=Options(), *, finished=(), on_block=None):
+    """Prune the model in place; Result.
+
+    ids: int64 (n, T) calibration tokens, mask: bool (n, T) or None. plan: {full linear name: Pattern}. steps: the solver
+    chain, [(module, cfg), ...]. finished: (state, rows) of blocks that an earlier, interrupted run has pruned, in order.
+    on_block(b, block, rows): called with each newly pruned block at home.
+
+    Raises ValueError naming the layer when weights or statistics cannot be used.
+    """
+    name, block_list = models.blocks(model)
+    needs = frozenset().union(*(module.needs for module, _ in steps))
+    if options.layer_errors:
+        needs |= {"sample"}
+    result = Result(skipped=[{"name": n, "reason": why} for n, why in models.outside(model, block_list)])
+    finished = list(finished)
+    bar = tqdm(block_list, desc=f"prune ({'+'.join(m.__name__.rsplit('.')[-1] for m, _ in steps)})", unit="block",
+               disable=not options.progress, leave=False)
+    with models.experts_one_by_one(model), float32_products(options.tf32):
+        stream = start(model, ids, mask, options) if needs else None
+        for b, block in enumerate(bar):
+            views, skipped = models.linears(block)
+            result.skipped += [{"name": f"{name}.{b}.{n}", "reason": why} for n, why in skipped]
+            done = finished[b] if b < len(finished) else None
+            if done:
+                block.load_state_dict(done[0])
+            rows = done[1] if done else {"layers": [], "block": {"block": b, "seconds": {}}, "warnings": []}
+            with models.resident(models.tensors_of(block), options.device, write_back=not done):
+                if not done:
+                    prune_block(block, stream, b, views, f"{name}.{b}.", plan, steps, needs, options, rows)
+                elif stream and b + 1 < len(block_list):
+                    capture.replay(block, stream, b)
+            result.layers += rows["layers"]
+            result.blocks.append(rows["block"])
+            result.warnings += rows["warnings"]
+            if on_block and not done:
+                on_block(b, block, rows)
+    return result
+
+
+def start(model, ids, mask, options):
+    """The stream of the calibration tokens at the first block."""
+    return capture.capture(model, ids, mask, batch_size=options.batch_size, device=options.device,
+                           place=options.activations, dtype=options.activation_dtype)
+
+
+@contextlib.contextmanager
+def float32_products(tf32):
+    """Float32 products in full precision, unless the user asks for TF32 (10 bits of mantissa) on the GPU."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def prune_block(block, stream, b, views, prefix, plan, steps, needs, options, rows):
+    """Collect, solve and write back until every linear of the resident block is done, then replay it.
+
+    In several passes when the Gram matrices do not fit the budget at once or with `true_sequential`. Only the latter
+    lets a pass see what the one before has pruned: otherwise new weights wait for the last pass.
+    """
+    seconds = rows["block"]["seconds"]
+    remaining, waiting, dense_out = list(views), [], None
+    while remaining:
+        moments, deferred = {}, []
+        if stream:
+            with clock(seconds, "collect", options.device):
+                moments, deferred, out = capture.collect(block, stream, b, remaining, needs,
+                                                         budget=options.gram_budget, one_stage=options.true_sequential)
+            dense_out = out if dense_out is None else dense_out
+        put_off = {v.name for v in deferred}
+        with clock(seconds, "solve", options.device):
+            for view in (v for v in remaining if v.name not in put_off):
+                write = solve(view, moments.get(view.name), prefix + view.name, plan, steps, rows)
+                if deferred and not options.true_sequential:
+                    waiting.append(write)
+                else:
+                    write()
+        remaining = deferred
+    for write in waiting:
+        write()
+    if stream:
+        with clock(seconds, "replay", options.device):
+            pruned_out = capture.replay(block, stream, b)
+        change = torch.linalg.vector_norm((pruned_out - dense_out).float()).item()
+        whole = torch.linalg.vector_norm(dense_out.float()).item()
+        rows["block"]["relative_error"] = (change / whole) ** 2 if whole else 0.0
+
+
+def solve(view, moments, name, plan, steps, rows):
+    """Find one linear's new weights; a function that writes them and adds the linear's row to the record."""
+    W, pattern, began = view.get(), plan.get(name, Dense()), time.perf_counter()
+    if not torch.isfinite(W).all():
+        raise ValueError(f"{name}: its weights are not finite; the checkpoint is damaged")
+    note = None
+    chain = steps
+    if any(module.needs for module, _ in steps) and (moments is None or moments.n == 0):
+        chain, note = [(magnitude, magnitude.Config())], "no calibration token reached it: pruned by magnitude instead"
+    if isinstance(pattern, Dense):
+        chain, note = [(magnitude, magnitude.Config())], None
+    try:
+        solution = solvers.solve(W, moments, pattern, chain)
+    except NumericalError as error:
+        raise ValueError(f"{name}: {error}") from None
+    notes = solution.info.pop("warnings", []) + ([note] if note else [])
+    error = moments.relative_error(W, solution.W_hat) if moments else None
+    spent = time.perf_counter() - began
+
+    def write():
+        view.set(solution.W_hat)
+        rows["layers"].append(check(view, name, pattern, solution, error, spent, rows["block"]["block"]))
+        rows["warnings"].extend(f"{name}: {n}" for n in notes)
+    return write
+
+
+def check(view, name, pattern, solution, error, seconds, b):
+    """The linear's row for the record, after proof that the stored weight has the pattern."""
+    stored = view.get()
+    if not torch.isfinite(stored).all():
+        raise ValueError(f"{name}: its new weights do not fit {view.stored}; use --dtype bfloat16 or float32")
+    R, C = view.shape
+    zeros, target = int((stored == 0).sum()), pattern.zeros(R, C)
+    assert int((~solution.mask).sum()) == target and pattern.holds(stored), f"{name}: pattern {pattern} broken"
+    return {"name": name, "block": b, "linear": view.name, "shape": [R, C], "pattern": str(pattern),
+            "group": pattern.group, "target_zeros": target, "zeros": zeros, "surplus": zeros - target,
+            "relative_error": error, "seconds": seconds, "info": solution.info}
+
+
+@contextlib.contextmanager
+def clock(seconds, key, device):
+    """Add the time spent inside to seconds[key]."""
+    began = time.perf_counter()
+    yield
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds[key] = seconds.get(key, 0.0) + time.perf_counter() - began

@@ -1,0 +1,271 @@
+"""Models: load one, find its blocks, see every prunable weight as an (R, C) matrix, bring a part of it to the device.
+
+    block   one transformer layer
+    view    one linear's weight, whatever way the model stores it: nn.Linear (R, C), transformers' Conv1D (C, R), or one
+            expert's slice of a fused 3-D parameter (E, R, C) or (E, C, R)
+
+Everything is found generically; what is peculiar to a family stands in the tables below and nowhere else.
+"""
+
+import contextlib
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+DEMO = Path(__file__).parent / "demo" / "model"
+ROUTERS = ("gate", "router", "shared_expert_gate", "classifier")  # last part of a router's name, in all MoE families
+EXPERTS_IMPLEMENTATION = "oneshot_one_by_one"
+
+
+def load(name, *, dtype="auto", revision=None, cache_dir=None, trust_remote_code=False, attn_implementation=None):
+    """(model, tokenizer) of a local folder, a hub name or "demo", on the CPU, weights in `dtype` ("auto": as stored).
+
+    Only safetensors are read. Raises ValueError naming `--model` when there is nothing loadable.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = DEMO if str(name) == "demo" else Path(name)
+    local = path.is_dir()
+    if local:
+        check_folder(path)
+    elif str(name).count("/") > 1 or str(name).startswith((".", "/", "~")) or path.exists():
+        raise ValueError(f"--model {name}: no such folder")
+    options = {"revision": revision, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
+    source = str(path) if local else str(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, attn_implementation=attn_implementation, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise ValueError(f"--model {name}: cannot be loaded ({first_line})") from error
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def check_folder(path):
+    """Raise ValueError unless `path` holds a config and safetensors weights."""
+    if not (path / "config.json").is_file():
+        raise ValueError(f"--model {path}: no config.json in this folder, so it is no Hugging Face model")
+    if not any(path.glob("*.safetensors")):
+        pickles = any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth"))
+        raise ValueError(f"--model {path}: " + (
+            "its weights are pickle files, which can run code when loaded; save it as safetensors first"
+            if pickles else "no safetensors weights in this folder"))
+
+
+def fingerprint(model):
+    """sha256 of every parameter's name, dtype, shape and bytes: which weights a run started from."""
+    digest = hashlib.sha256()
+    for name, p in model.named_parameters():
+        digest.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
+        digest.update(p.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy())
+    return digest.hexdigest()
+
+
+def config_of(model):
+    """The text part of a model's configuration."""
+    return model.config.get_text_config(decoder=True)
+
+
+def max_positions(model):
+    """Longest sequence the model was made for, or None when it does not say."""
+    return getattr(config_of(model), "max_position_embeddings", None)
+
+
+def decoder(model):
+    """The part of the model that embeds and runs the blocks, without the output head."""
+    inner = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return inner if inner is not None and inner is not model else model.base_model
+
+
+def blocks(model):
+    """(name of the list, ModuleList of the transformer blocks).
+
+    Raises ValueError when no ModuleList has the configuration's number of layers.
+    """
+    n = config_of(model).num_hidden_layers
+    inner = decoder(model)
+    classes = set(getattr(model, "_no_split_modules", None) or ())
+    lists = [(name, m) for name, m in model.named_modules()
+             if isinstance(m, nn.ModuleList) and len(m) == n and any(m is part for part in inner.modules())]
+    named = [(name, m) for name, m in lists if type(m[0]).__name__ in classes]
+    if not lists:
+        raise ValueError(f"--model: {type(model).__name__} has no list of {n} transformer blocks; "
+                         "only decoder-only transformers models can be pruned")
+    return (named or lists)[0]
+
+
+@dataclass
+class View:
+    """One linear's weight as an (R, C) matrix, rows = outputs.
+
+    name: within the block. kind: the linear's own name without the expert. owner: the module that is fed.
+    expert: its index, or None. stored: dtype in which the weight will be saved.
+    """
+
+    name: str
+    kind: str
+    owner: nn.Module
+    parameter: nn.Parameter
+    expert: int | None
+    transposed: bool
+    stored: torch.dtype
+
+    @property
+    def shape(self):
+        R, C = self.parameter.shape[-2:]
+        return (C, R) if self.transposed else (R, C)
+
+    def _slice(self):
+        w = self.parameter.data if self.expert is None else self.parameter.data[self.expert]
+        return w.T if self.transposed else w
+
+    def get(self):
+        """(R, C), float32 (float64 if the parameter is), not to be written to."""
+        w = self._slice()
+        return w if w.dtype == torch.float64 else w.float()
+
+    def set(self, W):
+        """Write W (R, C), rounded to the stored dtype; every zero becomes +0.0."""
+        self._slice().copy_(W.to(self.stored).add_(0.0))
+
+
+def linears(block):
+    """(views, skipped): every prunable weight of a block, and [(parameter name, why it is left alone)].
+
+    Call it while the block is at home (not `resident`): the stored dtype is read off the parameters.
+    """
+    views, skipped, reached = [], [], set()
+    for name, module in block.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)):
+            parameter = f"{name}.weight"
+            reached.add(parameter)
+            if name.rsplit(".", 1)[-1] in ROUTERS:
+                skipped.append((parameter, "router"))
+            elif not module.weight.is_floating_point() or module.weight.element_size() < 2:
+                skipped.append((parameter, f"quantised weight ({module.weight.dtype})"))
+            else:
+                views.append(View(name, name, module, module.weight, None, isinstance(module, Conv1D),
+                                  module.weight.dtype))
+        elif is_experts(module):
+            for part in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
+                kind, parameter = f"{name}.{part}", getattr(module, part)
+                reached.add(kind)
+                views += [View(f"{kind}.{e}", kind, module, parameter, e, module.is_transposed, parameter.dtype)
+                          for e in range(parameter.shape[0])]
+    for name, p in block.named_parameters():
+        if name not in reached and p.ndim >= 2:
+            last = name.split(".")
+            router = any(part in ROUTERS for part in last[-2:])
+            skipped.append((name, "router" if router else "bias" if "bias" in last[-1]
+                            else f"no linear this program knows, shape {tuple(p.shape)}"))
+    return views, skipped
+
+
+def is_experts(module):
+    """Whether a module holds fused experts behind transformers' experts interface."""
+    return all(hasattr(module, a) for a in ("has_gate", "is_transposed", "is_concatenated", "down_proj")) and \
+        isinstance(module.down_proj, nn.Parameter) and module.down_proj.ndim == 3
+
+
+def outside(model, block_list):
+    """[(parameter name, why)] of the matrices outside the blocks: they are never pruned."""
+    inside = {id(p) for p in block_list.parameters()}
+    embedding, head = (getattr(m, "weight", None) for m in (model.get_input_embeddings(),
+                                                            model.get_output_embeddings()))
+    def why(p):
+        tied = p is embedding and p is head
+        return "embedding, tied to the output head" if tied else "embedding" if p is embedding else \
+            "output head" if p is head else "outside the transformer blocks"
+    return [(name, why(p)) for name, p in model.named_parameters() if p.ndim >= 2 and id(p) not in inside]
+
+
+def compute_dtype(device, stored):
+    """float32 on a CPU (half precision is emulated or crippled there), else the stored dtype."""
+    return torch.float32 if torch.device(device).type == "cpu" and stored != torch.float64 else stored
+
+
+@contextlib.contextmanager
+def resident(tensors, device, *, write_back=False, dtype=None):
+    """Bring parameters and buffers to `device` in their compute dtype; at the end put them where and as they were.
+
+    tensors: an iterable of parameters and buffers. write_back: parameters may have changed, carry them home. Buffers
+    keep their dtype (rotary frequencies are float32 on purpose). Nothing is copied where nothing changes.
+    """
+    away = []
+    try:
+        for t in {id(t): t for t in tensors}.values():
+            home = t.data
+            weight = isinstance(t, nn.Parameter) and t.is_floating_point()
+            there = home.to(device, (dtype or compute_dtype(device, t.dtype)) if weight else t.dtype)
+            if there is not home:
+                away.append((t, home, weight))
+                t.data = there
+        yield
+    finally:
+        for t, home, weight in away:
+            if write_back and weight:
+                home.copy_(t.data)
+            t.data = home
+
+
+def tensors_of(module):
+    """Parameters and buffers of a module."""
+    return [*module.parameters(), *module.buffers()]
+
+
+def rest_of(module, block_list):
+    """Parameters and buffers of `module` outside the blocks."""
+    inside = {id(t) for t in tensors_of(block_list)}
+    return [t for t in tensors_of(module) if id(t) not in inside]
+
+
+@contextlib.contextmanager
+def experts_one_by_one(model):
+    """Run fused experts in a loop, so that each one's inputs can be seen; the model's own way is restored at the end.
+
+    transformers runs them as one grouped product by default. `module.observe(kind, expert, x, rows)` is called with the
+    inputs x of each expert's matrices and their row numbers among the layer's tokens, where the module has it.
+    """
+    if not any(is_experts(m) for m in model.modules()):
+        yield
+        return
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, _experts_forward)
+    before = model.config._experts_implementation
+    model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
+
+
+def _experts_forward(self, hidden_states, top_k_index, top_k_weights):
+    """transformers' eager expert loop for every layout of the experts interface, with the inputs shown on the way."""
+    up_name = "gate_up_proj" if self.has_gate else "up_proj"
+    observe = getattr(self, "observe", None)
+
+    def linear(name, e, x, rows):
+        if observe:
+            observe(name, e, x, rows)
+        w = getattr(self, name)[e]
+        y = x @ w if self.is_transposed else x @ w.T
+        return y + getattr(self, f"{name}_bias")[e] if self.has_bias else y
+
+    out = torch.zeros_like(hidden_states)
+    for e in top_k_index.unique().tolist():
+        if not 0 <= e < self.num_experts:  # expert parallelism marks absent experts so
+            continue
+        rows, slot = torch.where(top_k_index == e)
+        y = linear(up_name, e, hidden_states[rows], rows)
+        y = self._apply_gate(y) if self.has_gate else self.act_fn(y)
+        y = linear("down_proj", e, y, rows) * top_k_weights[rows, slot, None]
+        if getattr(self, "has_post_expert_norm", False):
+            raise ValueError(f"{type(self).__name__}: experts with a norm behind them are not supported")
+        out.index_add_(0, rows, y.to(out.dtype))
+    return out

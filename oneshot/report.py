@@ -1,0 +1,728 @@
+"""Run records: keep the one JSON of a run, and make tables and one HTML page of any number of them.
+
+    record   the dict that a run fills (README, Record); all but `write` and `read` are pure functions of it
+    column   one measured quantity: the metric AND its window, so that two windows never share a column
+    header   a column as people read it: "wikitext2 ppl @2048"
+    variant  the settings in which runs of one model and method differ: "nsamples 64, seed 1"
+
+Needs neither torch nor, beyond the pictures of the page, matplotlib.
+"""
+
+import csv
+import io
+import json
+import math
+import os
+import re
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+SCHEMA = 1
+# the order in the file: what is short comes first
+KEYS = ("schema", "run_id", "status", "settings", "model", "data", "environment", "metrics", "metric_info",
+        "sparsity", "warnings", "peak_memory_bytes", "seconds", "skipped", "blocks", "layers")
+# Settings that say where a run goes or what is measured after it, not what was done to the model.
+ELSEWHERE = {"model", "method", "pattern", "save", "overwrite", "results", "cache_dir", "device", "tasks",
+             "evaluate", "eval_seqlen", "eval_windows", "eval_batch_size"}
+HIGHER_IS_BETTER = ("acc", "exact_match", "em", "f1", "agreement", "mcc", "bleu", "rouge")
+
+
+# ---------------------------------------------------------------- the file
+
+def write(record, path):
+    """Write `record` to `path` as JSON (see `storable`): whole or not at all. Returns what `read` gives of it."""
+    kept = storable(record)
+    body = ",\n".join(f"{json.dumps(k)}: {_lines(v)}" for k, v in kept.items())
+    write_text("{\n" + body + "\n}\n", path)
+    return _with_nan(kept)
+
+
+def storable(record):
+    """A copy of `record` that JSON can hold, its keys in the order of KEYS.
+
+    JSON knows no NaN or infinity: they become null, and a warning of the copy says which.
+    """
+    kept, warnings = {}, [str(w) for w in record.get("warnings") or []]
+    for key, content in record.items():
+        lost = []
+        kept[key] = _finite(content, key, lost)
+        for place, x in lost if key == "metrics" else lost[:1]:
+            more = f" and {len(lost) - 1} more" if key != "metrics" and len(lost) > 1 else ""
+            text = f"{place}{more} not finite"
+            if not any(w.startswith(text) for w in warnings):
+                warnings.append(f"{text} ({x}): stored as null")
+    kept["warnings"] = warnings
+    return {k: kept[k] for k in [*(k for k in KEYS if k in kept), *sorted(k for k in kept if k not in KEYS)]}
+
+
+def _with_nan(record):
+    """`record` with NaN for every metric that is stored as null."""
+    return record | {"metrics": {k: math.nan if v is None else v for k, v in (record.get("metrics") or {}).items()}}
+
+
+def read(path):
+    """The record in the file `path`; metrics stored as null come back as NaN.
+
+    Raises ValueError, naming the file and what to do, if it holds no record or one of another schema.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: give the run record (a .json file) in it")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a run record: no valid JSON ({error}); run once more") from None
+    if not isinstance(record, dict) or "schema" not in record or "run_id" not in record:
+        raise ValueError(f"{path} is not a run record: a JSON object with `schema` and `run_id` is needed; "
+                         "give a file that oneshot.run wrote")
+    if record["schema"] != SCHEMA:
+        writer = (record.get("environment") or {}).get("oneshot", "?")
+        raise ValueError(f"{path} is a record of schema {record['schema']} (by oneshot {writer}), this one reads "
+                         f"{SCHEMA}: run again, or use the version that wrote it")
+    return _with_nan(record)
+
+
+def write_text(text, path):
+    """Put `text` into the file `path` atomically: a reader sees the old content or the new, never a half."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the rename itself must reach the disk too
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _finite(value, place, lost):
+    """`value` with every NaN or infinity replaced by None; `lost` collects (place, value)."""
+    if isinstance(value, dict):
+        return {str(k): _finite(v, f"{place} {k}", lost) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v, f"{place} {v['name'] if isinstance(v, dict) and 'name' in v else i}", lost)
+                for i, v in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        lost.append((place, value))
+        return None
+    return value
+
+
+def _lines(value):
+    """JSON with one line per entry of a dict or list: small enough to read, and to compare with diff."""
+    if isinstance(value, dict) and value:
+        return "{\n" + ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()) + "\n}"
+    if isinstance(value, list) and value:
+        return "[\n" + ",\n".join(" " + json.dumps(v) for v in value) + "\n]"
+    return json.dumps(value)
+
+
+# ---------------------------------------------------------------- what a record says
+
+@dataclass(frozen=True)
+class Column:
+    """A metric at a window. `text` tells two evaluation texts of one name apart, where a model met both."""
+
+    metric: str
+    window: int | None = None
+    text: str = ""
+
+    @property
+    def header(self):
+        name, _, kind = self.metric.rpartition("/")
+        at = f" @{self.window}" if self.window else " @?" if kind == "ppl" else ""
+        return clean(f"{name} {kind}".strip() + at + (f" ({self.text})" if self.text else ""))
+
+
+def columns(records):
+    """Every Column measured in `records`, in order of first appearance."""
+    texts = {}
+    for record in records:
+        for metric in record.get("metrics") or {}:
+            column = _column(record, metric)
+            texts.setdefault((metric, column.window), {}).setdefault(identity(record), []).append(column)
+    found = []
+    for (metric, window), by_model in texts.items():
+        split = any(len(set(met)) > 1 for met in by_model.values())
+        met = [c for cs in by_model.values() for c in cs]
+        found += dict.fromkeys(met) if split else [Column(metric, window)]
+    return found
+
+
+def value(record, column):
+    """What `record` measured for `column` (NaN if stored as null); None if it did not, or at another window or text."""
+    own, metrics = _column(record, column.metric), record.get("metrics") or {}
+    if column.metric not in metrics or own.window != column.window or (column.text and own.text != column.text):
+        return None
+    return math.nan if metrics[column.metric] is None else metrics[column.metric]
+
+
+def _column(record, metric):
+    info = (record.get("metric_info") or {}).get(metric) or {}
+    data = ((record.get("data") or {}).get("evaluation") or {}).get(metric.rpartition("/")[0]) or {}
+    windows, digest = info.get("windows", data.get("windows")), data.get("sha256")
+    known = [f"{windows} windows"] * (windows is not None) + [str(digest)[:8]] * (digest is not None)
+    return Column(metric, info.get("window", data.get("seqlen")), ", ".join(known))
+
+
+def identity(record):
+    """(name, fingerprint): equal for two runs exactly if they started from the same weights."""
+    model = record.get("model") or {}
+    name = model.get("name") or (record.get("settings") or {}).get("model") or "?"
+    return str(name), model.get("fingerprint")
+
+
+def setting(record, name):
+    return str((record.get("settings") or {}).get(name, "?"))
+
+
+def is_dense(record):
+    return "dense" in (setting(record, "method"), setting(record, "pattern"))
+
+
+def pattern_of(record):
+    return "dense" if is_dense(record) else setting(record, "pattern")
+
+
+def pattern_key(text):
+    """Sorts patterns: dense, unstructured by sparsity, N:M by sparsity and M, anything else."""
+    if text == "dense":
+        return 0, 0.0, 0, text
+    if match := re.fullmatch(r"(\d+):(\d+)", text):
+        n, m = map(int, match.groups())
+        return 2, 1 - n / max(m, 1), m, text
+    try:
+        return 1, float(text), 0, text
+    except ValueError:
+        return 3, 0.0, 0, text
+
+
+def model_names(records):
+    """{identity: name to print}: the model's name, with its fingerprint where two models bear the same."""
+    found = dict.fromkeys(identity(r) for r in records)
+    names = [name for name, _ in found]
+    return {(name, mark): clean(name if names.count(name) == 1 else f"{name} #{str(mark)[:6]}")
+            for name, mark in found}
+
+
+def ordered(records):
+    """Models and methods as given; within a model dense first, then by pattern, then by method."""
+    models = list(dict.fromkeys(identity(r) for r in records))
+    methods = list(dict.fromkeys(setting(r, "method") for r in records))
+    return sorted(records, key=lambda r: (models.index(identity(r)), not is_dense(r),
+                                          pattern_key(pattern_of(r)), methods.index(setting(r, "method"))))
+
+
+def variants(records, ignore=()):
+    """For each record the settings in which the runs of its model and method differ, as text; often ""."""
+    flat = [dict(_flat(r.get("settings") or {})) for r in records]
+    groups = {}
+    for record, own in zip(records, flat, strict=True):
+        groups.setdefault((identity(record), setting(record, "method")), []).append(own)
+    texts = []
+    for record, own in zip(records, flat, strict=True):
+        group = groups[identity(record), setting(record, "method")]
+        keys = [k for k in dict.fromkeys(k for one in group for k in one) if k not in {*ELSEWHERE, *ignore}]
+        differ = [k for k in keys if len({str(one.get(k)) for one in group}) > 1]
+        texts.append(clean(", ".join(f"{k} {own.get(k)}" for k in differ)))
+    return texts
+
+
+def series(records):
+    """For each record its method, and how its runs differ but for the seed: "wanda (nsamples 64)"."""
+    own = variants(records, ignore={"seed"})
+    return [clean(setting(r, "method")) + f" ({v})" * bool(v) for r, v in zip(records, own, strict=True)]
+
+
+def _flat(settings, prefix=""):
+    for key, item in settings.items():
+        if isinstance(item, dict):
+            yield from _flat(item, "" if key == "solver" else f"{prefix}{key}.")
+        else:
+            yield prefix + str(key), item
+
+
+def labels(records):
+    """A short name for each record that no other bears; names the model only if there are several."""
+    names, own = model_names(records), variants(records)
+    texts = []
+    for record, variant in zip(records, own, strict=True):
+        parts = [names[identity(record)]] if len(names) > 1 else []
+        parts += ["dense"] if is_dense(record) else [setting(record, "method"), pattern_of(record)]
+        texts.append(clean(" ".join(parts) + (f" ({variant})" if variant else "")))
+    return [t if texts.count(t) == 1 else f"{t} #{clean(record.get('run_id', i))[-8:]}"
+            for i, (t, record) in enumerate(zip(texts, records, strict=True))]
+
+
+def clean(text):
+    """One printable line: names come from users, and end up in terminals, XML and markdown."""
+    return "".join(c if c.isprintable() else " " for c in str(text)).strip()
+
+
+def number(x, digits=4):
+    """`x` with `digits` significant digits, whole part in full: 5.472, 117.4, 7058; "-" for None."""
+    if x is None or isinstance(x, (str, bool)):
+        return "-" if x is None else str(x)
+    if isinstance(x, int) or not math.isfinite(x) or x == 0:
+        return str(x) if isinstance(x, int) else f"{x:g}"
+    size = math.floor(math.log10(abs(float(f"{x:.{digits - 1}e}"))))
+    return f"{x:.{digits - 1}e}" if size >= 6 or size < -4 else f"{x:.{max(0, digits - 1 - size)}f}"
+
+
+# ---------------------------------------------------------------- tables
+
+def rows(records):
+    """One dict per run, in the order of `ordered`, all with the same keys; None where a run has no value.
+
+    Keys: run_id, model, method, pattern, variant; per column its header and, where a model has a dense run
+    beside pruned ones, "HEADER / dense" (perplexity: the ratio) or "HEADER - dense" (others: the difference);
+    sparsity (share of zeros in what was prunable), prune s, warnings (how many), status.
+    """
+    records = ordered(records)
+    names, found, own = model_names(records), columns(records), variants(records)
+    references = {key: {c: _dense_value(records, key, c) for c in found} for key in names}
+    compared = {c for c in found if any(value(r, c) is not None and references[identity(r)][c] is not None
+                                        for r in records if not is_dense(r)) and "stderr" not in c.metric}
+    table_rows = []
+    for record, variant in zip(records, own, strict=True):
+        row = {"run_id": record.get("run_id"), "model": names[identity(record)],
+               "method": setting(record, "method"), "pattern": pattern_of(record), "variant": variant}
+        for c in found:
+            row[c.header] = x = value(record, c)
+            if c in compared:
+                row.update([_against(c, x, references[identity(record)][c])])
+        row |= {"sparsity": record.get("sparsity"), "prune s": (record.get("seconds") or {}).get("prune"),
+                "warnings": len(record.get("warnings") or []), "status": record.get("status")}
+        table_rows.append(row)
+    return table_rows
+
+
+def _dense_value(records, model, column):
+    dense = (value(r, column) for r in records if identity(r) == model and is_dense(r))
+    return next((x for x in dense if x is not None), None)
+
+
+def _against(column, x, dense):
+    """(key, value) of the comparison with dense: a ratio for perplexity, a difference for the rest."""
+    ratio = column.metric.endswith("ppl")
+    key = f"{column.header} {'/' if ratio else '-'} dense"
+    if x is None or dense is None or (ratio and not dense):
+        return key, None
+    return key, x / dense if ratio else x - dense
+
+
+def table(records, fmt="terminal"):
+    """The rows as text: "terminal", "markdown", "html" (rounded numbers), or "csv" (all, as stored)."""
+    found = rows(records)
+    keys = list(found[0]) if found else ["model", "method", "pattern"]
+    if fmt != "csv":
+        keys = [k for k in keys if k != "run_id" and any(r[k] not in (None, "") for r in found)]
+        if all(r["status"] in (None, "finished") for r in found):
+            keys = [k for k in keys if k != "status"]
+    head = keys if fmt == "csv" else [k[-7:] if k.endswith((" / dense", " - dense")) else k for k in keys]
+    return _render(head, [[r[k] if fmt == "csv" else _cell(k, r[k]) for k in keys] for r in found], fmt,
+                   text={"run_id", "model", "method", "pattern", "variant", "status"})
+
+
+def _cell(key, x):
+    if key == "sparsity" and x is not None:
+        return percent(x)
+    if key.endswith(" - dense") and x is not None:
+        return f"{x:+.3g}"
+    return number(x, 3 if key == "prune s" else 4)
+
+
+def percent(x):
+    return "-" if x is None else f"{100 * x:.2f} %"
+
+
+def pivot(records, metric, fmt="terminal"):
+    """Methods down, patterns across, dense in front: the mean over seeds, ± standard deviation of several.
+
+    metric: a key of the metrics ("wikitext2/ppl") or one column's header ("wikitext2 ppl @2048"). Different
+    windows, models and other settings than the seed stay apart, in rows of their own. In markdown and HTML
+    the best of each pattern is bold; csv has columns for standard deviation and number of seeds. Raises
+    ValueError, naming the columns there are, if nothing is so called.
+    """
+    chosen = [c for c in columns(records) if metric in (c.metric, c.header)]
+    if not chosen:
+        known = ", ".join(c.header for c in columns(records)) or "none"
+        raise ValueError(f"no run has the metric {metric}; there are: {known}")
+    grid = _grid(records, chosen)
+    patterns = sorted({p for cells in grid.values() for p in cells}, key=pattern_key)
+    several = len(chosen) > 1, len({key[1] for key in grid}) > 1
+    head = [h for h, show in zip(("metric", "model"), several, strict=True) if show]
+    head += ["method" if several[0] or fmt == "csv" else chosen[0].header]
+    for p in patterns:
+        head += [p, f"{p} std", f"{p} n"] if fmt == "csv" else [p]
+    body = []
+    for (column, model, label), cells in grid.items():
+        rivals = [other for key, other in grid.items() if key[:2] == (column, model)]
+        line = [t for t, show in zip((column.header, model), several, strict=True) if show] + [label]
+        for p in patterns:
+            line += _pivot_cell(cells.get(p), [_mean(o[p]) for o in rivals if p in o], column, p, fmt)
+        body.append(line)
+    return _render(head, body, fmt, text=set(head) - set(patterns))
+
+
+def _grid(records, chosen):
+    """{(column, model, series): {pattern: [value per seed]}}, the dense values repeated in each row."""
+    methods = list(dict.fromkeys(setting(r, "method") for r in records))
+    records = ordered(records)
+    names, lines = model_names(records), series(records)
+    dense, grid = {}, {}
+    by_method = sorted(zip(records, lines, strict=True), key=lambda p: methods.index(setting(p[0], "method")))
+    for column in chosen:
+        for record, line in by_method:
+            x, model = value(record, column), names[identity(record)]
+            if x is None:
+                continue
+            if is_dense(record):
+                dense.setdefault((column, model), []).append(x)
+            else:
+                grid.setdefault((column, model, line), {}).setdefault(pattern_of(record), []).append(x)
+    for key, values in dense.items():
+        mine = [cells for k, cells in grid.items() if k[:2] == key]
+        for cells in mine or [grid.setdefault((*key, "dense"), {})]:
+            cells["dense"] = values
+    places = list(names.values())
+    return dict(sorted(grid.items(), key=lambda item: (chosen.index(item[0][0]), places.index(item[0][1]))))
+
+
+def _pivot_cell(values, rivals, column, pattern, fmt):
+    """The cells of one method at one pattern: [text], or [mean, std, n] for csv."""
+    if fmt == "csv":
+        return [_mean(values), _std(values), len(values)] if values else [None, None, 0]
+    if not values:
+        return ["-"]
+    mean, spread = _mean(values), _std(values)
+    text = number(mean) + (f" ± {_like(number(mean), spread)}" if spread is not None else "")
+    known = [x for x in rivals if not math.isnan(x)]
+    best = (max if higher_is_better(column.metric) else min)(known, default=None)
+    bold = len(rivals) > 1 and mean == best and pattern != "dense" and fmt in ("markdown", "html")
+    return [Bold(text) if bold else text]
+
+
+def _like(text, x):
+    """`x` with as many decimals as the number in `text`."""
+    return number(x, 2) if "e" in text or not math.isfinite(x) else f"{x:.{len(text.partition('.')[2])}f}"
+
+
+def higher_is_better(metric):
+    return metric.rpartition("/")[2].startswith(HIGHER_IS_BETTER)
+
+
+def _mean(values):
+    return sum(values) / len(values)
+
+
+def _std(values):
+    """Sample standard deviation; None of a single value."""
+    if len(values) < 2:
+        return None
+    mean = _mean(values)
+    return math.sqrt(sum((x - mean) ** 2 for x in values) / (len(values) - 1))
+
+
+class Bold(str):
+    """A cell to be set in bold where the format can."""
+
+
+def _render(head, body, fmt, text=()):
+    """Cells (strings; for csv anything) as one table. `text` names the columns that hold no numbers."""
+    if fmt == "csv":
+        out = io.StringIO()
+        csv.writer(out, lineterminator="\n").writerows([head, *body])
+        return out.getvalue()
+    left = [h in text for h in head]
+    if fmt == "html":
+        return _html_table(head, body, left)
+    if fmt not in ("terminal", "markdown"):
+        raise ValueError(f"table format {fmt}: give terminal, markdown, csv or html")
+    mark = _markdown if fmt == "markdown" else str
+    cells = [[mark(c) for c in line] for line in [head, *body]]
+    widths = [max(3, *(len(line[i]) for line in cells)) for i in range(len(head))]
+    lines = [[c.ljust(w) if is_left else c.rjust(w) for c, w, is_left in zip(line, widths, left, strict=True)]
+             for line in cells]
+    if fmt == "terminal":
+        lines.insert(1, ["-" * w for w in widths])
+        return "\n".join("  ".join(line).rstrip() for line in lines) + "\n"
+    lines.insert(1, ["-" * (w - 1) + "-:"[not is_left] for w, is_left in zip(widths, left, strict=True)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _markdown(cell):
+    text = cell.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+    return f"**{text}**" if isinstance(cell, Bold) else text
+
+
+def _html_table(head, body, left, name=""):
+    def cell(tag, content, is_left):
+        bold = isinstance(content, Bold)
+        content = escape(content.replace(" ", "\u00a0") if tag == "th" and len(content) < 9 else content)
+        content = f"<b>{content}</b>" if bold else content
+        return f"<{tag}>{content}</{tag}>" if is_left else f'<{tag} class="n">{content}</{tag}>'
+
+    lines = ["".join(cell(tag, c, is_left) for c, is_left in zip(line, left, strict=True))
+             for tag, line in [("th", head), *(("td", line) for line in body)]]
+    return (f'<div class="scroll {name}"><table><thead><tr>{lines[0]}</tr></thead><tbody>'
+            + "\n".join(f"<tr>{line}</tr>" for line in lines[1:]) + "</tbody></table></div>")
+
+
+# ---------------------------------------------------------------- the page
+
+CSS = """
+:root { color-scheme: light dark; --ink: #1b1f25; --muted: #69707b; --paper: #ffffff; --sheet: #f5f6f8;
+  --grid: #d5d9df; --warn: #8a3800; --warn-paper: #fff3e2; --warn-edge: #d55e00; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e7ec; --muted: #98a0ac; --paper: #14171b;
+  --sheet: #1d2127; --grid: #363c45; --warn: #ffbd85; --warn-paper: #33210f; --warn-edge: #e07b30; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 2rem 1.25rem 5rem; max-width: 1100px; background: var(--paper);
+  color: var(--ink); font: 15px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .25rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; }
+h3 { font-size: 1rem; margin: 1.5rem 0 .4rem; }
+p { margin: .4rem 0; max-width: 75ch; } .note { color: var(--muted); font-size: .88rem; }
+.warn { margin: 1.25rem 0; padding: .7rem 1rem; background: var(--warn-paper); border-radius: 3px;
+  border-left: 5px solid var(--warn-edge); overflow-wrap: anywhere; }
+.warn h2 { margin: 0 0 .3rem; color: var(--warn); font-size: 1.05rem; }
+.warn ul { margin: 0; padding-left: 1.2rem; } .warn li { margin: .3rem 0; } .warn .note { display: block; }
+.gap { margin: 1rem 0; } .scroll { overflow: auto; max-width: 100%; } .tall { max-height: 34rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; }
+th, td { padding: .28rem .7rem; text-align: left; border-bottom: 1px solid var(--grid); white-space: nowrap;
+  vertical-align: top; }
+th { position: sticky; top: 0; background: var(--paper); font-weight: 600; vertical-align: bottom;
+  border-bottom: 2px solid var(--muted); }
+.n { text-align: right; } th.n { white-space: normal; }
+tbody tr:hover { background: var(--sheet); }
+figure { margin: 1rem 0; overflow-x: auto; } figure svg { display: block; }
+figure svg text { font-family: inherit !important; fill: currentColor; } figcaption { color: var(--muted);
+  font-size: .88rem; max-width: 85ch; margin-top: .4rem; }
+details { border-top: 1px solid var(--grid); padding: .45rem 0; } details details { border: 0; }
+summary { cursor: pointer; font-weight: 600; overflow-wrap: anywhere; } summary .note { font-weight: 400; }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); gap: .5rem 2.5rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .12rem 1rem; margin: 0; font-size: .88rem; }
+dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+@media print { details > * { display: block; } .tall { max-height: none; } }
+"""
+
+
+def html(records, title=None):
+    """One self-contained page about one run or several: no script, nothing from elsewhere, all text escaped.
+
+    Without matplotlib a line in the pictures' place says so. Raises ValueError if there are no records.
+    """
+    if not records:
+        raise ValueError("no run records to make a page of")
+    records = ordered(records)
+    names, several = labels(records), len(records) > 1
+    title = clean(title or (f"{len(records)} pruning runs compared" if several else _describe(records[0])))
+    body = [f"<h1>{escape(title)}</h1>", f'<p class="note">{escape(_subtitle(records))}</p>',
+            _warnings(records, names), "<h2>Results</h2>", table(records, "html"),
+            f'<p class="note">{escape(_legend(records))}</p>']
+    if several:
+        body += _pivots(records)
+    body += _pictures(records)
+    body.append(f"<h2>{'The runs' if several else 'The run'}</h2>")
+    for i, (record, name) in enumerate(zip(records, names, strict=True)):
+        body.append(_run(record, name, i) if several else _details(record))
+    return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/><title>{escape(title)}</title>\n'
+            '<meta name="viewport" content="width=device-width, initial-scale=1"/>\n'
+            f"<style>{CSS}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n")
+
+
+def write_html(records, path, title=None):
+    """Write the page of `html` to `path`: whole or not at all."""
+    write_text(html(records, title), path)
+
+
+def _describe(record):
+    parts = ["dense"] if is_dense(record) else [setting(record, "method"), pattern_of(record)]
+    return " ".join([identity(record)[0], "·", *parts])
+
+
+def _subtitle(records):
+    pruned = [r for r in records if not is_dense(r)]
+    counts = {"model": {identity(r) for r in records}, "method": {setting(r, "method") for r in pruned},
+              "pattern": {pattern_of(r) for r in pruned}}
+    what = ", ".join(f"{len(s)} {name}{'s' * (len(s) > 1)}" for name, s in counts.items() if s)
+    told = [r.get("environment") or {} for r in records]
+    dates = sorted({str(e["date"])[:10] for e in told if e.get("date")})
+    versions = sorted({str(e["oneshot"]) for e in told if e.get("oneshot")})
+    return clean(" · ".join([what if len(records) > 1 else str(records[0].get("run_id")),
+                             *([" to ".join(dict.fromkeys([dates[0], dates[-1]]))] if dates else []),
+                             *([f"oneshot {', '.join(versions)}"] if versions else [])]))
+
+
+def _legend(records):
+    heads = [c.header for c in columns(records)]
+    text = "sparsity: share of the prunable weights that are zero. "
+    if any(" @" in h for h in heads):
+        text += "ppl @W: perplexity over windows of W tokens; compare only equal windows. "
+    keys = " ".join(rows(records)[0])
+    text += "/ dense: ratio to the dense model. " if " / dense" in keys else ""
+    return text + ("- dense: difference from the dense model." if " - dense" in keys else "")
+
+
+def _warnings(records, names):
+    """The warnings of all runs, each once, with the runs it came from."""
+    found = {}
+    for record, name in zip(records, names, strict=True):
+        status = record.get("status")
+        own = [f"not finished: status is {status}"] if status != "finished" else []
+        for text in dict.fromkeys([*own, *map(clean, record.get("warnings") or [])]):
+            found.setdefault(text, []).append(name)
+    if not found:
+        return '<p class="note">No warnings.</p>'
+    items = []
+    for text, runs in found.items():
+        where = ", ".join(runs[:8]) + (f" and {len(runs) - 8} more" if len(runs) > 8 else "")
+        where = f'<span class="note">{escape(where)}</span>' if len(records) > 1 else ""
+        items.append(f"<li>{escape(clean(text))}{where}</li>")
+    head = f"{len(found)} warning{'s' * (len(found) > 1)}"
+    rest = f"<details><summary>{len(items) - 12} more</summary><ul>{''.join(items[12:])}</ul></details>"
+    return (f'<section class="warn" role="alert"><h2>{head}</h2><ul>{"".join(items[:12])}</ul>'
+            + rest * (len(items) > 12) + "</section>")
+
+
+def _pivots(records):
+    """Methods down and patterns across, per metric, where there are several of both."""
+    pruned = [r for r in records if not is_dense(r)]
+    if len({setting(r, "method") for r in pruned}) < 2 or len({pattern_of(r) for r in pruned}) < 2:
+        return []
+    made = [pivot(records, c.header, "html") for c in columns(records) if "stderr" not in c.metric]
+    made = [f'<div class="gap">{text}</div>' for text in made]
+    note = "Bold: the best of the pattern. ±: standard deviation over seeds."
+    return ["<h2>By method and pattern</h2>", *made, f'<p class="note">{note}</p>'] if made else []
+
+
+def _pictures(records):
+    """The pictures of the page with their headings; one loud line instead where matplotlib is absent."""
+    from . import figures
+
+    made, names = [], model_names(records)
+
+    def add(heading, caption, draw, *args):
+        drawing, title = figures.svg(draw(*args), f"f{len(made)}-"), escape(heading)
+        made.append(f'<h2>{title}</h2><figure><div role="img" aria-label="{title}">{drawing}</div>'
+                    f"<figcaption>{escape(caption)}</figcaption></figure>")
+
+    try:
+        if len(records) > 1:
+            for column in (c for c in columns(records) if c.metric.endswith("ppl")):
+                add(f"{column.header} against sparsity",
+                    "Lower is better. Dashed: the dense model. Hollow: N:M patterns, methods side by side.",
+                    figures.fig_perplexity, records, column.header)
+        for key, name in names.items():
+            own, of = [r for r in records if identity(r) == key], f", {name}" * (len(names) > 1)
+            if any(r.get("layers") for r in own):
+                add(f"Error by depth{of}", _error_caption(own), figures.fig_layer_errors, own, records)
+                add(f"Zeros by depth{of}", "Share of zeros in each pruned linear.",
+                    figures.fig_layer_sparsity, own, records)
+        add("Where the time went",
+            "collect: forward with statistics; solve: masks, weights; replay: forward with the pruned block.",
+            figures.fig_time, records)
+    except ImportError as error:
+        return [f'<section class="warn"><h2>Pictures left out</h2><p>{escape(str(error))}</p></section>']
+    return made
+
+
+def _error_caption(records):
+    sources = {layer.get("error_from") for r in records for layer in r.get("layers") or []} - {None}
+    where = {"gram": "over all calibration tokens", "sample": "on a sample of the calibration tokens"}
+    measured = " or ".join(where.get(s, clean(s)) for s in sorted(sources, key=str))
+    return ("Relative error: squared change of the linear's output over its squared norm, tr((W−Ŵ)G(W−Ŵ)ᵀ) / "
+            f"tr(WGWᵀ){f', {measured}' * bool(measured)}. Line: median; band: range (experts, seeds).")
+
+
+def _run(record, name, i):
+    """The folded details of one run among several."""
+    told = [f"{c.header} {number(value(record, c))}" for c in columns([record])][:3]
+    told.append(f"{percent(record.get('sparsity'))} zeros")
+    note = f'<span class="note">{escape(" · ".join(told))}</span>'
+    return f'<details id="run-{i}"><summary>{escape(name)} {note}</summary>{_details(record)}</details>'
+
+
+def _details(record):
+    data = record.get("data") or {}
+    spent = {"run id": record.get("run_id"), "peak memory": _bytes(record.get("peak_memory_bytes"))}
+    spent |= {k: f"{number(v, 3)} s" for k, v in (record.get("seconds") or {}).items()}
+    blocks = [("Settings", dict(_flat(record.get("settings") or {}))), ("Model", record.get("model") or {}),
+              ("Environment", record.get("environment") or {}), ("Time and memory", spent),
+              ("Calibration data", data.get("calibration") or {})]
+    blocks += [(f"Evaluation data: {k}", v or {}) for k, v in (data.get("evaluation") or {}).items()]
+    facts = "".join(f"<div><h3>{escape(clean(k))}</h3>{_facts(v)}</div>" for k, v in blocks if v)
+    return f'<div class="facts">{facts}</div>{_skipped(record)}{_surplus(record)}{_layers(record)}'
+
+
+def _facts(pairs):
+    items = "".join(f"<dt>{escape(clean(k))}</dt><dd>{escape(_fact(v))}</dd>" for k, v in pairs.items())
+    return f"<dl>{items}</dl>"
+
+
+def _fact(x):
+    """A setting as text: whole numbers with thin spaces between thousands, no other number rounded."""
+    if isinstance(x, int) and not isinstance(x, bool):
+        return f"{x:,}".replace(",", "\u2009") if abs(x) >= 10000 else str(x)
+    if isinstance(x, (list, tuple)):
+        return ", ".join(map(_fact, x))
+    return "-" if x is None else clean(x)
+
+
+def _bytes(n):
+    if n is None:
+        return "-"
+    power = min(4, max(0, int(math.log10(max(n, 1)) // 3)))
+    return f"{number(n / 1000.0**power, 3)} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def _skipped(record):
+    items = record.get("skipped") or []
+    if not items:
+        return ""
+    body = [[clean(s.get("name")), clean(s.get("reason"))] for s in items]
+    head = f"<h3>Skipped: {len(items)} tensor{'s' * (len(items) > 1)} not pruned</h3>"
+    return head + _html_table(["tensor", "reason"], body, [True, True], "tall")
+
+
+def _surplus(record):
+    """The layers that hold more zeros than were asked for."""
+    layers = [x for x in record.get("layers") or [] if x.get("surplus")]
+    if not layers:
+        return ""
+    keys = ("target_zeros", "zeros", "surplus")
+    body = [[clean(x.get("name")), *(_fact(x.get(k)) for k in keys)] for x in layers]
+    head = ["layer", "asked for", "stored", "surplus"]
+    return (f"<h3>Surplus zeros in {len(layers)} layer{'s' * (len(layers) > 1)}</h3>"
+            + _html_table(head, body, [True, False, False, False], "tall")
+            + '<p class="note">Dead inputs, weights that were zero before, or underflow.</p>')
+
+
+def _layers(record):
+    layers = record.get("layers") or []
+    if not layers:
+        return ""
+    from .figures import layer_sparsity
+
+    body = [[clean(x.get("name")), " × ".join(map(str, x.get("shape") or [])), clean(x.get("pattern")),
+             percent(layer_sparsity(x)), _fact(x.get("zeros")), number(x.get("relative_error"), 3),
+             number(x.get("seconds"), 2), _info(x.get("info") or {})]
+            for x in layers]
+    head = ["layer", "shape", "pattern", "zeros", "zeros (count)", "relative error", "seconds", "info"]
+    table_html = _html_table(head, body, [h in ("layer", "shape", "pattern", "info") for h in head], "tall")
+    return f"<details><summary>All {len(layers)} layers</summary>{table_html}</details>"
+
+
+def _info(info):
+    told = {clean(k): number(v, 3) if isinstance(v, float) else clean(v) for k, v in info.items()}
+    return ", ".join(f"{k} {v}" for k, v in told.items())

@@ -1,0 +1,83 @@
+"""Solvers: ways to choose and set the weights of ONE linear. One file, one way; the file name is the `--method` name.
+
+A solver is a module with
+
+    needs       which Moments it reads, a frozenset of names (see moments.py)
+    Config      a frozen dataclass: its flags, with `metadata={"help": ...}` each, and `group`: its paper's comparison
+                group for an unstructured pattern ("matrix", "row" or a number of columns)
+    prune(W, moments, pattern, cfg) -> Solution
+
+where W (R, C) is the dense weight (floating point, at least float32; left untouched), rows = outputs. It is a pure
+function: no device moves, no globals, nothing random.
+
+A refiner has `refine(W, solution, moments, pattern, cfg) -> Solution` instead of `prune` and keeps one law: the layer's
+quadratic error tr((W-Ŵ) G (W-Ŵ)ᵀ) never grows beyond rounding, and the pattern still holds. `--method wanda+refit`
+chains: the first name is a solver, each further one a refiner.
+"""
+
+import importlib
+import pkgutil
+from dataclasses import dataclass, field, fields
+
+import torch
+
+
+@dataclass
+class Solution:
+    """What a solver decided.
+
+    W_hat: (R, C), the new weight, zero wherever the mask is False.
+    mask: bool (R, C), the decision; a kept weight may happen to be zero.
+    info: plain values for the record ("damping": used). `info["warnings"]`, a list of str, says every weaker path taken.
+    """
+
+    W_hat: torch.Tensor
+    mask: torch.Tensor
+    info: dict = field(default_factory=dict)
+
+
+def names():
+    """All `--method` parts there are: {"solver": [...], "refiner": [...]}, sorted."""
+    found = {"solver": [], "refiner": []}
+    for m in sorted(m.name for m in pkgutil.iter_modules(__path__)):
+        found["refiner" if hasattr(module(m), "refine") else "solver"].append(m)
+    return found
+
+
+def module(name):
+    """The module of one solver or refiner."""
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def chain(method):
+    """The modules that `--method` names, solver first: "wanda+refit" -> [wanda, refit].
+
+    Raises ValueError naming `--method` when a part is unknown or stands in the wrong place.
+    """
+    known, parts = names(), method.split("+")
+    for place, name in enumerate(parts):
+        kind = "refiner" if place else "solver"
+        if name not in known[kind]:
+            raise ValueError(f"--method {method}: {name!r} is not a {kind}; there are "
+                             f"{', '.join(known[kind]) or 'none'}" + ("" if place else " (and dense)"))
+    return [module(name) for name in parts]
+
+
+def configure(method, given):
+    """{part: its Config} for a chain, from values named "part.field"; the rest take their defaults."""
+    return {short(m): m.Config(**{f.name: given[f"{short(m)}.{f.name}"] for f in fields(m.Config)
+                                  if f"{short(m)}.{f.name}" in given}) for m in chain(method)}
+
+
+def short(module):
+    """A solver's own name."""
+    return module.__name__.rsplit(".", 1)[-1]
+
+
+def solve(W, moments, pattern, steps):
+    """Run a chain on one linear. steps: [(module, cfg), ...], the first a solver, the rest refiners."""
+    (solver, cfg), *refiners = steps
+    solution = solver.prune(W, moments, pattern, cfg)
+    for refiner, cfg in refiners:
+        solution = refiner.refine(W, solution, moments, pattern, cfg)
+    return solution

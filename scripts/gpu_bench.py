@@ -1,0 +1,281 @@
+"""Measure the 2:4 kernels on this GPU: correctness first, then the tables, in slices that resume.
+
+    PYTHONPATH=.:kernels python scripts/gpu_bench.py --budget-s 540 --results results     repeat until it says "done"
+    PYTHONPATH=.:kernels TRITON_INTERPRET=1 python scripts/gpu_bench.py --toy             CPU: everything but the timing
+
+Writes kernels.csv, decode.csv, a section of tables.md, figures/kernels_speedup.png, the tuned table of this card, and
+gpu_bench_state.json, from which the next slice goes on. A wrong result stops it with exit code 1.
+"""
+
+import argparse
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import triton
+from _gpu_bench_checks import Wrong, fragment_map, paths, variants
+from _gpu_bench_measure import Bench, baselines, ceilings, decode_model, fused_mlp, sweep
+from _gpu_bench_report import write_report
+from oneshot_kernels import decode, dispatch, tune
+from oneshot_kernels.mma_sp import INTERPRET
+
+SHAPES = {  # (outputs, inputs) of the fused layers
+    "Llama-2-7B": {"qkv": (12288, 4096), "o": (4096, 4096), "gate_up": (22016, 4096), "down": (4096, 11008)},
+    "Llama-3-8B": {"qkv": (6144, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)},
+    "Qwen3-8B": {"gate_up": (24576, 4096), "down": (4096, 12288)},
+    "Llama-3-70B": {"qkv": (10240, 8192), "o": (8192, 8192), "gate_up": (57344, 8192), "down": (8192, 28672)},
+}
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096)
+SWEEP_SHAPES = ((28672, 4096), (4096, 4096), (4096, 11008))  # large, small, 43 blocks for 8 warps
+SWEEP_TOKENS = (1, 8, 16, 32, 64)
+KEEP = 3
+"""How many of a sweep's best launch parameters are tried at every other shape."""
+FIELDS = {
+    "kernels": [
+        "stage",
+        "n",
+        "k",
+        "tokens",
+        "method",
+        "config",
+        "us",
+        "tb_per_s",
+        "tflop_per_s",
+        "percent_of_read",
+        "speedup",
+        "error",
+    ],
+    "decode": ["stage", "method", "batch", "ms_per_step", "tokens_per_s", "speedup", "peak_gib", "error"],
+}
+STAMP = ("commit", "device", "torch", "triton", "dtype")
+
+
+class Results:
+    """The folder of results: rows appended as they are measured, and which units are done."""
+
+    def __init__(self, folder: Path, stamp: dict, restart: bool):
+        self.folder, self.stamp = folder, stamp
+        self.state_path = folder / "gpu_bench_state.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        state = json.loads(self.state_path.read_text()) if self.state_path.exists() and not restart else {}
+        self.done = (
+            state.get("done", []) if state.get("stamp") == stamp else []
+        )  # other code or card: start over
+
+    def rows(self, name: str) -> list[dict]:
+        """This run's rows of kernels.csv or decode.csv, numbers as floats."""
+        path = self.folder / f"{name}.csv"
+        if not path.exists():
+            return []
+        with path.open(newline="") as file:
+            mine = [row for row in csv.DictReader(file) if all(row[key] == self.stamp[key] for key in STAMP)]
+        return [{key: _number(value) for key, value in row.items()} for row in mine]
+
+    def add(self, unit: str, rows: list[dict]) -> None:
+        """Append a finished unit's rows and remember that it is done."""
+        for name in FIELDS:
+            chosen = [row for row in rows if (row["stage"] == "decode") == (name == "decode")]
+            if chosen:
+                self._append(name, chosen)
+        self.done.append(unit)
+        self.state_path.write_text(json.dumps({"stamp": self.stamp, "done": self.done}, indent=1))
+
+    def _append(self, name: str, rows: list[dict]) -> None:
+        path = self.folder / f"{name}.csv"
+        new = not path.exists()
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, [*STAMP, *FIELDS[name]])
+            if new:
+                writer.writeheader()
+            writer.writerows({**self.stamp, **{k: _text(v) for k, v in row.items()}} for row in rows)
+
+
+def _number(text: str):
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _text(value):
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.6g}"
+    return json.dumps(value) if isinstance(value, dict) else value
+
+
+def stamp(commit: str | None, device: torch.device, dtype: torch.dtype) -> dict:
+    """What every row carries."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu (toy run, no timing)"
+    versions = {"torch": torch.__version__, "triton": triton.__version__}
+    return {
+        "commit": commit or _git_commit(),
+        "device": name,
+        **versions,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def _git_commit() -> str:
+    describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    run = subprocess.run(describe, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    return run.stdout.strip() or "unknown"
+
+
+Unit = tuple[str, Callable[[], list[dict]]]
+
+
+def units(bench: Bench, results: Results) -> Iterator[Unit]:
+    """(name, function returning rows), in the order of what a reader must believe first."""
+    toy = bench.toy
+    shapes = (
+        [(48, 512), (32, 36)] if toy else sorted({s for group in SHAPES.values() for s in group.values()})
+    )
+    tokens = (1, 9, 66) if toy else TOKENS
+    sweep_shapes, sweep_tokens = (shapes[:1], (1, 9)) if toy else (SWEEP_SHAPES, SWEEP_TOKENS)
+
+    def candidates(m: int) -> list[decode.Config]:
+        return tune.decode_candidates(m)[:: 12 if toy else 1]
+
+    def check(function, *args) -> list[dict]:
+        return [{"stage": "check", **row} for row in function(*args) or []]
+
+    yield "check fragment map", lambda: check(fragment_map, bench.device, bench.dtype)
+    yield "check paths", lambda: check(paths, bench.device, bench.dtype)
+    for m in sweep_tokens:
+        ks, workers = ((512, 768), 1) if toy else ((4096, 11008), min(12, os.cpu_count() or 1))
+        yield (
+            f"check variants {m}",
+            lambda m=m, ks=ks, w=workers: check(variants, bench.device, m, candidates(m), ks, w),
+        )
+    yield "ceilings", lambda: ceilings(bench)
+    for n, k in sweep_shapes:
+        for m in sweep_tokens:
+            yield f"sweep {n}x{k} {m}", lambda n=n, k=k, m=m: sweep(bench, tune.Shape(n, k), m, candidates(m))
+    for m in tokens:
+        for n, k in shapes:
+            yield f"table {n}x{k} {m}", lambda n=n, k=k, m=m: table_rows(bench, results, n, k, m)
+    hidden, intermediate = (512, 40) if toy else (4096, 14336)
+    for m in (1, 4) if toy else (1, 4, 16):
+        yield f"mlp {m}", lambda m=m: fused_mlp(bench, hidden, intermediate, m)
+    yield "decode", lambda: decode_model(bench, (1, 2) if toy else (1, 4, 16))
+
+
+def table_rows(bench: Bench, results: Results, n: int, k: int, tokens: int) -> list[dict]:
+    """One cell of the table: the baselines, and the fastest of each of our paths. Adds to this card's tuned table."""
+    shape = tune.Shape(n, k)
+    rows = baselines(bench, shape, tokens)
+    best = best_configs(results.rows("kernels"), tokens) or [decode.default_config(tokens)]
+    ours = sweep(bench, shape, tokens, best)
+    fastest = tune.fastest([{"path": row["method"], **row} for row in ours])
+    if not bench.toy:
+        path = dispatch.table_path(bench.device)
+        tune.add_to_table(path, shape, bench.dtype, bench.device, tokens, fastest)
+    for name, entry in fastest.items():
+        if name == "sparselt":
+            continue  # measured as a baseline
+        error = max(row["error"] for row in ours if row["method"] == name)
+        common = {"stage": "table", "n": n, "k": k, "tokens": tokens}
+        rows.append(
+            {
+                **common,
+                "method": f"ours: {name}",
+                "config": entry["config"],
+                "us": entry["us"],
+                "error": error,
+            }
+        )
+    return rows
+
+
+def best_configs(rows: list[dict], tokens: int) -> list[decode.Config]:
+    """The KEEP fastest launch parameters of each sweep at the nearest swept number of tokens."""
+    swept = [row for row in rows if row["stage"] == "sweep" and row["method"] == "decode"]
+    if not swept or tokens > decode.MAX_TOKENS:
+        return []
+    nearest = min({row["tokens"] for row in swept}, key=lambda m: (m < tokens, abs(m - tokens)))
+    chosen = {}
+    for shape in {(row["n"], row["k"]) for row in swept}:
+        here = [row for row in swept if (row["n"], row["k"]) == shape and row["tokens"] == nearest]
+        for row in sorted(here, key=lambda row: row["us"] or math.inf)[:KEEP]:
+            chosen[row["config"]] = decode.Config(**json.loads(row["config"]))
+    return list(chosen.values())
+
+
+def derive(rows: list[dict], read_tb_per_s: float | None) -> None:
+    """Fill in bandwidth, its share of the read ceiling, and the speed-up over dense, from the bytes each method reads."""
+    dense = {(r.get("n"), r.get("tokens"), r.get("batch")): r for r in rows if r["method"] == "dense"}
+    for row in rows:
+        if row["stage"] in ("table", "sweep", "mlp") and row.get("us"):
+            share = 1.0 if row["method"] == "dense" else 9 / 16
+            row["tb_per_s"] = row["n"] * row["k"] * 2 * share / row["us"] / 1e6
+            if read_tb_per_s:
+                row["percent_of_read"] = 100 * row["tb_per_s"] / read_tb_per_s
+        base = dense.get((row.get("n"), row.get("tokens"), row.get("batch")))
+        if base is not None and base is not row:
+            for time_field in ("us", "ms_per_step"):
+                if base.get(time_field) and row.get(time_field):
+                    row["speedup"] = base[time_field] / row[time_field]
+
+
+def run(bench: Bench, results: Results, budget_s: float) -> bool:
+    """Run units until the budget is spent. Returns True when all are done."""
+    start = time.monotonic()
+    longest = 0.0
+    for name, function in units(bench, results):
+        if name in results.done:
+            continue
+        if time.monotonic() - start + longest > budget_s:
+            print(f"budget spent before {name!r}; run again to go on", flush=True)
+            return False
+        began = time.monotonic()
+        rows = function()
+        read = [row["tb_per_s"] for row in results.rows("kernels") if row["method"] == "read"]
+        derive(rows, read[-1] if read and isinstance(read[-1], float) else None)
+        results.add(name, rows)
+        longest = max(longest, time.monotonic() - began)
+        print(f"{time.monotonic() - start:6.0f} s  {name}", flush=True)
+    return True
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder to write to")
+    parser.add_argument(
+        "--budget-s", type=float, default=540, help="stop before this many seconds; run again to go on"
+    )
+    parser.add_argument("--toy", action="store_true", help="CPU: toy sizes, no timing")
+    parser.add_argument("--restart", action="store_true", help="measure everything again")
+    parser.add_argument("--commit", help="commit to stamp the rows with, where there is no git")
+    args = parser.parse_args(argv)
+    if args.toy and not INTERPRET:
+        parser.error("--toy runs the kernels on CPU: set TRITON_INTERPRET=1")
+    if not args.toy and not torch.cuda.is_available():
+        parser.error("no GPU here; --toy runs everything but the timing on CPU")
+    device = torch.device("cpu") if args.toy else torch.device("cuda", torch.cuda.current_device())
+    dtype = torch.float16 if args.toy else torch.bfloat16  # the interpreter truncates bfloat16
+    os.environ.setdefault("ONESHOT_KERNELS_CACHE", str(args.results / "tuned"))
+    torch.backends.cuda.matmul.allow_tf32 = False
+    bench = Bench(device, dtype, args.toy)
+    results = Results(args.results, stamp(args.commit, device, dtype), args.restart)
+    try:
+        finished = run(bench, results, args.budget_s)
+    except (Wrong, RuntimeError) as failure:
+        print(f"STOPPED: {failure}", file=sys.stderr)
+        return 1
+    write_report(args.results, results.rows("kernels"), results.rows("decode"), results.stamp, finished)
+    print("done" if finished else "not done: run again", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

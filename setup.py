@@ -1,0 +1,33 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = next(line.split('"')[1] for line in (here / "oneshot/__init__.py").read_text().splitlines()
+               if line.startswith("__version__"))
+
+setup(
+    name="oneshot",
+    version=version,
+    description="Prune a language model once, prove what it cost, run it faster",
+    long_description=(here / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["oneshot", "oneshot.*"]), *find_packages("kernels")],
+    # `kernels` is a source root, not a package: a well-known package of that name is on PyPI
+    package_dir={"oneshot_kernels": "kernels/oneshot_kernels"},
+    package_data={"oneshot.demo": ["*.txt", "model/*"]},
+    install_requires=[
+        "torch>=2.9",
+        "transformers>=5.14",
+        "safetensors>=0.5",
+        "datasets>=4",
+        "tqdm",
+        "matplotlib",
+        'triton>=3.5; platform_system == "Linux"',
+    ],
+    extras_require={
+        "eval": ["lm-eval>=0.4.9"],
+        "dev": ["pytest>=8", "ruff", "hypothesis"],
+    },
+)

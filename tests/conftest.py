@@ -1,0 +1,29 @@
+"""For every test: the packages are found in a bare checkout, nothing asks the network, `../shared` may be absent."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+for package, folder in (("oneshot", ROOT), ("oneshot_kernels", ROOT / "kernels")):
+    if importlib.util.find_spec(package) is None:
+        sys.path.insert(0, str(folder))
+
+
+def shared_path(*parts):
+    """A path under the folder `shared` ($ONESHOT_SHARED, else beside the checkout); skips the test when absent."""
+    path = Path(os.environ.get("ONESHOT_SHARED") or ROOT.parent / "shared").joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"{path} is absent: it lies beside the project's checkout, or where ONESHOT_SHARED says")
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """`shared("golden", "x.json")`: a path under the folder `shared`, or the test is skipped with the reason."""
+    return shared_path

@@ -1,0 +1,11 @@
+"""Where the package is, and which tests need which Triton mode."""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "kernels"))
+
+# Triton fixes interpreted or compiled when a kernel is defined, so the two kinds of test cannot share a
+# process. test_sparse24_interpreter.py runs the folder in one of its own, with TRITON_INTERPRET=1.
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]

@@ -1,0 +1,100 @@
+"""What the compiler makes of the kernels, read off the machine code on CPU. Figures are per compiled variant."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="compiling needs Triton, whose wheel brings ptxas (pip install triton)")
+
+HERE = Path(__file__).parent
+
+
+@functools.cache
+def everything() -> list[dict]:
+    """codegen.py's facts, from a process without TRITON_INTERPRET."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(HERE.parents[1] / "kernels"), environment.get("PYTHONPATH", "")]
+    )
+    command = [sys.executable, str(HERE / "codegen.py"), "sm_90", "sm_80", "sm_89"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-6000:]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def compiled(architecture: str) -> dict[str, dict]:
+    """{variant: facts} of one architecture."""
+    return {row["name"]: row for row in everything() if row["architecture"] == architecture}
+
+
+def decode_variants() -> dict[str, dict]:
+    return {name: row for name, row in compiled("sm_90").items() if name.startswith("decode")}
+
+
+def test_every_variant_compiles_without_spills():
+    rows = compiled("sm_90")
+    assert len(rows) == 8
+    for name, row in rows.items():
+        assert row["spills"] == 0 and row["stack"] == 0, (name, row)
+        assert row["shared"] <= 227 * 1024, (name, row)  # a Hopper block's limit
+
+
+def test_the_assembly_gets_one_fragment_per_warp():
+    """Four consecutive elements a lane, 128 a warp: the map that mma_sp.py relies on and Triton does not promise."""
+    for name, row in decode_variants().items():
+        assert row["asm_layouts"], name
+        for layout in row["asm_layouts"]:
+            parts = ("sizePerThread = [4]", "threadsPerWarp = [32]", f"warpsPerCTA = [{row['warps']}]")
+            assert all(part in layout for part in parts), (name, layout)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("decode, 8 tokens", 8),  # k-blocks under one metadata load
+        ("decode, ragged K, float16", 8),
+        ("decode, norm and swiglu", 16),  # gate and up
+        ("decode, 16 tokens, uneven warps", 16),  # two token tiles
+        ("decode, 64 tokens", 64),
+    ],
+)
+def test_products_are_sparse_tensor_core_instructions(name, count):
+    row = decode_variants()[name]
+    assert row["hmma_sp"] == count and row["tensor_core"] == count
+
+
+@pytest.mark.parametrize("name", ["decode, 8 tokens", "decode, norm and swiglu", "decode, 64 tokens"])
+def test_weights_are_copied_asynchronously_16_bytes_at_a_time(name):
+    """Per pipeline stage and row tile: eight copies of values, one of metadata. x goes straight to registers."""
+    row = decode_variants()[name]
+    tiles = 2 if "swiglu" in name else 1
+    assert row["copies"] == row["copies_16_bytes"] == 9 * tiles * row["stages"]
+
+
+def test_registers_leave_room_for_several_blocks():
+    """65536 registers: 64 or fewer a thread at 8 warps let four blocks share a multiprocessor."""
+    assert decode_variants()["decode, 8 tokens"]["registers"] <= 64
+
+
+def test_middle_kernel_uses_tensor_cores_and_wide_copies():
+    for name in ("middle, 64 tokens", "middle, 512 tokens"):
+        row = compiled("sm_90")[name]
+        assert row["tensor_core"] > 0 and row["copies_16_bytes"] > 0, (name, row)
+
+
+def test_scratch_expansion_loads_16_bytes_at_a_time():
+    assert compiled("sm_90")["scratch"]["loads_16_bytes"] > 0
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_89"])
+def test_older_architectures_compile(architecture):
+    rows = compiled(architecture)
+    assert list(rows) == ["decode, 8 tokens", "middle, 64 tokens", "scratch"]
+    assert rows["decode, 8 tokens"]["hmma_sp"] == 8
+    assert rows["middle, 64 tokens"]["tensor_core"] > 0
+    assert all(row["spills"] == 0 for row in rows.values())
