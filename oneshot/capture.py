@@ -11,6 +11,7 @@ block; each stub keeps its (args, kwargs) verbatim and hands its input on. Only 
 
 import contextlib
 import functools
+import inspect
 from dataclasses import dataclass, field
 
 import torch
@@ -24,9 +25,9 @@ from .moments import Moments
 class Stream:
     """All batches on their way through the blocks.
 
-    hidden, rows: one a batch (see above). calls[block][batch]: (args, kwargs) with HIDDEN where the batch's hidden state
-    goes. inputs: the model's own arguments, one dict a batch. device: where blocks run. place, dtype: where and as what
-    hidden states wait.
+    hidden, rows: one a batch (see above). calls[block][batch]: (args, kwargs) with HIDDEN where the batch's hidden
+    state goes. inputs: the model's own arguments, one dict a batch. device: where blocks run. place, dtype: where and
+    as what hidden states wait.
     """
 
     device: torch.device
@@ -89,7 +90,7 @@ def capture(model, ids, mask=None, *, batch_size, device="cpu", place=None, dtyp
     inner, device = models.decoder(model), torch.device(device)
     stream = Stream(device, torch.device(place or device), dtype, returns_tuple(model, ids, device),
                     [[] for _ in block_list])
-    intern = _Intern()
+    intern, first = _Intern(), []
 
     def record(b, args, kwargs):
         if args:
@@ -99,6 +100,10 @@ def capture(model, ids, mask=None, *, batch_size, device="cpu", place=None, dtyp
         if b == 0:
             stream.hidden.append(None)
             stream.keep(-1, hidden)
+            first[:] = [hidden]
+        again = len(stream.calls[b]) > len(stream.inputs)
+        if again or (hidden is not first[0] and not torch.equal(hidden, first[0])):
+            raise ValueError("it does more between its blocks than hand on what they return")
         stream.calls[b].append(tree_map(intern, (args, kwargs)))
 
     stubs = [_Stub(block, functools.partial(record, b), returns_tuple=stream.returns_tuple)
@@ -109,7 +114,11 @@ def capture(model, ids, mask=None, *, batch_size, device="cpu", place=None, dtyp
             inputs = {"input_ids": ids[i : i + batch_size].to(device)}
             if mask is not None:
                 inputs["attention_mask"] = mask[i : i + batch_size].long().to(device)
-            inner(**inputs, use_cache=False)
+            try:
+                inner(**inputs, use_cache=False)
+            except (TypeError, ValueError) as error:  # also when blocks should return more than one tensor
+                kind = type(model).__name__
+                raise ValueError(f"--model: {kind} cannot be run block by block: {error}") from error
             stream.inputs.append(inputs)
             padded = mask is not None and not bool(mask[i : i + batch_size].all())
             stream.rows.append(inputs["attention_mask"].reshape(-1).bool() if padded else None)
@@ -118,13 +127,16 @@ def capture(model, ids, mask=None, *, batch_size, device="cpu", place=None, dtyp
 
 @torch.no_grad()
 def returns_tuple(model, ids, device):
-    """Whether the model's blocks return a tuple (Bloom, Falcon) or a tensor: asked of block 0 on two tokens."""
+    """Whether the model's blocks return a tuple (Bloom, Falcon; GPT-1: a list) or a tensor.
+
+    Block 0 is asked, on two tokens.
+    """
     _, block_list = models.blocks(model)
     inner, first, answer = models.decoder(model), block_list[0], []
 
     def ask(args, kwargs):
         with models.resident(models.tensors_of(first), device):
-            answer.append(isinstance(first(*args, **kwargs), tuple))
+            answer.append(isinstance(first(*args, **kwargs), (tuple, list)))
         raise _Enough
 
     with models.resident(models.rest_of(inner, block_list), device), contextlib.suppress(_Enough), \
@@ -178,7 +190,7 @@ def forward(block, stream, b, i):
 
     args, kwargs = tree_map(bring, stream.calls[b][i])
     out = block(*args, **kwargs)
-    return out[0] if isinstance(out, tuple) else out
+    return out[0] if isinstance(out, (tuple, list)) else out
 
 
 @torch.no_grad()
@@ -289,16 +301,18 @@ class _Collector:
 def logits(model, stream, i, *, elements=2**26):
     """The model's logits on batch i of a stream that has passed all blocks: yields (positions (P,), (B, P, V)).
 
-    The model's own code behind the blocks runs (norm, head, soft-capping) on as many positions at a time as give at most
-    `elements` logits, so that a large vocabulary never fills the memory. The model's rest must be resident on the
+    The model's own code behind the blocks runs (norm, head, soft-capping) on as many positions at a time as give at
+    most `elements` logits, so that a large vocabulary never fills the memory. The model's rest must be resident on the
     stream's device.
     """
     _, block_list = models.blocks(model)
     B, T = stream.inputs[i]["input_ids"].shape
     hidden = stream.hidden[i].to(stream.device)
-    step = max(1, elements // (B * models.config_of(model).vocab_size))
+    slices = "logits_to_keep" in inspect.signature(model.forward).parameters  # all but a handful of models
+    step = max(1, elements // (B * models.config_of(model).vocab_size)) if slices else T
     stubs = [_Stub(block, None, hidden, stream.returns_tuple) for block in block_list]
     with stubbed(block_list, stubs):
         for positions in torch.arange(T, device=stream.device).split(step):
+            keep = {"logits_to_keep": positions} if slices else {}
             with torch.no_grad():
-                yield positions, model(**stream.inputs[i], use_cache=False, logits_to_keep=positions).logits
+                yield positions, model(**stream.inputs[i], use_cache=False, **keep).logits

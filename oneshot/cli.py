@@ -4,6 +4,8 @@
 """
 
 import argparse
+import difflib
+import re
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -19,24 +21,35 @@ EXAMPLES = """examples:
       a checkpoint that from_pretrained loads, and oneshot.verify proves
   python -m oneshot.run --model ./my-model --calibration my.jsonl --column text --evaluate held_out.txt
 
-The flags of wanda's main.py (--prune_method --sparsity_ratio --sparsity_type --save --save_model --use_variant ...) work
-with their meaning there.
+The flags of wanda's main.py (--prune_method --sparsity_ratio --sparsity_type --save --save_model --use_variant ...)
+work with their meaning there.
 """
 
 WANDA = {  # flag of wanda's main.py: what it does there
     "prune_method": "magnitude, wanda, sparsegpt",
-    "sparsity_ratio": "share of zeros",
+    "sparsity_ratio": "share of zeros (default: 0, nothing is pruned)",
     "sparsity_type": "unstructured, 2:4, 4:8",
     "save_model": "folder for the pruned model (--save is then the folder for results)",
 }
+UNSET = object()
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as the rest of the program does. Raises ValueError."""
+
+    def error(self, message):
+        if unknown := re.match(r"unrecognized arguments: (\S+)", message):
+            close = difflib.get_close_matches(unknown[1].partition("=")[0], self._option_string_actions, 1)
+            message = f"{unknown[1]}: no such flag" + (f", did you mean {close[0]}?" if close else "")
+        raise ValueError(f"{message.removeprefix('argument ')} (--help lists the flags)")
 
 
 def parser():
     """The argument parser: RunConfig's fields, every solver's, and wanda's names."""
-    p = argparse.ArgumentParser(
-        prog="python -m oneshot.run", usage="python -m oneshot.run [flags]", formatter_class=Formatter, epilog=EXAMPLES, allow_abbrev=False,
-        description="Prune a pretrained language model once, from a few calibration samples, without training; "
-                    "measure what that cost.")
+    p = Parser(prog="python -m oneshot.run", usage="python -m oneshot.run [flags]", formatter_class=Formatter,
+               epilog=EXAMPLES, allow_abbrev=False,
+               description="Prune a pretrained language model once, from a few calibration samples, without training; "
+                           "measure what that cost.")
     groups = {}
     for f in fields(RunConfig):
         if f.metadata:
@@ -53,6 +66,8 @@ def parser():
     for name, text in WANDA.items():
         wanda.add_argument(f"--{name}", help=text, type=float if name == "sparsity_ratio" else str)
     wanda.add_argument("--use_variant", action="store_true", help="as --wanda.use-variant")
+    wanda.add_argument("--eval_zero_shot", action="store_true",
+                       help="zero-shot tasks: not measured yet, a warning says so")
     return p
 
 
@@ -68,8 +83,10 @@ def add_flag(group, name, f):
     """One dataclass field as a flag; a bool's flag turns it from its default."""
     option, help_text = name.replace("_", "-"), f.metadata["help"]
     if isinstance(f.default, bool):
-        group.add_argument(f"--no-{option}" if f.default else f"--{option}", dest=name, default=f.default,
-                           action="store_false" if f.default else "store_true", help=("not: " if f.default else "") + help_text)
+        if f.default:
+            option, help_text = f"no-{option}", f"do not {help_text}"
+        group.add_argument(f"--{option}", dest=name, default=f.default, help=help_text,
+                           action="store_false" if f.default else "store_true")
         return
     kind = next((k for k in (int, float) if f.type == k or f.type == k | None), str)
     choices = f.metadata.get("choices")
@@ -78,30 +95,33 @@ def add_flag(group, name, f):
 
 
 def normalise(argv, known):
-    """`--a_b` as `--a-b` where only the latter is a flag."""
-    out = []
-    for arg in argv:
-        name, eq, value = arg.partition("=")
-        dashed = name.replace("_", "-")
-        out.append(dashed + eq + value if name.startswith("--") and name not in known and dashed in known else arg)
-    return out
+    """Flags as they are known, whether written with underscores or dashes."""
+    spelt = {name.replace("_", "-"): name for name in known}
+    parts = [arg.partition("=") for arg in argv]
+    return [spelt.get(name.replace("_", "-"), name) + eq + value if name.startswith("--") else name + eq + value
+            for name, eq, value in parts]
 
 
 def parse(argv=None):
     """The runs a command line asks for: RunConfigs, the dense one first.
 
-    Raises ValueError naming the flag; argparse itself exits with code 2 on unknown flags.
+    Raises ValueError naming the flag.
     """
     p = parser()
     argv = sys.argv[1:] if argv is None else list(argv)
-    given = apply_wanda(vars(p.parse_args(normalise(argv, p._option_string_actions))))
+    unset = argparse.Namespace(**{a.dest: UNSET for a in p._actions if a.dest != "help"})
+    read = vars(p.parse_args(normalise(argv, p._option_string_actions), unset))
+    given = apply_wanda({name: value for name, value in read.items() if value is not UNSET})
     chosen = {f.name: given[f.name] for f in fields(RunConfig) if f.name in given}
     methods, texts = split(given, "method"), split(given, "pattern")
-    runs = [dense_run(chosen)] if given["dense"] or "dense" in methods else []
+    runs = [dense_run(chosen)] if given.get("dense", True) or "dense" in methods else []
     methods = [m for m in methods if m != "dense"]
+    if "save" in chosen and not methods:
+        raise ValueError(f"--save {chosen['save']}: nothing is pruned, so there is nothing to write; give a --method")
+    check_parts(methods, given)
     for text in texts:
         for method in methods:
-            save = chosen["save"]
+            save = chosen.get("save")
             if save and len(methods) * len(texts) > 1:
                 save = str(Path(save) / f"{method}-{text.replace(':', 'of')}")
             configs = solvers.configure(method, given)
@@ -114,41 +134,66 @@ def dense_run(chosen):
     return RunConfig(**{**chosen, "method": "dense", "pattern": "dense", "save": None})
 
 
+def check_parts(methods, given):
+    """Refuse a solver's flag when no method uses that solver: it would do nothing."""
+    used = {solvers.short(module) for method in methods for module in solvers.chain(method)}
+    for name in given:
+        part, dot, field = name.partition(".")
+        if dot and part not in used:
+            raise ValueError(f"--{part}.{field.replace('_', '-')}: --method {','.join(methods) or 'dense'} does not "
+                             f"use {part}; add it there or leave the flag out")
+
+
 def split(given, name):
-    parts = [part.strip() for part in given[name].split(",") if part.strip()]
+    parts = [part.strip() for part in given.get(name, getattr(RunConfig, name)).split(",") if part.strip()]
     if not parts:
         raise ValueError(f"--{name}: nothing given")
     return list(dict.fromkeys(parts))
 
 
 def apply_wanda(given):
-    """Translate the flags of wanda's main.py into ours."""
-    method = given.pop("prune_method")
-    ratio, kind, save_model = (given.pop(k) for k in ("sparsity_ratio", "sparsity_type", "save_model"))
-    if given.pop("use_variant"):
+    """The flags given, those of wanda's main.py said in ours."""
+    wanda = {name: given.pop(name) for name in WANDA if name in given}
+    if given.pop("eval_zero_shot", False):
+        print("warning: --eval_zero_shot: zero-shot tasks are not measured yet, only perplexity", file=sys.stderr)
+    variant = given.pop("use_variant", False)
+    if variant and wanda.get("prune_method", "wanda") == "wanda":  # main.py overlooks it with other methods
         given["wanda.use_variant"] = True
-    if method is None:
-        for name, value in (("sparsity_ratio", ratio), ("sparsity_type", kind), ("save_model", save_model)):
-            if value is not None:
-                raise ValueError(f"--{name}: a flag of wanda's main.py, it goes with --prune_method; "
-                                 "otherwise use --pattern and --save")
+    if "prune_method" not in wanda:
+        for name in wanda:
+            raise ValueError(f"--{name}: a flag of wanda's main.py, it goes with --prune_method; "
+                             "otherwise use --pattern and --save")
         return given
-    if method not in ("magnitude", "wanda", "sparsegpt"):
-        raise ValueError(f"--prune_method {method}: oneshot knows magnitude, wanda and sparsegpt under this flag")
-    defaults = {f.name: f.default for f in fields(RunConfig)}
-    given["method"], given["dense"] = method, False
-    if kind in (None, "unstructured"):
-        given["pattern"] = f"{ratio or 0:g}"
-    elif ratio not in (None, 0.5) and kind in ("2:4", "4:8"):
-        raise ValueError(f"--sparsity_ratio {ratio:g}: {kind} is 0.5")
-    else:
-        given["pattern"] = kind
-    if not ratio:
-        given["method"], given["dense"] = "dense", True  # wanda's main.py prunes nothing at ratio 0
-    for name, there in (("calibration", "c4"), ("evaluate", "wikitext2")):
-        if given[name] == defaults[name]:
-            given[name] = there
-    if given["save"]:
-        given["results"] = given["save"]
-    given["save"] = save_model
-    return given
+    for name in ("method", "pattern"):
+        if name in given:
+            raise ValueError(f"--{name}: not together with --prune_method, which is wanda's flag for the same")
+    method, pattern = wanda_method(wanda["prune_method"]), wanda_pattern(**wanda)
+    pruned = pattern is not None  # main.py prunes nothing at ratio 0
+    if not pruned:
+        given.pop("wanda.use_variant", None)
+    given |= {"method": method if pruned else "dense", "pattern": pattern or "dense", "dense": not pruned}
+    there = {"calibration": "c4", "evaluate": "wikitext2"}
+    if "save" in given:
+        there["results"] = given.pop("save")
+    if "save_model" in wanda:
+        given["save"] = wanda["save_model"]
+    return there | given
+
+
+def wanda_method(name):
+    if name not in ("magnitude", "wanda", "sparsegpt"):
+        raise ValueError(f"--prune_method {name}: oneshot knows magnitude, wanda and sparsegpt under this flag")
+    return name
+
+
+def wanda_pattern(*, sparsity_ratio=None, sparsity_type="unstructured", **others):
+    """The pattern as text; None when nothing is to be pruned."""
+    if sparsity_type not in ("unstructured", "2:4", "4:8"):
+        raise ValueError(f"--sparsity_type {sparsity_type}: give unstructured, 2:4 or 4:8; other N:M as --pattern")
+    if sparsity_type != "unstructured":
+        if sparsity_ratio not in (None, 0.5):
+            raise ValueError(f"--sparsity_ratio {sparsity_ratio:g}: with --sparsity_type {sparsity_type} it is 0.5")
+        return sparsity_type
+    if sparsity_ratio is not None and not 0 <= sparsity_ratio < 1:
+        raise ValueError(f"--sparsity_ratio {sparsity_ratio:g}: give a share in [0, 1)")
+    return str(sparsity_ratio) if sparsity_ratio else None

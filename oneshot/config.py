@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -29,10 +30,10 @@ class RunConfig:
     true_sequential: bool = flag(False, "q,k,v, then o, then gate,up, then down, each on what is pruned before it",
                                  group="what")
 
-    calibration: str = flag("builtin", "builtin, self (sampled from the model), wikitext2, c4, ptb, a hub data set, or a "
-                                       ".txt .jsonl .json .parquet .csv file", group="data")
+    calibration: str = flag("builtin", "builtin, self (sampled from the model), wikitext2, c4, ptb, a hub data set, or "
+                                       "a .txt .jsonl .json .parquet .csv file", group="data")
     nsamples: int = flag(128, "calibration windows", group="data")
-    seqlen: int | None = flag(None, "tokens in a window (default: min(2048, what the model was made for))", group="data")
+    seqlen: int | None = flag(None, "tokens in a window (default: min(2048, the model's positions))", group="data")
     seed: int = flag(0, "which windows; nothing else is random", group="data")
     documents: str = flag("join", "join: windows run across documents, the papers' way; separate: each document is its "
                                   "own window, padded and masked", group="data", choices=("join", "separate"))
@@ -42,8 +43,8 @@ class RunConfig:
     split: str | None = flag(None, "split of a hub data set", group="data")
     revision: str | None = flag(None, "revision of a hub data set", group="data")
 
-    evaluate: str = flag("builtin", "texts to measure perplexity on, as for --calibration, separated by commas; none: skip",
-                         group="evaluation")
+    evaluate: str = flag("builtin", "texts to measure perplexity on, as for --calibration, separated by commas; "
+                                    "none: skip", group="evaluation")
     eval_seqlen: int | None = flag(None, "window of the evaluation (default: --seqlen)", group="evaluation")
     eval_windows: int | None = flag(None, "measure on at most so many windows of each text", group="evaluation")
     eval_batch_size: int | None = flag(None, "windows at a time (default: --batch-size)", group="evaluation")
@@ -66,8 +67,9 @@ class RunConfig:
     trust_remote_code: bool = flag(False, "run code that the model's repository brings; off for a reason",
                                    group="machine")
 
-    save: str | None = flag(None, "write the pruned model here, block by block: the same command continues a killed run; "
-                                  "one folder each below it for several methods or patterns", group="output", output=True)
+    save: str | None = flag(None, "write the pruned model here, block by block: the same command continues a killed "
+                            "run; one folder each below it for several methods or patterns",
+                            group="output", output=True)
     overwrite: bool = flag(False, "replace another run's result in --save", group="output", output=True)
     results: str = flag("runs", "folder for the run's record (JSON) and page (HTML)", group="output", output=True)
     dense: bool = flag(True, "measure the dense model as well", group="output", output=True)
@@ -80,13 +82,19 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and value < (2 if "seqlen" in name else 1):
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {2 if 'seqlen' in name else 1}")
-        if self.gram_budget <= 0:
-            raise ValueError(f"--gram-budget {self.gram_budget:g}: must be positive")
+        if not 0 < self.gram_budget < math.inf:
+            raise ValueError(f"--gram-budget {self.gram_budget:g}: must be a positive number of GiB")
+        for name in ("model", "save", "results"):
+            if getattr(self, name) == "":
+                raise ValueError(f"--{name}: is empty")
+        patterns.parse_group(self.group)
         patterns.parse(self.pattern, self.group)
 
     @property
     def evaluations(self):
-        return [] if self.evaluate in ("none", "") else self.evaluate.split(",")
+        """The texts to measure perplexity on."""
+        specs = [spec.strip() for spec in self.evaluate.split(",")]
+        return [] if specs == ["none"] else [spec for spec in specs if spec]
 
     def settings(self):
         """All that bears on the numbers, as plain values: for the record and the run_id."""

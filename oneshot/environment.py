@@ -1,5 +1,6 @@
 """Where a run happened: commit, device, versions, peak memory. Goes into every record."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import os
@@ -14,7 +15,8 @@ def environment(device):
     """What a reader needs to judge or repeat a number: versions, device, threads, commit (None outside a checkout)."""
     commit = git("rev-parse", "--short=10", "HEAD")
     return {
-        "oneshot": version("oneshot"), "commit": commit, "dirty": bool(git("status", "--porcelain")) if commit else None,
+        "oneshot": version("oneshot"), "commit": commit,
+        "dirty": bool(git("status", "--porcelain")) if commit else None,
         "device": device_name(device), "threads": torch.get_num_threads(), "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "triton", "datasets", "tokenizers")},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -52,18 +54,35 @@ def device_name(device):
     return f"cpu ({name})"
 
 
-def check_device(device):
-    """Raise ValueError naming `--device` when it is not there."""
+def check_device(device, flag="--device"):
+    """Raise ValueError naming the flag when the device is not there."""
     try:
         kind = torch.device(device).type
     except RuntimeError:
-        raise ValueError(f"--device {device}: give cpu, cuda or cuda:N") from None
+        raise ValueError(f"{flag} {device}: give cpu, cuda or cuda:N") from None
     if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: this torch ({torch.__version__}) sees no CUDA device; use --device cpu")
+        raise ValueError(f"{flag} {device}: this torch ({torch.__version__}) sees no CUDA device; use cpu")
     if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices")
+        raise ValueError(f"{flag} {device}: there are {torch.cuda.device_count()} CUDA devices")
     if kind not in ("cpu", "cuda"):
-        raise ValueError(f"--device {device}: only cpu and cuda are supported")
+        raise ValueError(f"{flag} {device}: only cpu and cuda are supported")
+
+
+def check_writable(path, flag):
+    """Raise ValueError naming the flag unless files can be written into `path`, which need not exist yet."""
+    there = next(p for p in (Path(path), *Path(path).parents) if p.exists())
+    if not there.is_dir():
+        raise ValueError(f"{flag} {path}: {there} is a file; give a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{flag} {path}: no permission to write into {there}; choose another folder")
+
+
+def quiet():
+    """Keep transformers' bars and remarks off stderr: what matters in them is an error or a warning of ours."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def reset_peak_memory(device):
@@ -71,10 +90,8 @@ def reset_peak_memory(device):
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    try:
+    with contextlib.suppress(OSError):  # not Linux: the peak of the whole process is reported then
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass  # not Linux: the peak of the whole process is reported then
 
 
 def peak_memory(device):

@@ -9,6 +9,7 @@ Every file is written under a temporary name, synced and renamed, so a kill at a
 under a name that counts.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from . import models, patterns, report
@@ -25,7 +26,7 @@ MANIFEST, WORK, SCHEMA = "oneshot.json", ".oneshot", 1
 
 
 class Folder:
-    """The folder that `--save` names, for one run.
+    """The folder that `--save` names, for one run. Nothing in it changes before the run's first block is kept.
 
     Raises ValueError naming `--save` when the folder belongs to something else.
     """
@@ -34,19 +35,13 @@ class Folder:
         self.path, self.run_id = Path(path), run_id
         self.work = self.path / WORK
         owner = owner_of(self.path)
-        if owner not in (None, run_id):
-            if not overwrite:
-                raise ValueError(f"--save {path}: holds another run ({owner}); --overwrite replaces it")
-            clear(self.path)
-        elif owner is None and self.path.is_dir() and any(self.path.iterdir()):
-            raise ValueError(f"--save {path}: this folder holds files that are not oneshot's; choose another")
-        if not self.finished:
-            self.work.mkdir(parents=True, exist_ok=True)
-            write_json({"run_id": run_id}, self.work / "run.json")
+        if owner not in (None, run_id) and not overwrite:
+            raise ValueError(f"--save {path}: holds another run ({owner}); --overwrite replaces it")
+        self.ours, self.claimed = owner == run_id, False
 
     @property
     def finished(self):
-        return (self.path / MANIFEST).is_file()
+        return self.ours and (self.path / MANIFEST).is_file()
 
     @property
     def record(self):
@@ -56,43 +51,70 @@ class Folder:
     def blocks(self):
         """(state dict, rows) of the blocks finished so far, in order."""
         done = []
-        while (file := self._block(len(done))).is_file():
+        while self.ours and (file := self._block(len(done))).is_file():
             with safe_open(file, "pt") as f:
+                if f.metadata()["run_id"] != self.run_id:  # left by a run that --overwrite replaced
+                    break
                 done.append(({k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["rows"])))  # noqa: SIM118
         return done
 
     def _block(self, b):
         return self.work / f"block_{b:05d}.safetensors"
 
+    def claim(self):
+        """Make the folder this run's and remove what earlier ones left; killed in between, it still has an owner."""
+        if not self.claimed:
+            self.work.mkdir(parents=True, exist_ok=True)
+            write_json({"run_id": self.run_id}, self.work / "run.json")
+            clear(self.path)
+            self.ours = self.claimed = True
+
     def save_block(self, b, block, rows):
         """Keep a finished block, so that a killed run continues behind it."""
-        state = {k: v.contiguous() for k, v in block.state_dict().items()}
-        part = self._block(b).with_suffix(".part")
-        save_file(state, part, metadata={"rows": json.dumps(rows)})
-        sync(part)
-        os.replace(part, self._block(b))
+        with writing(self.path):
+            self.claim()
+            state = {k: v.contiguous() for k, v in block.state_dict().items()}
+            part = self._block(b).with_suffix(".part")
+            save_file(state, part, metadata={"run_id": self.run_id, "rows": json.dumps(rows)})
+            sync(part)
+            os.replace(part, self._block(b))
 
     def finish(self, model, tokenizer, record):
-        """Write checkpoint and manifest, move them into place, drop the work files."""
-        final = self.work / "final"
-        shutil.rmtree(final, ignore_errors=True)
-        model.save_pretrained(final)
-        tokenizer.save_pretrained(final)
-        write_json(manifest(model, record), final / MANIFEST)
-        files = sorted(f.name for f in final.iterdir())
-        last = ["config.json", MANIFEST]  # without the former nothing loads, without the latter nothing is finished
-        for name in [f for f in files if f not in last] + last:
-            (final / name).chmod(0o666 & ~umask())  # safetensors writes 0600
-            sync(final / name)
-            os.replace(final / name, self.path / name)
-        sync(self.path)
-        shutil.rmtree(self.work)
+        """Write checkpoint, page and manifest, move them into place, drop the work files."""
+        with writing(self.path):
+            self.claim()
+            final = self.work / "final"
+            shutil.rmtree(final, ignore_errors=True)
+            model.save_pretrained(final)
+            tokenizer.save_pretrained(final)
+            report.write_html([record], final / "report.html")
+            write_json(manifest(model, record), final / MANIFEST)
+            files = sorted(f.name for f in final.iterdir())
+            last = ["config.json", MANIFEST]  # without the former nothing loads, without the latter nothing is finished
+            for name in [f for f in files if f not in last] + last:
+                if (final / name).is_file():
+                    (final / name).chmod(0o666 & ~umask())  # safetensors writes 0600
+                sync(final / name)
+                os.replace(final / name, self.path / name)
+            sync(self.path)
+        shutil.rmtree(self.work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def writing(path):
+    """A write that fails, in whichever library, as one OSError that says what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise OSError(f"--save {path}: cannot be written ({why}); mend that and give the same command, it continues"
+                      ) from error
 
 
 def owner_of(path):
-    """run_id of the run that a folder belongs to, finished or not; None when it belongs to none.
+    """run_id of the run that a folder belongs to, finished or not; None when it is empty or absent.
 
-    Raises ValueError when the path is a file.
+    Raises ValueError when the path is a file, or the folder holds something else.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
@@ -104,12 +126,15 @@ def owner_of(path):
                 return get(json.loads(file.read_text()))
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"--save {path}: {file.name} is damaged; remove the folder") from None
+    if path.is_dir() and any(entry.name != WORK for entry in path.iterdir()):
+        raise ValueError(f"--save {path}: this folder holds files that are not oneshot's; choose another")
     return None
 
 
 def clear(path):
-    """Remove what an earlier run wrote into its folder: the files of a checkpoint and the work files."""
-    shutil.rmtree(path / WORK, ignore_errors=True)
+    """Remove the files of an earlier checkpoint, first what makes it look finished, then what makes it load."""
+    for name in (MANIFEST, "config.json"):
+        (path / name).unlink(missing_ok=True)
     for file in path.iterdir():
         if file.is_file() and file.suffix in (".json", ".safetensors", ".html", ".jinja", ".txt", ".model"):
             file.unlink()

@@ -343,9 +343,10 @@ def _pattern_axis(ax, points, places):
     sparsity = {pattern: x for (_, pattern), (x, _) in points.items()}
     free = [x for x, width in places.values() if not width]
     span = max(free) - min(free) if free else 0
+    whole = max(x + width / 2 for x, width in places.values()) - min(free, default=0) if places else 0
     ticks, texts = [], []
     for pattern, (x, width) in sorted(places.items(), key=lambda item: item[1]):
-        if width or not ticks or x - ticks[-1] > span / 12:
+        if width or not ticks or x - ticks[-1] > whole / 18:
             ticks.append(x)
             percent = f"{100 * sparsity[pattern]:.3g} %"
             texts.append(f"{report.clean(pattern)}\n{percent}" if width and ":" in pattern else percent)
@@ -396,8 +397,8 @@ def fig_time(records):
     return fig
 
 
-PARTS = {"load": COLOURS[0], "data": "#F0E442", "collect": COLOURS[1], "solve": COLOURS[2], "replay": COLOURS[3],
-         "other pruning": COLOURS[4], "evaluate": COLOURS[5], "other": COLOURS[6]}
+PARTS = {"load": COLOURS[0], "data": "#F0E442", "collect": COLOURS[1], "solve": COLOURS[2],
+         "replay": COLOURS[3], "other pruning": COLOURS[4], "evaluate": COLOURS[5], "other": COLOURS[6]}
 
 
 def seconds(record):

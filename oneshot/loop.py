@@ -1,7 +1,7 @@
 """The block loop: capture -> collect -> solve -> write back -> replay, one block at a time.
 
-Every block is pruned on what the already pruned blocks before it produce, as in SparseGPT and Wanda. Two passes over the
-data a block: one to collect statistics with the block still dense, one to carry the data through the pruned block.
+Every block is pruned on what the already pruned blocks before it produce, as in SparseGPT and Wanda. Two passes over
+the data a block: one to collect statistics with the block still dense, one to carry the data through the pruned block.
 """
 
 import contextlib
@@ -70,8 +70,9 @@ def make_plan(model, pattern, steps):
 def prune_model(model, ids, mask, plan, steps, options=Options(), *, finished=(), on_block=None):
     """Prune the model in place; Result.
 
-    ids: int64 (n, T) calibration tokens, mask: bool (n, T) or None. plan: {full linear name: Pattern}. steps: the solver
-    chain, [(module, cfg), ...]. finished: (state, rows) of blocks that an earlier, interrupted run has pruned, in order.
+    ids: int64 (n, T) calibration tokens, mask: bool (n, T) or None. plan: {full linear name: Pattern}. steps: the
+    solver chain, [(module, cfg), ...]. finished: (state, rows) of blocks that an earlier, interrupted run has pruned,
+    in order.
     on_block(b, block, rows): called with each newly pruned block at home.
 
     Raises ValueError naming the layer when weights or statistics cannot be used.
@@ -138,6 +139,8 @@ def prune_block(block, stream, b, views, prefix, plan, steps, needs, options, ro
                 moments, deferred, out = capture.collect(block, stream, b, remaining, needs,
                                                          budget=options.gram_budget, one_stage=options.true_sequential)
             dense_out = out if dense_out is None else dense_out
+            if deferred:  # an expert idle so far may get tokens once the attention before it is pruned
+                deferred = [v for v in remaining if v.name not in moments]
         put_off = {v.name for v in deferred}
         with clock(seconds, "solve", options.device):
             for view in (v for v in remaining if v.name not in put_off):
@@ -152,9 +155,15 @@ def prune_block(block, stream, b, views, prefix, plan, steps, needs, options, ro
     if stream:
         with clock(seconds, "replay", options.device):
             pruned_out = capture.replay(block, stream, b)
-        change = torch.linalg.vector_norm((pruned_out - dense_out).float()).item()
-        whole = torch.linalg.vector_norm(dense_out.float()).item()
-        rows["block"]["relative_error"] = (change / whole) ** 2 if whole else 0.0
+        rows["block"]["relative_error"] = relative_error(dense_out, pruned_out, stream.rows[0])
+
+
+def relative_error(want, got, real):
+    """‖got - want‖² / ‖want‖² over the tokens that are no padding: (..., B, T, H), real bool (B·T,) or None."""
+    want, got = (t.float().reshape(-1, *real.shape, t.shape[-1])[:, real] if real is not None else t.float()
+                 for t in (want, got))
+    change, whole = (torch.linalg.vector_norm(t).item() for t in (got - want, want))
+    return (change / whole) ** 2 if whole else 0.0
 
 
 def solve(view, moments, name, plan, steps, rows):
@@ -162,6 +171,8 @@ def solve(view, moments, name, plan, steps, rows):
     W, pattern, began = view.get(), plan.get(name, Dense()), time.perf_counter()
     if not torch.isfinite(W).all():
         raise ValueError(f"{name}: its weights are not finite; the checkpoint is damaged")
+    if moments is not None and not finite(moments):
+        raise ValueError(f"{name}: its inputs are not finite")
     note = None
     chain = steps
     if any(module.needs for module, _ in steps) and (moments is None or moments.n == 0):
@@ -181,6 +192,13 @@ def solve(view, moments, name, plan, steps, rows):
         rows["layers"].append(check(view, name, pattern, solution, error, spent, rows["block"]["block"]))
         rows["warnings"].extend(f"{name}: {n}" for n in notes)
     return write
+
+
+def finite(moments):
+    """Whether no sum has met an infinity or a NaN (a Gram matrix's diagonal speaks for all of it)."""
+    outer = None if moments.outer is None else moments.outer.diagonal()
+    sums = (moments.sum, moments.sum_sq, outer, moments.sample)
+    return moments.derived("finite", lambda: all(bool(torch.isfinite(t).all()) for t in sums if t is not None))
 
 
 def check(view, name, pattern, solution, error, seconds, b):

@@ -13,11 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 DEMO = Path(__file__).parent / "demo" / "model"
-ROUTERS = ("gate", "router", "shared_expert_gate", "classifier")  # last part of a router's name, in all MoE families
+LEFT_ALONE = {  # one of the last two parts of a linear's name: why it is never pruned
+    "gate": "router", "router": "router", "shared_expert_gate": "router", "classifier": "router",
+    "altup": "mixing coefficients",  # Gemma-3n: 16x4 at most, they weigh whole copies of the hidden state
+}
 EXPERTS_IMPLEMENTATION = "oneshot_one_by_one"
 
 
@@ -38,11 +42,15 @@ def load(name, *, dtype="auto", revision=None, cache_dir=None, trust_remote_code
     source = str(path) if local else str(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, attn_implementation=attn_implementation, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, attn_implementation=attn_implementation,
+            output_loading_info=True, **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         first_line = str(error).strip().split("\n")[0]
         raise ValueError(f"--model {name}: cannot be loaded ({first_line})") from error
+    if info["missing_keys"]:  # transformers would go on with random numbers
+        missing = sorted(info["missing_keys"])
+        raise ValueError(f"--model {name}: its files lack {len(missing)} tensors, such as {missing[0]}; fetch it again")
     return model.eval().requires_grad_(False), tokenizer
 
 
@@ -79,7 +87,9 @@ def max_positions(model):
 def decoder(model):
     """The part of the model that embeds and runs the blocks, without the output head."""
     inner = model.get_decoder() if hasattr(model, "get_decoder") else None
-    return inner if inner is not None and inner is not model else model.base_model
+    if inner is None or inner is model or isinstance(inner, nn.Linear):  # ModernBERT calls its output head so
+        inner = model.base_model
+    return inner
 
 
 def blocks(model):
@@ -144,8 +154,8 @@ def linears(block):
         if isinstance(module, (nn.Linear, Conv1D)):
             parameter = f"{name}.weight"
             reached.add(parameter)
-            if name.rsplit(".", 1)[-1] in ROUTERS:
-                skipped.append((parameter, "router"))
+            if left_alone(name):
+                skipped.append((parameter, left_alone(name)))
             elif not module.weight.is_floating_point() or module.weight.element_size() < 2:
                 skipped.append((parameter, f"quantised weight ({module.weight.dtype})"))
             else:
@@ -159,11 +169,15 @@ def linears(block):
                           for e in range(parameter.shape[0])]
     for name, p in block.named_parameters():
         if name not in reached and p.ndim >= 2:
-            last = name.split(".")
-            router = any(part in ROUTERS for part in last[-2:])
-            skipped.append((name, "router" if router else "bias" if "bias" in last[-1]
-                            else f"no linear this program knows, shape {tuple(p.shape)}"))
+            owner, _, last = name.rpartition(".")
+            skipped.append((name, left_alone(owner) or ("bias" if "bias" in last else
+                            f"no linear this program knows, shape {tuple(p.shape)}")))
     return views, skipped
+
+
+def left_alone(name):
+    """Why the linear of this name is never pruned, or None."""
+    return next((LEFT_ALONE[part] for part in name.split(".")[-2:] if part in LEFT_ALONE), None)
 
 
 def is_experts(module):

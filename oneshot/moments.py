@@ -7,7 +7,7 @@
     sum     sum of x, (C,)
     sample  some of the x themselves, (at most SAMPLE, C): a layer's error is measured on them
 
-All but the sample are running SUMS in float32, so the Moments of two batches, processes or machines combine by addition.
+All but the sample are running SUMS in float32, so the Moments of batches, processes or machines combine by addition.
 """
 
 import torch

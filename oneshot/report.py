@@ -31,7 +31,7 @@ HIGHER_IS_BETTER = ("acc", "exact_match", "em", "f1", "agreement", "mcc", "bleu"
 # ---------------------------------------------------------------- the file
 
 def write(record, path):
-    """Write `record` to `path` as JSON (see `storable`): whole or not at all. Returns what `read` gives of it."""
+    """Write `record` to `path` as JSON (see `storable`), whole or not at all. Returns what `read` gives."""
     kept = storable(record)
     body = ",\n".join(f"{json.dumps(k)}: {_lines(v)}" for k, v in kept.items())
     write_text("{\n" + body + "\n}\n", path)
@@ -44,21 +44,21 @@ def storable(record):
     JSON knows no NaN or infinity: they become null, and a warning of the copy says which.
     """
     kept, warnings = {}, [str(w) for w in record.get("warnings") or []]
-    for key, content in record.items():
+    for key in [*(k for k in KEYS if k in record), *sorted(k for k in record if k not in KEYS)]:
         lost = []
-        kept[key] = _finite(content, key, lost)
+        kept[key] = _finite(record[key], key, lost)
         for place, x in lost if key == "metrics" else lost[:1]:
             more = f" and {len(lost) - 1} more" if key != "metrics" and len(lost) > 1 else ""
             text = f"{place}{more} not finite"
             if not any(w.startswith(text) for w in warnings):
                 warnings.append(f"{text} ({x}): stored as null")
-    kept["warnings"] = warnings
-    return {k: kept[k] for k in [*(k for k in KEYS if k in kept), *sorted(k for k in kept if k not in KEYS)]}
+    return kept | {"warnings": warnings}
 
 
 def _with_nan(record):
     """`record` with NaN for every metric that is stored as null."""
-    return record | {"metrics": {k: math.nan if v is None else v for k, v in (record.get("metrics") or {}).items()}}
+    metrics = record.get("metrics") or {}
+    return record | {"metrics": {k: math.nan if v is None else v for k, v in metrics.items()}}
 
 
 def read(path):
@@ -78,8 +78,8 @@ def read(path):
                          "give a file that oneshot.run wrote")
     if record["schema"] != SCHEMA:
         writer = (record.get("environment") or {}).get("oneshot", "?")
-        raise ValueError(f"{path} is a record of schema {record['schema']} (by oneshot {writer}), this one reads "
-                         f"{SCHEMA}: run again, or use the version that wrote it")
+        raise ValueError(f"{path} has schema {record['schema']} (by oneshot {writer}), this version "
+                         f"reads {SCHEMA}: run again, or use the version that wrote it")
     return _with_nan(record)
 
 
@@ -160,9 +160,10 @@ def columns(records):
 
 
 def value(record, column):
-    """What `record` measured for `column` (NaN if stored as null); None if it did not, or at another window or text."""
+    """What `record` measured for `column` (NaN if stored as null); None if not, or on other windows."""
     own, metrics = _column(record, column.metric), record.get("metrics") or {}
-    if column.metric not in metrics or own.window != column.window or (column.text and own.text != column.text):
+    other = own.window != column.window or (column.text and own.text != column.text)
+    if other or column.metric not in metrics:
         return None
     return math.nan if metrics[column.metric] is None else metrics[column.metric]
 
@@ -296,7 +297,8 @@ def rows(records):
     table_rows = []
     for record, variant in zip(records, own, strict=True):
         row = {"run_id": record.get("run_id"), "model": names[identity(record)],
-               "method": setting(record, "method"), "pattern": pattern_of(record), "variant": variant}
+               "method": clean(setting(record, "method")), "pattern": clean(pattern_of(record)),
+               "variant": variant}
         for c in found:
             row[c.header] = x = value(record, c)
             if c in compared:
@@ -325,10 +327,12 @@ def table(records, fmt="terminal"):
     """The rows as text: "terminal", "markdown", "html" (rounded numbers), or "csv" (all, as stored)."""
     found = rows(records)
     keys = list(found[0]) if found else ["model", "method", "pattern"]
-    if fmt != "csv":
+    if fmt != "csv" and found:
         keys = [k for k in keys if k != "run_id" and any(r[k] not in (None, "") for r in found)]
         if all(r["status"] in (None, "finished") for r in found):
             keys = [k for k in keys if k != "status"]
+        if fmt == "html" and len({r["model"] for r in found}) == 1:  # the title of the page has it
+            keys = [k for k in keys if k != "model"]
     head = keys if fmt == "csv" else [k[-7:] if k.endswith((" / dense", " - dense")) else k for k in keys]
     return _render(head, [[r[k] if fmt == "csv" else _cell(k, r[k]) for k in keys] for r in found], fmt,
                    text={"run_id", "model", "method", "pattern", "variant", "status"})
@@ -526,7 +530,7 @@ def html(records, title=None):
         raise ValueError("no run records to make a page of")
     records = ordered(records)
     names, several = labels(records), len(records) > 1
-    title = clean(title or (f"{len(records)} pruning runs compared" if several else _describe(records[0])))
+    title = clean(title or _describe(records, names))
     body = [f"<h1>{escape(title)}</h1>", f'<p class="note">{escape(_subtitle(records))}</p>',
             _warnings(records, names), "<h2>Results</h2>", table(records, "html"),
             f'<p class="note">{escape(_legend(records))}</p>']
@@ -546,9 +550,10 @@ def write_html(records, path, title=None):
     write_text(html(records, title), path)
 
 
-def _describe(record):
-    parts = ["dense"] if is_dense(record) else [setting(record, "method"), pattern_of(record)]
-    return " ".join([identity(record)[0], "·", *parts])
+def _describe(records, names):
+    models = list(model_names(records).values())
+    what = names[0] if len(records) == 1 else f"{len(records)} pruning runs compared"
+    return f"{models[0]}: {what}" if len(models) == 1 else what
 
 
 def _subtitle(records):

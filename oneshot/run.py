@@ -21,16 +21,26 @@ def main(argv=None):
     try:
         configs = cli.parse(argv)
         check(configs)
+        environment.quiet()
         records = []
         for cfg in configs:
-            records.append(run(cfg))
+            records.append(run(cfg, configs))
             if len(configs) > 1:
                 print(progress_line(records[-1]), file=sys.stderr, flush=True)
         print(summary(records, Path(configs[0].results)))
+    except torch.OutOfMemoryError as error:
+        return fail(f"out of memory ({one_line(error)}); lower --batch-size, --gram-budget or --seqlen")
     except (ValueError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
+        return fail(one_line(error))
+    except KeyboardInterrupt:
+        fail("interrupted; with --save the same command continues behind the last finished block")
+        return 130
     return 0
+
+
+def fail(text):
+    print(f"error: {text}", file=sys.stderr)
+    return 2
 
 
 def one_line(error):
@@ -42,75 +52,121 @@ def check(configs):
     for cfg in configs:
         environment.check_device(cfg.device)
         if cfg.activations:
-            environment.check_device(cfg.activations)
+            environment.check_device(cfg.activations, "--activations")
         if cfg.save:
             export.owner_of(cfg.save)
+            environment.check_writable(cfg.save, "--save")
             if Path(cfg.save).resolve() == Path(cfg.model).resolve():
                 raise ValueError(f"--save {cfg.save}: is the model's own folder; choose another")
-        if Path(cfg.results).is_file():
-            raise ValueError(f"--results {cfg.results}: is a file; give a folder")
+        environment.check_writable(cfg.results, "--results")
 
 
-def run(cfg):
-    """One run: its record. With `--save`, the pruned checkpoint as well; a finished one is not computed again."""
+def run(cfg, together=()):
+    """One run: its record. With `--save`, the pruned checkpoint as well; a finished one is not computed again.
+
+    together: all runs of the command. Where one of them is saved, the dense row is not computed again either.
+    """
     began = time.perf_counter()
-    environment.reset_peak_memory(cfg.device)
     model, tokenizer = models.load(cfg.model, dtype=cfg.dtype, revision=cfg.model_revision, cache_dir=cfg.cache_dir,
                                    trust_remote_code=cfg.trust_remote_code)
+    check_model(model)
     loaded = time.perf_counter()
-    calibration, evaluations = texts(cfg, model, tokenizer)
-    weights = models.fingerprint(model)
-    run_id = cfg.run_id(weights, calibration.sha256 if calibration else None, *(t.sha256 for t in evaluations.values()))
+    plan = make_plan(cfg, model)
+    for other in together:
+        make_plan(other, model)  # a pattern that does not fit is refused before the first row is computed
+    evaluations = evaluation_texts(cfg, model, tokenizer)
+    sampled = cfg.calibration == "self"  # follows from the weights and the settings, and takes long
+    calibration = None if sampled else calibration_text(cfg, model, tokenizer)
+    weights, run_id = identify(cfg, model, calibration, evaluations)
+    file = Path(cfg.results) / f"{run_id}.json"
     folder = export.Folder(cfg.save, run_id, cfg.overwrite) if cfg.save else None
     if folder and folder.finished:
         print(f"{cfg.save}: finished earlier, stored result", file=sys.stderr)
-        return folder.record
+        return report.write(folder.record, file)
+    if cfg.method == "dense" and any(other.save for other in together) and file.is_file():
+        return report.read(file)
+    if sampled:
+        calibration = calibration_text(cfg, model, tokenizer)
 
     prepared = time.perf_counter()
-    result = prune_model(cfg, model, calibration, folder)
+    record = work(cfg, model, plan, calibration, evaluations, folder)
+    record |= {"run_id": run_id, "model": describe(cfg, model, weights)}
+    record["seconds"] |= {"load": loaded - began, "data": prepared - loaded, "total": time.perf_counter() - began}
+    if folder:
+        folder.finish(model, tokenizer, report.storable(record))
+    return report.write(record, file)
+
+
+def identify(cfg, model, calibration, evaluations):
+    """(fingerprint of the weights, run_id), both of the model before anything is done to it."""
+    weights = models.fingerprint(model)
+    return weights, cfg.run_id(weights, calibration.sha256 if calibration else None,
+                               *(t.sha256 for t in evaluations.values()))
+
+
+def check_model(model):
+    """Raise ValueError for a model that does not predict the next token, or naming a parameter that is not finite."""
+    _, block_list = models.blocks(model)
+    causal = [m.is_causal for m in block_list.modules() if isinstance(getattr(m, "is_causal", None), bool)]
+    if causal and not any(causal):  # AutoModelForCausalLM loads BERT without a word
+        raise ValueError(f"--model: {type(model).__name__} looks at the tokens to come, so it is an encoder; only "
+                         "decoder-only models can be pruned")
+    for name, p in model.named_parameters():
+        if p.is_floating_point() and not torch.isfinite(p).all():
+            raise ValueError(f"--model: {name} holds weights that are not finite; the checkpoint is damaged, "
+                             "fetch or convert it again")
+
+
+def work(cfg, model, plan, calibration, evaluations, folder=None):
+    """Prune in place and measure: the record, but for what only the caller knows (run_id, model)."""
+    began = time.perf_counter()
+    environment.reset_peak_memory(cfg.device)
+    result = prune_model(cfg, model, plan, calibration, folder)
     pruned = time.perf_counter()
     metrics, info = evaluate(cfg, model, evaluations)
     done = time.perf_counter()
-    record = {
-        "schema": report.SCHEMA, "run_id": run_id, "status": "finished", "settings": cfg.settings(),
-        "model": describe(cfg, model, weights),
+    return {
+        "schema": report.SCHEMA, "status": "finished", "settings": cfg.settings(),
         "data": {"calibration": describe_tokens(calibration) if calibration else None,
                  "evaluation": {name: describe_tokens(t) for name, t in evaluations.items()}},
         "environment": environment.environment(cfg.device), "metrics": metrics, "metric_info": info,
         "layers": result.layers, "blocks": result.blocks, "skipped": result.skipped, "sparsity": sparsity(model),
         "warnings": warnings(cfg, model, calibration, evaluations) + result.warnings,
         "peak_memory_bytes": environment.peak_memory(cfg.device),
-        "seconds": {"load": loaded - began, "data": prepared - loaded, "prune": pruned - prepared,
-                    "evaluate": done - pruned, "total": done - began},
+        "seconds": {"prune": pruned - began, "evaluate": done - pruned, "total": done - began},
     }
-    record = report.write(record, Path(cfg.results) / f"{run_id}.json")
-    if folder:
-        folder.finish(model, tokenizer, record)
-        report.write_html([record], Path(cfg.save) / "report.html")
-    return record
 
 
-def texts(cfg, model, tokenizer):
-    """(calibration Tokens or None, {name: evaluation Tokens}), all read and cut before any long work."""
-    seqlen = window(model, cfg.seqlen, "--seqlen")
-    options = data.TextOptions(column=cfg.column, config=cfg.data_config, split=cfg.split, revision=cfg.revision,
-                               cache_dir=cfg.cache_dir, per_line=cfg.per_line, documents=cfg.documents)
+def text_options(cfg):
+    return data.TextOptions(column=cfg.column, config=cfg.data_config, split=cfg.split, revision=cfg.revision,
+                            cache_dir=cfg.cache_dir, per_line=cfg.per_line, documents=cfg.documents)
+
+
+def evaluation_texts(cfg, model, tokenizer):
+    """{name: evaluation Tokens}, read and cut before any long work."""
     evaluations = {}
     for spec in cfg.evaluations:
-        length = window(model, cfg.eval_seqlen, "--eval-seqlen") if cfg.eval_seqlen else seqlen
+        length = window(model, cfg.eval_seqlen, "--eval-seqlen") if cfg.eval_seqlen else \
+            window(model, cfg.seqlen, "--seqlen")
         name = Path(spec).stem if Path(spec).suffix else spec.replace("/", "_")
         if name in evaluations:
             raise ValueError(f"--evaluate {spec}: a second text named {name}; rename one")
         pinned = cfg.revision if spec == cfg.calibration else None  # --split and --revision are the calibration set's
+        options = dataclasses.replace(text_options(cfg), split=None, revision=pinned)
         evaluations[name] = data.evaluation(tokenizer, spec, seqlen=length, max_windows=cfg.eval_windows,
-                                            options=dataclasses.replace(options, split=None, revision=pinned))
-    calibration = None
-    if needs_data(cfg):
-        with models.resident(models.tensors_of(model) if cfg.calibration == "self" else (), cfg.device):
-            calibration = data.calibration(tokenizer, cfg.calibration, nsamples=cfg.nsamples, seqlen=seqlen,
-                                           seed=cfg.seed, options=options, model=model, batch_size=cfg.batch_size,
-                                           progress=cfg.progress)
-    return calibration, evaluations
+                                            options=options)
+    return evaluations
+
+
+def calibration_text(cfg, model, tokenizer):
+    """Calibration Tokens, or None when nothing needs them."""
+    if not needs_data(cfg):
+        return None
+    with models.resident(models.tensors_of(model) if cfg.calibration == "self" else (), cfg.device):
+        return data.calibration(tokenizer, cfg.calibration, nsamples=cfg.nsamples,
+                                seqlen=window(model, cfg.seqlen, "--seqlen"), seed=cfg.seed,
+                                options=text_options(cfg), model=model, batch_size=cfg.batch_size,
+                                progress=cfg.progress)
 
 
 def needs_data(cfg):
@@ -130,20 +186,25 @@ def window(model, asked, flag):
     return asked or min(2048, most or 2048)
 
 
-def prune_model(cfg, model, calibration, folder=None):
-    """Prune in place as `cfg` says; the loop's Result. With a folder: keep each block, continue behind the kept ones."""
+def make_plan(cfg, model):
+    """{linear: Pattern}, empty for the dense run."""
     if cfg.method == "dense":
+        return {}
+    return loop.make_plan(model, patterns.parse(cfg.pattern, cfg.group), steps(cfg))
+
+
+def prune_model(cfg, model, plan, calibration, folder=None):
+    """Prune in place; the loop's Result. With a folder: keep each block, continue behind those kept before."""
+    if not plan:
         _, block_list = models.blocks(model)
         return loop.Result(skipped=[{"name": n, "reason": why} for n, why in models.outside(model, block_list)])
-    chain = steps(cfg)
-    plan = loop.make_plan(model, patterns.parse(cfg.pattern, cfg.group), chain)
     options = loop.Options(
         device=cfg.device, batch_size=cfg.batch_size, true_sequential=cfg.true_sequential,
         gram_budget=int(cfg.gram_budget * 2**30), activations=cfg.activations,
         activation_dtype=getattr(torch, cfg.activation_dtype) if cfg.activation_dtype else None,
         layer_errors=cfg.layer_errors, tf32=cfg.tf32, progress=cfg.progress)
     ids, mask = (calibration.ids, calibration.mask) if calibration else (None, None)
-    return loop.prune_model(model, ids, mask, plan, chain, options, finished=folder.blocks() if folder else (),
+    return loop.prune_model(model, ids, mask, plan, steps(cfg), options, finished=folder.blocks() if folder else (),
                             on_block=folder.save_block if folder else None)
 
 
@@ -159,7 +220,7 @@ def evaluate(cfg, model, evaluations):
 
 
 def describe(cfg, model, weights):
-    name, block_list = models.blocks(model)
+    _, block_list = models.blocks(model)
     return {"name": Path(cfg.model.rstrip("/")).name, "family": model.config.model_type,
             "parameters": sum(p.numel() for p in model.parameters()),
             "prunable": sum(view.shape[0] * view.shape[1] for _, view in export.all_views(model)),
@@ -187,9 +248,19 @@ def warnings(cfg, model, calibration, evaluations):
         widest = max(view.shape[1] for _, view in export.all_views(model))
         found.append(data.token_warning(calibration, widest))
         if cfg.calibration == "builtin" and Path(cfg.model).name != "demo":
-            found.append("calibrated on the built-in text, which suits the demo model: give --calibration your own text, "
-                         "c4, or self")
+            found.append("calibrated on the built-in text, which suits the demo model: give --calibration your own "
+                         "text, c4, or self")
+        found += [f"--evaluate {spec}: calibrated on the same text, so its perplexity flatters"
+                  for spec in cfg.evaluations if same_text(cfg, spec)]
     return [w for w in found if w]
+
+
+def same_text(cfg, spec):
+    """Whether an evaluation text is the one that was calibrated on."""
+    ours, theirs = Path(cfg.calibration), Path(spec)
+    if ours.is_file() and theirs.is_file():
+        return ours.samefile(theirs)
+    return spec == cfg.calibration and cfg.split in ("test", "validation")  # else calibration takes the training split
 
 
 def progress_line(record):
@@ -230,25 +301,34 @@ def prune(model, tokenizer=None, *, method="sparsegpt", pattern="2:4", calibrati
     given = isinstance(calibration, torch.Tensor)
     if not given and tokenizer is None:
         raise ValueError("tokenizer: needed to read --calibration; or give token ids as `calibration`")
-    known = {f.name for f in dataclasses.fields(RunConfig)}
-    unknown = set(settings) - known
-    if unknown:
-        raise ValueError(f"{', '.join(sorted(unknown))}: no such setting; there are {', '.join(sorted(known))}")
+    known = [f.name for f in dataclasses.fields(RunConfig) if f.name in PYTHON_SETTINGS]
+    refuse_unknown(settings, known, "no such setting here")
+    parts = [f"{solvers.short(m)}.{f.name}" for m in solvers.chain(method) for f in dataclasses.fields(m.Config)]
+    refuse_unknown(solver or {}, parts, f"no such setting of {method}")
     cfg = RunConfig(model=name, method=method, pattern=str(pattern), evaluate="none",
                     calibration="given" if given else calibration,
                     solver=solvers.configure(method, solver or {}), **settings)
     check([cfg])
-    began = time.perf_counter()
-    tokens = data.given(calibration) if given else texts(cfg, model, tokenizer)[0]
-    weights = models.fingerprint(model)
-    result = prune_model(cfg, model, tokens)
-    return {"schema": report.SCHEMA, "run_id": cfg.run_id(weights, tokens.sha256 if tokens else None),
-            "status": "finished", "settings": cfg.settings(), "model": describe(cfg, model, weights),
-            "data": {"calibration": describe_tokens(tokens) if tokens else None, "evaluation": {}},
-            "environment": environment.environment(cfg.device), "metrics": {}, "metric_info": {},
-            "layers": result.layers, "blocks": result.blocks, "skipped": result.skipped, "sparsity": sparsity(model),
-            "warnings": warnings(cfg, model, tokens, {}) + result.warnings,
-            "seconds": {"total": time.perf_counter() - began}}
+    check_model(model)
+    plan = make_plan(cfg, model)
+    if given:
+        tokens = data.given(calibration)
+        window(model, tokens.ids.shape[1], "calibration: windows of")
+    else:
+        tokens = calibration_text(cfg, model, tokenizer)
+    weights, run_id = identify(cfg, model, tokens, {})
+    record = work(cfg, model, plan, tokens, {})
+    return report.storable(record | {"run_id": run_id, "model": describe(cfg, model, weights)})
+
+
+PYTHON_SETTINGS = {f.name for f in dataclasses.fields(RunConfig)} - {  # the rest: arguments of its own, or the caller's
+    "model", "method", "pattern", "calibration", "solver", "evaluate", "eval_seqlen", "eval_windows", "eval_batch_size",
+    "dtype", "model_revision", "trust_remote_code", "save", "overwrite", "results", "dense"}
+
+
+def refuse_unknown(given, known, what):
+    if unknown := sorted(set(given) - set(known)):
+        raise ValueError(f"{', '.join(unknown)}: {what}; there are {', '.join(known) or 'none'}")
 
 
 if __name__ == "__main__":

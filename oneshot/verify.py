@@ -8,11 +8,11 @@ lists what was never pruned. Exit code 0: all proved; 1: something is off; 2: no
 import argparse
 import sys
 
-from . import export, models
+from . import environment, export, models
 
 
 def verify(path):
-    """(rows, faults, skipped): one dict per linear, one line per fault, what was left alone."""
+    """(rows, faults, skipped): one dict per linear, one line per fault, what was left alone and why."""
     data = export.read_manifest(path)
     model, _ = models.load(str(path))
     entries, rows, faults = dict(data["tensors"]), [], []
@@ -21,12 +21,23 @@ def verify(path):
         if entry is None:
             faults.append(f"{name}: can be pruned but is not in the manifest")
             continue
-        wrong = check(view, entry)
+        try:
+            wrong = check(view, entry)
+        except (KeyError, TypeError, ValueError):
+            faults.append(f"{name}: its entry in the manifest is damaged")
+            continue
         faults += [f"{name}: {text}" for text in wrong]
         rows.append({"name": name, "pattern": entry["pattern"], "shape": view.shape, "dtype": entry["dtype"],
                      "zeros": int((view.get() == 0).sum()), "proved": not wrong})
     faults += [f"{name}: in the manifest but not in the model" for name in entries]
-    return rows, faults, data["record"]["skipped"]
+    return rows, faults, skipped(model)
+
+
+def skipped(model):
+    """[(name, reason)] of every matrix that is not pruned, read off the model and not off the manifest."""
+    name, block_list = models.blocks(model)
+    return models.outside(model, block_list) + [
+        (f"{name}.{b}.{n}", why) for b, block in enumerate(block_list) for n, why in models.linears(block)[1]]
 
 
 def check(view, entry):
@@ -52,11 +63,12 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="a folder that oneshot.run --save wrote")
     parser.add_argument("--quiet", action="store_true", help="print faults and the verdict only")
-    args = parser.parse_args(argv)
     try:
-        rows, faults, skipped = verify(args.folder)
+        args = parser.parse_args(argv)
+        environment.quiet()
+        rows, faults, left = verify(args.folder)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     if not args.quiet:
         width = max((len(r["name"]) for r in rows), default=0)
@@ -64,11 +76,11 @@ def main(argv=None):
             R, C = r["shape"]
             print(f"{'ok  ' if r['proved'] else 'BAD '} {r['name']:<{width}}  {r['pattern']:>6}  "
                   f"{R:>6} x {C:<6} {r['zeros'] / (R * C):8.4%} zero  {r['dtype']}")
-        for s in skipped:
-            print(f"not pruned  {s['name']}: {s['reason']}")
+        for name, reason in left:
+            print(f"not pruned  {name}: {reason}")
     for fault in faults:
         print(f"FAULT {fault}")
-    print(f"{len(rows)} linears checked, {len(skipped)} tensors not pruned: "
+    print(f"{len(rows)} linears checked, {len(left)} tensors not pruned: "
           + ("all proved" if not faults else f"{len(faults)} faults"))
     return 1 if faults else 0
 

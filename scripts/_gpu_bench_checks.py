@@ -24,9 +24,7 @@ class Wrong(Exception):
 
 
 @triton.jit
-def _one_instruction(
-    a_ptr, b_ptr, metadata_ptr, c_ptr, STEP: tl.constexpr, FP16: tl.constexpr, INTERP: tl.constexpr
-):
+def _one_instruction(a_ptr, b_ptr, metadata_ptr, c_ptr, STEP: tl.constexpr, FP16: tl.constexpr, INTERP: tl.constexpr):
     i = tl.arange(0, 128)
     a, b, metadata = tl.load(a_ptr + i), tl.load(b_ptr + i), tl.load(metadata_ptr + i)
     tl.store(c_ptr + i, mma_sp(a, b, tl.zeros((128,), tl.float32), metadata, STEP, 1, FP16, INTERP))
@@ -47,63 +45,58 @@ def fragment_map(device: torch.device, dtype: torch.dtype) -> None:
         b = x[:, columns].reshape(8, 4, 4, 2).transpose(1, 2).contiguous().view(torch.int32)
         c = torch.full((8, 4, 2, 2), torch.nan, device=device)  # g, q, r, j
         a = values[0, step].contiguous().view(torch.int32)
-        _one_instruction[(1,)](
-            a, b, metadata, c, STEP=step, FP16=dtype == torch.float16, INTERP=INTERPRET, num_warps=1
-        )
+        _one_instruction[(1,)](a, b, metadata, c, STEP=step, FP16=dtype == torch.float16, INTERP=INTERPRET, num_warps=1)
         got = c.permute(2, 0, 1, 3).reshape(16, 8)  # row g + 8r, token 2q + j
         want = weight[:, columns].float() @ x[:, columns].float().T
         if not torch.equal(got, want):
             bad = (got != want).nonzero().tolist()
-            raise Wrong(
-                f"mma.sp fragment map, k-block {step}, {dtype}: {len(bad)} of 128 outputs differ: {bad[:8]}"
-            )
+            raise Wrong(f"mma.sp fragment map, k-block {step}, {dtype}: {len(bad)} of 128 outputs differ: {bad[:8]}")
 
 
-def _variant_error(config: decode.Config, tokens: int, k: int, device: str) -> float | None:
-    """Error of the plain decode kernel as the tables run it; None if it does not fit the device."""
+def _variant_error(path: str, config: decode.Config | expand.Config, tokens: int, k: int, device: str) -> float | None:
+    """Error of one plain launch as the tables run it; None if it does not fit the device."""
     device = torch.device(device)
     generator = torch.Generator(device=device).manual_seed(0)
     dtype = torch.float16 if INTERPRET else torch.bfloat16
-    packed = reference.pack(random_24(64, k, dtype, generator))
+    packed = reference.pack(random_24(32, k, dtype, generator))
     x = torch.randn(tokens, k, generator=generator, device=device).to(dtype)
     try:
-        y = decode.decode(x, *to_fragments(packed), 64, config=config)
+        y = ops.run(dispatch.Choice(path, config, "check", ""), x, *to_fragments(packed), 32)
     except triton.runtime.errors.OutOfResources:
         return None
     return relative_error(y, reference.linear(x, packed))
 
 
-def variants(
-    device: torch.device, tokens: int, configs: list[decode.Config], ks: tuple[int, ...], workers: int
-) -> None:
+def variants(device: torch.device, tokens: int, configs: dict[str, list], ks: tuple[int, ...], workers: int) -> None:
     """Every launch configuration of the sweep, for whole and uneven K. Compiles in parallel: fills Triton's cache."""
-    jobs = [(config, tokens, k, str(device)) for config in configs for k in ks]
+    jobs = [(path, c, tokens, k, str(device)) for path, of_path in configs.items() for c in of_path for k in ks]
     if workers == 1:
         errors = [_variant_error(*job) for job in jobs]
     else:
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
             errors = list(pool.map(_variant_error, *zip(*jobs, strict=True)))
-    for job, error in zip(jobs, errors, strict=True):
+    for (path, config, _, k, _), error in zip(jobs, errors, strict=True):
         if error is not None and not error <= 4e-3:
-            raise Wrong(f"decode kernel, {job[0]}, {tokens} tokens, K = {job[2]}: relative error {error:.3g}")
+            raise Wrong(f"{path}, {config}, {tokens} tokens, K = {k}: relative error {error:.3g}")
 
 
-STRANGE = [  # N, K, M, extras
+STRANGE = [  # N, K, M, extras; a toy run takes the first two
     (7, 4, 1, {}),
+    (20, 36, 3, {"swiglu": True, "norm": True, "bias": True}),
     (16, 36, 9, {"bias": True}),
     (33, 172, 70, {"bias": True, "residual": True}),
     (40, 512, 17, {"norm": True}),
-    (20, 512, 3, {"swiglu": True, "norm": True, "bias": True}),
+    (40, 512, 3, {"swiglu": True, "norm": True, "bias": True, "residual": True}),
     (48, 11 * 256, 64, {"residual": True}),
     (160, 1024 + 36, 33, {"norm": True, "residual": True}),
 ]
 
 
-def paths(device: torch.device, dtype: torch.dtype) -> list[dict]:
+def paths(device: torch.device, dtype: torch.dtype, toy: bool) -> list[dict]:
     """Every path at strange shapes against float64: at most twice what dense torch errs at the same precision."""
     rows = []
-    for n, k, m, options in STRANGE:
+    for n, k, m, options in STRANGE[: 2 if toy else None]:
         generator = torch.Generator(device=device).manual_seed(n + k + m)
 
         def random(*shape, generator=generator):
@@ -130,9 +123,7 @@ def paths(device: torch.device, dtype: torch.dtype) -> list[dict]:
             y = ops.run(choice, x, *fragments, n, **extras, prefill_copy=blob)
             error = relative_error(y, truth)
             if not error <= limit:
-                raise Wrong(
-                    f"{path} {config} at N={n} K={k} M={m} {options}: relative error {error:.3g} > {limit:.3g}"
-                )
+                raise Wrong(f"{path} {config} at N={n} K={k} M={m} {options}: relative error {error:.3g} > {limit:.3g}")
             rows.append({"n": n, "k": k, "tokens": m, "method": path, "error": error})
         scratch = expand.expand(*fragments, 16 * fragments[0].shape[0], k) if not swiglu else None
         if scratch is not None and not torch.equal(scratch[:n], weight):
@@ -142,7 +133,7 @@ def paths(device: torch.device, dtype: torch.dtype) -> list[dict]:
 
 def _runnable(m: int, k: int, weight: torch.Tensor, device: torch.device):
     if m <= decode.MAX_TOKENS:
-        yield "decode", decode.default_config(m)
+        yield "decode", decode.default_config(m, k)
         yield "decode", decode.Config(row_tiles=2, warps=4, stages=2, direct_x=False)
     yield "middle", expand.default_config(m, weight.shape[0], k)
     yield "middle", expand.Config(rows=64, tokens=16, columns=64, split=2)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from oneshot_kernels import decode, dispatch, ops, prefill, reference, sparsify, timing, tune
+from oneshot_kernels import dispatch, ops, prefill, reference, sparsify, timing, tune
 from oneshot_kernels.fragment import to_fragments
 from oneshot_kernels.mma_sp import INTERPRET, mma_sp
 from oneshot_kernels.selftest import random_24, relative_error
@@ -71,7 +71,7 @@ def _mma_sp_rate(a_ptr, c_ptr, ITERATIONS, WARPS: tl.constexpr, INTERP: tl.const
 
 
 def ceilings(bench: Bench) -> list[dict]:
-    """The limits of this card: pure read (TB/s), dense bf16 product and mma.sp from registers (dense-equivalent TFLOP/s)."""
+    """The limits of this card: pure read (TB/s), dense product and mma.sp from registers (dense-equivalent TFLOP/s)."""
     block, blocks = (64, 2) if bench.toy else (4096, 8)
     programs = 2 if bench.toy else 16384  # 2 GiB
     x = torch.randint(-100, 100, (programs * block * blocks,), dtype=torch.int32, device=bench.device)
@@ -96,7 +96,7 @@ def ceilings(bench: Bench) -> list[dict]:
     return rows
 
 
-def sweep(bench: Bench, shape: tune.Shape, tokens: int, configs: list[decode.Config]) -> list[dict]:
+def sweep(bench: Bench, shape: tune.Shape, tokens: int, configs: dict[str, list]) -> list[dict]:
     """Every candidate of every path of ours at one shape and number of tokens."""
     packed_bytes = shape.rows * shape.k * 9 // 8
     candidates = tune.time_candidates(
@@ -154,9 +154,7 @@ def fused_mlp(bench: Bench, hidden: int, intermediate: int, tokens: int) -> list
 
     common = {"stage": "mlp", "n": 2 * intermediate, "k": hidden, "tokens": tokens}
     calls = [functools.partial(dense_chain, w) for w in dense]
-    rows = [
-        {**common, "method": "dense", "error": relative_error(calls[0](), truth), "us": bench.time(calls)}
-    ]
+    rows = [{**common, "method": "dense", "error": relative_error(calls[0](), truth), "us": bench.time(calls)}]
     best = None
     for config in tune.decode_candidates(tokens)[: 1 if bench.toy else None]:
         choice = dispatch.Choice("decode", config, "bench", "")
@@ -184,8 +182,8 @@ LLAMA_3_8B = {
     "vocab_size": 128256,
 }
 TOY_LLAMA = {
-    "hidden_size": 32,
-    "intermediate_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 20,
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
@@ -229,10 +227,10 @@ def decode_model(bench: Bench, batches: tuple[int, ...]) -> list[dict]:
 
 
 def _decoding_step(bench: Bench, model, config, batch: int) -> tuple[float, torch.Tensor]:
-    """(ms of one step behind 128 tokens of context, logits). StaticCache; the step is replayed at one position."""
+    """(ms of one step behind about 128 tokens of context, logits). StaticCache, with room for every replay."""
     from transformers import StaticCache
 
-    context = 4 if bench.toy else 128
+    context = 2 if bench.toy else 128
     ids = torch.arange(batch * context, device=bench.device).view(batch, context) % config.vocab_size
     cache = StaticCache(config=config, max_cache_len=2 * context)
     model(ids, past_key_values=cache, cache_position=torch.arange(context, device=bench.device))

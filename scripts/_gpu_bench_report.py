@@ -77,19 +77,13 @@ def _section(kernels: list[dict], decode: list[dict], stamp: dict, finished: boo
 
 def _against_sparselt(kernels: list[dict]) -> list[str]:
     theirs = {
-        (r["n"], r["k"], r["tokens"]): r["us"]
-        for r in kernels
-        if r["stage"] == "table" and r["method"] == "sparselt"
+        (r["n"], r["k"], r["tokens"]): r["us"] for r in kernels if r["stage"] == "table" and r["method"] == "sparselt"
     }
     ours = best_of_ours(kernels)
-    ratios = [
-        theirs[key] / row["us"] for key, row in ours.items() if key[2] <= 64 and _is_time(theirs.get(key))
-    ]
+    ratios = [theirs[key] / row["us"] for key, row in ours.items() if key[2] <= 64 and _is_time(theirs.get(key))]
     if not ratios:
         return []
-    text = (
-        f"Against cuSPARSELt's best algorithm, up to 64 tokens: geometric mean {_geometric_mean(ratios):.2f}x"
-    )
+    text = f"Against cuSPARSELt's best algorithm, up to 64 tokens: geometric mean {_geometric_mean(ratios):.2f}x"
     return [f"{text}, worst {min(ratios):.2f}x, over {len(ratios)} shapes and sizes.", ""]
 
 
@@ -98,9 +92,7 @@ def _ceilings(kernels: list[dict]) -> list[str]:
     if "read" not in rows:
         return []
     text = f"Ceilings measured in the same run: read {rows['read']['tb_per_s']:.2f} TB/s"
-    rates = [
-        f"{name} {rows[name]['tflop_per_s']:.0f} TFLOP/s" for name in ("matmul", "mma.sp") if name in rows
-    ]
+    rates = [f"{name} {rows[name]['tflop_per_s']:.0f} TFLOP/s" for name in ("matmul", "mma.sp") if name in rows]
     return [", ".join([text, *rates]) + ".", ""]
 
 

@@ -23,7 +23,7 @@ import triton
 from _gpu_bench_checks import Wrong, fragment_map, paths, variants
 from _gpu_bench_measure import Bench, baselines, ceilings, decode_model, fused_mlp, sweep
 from _gpu_bench_report import write_report
-from oneshot_kernels import decode, dispatch, tune
+from oneshot_kernels import decode, dispatch, expand, tune
 from oneshot_kernels.mma_sp import INTERPRET
 
 SHAPES = {  # (outputs, inputs) of the fused layers
@@ -34,7 +34,7 @@ SHAPES = {  # (outputs, inputs) of the fused layers
 }
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096)
 SWEEP_SHAPES = ((28672, 4096), (4096, 4096), (4096, 11008))  # large, small, 43 blocks for 8 warps
-SWEEP_TOKENS = (1, 8, 16, 32, 64)
+SWEEP_TOKENS = (1, 8, 16, 32, 64, 256)
 KEEP = 3
 """How many of a sweep's best launch parameters are tried at every other shape."""
 FIELDS = {
@@ -65,9 +65,7 @@ class Results:
         self.state_path = folder / "gpu_bench_state.json"
         folder.mkdir(parents=True, exist_ok=True)
         state = json.loads(self.state_path.read_text()) if self.state_path.exists() and not restart else {}
-        self.done = (
-            state.get("done", []) if state.get("stamp") == stamp else []
-        )  # other code or card: start over
+        self.done = state.get("done", []) if state.get("stamp") == stamp else []  # other code or card: start over
 
     def rows(self, name: str) -> list[dict]:
         """This run's rows of kernels.csv or decode.csv, numbers as floats."""
@@ -134,26 +132,23 @@ Unit = tuple[str, Callable[[], list[dict]]]
 def units(bench: Bench, results: Results) -> Iterator[Unit]:
     """(name, function returning rows), in the order of what a reader must believe first."""
     toy = bench.toy
-    shapes = (
-        [(48, 512), (32, 36)] if toy else sorted({s for group in SHAPES.values() for s in group.values()})
-    )
-    tokens = (1, 9, 66) if toy else TOKENS
-    sweep_shapes, sweep_tokens = (shapes[:1], (1, 9)) if toy else (SWEEP_SHAPES, SWEEP_TOKENS)
+    shapes = [(32, 36)] if toy else sorted({s for group in SHAPES.values() for s in group.values()})
+    tokens = (1, 16) if toy else TOKENS
+    sweep_shapes, sweep_tokens = (shapes, (16,)) if toy else (SWEEP_SHAPES, SWEEP_TOKENS)
 
-    def candidates(m: int) -> list[decode.Config]:
-        return tune.decode_candidates(m)[:: 12 if toy else 1]
+    def candidates(m: int) -> dict[str, list]:
+        everything = {"decode": tune.decode_candidates(m), "middle": tune.middle_candidates(m)}
+        everything["decode"] = everything["decode"] if m <= decode.MAX_TOKENS else []
+        return {path: configs[:1] if toy else configs for path, configs in everything.items()}
 
     def check(function, *args) -> list[dict]:
         return [{"stage": "check", **row} for row in function(*args) or []]
 
     yield "check fragment map", lambda: check(fragment_map, bench.device, bench.dtype)
-    yield "check paths", lambda: check(paths, bench.device, bench.dtype)
+    yield "check paths", lambda: check(paths, bench.device, bench.dtype, toy)
+    ks, workers = ((36,), 1) if toy else ((4096, 11008), min(12, os.cpu_count() or 1))
     for m in sweep_tokens:
-        ks, workers = ((512, 768), 1) if toy else ((4096, 11008), min(12, os.cpu_count() or 1))
-        yield (
-            f"check variants {m}",
-            lambda m=m, ks=ks, w=workers: check(variants, bench.device, m, candidates(m), ks, w),
-        )
+        yield f"check variants {m}", lambda m=m: check(variants, bench.device, m, candidates(m), ks, workers)
     yield "ceilings", lambda: ceilings(bench)
     for n, k in sweep_shapes:
         for m in sweep_tokens:
@@ -161,18 +156,18 @@ def units(bench: Bench, results: Results) -> Iterator[Unit]:
     for m in tokens:
         for n, k in shapes:
             yield f"table {n}x{k} {m}", lambda n=n, k=k, m=m: table_rows(bench, results, n, k, m)
-    hidden, intermediate = (512, 40) if toy else (4096, 14336)
-    for m in (1, 4) if toy else (1, 4, 16):
+    hidden, intermediate = (36, 20) if toy else (4096, 14336)
+    for m in (1,) if toy else (1, 4, 16):
         yield f"mlp {m}", lambda m=m: fused_mlp(bench, hidden, intermediate, m)
-    yield "decode", lambda: decode_model(bench, (1, 2) if toy else (1, 4, 16))
+    yield "decode", lambda: decode_model(bench, (1,) if toy else (1, 4, 16))
 
 
 def table_rows(bench: Bench, results: Results, n: int, k: int, tokens: int) -> list[dict]:
     """One cell of the table: the baselines, and the fastest of each of our paths. Adds to this card's tuned table."""
     shape = tune.Shape(n, k)
     rows = baselines(bench, shape, tokens)
-    best = best_configs(results.rows("kernels"), tokens) or [decode.default_config(tokens)]
-    ours = sweep(bench, shape, tokens, best)
+    swept = results.rows("kernels")
+    ours = sweep(bench, shape, tokens, {path: best_configs(swept, path, tokens) for path in ("decode", "middle")})
     fastest = tune.fastest([{"path": row["method"], **row} for row in ours])
     if not bench.toy:
         path = dispatch.table_path(bench.device)
@@ -194,22 +189,23 @@ def table_rows(bench: Bench, results: Results, n: int, k: int, tokens: int) -> l
     return rows
 
 
-def best_configs(rows: list[dict], tokens: int) -> list[decode.Config]:
-    """The KEEP fastest launch parameters of each sweep at the nearest swept number of tokens."""
-    swept = [row for row in rows if row["stage"] == "sweep" and row["method"] == "decode"]
-    if not swept or tokens > decode.MAX_TOKENS:
+def best_configs(rows: list[dict], path: str, tokens: int) -> list:
+    """The KEEP fastest launch parameters of each sweep at the next swept number of tokens up (or the largest)."""
+    swept = [row for row in rows if row["stage"] == "sweep" and row["method"] == path]
+    if not swept:
         return []
     nearest = min({row["tokens"] for row in swept}, key=lambda m: (m < tokens, abs(m - tokens)))
+    kind = {"decode": decode.Config, "middle": expand.Config}[path]
     chosen = {}
     for shape in {(row["n"], row["k"]) for row in swept}:
         here = [row for row in swept if (row["n"], row["k"]) == shape and row["tokens"] == nearest]
         for row in sorted(here, key=lambda row: row["us"] or math.inf)[:KEEP]:
-            chosen[row["config"]] = decode.Config(**json.loads(row["config"]))
+            chosen[row["config"]] = kind(**json.loads(row["config"]))
     return list(chosen.values())
 
 
 def derive(rows: list[dict], read_tb_per_s: float | None) -> None:
-    """Fill in bandwidth, its share of the read ceiling, and the speed-up over dense, from the bytes each method reads."""
+    """Fill in bandwidth, its share of the read ceiling, and the speed-up over dense."""
     dense = {(r.get("n"), r.get("tokens"), r.get("batch")): r for r in rows if r["method"] == "dense"}
     for row in rows:
         if row["stage"] in ("table", "sweep", "mlp") and row.get("us"):
@@ -246,13 +242,9 @@ def run(bench: Bench, results: Results, budget_s: float) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder to write to")
-    parser.add_argument(
-        "--budget-s", type=float, default=540, help="stop before this many seconds; run again to go on"
-    )
+    parser.add_argument("--budget-s", type=float, default=540, help="stop before this many seconds; run again to go on")
     parser.add_argument("--toy", action="store_true", help="CPU: toy sizes, no timing")
     parser.add_argument("--restart", action="store_true", help="measure everything again")
     parser.add_argument("--commit", help="commit to stamp the rows with, where there is no git")

@@ -1,4 +1,4 @@
-"""For every test: the packages are found in a bare checkout, nothing asks the network, `../shared` may be absent."""
+"""For every test: a bare checkout finds its packages, nothing asks the network, `../shared` may be absent."""
 
 import importlib.util
 import os
@@ -16,7 +16,7 @@ for package, folder in (("oneshot", ROOT), ("oneshot_kernels", ROOT / "kernels")
 
 
 def shared_path(*parts):
-    """A path under the folder `shared` ($ONESHOT_SHARED, else beside the checkout); skips the test when absent."""
+    """A path under the folder `shared` ($ONESHOT_SHARED, else beside the checkout); skips if absent."""
     path = Path(os.environ.get("ONESHOT_SHARED") or ROOT.parent / "shared").joinpath(*parts)
     if not path.exists():
         pytest.skip(f"{path} is absent: it lies beside the project's checkout, or where ONESHOT_SHARED says")
@@ -25,5 +25,5 @@ def shared_path(*parts):
 
 @pytest.fixture(scope="session")
 def shared():
-    """`shared("golden", "x.json")`: a path under the folder `shared`, or the test is skipped with the reason."""
+    """`shared("golden", "x.json")`: a path under the folder `shared`; without it the test is skipped."""
     return shared_path

@@ -1,7 +1,6 @@
 """Laws of oneshot.report and oneshot.figures, on invented records."""
 
 import csv
-import importlib
 import io
 import json
 import math
@@ -25,13 +24,14 @@ KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 def layers(pattern, blocks, kinds=KINDS):
     sparsity = 0.5 if ":" in pattern else float(pattern)
     return [{"name": f"model.layers.{b}.{k}", "block": b, "linear": k, "shape": [64, 32], "pattern": pattern,
-             "target_zeros": int(2048 * sparsity), "zeros": int(2048 * sparsity) + (b == 0), "surplus": int(b == 0),
-             "relative_error": 0.01 * (b + 1), "error_from": "gram", "seconds": 0.02, "info": {"damping": 0.01}}
+             "target_zeros": int(2048 * sparsity), "zeros": int(2048 * sparsity) + (b == 0),
+             "surplus": int(b == 0), "relative_error": 0.01 * (b + 1), "error_from": "gram", "seconds": 0.02,
+             "info": {"damping": 0.01}}
             for b in range(blocks) for k in kinds]
 
 
-def record(method="sparsegpt", pattern="2:4", ppl=21.4, *, model="demo", window=256, seed=0, sha="7a" * 32, blocks=2,
-           warnings=(), kinds=KINDS, **settings):
+def record(method="sparsegpt", pattern="2:4", ppl=21.4, *, model="demo", window=256, seed=0, sha="7a" * 32,
+           blocks=2, warnings=(), kinds=KINDS, **settings):
     """A record as a run writes it; the dense one if `method` is dense."""
     dense = method == "dense"
     settings = {"model": model, "method": method, "pattern": "dense" if dense else pattern, "seed": seed,
@@ -40,24 +40,24 @@ def record(method="sparsegpt", pattern="2:4", ppl=21.4, *, model="demo", window=
     return {
         "schema": 1, "run_id": f"{model}-{method}-{rng.getrandbits(32):08x}", "status": "finished",
         "settings": settings,
-        "model": {"name": model, "family": "llama", "dtype": "bfloat16", "fingerprint": "ab" * 32, "blocks": blocks},
+        "model": {"name": model, "family": "llama", "dtype": "bfloat16", "fingerprint": "ab" * 32},
         "data": {"calibration": {"source": "text", "sha256": "9f" * 32, "nsamples": 64, "tokens": 16384},
-                 "evaluation": {"builtin": {"source": "text", "sha256": sha, "windows": 60, "seqlen": window}}},
+                 "evaluation": {"builtin": {"source": "text", "sha256": sha, "windows": 60}}},
         "environment": {"oneshot": "0.1.0", "commit": "abc1234", "date": "2026-11-21T03:00:00Z"},
         "layers": [] if dense else layers(pattern, blocks, kinds),
-        "blocks": [] if dense else [{"block": b, "relative_error": 0.02, "seconds": {"collect": 1.0, "solve": 0.5}}
-                                    for b in range(blocks)],
+        "blocks": [{"block": b, "seconds": {"collect": 1.0}} for b in range(0 if dense else blocks)],
         "skipped": [{"name": "lm_head.weight", "reason": "never pruned: output head"}],
         "metrics": {"builtin/ppl": ppl},
         "metric_info": {"builtin/ppl": {"window": window, "windows": 60, "tokens": 15300}},
         "sparsity": 0.0 if dense else 0.5 if ":" in pattern else float(pattern), "warnings": list(warnings),
-        "peak_memory_bytes": 812_000_000, "seconds": {"load": 0.5, "prune": 0 if dense else 10.1, "total": 14.0}}
+        "peak_memory_bytes": 812_000_000,
+        "seconds": {"load": 0.5, "prune": 0 if dense else 10.1, "total": 14.0}}
 
 
 def sweep():
     """Magnitude, wanda and SparseGPT at three patterns with two seeds each, dense last."""
-    runs = [record(m, p, 10 + 10 * i + j + s / 8, seed=s) for p in ("2:4", "0.5", "0.6")
-            for i, m in enumerate(("magnitude", "wanda", "sparsegpt")) for j in (0,) for s in (0, 1)]
+    runs = [record(m, p, 10 + 10 * i + s / 8, seed=s) for p in ("2:4", "0.5", "0.6")
+            for i, m in enumerate(("magnitude", "wanda", "sparsegpt")) for s in (0, 1)]
     return [*runs, record("dense", ppl=9.5)]
 
 
@@ -92,8 +92,7 @@ def test_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, monkey
         raise KeyboardInterrupt
 
     if step == "write":
-        monkeypatch.setattr(report.io, "open", fail, raising=False)
-        monkeypatch.setattr("builtins.open", lambda *a, **k: _Failing(path.parent))
+        monkeypatch.setattr("builtins.open", lambda name, *_, **__: FullDisk(name, "w"))
     else:
         monkeypatch.setattr(os, step, fail)
     with pytest.raises((KeyboardInterrupt, OSError)):
@@ -103,13 +102,7 @@ def test_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, monkey
     assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
 
 
-class _Failing(io.StringIO):
-    """A file on a full disk."""
-
-    def __init__(self, folder):
-        super().__init__()
-        next(folder.iterdir()).with_name(f".r.json.{os.getpid()}.part").touch()
-
+class FullDisk(io.FileIO):
     def write(self, _):
         raise OSError(28, "No space left on device")
 
@@ -140,7 +133,7 @@ def test_not_finite_metrics_stay_valid_json_and_come_back_as_nan(tmp_path, bad):
 
 
 @pytest.mark.parametrize("content, says", [
-    ("", "no valid JSON"), ("{", "no valid JSON"), ("[1]", "not a run record"), ('{"a": 1}', "not a run record"),
+    ("", "no valid JSON"), ("{", "no valid JSON"), ("[1]", "not a run"), ('{"a": 1}', "not a run record"),
     ('{"schema": 7, "run_id": "x", "environment": {"oneshot": "9.1"}}', "schema 7 .by oneshot 9.1.")])
 def test_what_is_no_record_is_refused_by_name(tmp_path, content, says):
     path = tmp_path / "x.json"
@@ -159,12 +152,9 @@ def test_what_is_no_record_is_refused_by_name(tmp_path, content, says):
 
 def test_dense_first_then_pattern_then_method_as_given():
     runs = sweep()
-    found = [(r["pattern"], r["method"]) for r in report.rows(runs)][::2]
     methods = ["magnitude", "wanda", "sparsegpt"]
-    assert report.rows(runs)[0]["method"] == "dense"
-    expected = [(p, m) for p in ("0.5", "0.6", "2:4") for m in methods for _ in (0, 1)]
-    assert [(r["pattern"], r["method"]) for r in report.rows(runs)][1:] == expected
-    assert found[0] == ("dense", "dense")
+    expected = [("dense", "dense"), *((p, m) for p in ("0.5", "0.6", "2:4") for m in methods for _ in (0, 1))]
+    assert [(r["pattern"], r["method"]) for r in report.rows(runs)] == expected
 
 
 def test_models_stay_together_as_given():
@@ -181,7 +171,8 @@ def test_windows_never_share_a_column():
     assert (narrow["builtin ppl @256"], narrow["builtin ppl @2048"]) == (11.0, None)
     assert (wide["builtin ppl @256"], wide["builtin ppl @2048"]) == (None, 7.0)
     assert "builtin ppl @2048 / dense" not in wide, "no dense run at that window"
-    assert narrow["builtin ppl @256 / dense"] == pytest.approx(11 / 9) and first["builtin ppl @256 / dense"] == 1
+    assert narrow["builtin ppl @256 / dense"] == pytest.approx(11 / 9)
+    assert first["builtin ppl @256 / dense"] == 1
     body = report.pivot(runs, "builtin/ppl", "csv").splitlines()
     assert [line.split(",")[0] for line in body] == ["metric", "builtin ppl @256", "builtin ppl @2048"]
     assert "7.0" not in body[1] and "11.0" not in body[2]
@@ -192,7 +183,7 @@ def test_two_texts_of_one_name_do_not_share_a_column():
     headers = [c.header for c in report.columns(runs)]
     assert headers == ["builtin ppl @256 (60 windows, 7a7a7a7a)", "builtin ppl @256 (60 windows, 00000000)"]
     assert all(sum(r[h] is not None for r in report.rows(runs)) == 1 for h in headers)
-    other = [record("dense"), record("dense", model="other", sha="00" * 32)]  # other models: another tokenizer
+    other = [record("dense"), record("dense", model="other", sha="00" * 32)]  # another tokenizer
     assert [c.header for c in report.columns(other)] == ["builtin ppl @256"]
 
 
@@ -215,8 +206,9 @@ def test_rates_are_compared_by_difference_and_standard_errors_not_at_all():
 
 
 @pytest.mark.parametrize("x, text", [
-    (5.4721, "5.472"), (117.44, "117.4"), (7058.3, "7058"), (70583.4, "70583"), (9.99999, "10.00"), (0.0312, "0.03120"),
-    (2.5e7, "2.500e+07"), (3e-6, "3.000e-06"), (0.0, "0"), (3, "3"), (None, "-"), (math.inf, "inf"), (math.nan, "nan")])
+    (5.4721, "5.472"), (117.44, "117.4"), (7058.3, "7058"), (70583.4, "70583"), (9.99999, "10.00"),
+    (0.0312, "0.03120"), (2.5e7, "2.500e+07"), (3e-6, "3.000e-06"), (0.0, "0"), (3, "3"), (None, "-"),
+    (math.inf, "inf"), (math.nan, "nan")])
 def test_numbers_have_four_digits(x, text):
     assert report.number(x) == text
 
@@ -247,11 +239,12 @@ def test_runs_that_differ_in_a_setting_say_so():
     runs = [record(nsamples=64), record(nsamples=128), record("wanda")]
     assert [r["variant"] for r in report.rows(runs)] == ["nsamples 64", "nsamples 128", ""]
     assert "variant" not in report.table([record(), record("wanda")])
-    assert len(set(report.labels([record(), record(), *sweep()]))) == len(sweep()) + 2
+    assert len(set(report.labels([record(ppl=1), record(ppl=2), *sweep()]))) == len(sweep()) + 2
 
 
 def test_unfinished_run_without_anything_is_a_row():
-    runs = [record("dense"), {"schema": 1, "run_id": "x", "status": "failed", "settings": {"method": "wanda"}}]
+    failed = {"schema": 1, "run_id": "x", "status": "failed", "settings": {"method": "wanda"}}
+    runs = [record("dense"), failed]
     assert "failed" in report.table(runs) and "status" not in report.table(runs[:1])
     page = report.html(runs)
     assert "not finished: status is failed" in page
@@ -340,10 +333,12 @@ def test_page_loads_nothing(evil_page):
 
 def test_page_says_what_there_is():
     page = report.html([record(warnings=["damping raised to 0.1"])])
-    place = [page.index(text) for text in ("damping raised to 0.1", "builtin ppl @256", "Error by depth", "Zeros by depth",
-                                           "Where the time went", "abc1234", "9f9f", "lm_head.weight", "Surplus zeros")]
-    assert place[0] < place[1] < place[2] < place[3] < place[4] < min(place[5:]), "warnings first, then results"
-    assert page.count("model.layers.1.mlp.down_proj") == 1, "each layer once, and surplus only where there is any"
+    order = ("damping raised to 0.1", "builtin ppl @256", "Error by depth", "Zeros by depth", "Where the")
+    place = [page.index(text) for text in order]
+    assert place == sorted(place), "warnings first, then results"
+    details = ("abc1234", "9f9f", "lm_head.weight", "Surplus zeros")
+    assert all(page.index(text) > place[-1] for text in details)
+    assert page.count("model.layers.1.mlp.down_proj") == 1, "each layer once, surplus only where there is any"
     assert "Error by depth" not in report.html([record("dense")])
     with pytest.raises(ValueError, match="no run records"):
         report.html([])
@@ -355,7 +350,7 @@ def test_one_warning_of_many_runs_is_said_once_with_the_runs():
 
 
 def test_page_is_deterministic(tmp_path):
-    runs = sweep()[-4:]
+    runs = [record(kinds=KINDS[:1]), record("dense")]
     assert report.html(runs) == report.html(runs)
     report.write_html(runs[:1], tmp_path / "a" / "report.html", title="A title")
     assert "<h1>A title</h1>" in (tmp_path / "a" / "report.html").read_text()
@@ -371,7 +366,8 @@ def test_without_matplotlib_the_page_says_so_and_a_figure_names_the_package(monk
 
 
 def test_importing_report_brings_neither_torch_nor_matplotlib():
-    code = "import sys, oneshot.report, oneshot.figures; print(sorted({'torch', 'matplotlib'} & set(sys.modules)))"
+    code = ("import sys, oneshot.report, oneshot.figures\n"
+            "print(sorted({'torch', 'matplotlib'} & set(sys.modules)))")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     if "torch" in done.stdout and (ROOT / "oneshot" / "__init__.py").stat().st_size:
         pytest.skip("the package itself imports torch")
@@ -440,4 +436,3 @@ def test_saved_figures_are_the_same_bytes(tmp_path, ending):
 def test_a_thousand_layers_are_read_quickly_and_once():
     page = report.html([record(blocks=250)])
     assert page.count("model.layers.249.mlp.up_proj") == 1 and "All 1000 layers" in page
-    assert importlib.import_module("oneshot.report") is report

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF005 - inside a kernel Triton takes `a + (b,)`, not `(*a, b)`
 """The decode kernel: 1 to 64 tokens on the sparse tensor cores, one launch, weights read once.
 
     M, N, K   tokens, outputs, inputs              T    token tiles of 8, ceil(M / 8)
@@ -7,14 +8,14 @@
 
 At these sizes time is bytes: a packed weight is 0.5625 of a dense one, so 1.78x is the limit. Three choices serve that:
 
-* Weights are the rows (M) of the MMA and tokens its columns (N = 8), so one token wastes arithmetic, which is free here,
-  and no weight bytes.
-* `tl.range(num_stages=...)` turns every load into an asynchronous copy to shared memory, although there is no `tl.dot`.
-  Without it ptxas puts each load next to its use and the memory system idles.
-* Warps split K and add up in shared memory at the end: a fixed order, so equal inputs give equal bits, and no atomics.
+* Weights are the rows (M) of the MMA and tokens its columns (N = 8): one token wastes arithmetic, which is free
+  here, and no weight bytes.
+* `tl.range(num_stages=...)` turns the weights' loads into asynchronous copies to shared memory, although there is
+  no `tl.dot`. Without it ptxas puts each load next to its use and the memory system idles.
+* Warps split K and add up in shared memory at the end: a fixed order, so equal inputs give equal bits, no atomics.
 
-x stays row-major. The RMSNorm in front multiplies x by the gain (the weights stay bit-exact), sums x² on the way and
-scales the finished sum: y = (x·gain)Wᵀ / rms(x). In float16, x·gain has to stay below 65504.
+x stays row-major. The RMSNorm in front multiplies x by the gain (the weights stay bit-exact), sums x² on the way
+and scales the finished sum: y = (x·gain)Wᵀ / rms(x). In float16, x·gain has to stay below 65504.
 """
 
 from dataclasses import dataclass
@@ -41,17 +42,21 @@ class Config:
     """Read x into registers through L1 instead of staging it in shared memory beside the weights."""
 
 
-def default_config(tokens: int, swiglu: bool = False) -> Config:
-    """An estimate from register counts (tests/kernels/test_codegen.py: no spills), until `tune` has measured."""
+def default_config(tokens: int, k: int, swiglu: bool = False) -> Config:
+    """An estimate from compiled sizes (tests/kernels/test_sparse24_codegen.py: no spills), until `tune` has measured.
+
+    A K that is not a multiple of 256 stages x in shared memory, about warps · (4 T + 4.5) KiB: kept under the 99 KiB
+    that an Ada block may have.
+    """
+    if k % K_PAD:
+        return Config(row_tiles=1, warps=8 if tokens <= 8 else 4 if tokens <= 32 else 2, stages=2)
     if tokens > 32:
         return Config(row_tiles=1, warps=4, stages=2)
-    if tokens > 8 or swiglu:
-        return Config(row_tiles=1, warps=8, stages=2)
-    return Config(row_tiles=1, warps=8, stages=3)
+    return Config(row_tiles=1, warps=8, stages=2 if tokens > 8 or swiglu else 3)
 
 
 def shape_flags(k: int, config: Config) -> tuple[int, bool, bool]:
-    """(warps launched, WHOLE_K, EVEN_WARPS) for K inputs: the part of the compiled variant that depends on the shape."""
+    """(warps launched, WHOLE_K, EVEN_WARPS) for K inputs: what of the compiled variant depends on the shape."""
     blocks = -(-k // K_PAD)
     warps = min(config.warps, triton.next_power_of_2(blocks))
     return warps, k % K_PAD == 0, blocks % warps == 0
@@ -89,15 +94,13 @@ def _decode_kernel(
 
     for block in tl.range(0, KB8, WARPS, num_stages=STAGES):
         in_range = (block + warp) < KB8
-        x_block = (
-            tl.minimum(block + warp, KB8 - 1) * 128
-        )  # a warp past the end repeats a block, times zero weights
+        x_block = tl.minimum(block + warp, KB8 - 1) * 128  # a warp past the end repeats a block, times zero weights
         gains = ()
         if NORM:
             for step in tl.static_range(8):
                 pair = (block + warp) * 128 + step * 16 + pair_in_block
                 if DIRECT_X:
-                    gain = load_b((gain_ptr + x_block + q).to(tl.int64), step)
+                    gain = load_b(gain_ptr + x_block + q, step, WARPS, INTERP)
                 elif WHOLE_K and EVEN_WARPS:
                     gain = tl.load(gain_ptr + pair)
                 else:
@@ -110,10 +113,8 @@ def _decode_kernel(
             total = square[t]
             for step in tl.static_range(8):
                 pair = (block + warp) * 128 + step * 16 + pair_in_block
-                if (
-                    DIRECT_X
-                ):  # tokens past the end repeat the last one: columns of the product that are never stored
-                    x = load_b((x_ptr + tl.minimum(token, M - 1) * (K // 2) + x_block + q).to(tl.int64), step)
+                if DIRECT_X:  # tokens past the end repeat the last one: columns of the product that are never stored
+                    x = load_b(x_ptr + tl.minimum(token, M - 1) * (K // 2) + x_block + q, step, WARPS, INTERP)
                 elif WHOLE_K and EVEN_WARPS:
                     x = tl.load(x_ptr + token * (K // 2) + pair, mask=token < M, other=0)
                 else:
@@ -131,17 +132,13 @@ def _decode_kernel(
         new_acc = ()
         for part in tl.static_range(PARTS):
             for r in tl.static_range(R):
-                tile = tl.minimum(pid * R + r, NT // PARTS - 1) + part * (
-                    NT // PARTS
-                )  # past the end: load, never store
-                base = tile.to(tl.int64) * KB8
+                tile = tl.minimum(pid * R + r, NT // PARTS - 1)  # past the end: load the last one, never store
+                base = (tile + part * (NT // PARTS)).to(tl.int64) * KB8
                 metadata_at = metadata_ptr + (base + block) * 128 + i
                 if EVEN_WARPS:
                     codes = tl.load(metadata_at, eviction_policy="evict_first")
                 else:  # 0x4444_4444: the valid positions (0, 1)
-                    codes = tl.load(
-                        metadata_at, mask=in_range, other=0x44444444, eviction_policy="evict_first"
-                    )
+                    codes = tl.load(metadata_at, mask=in_range, other=0x44444444, eviction_policy="evict_first")
                 row = ()
                 for t in tl.static_range(T):
                     row = row + (acc[(part * R + r) * T + t],)
@@ -153,9 +150,7 @@ def _decode_kernel(
                         a = tl.load(values_at, mask=in_range, other=0, eviction_policy="evict_first")
                     new_row = ()
                     for t in tl.static_range(T):
-                        new_row = new_row + (
-                            mma_sp(a, xs[t * 8 + step], row[t], codes, step, WARPS, FP16, INTERP),
-                        )
+                        new_row = new_row + (mma_sp(a, xs[t * 8 + step], row[t], codes, step, WARPS, FP16, INTERP),)
                     row = new_row
                 new_acc = new_acc + row
         acc = new_acc
@@ -191,7 +186,7 @@ def _decode_kernel(
 
 
 def as_words(x: torch.Tensor) -> torch.Tensor:
-    """16-bit floats (..., K) as int32 pairs (..., K/2). Copies only what is not contiguous or starts at an odd element."""
+    """16-bit floats (..., K) as int32 pairs (..., K/2). Copies what is not contiguous or starts at an odd element."""
     x = x.contiguous()
     return (x.clone() if x.storage_offset() % 2 else x).view(torch.int32)
 
@@ -218,11 +213,9 @@ def decode(
     """
     m, k = x.shape
     if not 0 < m <= MAX_TOKENS:
-        raise ValueError(
-            f"the decode kernel takes 1 to {MAX_TOKENS} tokens, got {m}; use expand.matmul above that"
-        )
+        raise ValueError(f"the decode kernel takes 1 to {MAX_TOKENS} tokens, got {m}; use expand.matmul above that")
     assert x.dtype == values.dtype and values.shape[1] * K_BLOCK == -(-k // K_PAD) * K_PAD
-    config = config or default_config(m, swiglu)
+    config = config or default_config(m, k, swiglu)
     tiles, blocks = values.shape[0], metadata.shape[1]
     warps, whole_k, even_warps = shape_flags(k, config)
     y = x.new_empty(m, n, dtype=out_dtype or x.dtype)
@@ -253,7 +246,7 @@ def decode(
         HAS_RESIDUAL=residual is not None,
         WHOLE_K=whole_k,
         EVEN_WARPS=even_warps,
-        DIRECT_X=config.direct_x and whole_k and not INTERPRET,
+        DIRECT_X=config.direct_x and whole_k,
         FP16=x.dtype == torch.float16,
         INTERP=INTERPRET,
         num_warps=warps,

@@ -26,11 +26,11 @@ from .prefill import sparselt_refuses
 
 try:
     import triton
-
+except ImportError:  # no wheel for this platform: CPU works, GPU kernels do not
+    triton, INTERPRET = None, False
+else:
     from . import decode, expand
     from .mma_sp import INTERPRET
-except ImportError:  # Triton has no wheel for this platform: CPU works, GPU kernels do not
-    triton, INTERPRET = None, False
 
 MIDDLE_UNTIL = 512
 """Estimate, untuned: dense leaves the memory roof at 184 tokens on an H200, expansion pays somewhat beyond that."""
@@ -52,9 +52,7 @@ class Problem:
     @property
     def key(self) -> str:
         """The table's key: one entry per weight shape, dtype and epilogue."""
-        return f"{self.rows}x{self.k} {str(self.dtype).removeprefix('torch.')}" + (
-            " swiglu" if self.swiglu else ""
-        )
+        return f"{self.rows}x{self.k} {str(self.dtype).removeprefix('torch.')}" + (" swiglu" if self.swiglu else "")
 
 
 @dataclass(frozen=True)
@@ -84,9 +82,7 @@ def refusals(problem: Problem) -> dict[str, str | None]:
     no_copy = None if problem.prefill_copy else "no prefill copy was kept (prefill_copy=True)"
     return {
         "decode": no_mma_sp or many,
-        "middle": "bfloat16 needs compute capability 8.0"
-        if old and problem.dtype == torch.bfloat16
-        else None,
+        "middle": "bfloat16 needs compute capability 8.0" if old and problem.dtype == torch.bfloat16 else None,
         "sparselt": no_copy or sparselt_refuses(problem.rows, problem.k, problem.dtype, problem.device),
         "scratch": None,
     }
@@ -111,8 +107,7 @@ def _choose(problem: Problem, path: Path) -> Choice:
     if timed:
         best = min(timed, key=lambda name: timed[name]["us"])
         times = ", ".join(
-            f"{name} {row['us']:.1f} us"
-            for name, row in sorted(timed.items(), key=lambda item: item[1]["us"])
+            f"{name} {row['us']:.1f} us" for name, row in sorted(timed.items(), key=lambda item: item[1]["us"])
         )
         return Choice(best, _config(best, timed[best]["config"]), f"measured, {path}", times)
     return _estimate(problem, usable)
@@ -121,13 +116,11 @@ def _choose(problem: Problem, path: Path) -> Choice:
 def _estimate(problem: Problem, usable: list[str]) -> Choice:
     source = "estimate, untuned"
     if "decode" in usable:
-        config = decode.default_config(problem.tokens, problem.swiglu)
+        config = decode.default_config(problem.tokens, problem.k, problem.swiglu)
         return Choice("decode", config, source, f"up to {decode.MAX_TOKENS} tokens time is weight bytes")
     if "middle" in usable and problem.tokens <= MIDDLE_UNTIL:
         config = expand.default_config(problem.tokens, problem.rows, problem.k)
-        return Choice(
-            "middle", config, source, f"up to {MIDDLE_UNTIL} tokens expanding in registers should pay"
-        )
+        return Choice("middle", config, source, f"up to {MIDDLE_UNTIL} tokens expanding in registers should pay")
     if "sparselt" in usable:
         return Choice("sparselt", 0, source, "many tokens, and a prefill copy is there")
     return Choice("scratch", None, source, "many tokens, no prefill copy: expand once, dense product")
@@ -140,12 +133,10 @@ def fallback(problem: Problem) -> Choice:
 
 
 def explain(layer, tokens: int) -> str:
-    """One line: which path a `Sparse24Linear` takes for this many tokens, where that comes from, and what was refused."""
+    """One line: which path a `Sparse24Linear` takes for this many tokens, who says so, and what was refused."""
     problem = layer.problem(tokens)
     choice = choose(problem)
-    device = (
-        torch.cuda.get_device_name(problem.device) if problem.device.type == "cuda" else str(problem.device)
-    )
+    device = torch.cuda.get_device_name(problem.device) if problem.device.type == "cuda" else str(problem.device)
     text = f"{problem.key}, {tokens} tokens on {device}: {choice.path} ({choice.source}; {choice.reason})"
     if choice.config is not None:
         text += f", {choice.config}"
@@ -183,9 +174,7 @@ def load_table(path: Path) -> dict:
         entries = json.loads(path.read_text())["entries"]
         return {key: {int(tokens): row for tokens, row in rows.items()} for key, rows in entries.items()}
     except (KeyError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is not a table of oneshot_kernels.tune; delete it and tune again"
-        ) from error
+        raise ValueError(f"{path} is not a table of oneshot_kernels.tune; delete it and tune again") from error
 
 
 def save_table(path: Path, entries: dict, about: dict) -> None:

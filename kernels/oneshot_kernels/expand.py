@@ -42,9 +42,7 @@ def default_config(tokens: int, n: int, k: int) -> Config:
 
 
 @triton.jit
-def _load_expanded(
-    values_ptr, metadata_ptr, first_tile, first_block, NT, KB, BN: tl.constexpr, BK: tl.constexpr
-):
+def _load_expanded(values_ptr, metadata_ptr, first_tile, first_block, NT, KB, BN: tl.constexpr, BK: tl.constexpr):
     """Dense tile (BN, BK) of 16-bit patterns, int16, from row tile `first_tile` and k-block `first_block` on.
 
     Out-of-range tiles repeat the last one (never stored by the caller); out-of-range k-blocks come back as zeros.
@@ -59,9 +57,7 @@ def _load_expanded(
     at = (tile[:, None, None] * KB + block[None, :, None]) * 128 + word[None, None, :]
     pairs = tl.load(values_ptr + at, mask=block[None, :, None] < KB, other=0)
     pairs = tl.reshape(pairs, (TILES, BLOCKS, 8, 4, 2, 2))  # tile block g q h r
-    pairs = tl.reshape(
-        tl.permute(pairs, (0, 5, 2, 1, 4, 3)), (BN, BK // 4)
-    )  # row (tile r g), group (block h q)
+    pairs = tl.reshape(tl.permute(pairs, (0, 5, 2, 1, 4, 3)), (BN, BK // 4))  # row (tile r g), group (block h q)
 
     # metadata: row r, g of a tile and 16 columns c of a block share a 16-bit half of a word
     row = tl.arange(0, BN)
@@ -69,9 +65,7 @@ def _load_expanded(
     half = tl.arange(0, BK // 16)
     k_block = first_block + half // 2
     lane = 4 * (row[:, None] % 8) + (2 * (k_block % 2) + half % 2)[None, :]
-    at = ((row_tile[:, None] * (KB // 8) + (k_block // 8)[None, :]) * 32 + lane) * 4 + ((k_block % 8) // 2)[
-        None, :
-    ]
+    at = ((row_tile[:, None] * (KB // 8) + (k_block // 8)[None, :]) * 32 + lane) * 4 + ((k_block % 8) // 2)[None, :]
     words = tl.load(metadata_ptr + at, mask=k_block[None, :] < KB, other=0x44444444)
     words = words >> (16 * ((row // 8) % 2))[:, None]
     code = tl.reshape(words[:, :, None] >> (4 * tl.arange(0, 4))[None, None, :], (BN, BK // 4))
@@ -141,9 +135,7 @@ def _expand_kernel(values_ptr, metadata_ptr, w_ptr, N, NT, K, KB, BN: tl.constex
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     k = tl.program_id(1) * BK + tl.arange(0, BK)
     first_block = tl.program_id(1) * (BK // 32)
-    bits = _load_expanded(
-        values_ptr, metadata_ptr, tl.program_id(0) * (BN // 16), first_block, NT, KB, BN, BK
-    )
+    bits = _load_expanded(values_ptr, metadata_ptr, tl.program_id(0) * (BN // 16), first_block, NT, KB, BN, BK)
     tl.store(w_ptr + n[:, None].to(tl.int64) * K + k[None, :], bits, mask=(n[:, None] < N) & (k[None, :] < K))
 
 

@@ -46,9 +46,7 @@ def to_fragments(packed: Packed, row_blocks: int = 1) -> tuple[torch.Tensor, tor
     """
     values, metadata, (n, k) = packed
     if values.dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(
-            f"the kernels take float16 and bfloat16 weights, got {values.dtype}; convert the module first"
-        )
+        raise ValueError(f"the kernels take float16 and bfloat16 weights, got {values.dtype}; convert the module first")
     if n % row_blocks:
         raise ValueError(f"{n} rows do not split into {row_blocks} equal parts")
     rows, columns = padded_rows(n, row_blocks), -(-k // K_PAD) * K_PAD
@@ -72,25 +70,15 @@ def to_fragments(packed: Packed, row_blocks: int = 1) -> tuple[torch.Tensor, tor
     )
 
 
-def from_fragments(
-    values: torch.Tensor, metadata: torch.Tensor, n: int, k: int, row_blocks: int = 1
-) -> Packed:
+def from_fragments(values: torch.Tensor, metadata: torch.Tensor, n: int, k: int, row_blocks: int = 1) -> Packed:
     """The inverse of `to_fragments`: drops the padding, returns the row-major `Packed`, byte for byte."""
     tiles, k_blocks = values.shape[:2]
     rows, part = tiles * ROWS, n // row_blocks
     packed = (
-        values.view(tiles, k_blocks, 8, 4, 2, 2, 2)
-        .permute(0, 5, 2, 1, 4, 3, 6)
-        .reshape(row_blocks, -1, k_blocks * 16)
+        values.view(tiles, k_blocks, 8, 4, 2, 2, 2).permute(0, 5, 2, 1, 4, 3, 6).reshape(row_blocks, -1, k_blocks * 16)
     )
-    codes = (
-        metadata.view(torch.uint8)
-        .view(tiles, k_blocks // 8, 8, 2, 2, 4, 2, 2)
-        .permute(0, 6, 2, 1, 5, 3, 4, 7)
-    )
-    codes = (
-        codes.reshape(row_blocks, rows // row_blocks, -1)[:, :part, : -(-k // 8)].reshape(n, -1).contiguous()
-    )
+    codes = metadata.view(torch.uint8).view(tiles, k_blocks // 8, 8, 2, 2, 4, 2, 2).permute(0, 6, 2, 1, 5, 3, 4, 7)
+    codes = codes.reshape(row_blocks, rows // row_blocks, -1)[:, :part, : -(-k // 8)].reshape(n, -1).contiguous()
     if k % 8:
         codes[:, -1] &= 0x0F
     return Packed(packed[:, :part, : k // 2].reshape(n, -1).contiguous(), codes, (n, k))

@@ -1,8 +1,8 @@
 """`sparsify`: put packed layers into a model, and fuse those that read the same input into one launch.
 
-Generic, by attribute names: a module with q_proj, k_proj, v_proj shares one launch between them; a module with gate_proj,
-up_proj, down_proj and a SiLU becomes one SwiGLU launch and one plain one. Nothing is fused on faith: a fused block is run
-against the original once.
+Generic, by attribute names: a module with q_proj, k_proj, v_proj shares one launch between them; a module with
+gate_proj, up_proj, down_proj and a SiLU becomes one SwiGLU launch and one plain one. Nothing is fused on faith: a
+fused MLP is run against the original once, and a projection checks that its input is the one computed for.
 """
 
 from dataclasses import dataclass, field
@@ -29,9 +29,12 @@ class Report:
     no_prefill_copy: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        text = f"2:4: {len(self.replaced)} layers packed, {len(self.fused)} groups fused, {len(self.skipped)} left dense"
+        text = (
+            f"2:4: {len(self.replaced)} layers packed, {len(self.fused)} groups fused, {len(self.skipped)} left dense"
+        )
         if self.prefill_copy_bytes or self.no_prefill_copy:
-            text += f", {self.prefill_copy_bytes / 2**20:.0f} MiB of prefill copies ({len(self.no_prefill_copy)} impossible)"
+            mib = self.prefill_copy_bytes / 2**20
+            text += f", {mib:.0f} MiB of prefill copies ({len(self.no_prefill_copy)} impossible)"
         return text
 
 
@@ -96,9 +99,7 @@ class FusedGatedMLP(nn.Module):
         half = self.gate_up.out_features
         _save_rows(destination, prefix + "gate_proj.", self.gate_up, slice(0, half))
         _save_rows(destination, prefix + "up_proj.", self.gate_up, slice(half, 2 * half))
-        return self.down_proj.state_dict(
-            destination=destination, prefix=prefix + "down_proj.", keep_vars=keep_vars
-        )
+        return self.down_proj.state_dict(destination=destination, prefix=prefix + "down_proj.", keep_vars=keep_vars)
 
 
 def sparsify(
@@ -190,11 +191,11 @@ def _fuse_gated_mlp(model: nn.Module, name: str, module: nn.Module, report: Repo
 
 @torch.no_grad()
 def _agree(module: nn.Module, fused: nn.Module, first: Sparse24Linear) -> bool:
-    """True if both compute the same for two random tokens, within four roundings of the dtype."""
+    """True if both compute the same for two random tokens, within 16 roundings of the dtype (a wrong one errs 1)."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, first.in_features, generator=generator).to(first.weight)
     want, got = module(x).double(), fused(x).double()
-    return bool((want - got).norm() <= 4 * torch.finfo(x.dtype).eps * want.norm())
+    return bool((want - got).norm() <= 16 * torch.finfo(x.dtype).eps * want.norm())
 
 
 def _stack(parts: list[Sparse24Linear], swiglu: bool = False) -> Sparse24Linear:

@@ -17,7 +17,7 @@ from .reference import Packed, pack, unpack
 class Sparse24Linear(nn.Module):
     """y = x Wᵀ + bias for a packed 2:4 W, on any device.
 
-    State: `weight` (rows, K/2) floats and `metadata` (rows, ceil(K/8)) uint8 as reference.py defines them, `bias` (rows,).
+    State: `weight` (rows, K/2) floats, `metadata` (rows, ceil(K/8)) uint8 as reference.py has them, `bias` (rows,).
     With `swiglu` the weight has 2N rows and y = silu(gate) · up. No gradients: the kernels are for inference.
     """
 
@@ -34,16 +34,12 @@ class Sparse24Linear(nn.Module):
         """An empty layer, for a checkpoint to fill. Raises ValueError if `in_features` is not divisible by 4."""
         super().__init__()
         if in_features % 4:
-            raise ValueError(
-                f"2:4 needs in_features divisible by 4, got {in_features}; keep this layer dense"
-            )
+            raise ValueError(f"2:4 needs in_features divisible by 4, got {in_features}; keep this layer dense")
         self.in_features, self.out_features, self.swiglu = in_features, out_features, swiglu
         rows = self.rows
         values = torch.empty(rows, in_features // 2, device=device, dtype=dtype)
         self.weight = nn.Parameter(values, requires_grad=False)
-        self.register_buffer(
-            "metadata", torch.zeros(rows, -(-in_features // 8), dtype=torch.uint8, device=device)
-        )
+        self.register_buffer("metadata", torch.zeros(rows, -(-in_features // 8), dtype=torch.uint8, device=device))
         self.register_buffer("prefill_copy", None, persistent=False)
         empty_bias = torch.empty(rows, device=device, dtype=dtype) if bias else None
         self.bias = None if empty_bias is None else nn.Parameter(empty_bias, requires_grad=False)
@@ -103,8 +99,8 @@ class Sparse24Linear(nn.Module):
     def prepare(self, *, prefill_copy: bool | None = None) -> "Sparse24Linear":
         """Put the weight in the order its device wants; call after a loader filled it. Idempotent; returns self.
 
-        `prefill_copy` True keeps cuSPARSELt's copy (0.5625x of the dense bytes more), False drops it, None leaves things
-        as they are. Raises ValueError where cuSPARSELt cannot run this layer.
+        `prefill_copy` True keeps cuSPARSELt's copy (0.5625x of the dense bytes more), False drops it, None leaves
+        things as they are. Raises ValueError where cuSPARSELt cannot run this layer.
         """
         wanted = 4 if dispatch.uses_fragments(self.weight.dtype, self.weight.device) else 2
         if self.weight.ndim != wanted:
@@ -134,10 +130,8 @@ class Sparse24Linear(nn.Module):
         return 2 if self.swiglu else 1
 
     def _apply(self, fn, recurse=True):
-        had_copy, self.prefill_copy = (
-            self.prefill_copy is not None,
-            None,
-        )  # opaque bytes: rebuilt, never cast or moved
+        had_copy = self.prefill_copy is not None
+        self.prefill_copy = None  # opaque bytes: rebuilt, never cast or moved
         super()._apply(fn, recurse)
         if self.weight.is_meta:
             return self

@@ -28,7 +28,7 @@ _OPERANDS = tl.constexpr("=f,=f,=f,=f,r,r,r,r,r,r,r,r,f,f,f,f,r,r,r,r")
 
 @triton.constexpr_function
 def _instruction(step, fp16):
-    """PTX of one k-block. The metadata word and the selector are baked in, so that choosing them costs no instruction."""
+    """PTX of one k-block. The metadata word and the selector are baked in: choosing them costs no instruction."""
     kind = "f16" if fp16 else "bf16"
     return (
         f"mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.{kind}.{kind}.f32 "
@@ -37,17 +37,13 @@ def _instruction(step, fp16):
 
 
 @triton.jit
-def mma_sp(
-    a, b, c, metadata, STEP: tl.constexpr, WARPS: tl.constexpr, FP16: tl.constexpr, INTERP: tl.constexpr
-):
+def mma_sp(a, b, c, metadata, STEP: tl.constexpr, WARPS: tl.constexpr, FP16: tl.constexpr, INTERP: tl.constexpr):
     """c + A·B for one k-block per warp. a, b, metadata int32, c float32, all (WARPS * 128,); returns float32."""
     if INTERP:
         return _emulate(a, b, c, metadata, STEP, WARPS, FP16)
     else:
         ASM: tl.constexpr = _instruction(STEP, FP16)
-        return tl.inline_asm_elementwise(
-            ASM, _OPERANDS, [a, b, c, metadata], dtype=tl.float32, is_pure=True, pack=4
-        )
+        return tl.inline_asm_elementwise(ASM, _OPERANDS, [a, b, c, metadata], dtype=tl.float32, is_pure=True, pack=4)
 
 
 @triton.constexpr_function
@@ -57,17 +53,19 @@ def _load_b(step):
 
 
 @triton.jit
-def load_b(address, STEP: tl.constexpr):
+def load_b(pointer, STEP: tl.constexpr, WARPS: tl.constexpr, INTERP: tl.constexpr):
     """B fragment straight from global memory (L1) into registers -> int32 (WARPS * 128,).
 
-    `address` int64 (WARPS * 128,): where the lane's first pair of the 256-column block lies, the same for its four
-    registers. Hidden in assembly because Triton's pipeliner would stage x in shared memory like the weights, where at
-    8 tokens it takes as much room as they do; all programs on a multiprocessor read the same x, so L1 has it.
+    `pointer` (WARPS * 128,) to int32: the lane's first pair of the 256-column block, the same for its four registers.
+    Hidden in assembly because Triton's pipeliner would stage x in shared memory like the weights, where at 8 tokens
+    it takes as much room as they do; all programs on a multiprocessor read the same x, so L1 has it.
     """
-    ASM: tl.constexpr = _load_b(STEP)
-    return tl.inline_asm_elementwise(
-        ASM, "=r,=r,=r,=r,l,l,l,l", [address], dtype=tl.int32, is_pure=True, pack=4
-    )
+    if INTERP:
+        return tl.load(pointer + 16 * STEP + 4 * (tl.arange(0, WARPS * 128) % 4))
+    else:
+        ASM: tl.constexpr = _load_b(STEP)
+        address = pointer.to(tl.int64)
+        return tl.inline_asm_elementwise(ASM, "=r,=r,=r,=r,l,l,l,l", [address], dtype=tl.int32, is_pure=True, pack=4)
 
 
 @triton.jit
@@ -107,22 +105,17 @@ def _emulate(a, b, c, metadata, STEP: tl.constexpr, WARPS: tl.constexpr, FP16: t
     """
     a = tl.reshape(a, (WARPS, 8, 4, 2, 2))  # g q h r
     b = tl.reshape(b, (WARPS, 8, 4, 4))  # token q r
-    words = tl.reshape(metadata, (WARPS, 8, 4, 4))  # g lane-q word
+    words = tl.reshape(metadata, (WARPS, 8, 2, 2, 4))  # g selector h word
 
-    word = tl.sum(tl.where(tl.arange(0, 4)[None, None, None, :] == STEP // 2, words, 0), axis=3)  # g lane-q
-    q = tl.arange(0, 4)[None, None, :]
-    half0 = tl.sum(tl.where(q == 2 * (STEP % 2), word, 0), axis=2)  # g: columns 0..15
-    half1 = tl.sum(tl.where(q == 2 * (STEP % 2) + 1, word, 0), axis=2)  # g: columns 16..31
+    selector = tl.arange(0, 2)[None, None, :, None, None] == STEP % 2
+    word = tl.arange(0, 4)[None, None, None, None, :] == STEP // 2
+    half = tl.sum(tl.sum(tl.where(selector & word, words, 0), axis=4), axis=2)  # g h: 16 columns each
 
     # rows (r, g), groups (h, q)
-    first, second = split_pair(a, FP16)
-    first = tl.reshape(tl.permute(first, (0, 4, 1, 3, 2)), (WARPS, 16, 8, 1))
-    second = tl.reshape(tl.permute(second, (0, 4, 1, 3, 2)), (WARPS, 16, 8, 1))
+    first, second = split_pair(tl.reshape(tl.permute(a, (0, 4, 1, 3, 2)), (WARPS, 16, 8, 1)), FP16)
     r = tl.arange(0, 2)[None, :, None, None, None]
-    h = tl.arange(0, 2)[None, None, None, :, None]
-    group = tl.arange(0, 4)[None, None, None, None, :]
-    half = tl.where(h == 0, tl.reshape(half0, (WARPS, 1, 8, 1, 1)), tl.reshape(half1, (WARPS, 1, 8, 1, 1)))
-    code = tl.reshape((half >> (16 * r + 4 * group)) & 15, (WARPS, 16, 8, 1))
+    q = tl.arange(0, 4)[None, None, None, None, :]
+    code = tl.reshape((tl.reshape(half, (WARPS, 1, 8, 2, 1)) >> (16 * r + 4 * q)) & 15, (WARPS, 16, 8, 1))
     position = tl.arange(0, 4)[None, None, None, :]
     weight = tl.where((code & 3) == position, first, 0.0) + tl.where((code >> 2) == position, second, 0.0)
 

@@ -33,8 +33,8 @@ def linear(
 ) -> torch.Tensor:
     """x (..., K) times a packed weight -> (..., out_features), as `reference.linear` defines it, in x's dtype.
 
-    `values`, `metadata`: row-major as on disk (2-D), or in fragment order (4-D). Raises ValueError where shapes or dtypes
-    do not fit.
+    `values`, `metadata`: row-major as on disk (2-D), or in fragment order (4-D). Raises ValueError where shapes or
+    dtypes do not fit.
     """
     k = x.shape[-1]
     _check(x, values, out_features, bias, residual, norm_gain, swiglu)
@@ -62,7 +62,8 @@ def linear(
         "norm_eps": norm_eps,
         "swiglu": swiglu,
     }
-    y = run(choice, flat, values, metadata, out_features, prefill_copy=prefill_copy, **extras)
+    with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be x's
+        y = run(choice, flat, values, metadata, out_features, prefill_copy=prefill_copy, **extras)
     return y.view(*x.shape[:-1], out_features)
 
 
@@ -154,15 +155,11 @@ def _check(x, values, out_features, bias, residual, norm_gain, swiglu) -> None:
         tiles = padded_rows(rows, 2 if swiglu else 1) // ROWS
         fits = tuple(values.shape[:2]) == (tiles, -(-k // K_PAD) * K_PAD // K_BLOCK)
     if not fits:
-        raise ValueError(
-            f"x has {k} features and {rows} rows are asked for; the packed weight has another shape"
-        )
+        raise ValueError(f"x has {k} features and {rows} rows are asked for; the packed weight has another shape")
     tensors = {"x": x, "bias": bias, "residual": residual, "norm_gain": norm_gain}
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype != values.dtype:
-            raise ValueError(
-                f"{name} is {tensor.dtype}, the packed weight {values.dtype}: convert one of them"
-            )
+            raise ValueError(f"{name} is {tensor.dtype}, the packed weight {values.dtype}: convert one of them")
     shapes = {
         "bias": (bias, (rows,)),
         "residual": (residual, (*x.shape[:-1], out_features)),

@@ -30,7 +30,7 @@ def sparselt_refuses(n: int, k: int, dtype: torch.dtype, device: torch.device) -
 
 
 def compress(dense: torch.Tensor) -> torch.Tensor:
-    """Dense 2:4 weight (N, K) on a GPU -> cuSPARSELt's blob as bytes (uint8, so that no cast of the module touches it)."""
+    """Dense 2:4 weight (N, K) on a GPU -> cuSPARSELt's blob, as uint8 so that no cast of a module touches it."""
     return torch._cslt_compress(dense).flatten().view(torch.uint8)
 
 

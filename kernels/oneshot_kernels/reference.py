@@ -63,7 +63,8 @@ def _row_chunks(n: int, k: int):
 def _check_weight(weight: torch.Tensor) -> None:
     if weight.ndim != 2 or weight.shape[1] % 4 or 0 in weight.shape:
         raise ValueError(
-            f"2:4 packing needs a non-empty matrix with a number of columns divisible by 4, got shape {tuple(weight.shape)}"
+            "2:4 packing needs a non-empty matrix with a number of columns divisible by 4, got shape "
+            f"{tuple(weight.shape)}"
         )
     if weight.dtype not in DTYPES:
         names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
@@ -71,15 +72,13 @@ def _check_weight(weight: torch.Tensor) -> None:
 
 
 def is_24(weight: torch.Tensor) -> bool:
-    """True if `weight` (N, K) can be packed: right shape and dtype, at most two nonzeros in each aligned group of four."""
+    """True if `weight` (N, K) can be packed: right shape and dtype, at most two nonzeros in each group of four."""
     try:
         _check_weight(weight)
     except ValueError:
         return False
     n, k = weight.shape
-    return all(
-        bool((weight[rows].reshape(-1, k // 4, 4) != 0).sum(-1).le(2).all()) for rows in _row_chunks(n, k)
-    )
+    return all(bool((weight[rows].reshape(-1, k // 4, 4) != 0).sum(-1).le(2).all()) for rows in _row_chunks(n, k))
 
 
 def pack(weight: torch.Tensor) -> Packed:

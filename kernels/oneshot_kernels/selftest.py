@@ -1,7 +1,7 @@
 """Asks the GPU itself whether the decode kernel is right, once per process and compiled variant.
 
-The kernel relies on which lane gets which element of an inline-assembly operand. Triton promises nothing there, so a new
-Triton, driver or GPU could silently compute nonsense. A tiny product against float64 settles it.
+The kernel relies on which lane gets which element of an inline-assembly operand. Triton promises nothing there, so
+a new Triton, driver or GPU could silently compute nonsense. A tiny product against float64 settles it.
 """
 
 import functools
@@ -53,9 +53,7 @@ def variant(config: Config, tokens: int, k: int, dtype, device, norm: bool, swig
     """The variant that a call with this many tokens and K inputs runs."""
     warps, whole_k, even_warps = shape_flags(k, config)
     tile_tokens = -(-tokens // TOKEN_TILE) * TOKEN_TILE
-    return Variant(
-        replace(config, warps=warps), tile_tokens, dtype, device, norm, swiglu, whole_k, even_warps
-    )
+    return Variant(replace(config, warps=warps), tile_tokens, dtype, device, norm, swiglu, whole_k, even_warps)
 
 
 def measure(v: Variant) -> float:

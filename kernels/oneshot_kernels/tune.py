@@ -76,7 +76,7 @@ def decode_candidates(tokens: int) -> list[decode.Config]:
 
 def middle_candidates(tokens: int) -> list[expand.Config]:
     """Launch parameters worth timing for the middle kernel, in its useful range."""
-    if not 16 <= tokens <= 2048:
+    if not 16 <= tokens <= 1024:
         return []
     tile = max(16, min(128, triton.next_power_of_2(tokens)))
     tiles = sorted({tile, max(16, tile // 2)})
@@ -97,11 +97,11 @@ def time_candidates(
     device: torch.device,
     timer: Timer,
     copies: int,
-    decode_configs: list[decode.Config] | None = None,
+    configs: dict[str, list] | None = None,
 ) -> list[dict]:
     """Time every path and candidate of one layer at one number of tokens -> [{path, config, us, error}].
 
-    `copies` distinct weights take turns (timing.py says why). `decode_configs` narrows the decode kernel's candidates.
+    `copies` distinct weights take turns (timing.py says why). `configs` narrows the candidates of the paths it names.
     A candidate that does not fit the device is left out; one that computes something wrong raises RuntimeError.
     """
     generator = torch.Generator(device=device).manual_seed(0)
@@ -116,7 +116,7 @@ def time_candidates(
 
     problem = ops.make_problem(x, fragments[0][0], shape.outputs, shape.swiglu, blobs[0])
     rows = []
-    for path, config in _candidates(problem, x, blobs[0], shape, decode_configs or decode_candidates(tokens)):
+    for path, config in _candidates(problem, x, blobs[0], shape, configs or {}):
         choice = dispatch.Choice(path, config, "tune", "")
         calls = [
             functools.partial(ops.run, choice, x, *f, shape.outputs, swiglu=shape.swiglu, prefill_copy=blob)
@@ -128,9 +128,7 @@ def time_candidates(
         except triton.runtime.errors.OutOfResources:
             continue
         if not error <= LIMIT:
-            raise RuntimeError(
-                f"{path} {config} is wrong at {shape}, {tokens} tokens: relative error {error:.3g}"
-            )
+            raise RuntimeError(f"{path} {config} is wrong at {shape}, {tokens} tokens: relative error {error:.3g}")
         plain = asdict(config) if isinstance(config, decode.Config | expand.Config) else config
         rows.append({"path": path, "config": plain, "us": timer(calls), "error": error})
     return rows
@@ -150,12 +148,11 @@ def poison(m: int, n: int, dtype: torch.dtype, device: torch.device) -> None:
     torch.full((m, n), torch.nan, dtype=dtype, device=device)
 
 
-def _candidates(problem: dispatch.Problem, x, blob, shape: Shape, decode_configs: list[decode.Config]):
+def _candidates(problem: dispatch.Problem, x: torch.Tensor, blob: torch.Tensor | None, shape: Shape, configs: dict):
     usable = {name for name, reason in dispatch.refusals(problem).items() if reason is None}
-    if "decode" in usable:
-        yield from (("decode", config) for config in decode_configs)
-    if "middle" in usable:
-        yield from (("middle", config) for config in middle_candidates(problem.tokens))
+    for path, everything in (("decode", decode_candidates), ("middle", middle_candidates)):
+        if path in usable:
+            yield from ((path, config) for config in configs.get(path) or everything(problem.tokens))
     if "sparselt" in usable:
         yield "sparselt", prefill.best_algorithm(x, blob, shape.rows)
     yield "scratch", None
@@ -163,14 +160,10 @@ def _candidates(problem: dispatch.Problem, x, blob, shape: Shape, decode_configs
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m oneshot_kernels.tune", description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m oneshot_kernels.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="folder with a Hugging Face config.json")
     parser.add_argument("--shapes", help="comma-separated ROWSxK[:swiglu]")
-    parser.add_argument(
-        "--tokens", default=",".join(map(str, TOKENS)), help="comma-separated numbers of tokens"
-    )
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="comma-separated numbers of tokens")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
     args = parser.parse_args(argv)
     if bool(args.model) == bool(args.shapes):
@@ -187,9 +180,7 @@ def main(argv: list[str] | None = None) -> None:
         copies = timing.copies_needed(shape.rows * shape.k * 9 // 8, device)
         row = fastest(time_candidates(shape, tokens, dtype, device, timing.graph_microseconds, copies))
         add_to_table(path, shape, dtype, device, tokens, row)
-        times = ", ".join(
-            f"{name} {row[name]['us']:.1f}" for name in sorted(row, key=lambda name: row[name]["us"])
-        )
+        times = ", ".join(f"{name} {row[name]['us']:.1f}" for name in sorted(row, key=lambda name: row[name]["us"]))
         print(
             f"{shape.rows}x{shape.k}{' swiglu' if shape.swiglu else ''}, {tokens} tokens, us: {times}",
             flush=True,
@@ -197,9 +188,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"wrote {path}")
 
 
-def add_to_table(
-    path: Path, shape: Shape, dtype: torch.dtype, device: torch.device, tokens: int, row: dict
-) -> None:
+def add_to_table(path: Path, shape: Shape, dtype: torch.dtype, device: torch.device, tokens: int, row: dict) -> None:
     """Add one measured row to the device's table, keeping what is there."""
     entries = {key: dict(rows) for key, rows in dispatch.load_table(path).items()}
     key = dispatch.Problem(tokens, shape.rows, shape.k, dtype, device, swiglu=shape.swiglu).key

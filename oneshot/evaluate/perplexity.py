@@ -40,7 +40,7 @@ def token_losses(model, ids, mask=None, *, batch_size=8, device="cpu", progress=
                 losses += [batch_losses(model, stream, i) for i in range(len(stream))]
     losses = torch.cat(losses)
     if mask is not None:
-        losses = losses * (mask[:, 1:] & mask[:, :-1])
+        losses = losses.where(mask[:, 1:] & mask[:, :-1], 0.0)  # not times 0: padding may give NaN
     return losses
 
 

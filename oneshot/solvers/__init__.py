@@ -28,7 +28,7 @@ class Solution:
 
     W_hat: (R, C), the new weight, zero wherever the mask is False.
     mask: bool (R, C), the decision; a kept weight may happen to be zero.
-    info: plain values for the record ("damping": used). `info["warnings"]`, a list of str, says every weaker path taken.
+    info: plain values for the record ("damping": used). `info["warnings"]`, list of str, says every weaker path taken.
     """
 
     W_hat: torch.Tensor

@@ -1,4 +1,4 @@
-"""SparseGPT (arXiv 2301.00774): columns from left to right; each removed weight's error is made good by those to its right.
+"""SparseGPT (arXiv 2301.00774): columns from left to right; a removed weight's error is made good by those right of it.
 
     G       E[x xᵀ] + λI, (C, C), the damped Gram matrix (the paper's Hessian H up to a factor)
     V       upper triangular, G = V Vᵀ

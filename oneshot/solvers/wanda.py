@@ -19,7 +19,7 @@ needs = frozenset({"sum_sq"})
 @dataclass(frozen=True)
 class Config:
     use_variant: bool = field(default=False, metadata={
-        "help": "rows may differ in sparsity (unstructured): each loses its lowest scores up to one share of their sum"})
+        "help": "rows may differ in sparsity (unstructured): each loses its lowest scores up to one share of the sum"})
 
     @property
     def group(self):

@@ -24,19 +24,16 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 _FLAGS = dict.fromkeys(("SWIGLU", "NORM", "HAS_BIAS", "HAS_RESIDUAL", "FP16", "INTERP"), False)
 _FLAGS |= dict.fromkeys(("WHOLE_K", "EVEN_WARPS", "DIRECT_X"), True)
-# name -> (constexprs that differ from _FLAGS, tokens that pick decode.default_config)
+_RAGGED = {"WHOLE_K": False, "EVEN_WARPS": False, "DIRECT_X": False}
+# name -> (constexprs that differ from _FLAGS, tokens and K that pick decode.default_config)
 DECODE = {
-    "decode, 8 tokens": ({"HAS_BIAS": True, "HAS_RESIDUAL": True}, 8),
-    "decode, ragged K, float16": (
-        {"WHOLE_K": False, "EVEN_WARPS": False, "DIRECT_X": False, "FP16": True},
-        8,
-    ),
-    "decode, norm and swiglu": ({"NORM": True, "SWIGLU": True}, 8),
-    "decode, 16 tokens, uneven warps": ({"EVEN_WARPS": False}, 16),
-    "decode, 64 tokens": ({}, 64),
+    "decode, 8 tokens": ({"HAS_BIAS": True, "HAS_RESIDUAL": True}, 8, 4096),
+    "decode, 32 tokens, ragged K, float16": ({**_RAGGED, "FP16": True}, 32, 172),
+    "decode, norm and swiglu": ({"NORM": True, "SWIGLU": True}, 8, 4096),
+    "decode, 64 tokens": ({}, 64, 4096),
 }
 # name -> (tokens, N, K) that pick expand.default_config
-MATMUL = {"middle, 64 tokens": (64, 6144, 4096), "middle, 512 tokens": (512, 28672, 4096)}
+MATMUL = {"middle, 512 tokens": (512, 28672, 4096)}
 
 
 def compile_kernel(
@@ -61,9 +58,7 @@ def facts(compiled) -> dict:
         file.flush()
 
         def dump(flag):
-            return subprocess.run(
-                [CUOBJDUMP, flag, file.name], capture_output=True, text=True, check=True
-            ).stdout
+            return subprocess.run([CUOBJDUMP, flag, file.name], capture_output=True, text=True, check=True).stdout
 
         sass, usage = dump("-sass"), dump("-res-usage")
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
@@ -79,16 +74,14 @@ def facts(compiled) -> dict:
         "copies_16_bytes": len(re.findall(r"\bLDGSTS\.E\.[\w.]*128\b", sass)),
         "copies": len(re.findall(r"\bLDGSTS\.", sass)),
         "loads_16_bytes": len(re.findall(r"\bLDG\.E[\w.]*\.128\b", sass)),
-        "asm_layouts": [
-            re.search(re.escape(name) + r" = (.*)", ttgir).group(1) for name in sorted(asm_layouts)
-        ],
+        "asm_layouts": [re.search(re.escape(name) + r" = (.*)", ttgir).group(1) for name in sorted(asm_layouts)],
     }
 
 
 def decode_variant(capability: int, name: str) -> dict:
     """Facts about the decode kernel in one of the variants of `DECODE`."""
-    constants, tokens = DECODE[name]
-    config = decode_module.default_config(tokens, constants.get("SWIGLU", False))
+    constants, tokens, k = DECODE[name]
+    config = decode_module.default_config(tokens, k, constants.get("SWIGLU", False))
     float_type = "*fp16" if constants.get("FP16") else "*bf16"
     words = dict.fromkeys(("values_ptr", "metadata_ptr", "x_ptr", "gain_ptr"), "*i32")
     floats = dict.fromkeys(("bias_ptr", "residual_ptr", "y_ptr"), float_type)
@@ -123,9 +116,7 @@ def expand_variant(capability: int, _name: str) -> dict:
     signature |= dict.fromkeys(("N", "NT", "K", "KB"), "i32")
     constants = {"BN": 32, "BK": 128}
     return facts(
-        compile_kernel(
-            expand_module._expand_kernel, signature, constants, capability, 4, aligned_sizes=("N", "K")
-        )
+        compile_kernel(expand_module._expand_kernel, signature, constants, capability, 4, aligned_sizes=("N", "K"))
     )
 
 

@@ -8,4 +8,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "kernels"))
 
 # Triton fixes interpreted or compiled when a kernel is defined, so the two kinds of test cannot share a
 # process. test_sparse24_interpreter.py runs the folder in one of its own, with TRITON_INTERPRET=1.
-collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+collect_ignore = [] if INTERPRETED else ["interpreted"]
+if INTERPRETED:
+    sys.path.insert(0, str(Path(__file__).parent / "interpreted"))  # for its helpers, under any import mode

@@ -33,7 +33,7 @@ def test_untuned_choices_are_labelled_estimates():
     paths = {tokens: choose(tokens).path for tokens in (1, 64, 65, 512, 513, 4096)}
     assert paths == {1: "decode", 64: "decode", 65: "middle", 512: "middle", 513: "scratch", 4096: "scratch"}
     assert choose(513, prefill_copy=True).path == "sparselt"
-    assert choose(8).source == "estimate, untuned" and choose(8).config == decode.default_config(8)
+    assert choose(8).source == "estimate, untuned" and choose(8).config == decode.default_config(8, 4096)
 
 
 def test_measured_times_decide_among_what_is_usable():
@@ -61,12 +61,8 @@ def test_the_next_measured_size_up_counts():
 
 def test_the_table_is_written_whole_and_read_back():
     path = dispatch.table_path(GPU)
-    tune.add_to_table(
-        path, tune.Shape(64, 32), torch.float16, GPU, 1, {"scratch": {"us": 2.0, "config": None}}
-    )
-    tune.add_to_table(
-        path, tune.Shape(64, 32), torch.float16, GPU, 8, {"scratch": {"us": 3.0, "config": None}}
-    )
+    tune.add_to_table(path, tune.Shape(64, 32), torch.float16, GPU, 1, {"scratch": {"us": 2.0, "config": None}})
+    tune.add_to_table(path, tune.Shape(64, 32), torch.float16, GPU, 8, {"scratch": {"us": 3.0, "config": None}})
     assert set(dispatch.load_table(path)["64x32 float16"]) == {1, 8}
     assert json.loads(path.read_text())["device"] == "Pretend H200 (80 GB)"
     assert [p.name for p in path.parent.iterdir()] == [path.name]  # no temporary left behind
@@ -79,9 +75,7 @@ def test_a_damaged_table_is_not_ignored():
         choose(1)
 
 
-@pytest.mark.parametrize(
-    ("hip", "capability", "path"), [("6.4", (9, 4), "middle"), (None, (7, 5), "scratch")]
-)
+@pytest.mark.parametrize(("hip", "capability", "path"), [("6.4", (9, 4), "middle"), (None, (7, 5), "scratch")])
 def test_gpus_without_sparse_tensor_cores(hip, capability, path, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

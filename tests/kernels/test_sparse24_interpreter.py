@@ -15,18 +15,9 @@ HERE = Path(__file__).parent
 
 def test_kernels_under_the_interpreter():
     pytest.importorskip("triton", reason="the kernels need Triton (pip install triton)")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        str(HERE / "interpreted"),
-    ]
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib"]
     run = subprocess.run(
-        command,
+        [sys.executable, "-m", "pytest", *options, str(HERE / "interpreted")],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -33,9 +33,7 @@ def plain_torch(x, packed, *, bias, residual, norm_gain, norm_eps, swiglu):
     from oneshot_kernels import unpack
 
     h = x if norm_gain is None else rms_norm(x, norm_gain, norm_eps)
-    y = F.linear(
-        h.float(), unpack(packed.values, packed.metadata).float(), None if bias is None else bias.float()
-    )
+    y = F.linear(h.float(), unpack(packed.values, packed.metadata).float(), None if bias is None else bias.float())
     if swiglu:
         gate, up = y.chunk(2, dim=-1)
         y = F.silu(gate) * up

@@ -8,11 +8,12 @@ from sparse24 import assert_as_good_as_torch, problem
 
 BF16, FP16 = torch.bfloat16, torch.float16
 TWO_TILES = Config(row_tiles=2, warps=4, stages=2)
+STAGED = Config(warps=4, direct_x=False)  # x through shared memory, as for every K that is not whole
 CASES = [  # N, K, tokens, dtype, extras, launch parameters
     (16, 256, 1, BF16, {}, None),
     (7, 4, 9, BF16, {"bias": True}, None),
     (40, 36, 5, FP16, {"bias": True, "residual": True}, TWO_TILES),  # 3 row tiles, 2 per program
-    (33, 172, 11, BF16, {"norm": True}, None),
+    (17, 172, 9, BF16, {"norm": True}, None),
     (16, 512, 8, FP16, {"norm": True, "bias": True}, TWO_TILES),
     (
         20,
@@ -24,7 +25,9 @@ CASES = [  # N, K, tokens, dtype, extras, launch parameters
     ),  # gate and up each end inside a tile
     (40, 36, 2, FP16, {"swiglu": True, "residual": True}, TWO_TILES),
     (17, 11 * 256, 2, BF16, {"norm": True}, None),  # 11 blocks for 8 warps, as 43 in Llama-2-7B's down_proj
-    (16, 3 * 256, 16, BF16, {}, Config(warps=2)),
+    (16, 3 * 256, 2, BF16, {"norm": True}, STAGED),
+    (16, 512, 9, FP16, {}, STAGED),
+    (16, 3 * 256, 11, BF16, {}, Config(warps=2)),
     (16, 256, 17, FP16, {}, None),
     (16, 256, 64, BF16, {"residual": True}, None),
 ]

@@ -1,0 +1,60 @@
+"""The runs behind the README's table: real small models, real text, every method at every sparsity.
+
+    python scripts/real_runs.py --shared ../shared       # records to results/runs
+    python scripts/tables.py                             # tables from the records
+
+    stories260k    calibrated on 500 TinyStories, measured on 500 others
+    craftgpt-5m    on its own text, one dialogue a line; half to calibrate, half to measure
+    demo           calibrated on C4 text and measured on WikiText-2 test; and on its built-in texts
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from oneshot import run
+
+METHODS = "magnitude,wanda,sparsegpt"
+PATTERNS = "0.5,0.6,0.7,2:4,4:8"
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--shared", type=Path, default=Path("../shared"), help="folder of models/ and data/")
+    p.add_argument("--results", type=Path, default=Path("results/runs"))
+    p.add_argument("--only", help="stories260k, craftgpt-5m, demo-wikitext2 or demo")
+    args = p.parse_args()
+    for name, flags in runs(args.shared, Path("build/real_runs")).items():
+        if args.only in (None, name):
+            code = run.main([*flags, "--method", METHODS, "--results", str(args.results), "--batch-size", "16"])
+            if code:
+                raise SystemExit(code)
+
+
+def runs(shared, work):
+    """{name: flags}; texts split into halves under `work`."""
+    models, data = shared / "models", shared / "data"
+    work.mkdir(parents=True, exist_ok=True)
+    stories = json.loads((data / "tinystories_1000.json").read_text())
+    dialogues = (data / "craftgpt_selfgen.txt").read_text().splitlines()
+    halves = {}
+    for name, documents in (("tinystories", stories), ("craftgpt", dialogues)):
+        for part, chosen in (("calibration", documents[0::2]), ("test", documents[1::2])):
+            halves[name, part] = work / f"{name}_{part}.json"
+            halves[name, part].write_text(json.dumps(chosen))
+    return {
+        # 172 inputs are no multiple of 8
+        "stories260k": ["--model", str(models / "stories260k"), "--pattern", PATTERNS.removesuffix(",4:8"),
+                        "--seqlen", "256", "--calibration", str(halves["tinystories", "calibration"]),
+                        "--evaluate", str(halves["tinystories", "test"])],
+        "craftgpt-5m": ["--model", str(models / "craftgpt-5m"), "--pattern", PATTERNS, "--documents", "separate",
+                        "--nsamples", "512", "--calibration", str(halves["craftgpt", "calibration"]),
+                        "--evaluate", str(halves["craftgpt", "test"])],
+        "demo-wikitext2": ["--model", "demo", "--pattern", PATTERNS, "--calibration", str(data / "c4_sample.jsonl"),
+                           "--evaluate", str(data / "wikitext2_test.txt")],
+        "demo": ["--model", "demo", "--pattern", PATTERNS, "--evaluate", "builtin:prose,builtin:sampled"],
+    }
+
+
+if __name__ == "__main__":
+    main()

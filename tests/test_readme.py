@@ -1,0 +1,53 @@
+"""The README's commands run, at small size, on the built-in model and text."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from oneshot import models, run, verify
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+HERE = {"meta-llama/Llama-3.1-8B": "demo", "c4": "builtin", "wikitext2": "builtin:prose", "cuda": "cpu"}
+SMALL = ["--nsamples", "4", "--eval-windows", "2", "--no-progress"]
+pytestmark = pytest.mark.skipif(not (models.DEMO / "config.json").is_file(), reason="the demo model is not trained yet")
+
+
+def commands():
+    """Every `python -m oneshot...` line of the README's code blocks, as words."""
+    blocks = "\n".join(re.findall(r"```\n(.*?)```", README, re.S)).replace("\\\n", " ")
+    return [shlex.split(line) for line in blocks.splitlines() if line.startswith("python -m oneshot")]
+
+
+def test_commands(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    ran = commands()
+    assert [words[2] for words in ran] == ["oneshot.run", "oneshot.verify"]
+    for words in ran:
+        rest = [HERE.get(w, w) for w in words[3:]]
+        code = run.main(rest + SMALL) if words[2] == "oneshot.run" else verify.main(rest)
+        assert code == 0, (words, capsys.readouterr().err)
+    assert "all proved" in capsys.readouterr().out
+
+
+def test_python_lines():
+    code = re.search(r"```python\n(.*?)```", README, re.S).group(1)
+    space = {}
+    exec(code.replace('pattern="2:4"', 'pattern="2:4", nsamples=4, progress=False'), space)
+    assert space["record"]["sparsity"] == pytest.approx(0.5, abs=1e-6)
+
+
+def test_no_arguments_is_three_methods_and_two_patterns():
+    from oneshot import cli
+
+    asked = [(c.model, c.method, c.pattern) for c in cli.parse([])]
+    assert asked == [("demo", "dense", "dense"), *(("demo", m, p) for p in ("0.5", "2:4")
+                                                  for m in ("magnitude", "wanda", "sparsegpt"))]
+
+
+def test_its_map_names_what_is_there():
+    root = Path(__file__).parent.parent
+    for block in re.findall(r"## Map\n\n```\n(.*?)```", README, re.S):
+        for path in re.findall(r"^(\S+/\S*)", block, re.M):
+            assert (root / path).exists(), path

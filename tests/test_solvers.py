@@ -1,0 +1,443 @@
+"""The contract and the laws of every solver and refiner there is, and parity with the naive references.
+
+A new file in oneshot/solvers is tested by the first two parts without a line here; its own reference goes
+into `REFERENCES` or a test file of its own. A refiner is tested behind Wanda, its law behind every solver.
+"""
+
+import dataclasses
+import json
+from typing import NamedTuple
+
+import pytest
+import reference as ref
+import torch
+from problems import groups, layer, moments_of, ref_pattern, removed_of, white
+
+from oneshot import solvers
+from oneshot.linalg import NumericalError
+from oneshot.moments import NEEDS
+from oneshot.patterns import NM, Dense, Unstructured
+
+NAMES = solvers.names()
+F64 = {"rtol": 1e-8, "atol": 1e-10}
+
+
+class Case(NamedTuple):
+    """A chain to test: [(module, cfg), ...], and what of X it may look at."""
+
+    steps: list
+    needs: frozenset
+    name: str
+
+
+def case(method, **flags):
+    """The chain `method`, its last part with `flags` in place of the defaults."""
+    *before, last = solvers.chain(method)
+    steps = [(m, m.Config()) for m in before] + [(last, last.Config(**flags))]
+    return Case(steps, frozenset().union(*(m.needs for m, _ in steps)), method)
+
+
+def cases():
+    """Every solver, every refiner behind Wanda, and each of their switches turned over."""
+    for method in NAMES["solver"] + [f"wanda+{r}" for r in NAMES["refiner"]]:
+        yield pytest.param(case(method), id=method)
+        for f in dataclasses.fields(solvers.chain(method)[-1].Config):
+            if isinstance(f.default, bool):
+                flags = {f.name: not f.default}
+                yield pytest.param(case(method, **flags), id=f"{method}[{f.name}={not f.default}]")
+
+
+every_case = pytest.mark.parametrize("c", list(cases()))
+SHAPES = [(1, 1, 3), (5, 20, 60), (3, 40, 7), (2, 300, 350)]  # R, C, T: smallest; ragged; T < C; three blocks
+PATTERNS = [Unstructured(0.0), Unstructured(0.29), Unstructured(0.5, "row"), Unstructured(0.5, "matrix"),
+            Unstructured(0.7, 7), Unstructured(0.5, 1000), Unstructured(1 - 1e-9), Unstructured(1.0),
+            NM(2, 4), NM(1, 4), NM(3, 5), NM(0, 4), NM(4, 4), NM(1, 1), Dense()]
+FITTING = [pytest.param(shape, p, id=f"{shape[0]}x{shape[1]}-{p!r}") for shape in SHAPES for p in PATTERNS
+           if not isinstance(p, NM) or shape[1] % p.m == 0]
+NOTHING_GOES = [Unstructured(0.0), NM(4, 4), Dense()]
+
+
+def run(c, W, X, pattern, moments=None):
+    """The chain's solution with exactly the Moments it says it needs, in W's precision."""
+    moments = moments or moments_of(X, c.needs, W.dtype)
+    return solvers.solve(W, moments, resolved(c, pattern), c.steps)
+
+
+def resolved(c, pattern):
+    """The pattern with the solver's own comparison group, as the loop hands it over."""
+    return pattern.with_default_group(c.steps[0][1].group)
+
+
+def assert_sound(solution, W, pattern):
+    """A well-formed solution with exactly the zeros asked for in every group."""
+    W_hat, mask, info = solution.W_hat, solution.mask, solution.info
+    assert W_hat.shape == mask.shape == W.shape and W_hat.dtype == W.dtype and mask.dtype == torch.bool
+    assert torch.isfinite(W_hat).all() and not W_hat[~mask].any() and pattern.holds(W_hat)
+    assert int((~mask).sum()) == pattern.zeros(*W.shape)
+    if not isinstance(pattern, Dense):
+        for rows, columns in groups(pattern, *W.shape):
+            part = mask[rows, columns]
+            assert int((~part).sum()) == removed_of(pattern, part.numel())
+    json.dumps(info)  # plain values
+    assert all(isinstance(w, str) for w in info.get("warnings", []))
+
+
+# --- the contract -------------------------------------------------------------------------------------------
+
+
+def test_names_are_the_files():
+    assert {"magnitude", "wanda", "sparsegpt"} <= set(NAMES["solver"])
+    assert all(found == sorted(found) for found in NAMES.values())
+    assert [m.__name__ for m in solvers.chain("wanda")] == ["oneshot.solvers.wanda"]
+
+
+@pytest.mark.parametrize("method", ["", "nope", "dense", "+", "wanda+", "wanda+wanda", "wanda+nope", "Wanda"])
+def test_unknown_method(method):
+    with pytest.raises(ValueError, match="--method"):
+        solvers.chain(method)
+
+
+@pytest.mark.parametrize("name", NAMES["solver"] + NAMES["refiner"])
+def test_module(name):
+    kind = "refiner" if name in NAMES["refiner"] else "solver"
+    module = solvers.module(name)
+    assert module.__doc__ and isinstance(module.needs, frozenset) and module.needs <= NEEDS
+    assert hasattr(module, "prune") == (kind == "solver") and hasattr(module, "refine") == (kind == "refiner")
+    cfg = module.Config()
+    assert cfg == module.Config() and hash(cfg) == hash(module.Config())
+    assert cfg.__dataclass_params__.frozen
+    for f in dataclasses.fields(cfg):
+        assert f.metadata.get("help"), f"{name}.{f.name} has no help"
+        json.dumps(getattr(cfg, f.name))
+    if kind == "solver":
+        assert cfg.group in ("matrix", "row") or cfg.group > 0
+
+
+@every_case
+@pytest.mark.parametrize("shape, pattern", FITTING)
+def test_solution_is_sound(c, shape, pattern):
+    W, X = layer(*shape)
+    assert_sound(run(c, W, X, pattern), W, resolved(c, pattern))
+    if pattern in (Unstructured(0.5, "row"), NM(2, 4), NM(3, 5)):
+        assert_sound(run(c, W.float(), X.float(), pattern), W.float(), resolved(c, pattern))
+
+
+@every_case
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)], ids=str)
+def test_pure(c, pattern):
+    """Arguments and random state untouched, nothing random; a transposed view (Conv1D) will do as well."""
+    W, X = layer(6, 40, 90)
+    moments, fresh = moments_of(X, NEEDS), moments_of(X, NEEDS)
+    W_0, G, state = W.clone(), moments.G.clone(), torch.get_rng_state()
+    first = run(c, W, None, pattern, moments)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(W, W_0) and torch.equal(moments.G, G) and moments.n == fresh.n
+    for name in ("sum", "sum_sq", "sample"):
+        assert torch.equal(getattr(moments, name), getattr(fresh, name))
+    torch.manual_seed(int(state[0]) + 1)
+    for again in (run(c, W, None, pattern, moments), run(c, W.T.contiguous().T, None, pattern, fresh)):
+        assert torch.equal(again.mask, first.mask) and torch.equal(again.W_hat, first.W_hat)
+        assert again.W_hat.data_ptr() != W.data_ptr()
+    torch.set_rng_state(state)
+
+
+@every_case
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+def test_negative_zero_is_never_stored(c, stored, transposed):
+    """Nor for a removed weight, nor for one that was -0.0, nor for one that underflows."""
+    from oneshot.models import View
+
+    W, X = (t.float() for t in layer(6, 40, 90))
+    W[0, :3], W[1] = -0.0, W[1] * 1e-30
+    parameter = torch.nn.Parameter((W.T if transposed else W).to(stored).contiguous(), requires_grad=False)
+    view = View("x", "x", torch.nn.Identity(), parameter, None, transposed, stored)
+    pattern = resolved(c, NM(2, 4))
+    view.set(run(c, view.get(), X, pattern).W_hat)
+    assert pattern.holds(view.get()) and not (torch.signbit(parameter) & (parameter == 0)).any()
+
+
+def test_flags_reach_their_own_part():
+    given = {"wanda.use_variant": True, "sparsegpt.damping": 3.0, "use_variant": False}
+    assert solvers.configure("wanda", given) == {"wanda": solvers.module("wanda").Config(use_variant=True)}
+    assert solvers.configure("sparsegpt", {}) == {"sparsegpt": solvers.module("sparsegpt").Config()}
+
+
+# --- the laws of all ----------------------------------------------------------------------------------------
+
+
+@every_case
+@pytest.mark.parametrize("pattern", NOTHING_GOES, ids=repr)
+def test_nothing_removed_is_the_identity(c, pattern):
+    W, X = layer(4, 300, 400)
+    W_hat = run(c, W, X, pattern).W_hat
+    torch.testing.assert_close(W_hat, W, **F64)
+    if c.name in ("magnitude", "wanda", "sparsegpt"):
+        assert torch.equal(W_hat, W)
+
+
+@every_case
+@pytest.mark.parametrize("pattern", [Unstructured(1.0), NM(0, 4)], ids=repr)
+def test_all_removed_is_zero(c, pattern):
+    W, X = layer(4, 300, 400)
+    solution = run(c, W, X, pattern)
+    assert not solution.W_hat.any() and not solution.mask.any()
+
+
+@every_case
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.7, "matrix"), NM(2, 4)], ids=repr)
+def test_order_and_batching_of_tokens_do_not_matter(c, pattern):
+    W, X = layer(5, 40, 90)
+    whole = run(c, W, X, pattern)
+    half = moments_of(X[50:], c.needs) + moments_of(X[:50], c.needs)
+    for moments in (moments_of(X.flip(0), c.needs, batch=11), half):
+        other = run(c, W, None, pattern, moments)
+        assert torch.equal(other.mask, whole.mask)
+        torch.testing.assert_close(other.W_hat, whole.W_hat, **F64)
+
+
+@every_case
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.7, "row"), NM(2, 4)], ids=repr)
+@pytest.mark.parametrize("dead", [(), (0, 3, 17, 18, 39)], ids=["live", "dead"])
+@pytest.mark.parametrize("scale", [1e-3, 1e4])
+def test_the_scale_of_the_inputs_does_not_matter(c, pattern, dead, scale):
+    """Also with dead inputs: SparseGPT's 1 in their place swamps the damping when activations are small."""
+    W, X = layer(5, 40, 90, dead=dead)
+    usual, scaled = run(c, W, X, pattern), run(c, W, scale * X, pattern)
+    assert torch.equal(usual.mask, scaled.mask)
+    torch.testing.assert_close(scaled.W_hat, usual.W_hat, **F64)
+
+
+@every_case
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.5, "row"), NM(2, 4), NM(3, 5)])
+@pytest.mark.parametrize("dead", [(7,), (0, 3, 17, 18, 39), range(40)], ids=["one", "five", "all"])
+def test_dead_inputs(c, pattern, dead):
+    """Finite and exact, and weights on inputs that are always zero are the first to go."""
+    W, X = layer(6, 40, 90, dead=dead)
+    W[:, list(dead)] *= 100
+    solution = run(c, W, X, pattern)
+    assert_sound(solution, W, resolved(c, pattern))
+    if c.needs and len(dead) < 40:
+        alive = torch.ones(6, 40, dtype=torch.bool)
+        alive[:, list(dead)] = False
+        for group in groups(resolved(c, pattern), *W.shape):
+            kept_dead, removed_live = solution.mask & ~alive, ~solution.mask & alive
+            assert not (kept_dead[group].any() and removed_live[group].any())
+
+
+@every_case
+@pytest.mark.parametrize("tokens", [1, 2, 39])
+def test_fewer_tokens_than_inputs(c, tokens):
+    """A singular Gram matrix, in the precision of real runs."""
+    W, X = (t.float() for t in layer(6, 40, tokens))
+    for pattern in (Unstructured(0.5), NM(2, 4)):
+        solution = run(c, W, X, pattern)
+        assert_sound(solution, W, resolved(c, pattern))
+        assert solution.W_hat.abs().max() < 1e3 * W.abs().max()
+
+
+@every_case
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 1e30], ids=str)
+def test_non_finite_inputs_are_refused(c, bad):
+    """1e30: its square is beyond float32. Who looks at no data has nothing to refuse."""
+    if not c.needs & {"outer", "sum_sq"}:
+        pytest.skip("looks at no second moment")
+    W, X = (t.float() for t in layer(6, 40, 90))
+    X[17, 5] = bad
+    for pattern in (Unstructured(0.5), NM(2, 4)):
+        with pytest.raises(NumericalError, match="finite"):
+            run(c, W, X, pattern)
+
+
+@every_case
+def test_every_comparison_group_is_honoured(c):
+    """Rows and columns of very different size: the group decides where the zeros go."""
+    W, X = layer(8, 40, 90)
+    W = W * torch.logspace(0, 3, 8, dtype=W.dtype).unsqueeze(1)
+    X = X * torch.logspace(0, 2, 40, dtype=W.dtype)
+    removed = {}
+    for group in ("matrix", "row", 10):
+        pattern = Unstructured(0.5, group)
+        solution = run(c, W, X, pattern)
+        assert_sound(solution, W, pattern)
+        removed[group] = ~solution.mask
+    assert removed["matrix"].sum(1).unique().numel() > 1
+    assert removed["row"].sum(1).unique().numel() == 1
+    assert removed[10].sum(1).unique().numel() > 1
+    assert removed[10].view(8, 4, 10).sum((0, 2)).tolist() == [40] * 4
+    if c.needs:  # or else columns of different size are no different
+        assert removed["row"].view(8, 4, 10).sum((0, 2)).unique().numel() > 1
+
+
+@pytest.mark.parametrize("method", [f"{s}+{r}" for r in NAMES["refiner"] for s in NAMES["solver"]]
+                         or [pytest.param("", marks=pytest.mark.skip(reason="there is no refiner yet"))])
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.7, "row"), NM(2, 4), NM(3, 5)])
+@pytest.mark.parametrize("shape, dead", [((5, 20, 60), ()), ((3, 40, 7), ()), ((6, 160, 400), (0, 77, 159))])
+def test_refiners_never_add_error(method, pattern, shape, dead):
+    W, X = layer(*shape, dead=dead)
+    c, G = case(method), ref.gram(X)
+    base = case(method.split("+")[0])
+    before = run(base, W, X, pattern)
+    kept = (before.W_hat.clone(), before.mask.clone())
+    (refiner, cfg), moments = c.steps[-1], moments_of(X, c.needs)
+    after = refiner.refine(W, before, moments, resolved(c, pattern), cfg)
+    assert torch.equal(before.W_hat, kept[0]) and torch.equal(before.mask, kept[1])
+    assert_sound(after, W, resolved(c, pattern))
+    slack = 1e-9 * ref.layer_error(W, 0 * W, G)
+    assert ref.layer_error(W, after.W_hat, G) <= ref.layer_error(W, before.W_hat, G) + slack
+
+
+# --- parity with tests/reference.py -------------------------------------------------------------------------
+
+
+def sparsegpt_reference(W, X, pattern, cfg):
+    block = pattern.group if isinstance(pattern, Unstructured) else cfg.block_size
+    return ref.sparsegpt(W, X, ref_pattern(pattern), cfg.damping, block)
+
+
+REFERENCES = {
+    "magnitude": lambda W, X, pattern, cfg: ref.magnitude(W, ref_pattern(pattern)),
+    "wanda": lambda W, X, pattern, cfg: ref.wanda(W, X, ref_pattern(pattern)),
+    "sparsegpt": sparsegpt_reference,
+}
+BLOCKS = [case("sparsegpt", block_size=b) for b in (128, 48, 7, 1)]
+PARITY = [pytest.param(c, p, id=f"{c.name}{getattr(c.steps[0][1], 'block_size', '')}-{p}")
+          for c in [case("magnitude"), case("wanda"), *BLOCKS]
+          for p in (Unstructured(0.29), Unstructured(0.7), NM(2, 4), NM(3, 5), NM(4, 20))
+          if c not in BLOCKS[1:] or isinstance(p, Unstructured)]
+
+
+def clear_problem(reference, R, C, T, dead):
+    """A layer on which no decision is a near-tie: the reference's mask survives errors of 1e-5."""
+    for seed in range(50):
+        W, X = (t.float() for t in layer(R, C, T, seed=seed, dead=dead))
+        W_ref, keep = reference(W, X)
+        noise = torch.randn(2, R, C, generator=torch.Generator().manual_seed(seed))
+        if all(torch.equal(reference(W * (1 + 1e-5 * n), X)[1], keep) for n in noise):
+            return W, X, W_ref, keep
+    raise AssertionError("no clear problem in 50")
+
+
+@pytest.mark.parametrize("c, pattern", PARITY)
+@pytest.mark.parametrize("R, C, T, dead", [(1, 20, 30, ()), (4, 60, 200, (0, 31)),
+                                           (3, 260, 100, (5, 128, 259)), (2, 140, 400, ())])
+def test_parity(c, pattern, R, C, T, dead):
+    """One block and several, ragged ones, dead inputs, fewer tokens than columns; in float64 and float32."""
+    pattern, cfg = resolved(c, pattern), c.steps[0][1]
+    W, X, W_ref, keep = clear_problem(lambda W, X: REFERENCES[c.name](W, X, pattern, cfg), R, C, T, dead)
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        solution = run(c, W.to(dtype), X.to(dtype), pattern)
+        assert torch.equal(solution.mask, keep)
+        assert torch.linalg.vector_norm(solution.W_hat - W_ref) <= tolerance * torch.linalg.vector_norm(W_ref)
+
+
+# --- laws of the single methods -----------------------------------------------------------------------------
+
+UNSTRUCTURED_AND_NM = [Unstructured(0.5), Unstructured(0.29), NM(2, 4), NM(3, 4)]
+
+
+@pytest.mark.parametrize("pattern", UNSTRUCTURED_AND_NM, ids=str)
+def test_white_inputs_make_wanda_magnitude_per_row(pattern):
+    W, X = layer(6, 16, 1)[0], white(16)
+    solution = run(case("wanda"), W, X, pattern)
+    for i in range(6):
+        assert torch.equal(solution.mask[i:i + 1], ref.magnitude(W[i:i + 1], ref_pattern(pattern))[1])
+    assert torch.equal(solution.W_hat[solution.mask], W[solution.mask])
+
+
+@pytest.mark.parametrize("pattern", UNSTRUCTURED_AND_NM, ids=str)
+@pytest.mark.parametrize("block", [4, 16, 128])
+def test_white_inputs_make_sparsegpt_magnitude_per_block(pattern, block):
+    """Nothing can be made good: kept weights stay. Ties, too, are broken as in magnitude."""
+    for W in (layer(6, 16, 1)[0], torch.ones(6, 16, dtype=torch.float64)):
+        solution = run(case("sparsegpt", block_size=block), W, white(16), pattern)
+        for j in range(0, 16, block):
+            part = slice(j, j + block)
+            assert torch.equal(solution.mask[:, part], ref.magnitude(W[:, part], ref_pattern(pattern))[1])
+        assert torch.equal(solution.W_hat, ref.masked(W, solution.mask))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("pattern", [Unstructured(0.5, "row"), Unstructured(0.7, "row"), NM(2, 4)], ids=str)
+def test_on_strongly_correlated_inputs_more_knowledge_is_less_error(pattern, seed):
+    W, X = layer(16, 160, 800, seed=seed)
+    errors = [ref.layer_error(W, run(case(m), W, X, pattern).W_hat, ref.gram(X))
+              for m in ("sparsegpt", "wanda", "magnitude")]
+    assert errors[0] < 0.7 * errors[1] and errors[1] < 0.9 * errors[2]
+
+
+@pytest.mark.parametrize("group", ["row", "matrix"])
+@pytest.mark.parametrize("block", [5, 128])
+def test_sparsegpt_with_a_mask_chosen_at_once(group, block):
+    """Groups across all columns: the mask from the dense scores, then the best values from left to right."""
+    W, X = layer(4, 13, 40)
+    solution = run(case("sparsegpt", block_size=block), W, X, Unstructured(0.5, group))
+    _, G = ref.dead_then_damped(W, ref.gram(X), 0.01)
+    score = torch.stack([W[:, j] ** 2 / torch.linalg.inv(G[j:, j:])[0, 0] for j in range(13)], dim=1)
+    keep = ref.remove_lowest(score, 26)
+    if group == "row":
+        keep = torch.stack([ref.remove_lowest(s, 6) for s in score])
+    assert torch.equal(solution.mask, keep)
+    best = W.clone()
+    for j in range(13):  # columns up to j are settled; the rest take their best values, by a direct solve
+        error = (best[:, j] * keep[:, j] - best[:, j]).unsqueeze(1)
+        best[:, j] *= keep[:, j]
+        best[:, j + 1:] -= torch.linalg.solve(G[j + 1:, j + 1:], G[j + 1:, j:j + 1] @ error.T).T
+    torch.testing.assert_close(solution.W_hat, best, **F64)
+
+
+def test_sparsegpt_nm_does_not_depend_on_the_block():
+    W, X = layer(4, 120, 300)
+    for pattern in (NM(2, 4), NM(3, 5), NM(7, 24)):
+        usual = run(case("sparsegpt"), W, X, pattern)
+        for block in (1, 7, 16, 1000):
+            other = run(case("sparsegpt", block_size=block), W, X, pattern)
+            assert torch.equal(other.mask, usual.mask)
+            torch.testing.assert_close(other.W_hat, usual.W_hat, **F64)
+
+
+def test_sparsegpt_block_is_the_group_unless_named():
+    W, X = layer(4, 40, 90)
+    named = run(case("sparsegpt"), W, X, Unstructured(0.5, 16))
+    own = run(case("sparsegpt", block_size=16), W, X, Unstructured(0.5))
+    assert torch.equal(named.mask, own.mask) and torch.equal(named.W_hat, own.W_hat)
+
+
+def test_sparsegpt_singular_gram_says_so_for_every_linear_that_shares_it():
+    moments = moments_of(torch.ones(9, 8), {"outer"})
+    W = layer(4, 8, 1)[0].float()
+    for _ in range(2):
+        info = run(case("sparsegpt", damping=0.0), W, None, NM(2, 4), moments).info
+        assert info["damping"] == 0.01 and "damping raised from 0 to 0.01" in info.pop("warnings")[0]
+    assert run(case("sparsegpt"), W, None, NM(2, 4), moments).info == {"damping": 0.01, "warnings": []}
+
+
+def test_sparsegpt_counts_dead_inputs_and_clears_their_weights():
+    W, X = layer(4, 40, 90, dead=(3, 4))
+    for pattern in (Unstructured(0.0), NM(2, 4)):
+        solution = run(case("sparsegpt"), W, X, pattern)
+        assert solution.info["dead_inputs"] == 2 and not solution.W_hat[:, 3:5].any()
+
+
+@pytest.mark.parametrize("flags", [{"damping": -0.1}, {"damping": float("nan")}, {"block_size": 0}], ids=str)
+def test_sparsegpt_flags_are_checked(flags):
+    with pytest.raises(ValueError, match=f"--sparsegpt.{next(iter(flags))}"):
+        case("sparsegpt", **flags)
+
+
+@pytest.mark.parametrize("sparsity", [0.29, 0.5, 0.7])
+def test_wanda_variant_is_one_share_for_all_rows(sparsity):
+    """The reference's mask at the alpha found, and nearly the one its own bisection (to 0.1 %) finds."""
+    W, X = layer(40, 100, 300)
+    solution = run(case("wanda", use_variant=True), W, X, Unstructured(sparsity))
+    alpha = solution.info["alpha"]
+    assert torch.equal(solution.mask, ref.variant_keep(ref.wanda_score(W, X), alpha * (1 + 1e-12)))
+    assert int((~solution.mask).sum()) == ref.exact_count(4000, sparsity)
+    assert (solution.mask != ref.wanda_variant(W, X, sparsity)[1]).sum() <= 4
+    assert solution.mask.sum(1).unique().numel() > 1
+
+
+def test_wanda_variant_leaves_nm_alone():
+    W, X = layer(6, 40, 90)
+    assert torch.equal(run(case("wanda", use_variant=True), W, X, NM(2, 4)).mask,
+                       run(case("wanda"), W, X, NM(2, 4)).mask)
