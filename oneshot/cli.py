@@ -103,7 +103,7 @@ def normalise(argv, known):
 
 
 def parse(argv=None):
-    """The runs a command line asks for: RunConfigs, the dense one first.
+    """The runs a command line asks for: RunConfigs, the dense one last: what is wrong with the others shows at once.
 
     Raises ValueError naming the flag.
     """
@@ -114,11 +114,12 @@ def parse(argv=None):
     given = apply_wanda({name: value for name, value in read.items() if value is not UNSET})
     chosen = {f.name: given[f.name] for f in fields(RunConfig) if f.name in given}
     methods, texts = split(given, "method"), split(given, "pattern")
-    runs = [dense_run(chosen)] if given.get("dense", True) or "dense" in methods else []
+    dense = [dense_run(chosen)] if given.get("dense", True) or "dense" in methods else []
     methods = [m for m in methods if m != "dense"]
     if "save" in chosen and not methods:
         raise ValueError(f"--save {chosen['save']}: nothing is pruned, so there is nothing to write; give a --method")
     check_parts(methods, given)
+    runs = []
     for text in texts:
         for method in methods:
             save = chosen.get("save")
@@ -126,7 +127,7 @@ def parse(argv=None):
                 save = str(Path(save) / f"{method}-{text.replace(':', 'of')}")
             configs = solvers.configure(method, given)
             runs.append(RunConfig(**{**chosen, "method": method, "pattern": text, "save": save, "solver": configs}))
-    return runs
+    return runs + dense
 
 
 def dense_run(chosen):

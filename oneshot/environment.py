@@ -77,14 +77,6 @@ def check_writable(path, flag):
         raise ValueError(f"{flag} {path}: no permission to write into {there}; choose another folder")
 
 
-def quiet():
-    """Keep transformers' bars and remarks off stderr: what matters in them is an error or a warning of ours."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
 def reset_peak_memory(device):
     """Begin a new measurement of peak memory, where the system can."""
     if torch.device(device).type == "cuda":

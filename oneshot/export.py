@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from . import models, patterns, report
+from .page import write_html
 
 MANIFEST, WORK, SCHEMA = "oneshot.json", ".oneshot", 1
 
@@ -87,7 +88,7 @@ class Folder:
             shutil.rmtree(final, ignore_errors=True)
             model.save_pretrained(final)
             tokenizer.save_pretrained(final)
-            report.write_html([record], final / "report.html")
+            write_html([record], final / "report.html")
             write_json(manifest(model, record), final / MANIFEST)
             files = sorted(f.name for f in final.iterdir())
             last = ["config.json", MANIFEST]  # without the former nothing loads, without the latter nothing is finished
@@ -181,6 +182,8 @@ def read_manifest(path):
         raise ValueError(f"{file}: not readable as JSON") from None
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise ValueError(f"{file}: written by another version of oneshot; prune again")
+    if not all(isinstance(data.get(key), dict) for key in ("record", "tensors")):
+        raise ValueError(f"{file}: is damaged; prune again")
     return data
 
 

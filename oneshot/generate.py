@@ -31,7 +31,7 @@ class Clock:
 
 
 def measure(name, prompt, args):
-    """Continue `prompt` with the model `name`: {"text", "tokens", "first_s", "tokens_per_s", "peak_bytes", "weights_bytes"}.
+    """Continue `prompt` with the model `name`: its text, seconds to the first token, tokens a second, bytes.
 
     The first generation warms up and is not timed.
     """
@@ -49,8 +49,8 @@ def measure(name, prompt, args):
     length = inputs["input_ids"].shape[1]
     most = models.max_positions(model)
     if most and length + args.max_new_tokens > most:
-        raise ValueError(f"--max-new-tokens {args.max_new_tokens}: with a prompt of {length} tokens that is more than the "
-                         f"{most} positions of {name}")
+        raise ValueError(f"--max-new-tokens {args.max_new_tokens}: with a prompt of {length} tokens that is more than "
+                         f"the {most} positions of {name}")
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
     options = {"max_new_tokens": args.max_new_tokens, "min_new_tokens": args.max_new_tokens, **sampling,
                "pad_token_id": tokenizer.pad_token_id or tokenizer.eos_token_id or 0}

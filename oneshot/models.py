@@ -54,6 +54,14 @@ def load(name, *, dtype="auto", revision=None, cache_dir=None, trust_remote_code
     return model.eval().requires_grad_(False), tokenizer
 
 
+def quiet():
+    """Keep transformers' bars and remarks off stderr: what matters in them is an error or a warning of ours."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def check_folder(path):
     """Raise ValueError unless `path` holds a config and safetensors weights."""
     if not (path / "config.json").is_file():

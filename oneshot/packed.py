@@ -3,8 +3,8 @@
     import oneshot                                                    # registers the format with transformers
     model = AutoModelForCausalLM.from_pretrained("llama-2of4-packed")   # linears are oneshot_kernels.Sparse24Linear
 
-On disk a packed linear has its own key with the packed shape, `...weight` (R, C/2), and `...metadata` (R, ceil(C/8)) uint8
-beside it, as oneshot_kernels/reference.py defines them. A transformers that was not told of the format only warns of an
+On disk a packed linear has its own key with the packed shape, `...weight` (R, C/2), and `...metadata` (R, ceil(C/8))
+uint8 beside it, as oneshot_kernels/reference.py defines them. A transformers that was not told of the format only warns of an
 unknown quantisation method, builds dense linears and meets tensors of another shape: it raises, and can never run with
 weights made up. The config names linears, never code.
 """
@@ -36,7 +36,7 @@ class PackedConfig(QuantizationConfigMixin):
 class PackedQuantizer(HfQuantizer):
     """Puts packed linears in place of dense ones before transformers fills them from the files."""
 
-    requires_calibration = True  # transformers' word for: there is nothing to pack a dense checkpoint with while loading
+    requires_calibration = True  # transformers' word for: dense checkpoints are not packed while they load
 
     def _process_model_before_weight_loading(self, model, **kwargs):
         for name in self.quantization_config.linears:

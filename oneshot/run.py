@@ -14,6 +14,7 @@ import torch
 from . import cli, data, environment, export, loop, models, patterns, report, solvers
 from .config import RunConfig
 from .evaluate.perplexity import perplexity
+from .page import write_html
 
 
 def main(argv=None):
@@ -21,7 +22,7 @@ def main(argv=None):
     try:
         configs = cli.parse(argv)
         check(configs)
-        environment.quiet()
+        models.quiet()
         records = []
         for cfg in configs:
             records.append(run(cfg, configs))
@@ -50,15 +51,19 @@ def one_line(error):
 def check(configs):
     """Refuse what can be refused before a model is loaded. Raises ValueError naming the flag."""
     for cfg in configs:
-        environment.check_device(cfg.device)
-        if cfg.activations:
-            environment.check_device(cfg.activations, "--activations")
+        check_devices(cfg)
         if cfg.save:
             export.owner_of(cfg.save)
             environment.check_writable(cfg.save, "--save")
             if Path(cfg.save).resolve() == Path(cfg.model).resolve():
                 raise ValueError(f"--save {cfg.save}: is the model's own folder; choose another")
         environment.check_writable(cfg.results, "--results")
+
+
+def check_devices(cfg):
+    environment.check_device(cfg.device)
+    if cfg.activations:
+        environment.check_device(cfg.activations, "--activations")
 
 
 def run(cfg, together=()):
@@ -274,7 +279,7 @@ def summary(records, results):
     ids = [r["run_id"] for r in records]
     name = ids[0] if len(ids) == 1 else f"compare-{hashlib.sha256(' '.join(ids).encode()).hexdigest()[:8]}"
     page = results / f"{name}.html"
-    report.write_html(records, page)
+    write_html(records, page)
     lines = [report.table(records)]
     seen = {}
     for record in records:
@@ -308,7 +313,7 @@ def prune(model, tokenizer=None, *, method="sparsegpt", pattern="2:4", calibrati
     cfg = RunConfig(model=name, method=method, pattern=str(pattern), evaluate="none",
                     calibration="given" if given else calibration,
                     solver=solvers.configure(method, solver or {}), **settings)
-    check([cfg])
+    check_devices(cfg)
     check_model(model)
     plan = make_plan(cfg, model)
     if given:

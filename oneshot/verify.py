@@ -8,7 +8,7 @@ lists what was never pruned. Exit code 0: all proved; 1: something is off; 2: no
 import argparse
 import sys
 
-from . import environment, export, models
+from . import export, models
 
 
 def verify(path):
@@ -65,7 +65,7 @@ def main(argv=None):
     parser.add_argument("--quiet", action="store_true", help="print faults and the verdict only")
     try:
         args = parser.parse_args(argv)
-        environment.quiet()
+        models.quiet()
         rows, faults, left = verify(args.folder)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

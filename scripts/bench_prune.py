@@ -3,8 +3,8 @@
     python scripts/bench_prune.py                    # results/bench_prune.json and .md: about ten minutes on two cores
     python scripts/bench_prune.py --toy              # the same at toy size, for the tests
 
-A random Llama (hidden 2048, intermediate 5504, 4 blocks), 32 windows of 512 random tokens. Both sides prune copies of the
-same block on the same inputs, one after the other, so a noisy machine hurts both. The published way is `published.py`.
+A random Llama (hidden 2048, intermediate 5504, 4 blocks), 32 windows of 512 random tokens. Both sides prune copies of
+the same block on the same inputs, one after the other, so a noisy machine hurts both. The published way is `published.py`.
 
     forward      two passes of the samples through the block
     statistics   Gram matrices, or Wanda's norms; and for ours the sampled inputs on which errors are measured
@@ -227,10 +227,10 @@ def markdown(out):
     """The results as a page."""
     s, e = out["settings"], out["environment"]
     lines = ["# Pruning: this program against the published way", "",
-             f"Written by `scripts/bench_prune.py`; commit {e['commit']}{' (dirty)' if e['dirty'] else ''}, {e['device']}, "
-             f"{e['threads']} threads, torch {e['torch']}, {e['date']}.", "",
-             f"Random Llama, hidden {s['hidden']}, intermediate {s['intermediate']}, {s['blocks']} blocks; {s['windows']} "
-             f"windows of {s['seqlen']}; float32; seed {s['seed']}. Float32 product of {s['hidden']}: "
+             f"Written by `scripts/bench_prune.py`; commit {e['commit']}{' (dirty)' if e['dirty'] else ''}, "
+             f"{e['device']}, {e['threads']} threads, torch {e['torch']}, {e['date']}.", "",
+             f"Random Llama, hidden {s['hidden']}, intermediate {s['intermediate']}, {s['blocks']} blocks; "
+             f"{s['windows']} windows of {s['seqlen']}; float32; seed {s['seed']}. Float32 product of {s['hidden']}: "
              f"{out['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s. Floor: operations over that rate.", ""]
     for name, run in out["runs"].items():
         lines += [f"## {name}", "", "| seconds | published | oneshot | ratio | floor |", "|---|---|---|---|---|"]
@@ -241,11 +241,12 @@ def markdown(out):
             lines.append(f"| {part} | {x:.2f} | {y:.2f} | {x / y if y > 0.005 else float('nan'):.2f} | {f:.2f} |")
         rest = total(b, "all but forward") / b["forward"]
         m = run["peak_above_model_bytes"]
-        lines += ["", f"Beside the two forwards, oneshot spends {rest:.1%} of their time. Peak memory above model and inputs: "
-                  f"published {m['published'] / 2**20:.0f} MiB, oneshot {m['oneshot'] / 2**20:.0f} MiB "
+        lines += ["", f"Beside the two forwards, oneshot spends {rest:.1%} of their time. Peak memory above model and "
+                  f"inputs: published {m['published'] / 2**20:.0f} MiB, oneshot {m['oneshot'] / 2**20:.0f} MiB "
                   f"(promised at most {run['allowed_bytes'] / 2**20:.0f} MiB).", ""]
-    lines += ["## The column loop alone", "", "Median seconds of one linear; masks, loop and compensation, the factor given.",
-              "", "| shape | pattern | published | oneshot | ratio | floor |", "|---|---|---|---|---|---|"]
+    lines += ["## The column loop alone", "",
+              "Median seconds of one linear; masks, loop and compensation, the factor given.", "",
+              "| shape | pattern | published | oneshot | ratio | floor |", "|---|---|---|---|---|---|"]
     for c in out["columns_alone"]:
         lines.append(f"| {c['shape'][0]} x {c['shape'][1]} | {c['pattern']} | {c['published_s']:.2f} | "
                      f"{c['oneshot_s']:.2f} | {c['ratio']:.2f} | {c['floor_flops'] / out['matmul_flops_per_s']:.2f} |")

@@ -16,7 +16,7 @@ from pathlib import Path
 import tiny
 import torch
 
-from oneshot import export, loop, report
+from oneshot import export, loop, page
 
 
 def kill():
@@ -90,7 +90,7 @@ def child(argv, prepare=lambda: None):
 
 def main(place):
     torch.set_num_threads(1)
-    report._pictures = lambda records: []
+    page._pictures = lambda records: []
     sys.stdout = sys.stderr
 
     def command(name):

@@ -16,7 +16,7 @@ BASE = {"patterns", "moments", "environment", "config"}  # 0
 MATHS = {"linalg", "solvers", "allocate"}  # 1
 DATA = {"models", "data", "capture"}  # 2
 PRUNE = {"loop", "structured", "recovery"}  # 3
-SHOW = {"evaluate", "export", "report", "figures"}  # 4
+SHOW = {"evaluate", "export", "packed", "report", "page", "figures"}  # 4
 STORY = {"__init__", "__main__", "cli", "run", "presets", "verify", "generate", "compare"}  # 5
 FOR_SOLVERS = frozenset({"patterns", "moments", "linalg"})
 ALL = BASE | MATHS | DATA | PRUNE | SHOW | STORY | {"demo"}
@@ -24,14 +24,19 @@ ALL = BASE | MATHS | DATA | PRUNE | SHOW | STORY | {"demo"}
 MAY = {  # part of oneshot: the parts it may import, itself always included
     **dict.fromkeys(BASE | {"demo"}, frozenset()), "config": {"patterns"},
     **dict.fromkeys(MATHS, FOR_SOLVERS), **dict.fromkeys(DATA | PRUNE, BASE | MATHS | DATA),
-    "evaluate": BASE | MATHS | DATA, "export": BASE | MATHS | DATA | {"report"},
-    "report": {"figures"}, "figures": {"report"},
+    "evaluate": BASE | MATHS | DATA, "packed": BASE | MATHS | DATA,
+    "export": BASE | MATHS | DATA | {"packed", "report", "page"},
+    "report": set(), "figures": {"report"}, "page": {"report", "figures"},
     **dict.fromkeys(STORY, ALL),
 }
 ALONE = {"solvers"}  # folders whose files do not import each other
-ONLY_IN = {"transformers": {"models"}, "datasets": {"data"}, "oneshot_kernels": {"export"} | STORY}
+ONLY_IN = {
+    "transformers": {"models", "packed"},  # packed is a format that transformers itself loads
+    "datasets": {"data"},
+    "oneshot_kernels": {"export", "packed"} | STORY,
+}
 INSIDE_FUNCTIONS = {"lm_eval", "matplotlib", "datasets"}  # optional or slow to import
-NO_TORCH = {"report", "figures"}
+NO_TORCH = {"report", "page", "figures"}
 KERNELS_MAY = {"torch", "triton", "oneshot_kernels"}
 
 
@@ -139,7 +144,7 @@ def test_there_is_something_to_check():
 def test_reports_can_be_made_where_torch_is_not_installed():
     """Also through what they import while they are loaded."""
     files = sources()
-    reached, waiting = set(), ["oneshot.report", "oneshot.figures", "oneshot.__init__"]
+    reached, waiting = set(), [*(f"oneshot.{part}" for part in NO_TORCH), "oneshot.__init__"]
     while waiting:
         name = waiting.pop()
         if name not in reached:
@@ -170,7 +175,8 @@ def test_reports_can_be_made_where_torch_is_not_installed():
     ("oneshot.data", "import datasets", "inside the function"),
     ("oneshot.figures", "class A:\n    from matplotlib import pyplot", "inside the function"),
     ("oneshot.report", "def f():\n    import torch.nn as nn", "no torch"),
-    ("oneshot.report", "from .patterns import parse", "report may import"),
+    ("oneshot.report", "from . import figures", "report may import"),
+    ("oneshot.page", "from .patterns import parse", "page may import"),
     ("oneshot.evaluate.speed", "import oneshot_kernels", "only in"),
     ("oneshot.run", "import scripts.bench", "nobody imports scripts"),
     ("oneshot.run", "import bench_prune", "nobody imports scripts"),

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from oneshot import figures, report
+from oneshot.page import html, write_html
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
@@ -246,7 +247,7 @@ def test_unfinished_run_without_anything_is_a_row():
     failed = {"schema": 1, "run_id": "x", "status": "failed", "settings": {"method": "wanda"}}
     runs = [record("dense"), failed]
     assert "failed" in report.table(runs) and "status" not in report.table(runs[:1])
-    page = report.html(runs)
+    page = html(runs)
     assert "not finished: status is failed" in page
     assert report.table([]).startswith("model")
 
@@ -304,7 +305,7 @@ def evil_page():
     runs[1]["layers"][0] |= {"name": EVIL, "linear": EVIL, "info": {EVIL: EVIL}, "error_from": EVIL}
     runs[1]["data"]["evaluation"][EVIL] = {"source": "https://example.org/text"}
     runs[1]["metrics"][f"{EVIL}/ppl"] = 4.0
-    return report.html(runs, EVIL)
+    return html(runs, EVIL)
 
 
 def test_text_is_escaped(evil_page):
@@ -332,27 +333,27 @@ def test_page_loads_nothing(evil_page):
 
 
 def test_page_says_what_there_is():
-    page = report.html([record(warnings=["damping raised to 0.1"])])
+    page = html([record(warnings=["damping raised to 0.1"])])
     order = ("damping raised to 0.1", "builtin ppl @256", "Error by depth", "Zeros by depth", "Where the")
     place = [page.index(text) for text in order]
     assert place == sorted(place), "warnings first, then results"
     details = ("abc1234", "9f9f", "lm_head.weight", "Surplus zeros")
     assert all(page.index(text) > place[-1] for text in details)
     assert page.count("model.layers.1.mlp.down_proj") == 1, "each layer once, surplus only where there is any"
-    assert "Error by depth" not in report.html([record("dense")])
+    assert "Error by depth" not in html([record("dense")])
     with pytest.raises(ValueError, match="no run records"):
-        report.html([])
+        html([])
 
 
 def test_one_warning_of_many_runs_is_said_once_with_the_runs():
-    page = report.html([record(m, warnings=["same thing"]) for m in ("wanda", "magnitude")])
+    page = html([record(m, warnings=["same thing"]) for m in ("wanda", "magnitude")])
     assert page.count("same thing") == 1 and "wanda 2:4, magnitude 2:4" in page
 
 
 def test_page_is_deterministic(tmp_path):
     runs = [record(kinds=KINDS[:1]), record("dense")]
-    assert report.html(runs) == report.html(runs)
-    report.write_html(runs[:1], tmp_path / "a" / "report.html", title="A title")
+    assert html(runs) == html(runs)
+    write_html(runs[:1], tmp_path / "a" / "report.html", title="A title")
     assert "<h1>A title</h1>" in (tmp_path / "a" / "report.html").read_text()
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["report.html"]
 
@@ -361,12 +362,12 @@ def test_without_matplotlib_the_page_says_so_and_a_figure_names_the_package(monk
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         figures.fig_time([record()])
-    page = report.html([record()])
+    page = html([record()])
     assert "Pictures left out" in page and "pip install matplotlib" in page and "<svg" not in page
 
 
 def test_importing_report_brings_neither_torch_nor_matplotlib():
-    code = ("import sys, oneshot.report, oneshot.figures\n"
+    code = ("import sys, oneshot.report, oneshot.page, oneshot.figures\n"
             "print(sorted({'torch', 'matplotlib'} & set(sys.modules)))")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     if "torch" in done.stdout and (ROOT / "oneshot" / "__init__.py").stat().st_size:
@@ -434,5 +435,5 @@ def test_saved_figures_are_the_same_bytes(tmp_path, ending):
 
 
 def test_a_thousand_layers_are_read_quickly_and_once():
-    page = report.html([record(blocks=250)])
+    page = html([record(blocks=250)])
     assert page.count("model.layers.249.mlp.up_proj") == 1 and "All 1000 layers" in page

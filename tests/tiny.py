@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from oneshot import report, run
+from oneshot import page, run
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 ALPHABET = "abcdefghijklmnopqrstuvwxyz .\n"
@@ -121,4 +121,4 @@ def place(tmp_path_factory):
 @pytest.fixture
 def plain_pages(monkeypatch):
     """Pages without pictures: drawing one takes longer than a tiny run."""
-    monkeypatch.setattr(report, "_pictures", lambda records: [])
+    monkeypatch.setattr(page, "_pictures", lambda records: [])
