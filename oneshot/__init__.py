@@ -5,7 +5,8 @@
     record = oneshot.prune(model, tokenizer, method="sparsegpt", pattern="2:4")
     model.save_pretrained("demo-2of4")
 
-The command line is `python -m oneshot.run --help`. Importing this package teaches transformers to load packed checkpoints.
+The command line is `python -m oneshot.run --help`. Importing this package teaches transformers to load packed
+checkpoints.
 """
 
 import importlib

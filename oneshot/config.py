@@ -70,6 +70,8 @@ class RunConfig:
     save: str | None = flag(None, "write the pruned model here, block by block: the same command continues a killed "
                             "run; one folder each below it for several methods or patterns",
                             group="output", output=True)
+    format: str = flag("dense", "dense: zeros among the weights, loads everywhere; packed: 2:4 linears at 0.5625 "
+                                "of their bytes, loads after `import oneshot`", group="output", choices=("dense", "packed"))
     overwrite: bool = flag(False, "replace another run's result in --save", group="output", output=True)
     results: str = flag("runs", "folder for the run's record (JSON) and page (HTML)", group="output", output=True)
     dense: bool = flag(True, "measure the dense model as well", group="output", output=True)
@@ -87,6 +89,8 @@ class RunConfig:
         for name in ("model", "save", "results"):
             if getattr(self, name) == "":
                 raise ValueError(f"--{name}: is empty")
+        if self.format == "packed" and self.method != "dense" and (self.pattern != "2:4" or not self.save):
+            raise ValueError("--format packed: goes with --pattern 2:4 and --save")
         patterns.parse_group(self.group)
         patterns.parse(self.pattern, self.group)
 

@@ -215,7 +215,8 @@ def evaluation(
 def given(ids: torch.Tensor) -> Tokens:
     """Windows the caller has made himself: token ids, int64 (n, seqlen)."""
     if ids.ndim != 2 or ids.is_floating_point():
-        raise ValueError(f"calibration: token ids must be integers (n, seqlen), these are {ids.dtype} {tuple(ids.shape)}")
+        raise ValueError(f"calibration: token ids must be integers (n, seqlen), these are {ids.dtype} "
+                         f"{tuple(ids.shape)}")
     return _tokens(ids.long().cpu(), None, f"{ids.shape[0]} windows of {ids.shape[1]} given as token ids")
 
 
@@ -540,7 +541,7 @@ def _hub_away(huggingface_hub) -> str | None:
     """Why the hub does not answer, or None if it does, whatever it says. One request of at most 5 seconds."""
     try:
         huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
-    except Exception as error:  # noqa: BLE001, of whichever HTTP library huggingface_hub uses
+    except Exception as error:  # of whichever HTTP library huggingface_hub uses
         return _brief(error)
     return None
 

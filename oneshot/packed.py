@@ -4,9 +4,9 @@
     model = AutoModelForCausalLM.from_pretrained("llama-2of4-packed")   # linears are oneshot_kernels.Sparse24Linear
 
 On disk a packed linear has its own key with the packed shape, `...weight` (R, C/2), and `...metadata` (R, ceil(C/8))
-uint8 beside it, as oneshot_kernels/reference.py defines them. A transformers that was not told of the format only warns of an
-unknown quantisation method, builds dense linears and meets tensors of another shape: it raises, and can never run with
-weights made up. The config names linears, never code.
+uint8 beside it, as oneshot_kernels/reference.py defines them. A transformers that was not told of the format only warns
+of an unknown quantisation method, builds dense linears and meets tensors of another shape: it raises, and can never run
+with weights made up. The config names linears, never code.
 """
 
 from oneshot_kernels import Sparse24Linear, pack
@@ -43,9 +43,8 @@ class PackedQuantizer(HfQuantizer):
             replace(model, name, empty_like(linear_named(model, name)))
 
     def _process_model_after_weight_loading(self, model, **kwargs):
-        for module in model.modules():
-            if isinstance(module, Sparse24Linear):
-                module.prepare()
+        for linear in linears(model):
+            linear.prepare()
         return model
 
     def is_serializable(self, *args, **kwargs):
@@ -74,18 +73,26 @@ def pack_model(model, names):
     return model
 
 
-def packable(model, manifest_tensors):
-    """(names of the linears to pack, {name: why not}) among a manifest's tensors."""
+def pack_checkpoint(model, tensors):
+    """Pack every linear of a manifest's `tensors` that can be, in place; what the manifest should say of it.
+
+    Raises ValueError naming `--format` when there is none.
+    """
     names, left = [], {}
     modules = dict(model.named_modules())
-    for name, entry in manifest_tensors.items():
+    for name, entry in tensors.items():
         if entry["pattern"] != "2:4":
             left[name] = f"pattern {entry['pattern']}, the packed format is for 2:4"
         elif name not in modules:
-            left[name] = "a fused expert; the packed format is for single linears"
+            left[name] = "a fused expert, the packed format is for single linears"
         else:
             names.append(name)
-    return names, left
+    if not names:
+        raise ValueError("--format packed: this model has no single linear pruned to 2:4")
+    pack_model(model, names)
+    packed, dense = bytes_of(model)
+    return {"format": "packed", "left_dense": left,
+            "packed": {"linears": len(names), "bytes": packed, "dense_bytes": dense}}
 
 
 def linear_named(model, name):
@@ -115,19 +122,18 @@ def replace(model, name, module):
     setattr(model.get_submodule(parent), last, module)
 
 
-def dense_weights(model):
-    """{linear name: dense (R, C) weight} of every packed linear."""
-    return {name: m.dense() for name, m in model.named_modules() if isinstance(m, Sparse24Linear)}
+def linears(model):
+    """The packed linears of a model."""
+    return [m for m in model.modules() if isinstance(m, Sparse24Linear)]
 
 
 def bytes_of(model):
     """(packed bytes, what the same weights take dense)."""
     packed = dense = 0
-    for m in model.modules():
-        if isinstance(m, Sparse24Linear):
-            values, metadata, (R, C) = m.packed
-            packed += values.numel() * values.element_size() + metadata.numel()
-            dense += R * C * values.element_size()
+    for m in linears(model):
+        values, metadata, (R, C) = m.packed
+        packed += values.numel() * values.element_size() + metadata.numel()
+        dense += R * C * values.element_size()
     return packed, dense
 
 

@@ -12,7 +12,9 @@ counts the removed ones), `dense`.
 
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from functools import lru_cache
 
+import numpy as np
 import torch
 
 
@@ -24,20 +26,26 @@ def count(s, n):
 def lowest(score, k):
     """True at the `k` lowest entries of each row of `score` (..., n); among equals the lower index goes first.
 
-    By selection instead of sorting (16.8M scores on two cores: 0.35 s against 2.1 s); equal scores at the threshold are
-    told apart only when there are any.
+    By selection instead of sorting; equal scores at the threshold are told apart only when there are any.
     """
     if k <= 0:
         return torch.zeros_like(score, dtype=torch.bool)
     if k >= score.shape[-1]:
         return torch.ones_like(score, dtype=torch.bool)
-    threshold = score.kthvalue(k, dim=-1, keepdim=True).values
+    threshold = kth_smallest(score, k)
     chosen = score <= threshold
-    if int(chosen.sum()) > k * score[..., 0].numel():
+    if int(chosen.count_nonzero()) > k * score[..., 0].numel():
         tied = score == threshold
         missing = k - (score < threshold).sum(-1, keepdim=True)
         chosen &= ~tied | (tied.cumsum(-1) <= missing)
     return chosen
+
+
+def kth_smallest(score, k):
+    """The k-th smallest of each row of `score` (..., n), as (..., 1)."""
+    if score.device.type == "cpu":  # numpy's vectorised selection: 35 ms against 230 for 2048 rows of 5504
+        return torch.from_numpy(np.partition(score.numpy(), k - 1, axis=-1)[..., k - 1 : k])
+    return score.kthvalue(k, dim=-1, keepdim=True).values
 
 
 @dataclass(frozen=True)
@@ -80,11 +88,17 @@ class Unstructured:
 
     def holds(self, W):
         """Whether W (R, C) has at least the zeros asked for, in every group."""
-        zero = W == 0
+        R, C = W.shape
         if self.group == "row":
-            return bool((zero.sum(1) >= count(self.sparsity, W.shape[1])).all())
-        return all(int(zero[:, i:j].sum()) >= count(self.sparsity, W.shape[0] * (j - i))
-                   for i, j in self.blocks(W.shape[1]))
+            return bool((C - W.count_nonzero(dim=1) >= count(self.sparsity, C)).all())
+        return all(R * (j - i) - int(W[:, i:j].count_nonzero()) >= count(self.sparsity, R * (j - i))
+                   for i, j in self.blocks(C))
+
+
+@lru_cache
+def earlier(m, device):
+    """bool (m, m, 1): [i, j] says that i comes before j."""
+    return torch.ones(m, m, dtype=torch.bool, device=device).triu(1).unsqueeze(2)
 
 
 @dataclass(frozen=True)
@@ -118,16 +132,23 @@ class NM:
     def keep(self, score):
         """Mask (R, C): the n highest of each m stay; among equals the lower index goes first."""
         self.check(*score.shape)
-        s = score.reshape(-1, self.m)
-        index = torch.arange(self.m, device=s.device)
-        rank = torch.zeros(s.shape, dtype=torch.int16, device=s.device)
-        for j in range(self.m):  # how many of its group would be removed before each entry
-            other = s[:, j : j + 1]
-            rank += (other < s) | ((other == s) & (j < index))
-        return (rank >= self.m - self.n).view(score.shape)
+        columns = score.reshape(-1, self.m).T
+        keep = torch.empty(columns.shape[1], self.m, dtype=torch.bool, device=score.device)
+        return keep.copy_(self.keep_of(columns.contiguous()).T).view(score.shape)
+
+    def keep_of(self, s):
+        """Mask (m, groups) for scores s (m, groups), one group a column: its n highest stay."""
+        if s.shape[1] > 2**16:  # m² comparisons a group: a part at a time
+            return torch.cat([self.keep_of(part) for part in s.split(2**16, dim=1)], dim=1)
+        before = s.unsqueeze(1) < s  # [i, j]: is i removed before j?
+        before |= earlier(self.m, s.device) & (s.unsqueeze(1) == s)
+        return before.sum(0, dtype=torch.int8 if self.m < 128 else torch.int16) >= self.m - self.n
 
     def holds(self, W):
-        return W.shape[1] % self.m == 0 and bool(((W != 0).reshape(-1, self.m).sum(1) <= self.n).all())
+        if W.shape[1] % self.m:
+            return False
+        columns = (W != 0).reshape(-1, self.m).unbind(1)
+        return bool((sum(c.to(torch.int16) for c in columns) <= self.n).all())
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ SCHEMA = 1
 KEYS = ("schema", "run_id", "status", "settings", "model", "data", "environment", "metrics", "metric_info",
         "sparsity", "warnings", "peak_memory_bytes", "seconds", "skipped", "blocks", "layers")
 # Settings that say where a run goes or what is measured after it, not what was done to the model.
-ELSEWHERE = {"model", "method", "pattern", "save", "overwrite", "results", "cache_dir", "device", "tasks",
+ELSEWHERE = {"model", "method", "pattern", "save", "overwrite", "results", "cache_dir", "device", "tasks", "format",
              "evaluate", "eval_seqlen", "eval_windows", "eval_batch_size"}
 HIGHER_IS_BETTER = ("acc", "exact_match", "em", "f1", "agreement", "mcc", "bleu", "rouge")
 

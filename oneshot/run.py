@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from . import cli, data, environment, export, loop, models, patterns, report, solvers
+from . import cli, data, environment, export, loop, models, packed, patterns, report, solvers
 from .config import RunConfig
 from .evaluate.perplexity import perplexity
 from .page import write_html
@@ -98,7 +98,7 @@ def run(cfg, together=()):
     record |= {"run_id": run_id, "model": describe(cfg, model, weights)}
     record["seconds"] |= {"load": loaded - began, "data": prepared - loaded, "total": time.perf_counter() - began}
     if folder:
-        folder.finish(model, tokenizer, report.storable(record))
+        record = folder.finish(model, tokenizer, report.storable(record), cfg.format)
     return report.write(record, file)
 
 
@@ -241,9 +241,12 @@ def sparsity(model):
     """Share of zeros among the prunable weights, counted on what will be stored."""
     zeros = total = 0
     for _, view in export.all_views(model):
-        zeros += int((view.get() == 0).sum())
         total += view.shape[0] * view.shape[1]
-    return zeros / total
+        zeros += view.shape[0] * view.shape[1] - int(view.get().count_nonzero())
+    for linear in packed.linears(model):
+        total += linear.rows * linear.in_features
+        zeros += linear.rows * linear.in_features - int(linear.weight.count_nonzero())
+    return zeros / total if total else 0.0
 
 
 def warnings(cfg, model, calibration, evaluations):
@@ -328,7 +331,7 @@ def prune(model, tokenizer=None, *, method="sparsegpt", pattern="2:4", calibrati
 
 PYTHON_SETTINGS = {f.name for f in dataclasses.fields(RunConfig)} - {  # the rest: arguments of its own, or the caller's
     "model", "method", "pattern", "calibration", "solver", "evaluate", "eval_seqlen", "eval_windows", "eval_batch_size",
-    "dtype", "model_revision", "trust_remote_code", "save", "overwrite", "results", "dense"}
+    "dtype", "model_revision", "trust_remote_code", "save", "overwrite", "format", "results", "dense"}
 
 
 def refuse_unknown(given, known, what):

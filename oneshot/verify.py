@@ -8,7 +8,7 @@ lists what was never pruned. Exit code 0: all proved; 1: something is off; 2: no
 import argparse
 import sys
 
-from . import export, models
+from . import export, models, packed
 
 
 def verify(path):
@@ -16,6 +16,10 @@ def verify(path):
     data = export.read_manifest(path)
     model, _ = models.load(str(path))
     entries, rows, faults = dict(data["tensors"]), [], []
+    found = len(packed.linears(model))
+    if found != data.get("packed", {}).get("linears", 0):
+        faults.append(f"{found} packed linears, recorded {data.get('packed', {}).get('linears', 0)}")
+    packed.to_dense(model)  # the recorded bytes are those of the dense weights: equal to them, packed lost nothing
     for name, view in export.all_views(model):
         entry = entries.pop(name, None)
         if entry is None:

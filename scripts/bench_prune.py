@@ -4,7 +4,8 @@
     python scripts/bench_prune.py --toy              # the same at toy size, for the tests
 
 A random Llama (hidden 2048, intermediate 5504, 4 blocks), 32 windows of 512 random tokens. Both sides prune copies of
-the same block on the same inputs, one after the other, so a noisy machine hurts both. The published way is `published.py`.
+the same block on the same inputs, one after the other, so a noisy machine hurts both. The published way stands in
+published.py.
 
     forward      two passes of the samples through the block
     statistics   Gram matrices, or Wanda's norms; and for ours the sampled inputs on which errors are measured

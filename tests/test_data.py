@@ -537,7 +537,7 @@ def test_sampling_errors(tokenizer, model):
         calibrate(tokenizer, "self", seqlen=25, model=model)
     broken = transformers.LlamaForCausalLM(model.config)
     torch.nn.init.constant_(broken.lm_head.weight, torch.nan)
-    with pytest.raises(ValueError, match="--calibration self: .* not finite"):
+    with pytest.raises(ValueError, match=r"--calibration self: .* not finite"):
         calibrate(tokenizer, "self", model=broken)
 
 

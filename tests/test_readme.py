@@ -42,8 +42,8 @@ def test_no_arguments_is_three_methods_and_two_patterns():
     from oneshot import cli
 
     asked = [(c.model, c.method, c.pattern) for c in cli.parse([])]
-    assert asked == [("demo", "dense", "dense"), *(("demo", m, p) for p in ("0.5", "2:4")
-                                                  for m in ("magnitude", "wanda", "sparsegpt"))]
+    assert set(asked) == {("demo", "dense", "dense"), *(("demo", m, p) for p in ("0.5", "2:4")
+                                                       for m in ("magnitude", "wanda", "sparsegpt"))}
 
 
 def test_its_map_names_what_is_there():

@@ -9,8 +9,8 @@ GROUPS = {"zeroshot7": ZEROSHOT7}
 def evaluate(model, tokenizer, names, *, task_path=None, batch_size=8, device="cpu", limit=None):
     """({"task/metric": value}, {"task/metric": {"stderr", "samples"}}) of lm-eval tasks.
 
-    names: lm-eval's task or group names, or "zeroshot7" for the papers' seven. task_path: a folder of task YAMLs of your
-    own, used instead of lm-eval's when given. limit: measure on at most so many samples a task.
+    names: lm-eval's task or group names, or "zeroshot7" for the papers' seven. task_path: a folder of task YAMLs of
+    your own, used instead of lm-eval's when given. limit: measure on at most so many samples a task.
 
     Raises ValueError naming `--tasks` when lm-eval is missing, a task is unknown, or its data cannot be had.
     """

@@ -1,0 +1,151 @@
+"""Packed checkpoints: what `--format packed` writes is, the dense twin in 0.57 of the bytes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+from oneshot_kernels import Sparse24Linear
+from transformers import AutoModelForCausalLM
+
+from oneshot import export, generate, packed, run, verify
+
+PROMPT = "the rain"
+
+
+@pytest.fixture(scope="module", params=[("llama", torch.bfloat16), ("gpt2", torch.float16)], ids=lambda p: p[0])
+def twins(request, tmp_path_factory):
+    """(dense folder, packed folder) of one tiny model, pruned by the same command."""
+    family, dtype = request.param
+    root = tmp_path_factory.mktemp(family)
+    place = tiny.make(root)
+    tiny.save_model(place / "model", family, dtype)
+    for form in ("dense", "packed"):
+        assert tiny.main(*tiny.flags(place, "--no-dense", method="sparsegpt", evaluate="none", save=root / form,
+                                     format=form)) == 0
+    return root / "dense", root / "packed"
+
+
+def load(folder, **options):
+    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+def ids(model):
+    return torch.randint(0, model.config.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+def test_plain_from_pretrained_gives_the_dense_twin(twins):
+    dense, small = (load(folder, dtype=torch.float32) for folder in twins)
+    assert packed.linears(small) and not packed.linears(dense)
+    torch.testing.assert_close(small(ids(small)).logits, dense(ids(dense)).logits, rtol=1e-5, atol=1e-5)
+    for name, m in small.named_modules():
+        if isinstance(m, Sparse24Linear):
+            twin = dense.get_submodule(name).weight
+            assert torch.equal(m.dense(), twin.T if packed.is_conv1d(dense.get_submodule(name)) else twin), name
+
+
+def test_dtype_as_stored(twins):
+    dense, small = (load(folder) for folder in twins)
+    assert {m.weight.dtype for m in packed.linears(small)} == {dense.dtype} == {small.dtype}
+
+
+def test_size(twins):
+    _, small = twins
+    entry = json.loads((small / export.MANIFEST).read_text())["packed"]
+    model = load(small)
+    assert (entry["bytes"], entry["dense_bytes"]) == packed.bytes_of(model)
+    assert 0.5 < entry["bytes"] / entry["dense_bytes"] <= 0.57
+    on_disk = [sum(t.numel() * t.element_size() for t in tiny.weights(folder).values()) for folder in twins]
+    assert on_disk[0] - on_disk[1] == entry["dense_bytes"] - entry["bytes"]
+
+
+def test_saved_again_and_loaded_again(twins, tmp_path):
+    model = load(twins[1], dtype=torch.float32)
+    load(twins[1]).save_pretrained(tmp_path)
+    again = load(tmp_path, dtype=torch.float32)
+    assert torch.equal(model(ids(model)).logits, again(ids(again)).logits)
+
+
+def test_perplexity_is_the_twins(twins, tmp_path, capsys):
+    text, values = tiny.save_text(tmp_path / "text.txt", 3), []
+    for folder in twins:
+        assert run.main(["--model", str(folder), "--method", "dense", "--evaluate", str(text), "--seqlen", "16",
+                         "--results", str(tmp_path / folder.name), "--no-progress"]) == 0, capsys.readouterr().err
+        record = json.loads(next((tmp_path / folder.name).glob("*.json")).read_text())
+        values.append(next(iter(record["metrics"].values())))
+        assert record["sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+def test_without_import_it_fails_loudly(twins):
+    code = f"from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained({str(twins[1])!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0 and "mismatch" in (done.stderr + done.stdout).lower()
+    assert "import oneshot" in (twins[1] / "config.json").read_text()
+
+
+def test_verified(twins, capsys):
+    assert verify.main([str(twins[1])]) == 0, capsys.readouterr().out
+
+
+def test_verify_finds_one_changed_value(twins, tmp_path, capsys):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "tampered"
+    shutil.copytree(twins[1], folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = next(k for k in tensors if k.endswith(".metadata")).removesuffix("metadata") + "weight"
+    tensors[name][0, 0] += 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert verify.main([str(folder)]) == 1
+    assert "bytes are not the recorded ones" in capsys.readouterr().out
+
+
+def edit(folder, target, **changes):
+    """A copy of a packed folder with another quantization_config."""
+    import shutil
+
+    shutil.copytree(folder, target)
+    config = json.loads((target / "config.json").read_text())
+    config["quantization_config"].update(changes)
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def test_a_config_that_does_not_fit_is_refused(twins, tmp_path):
+    with pytest.raises(ValueError, match="no linear of"):
+        load(edit(twins[1], tmp_path / "a", linears=["lm_head.nothing"]))
+    with pytest.raises(ValueError, match="unknown entries"):
+        load(edit(twins[1], tmp_path / "b", module="os"))
+
+
+def test_packing_refuses_what_is_not_2of4(tmp_path):
+    model = load(tiny.save_model(tmp_path, "llama", torch.float32))
+    name = next(n for n, _ in export.all_views(model))
+    with pytest.raises(ValueError, match=f"{name}: not 2:4: row 0"):
+        packed.pack_model(model, [name])
+
+
+@pytest.mark.parametrize("flags", [["--pattern", "0.5", "--save", "x"], ["--pattern", "2:4"]])
+def test_format_packed_wants_2of4_and_a_folder(flags, capsys):
+    assert run.main(["--method", "magnitude", "--format", "packed", *flags]) == 2
+    assert "--format packed" in capsys.readouterr().err
+
+
+def test_generate_shows_both(twins, capsys):
+    dense, small = twins
+    assert generate.main([str(small), "--compare", str(dense), "--prompt", PROMPT, "--max-new-tokens", "5"]) == 0
+    out = capsys.readouterr().out
+    first, second = (part.split("\n")[1] for part in out.split("--- ")[1:])
+    assert first == second and "(packed)" in out and "tokens/s" in out
+
+
+def test_generate_bad_input(twins, capsys):
+    for flags, word in ((["--max-new-tokens", "100000"], "positions"), (["--device", "nowhere"], "--device"),
+                        (["--max-new-tokens", "0"], "--max-new-tokens")):
+        assert generate.main([str(twins[1]), "--prompt", PROMPT, *flags]) == 2
+        assert word in capsys.readouterr().err
