@@ -21,6 +21,7 @@ setup(
         "torch>=2.9",
         "transformers>=5.14",
         "safetensors>=0.5",
+        "numpy",
         "datasets>=4",
         "tqdm",
         "matplotlib",

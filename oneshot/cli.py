@@ -66,8 +66,7 @@ def parser():
     for name, text in WANDA.items():
         wanda.add_argument(f"--{name}", help=text, type=float if name == "sparsity_ratio" else str)
     wanda.add_argument("--use_variant", action="store_true", help="as --wanda.use-variant")
-    wanda.add_argument("--eval_zero_shot", action="store_true",
-                       help="zero-shot tasks: not measured yet, a warning says so")
+    wanda.add_argument("--eval_zero_shot", action="store_true", help="as --tasks zeroshot7")
     return p
 
 
@@ -156,7 +155,7 @@ def apply_wanda(given):
     """The flags given, those of wanda's main.py said in ours."""
     wanda = {name: given.pop(name) for name in WANDA if name in given}
     if given.pop("eval_zero_shot", False):
-        print("warning: --eval_zero_shot: zero-shot tasks are not measured yet, only perplexity", file=sys.stderr)
+        given.setdefault("tasks", "zeroshot7")
     variant = given.pop("use_variant", False)
     if variant and wanda.get("prune_method", "wanda") == "wanda":  # main.py overlooks it with other methods
         given["wanda.use_variant"] = True

@@ -16,6 +16,12 @@ def flag(default, help, **extra):
     return field(default=default, metadata={"help": help, **extra})
 
 
+def listed(text):
+    """The parts of a comma list; none for "none"."""
+    parts = [part.strip() for part in text.split(",")]
+    return [] if parts == ["none"] else [part for part in parts if part]
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """One model, one method, one pattern. None means: decided when the model is known."""
@@ -45,6 +51,9 @@ class RunConfig:
 
     evaluate: str = flag("builtin", "texts to measure perplexity on, as for --calibration, separated by commas; "
                                     "none: skip", group="evaluation")
+    tasks: str = flag("none", "lm-eval tasks to measure, separated by commas; zeroshot7: the papers' seven",
+                      group="evaluation")
+    task_path: str | None = flag(None, "folder of task YAMLs of your own, instead of lm-eval's", group="evaluation")
     eval_seqlen: int | None = flag(None, "window of the evaluation (default: --seqlen)", group="evaluation")
     eval_windows: int | None = flag(None, "measure on at most so many windows of each text", group="evaluation")
     eval_batch_size: int | None = flag(None, "windows at a time (default: --batch-size)", group="evaluation")
@@ -71,7 +80,8 @@ class RunConfig:
                             "run; one folder each below it for several methods or patterns",
                             group="output", output=True)
     format: str = flag("dense", "dense: zeros among the weights, loads everywhere; packed: 2:4 linears at 0.5625 "
-                                "of their bytes, loads after `import oneshot`", group="output", choices=("dense", "packed"))
+                                "of their bytes, loads after `import oneshot`",
+                       group="output", choices=("dense", "packed"))
     overwrite: bool = flag(False, "replace another run's result in --save", group="output", output=True)
     results: str = flag("runs", "folder for the run's record (JSON) and page (HTML)", group="output", output=True)
     dense: bool = flag(True, "measure the dense model as well", group="output", output=True)
@@ -97,8 +107,12 @@ class RunConfig:
     @property
     def evaluations(self):
         """The texts to measure perplexity on."""
-        specs = [spec.strip() for spec in self.evaluate.split(",")]
-        return [] if specs == ["none"] else [spec for spec in specs if spec]
+        return listed(self.evaluate)
+
+    @property
+    def task_names(self):
+        """The lm-eval tasks to measure."""
+        return listed(self.tasks)
 
     def settings(self):
         """All that bears on the numbers, as plain values: for the record and the run_id."""
@@ -108,7 +122,7 @@ class RunConfig:
         if self.method == "dense":  # calibration and pruning do not touch it
             keep = {"model", "method", "pattern", "evaluate", "dtype", "device", "solver", "model_revision",
                     "documents", "per_line", "column", "data_config", "split", "revision"}
-            plain = {k: v for k, v in plain.items() if k in keep or k.startswith("eval_")}
+            plain = {k: v for k, v in plain.items() if k in keep or k.startswith(("eval_", "task"))}
         return plain
 
     def run_id(self, *fingerprints):

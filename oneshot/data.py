@@ -507,7 +507,7 @@ def _load_dataset(hub: HubSet, split: str, revision: str | None, cache_dir: str 
         import huggingface_hub
     except ImportError as error:
         raise Unusable(f"needs the package datasets: pip install datasets; or use {instead}") from error
-    away, was_offline = _hub_away(huggingface_hub), datasets.config.HF_HUB_OFFLINE
+    away, was_offline = hub_away(), datasets.config.HF_HUB_OFFLINE
     # `datasets` itself would retry for half a minute before it looks into its cache.
     datasets.config.HF_HUB_OFFLINE = was_offline or away is not None
     try:
@@ -530,15 +530,17 @@ def _load_dataset(hub: HubSet, split: str, revision: str | None, cache_dir: str 
             reason = away or _brief(error)
             problem = f"not in the cache and the hub cannot be reached ({reason}); use {instead}"
         else:
-            problem = f"cannot be loaded ({_brief(error)}); check name, --config, --split and --revision"
+            problem = f"cannot be loaded ({_brief(error)}); check name, --data-config, --split and --revision"
         raise Unusable(problem) from error
     finally:
         datasets.config.HF_HUB_OFFLINE = was_offline
     return rows, away
 
 
-def _hub_away(huggingface_hub) -> str | None:
+def hub_away() -> str | None:
     """Why the hub does not answer, or None if it does, whatever it says. One request of at most 5 seconds."""
+    import huggingface_hub
+
     try:
         huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
     except Exception as error:  # of whichever HTTP library huggingface_hub uses

@@ -13,6 +13,7 @@ import torch
 
 from . import cli, data, environment, export, loop, models, packed, patterns, report, solvers
 from .config import RunConfig
+from .evaluate import tasks
 from .evaluate.perplexity import perplexity
 from .page import write_html
 
@@ -58,6 +59,8 @@ def check(configs):
             if Path(cfg.save).resolve() == Path(cfg.model).resolve():
                 raise ValueError(f"--save {cfg.save}: is the model's own folder; choose another")
         environment.check_writable(cfg.results, "--results")
+    if configs[0].task_names:
+        tasks.prepare(configs[0].task_names, configs[0].task_path)
 
 
 def check_devices(cfg):
@@ -94,7 +97,7 @@ def run(cfg, together=()):
         calibration = calibration_text(cfg, model, tokenizer)
 
     prepared = time.perf_counter()
-    record = work(cfg, model, plan, calibration, evaluations, folder)
+    record = work(cfg, model, tokenizer, plan, calibration, evaluations, folder)
     record |= {"run_id": run_id, "model": describe(cfg, model, weights)}
     record["seconds"] |= {"load": loaded - began, "data": prepared - loaded, "total": time.perf_counter() - began}
     if folder:
@@ -122,13 +125,13 @@ def check_model(model):
                              "fetch or convert it again")
 
 
-def work(cfg, model, plan, calibration, evaluations, folder=None):
+def work(cfg, model, tokenizer, plan, calibration, evaluations, folder=None):
     """Prune in place and measure: the record, but for what only the caller knows (run_id, model)."""
     began = time.perf_counter()
     environment.reset_peak_memory(cfg.device)
     result = prune_model(cfg, model, plan, calibration, folder)
     pruned = time.perf_counter()
-    metrics, info = evaluate(cfg, model, evaluations)
+    metrics, info = evaluate(cfg, model, tokenizer, evaluations)
     done = time.perf_counter()
     return {
         "schema": report.SCHEMA, "status": "finished", "settings": cfg.settings(),
@@ -213,14 +216,18 @@ def prune_model(cfg, model, plan, calibration, folder=None):
                             on_block=folder.save_block if folder else None)
 
 
-def evaluate(cfg, model, evaluations):
-    """({metric: value}, {metric: window, windows, tokens})."""
+def evaluate(cfg, model, tokenizer, evaluations):
+    """({metric: value}, {metric: how it was measured})."""
     metrics, info = {}, {}
     for name, tokens in evaluations.items():
         value, n = perplexity(model, tokens.ids, tokens.mask, batch_size=cfg.eval_batch_size or cfg.batch_size,
                               device=cfg.device, progress=f"perplexity ({name})" if cfg.progress else None)
         metrics[f"{name}/ppl"] = value
         info[f"{name}/ppl"] = {"window": tokens.ids.shape[1], "windows": len(tokens.ids), "tokens": n}
+    if cfg.task_names:
+        values, how = tasks.evaluate(model, tokenizer, cfg.task_names, task_path=cfg.task_path, device=cfg.device,
+                                     batch_size=cfg.eval_batch_size or cfg.batch_size)
+        metrics, info = metrics | values, info | how
     return metrics, info
 
 
@@ -325,7 +332,7 @@ def prune(model, tokenizer=None, *, method="sparsegpt", pattern="2:4", calibrati
     else:
         tokens = calibration_text(cfg, model, tokenizer)
     weights, run_id = identify(cfg, model, tokens, {})
-    record = work(cfg, model, plan, tokens, {})
+    record = work(cfg, model, tokenizer, plan, tokens, {})
     return report.storable(record | {"run_id": run_id, "model": describe(cfg, model, weights)})
 
 

@@ -131,9 +131,9 @@ def test_variant_is_overlooked_with_other_methods_as_there():
     assert set(cfg.solver) == {"magnitude"}
 
 
-def test_zero_shot_is_accepted_and_said_to_be_missing(capsys):
-    assert wanda("--sparsity_ratio", 0.5, "--eval_zero_shot").method == "wanda"
-    assert "warning: --eval_zero_shot" in capsys.readouterr().err
+def test_zero_shot_means_the_seven_tasks():
+    assert wanda("--sparsity_ratio", 0.5, "--eval_zero_shot").task_names == ["zeroshot7"]
+    assert wanda("--sparsity_ratio", 0.5).task_names == []
 
 
 @pytest.mark.parametrize(("argv", "named"), [

@@ -123,8 +123,8 @@ def forbidden(name, top, part, target, inside, scripts):
         return "only inside the function that needs it"
     if root == "torch" and part in NO_TORCH:
         return f"{part} needs no torch"
-    if part in BASE | MATHS and root != "torch" and root not in sys.stdlib_module_names:
-        return "torch and the standard library only"
+    if part in BASE | MATHS and root not in {"torch", "numpy"} and root not in sys.stdlib_module_names:
+        return "torch, numpy and the standard library only"
     return None
 
 
