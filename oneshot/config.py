@@ -99,8 +99,6 @@ class RunConfig:
         for name in ("model", "save", "results"):
             if getattr(self, name) == "":
                 raise ValueError(f"--{name}: is empty")
-        if self.format == "packed" and self.method != "dense" and (self.pattern != "2:4" or not self.save):
-            raise ValueError("--format packed: goes with --pattern 2:4 and --save")
         patterns.parse_group(self.group)
         patterns.parse(self.pattern, self.group)
 

@@ -53,6 +53,8 @@ def check(configs):
     """Refuse what can be refused before a model is loaded. Raises ValueError naming the flag."""
     for cfg in configs:
         check_devices(cfg)
+        if cfg.format == "packed" and cfg.method != "dense" and (cfg.pattern != "2:4" or not cfg.save):
+            raise ValueError("--format packed: goes with --pattern 2:4 and --save")
         if cfg.save:
             export.owner_of(cfg.save)
             environment.check_writable(cfg.save, "--save")

@@ -344,7 +344,7 @@ def hub(monkeypatch, tmp_path):
     Hub.asked = []
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
-    monkeypatch.setattr(data, "_hub_away", lambda _: None)
+    monkeypatch.setattr(data, "hub_away", lambda: None)
     return Hub
 
 

@@ -6,29 +6,30 @@ from pathlib import Path
 
 import pytest
 
-from oneshot import models, run, verify
+from oneshot import generate, models, run, verify
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 HERE = {"meta-llama/Llama-3.1-8B": "demo", "c4": "builtin", "wikitext2": "builtin:prose", "cuda": "cpu"}
-SMALL = ["--nsamples", "4", "--eval-windows", "2", "--no-progress"]
+MAINS = {"oneshot.run": (run.main, ["--nsamples", "4", "--eval-windows", "2", "--no-progress"]),
+         "oneshot.verify": (verify.main, []), "oneshot.generate": (generate.main, ["--max-new-tokens", "4"])}
 pytestmark = pytest.mark.skipif(not (models.DEMO / "config.json").is_file(), reason="the demo model is not trained yet")
 
 
 def commands():
     """Every `python -m oneshot...` line of the README's code blocks, as words."""
-    blocks = "\n".join(re.findall(r"```\n(.*?)```", README, re.S)).replace("\\\n", " ")
+    blocks = "\n".join(re.findall(r"^```\w*\n(.*?)^```", README, re.S | re.M)).replace("\\\n", " ")
     return [shlex.split(line) for line in blocks.splitlines() if line.startswith("python -m oneshot")]
 
 
 def test_commands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     ran = commands()
-    assert [words[2] for words in ran] == ["oneshot.run", "oneshot.verify"]
+    assert {words[2] for words in ran} == set(MAINS)
     for words in ran:
-        rest = [HERE.get(w, w) for w in words[3:]]
-        code = run.main(rest + SMALL) if words[2] == "oneshot.run" else verify.main(rest)
-        assert code == 0, (words, capsys.readouterr().err)
-    assert "all proved" in capsys.readouterr().out
+        main, small = MAINS[words[2]]
+        assert main([HERE.get(w, w) for w in words[3:]] + small) == 0, (words, capsys.readouterr().err)
+    out = capsys.readouterr().out
+    assert out.count("all proved") == 2 and "(packed)" in out
 
 
 def test_python_lines():
