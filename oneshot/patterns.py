@@ -12,7 +12,6 @@ counts the removed ones), `dense`.
 
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -95,12 +94,6 @@ class Unstructured:
                    for i, j in self.blocks(C))
 
 
-@lru_cache
-def earlier(m, device):
-    """bool (m, m, 1): [i, j] says that i comes before j."""
-    return torch.ones(m, m, dtype=torch.bool, device=device).triu(1).unsqueeze(2)
-
-
 @dataclass(frozen=True)
 class NM:
     """At most `n` nonzeros in every `m` consecutive weights of a row."""
@@ -138,11 +131,16 @@ class NM:
 
     def keep_of(self, s):
         """Mask (m, groups) for scores s (m, groups), one group a column: its n highest stay."""
-        if s.shape[1] > 2**16:  # m² comparisons a group: a part at a time
-            return torch.cat([self.keep_of(part) for part in s.split(2**16, dim=1)], dim=1)
-        before = s.unsqueeze(1) < s  # [i, j]: is i removed before j?
-        before |= earlier(self.m, s.device) & (s.unsqueeze(1) == s)
-        return before.sum(0, dtype=torch.int8 if self.m < 128 else torch.int16) >= self.m - self.n
+        dtype = torch.int8 if self.m < 128 else torch.int16
+        later = torch.arange(self.m - 1, -1, -1, dtype=dtype, device=s.device)
+        before = later.unsqueeze(1).repeat(1, s.shape[1])  # how many would go before each, were it all the later ones
+        rows, counts = s.unbind(0), before.unbind(0)
+        for j in range(1, self.m):
+            for i in range(j):
+                i_first = (rows[i] <= rows[j]).view(torch.int8).to(dtype)
+                counts[j].add_(i_first)
+                counts[i].sub_(i_first)
+        return before >= self.m - self.n
 
     def holds(self, W):
         if W.shape[1] % self.m:
