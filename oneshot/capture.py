@@ -12,7 +12,7 @@ block; each stub keeps its (args, kwargs) verbatim and hands its input on. Only 
 import contextlib
 import functools
 import inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -41,6 +41,10 @@ class Stream:
 
     def __len__(self):
         return len(self.hidden)
+
+    def fork(self):
+        """The same batches at the same place, to go another way: the dense model's beside the pruned one's."""
+        return replace(self, hidden=list(self.hidden))
 
     def keep(self, i, hidden):
         """Put batch i's hidden state away, where and as the user wants activations kept."""
@@ -186,7 +190,11 @@ def forward(block, stream, b, i):
     hidden = stream.hidden[i].to(stream.device, like.dtype if like is not None else None)
 
     def bring(t):
-        return hidden if t is HIDDEN else t.to(stream.device) if isinstance(t, torch.Tensor) else t
+        if t is HIDDEN or not isinstance(t, torch.Tensor):
+            return hidden if t is HIDDEN else t
+        half = t.is_floating_point() and t.element_size() < 4
+        upcast = half and like is not None and like.dtype == torch.float32  # recovery trains 16-bit models in float32
+        return t.to(stream.device, torch.float32 if upcast else t.dtype)
 
     args, kwargs = tree_map(bring, stream.calls[b][i])
     out = block(*args, **kwargs)
@@ -205,21 +213,39 @@ def replay(block, stream, b):
 
 
 @torch.no_grad()
-def collect(block, stream, b, views, needs, *, budget=None, one_stage=False):
-    """Run the dense block b once and gather the Moments of `views`: ({name: Moments}, deferred views, first output).
+def collect(block, stream, b, views, needs, *, budget=None, one_stage=False, dense=None):
+    """Run block b once and gather the Moments of `views`: ({name: Moments}, deferred views, first output).
 
     Linears fed by the same tensor share one Moments. What does not fit into `budget` bytes of Gram matrices, and with
     `one_stage` all that is fed later than the first linear, is deferred: call again with it. Views whose Moments are
     missing and which are not deferred saw no token (an idle expert).
+
+    dense: (the block as it was, the dense model's stream), for Moments that compare the two.
     """
     collector = _Collector(views, needs, stream, budget, one_stage)
     first = None
     with collector.watching():
         for i in range(len(stream)):
-            collector.start(stream.rows[i])
+            collector.start(stream.rows[i], inputs_of(views, *dense, b, i) if dense else None)
             out = forward(block, stream, b, i)
             first = out if first is None else first
     return collector.moments, [v for v in views if v.name in collector.deferred], first
+
+
+def inputs_of(views, block, stream, b, i):
+    """{view name: its linear's input} as batch i passes through `block`, a copy of the one that `views` look at."""
+    if any(v.expert is not None for v in views):
+        raise ValueError("--dense-target: the dense and the pruned model send tokens to different experts, so their "
+                         "inputs cannot be compared; leave it at 0 for this model")
+    modules, seen = dict(block.named_modules()), {}
+    handles = [modules[v.name].register_forward_pre_hook(lambda _, args, name=v.name: seen.update({name: args[0]}))
+               for v in views]
+    try:
+        forward(block, stream, b, i)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
 
 
 class _Collector:
@@ -253,9 +279,9 @@ class _Collector:
                 del owner.observe
             self.start(None)
 
-    def start(self, rows):
-        """A new batch begins; `rows` marks its real tokens."""
-        self.rows, self.fed = rows, {}
+    def start(self, rows, dense=None):
+        """A new batch begins; `rows` marks its real tokens. dense: the linears' inputs in the dense model, by name."""
+        self.rows, self.fed, self.dense = rows, {}, dense
 
     def see(self, view, x, index=None):
         """The linear of `view` is about to be fed x (..., C); `index`: which of the batch's tokens x holds."""
@@ -271,13 +297,14 @@ class _Collector:
         if view.name not in self.moments and not self.admit(view, x.shape[-1]):
             self.deferred.add(view.name)
         if view.name not in self.deferred:
-            self.moments[view.name].update(self.real(view, x, index))
+            other = self.real(view, self.dense[view.name], index) if self.dense else None
+            self.moments[view.name].update(self.real(view, x, index), other)
 
     def admit(self, view, C):
         """Begin Moments for a view if the budget and the stage allow."""
         if view.name in self.deferred:
             return False
-        cost = 4 * C * C if "outer" in self.needs else 0
+        cost = 4 * C * C * len(self.needs & {"outer", "cross"})
         self.stage = self.stage or view.kind
         if (self.one_stage and view.kind != self.stage) or \
                 (self.budget is not None and self.spent and self.spent + cost > self.budget):
@@ -301,18 +328,29 @@ class _Collector:
 def logits(model, stream, i, *, elements=2**26):
     """The model's logits on batch i of a stream that has passed all blocks: yields (positions (P,), (B, P, V)).
 
-    The model's own code behind the blocks runs (norm, head, soft-capping) on as many positions at a time as give at
-    most `elements` logits, so that a large vocabulary never fills the memory. The model's rest must be resident on the
-    stream's device.
+    On as many positions at a time as give at most `elements` logits, so that a large vocabulary never fills the memory.
+    The model's rest must be resident on the stream's device.
     """
-    _, block_list = models.blocks(model)
     B, T = stream.inputs[i]["input_ids"].shape
+    step = max(1, elements // (B * models.config_of(model).vocab_size)) if slices(model) else T
+    for positions in torch.arange(T, device=stream.device).split(step):
+        with torch.no_grad():
+            yield positions, tail(model, stream, i, positions)
+
+
+def tail(model, stream, i, positions):
+    """(B, P, V) logits at `positions` (P,) of batch i by the model's own code behind its blocks."""
+    _, block_list = models.blocks(model)
     hidden = stream.hidden[i].to(stream.device)
-    slices = "logits_to_keep" in inspect.signature(model.forward).parameters  # all but a handful of models
-    step = max(1, elements // (B * models.config_of(model).vocab_size)) if slices else T
-    stubs = [_Stub(block, None, hidden, stream.returns_tuple) for block in block_list]
-    with stubbed(block_list, stubs):
-        for positions in torch.arange(T, device=stream.device).split(step):
-            keep = {"logits_to_keep": positions} if slices else {}
-            with torch.no_grad():
-                yield positions, model(**stream.inputs[i], use_cache=False, **keep).logits
+    with stubbed(block_list, [_Stub(block, None, hidden, stream.returns_tuple) for block in block_list]):
+        return model(**stream.inputs[i], use_cache=False, **keep(model, positions)).logits
+
+
+def slices(model):
+    """Whether the model can give the logits of some positions only (all but a handful can)."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def keep(model, positions):
+    """What to call the model with for the logits at `positions`."""
+    return {"logits_to_keep": positions} if slices(model) else {}

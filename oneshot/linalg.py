@@ -2,6 +2,7 @@
 
     G   E[x xᵀ], (C, C)
     V   upper triangular with V Vᵀ = G + λI
+    D   E[(x_dense - x) xᵀ], (C, C): how far the pruned model's inputs x have moved from the dense model's
 """
 
 import torch
@@ -28,6 +29,22 @@ def upper_factor(moments, damping, dtype):
     """
     V, dead, info = moments.derived(("upper_factor", damping, dtype), lambda: _upper_factor(moments.G, damping, dtype))
     return V, dead, {**info, "warnings": list(info["warnings"])}  # each linear's record its own: callers take it apart
+
+
+def towards_dense(W, moments, share, damping=0.01):
+    """The target W* = W + share · W D (G + λI)⁻¹, (R, C): as a layer for x it comes nearest to W x_dense at share 1.
+
+    Solvers that approach W* instead of W on the pruned model's inputs make up for errors of the layers before. The
+    whole way fits the noise of few samples; half of it is what helped. Needs `outer` and `cross`.
+
+    Raises NumericalError as `upper_factor` does.
+    """
+    def shift():
+        V, _, _ = upper_factor(moments, damping, W.dtype)
+        Y = torch.linalg.solve_triangular(V.T, moments.cross.to(W.dtype) / moments.n, upper=False, left=False)
+        return torch.linalg.solve_triangular(V, Y, upper=True, left=False)
+
+    return torch.addmm(W, W, moments.derived(("towards_dense", damping, W.dtype), shift), alpha=share)
 
 
 def _upper_factor(G, damping, dtype):

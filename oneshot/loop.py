@@ -1,10 +1,14 @@
-"""The block loop: capture -> collect -> solve -> write back -> replay, one block at a time.
+"""The block loop: capture -> collect -> solve -> write back -> repair -> replay, one block at a time.
 
 Every block is pruned on what the already pruned blocks before it produce, as in SparseGPT and Wanda. Two passes over
 the data a block: one to collect statistics with the block still dense, one to carry the data through the pruned block.
+Where something aims at the dense model (`dense_target`, recovery), a second stream of hidden states passes through the
+blocks as they were: one more pass, and the activations twice.
 """
 
 import contextlib
+import copy
+import functools
 import time
 from dataclasses import dataclass, field
 
@@ -12,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from . import capture, models, solvers
-from .linalg import NumericalError
+from .linalg import NumericalError, towards_dense
 from .patterns import Dense
 from .solvers import magnitude
 
@@ -23,6 +27,8 @@ class Options:
 
     gram_budget: bytes of Gram matrices gathered at once. activations, activation_dtype: where and as what hidden states
     wait between blocks (None: on the device, as computed). layer_errors: measure each linear's error on sampled inputs.
+    dense_target: how far each linear aims at its output in the dense model, 0 to 1. dense_stream: keep the dense
+    model's hidden states beside the pruned one's.
     """
 
     device: str = "cpu"
@@ -32,18 +38,24 @@ class Options:
     activations: str | None = None
     activation_dtype: torch.dtype | None = None
     layer_errors: bool = True
+    dense_target: float = 0.0
+    dense_stream: bool = False
     tf32: bool = False
     progress: bool = True
 
 
 @dataclass
 class Result:
-    """Rows for the record: one per linear, one per block, what was skipped, every weaker path taken."""
+    """Rows for the record: one per linear, one per block, what was skipped, every weaker path taken.
+
+    dense: the stream of the dense model behind its last block, where one was kept.
+    """
 
     layers: list = field(default_factory=list)
     blocks: list = field(default_factory=list)
     skipped: list = field(default_factory=list)
     warnings: list = field(default_factory=list)
+    dense: object = None
 
 
 def make_plan(model, pattern, steps):
@@ -67,44 +79,77 @@ def make_plan(model, pattern, steps):
 
 
 @torch.no_grad()
-def prune_model(model, ids, mask, plan, steps, options=Options(), *, finished=(), on_block=None):
+def prune_model(model, ids, mask, plan, steps, options=Options(), *, finished=(), repair=None, on_block=None):
     """Prune the model in place; Result.
 
     ids: int64 (n, T) calibration tokens, mask: bool (n, T) or None. plan: {full linear name: Pattern}. steps: the
     solver chain, [(module, cfg), ...]. finished: (state, rows) of blocks that an earlier, interrupted run has pruned,
     in order.
+    repair(block, stream, b, targets, stored) -> plain values: called with each newly pruned block on the device, the
+    dense block's outputs one a batch, and {parameter name: dtype it will be saved in}; needs `dense_stream`.
     on_block(b, block, rows): called with each newly pruned block at home.
 
     Raises ValueError naming the layer when weights or statistics cannot be used.
     """
     name, block_list = models.blocks(model)
     needs = frozenset().union(*(module.needs for module, _ in steps))
-    if options.layer_errors:
-        needs |= {"sample"}
+    needs |= {"sample"} if options.layer_errors else frozenset()
+    needs |= {"outer", "cross"} if options.dense_target else frozenset()
+    two_streams = options.dense_stream or bool(options.dense_target)
     result = Result(skipped=[{"name": n, "reason": why} for n, why in models.outside(model, block_list)])
-    finished = list(finished)
-    bar = tqdm(block_list, desc=f"prune ({'+'.join(m.__name__.rsplit('.')[-1] for m, _ in steps)})", unit="block",
+    finished = iter(finished)
+    bar = tqdm(block_list, desc=f"prune ({'+'.join(solvers.short(m) for m, _ in steps)})", unit="block",
                disable=not options.progress, leave=False)
     with models.experts_one_by_one(model), float32_products(options.tf32):
-        stream = start(model, ids, mask, options) if needs else None
+        stream = start(model, ids, mask, options) if needs or two_streams else None
+        dense = stream.fork() if two_streams else None
         for b, block in enumerate(bar):
             views, skipped = models.linears(block)
             result.skipped += [{"name": f"{name}.{b}.{n}", "reason": why} for n, why in skipped]
-            done = finished[b] if b < len(finished) else None
-            if done:
-                block.load_state_dict(done[0])
+            done = next(finished, None)
             rows = done[1] if done else {"layers": [], "block": {"block": b, "seconds": {}}, "warnings": []}
+            stored = {n: p.dtype for n, p in block.named_parameters()}
             with models.resident(models.tensors_of(block), options.device, write_back=not done):
                 if not done:
-                    prune_block(block, stream, b, views, f"{name}.{b}.", plan, steps, needs, options, rows)
-                elif stream and b + 1 < len(block_list):
-                    capture.replay(block, stream, b)
+                    prune_block(block, stream, b, views, f"{name}.{b}.", plan, steps, needs, options, rows, dense,
+                                repair and functools.partial(repair, stored=stored))
+                elif dense:
+                    capture.replay(block, dense, b)
+            if done:
+                block.load_state_dict(done[0])
+                if stream and b + 1 < len(block_list):
+                    with models.resident(models.tensors_of(block), options.device):
+                        capture.replay(block, stream, b)
             result.layers += rows["layers"]
             result.blocks.append(rows["block"])
             result.warnings += rows["warnings"]
             if on_block and not done:
                 on_block(b, block, rows)
+    result.dense = dense
     return result
+
+
+@torch.no_grad()
+def survey(model, ids, mask, needs, options=Options()):
+    """Walk the DENSE model: yields (b, block, views, {view name: Moments}) with the block on the device.
+
+    Gram matrices beyond `gram_budget` come in further portions, so a block may be yielded several times, each time with
+    other views.
+    """
+    _, block_list = models.blocks(model)
+    bar = tqdm(block_list, desc="survey", unit="block", disable=not options.progress, leave=False)
+    with models.experts_one_by_one(model), float32_products(options.tf32):
+        stream = start(model, ids, mask, options)
+        for b, block in enumerate(bar):
+            remaining, _ = models.linears(block)
+            with models.resident(models.tensors_of(block), options.device):
+                while remaining:
+                    moments, deferred, _ = capture.collect(block, stream, b, remaining, needs,
+                                                           budget=options.gram_budget)
+                    waiting = {v.name for v in deferred}
+                    yield b, block, [v for v in remaining if v.name not in waiting], moments
+                    remaining = deferred
+                capture.replay(block, stream, b)
 
 
 def start(model, ids, mask, options):
@@ -124,19 +169,39 @@ def float32_products(tf32):
         torch.set_float32_matmul_precision(before)
 
 
-def prune_block(block, stream, b, views, prefix, plan, steps, needs, options, rows):
-    """Collect, solve and write back until every linear of the resident block is done, then replay it.
+def prune_block(block, stream, b, views, prefix, plan, steps, needs, options, rows, dense=None, repair=None):
+    """Collect, solve and write back until every linear of the resident block is done, repair it, then replay it.
 
     In several passes when the Gram matrices do not fit the budget at once or with `true_sequential`. Only the latter
     lets a pass see what the one before has pruned: otherwise new weights wait for the last pass.
     """
+    seconds = rows["block"]["seconds"]
+    teacher = (copy.deepcopy(block), dense) if options.dense_target else None
+    if dense and not teacher:
+        with clock(seconds, "dense", options.device):
+            capture.replay(block, dense, b)
+    dense_out = solve_block(block, stream, b, views, prefix, plan, steps, needs, options, rows, teacher)
+    if teacher:
+        with clock(seconds, "dense", options.device):
+            capture.replay(teacher[0], dense, b)
+    if repair:
+        with clock(seconds, "repair", options.device):
+            rows["block"]["repair"] = repair(block, stream, b, dense.hidden)
+    if stream:
+        with clock(seconds, "replay", options.device):
+            pruned_out = capture.replay(block, stream, b)
+        rows["block"]["relative_error"] = relative_error(dense_out, pruned_out, stream.rows[0])
+
+
+def solve_block(block, stream, b, views, prefix, plan, steps, needs, options, rows, teacher=None):
+    """New weights for every linear of the block; returns the dense block's output on the stream's first batch."""
     seconds = rows["block"]["seconds"]
     remaining, waiting, dense_out = list(views), [], None
     while remaining:
         moments, deferred = {}, []
         if stream:
             with clock(seconds, "collect", options.device):
-                moments, deferred, out = capture.collect(block, stream, b, remaining, needs,
+                moments, deferred, out = capture.collect(block, stream, b, remaining, needs, dense=teacher,
                                                          budget=options.gram_budget, one_stage=options.true_sequential)
             dense_out = out if dense_out is None else dense_out
             if deferred:  # an expert idle so far may get tokens once the attention before it is pruned
@@ -144,7 +209,7 @@ def prune_block(block, stream, b, views, prefix, plan, steps, needs, options, ro
         put_off = {v.name for v in deferred}
         with clock(seconds, "solve", options.device):
             for view in (v for v in remaining if v.name not in put_off):
-                write = solve(view, moments.get(view.name), prefix + view.name, plan, steps, rows)
+                write = solve(view, moments.get(view.name), prefix + view.name, plan, steps, rows, options.dense_target)
                 if deferred and not options.true_sequential:
                     waiting.append(write)
                 else:
@@ -152,10 +217,7 @@ def prune_block(block, stream, b, views, prefix, plan, steps, needs, options, ro
         remaining = deferred
     for write in waiting:
         write()
-    if stream:
-        with clock(seconds, "replay", options.device):
-            pruned_out = capture.replay(block, stream, b)
-        rows["block"]["relative_error"] = relative_error(dense_out, pruned_out, stream.rows[0])
+    return dense_out
 
 
 def relative_error(want, got, real):
@@ -166,7 +228,7 @@ def relative_error(want, got, real):
     return (change / whole) ** 2 if whole else 0.0
 
 
-def solve(view, moments, name, plan, steps, rows):
+def solve(view, moments, name, plan, steps, rows, dense_target=0.0):
     """Find one linear's new weights; a function that writes them and adds the linear's row to the record."""
     W, pattern, began = view.get(), plan.get(name, Dense()), time.perf_counter()
     if not torch.isfinite(W.sum()):  # a sum is finite only if all its terms are, and needs no second matrix
@@ -180,7 +242,8 @@ def solve(view, moments, name, plan, steps, rows):
     if isinstance(pattern, Dense):
         chain, note = [(magnitude, magnitude.Config())], None
     try:
-        solution = solvers.solve(W, moments, pattern, chain)
+        target = towards_dense(W, moments, dense_target) if dense_target and chain is steps else W
+        solution = solvers.solve(target, moments, pattern, chain)
     except NumericalError as error:
         raise ValueError(f"{name}: {error}") from None
     notes = solution.info.pop("warnings", []) + ([note] if note else [])
@@ -197,7 +260,7 @@ def solve(view, moments, name, plan, steps, rows):
 def finite(moments):
     """Whether no sum has met an infinity or a NaN (a Gram matrix's diagonal speaks for all of it)."""
     outer = None if moments.outer is None else moments.outer.diagonal()
-    sums = (moments.sum, moments.sum_sq, outer, moments.sample)
+    sums = (moments.sum, moments.sum_sq, outer, moments.cross, moments.sample)
     return moments.derived("finite", lambda: all(bool(torch.isfinite(t).all()) for t in sums if t is not None))
 
 

@@ -5,6 +5,7 @@
     outer   sum of x xᵀ, (C, C); G = outer / n is the Gram matrix (the literature's Hessian, up to a factor)
     sum_sq  sum of x², (C,)
     sum     sum of x, (C,)
+    cross   sum of (x_dense - x) xᵀ, (C, C), where x_dense is what the same token feeds the linear in the dense model
     sample  some of the x themselves, (at most SAMPLE, C): a layer's error is measured on them
 
 All but the sample are running SUMS in float32, so the Moments of batches, processes or machines combine by addition.
@@ -13,7 +14,7 @@ All but the sample are running SUMS in float32, so the Moments of batches, proce
 import torch
 
 SAMPLE = 256  # tokens; measuring a layer's error on them costs 4·R·C·256 operations, 1.5 % of two passes over 16k
-NEEDS = frozenset({"sum", "sum_sq", "outer", "sample"})
+NEEDS = frozenset({"sum", "sum_sq", "outer", "sample", "cross"})
 
 
 class Moments:
@@ -31,12 +32,13 @@ class Moments:
 
         self.sum, self.sum_sq = zeros("sum", C), zeros("sum_sq", C)
         self.outer = zeros("outer", C, C)  # the upper triangle of the sum; after `G`, the whole mean
+        self.cross = zeros("cross", C, C)
         self.sample = zeros("sample", 0, C)
         self._outer_is_mean = False
         self._derived = {}
 
-    def update(self, x):
-        """Count the tokens of x (T, C) in."""
+    def update(self, x, x_dense=None):
+        """Count the tokens of x (T, C) in; x_dense (T, C): the same in the dense model (default: x)."""
         x = x.to(self.dtype)
         self._to_sums()
         self.n += x.shape[0]
@@ -49,6 +51,8 @@ class Moments:
             strip = max(-(-self.C // 8), 64)
             for i in range(0, self.C, strip):
                 self.outer[i : i + strip, i:].addmm_(x[:, i : i + strip].T, x[:, i:])
+        if self.cross is not None and x_dense is not None:
+            self.cross.addmm_((x_dense.to(self.dtype) - x).T, x)
         if self.sample is not None and len(x):
             take = min(SAMPLE - len(self.sample), SAMPLE // 4, len(x))
             rows = torch.linspace(0, len(x) - 1, take, device=x.device).long()
@@ -61,7 +65,7 @@ class Moments:
         both.n = self.n + other.n
         for part in (self, other):
             part._to_sums()
-        for name in ("sum", "sum_sq", "outer"):
+        for name in ("sum", "sum_sq", "outer", "cross"):
             if name in self.needs:
                 setattr(both, name, getattr(self, name) + getattr(other, name))
         if self.sample is not None:

@@ -1,0 +1,146 @@
+"""Recovery: ways to repair a pruned model without losing a zero. One file, one way; its name is the `--recover` name.
+
+A way is a module with
+
+    Config      a frozen dataclass: its flags, with `metadata={"help": ...}` each
+    repair      of one block, right after it was pruned (block.py), or of the whole model at the end (distil.py); `unit`
+                says which. Returns plain values for the record.
+
+Every way trains the weights that pruning kept, with their mask fixed: a weight that is zero stays zero, bit by bit.
+What is trained lives in float32 and is rounded to the stored dtype at the end. The calibration windows are all the
+data; a tenth of them is held out, and what did best there is kept, so a repair never makes the held-out loss worse.
+
+    steps   updates, one batch of windows each
+    lr      learning rate as a share of each tensor's root mean square: absolute rates do not carry over between models
+"""
+
+import importlib
+import math
+import pkgutil
+
+import torch
+
+WARM_UP = 0.05  # of the steps
+BETAS = (0.9, 0.95)
+LOOKS = 8  # how often the held-out batches are looked at
+
+
+def names():
+    """All `--recover` ways there are."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__))
+
+
+def module(name):
+    """The module of one way. Raises ValueError naming `--recover` when there is none."""
+    if name not in names():
+        raise ValueError(f"--recover {name}: no such way; there are {', '.join(names())}")
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def check(cfg, name):
+    """Refuse settings that no way can use."""
+    if cfg.steps < 1:
+        raise ValueError(f"--{name}.steps {cfg.steps}: must be at least 1")
+    if not 0 < cfg.lr < 1:
+        raise ValueError(f"--{name}.lr {cfg.lr:g}: must lie between 0 and 1")
+
+
+class Trainable:
+    """The parameters of a module that may change: matrices where they are not zero, and all vectors (norms, biases).
+
+    parameters: name -> nn.Parameter of `module`. stored: {name: dtype it will be saved in}. leave: names of matrices
+    that are never pruned, so never touched (routers, embeddings).
+    """
+
+    def __init__(self, module, stored, leave=()):
+        self.stored, self.parameters, self.masks = stored, {}, {}
+        for name, p in module.named_parameters():
+            if p.is_floating_point() and name not in leave:
+                self.parameters[name] = p
+                if p.ndim > 1:
+                    self.masks[name] = p.data != 0
+
+    def __enter__(self):
+        self.dtypes = {name: p.dtype for name, p in self.parameters.items()}
+        for p in self.parameters.values():
+            p.data = p.data.float() if p.element_size() < 4 else p.data  # small steps would be lost in 16 bits
+            p.requires_grad_(True)
+        return self
+
+    def __exit__(self, *_):
+        for name, p in self.parameters.items():
+            p.requires_grad_(False)
+            p.grad = None
+            p.data = p.data.to(self.stored[name]).to(self.dtypes[name])
+        for name, mask in self.masks.items():
+            assert not self.parameters[name].data[~mask].any(), f"{name}: a pruned weight came back"
+
+    def groups(self, lr):
+        """Adam's parameter groups: each tensor its own rate."""
+        return [{"params": [p], "lr": lr * rms(p.data, self.masks.get(name))} for name, p in self.parameters.items()]
+
+    def mask_gradients(self):
+        """Zero gradients keep Adam's averages, and so the weights, at exactly zero."""
+        for name, mask in self.masks.items():
+            if self.parameters[name].grad is not None:  # an expert without tokens has none
+                self.parameters[name].grad.mul_(mask)
+
+    def snapshot(self):
+        return {name: p.data.clone() for name, p in self.parameters.items()}
+
+    def restore(self, snapshot):
+        for name, p in self.parameters.items():
+            p.data.copy_(snapshot[name])
+
+
+def rms(t, mask=None):
+    """Root mean square of what may change; 1 where there is nothing but zeros (a fresh bias)."""
+    n = t.numel() if mask is None else int(mask.count_nonzero())
+    return float(torch.linalg.vector_norm(t) / max(n, 1) ** 0.5) or 1.0
+
+
+@torch.enable_grad()
+def fit(trainable, loss, batches, *, steps, lr, seed, progress=None):
+    """Adam with warm-up and cosine on the mean of loss(i) over `batches` indices; plain values for the record.
+
+    loss(i): a scalar tensor for batch i. A tenth of the batches (at least one, if there are two) is held out; the state
+    that does best on them is kept, training ends early when twice in a row it got worse. progress: called every step.
+    """
+    gen = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(batches), generator=gen).tolist()
+    cut = max(1, len(order) // 10) if len(order) > 1 else 0
+    held, train = ([batches[i] for i in part] for part in (order[:cut], order[cut:]))
+    optimizer = torch.optim.Adam(trainable.groups(lr), betas=BETAS, foreach=True)
+    warm = max(1, round(steps * WARM_UP))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min((t + 1) / warm, 1) * (
+        0.5 + 0.5 * math.cos(math.pi * min(t / steps, 1))))
+    before = best = held_out(loss, held)
+    state, worse, done = trainable.snapshot(), 0, 0
+    queue = []
+    for done in range(1, steps + 1):
+        queue = queue or [train[i] for i in torch.randperm(len(train), generator=gen).tolist()]
+        optimizer.zero_grad(set_to_none=True)
+        loss(queue.pop()).backward()
+        trainable.mask_gradients()
+        optimizer.step()
+        schedule.step()
+        if progress:
+            progress()
+        if held and (done % max(1, steps // LOOKS) == 0 or done == steps):
+            now = held_out(loss, held)
+            if now < best:
+                best, state, worse = now, trainable.snapshot(), 0
+            else:
+                worse += 1
+            if worse == 2:
+                break
+    if held:
+        trainable.restore(state)
+    info = {"steps": done, "held_out_before": before, "held_out_after": best}
+    return info if held else info | {"warnings": ["one batch of windows only: nothing held out, no early stop"]}
+
+
+def held_out(loss, batches):
+    """Mean loss, a float; None of nothing."""
+    with torch.no_grad():
+        return sum(float(loss(i)) for i in batches) / len(batches) if batches else None

@@ -1,0 +1,68 @@
+"""Distil: train all kept weights of the blocks to the dense model's predictions (masked distillation).
+
+    loss    KL(dense ‖ pruned), nats, mean over the tokens that are no padding
+
+The dense model is there as its hidden states behind the last block: norm and head are never pruned, so the model's own
+tail turns them into the dense logits. Memory: the whole model in float32, its gradients, Adam's two averages, and one
+batch's activations. Where a batch's logits would be more than LOGITS numbers, each step looks at some positions only,
+drawn at random.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn.functional import kl_div
+from tqdm import tqdm
+
+from .. import capture, models
+from . import Trainable, check, fit
+
+unit = "model"
+LOGITS = 2**26
+
+
+@dataclass(frozen=True)
+class Config:
+    steps: int = field(default=200, metadata={"help": "updates of the whole model, one batch of windows each"})
+    lr: float = field(default=0.01, metadata={"help": "learning rate as a share of each tensor's root mean square"})
+
+    def __post_init__(self):
+        check(self, "distil")
+
+
+def repair(model, dense, cfg, seed, progress=False):
+    """Train the pruned `model` in place; plain values for the record.
+
+    dense: the dense model's stream behind its last block (see loop.prune_model), whose batches are trained on.
+    """
+    _, block_list = models.blocks(model)
+    stored = {name: p.dtype for name, p in block_list.named_parameters()}
+    leave = {f"{b}.{name}" for b, block in enumerate(block_list) for name, _ in models.linears(block)[1]}
+    gen = torch.Generator().manual_seed(seed)
+    whole = models.tensors_of(model)
+
+    def loss(i):
+        at = positions(model, dense, i, gen)
+        with torch.no_grad():
+            teacher = capture.tail(model, dense, i, at).float().log_softmax(-1)
+        inputs = dense.inputs[i]
+        pruned = model(**inputs, use_cache=False, **capture.keep(model, at)).logits.float().log_softmax(-1)
+        kl = kl_div(pruned, teacher, reduction="none", log_target=True).sum(-1)
+        if dense.rows[i] is None:
+            return kl.mean()
+        real = dense.rows[i].view(inputs["input_ids"].shape)[:, at]
+        return kl[real].mean()
+
+    bar = tqdm(total=cfg.steps, desc="distil", unit="step", disable=not progress, leave=False)
+    with models.resident(whole, dense.device, write_back=True, dtype=torch.float32), bar, \
+            Trainable(block_list, stored, leave) as trainable:
+        return fit(trainable, loss, range(len(dense)), steps=cfg.steps, lr=cfg.lr, seed=seed, progress=bar.update)
+
+
+def positions(model, stream, i, gen):
+    """Which positions of batch i a step looks at: all, or as many as LOGITS allows."""
+    B, T = stream.inputs[i]["input_ids"].shape
+    most = max(1, LOGITS // (B * models.config_of(model).vocab_size))
+    chosen = torch.arange(T) if most >= T or not capture.slices(model) else \
+        torch.randperm(T, generator=gen)[:most].sort().values
+    return chosen.to(stream.device)
