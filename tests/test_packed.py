@@ -90,6 +90,41 @@ def test_verified(twins, capsys):
     assert verify.main([str(twins[1])]) == 0, capsys.readouterr().out
 
 
+def test_verify_compares_with_the_twin(twins, capsys):
+    for one, other in (twins, twins[::-1]):
+        assert verify.main([str(one), "--twin", str(other), "--quiet"]) == 0
+        *_, last = capsys.readouterr().out.splitlines()
+        model = load(twins[0])
+        assert last == f"{len(model.state_dict())} tensors compared with {other}: all equal"
+
+
+def test_verify_finds_what_differs_from_the_twin(twins, tmp_path, capsys):
+    """Also outside the linears, where the manifest says nothing."""
+    twin = tiny.copy(twins[0], tmp_path / "twin")
+
+    def change(tensors):
+        norm = next(k for k in tensors if k.endswith(("norm.weight", "ln_f.weight")))
+        tensors[norm][0] += 1
+        wide = next(k for k in tensors if k.endswith(("up_proj.weight", "c_fc.weight")))
+        tensors[wide][0, :2] += 1
+    tiny.change_weights(twin, change)
+    assert verify.main([str(twins[1]), "--twin", str(twin), "--quiet"]) == 1
+    told = capsys.readouterr().out
+    assert told.count("FAULT") == 2 and ": 1 of 32 values differ" in told and ": 2 of " in told and "all proved" in told
+    assert verify.main([str(twins[1]), "--twin", str(tmp_path / "absent")]) == 2
+    assert "absent: no such folder" in capsys.readouterr().err
+
+
+def test_verify_finds_another_dtype_and_other_names(twins, tmp_path, capsys):
+    load(twins[0], dtype=torch.float32).save_pretrained(tmp_path / "wide")
+    tiny.tokenizer().save_pretrained(tmp_path / "wide")
+    compared, faults = verify.compare(twins[1], tmp_path / "wide")
+    assert len(faults) == compared and all("torch.float32" in text for text in faults)
+    other = tiny.save_model(tmp_path / "other", "llama" if "gpt2" in str(twins[0]) else "gpt2")
+    compared, faults = verify.compare(twins[1], other)
+    assert faults and all(": only in " in text for text in faults if "lm_head" not in text)
+
+
 def test_verify_finds_one_changed_value(twins, tmp_path, capsys):
     import shutil
 
@@ -114,6 +149,26 @@ def edit(folder, target, **changes):
     config["quantization_config"].update(changes)
     (target / "config.json").write_text(json.dumps(config))
     return target
+
+
+def metadata_key(tensors):
+    return next(key for key in tensors if key.endswith("metadata"))
+
+
+def test_damaged_metadata_is_refused_while_loading(twins, tmp_path):
+    """Whatever the device: the GPU kernels would multiply with it."""
+    folder = tiny.copy(twins[1], tmp_path / "spoilt")
+    tiny.change_weights(folder, lambda t: t[metadata_key(t)].fill_(0xFF))
+    with pytest.raises(ValueError, match="bad metadata: row 0, group 0"):
+        load(folder)
+
+
+@pytest.mark.parametrize("part", ["weight", "metadata"])
+def test_a_tensor_that_is_missing_is_not_made_up(twins, tmp_path, part):
+    folder = tiny.copy(twins[1], tmp_path / "spoilt")
+    tiny.change_weights(folder, lambda t: t.pop(metadata_key(t).replace("metadata", part)))
+    with pytest.raises(ValueError, match="packed linears, the files hold .* incomplete"):
+        load(folder)
 
 
 def test_a_config_that_does_not_fit_is_refused(twins, tmp_path):
