@@ -72,7 +72,7 @@ def check_files(files, n):
     whole = sum(f"{stem}weight" in keys for stem in stems)
     if files and not n == whole == len(stems):
         raise ValueError(f"the config names {n} packed linears, the files hold {whole} whole ones and "
-                         f"{len(stems) - whole} without their weight; the folder is incomplete, fetch or write it again")
+                         f"{len(stems) - whole} without their weight: the folder is incomplete, fetch it again")
 
 
 def pack_model(model, names):

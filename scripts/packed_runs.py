@@ -42,7 +42,7 @@ def main(argv=None):
     p.add_argument("--windows", type=int, default=128, help="evaluation windows of each text, at most")
     args = p.parse_args(argv)
     models.quiet()
-    rows = []
+    rows, where = [], environment.environment("cpu")
     with tempfile.TemporaryDirectory() as work:
         known = {"demo": real_runs.DEMO} if args.only == "demo" else real_runs.runs(args.shared, Path(work))
         for name in [args.only] if args.only else MODELS:
@@ -52,7 +52,7 @@ def main(argv=None):
                 rows.append(twins(name, dtype, flags, Path(work) / f"{name}-{dtype}"))
                 print(one_line(rows[-1]), flush=True)
     settings = {"method": args.method, "pattern": "2:4", "seed": 0, "nsamples": args.nsamples}
-    out = {"settings": settings, "environment": environment.environment("cpu"),
+    out = {"settings": settings, "environment": where,
            "limits": {"bytes": BYTES_LIMIT, "perplexity": PERPLEXITY_LIMIT}, "models": rows}
     args.results.mkdir(parents=True, exist_ok=True)
     report.write_text(json.dumps(out, indent=1) + "\n", args.results / "packed.json")
