@@ -7,8 +7,8 @@ import sys
 import pytest
 import tiny
 import torch
-from oneshot_kernels import Sparse24Linear
-from transformers import AutoModelForCausalLM
+from oneshot_kernels import Sparse24Linear, sparsify
+from transformers import AutoModelForCausalLM, StaticCache
 
 from oneshot import export, generate, packed, run, verify
 
@@ -61,11 +61,46 @@ def test_size(twins):
     assert on_disk[0] - on_disk[1] == entry["dense_bytes"] - entry["bytes"]
 
 
-def test_saved_again_and_loaded_again(twins, tmp_path):
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_saved_again_and_loaded_again(twins, tmp_path, fused):
+    """In several files, and from a model whose q, k, v and gate, up share launches."""
+    model = load(twins[1])
+    if fused:
+        sparsify(model)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    one, again = (load(folder, dtype=torch.float32) for folder in (twins[1], tmp_path))
+    assert torch.equal(one(ids(one)).logits, again(ids(again)).logits)
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto", "half on disk"])
+def test_device_map(twins, tmp_path, device_map):
+    pytest.importorskip("accelerate", reason="device_map needs accelerate (pip install accelerate)")
+    want = load(twins[1], dtype=torch.float32)
+    if device_map == "half on disk":
+        parts = {name for name, m in want.named_modules() if name.count(".") <= 1 and list(m.parameters(recurse=False))}
+        blocks = {name for name, _ in want.named_modules() if name.rpartition(".")[2].isdigit()}
+        device_map = dict.fromkeys(parts, "cpu") | {name: "disk" if name.endswith("1") else "cpu" for name in blocks}
+        device_map |= {"model.rotary_emb": "cpu"} if hasattr(want, "model") else {}
+    model = load(twins[1], dtype=torch.float32, device_map=device_map, offload_folder=tmp_path)
+    assert packed.linears(model) and torch.equal(model(ids(model)).logits, want(ids(want)).logits)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_compiled_with_a_static_cache(twins, fused):
+    """One graph, no break, a prompt and a step behind it: the shape in which a GPU decodes."""
     model = load(twins[1], dtype=torch.float32)
-    load(twins[1]).save_pretrained(tmp_path)
-    again = load(tmp_path, dtype=torch.float32)
-    assert torch.equal(model(ids(model)).logits, again(ids(again)).logits)
+    if fused:
+        assert len(sparsify(model).fused) == (2 * tiny.BLOCKS if model.config.model_type == "llama" else 0)
+    compiled = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
+    prompt, seen = ids(model), []
+    for forward in (model.forward, compiled):
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        with torch.no_grad():
+            seen.append([forward(part, past_key_values=cache, cache_position=at).logits
+                         for part, at in ((prompt, torch.arange(12)), (prompt[:, :1], torch.tensor([12])))])
+    for eager, graph in zip(*seen, strict=True):
+        torch.testing.assert_close(graph, eager)
 
 
 def test_perplexity_is_the_twins(twins, tmp_path, capsys):
