@@ -12,6 +12,7 @@ import time
 import torch
 
 from . import environment, models
+from .packed import linears
 from .run import one_line
 
 
@@ -40,8 +41,8 @@ def measure(name, prompt, args):
     on_cpu = torch.device(args.device).type == "cpu"
     model, tokenizer = models.load(name, dtype="float32" if on_cpu and args.dtype == "auto" else args.dtype)
     model.to(args.device)
-    packed = is_packed(model)
-    if packed and not on_cpu:
+    packed = bool(linears(model))
+    if packed and not on_cpu:  # q, k, v and gate, up in one launch each
         from oneshot_kernels import sparsify
 
         sparsify(model)
@@ -68,11 +69,6 @@ def measure(name, prompt, args):
             "tokens_per_s": (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else float("nan"),
             "peak_bytes": environment.peak_memory(args.device),
             "weights_bytes": sum(t.numel() * t.element_size() for t in models.tensors_of(model))}
-
-
-def is_packed(model):
-    """Whether the model holds packed 2:4 linears."""
-    return getattr(model, "quantization_method", None) is not None
 
 
 def show(rows, prompt):

@@ -9,7 +9,8 @@ of an unknown quantisation method, builds dense linears and meets tensors of ano
 with weights made up. The config names linears, never code.
 """
 
-from oneshot_kernels import Sparse24Linear, pack
+from oneshot_kernels import Sparse24Linear, pack, reference
+from safetensors import safe_open
 from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -38,12 +39,18 @@ class PackedQuantizer(HfQuantizer):
 
     requires_calibration = True  # transformers' word for: dense checkpoints are not packed while they load
 
-    def _process_model_before_weight_loading(self, model, **kwargs):
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         for name in self.quantization_config.linears:
             replace(model, name, empty_like(linear_named(model, name)))
+        check_files(checkpoint_files or (), len(self.quantization_config.linears))
 
     def _process_model_after_weight_loading(self, model, **kwargs):
-        for linear in linears(model):
+        for name in self.quantization_config.linears:
+            linear = model.get_submodule(name)
+            try:
+                reference.check(*linear.packed[:2])  # the GPU kernels trust what they are given
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
             linear.prepare()
         return model
 
@@ -53,6 +60,19 @@ class PackedQuantizer(HfQuantizer):
     @property
     def is_trainable(self):
         return False
+
+
+def check_files(files, n):
+    """Raise ValueError unless the files hold `n` packed weights: transformers would only report what is missing."""
+    keys = set()
+    for file in files:
+        with safe_open(file, "pt") as f:
+            keys.update(f.keys())
+    stems = {key.removesuffix("metadata") for key in keys if key.endswith(".metadata")}
+    whole = sum(f"{stem}weight" in keys for stem in stems)
+    if files and not n == whole == len(stems):
+        raise ValueError(f"the config names {n} packed linears, the files hold {whole} whole ones and "
+                         f"{len(stems) - whole} without their weight: the folder is incomplete, fetch it again")
 
 
 def pack_model(model, names):

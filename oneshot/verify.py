@@ -3,10 +3,15 @@
 Loads the folder as anyone would and checks, on the stored dtype and linear by linear: the pattern holds, the number of
 zeros is the recorded one, the bytes are the recorded ones; that no prunable linear is missing from the manifest; and
 lists what was never pruned. Exit code 0: all proved; 1: something is off; 2: nothing to check.
+
+With `--twin OTHER` also: both hold the same model, every tensor of the one equal to the other's, packed weights as the
+dense matrices they stand for.
 """
 
 import argparse
 import sys
+
+import torch
 
 from . import export, models, packed
 
@@ -35,6 +40,32 @@ def verify(path):
                      "zeros": int((view.get() == 0).sum()), "proved": not wrong})
     faults += [f"{name}: in the manifest but not in the model" for name in entries]
     return rows, faults, skipped(model)
+
+
+def compare(path, twin):
+    """(tensors compared, one line per difference) between two checkpoints of the same model, packed or dense.
+
+    Exact: same names, shapes, dtypes and values; what a packed linear stands for is compared, not its packed bytes.
+    """
+    ours, theirs = (dense_tensors(folder) for folder in (path, twin))
+    faults = [f"{name}: only in {path}" for name in ours if name not in theirs]
+    faults += [f"{name}: only in {twin}" for name in theirs if name not in ours]
+    shared = [name for name in ours if name in theirs]
+    for name in shared:
+        a, b = ours[name], theirs[name]
+        if a.shape != b.shape or a.dtype != b.dtype:
+            faults.append(f"{name}: {tuple(a.shape)} {a.dtype}, in the twin {tuple(b.shape)} {b.dtype}")
+        elif not torch.equal(a, b):
+            faults.append(f"{name}: {int((a != b).sum())} of {a.numel()} values differ from the twin's")
+    return len(shared), faults
+
+
+def dense_tensors(path):
+    """{name: tensor} of a checkpoint; linears as (R, C), whether they are stored packed, dense or transposed."""
+    model, _ = models.load(str(path))
+    packed.to_dense(model)
+    transposed = {f"{name}.weight" for name, view in export.all_views(model) if view.transposed}
+    return {name: t.T if name in transposed else t for name, t in model.state_dict().items()}
 
 
 def skipped(model):
@@ -66,11 +97,14 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m oneshot.verify", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="a folder that oneshot.run --save wrote")
+    parser.add_argument("--twin", metavar="OTHER", help="another folder that must hold the same model, tensor by "
+                                                        "tensor: the dense one of a packed checkpoint")
     parser.add_argument("--quiet", action="store_true", help="print faults and the verdict only")
     try:
         args = parser.parse_args(argv)
         models.quiet()
         rows, faults, left = verify(args.folder)
+        equal, different = compare(args.folder, args.twin) if args.twin else (0, [])
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -82,11 +116,16 @@ def main(argv=None):
                   f"{R:>6} x {C:<6} {r['zeros'] / (R * C):8.4%} zero  {r['dtype']}")
         for name, reason in left:
             print(f"not pruned  {name}: {reason}")
-    for fault in faults:
+    for fault in faults + different:
         print(f"FAULT {fault}")
-    print(f"{len(rows)} linears checked, {len(left)} tensors not pruned: "
-          + ("all proved" if not faults else f"{len(faults)} faults"))
-    return 1 if faults else 0
+    print(f"{len(rows)} linears checked, {len(left)} tensors not pruned: {verdict(faults, 'all proved')}")
+    if args.twin:
+        print(f"{equal} tensors compared with {args.twin}: {verdict(different, 'all equal')}")
+    return 1 if faults or different else 0
+
+
+def verdict(faults, good):
+    return good if not faults else f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from oneshot_kernels import dispatch, ops, prefill, reference, sparsify, timing, tune
+from oneshot_kernels import dispatch, ops, reference, sparsify, timing, tune
 from oneshot_kernels.fragment import to_fragments
 from oneshot_kernels.mma_sp import INTERPRET, mma_sp
 from oneshot_kernels.selftest import random_24, relative_error
@@ -104,38 +104,6 @@ def sweep(bench: Bench, shape: tune.Shape, tokens: int, configs: dict[str, list]
     )
     common = {"stage": "sweep", "n": shape.rows, "k": shape.k, "tokens": tokens}
     return [{**common, "method": row.pop("path"), **row} for row in candidates]
-
-
-def baselines(bench: Bench, shape: tune.Shape, tokens: int) -> list[dict]:
-    """F.linear on the dense weight, cuSPARSELt with its best algorithm, torch's CUTLASS 2:4."""
-    weight, x = bench.weight(shape.rows, shape.k), bench.randn(tokens, shape.k)
-    truth = x.double() @ weight.double().T
-    copies = bench.copies(weight.nbytes)
-    dense = [weight.clone() for _ in range(copies)]
-    methods = {"dense": [functools.partial(F.linear, x, w) for w in dense]}
-    if not bench.toy:
-        blobs = [prefill.compress(w) for w in dense]
-        algorithm = prefill.best_algorithm(x, blobs[0], shape.rows)
-        methods["sparselt"] = [
-            functools.partial(prefill.sparselt, x, b, shape.rows, algorithm=algorithm) for b in blobs
-        ]
-        from torch.sparse import SparseSemiStructuredTensorCUTLASS
-
-        sparse = [SparseSemiStructuredTensorCUTLASS.from_dense(w) for w in dense]
-        methods["cutlass"] = [functools.partial(F.linear, x, w) for w in sparse]
-    rows = []
-    for method, calls in methods.items():
-        common = {"stage": "table", "n": shape.rows, "k": shape.k, "tokens": tokens, "method": method}
-        try:
-            tune.poison(tokens, shape.rows, bench.dtype, bench.device)
-            error = relative_error(calls[0](), truth)
-            rows.append({**common, "error": error, "us": bench.time(calls)})
-        except (
-            RuntimeError,
-            NotImplementedError,
-        ) as failure:  # another's kernel: say so in its row, measure the rest
-            rows.append({**common, "config": f"failed: {failure}".splitlines()[0][:120]})
-    return rows
 
 
 def fused_mlp(bench: Bench, hidden: int, intermediate: int, tokens: int) -> list[dict]:

@@ -71,7 +71,8 @@ def _section(kernels: list[dict], decode: list[dict], stamp: dict, finished: boo
         lines.append(f"| {n}x{k} | " + " | ".join(cells) + " |")
     means = [_geometric_mean([line[m] for line in speedups.values() if m in line]) for m in tokens]
     lines.append("| geometric mean | " + " | ".join(f"{mean:.2f}" for mean in means) + " |")
-    lines += ["", *_against_sparselt(kernels), *_ceilings(kernels), *_mlp(kernels), *_decode(decode)]
+    lines += ["", *_against_sparselt(kernels), *_fewer_bits(kernels)]
+    lines += [*_ceilings(kernels), *_mlp(kernels), *_decode(decode)]
     return lines
 
 
@@ -85,6 +86,17 @@ def _against_sparselt(kernels: list[dict]) -> list[str]:
         return []
     text = f"Against cuSPARSELt's best algorithm, up to 64 tokens: geometric mean {_geometric_mean(ratios):.2f}x"
     return [f"{text}, worst {min(ratios):.2f}x, over {len(ratios)} shapes and sizes.", ""]
+
+
+def _fewer_bits(kernels: list[dict]) -> list[str]:
+    """What dense weights of fewer bits reach, for honesty: bits and zeros compete for the same bytes."""
+    rows = [r for r in kernels if r["stage"] == "table" and isinstance(r.get("speedup"), float) and r["tokens"] <= 64]
+    means = {name: [r["speedup"] for r in rows if r["method"] == name] for name in ("int8", "int4")}
+    parts = [f"{name} {_geometric_mean(values):.2f}x" for name, values in means.items() if values]
+    if not parts:
+        return []
+    text = f"Dense weights of fewer bits, torch's own kernels, up to 64 tokens: {', '.join(parts)} over `F.linear`"
+    return [f"{text} (geometric means; they round the weights).", ""]
 
 
 def _ceilings(kernels: list[dict]) -> list[str]:

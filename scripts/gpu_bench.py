@@ -20,8 +20,9 @@ from pathlib import Path
 
 import torch
 import triton
+from _gpu_bench_baselines import BYTES, baselines
 from _gpu_bench_checks import Wrong, fragment_map, paths, variants
-from _gpu_bench_measure import Bench, baselines, ceilings, decode_model, fused_mlp, sweep
+from _gpu_bench_measure import Bench, ceilings, decode_model, fused_mlp, sweep
 from _gpu_bench_report import write_report
 from oneshot_kernels import decode, dispatch, expand, tune
 from oneshot_kernels.mma_sp import INTERPRET
@@ -209,7 +210,7 @@ def derive(rows: list[dict], read_tb_per_s: float | None) -> None:
     dense = {(r.get("n"), r.get("tokens"), r.get("batch")): r for r in rows if r["method"] == "dense"}
     for row in rows:
         if row["stage"] in ("table", "sweep", "mlp") and row.get("us"):
-            share = 1.0 if row["method"] == "dense" else 9 / 16
+            share = BYTES.get(row["method"], 9 / 16)
             row["tb_per_s"] = row["n"] * row["k"] * 2 * share / row["us"] / 1e6
             if read_tb_per_s:
                 row["percent_of_read"] = 100 * row["tb_per_s"] / read_tb_per_s
@@ -243,7 +244,8 @@ def run(bench: Bench, results: Results, budget_s: float) -> bool:
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path("results"), help="folder to write to")
+    parser.add_argument("--results", type=Path, help="folder to write to (default: results; build/gpu_bench_toy for "
+                                                     "--toy, whose rows hold no times)")
     parser.add_argument("--budget-s", type=float, default=540, help="stop before this many seconds; run again to go on")
     parser.add_argument("--toy", action="store_true", help="CPU: toy sizes, no timing")
     parser.add_argument("--restart", action="store_true", help="measure everything again")
@@ -253,6 +255,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--toy runs the kernels on CPU: set TRITON_INTERPRET=1")
     if not args.toy and not torch.cuda.is_available():
         parser.error("no GPU here; --toy runs everything but the timing on CPU")
+    args.results = args.results or Path("build/gpu_bench_toy" if args.toy else "results")
     device = torch.device("cpu") if args.toy else torch.device("cuda", torch.cuda.current_device())
     dtype = torch.float16 if args.toy else torch.bfloat16  # the interpreter truncates bfloat16
     os.environ.setdefault("ONESHOT_KERNELS_CACHE", str(args.results / "tuned"))

@@ -16,6 +16,7 @@ from oneshot import run
 
 METHODS = "magnitude,wanda,sparsegpt"
 PATTERNS = "0.5,0.6,0.7,2:4,4:8"
+DEMO = ["--model", "demo", "--pattern", PATTERNS, "--evaluate", "builtin:prose,builtin:sampled"]
 
 
 def main():
@@ -52,7 +53,7 @@ def runs(shared, work):
                         "--evaluate", str(halves["craftgpt", "test"])],
         "demo-wikitext2": ["--model", "demo", "--pattern", PATTERNS, "--calibration", str(data / "c4_sample.jsonl"),
                            "--evaluate", str(data / "wikitext2_test.txt")],
-        "demo": ["--model", "demo", "--pattern", PATTERNS, "--evaluate", "builtin:prose,builtin:sampled"],
+        "demo": DEMO,
     }
 
 

@@ -3,10 +3,11 @@
     python scripts/tables.py            # write them
     python scripts/tables.py --check    # exit 1 if they are stale
 
-A pure function of results/runs/*.json. Text outside the markers is left alone.
+A pure function of results/runs/*.json and results/packed.json. Text outside the markers is left alone.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -23,11 +24,13 @@ def main(argv=None):
     p.add_argument("--check", action="store_true", help="write nothing, exit 1 if a file would change")
     args = p.parse_args(argv)
     records = [report.read(f) for f in sorted(args.runs.glob("*.json"))]
-    stale = []
-    for file, text in ((args.root / "README.md", readme_table(records)),
-                       (args.root / "results" / "tables.md", all_tables(records))):
-        old = file.read_text() if file.exists() else ""
-        new = between(old, "pruning", text)
+    tables, stale = args.root / "results" / "tables.md", []
+    sections = [(args.root / "README.md", {"pruning": readme_table(records)}),
+                (tables, {"pruning": all_tables(records), **packed_section(tables.with_name("packed.json"))})]
+    for file, texts in sections:
+        old = new = file.read_text() if file.exists() else ""
+        for name, text in texts.items():
+            new = between(new, name, text)
         if new != old:
             stale.append(file)
             if not args.check:
@@ -68,6 +71,30 @@ def readme_table(records):
 def all_tables(records):
     """The same, then every run as a row."""
     return "\n\n".join(["# Results", readme_table(records), "## Every run", report.table(records, "markdown")])
+
+
+def packed_section(file):
+    """{"packed": text} of what packed_runs.py measured; nothing where it has not run."""
+    if not file.exists():
+        return {}
+    out = json.loads(file.read_text())
+    e, s = out["environment"], out["settings"]
+    lines = [
+        "## Packed 2:4 checkpoints", "",
+        f"`scripts/packed_runs.py`: {s['method']}, seed {s['seed']}; {e['device']}, torch {e['torch']}, "
+        f"transformers {e['transformers']}, commit {e['commit']}{' (dirty)' if e['dirty'] else ''}. Stored in the "
+        "dtype, computed in float32; the window stands behind the @. Bytes are those of the pruned linears in the "
+        "files, metadata included. Verified: `oneshot.verify --twin` on every tensor.", "",
+        "| model | dtype | text | dense ppl | packed ppl | relative difference | dense KiB | packed KiB | ratio "
+        "| verified |", "|---|---|---|--:|--:|--:|--:|--:|--:|---|"]
+    for row in out["models"]:
+        size = " | ".join(f"{row['bytes'][form] / 1024:.0f}" for form in ("dense", "packed"))
+        proof = "NO" if any(row["faults"].values()) else f"{row['tensors_compared']} equal"
+        for p in row["perplexity"]:
+            ppl = f"{p['dense']:.4f} | {p['packed']:.4f} | {p['relative_difference']:.1e}"
+            lines.append(f"| {row['model']} | {row['dtype']} | {p['text']} @{p['window']} | {ppl} | {size} | "
+                         f"{row['ratio']:.4f} | {proof} |")
+    return {"packed": "\n".join(lines)}
 
 
 def where(records):

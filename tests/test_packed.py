@@ -7,8 +7,8 @@ import sys
 import pytest
 import tiny
 import torch
-from oneshot_kernels import Sparse24Linear
-from transformers import AutoModelForCausalLM
+from oneshot_kernels import Sparse24Linear, sparsify
+from transformers import AutoModelForCausalLM, StaticCache
 
 from oneshot import export, generate, packed, run, verify
 
@@ -61,11 +61,46 @@ def test_size(twins):
     assert on_disk[0] - on_disk[1] == entry["dense_bytes"] - entry["bytes"]
 
 
-def test_saved_again_and_loaded_again(twins, tmp_path):
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_saved_again_and_loaded_again(twins, tmp_path, fused):
+    """In several files, and from a model whose q, k, v and gate, up share launches."""
+    model = load(twins[1])
+    if fused:
+        sparsify(model)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    one, again = (load(folder, dtype=torch.float32) for folder in (twins[1], tmp_path))
+    assert torch.equal(one(ids(one)).logits, again(ids(again)).logits)
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto", "half on disk"])
+def test_device_map(twins, tmp_path, device_map):
+    pytest.importorskip("accelerate", reason="device_map needs accelerate (pip install accelerate)")
+    want = load(twins[1], dtype=torch.float32)
+    if device_map == "half on disk":
+        parts = {name for name, m in want.named_modules() if name.count(".") <= 1 and list(m.parameters(recurse=False))}
+        blocks = {name for name, _ in want.named_modules() if name.rpartition(".")[2].isdigit()}
+        device_map = dict.fromkeys(parts, "cpu") | {name: "disk" if name.endswith("1") else "cpu" for name in blocks}
+        device_map |= {"model.rotary_emb": "cpu"} if hasattr(want, "model") else {}
+    model = load(twins[1], dtype=torch.float32, device_map=device_map, offload_folder=tmp_path)
+    assert packed.linears(model) and torch.equal(model(ids(model)).logits, want(ids(want)).logits)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_compiled_with_a_static_cache(twins, fused):
+    """One graph, no break, a prompt and a step behind it: the shape in which a GPU decodes."""
     model = load(twins[1], dtype=torch.float32)
-    load(twins[1]).save_pretrained(tmp_path)
-    again = load(tmp_path, dtype=torch.float32)
-    assert torch.equal(model(ids(model)).logits, again(ids(again)).logits)
+    if fused:
+        assert len(sparsify(model).fused) == (2 * tiny.BLOCKS if model.config.model_type == "llama" else 0)
+    compiled = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
+    prompt, seen = ids(model), []
+    for forward in (model.forward, compiled):
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        with torch.no_grad():
+            seen.append([forward(part, past_key_values=cache, cache_position=at).logits
+                         for part, at in ((prompt, torch.arange(12)), (prompt[:, :1], torch.tensor([12])))])
+    for eager, graph in zip(*seen, strict=True):
+        torch.testing.assert_close(graph, eager)
 
 
 def test_perplexity_is_the_twins(twins, tmp_path, capsys):
@@ -88,6 +123,41 @@ def test_without_import_it_fails_loudly(twins):
 
 def test_verified(twins, capsys):
     assert verify.main([str(twins[1])]) == 0, capsys.readouterr().out
+
+
+def test_verify_compares_with_the_twin(twins, capsys):
+    for one, other in (twins, twins[::-1]):
+        assert verify.main([str(one), "--twin", str(other), "--quiet"]) == 0
+        *_, last = capsys.readouterr().out.splitlines()
+        model = load(twins[0])
+        assert last == f"{len(model.state_dict())} tensors compared with {other}: all equal"
+
+
+def test_verify_finds_what_differs_from_the_twin(twins, tmp_path, capsys):
+    """Also outside the linears, where the manifest says nothing."""
+    twin = tiny.copy(twins[0], tmp_path / "twin")
+
+    def change(tensors):
+        norm = next(k for k in tensors if k.endswith(("norm.weight", "ln_f.weight")))
+        tensors[norm][0] += 1
+        wide = next(k for k in tensors if k.endswith(("up_proj.weight", "c_fc.weight")))
+        tensors[wide][0, :2] += 1
+    tiny.change_weights(twin, change)
+    assert verify.main([str(twins[1]), "--twin", str(twin), "--quiet"]) == 1
+    told = capsys.readouterr().out
+    assert told.count("FAULT") == 2 and ": 1 of 32 values differ" in told and ": 2 of " in told and "all proved" in told
+    assert verify.main([str(twins[1]), "--twin", str(tmp_path / "absent")]) == 2
+    assert "absent: no such folder" in capsys.readouterr().err
+
+
+def test_verify_finds_another_dtype_and_other_names(twins, tmp_path, capsys):
+    load(twins[0], dtype=torch.float32).save_pretrained(tmp_path / "wide")
+    tiny.tokenizer().save_pretrained(tmp_path / "wide")
+    compared, faults = verify.compare(twins[1], tmp_path / "wide")
+    assert len(faults) == compared and all("torch.float32" in text for text in faults)
+    other = tiny.save_model(tmp_path / "other", "llama" if "gpt2" in str(twins[0]) else "gpt2")
+    compared, faults = verify.compare(twins[1], other)
+    assert faults and all(": only in " in text for text in faults if "lm_head" not in text)
 
 
 def test_verify_finds_one_changed_value(twins, tmp_path, capsys):
@@ -114,6 +184,26 @@ def edit(folder, target, **changes):
     config["quantization_config"].update(changes)
     (target / "config.json").write_text(json.dumps(config))
     return target
+
+
+def metadata_key(tensors):
+    return next(key for key in tensors if key.endswith("metadata"))
+
+
+def test_damaged_metadata_is_refused_while_loading(twins, tmp_path):
+    """Whatever the device: the GPU kernels would multiply with it."""
+    folder = tiny.copy(twins[1], tmp_path / "spoilt")
+    tiny.change_weights(folder, lambda t: t[metadata_key(t)].fill_(0xFF))
+    with pytest.raises(ValueError, match="bad metadata: row 0, group 0"):
+        load(folder)
+
+
+@pytest.mark.parametrize("part", ["weight", "metadata"])
+def test_a_tensor_that_is_missing_is_not_made_up(twins, tmp_path, part):
+    folder = tiny.copy(twins[1], tmp_path / "spoilt")
+    tiny.change_weights(folder, lambda t: t.pop(metadata_key(t).replace("metadata", part)))
+    with pytest.raises(ValueError, match="packed linears, the files hold .* incomplete"):
+        load(folder)
 
 
 def test_a_config_that_does_not_fit_is_refused(twins, tmp_path):

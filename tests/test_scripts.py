@@ -2,11 +2,15 @@
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import tables
 from safetensors.torch import load_file
+from tiny import plain_pages  # noqa: F401
+
+from oneshot import models
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,6 +38,36 @@ def test_bench_prune(tmp_path):
     for run in out["runs"].values():
         assert run["published"]["forward"] > 0 and run["oneshot"]["forward"] > 0
     assert "column loop" in (tmp_path / "bench_prune.md").read_text()
+
+
+@pytest.mark.skipif(not (models.DEMO / "config.json").is_file(), reason="the demo model is not trained yet")
+def test_packed_runs(tmp_path, plain_pages, capsys):  # noqa: F811
+    import packed_runs
+
+    small = ["--only", "demo", "--dtype", "float16", "--method", "magnitude", "--windows", "2"]
+    assert packed_runs.main([*small, "--results", str(tmp_path / "results")]) == 0, capsys.readouterr().err
+    text = (tmp_path / "results" / "packed.json").read_text()
+    row, = json.loads(text)["models"]
+    assert row["packed_linears"] == row["linears"] == 35 and row["ratio"] == 0.5625
+    assert [p["windows"] for p in row["perplexity"]] == [2, 2]
+    assert all(p["dense"] == pytest.approx(p["packed"], rel=1e-6) for p in row["perplexity"])
+    assert str(tmp_path) not in text and tempfile.gettempdir() not in text
+    assert tables.main(["--runs", str(tmp_path / "none"), "--root", str(tmp_path)]) == 0
+    assert f"| demo | float16 | builtin:prose @256 | {row['perplexity'][0]['dense']:.4f} |" in (
+        tmp_path / "results" / "tables.md").read_text()
+
+
+def test_packed_runs_says_which_claim_is_broken():
+    import packed_runs
+
+    good = {"model": "m", "dtype": "bfloat16", "linears": 2, "packed_linears": 2, "ratio": 0.5625,
+            "perplexity": [{"text": "t", "relative_difference": 1e-9}], "faults": {"packed": [], "twin": []}}
+    assert packed_runs.faults(good) == []
+    for change, word in (({"packed_linears": 1}, "1 of 2"), ({"ratio": 0.6}, "0.6000x"),
+                         ({"faults": {"twin": ["w: 3 values"]}}, "w: 3 values"),
+                         ({"perplexity": [{"text": "t", "relative_difference": float("nan")}]}, "perplexity on t")):
+        told, = packed_runs.faults(good | change)
+        assert told.startswith("m bfloat16: ") and word in told
 
 
 @pytest.fixture

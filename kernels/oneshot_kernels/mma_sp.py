@@ -7,8 +7,8 @@
 
 Triton has no sparse dot. But `tl.inline_asm_elementwise(pack=4)` hands each assembly instance four consecutive
 elements of every operand, and with four elements per lane and 32 lanes per warp these are exactly one lane's
-registers of one `mma.sp.m16n8k32`. Triton does not promise that mapping: tests/kernels/test_codegen.py reads it from
-the compiled layout, and selftest.py asks the GPU itself.
+registers of one `mma.sp.m16n8k32`. Triton does not promise that mapping: tests/kernels/test_sparse24_codegen.py reads
+it from the compiled layout, and selftest.py asks the GPU itself.
 
 A (weight):  register 2h + r of lane 4g + q = chunk of row g + 8r, group q + 4h
 B (x):       register r of lane 4g + q      = pair at columns 8r + 2q, 8r + 2q + 1 of token g

@@ -123,19 +123,33 @@ def unpack(values: torch.Tensor, metadata: torch.Tensor) -> torch.Tensor:
     n, k = values.shape[0], 2 * values.shape[1]
     dense = values.new_empty(n, k)
     for rows in _row_chunks(n, k):
-        code = torch.stack((metadata[rows] & 15, metadata[rows] >> 4), dim=-1).flatten(1)[:, : k // 4]
-        i0, i1 = code & 3, code >> 2
-        if not values.is_meta and (i0 >= i1).any():
-            row, group = (i0 >= i1).nonzero()[0].tolist()
-            raise ValueError(
-                f"bad metadata: row {rows.start + row}, group {group} holds positions {int(i0[row, group])}, "
-                f"{int(i1[row, group])}; the first must be below the second. The file is damaged or not in this format"
-            )
+        i0, i1 = _positions(metadata, rows, k)
         first, second = values[rows].reshape(-1, k // 4, 2).unbind(-1)
         zero = first.new_zeros(())
         columns = [torch.where(i0 == p, first, torch.where(i1 == p, second, zero)) for p in range(4)]
         dense[rows] = torch.stack(columns, dim=-1).reshape(-1, k)
     return dense
+
+
+def check(values: torch.Tensor, metadata: torch.Tensor) -> None:
+    """Raise the ValueError that `unpack` would raise, without unpacking: the GPU kernels trust what they are given."""
+    _check_packed(values, metadata)
+    n, k = values.shape[0], 2 * values.shape[1]
+    for rows in _row_chunks(n, k):
+        _positions(metadata, rows, k)
+
+
+def _positions(metadata: torch.Tensor, rows: slice, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(i0, i1), uint8 (rows, G) each. Raises ValueError, naming the first group whose positions are not i0 < i1."""
+    code = torch.stack((metadata[rows] & 15, metadata[rows] >> 4), dim=-1).flatten(1)[:, : k // 4]
+    i0, i1 = code & 3, code >> 2
+    if not metadata.is_meta and (i0 >= i1).any():
+        row, group = (i0 >= i1).nonzero()[0].tolist()
+        raise ValueError(
+            f"bad metadata: row {rows.start + row}, group {group} holds positions {int(i0[row, group])}, "
+            f"{int(i1[row, group])}; the first must be below the second. The file is damaged or not in this format"
+        )
+    return i0, i1
 
 
 def _check_packed(values: torch.Tensor, metadata: torch.Tensor) -> None:

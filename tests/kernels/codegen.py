@@ -2,7 +2,8 @@
 
     python tests/kernels/codegen.py sm_90 sm_80
 
-prints one JSON line per variant: all of them for sm_90, the first of each kernel for the others.
+prints one JSON line per variant: all of them and the bench's own kernels for sm_90, the first of each kernel for the
+others, and what AMD gets for gfx942.
 Must run without TRITON_INTERPRET (a kernel defined under the interpreter cannot be compiled), hence a
 process of its own. Needs only Triton's wheel, which brings ptxas and cuobjdump.
 """
@@ -15,6 +16,11 @@ import tempfile
 from pathlib import Path
 
 import triton
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+
+import _gpu_bench_checks as checks
+import _gpu_bench_measure as measure
 from oneshot_kernels import decode as decode_module
 from oneshot_kernels import expand as expand_module
 from triton.backends.compiler import GPUTarget
@@ -37,9 +43,11 @@ MATMUL = {"middle, 512 tokens": (512, 28672, 4096)}
 
 
 def compile_kernel(
-    kernel, signature: dict, constants: dict, capability: int, warps: int, aligned_sizes: tuple[str, ...]
+    kernel, signature: dict, constants: dict, architecture: str, warps: int, aligned_sizes: tuple[str, ...] = ()
 ):
     """Compile as a launch would: 16-byte aligned pointers, `aligned_sizes` divisible by 16."""
+    amd = architecture.startswith("gfx")
+    target = GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", int(architecture[3:]), 32)
     index = {name: i for i, name in enumerate(kernel.arg_names)}
     aligned = [name for name, kind in signature.items() if kind.startswith("*") or name in aligned_sizes]
     source = ASTSource(
@@ -48,11 +56,15 @@ def compile_kernel(
         constexprs={(index[name],): value for name, value in constants.items()},
         attrs={(index[name],): [["tt.divisibility", 16]] for name in aligned},
     )
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    return triton.compile(source, target=target, options={"num_warps": warps})
 
 
 def facts(compiled) -> dict:
     """Instruction counts, registers, spills, and the layout of every inline-assembly tensor."""
+    if "amdgcn" in compiled.asm:
+        code = compiled.asm["amdgcn"]
+        scratch = int(re.search(r"ScratchSize: (\d+)", code).group(1))
+        return {"spills": scratch, "shared": compiled.metadata.shared, "tensor_core": code.count("v_mfma_")}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -78,7 +90,7 @@ def facts(compiled) -> dict:
     }
 
 
-def decode_variant(capability: int, name: str) -> dict:
+def decode_variant(architecture: str, name: str) -> dict:
     """Facts about the decode kernel in one of the variants of `DECODE`."""
     constants, tokens, k = DECODE[name]
     config = decode_module.default_config(tokens, k, constants.get("SWIGLU", False))
@@ -90,12 +102,12 @@ def decode_variant(capability: int, name: str) -> dict:
     constants |= {"WARPS": config.warps, "STAGES": config.stages}
     signature = {**words, **floats, **sizes, "eps": "fp32"}
     compiled = compile_kernel(
-        decode_module._decode_kernel, signature, constants, capability, config.warps, aligned_sizes=()
+        decode_module._decode_kernel, signature, constants, architecture, config.warps
     )
     return {"warps": config.warps, "stages": config.stages, **facts(compiled)}
 
 
-def matmul_variant(capability: int, name: str) -> dict:
+def matmul_variant(architecture: str, name: str) -> dict:
     """Facts about the middle kernel in one of the variants of `MATMUL`."""
     config = expand_module.default_config(*MATMUL[name])
     words = dict.fromkeys(("values_ptr", "metadata_ptr"), "*i32")
@@ -105,28 +117,54 @@ def matmul_variant(capability: int, name: str) -> dict:
     constants |= {"SPLIT": 1, "HAS_BIAS": True, "HAS_RESIDUAL": True, "FP16": False, "INTERP": False}
     signature = {**words, **floats, **sizes}
     compiled = compile_kernel(
-        expand_module._matmul_kernel, signature, constants, capability, config.warps, aligned_sizes=("N", "K")
+        expand_module._matmul_kernel, signature, constants, architecture, config.warps, aligned_sizes=("N", "K")
     )
     return facts(compiled)
 
 
-def expand_variant(capability: int, _name: str) -> dict:
+def expand_variant(architecture: str, _name: str) -> dict:
     """Facts about scratch expansion."""
     signature = {"values_ptr": "*i32", "metadata_ptr": "*i32", "w_ptr": "*i16"}
     signature |= dict.fromkeys(("N", "NT", "K", "KB"), "i32")
     constants = {"BN": 32, "BK": 128}
     return facts(
-        compile_kernel(expand_module._expand_kernel, signature, constants, capability, 4, aligned_sizes=("N", "K"))
+        compile_kernel(expand_module._expand_kernel, signature, constants, architecture, 4, aligned_sizes=("N", "K"))
     )
 
 
+def bench_variant(architecture: str, name: str) -> dict:
+    """Facts about a kernel of scripts/gpu_bench.py: what a first GPU session runs before anything else."""
+    kernel, signature, constants, warps = {
+        "bench: fragment map": (
+            checks._one_instruction,
+            {"a_ptr": "*i32", "b_ptr": "*i32", "metadata_ptr": "*i32", "c_ptr": "*fp32"},
+            {"STEP": 3, "FP16": False, "INTERP": False},
+            1,
+        ),
+        "bench: mma.sp rate": (
+            measure._mma_sp_rate,
+            {"a_ptr": "*i32", "c_ptr": "*fp32", "ITERATIONS": "i32"},
+            {"WARPS": 8, "INTERP": False},
+            8,
+        ),
+        "bench: read": (measure._read, {"x_ptr": "*i32", "sum_ptr": "*i32"}, {"BLOCK": 4096, "BLOCKS": 8}, 8),
+    }[name]
+    return {"warps": warps, **facts(compile_kernel(kernel, signature, constants, architecture, warps))}
+
+
+BENCH = ("bench: fragment map", "bench: mma.sp rate", "bench: read")
+
+
 def main(*architectures: str) -> None:
-    """Print the facts of every variant (sm_90), or of each kernel's first (others)."""
-    kernels = [(decode_variant, DECODE), (matmul_variant, MATMUL), (expand_variant, {"scratch": None})]
+    """Print the facts of every variant (sm_90), of each kernel's first (others), or of the portable ones (AMD)."""
+    portable = [(matmul_variant, MATMUL), (expand_variant, {"scratch": None})]
     for architecture in architectures:
+        kernels = portable if architecture.startswith("gfx") else [(decode_variant, DECODE), *portable]
+        if architecture == "sm_90":
+            kernels.append((bench_variant, BENCH))
         for variant, names in kernels:
             for name in names if architecture == "sm_90" else list(names)[:1]:
-                row = variant(int(architecture.removeprefix("sm_")), name)
+                row = variant(architecture, name)
                 print(json.dumps({"architecture": architecture, "name": name, **row}), flush=True)
 
 

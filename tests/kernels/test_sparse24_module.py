@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oneshot_kernels import Sparse24Linear, explain, ops, pack, sparsify, unpack
+from oneshot_kernels import Sparse24Linear, explain, ops, pack, prefill, sparsify, unpack
 from oneshot_kernels.reference import linear as truth
 from torch import nn
 
@@ -135,6 +135,29 @@ def test_prefill_copy_says_why_it_cannot_work():
     _, weight = packed_problem()
     with pytest.raises(ValueError, match="needs an NVIDIA GPU"):
         Sparse24Linear.from_packed(*pack(weight)[:2], prefill_copy=True)
+
+
+def test_prefill_copies_are_counted_and_printed(monkeypatch, capsys):
+    """Where cuSPARSELt can run; its blob is stood in for by one of the size that the packed weight has."""
+    def blob(dense):
+        return torch.zeros(dense.numel() * dense.element_size() * 9 // 16, dtype=torch.uint8)
+
+    monkeypatch.setattr(prefill, "compress", blob)
+    monkeypatch.setattr(prefill, "sparselt_refuses", lambda n, k, *at: None if k % 16 == 0 else "K is odd")
+    model = block()
+    report = sparsify(model, prefill_copy=True)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, Sparse24Linear)}
+    kept = {name for name, m in layers.items() if m.prefill_copy is not None}
+    assert kept == {name for name, m in layers.items() if m.in_features % 16 == 0} and kept != set(layers)
+    assert report.prefill_copy_bytes == sum(layers[name].rows * layers[name].in_features * 9 // 4 for name in kept)
+    assert set(report.no_prefill_copy) == set(layers) - kept
+    assert "prefill copies (2 impossible)" in capsys.readouterr().out
+
+
+def test_prefill_copies_on_cpu_are_impossible_and_say_so(capsys):
+    report = sparsify(block(), prefill_copy=True)
+    assert report.prefill_copy_bytes == 0 and "0 MiB of prefill copies (4 impossible)" in capsys.readouterr().out
+    assert set(report.no_prefill_copy.values()) == {"cuSPARSELt needs an NVIDIA GPU"}
 
 
 def test_explain_on_cpu():

@@ -10,10 +10,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "scripts"))
 
+import _gpu_bench_baselines as others
 import _gpu_bench_checks as checks
 import _gpu_bench_report as report
 import gpu_bench
-from oneshot_kernels import decode, expand, mma_sp
+from _gpu_bench_measure import Bench
+from oneshot_kernels import decode, expand, mma_sp, tune
+from oneshot_kernels.selftest import relative_error
 
 STAMP = {"commit": "abc", "device": "a card", "torch": "2", "triton": "3", "dtype": "bfloat16"}
 
@@ -21,6 +24,9 @@ STAMP = {"commit": "abc", "device": "a card", "torch": "2", "triton": "3", "dtyp
 def test_toy_run_resumes_and_covers_every_stage(tmp_path, monkeypatch, capsys):
     pytest.importorskip("transformers", reason="end-to-end decode needs transformers")
     monkeypatch.setenv("ONESHOT_KERNELS_CACHE", str(tmp_path / "tuned"))
+    monkeypatch.chdir(tmp_path)
+    assert gpu_bench.main(["--toy", "--budget-s", "0"]) == 0
+    assert (tmp_path / "build" / "gpu_bench_toy" / "tables.md").exists() and not (tmp_path / "results").exists()
     slices = 0
     while "done\n" not in capsys.readouterr().out.replace("not done", ""):
         assert gpu_bench.main(["--toy", "--results", str(tmp_path), "--budget-s", "2"]) == 0
@@ -30,7 +36,8 @@ def test_toy_run_resumes_and_covers_every_stage(tmp_path, monkeypatch, capsys):
     with (tmp_path / "kernels.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert {row["stage"] for row in rows} == {"check", "ceiling", "sweep", "table", "mlp"}
-    assert {"read", "matmul", "mma.sp", "dense", "fused", "ours: decode", "ours: middle"} <= {r["method"] for r in rows}
+    methods = {row["method"] for row in rows}
+    assert {"read", "matmul", "mma.sp", "dense", "int8", "fused", "ours: decode", "ours: middle"} <= methods
     assert len([row for row in rows if row["method"] == "read"]) == 1  # no unit ran twice
     assert all(row["device"].startswith("cpu (toy") and row["us"] == "" for row in rows)
     with (tmp_path / "decode.csv").open(newline="") as file:
@@ -54,6 +61,22 @@ def test_a_wrong_path_is_caught(monkeypatch):
         checks.paths(torch.device("cpu"), torch.float16, toy=True)
 
 
+@pytest.mark.parametrize(("method", "rounding"), [(others.int8, 0.01), (others.int4, 0.15)])
+def test_dense_baselines_of_fewer_bits_compute_the_layer(method, rounding):
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(rows, 256, generator=generator).bfloat16() for rows in (64, 5))
+    error = relative_error(method(weight)(x), x.double() @ weight.double().T)
+    assert rounding / 10 < error < rounding
+
+
+def test_a_baseline_that_computes_something_else_is_not_timed(monkeypatch):
+    monkeypatch.setattr(others, "int8", lambda weight: lambda x: x.new_zeros(x.shape[0], weight.shape[0]))
+    bench = Bench(torch.device("cpu"), torch.float16, toy=True)
+    rows = {row["method"]: row for row in others.baselines(bench, tune.Shape(64, 256), 3)}
+    assert rows["int8"]["config"] == "failed: relative error 1" and "us" not in rows["int8"]
+    assert rows["sparselt"]["config"].startswith("failed: ") and "us" in rows["dense"] and "us" in rows["int4"]
+
+
 def test_a_toy_run_needs_the_interpreter(monkeypatch, capsys):
     monkeypatch.setattr(gpu_bench, "INTERPRET", False)
     for arguments, message in ((["--toy"], "set TRITON_INTERPRET=1"), ([], "no GPU here")):
@@ -68,7 +91,7 @@ def measured_rows():
     common = {"stage": "table", "n": 4096.0, "k": 4096.0}
     rows = []
     for tokens, dense, sparselt, ours in ((1.0, 10.0, 20.0, 5.0), (8.0, 10.0, 12.0, 8.0)):
-        times = {"dense": dense, "sparselt": sparselt, "ours: decode": ours, "ours: scratch": 30.0}
+        times = {"dense": dense, "sparselt": sparselt, "int4": 4.0, "ours: decode": ours, "ours: scratch": 30.0}
         rows += [{**common, "tokens": tokens, "method": method, "us": us} for method, us in times.items()]
     gpu_bench.derive(rows, read_tb_per_s=4.0)
     ceiling = {"stage": "ceiling", "n": "", "k": "", "tokens": ""}
@@ -96,6 +119,7 @@ def test_report_keeps_what_others_wrote_and_draws(tmp_path):
     assert text.startswith("# Tables\n\nmine\n") and text.count(report.BEGIN) == 1 and "Not measured" not in text
     assert "| 4096x4096 | 2.00 | 1.25 |" in text and "| geometric mean | 2.00 | 1.25 |" in text
     assert "geometric mean 2.45x, worst 1.50x, over 2" in text  # sqrt(20/5 * 12/8)
+    assert "up to 64 tokens: int4 2.50x over" in text
     assert "read 4.00 TB/s, matmul 700 TFLOP/s" in text and "| packed | 1 | 2.00 | 500 | 1.60 | 10.0 |" in text
     assert "Unfinished" not in text
     assert (tmp_path / "figures" / "kernels_speedup.png").stat().st_size > 10_000

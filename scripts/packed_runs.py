@@ -1,0 +1,139 @@
+"""Packed checkpoints against their dense twins: the same perplexity, at most 0.57x of the bytes, every tensor equal.
+
+    python scripts/packed_runs.py --shared ../shared     # results/packed.json; about ten minutes on a core
+    python scripts/tables.py                             # its table in results/tables.md
+
+Three models (the texts are those of real_runs.py), each pruned to 2:4 by SparseGPT and saved in bfloat16 and in
+float16, once with its zeros and once with `--format packed`. Both are loaded by plain `from_pretrained` and measured by
+evaluate/perplexity.py on the same windows, in float32 as always on a CPU. Exit code 1 if a claim does not hold.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import struct
+import sys
+import tempfile
+from pathlib import Path
+
+import real_runs
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import oneshot  # noqa: F401 - teaches from_pretrained the packed format
+from oneshot import cli, environment, export, models, packed, report, run, verify
+from oneshot.evaluate.perplexity import perplexity
+
+MODELS = ("stories260k", "craftgpt-5m", "demo")
+FLAGS = ["--pattern", "2:4", "--seed", "0", "--no-dense", "--no-progress", "--no-layer-errors"]
+BYTES_LIMIT = 0.57
+PERPLEXITY_LIMIT = 1e-6
+"""Relative: eight float32 roundings. The weights are equal; only the order of a sum can differ."""
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--shared", type=Path, default=Path("../shared"), help="folder of models/ and data/")
+    p.add_argument("--results", type=Path, default=Path("results"), help="where packed.json goes")
+    p.add_argument("--only", choices=MODELS, help="one model; demo needs no shared folder")
+    p.add_argument("--dtype", choices=("bfloat16", "float16"), help="one dtype (default: both)")
+    p.add_argument("--method", default="sparsegpt", help="solver")
+    p.add_argument("--nsamples", type=int, default=128, help="calibration windows")
+    p.add_argument("--windows", type=int, default=128, help="evaluation windows of each text, at most")
+    args = p.parse_args(argv)
+    models.quiet()
+    rows, where = [], environment.environment("cpu")
+    with tempfile.TemporaryDirectory() as work:
+        known = {"demo": real_runs.DEMO} if args.only == "demo" else real_runs.runs(args.shared, Path(work))
+        for name in [args.only] if args.only else MODELS:
+            for dtype in [args.dtype] if args.dtype else ("bfloat16", "float16"):
+                flags = [*known[name], *FLAGS, "--method", args.method, "--dtype", dtype,
+                         "--nsamples", str(args.nsamples), "--eval-windows", str(args.windows)]
+                rows.append(twins(name, dtype, flags, Path(work) / f"{name}-{dtype}"))
+                print(one_line(rows[-1]), flush=True)
+    settings = {"method": args.method, "pattern": "2:4", "seed": 0, "nsamples": args.nsamples}
+    out = {"settings": settings, "environment": where,
+           "limits": {"bytes": BYTES_LIMIT, "perplexity": PERPLEXITY_LIMIT}, "models": rows}
+    args.results.mkdir(parents=True, exist_ok=True)
+    report.write_text(json.dumps(out, indent=1) + "\n", args.results / "packed.json")
+    for text in (wrong := [text for row in rows for text in faults(row)]):
+        print(f"FAULT {text}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def twins(name, dtype, flags, work):
+    """Prune and save both forms by the command line, load both as anyone would, compare: a row of packed.json."""
+    folders = {form: work / form for form in ("dense", "packed")}
+    for form, folder in folders.items():
+        with contextlib.redirect_stdout(io.StringIO()):
+            code = run.main([*flags, "--evaluate", "none", "--format", form, "--save", str(folder),
+                             "--results", str(work)])
+        if code:
+            raise SystemExit(code)
+    cfg, = cli.parse(flags)
+    loaded = {form: AutoModelForCausalLM.from_pretrained(folder) for form, folder in folders.items()}
+    tokenizer = AutoTokenizer.from_pretrained(folders["packed"])
+    manifest = export.read_manifest(folders["packed"])
+    sizes = {form: pruned_bytes(folder, manifest["tensors"]) for form, folder in folders.items()}
+    compared, different = verify.compare(folders["packed"], folders["dense"])
+    return {
+        "model": name, "dtype": dtype, "linears": len(manifest["tensors"]),
+        "packed_linears": len(packed.linears(loaded["packed"])), "bytes": sizes,
+        "file_bytes": {form: weight_files(folder) for form, folder in folders.items()},
+        "ratio": sizes["packed"] / sizes["dense"],
+        "calibration": (manifest["record"]["data"]["calibration"] or {}).get("source"),
+        "perplexity": [{"text": text, **measured(loaded, tokens)}
+                       for text, tokens in run.evaluation_texts(cfg, loaded["dense"], tokenizer).items()],
+        "faults": {**{form: verify.verify(folder)[1] for form, folder in folders.items()}, "twin": different},
+        "tensors_compared": compared,
+    }
+
+
+def measured(loaded, tokens):
+    """Perplexity of both on the same windows, and their relative difference."""
+    values = {form: perplexity(model, tokens.ids, tokens.mask)[0] for form, model in loaded.items()}
+    return {"source": tokens.source, "window": tokens.ids.shape[1], "windows": len(tokens.ids),
+            "tokens": tokens.n_tokens, **values,
+            "relative_difference": abs(values["packed"] - values["dense"]) / values["dense"]}
+
+
+def pruned_bytes(folder, linears):
+    """Bytes that the weights of `linears` take in a folder's files, metadata included, read off the files' headers."""
+    keys = {f"{name}.{part}" for name in linears for part in ("weight", "metadata")}
+    found = {key: entry["data_offsets"] for file in folder.glob("*.safetensors")
+             for key, entry in header(file).items() if key in keys}
+    if missing := [name for name in linears if f"{name}.weight" not in found]:
+        raise SystemExit(f"{folder.name}: no tensor {missing[0]}.weight in its files")
+    return sum(end - start for start, end in found.values())
+
+
+def header(file):
+    """A safetensors file's table: {tensor: {"dtype", "shape", "data_offsets"}}."""
+    with file.open("rb") as f:
+        return json.loads(f.read(struct.unpack("<Q", f.read(8))[0]))
+
+
+def weight_files(folder):
+    """Bytes of the whole safetensors files."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def faults(row):
+    """The claims that a row breaks, as texts."""
+    name = f"{row['model']} {row['dtype']}"
+    found = [f"{name}: {text}" for texts in row["faults"].values() for text in texts]
+    if row["packed_linears"] != row["linears"]:
+        found.append(f"{name}: {row['packed_linears']} of {row['linears']} linears are packed")
+    if not row["ratio"] <= BYTES_LIMIT:
+        found.append(f"{name}: {row['ratio']:.4f}x of the dense bytes, more than {BYTES_LIMIT}")
+    return found + [f"{name}: perplexity on {p['text']} differs by {p['relative_difference']:.1e}"
+                    for p in row["perplexity"] if not p["relative_difference"] <= PERPLEXITY_LIMIT]
+
+
+def one_line(row):
+    texts = ", ".join(f"{p['text']} {p['dense']:.6g} / {p['packed']:.6g}" for p in row["perplexity"])
+    return f"{row['model']} {row['dtype']}: {row['ratio']:.4f}x; perplexity dense / packed: {texts}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
