@@ -201,10 +201,10 @@ def ria(W, X=None, pattern=0.5, *, G=None, a=0.5):
     """
     W = W.double()
     norm, score = _gram_of(X, G).diagonal().sqrt(), torch.zeros_like(W)
+    rows, columns = W.abs().sum(1), W.abs().sum(0)
     for i in range(W.shape[0]):
         for j in range(W.shape[1]):
-            share = 1 / W[:, j].abs().sum() + 1 / W[i].abs().sum()
-            score[i, j] = W[i, j].abs() * share * norm[j] ** a
+            score[i, j] = (W[i, j].abs() / columns[j] + W[i, j].abs() / rows[i]) * norm[j] ** a
     if isinstance(pattern, tuple):
         keep = keep_n_of_m(score, *pattern)
     else:
@@ -257,7 +257,8 @@ def admm(W, X=None, pattern=0.5, *, G=None, damping=0.1, rho=1.0, iterations=20,
     d = torch.where(live, G.diagonal(), 1.0).sqrt()
     A = G / torch.outer(d, d) + damping * torch.eye(len(d), dtype=W.dtype)
     B = torch.where(live, W * d, 0.0)
-    right, U, sparsity = B @ A, torch.zeros_like(B), 1 - pattern[0] / pattern[1] if isinstance(pattern, tuple) else pattern
+    right, U, inverse = B @ A, torch.zeros_like(B), torch.linalg.inv(A + rho * torch.eye(len(d), dtype=W.dtype))
+    sparsity = 1 - pattern[0] / pattern[1] if isinstance(pattern, tuple) else pattern
     for t in range(1, iterations + 1):
         if t <= mask_iterations:
             score, share = (B + U).abs(), sparsity - sparsity * (1 - t / mask_iterations) ** 3
@@ -266,7 +267,7 @@ def admm(W, X=None, pattern=0.5, *, G=None, damping=0.1, rho=1.0, iterations=20,
             keep = remove_lowest(score, exact_count(W.numel(), share))
         Z = masked(B + U, keep)
         U = U + B - Z
-        B = torch.linalg.solve(A + rho * torch.eye(len(d), dtype=W.dtype), right + rho * (Z - U), left=False)
+        B = (right + rho * (Z - U)) @ inverse
     return masked(torch.where(live, (B + U) / d, W), keep), keep
 
 

@@ -13,9 +13,9 @@ which is the paper's B = ((G_s + δI) B_0 + ρ(Z - U)) A⁻¹ with what cancels 
 the mask from |B + U|, after t of them with the share s - s(1 - t/15)³ removed: cubic, few weights in the last steps.
 N:M on the way: the n best of every m stay, and of the others the lowest go first, wherever they are.
 
-The public code (github.com/fmfi-compbio/admm-pruning, `lib/admm.py`) computes the cubic schedule and, when unstructured,
-removes the final share at once all the same; and any N:M is 2:4 there (it sorts groups of four). Both are as in the
-paper here. An input that is always zero keeps its dense weights as far as the mask keeps them (there: score 1e-8).
+The public code (github.com/fmfi-compbio/admm-pruning, `lib/admm.py`) computes the cubic schedule, but removes the final
+share at once when unstructured; and any N:M is 2:4 there (it sorts groups of four). Both are as in the paper here. An
+input that is always zero keeps its dense weights as far as the mask keeps them (there: score 1e-8).
 """
 
 from dataclasses import dataclass, field, replace

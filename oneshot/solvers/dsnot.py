@@ -1,4 +1,4 @@
-"""DSnoT, dynamic sparse no training (arXiv 2310.08915): swap kept for removed weights until a row's mean error is small.
+"""DSnoT, dynamic sparse no training (arXiv 2310.08915): swap removed for kept weights until a row's mean error is low.
 
     c_ij    W_ij E[x_j], what a weight contributes to its output on average
     e_i     Σ_{removed j} c_ij, the expected error of output i
@@ -10,8 +10,8 @@ a swap is never undone. N:M drops within the group of the weight that returns, a
 counts never change. No weight is updated. Weights on inputs of mean 0 contribute nothing and are never moved.
 
 Against the paper and its code (github.com/zyxxmu/DSnoT, `lib/prune.py`):
-- A row stops when |e_i| is at most `threshold` times what it was at the start. In the code 0.1 is compared with an error
-  summed over the tokens of a window, so that it depends on the window's length and on the scale of the activations;
+- A row stops when |e_i| is at most `threshold` times what it was at the start. In the code 0.1 is compared with an
+  error summed over the tokens of a window, which depends on the window's length and on the scale of the activations;
   and `--without_same_sign` (type=bool, True whatever is given) lets unstructured rows swap on past zero, up to the
   last cycle. Here a swap that would not lower |e_i| is not made, and the row stops.
 - N:M there drops the lowest score of the group even where that raises |e_i|; here such a candidate is passed over.
