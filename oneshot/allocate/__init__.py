@@ -62,8 +62,8 @@ def meet(wanted, blocks, pattern, lowest=0.0, highest=1.0):
     shapes = {name: shape for block in blocks for name, shape in block.items()}
     group = {name: group_size(pattern, *shape) for name, shape in shapes.items()}
     places = {name: s * group[name] for name, s in zip(size, exact, strict=True)}  # zeros of a group, not yet whole
-    removed = {name: whole(k) for name, k in places.items()}
     bounds = {name: (whole(lowest * n), min(whole(highest * n), n - 1)) for name, n in group.items()}
+    removed = {name: min(max(whole(k), bounds[name][0]), bounds[name][1]) for name, k in places.items()}
 
     def zeros(name, k):
         return rounded(pattern, k, group[name]).zeros(*shapes[name])

@@ -11,8 +11,8 @@ linear's own signal-to-noise ratio. Times n_l, equal curves mean equal sparsity 
 error does further up is not seen: w_b stands in for it. Nor is it seen that a solver may mend errors by new weights.
 
 At the optimum w_b e_l'(s_l) = μ for all l. The curve is measured at `points` sparsities on the Moments' sample of
-tokens; its slopes, made to rise by the lower convex hull, are taken to be linear between the middles of the intervals,
-so that s_l(μ) is continuous, and μ is found by bisection.
+tokens; its slopes, made to rise by the lower convex hull, are taken to be linear from the middle of one interval to
+that of the next, so that s_l(μ) is continuous, and μ is found by bisection.
 """
 
 from dataclasses import dataclass, field, replace
@@ -60,8 +60,8 @@ def plan(measured, blocks, pattern, cfg):
         weight = cfg.early ** (1 - b / max(len(blocks) - 1, 1))
         for name in block:
             if name in measured and None not in measured[name]["error"]:
-                middles, rising = convex_slopes(measured[name]["sparsity"], measured[name]["error"])
-                slopes[name] = middles, weight * rising
+                s, rising = convex_slopes(measured[name]["sparsity"], measured[name]["error"])
+                slopes[name] = s, weight * rising
     wanted = dict.fromkeys(size, pattern.sparsity)
     wanted.update(equal_slope(slopes, size, pattern.sparsity))
     return meet(wanted, blocks, pattern, *bounds(pattern, cfg))
@@ -73,7 +73,8 @@ def bounds(pattern, cfg):
 
 
 def convex_slopes(s, e):
-    """(middles, slopes) of the intervals of the lower convex hull of the points (s, e), on the grid s; arrays."""
+    """(sparsities, slopes) of the lower convex hull of the points (s, e): in the middles of the grid's intervals, and
+    continued to both ends; arrays (len(s) + 1,)."""
     hull = [0]
     for i in range(1, len(s)):
         while len(hull) > 1 and (e[hull[-1]] - e[hull[-2]]) * (s[i] - s[hull[-1]]) >= \
@@ -82,7 +83,9 @@ def convex_slopes(s, e):
         hull.append(i)
     s = np.asarray(s)
     e = np.interp(s, s[hull], np.asarray(e)[hull])
-    return (s[1:] + s[:-1]) / 2, np.diff(e) / np.maximum(np.diff(s), 1e-12)
+    slopes = np.diff(e) / np.maximum(np.diff(s), 1e-12)
+    ends = 1.5 * slopes[[0, -1]] - 0.5 * slopes[[1, -2]]
+    return np.concatenate([s[:1], (s[1:] + s[:-1]) / 2, s[-1:]]), np.concatenate([ends[:1], slopes, ends[1:]])
 
 
 def equal_slope(slopes, size, mean):
@@ -94,7 +97,7 @@ def equal_slope(slopes, size, mean):
         return {}
     weights = np.array([size[name] for name in slopes], dtype=float)
     tilt = TILT * (np.mean([np.abs(rising).mean() for _, rising in slopes.values()]) or 1.0)
-    curves = [(rising + tilt * middles, middles) for middles, rising in slopes.values()]
+    curves = [(rising + tilt * s, s) for s, rising in slopes.values()]
     below, above = min(c[0][0] for c in curves), max(c[0][-1] for c in curves)
     for _ in range(100):
         mu = (below + above) / 2

@@ -4,9 +4,9 @@
     D_b     share of S above M times the block's mean of S, in block b
     s_b     s - 2λ (D_b - min D) / (max D - min D) + what keeps the mean, weighted by parameters, at s
 
-As the authors' code has it (github.com/luuyin/OWL, `lib/prune_all.py`): the range is 2λ wide, placed so that the mean is
-s, not so that it is [s - λ, s + λ]. The code weighs blocks alike, which misses the sparsity where their sizes differ,
-and divides by zero when all D are equal: here that is the uniform plan. M and λ are the paper's for LLaMA-7B.
+As the authors' code has it (github.com/luuyin/OWL, `lib/prune_all.py`): the range is 2λ wide, placed so that the mean
+is s, not so that it is [s - λ, s + λ]. The code weighs blocks alike, which misses the sparsity where sizes differ, and
+divides by zero when all D are equal: here that is the uniform plan. M and λ are the paper's for LLaMA-7B.
 """
 
 from dataclasses import dataclass, field
@@ -41,7 +41,7 @@ def measure(linears, pattern, cfg):
     measured = {}
     for name, (weight, moments) in linears.items():
         S = input_weighted(weight(), moments)
-        measured[name] = {"outliers": int((S > threshold).sum()), "weights": S.numel()}
+        measured[name] = {"outliers": int(S.gt(threshold).sum()), "weights": S.numel()}
     return measured
 
 
