@@ -18,6 +18,15 @@ def require_finite(mean_sq):
         raise NumericalError("its inputs are not finite")
 
 
+def input_weighted(W, moments):
+    """|W_ij| · sqrt(E[x_j²]), (R, C): Wanda's score (arXiv 2306.11695, eq. 1). Needs `sum_sq` or `outer`.
+
+    Raises NumericalError when the inputs are not finite.
+    """
+    require_finite(moments.mean_sq)
+    return W.abs() * moments.mean_sq.sqrt().to(W)
+
+
 def upper_factor(moments, damping, dtype):
     """(V, dead, info): the factor of the damped Gram matrix and the inputs that were always zero (bool (C,)).
 

@@ -29,7 +29,7 @@ MAY = {  # part of oneshot: the parts it may import, itself always included
     "report": set(), "figures": {"report"}, "page": {"report", "figures"},
     **dict.fromkeys(STORY, ALL),
 }
-ALONE = {"solvers"}  # folders whose files do not import each other
+ALONE = {"solvers", "allocate"}  # folders whose files do not import each other
 ONLY_IN = {
     "transformers": {"models", "packed"},  # packed is a format that transformers itself loads
     "datasets": {"data"},

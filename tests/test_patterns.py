@@ -208,3 +208,29 @@ def test_groups_are_parsed():
     for group in ("column", "0", "-4", "1.5", "", "²"):
         with pytest.raises(ValueError, match="--group"):
             patterns.parse("0.5", group)
+
+
+# --- bytes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern, per_weight", [
+    (NM(2, 4), 0.5625 * 2), (NM(4, 8), 1 + 7 / 64), (NM(1, 4), 0.5 + 2 / 32), (NM(6, 8), 1.5 + 5 / 64),
+    (NM(4, 4), 2), (NM(0, 4), 0), (Dense(), 2), (Unstructured(0.5), 1 + 1 / 8), (Unstructured(0.7, "row"), 0.725)])
+def test_bytes_of_a_weight(pattern, per_weight):
+    """Bytes a weight at 16 bits: values kept, and the places of a group's kept ones in whole bits."""
+    assert pattern.bytes(16, 640, 2) == pytest.approx(16 * 640 * per_weight)
+
+
+@pytest.mark.parametrize("R, C", [(1, 4), (3, 12), (5, 20), (7, 64)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_bytes_of_2_4_are_those_of_the_kernels(R, C, dtype):
+    from oneshot_kernels.reference import pack
+    W = torch.ones(R, C, dtype=dtype) * NM(2, 4).keep(torch.rand(R, C, generator=torch.Generator().manual_seed(0)))
+    packed = pack(W)
+    assert NM(2, 4).bytes(R, C, dtype.itemsize) == packed.values.nbytes + packed.metadata.nbytes
+
+
+def test_bytes_are_whole_rows_and_a_whole_bitmap():
+    assert NM(1, 3).bytes(2, 9, 2) == 6 * 2 + 2 * 1  # 3 groups of 2 bits a row
+    assert Unstructured(0.29).bytes(3, 7, 4) == (21 - 6) * 4 + 3
+    assert Dense().bytes(3, 7, 4) == 84

@@ -306,10 +306,15 @@ REFERENCES = {
     "magnitude": lambda W, X, pattern, cfg: ref.magnitude(W, ref_pattern(pattern)),
     "wanda": lambda W, X, pattern, cfg: ref.wanda(W, X, ref_pattern(pattern)),
     "sparsegpt": sparsegpt_reference,
+    "ria": lambda W, X, pattern, cfg: ref.ria(W, X, ref_pattern(pattern), a=cfg.a),
+    "dsnot": lambda W, X, pattern, cfg: ref.dsnot(W, X, ref_pattern(pattern), cycles=cfg.cycles,
+                                                  threshold=cfg.threshold),
+    "admm": lambda W, X, pattern, cfg: ref.admm(W, X, ref_pattern(pattern), damping=cfg.damping, rho=cfg.rho,
+                                                iterations=cfg.iterations, mask_iterations=cfg.mask_iterations),
 }
 BLOCKS = [case("sparsegpt", block_size=b) for b in (128, 48, 7, 1)]
 PARITY = [pytest.param(c, p, id=f"{c.name}{getattr(c.steps[0][1], 'block_size', '')}-{p}")
-          for c in [case("magnitude"), case("wanda"), *BLOCKS]
+          for c in [case("magnitude"), case("wanda"), case("ria"), case("dsnot"), case("admm"), *BLOCKS]
           for p in (Unstructured(0.29), Unstructured(0.7), NM(2, 4), NM(3, 5), NM(4, 20))
           if c not in BLOCKS[1:] or isinstance(p, Unstructured)]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..linalg import require_finite
+from ..linalg import input_weighted
 from ..patterns import Unstructured
 from . import Solution
 
@@ -31,8 +31,7 @@ def prune(W, moments, pattern, cfg):
 
     Raises NumericalError when the inputs are not finite.
     """
-    require_finite(moments.mean_sq)
-    S = W.abs() * moments.mean_sq.sqrt().to(W)
+    S = input_weighted(W, moments)
     pattern = pattern.with_default_group(cfg.group)
     info = {}
     if cfg.use_variant and isinstance(pattern, Unstructured):
