@@ -12,6 +12,7 @@ from pathlib import Path
 
 from . import solvers
 from .config import RunConfig
+from .evaluate.quantised import widths
 
 EXAMPLES = """examples:
   python -m oneshot.run
@@ -126,12 +127,18 @@ def parse(argv=None):
                 save = str(Path(save) / f"{method}-{text.replace(':', 'of')}")
             configs = solvers.configure(method, given)
             runs.append(RunConfig(**{**chosen, "method": method, "pattern": text, "save": save, "solver": configs}))
-    return runs + dense
+    quantised = [rtn_run(chosen, width) for width in widths(texts)] if given.get("quantised") else []
+    return runs + quantised + dense
 
 
 def dense_run(chosen):
     """The dense model's row: the same road without pruning."""
     return RunConfig(**{**chosen, "method": "dense", "pattern": "dense", "save": None})
+
+
+def rtn_run(chosen, width):
+    """A row for comparison: nothing pruned, all linears rounded to integers of this width."""
+    return RunConfig(**{**chosen, "method": "rtn", "pattern": width, "save": None})
 
 
 def check_parts(methods, given):

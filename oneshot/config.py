@@ -50,10 +50,20 @@ class RunConfig:
     revision: str | None = flag(None, "revision of a hub data set", group="data")
 
     evaluate: str = flag("builtin", "texts to measure perplexity on, as for --calibration, separated by commas; "
-                                    "none: skip", group="evaluation")
+                                    "NAME=FILE gives one a name; none: skip", group="evaluation")
     tasks: str = flag("none", "lm-eval tasks to measure, separated by commas; zeroshot7: the papers' seven",
                       group="evaluation")
     task_path: str | None = flag(None, "folder of task YAMLs of your own, instead of lm-eval's", group="evaluation")
+    prompts: str | None = flag(None, "file of prompts and what should follow, one JSON object a line: how often the "
+                                     "model says it", group="evaluation")
+    robustness: bool = flag(False, "measure perplexity with typos, other case and other white space as well",
+                            group="evaluation")
+    divergence: bool = flag(False, "compare each token's prediction with the dense model's: KL, top-1, flips",
+                            group="evaluation")
+    damage: bool = flag(False, "find the tokens and passages that lost most against the dense model; the record quotes "
+                               "them", group="evaluation")
+    quantised: bool = flag(False, "show what int8, int4 and the width of equal bytes would cost instead of pruning",
+                           group="output", output=True)
     eval_seqlen: int | None = flag(None, "window of the evaluation (default: --seqlen)", group="evaluation")
     eval_windows: int | None = flag(None, "measure on at most so many windows of each text", group="evaluation")
     eval_batch_size: int | None = flag(None, "windows at a time (default: --batch-size)", group="evaluation")
@@ -100,7 +110,13 @@ class RunConfig:
             if getattr(self, name) == "":
                 raise ValueError(f"--{name}: is empty")
         patterns.parse_group(self.group)
-        patterns.parse(self.pattern, self.group)
+        if self.method != "rtn":
+            patterns.parse(self.pattern, self.group)
+
+    @property
+    def prunes(self):
+        """Whether anything is pruned; else the row is there for comparison: the dense model, or a quantised one."""
+        return self.method not in ("dense", "rtn")
 
     @property
     def evaluations(self):
@@ -117,9 +133,10 @@ class RunConfig:
         plain = {f.name: getattr(self, f.name) for f in fields(self)
                  if f.name != "solver" and not f.metadata.get("output")}
         plain["solver"] = {name: dataclasses.asdict(cfg) for name, cfg in self.solver.items()}
-        if self.method == "dense":  # calibration and pruning do not touch it
+        if not self.prunes:  # calibration and pruning do not touch it
             keep = {"model", "method", "pattern", "evaluate", "dtype", "device", "solver", "model_revision",
-                    "documents", "per_line", "column", "data_config", "split", "revision"}
+                    "documents", "per_line", "column", "data_config", "split", "revision", "prompts", "robustness"}
+            keep |= {"divergence", "damage"} if self.method != "dense" else set()
             plain = {k: v for k, v in plain.items() if k in keep or k.startswith(("eval_", "task"))}
         return plain
 

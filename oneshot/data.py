@@ -27,11 +27,13 @@ import math
 import random
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
+
+from .perturb import perturbed
 
 DEMO = Path(__file__).parent / "demo"
 CALIBRATION_TEXT = {"builtin": ["calibration.txt"]}
@@ -196,11 +198,15 @@ def evaluation(
     seqlen: int,
     options: TextOptions = TextOptions(),
     max_windows: int | None = None,
+    perturbation: str | None = None,
 ) -> Tokens:
-    """All windows of the text in order, or the first `max_windows`."""
+    """All windows of the text in order, or the first `max_windows`; first changed as in perturb.py, if so named."""
     with _naming("--evaluate", spec):
         _check_sizes(seqlen, 1, options)
         text, mask = _read(spec, options, evaluate=True), None
+        if perturbation:
+            changed = [perturbed(document or "", perturbation) for document in text.documents]
+            text = replace(text, documents=changed, source=f"{text.source}, with {perturbation}")
         limits = (max_windows, HUB_SETS[spec].evaluation_windows if spec in HUB_SETS else None)
         limit = min((limit for limit in limits if limit is not None), default=None)
         if options.documents == "separate":

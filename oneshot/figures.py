@@ -4,7 +4,7 @@
     pattern   N:M patterns have a marker of their own, unstructured ones are dots on a line
     kind      which linear of a block: "self_attn.q_proj"; the numbers of experts are left out
 
-Colours are Okabe and Ito's (told apart by the colour-blind). In `svg`, INK, MUTED and GRID become the
+Colours are Okabe and Ito's (told apart by the colour-blind). In `svg`, INK, MUTED, GRID and PAPER become the
 page's own, so that they follow its light or dark scheme.
 """
 
@@ -19,7 +19,7 @@ from . import report
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C")
 MARKERS = "sD^vPX*"
-INK, MUTED, GRID = "#1b1f25", "#69707b", "#d5d9df"
+INK, MUTED, GRID, PAPER = "#1b1f25", "#69707b", "#d5d9df", "#fefefe"
 WIDTH = 10.5  # inches; 72 points each, so 1008 pixels of the page
 RC = {"svg.fonttype": "none", "svg.hashsalt": "oneshot", "font.family": "DejaVu Sans", "font.size": 9,
       "text.parse_math": False, "text.color": INK, "axes.labelcolor": INK, "axes.titlesize": 9,
@@ -266,7 +266,7 @@ def fig_perplexity(records, metric):
     down = math.ceil(len(panels) / across)
     fig = _figure(7.6 if across == 1 else WIDTH, 0.6 + 3.4 * down)
     flat = list(fig.subplots(down, across, squeeze=False).flat)
-    patterns = [p for p in dict.fromkeys(report.pattern_of(r) for r in report.ordered(records)) if ":" in p]
+    patterns = [p for p in dict.fromkeys(report.pattern_of(r) for r in report.ordered(records)) if columned(p)]
     markers = dict(zip(sorted(patterns, key=report.pattern_key), itertools.cycle(MARKERS), strict=False))
     for ax, (column, key) in zip(flat, panels, strict=False):
         _perplexity_panel(ax, [r for r in records if report.identity(r) == key], column, styles, markers)
@@ -303,6 +303,11 @@ def _perplexity_panel(ax, records, column, styles, markers):
     if lost:
         named = ", ".join(lost[:4]) + (f" and {len(lost) - 4} more" if len(lost) > 4 else "")
         ax.set_xlabel(f"{ax.get_xlabel()}\nnot finite, not drawn: {named}")
+
+
+def columned(pattern):
+    """Whether a pattern has a column of its own: N:M, and the integers that nothing was pruned for."""
+    return ":" in pattern or pattern.startswith("int")
 
 
 def _measured(records, column):
@@ -349,7 +354,7 @@ def _pattern_axis(ax, points, places):
         if width or not ticks or x - ticks[-1] > whole / 18:
             ticks.append(x)
             percent = f"{100 * sparsity[pattern]:.3g} %"
-            texts.append(f"{report.clean(pattern)}\n{percent}" if width and ":" in pattern else percent)
+            texts.append(f"{report.clean(pattern)}\n{percent}" if width and columned(pattern) else percent)
     ax.set_xticks(ticks, texts)
     columns = [(x - width / 2, x + width / 2) for x, width in places.values() if width]
     for edge in sorted({round(e, 9) for pair in columns for e in pair})[:-1] if columns else ():
@@ -365,6 +370,60 @@ def _mark(ax, x, values, colour, marker, **kwargs):
     ax.plot([x], [sum(values) / len(values)], color=colour, ls="none", marker=marker, zorder=3, **kwargs)
     if len(values) > 1:
         ax.plot([x, x], [min(values), max(values)], color=colour, lw=1.2, marker="_", ms=6)
+
+
+# ---------------------------------------------------------------- where the loss increase sits
+
+@_drawn
+def fig_damage(records, methods=None):
+    """Mean loss increase of every slice of the text with its 95 % interval, a colour a series, the whole a line.
+
+    Filled: the interval leaves the mean of the whole outside. A cross: too few windows for an interval. methods: the
+    records whose series fix the colours, default `records`.
+    """
+    shown = [(r, s) for r, s in zip(records, report.series(records), strict=True)
+             if (r.get("damage") or {}).get("overall")]
+    if not shown:
+        return _nothing("no run says where its loss increase sits")
+    rows = dict.fromkeys((s["kind"], s["name"]) for r, _ in shown for s in r["damage"]["slices"])
+    kinds = list(dict.fromkeys(kind for kind, _ in rows))
+    step = 1 + 0.45 * (len(shown) - 1)  # rows of text are a step apart, a heading takes one as well
+    fig = _figure(8.4, 0.9 + 0.215 * step * len(rows) + 0.3 * len(kinds))
+    ax, styles = fig.subplots(), _styles(methods or records)
+    at, ticks, y = {}, [], 0.0
+    for kind in kinds:
+        y += 1.3
+        ax.annotate(HEADINGS.get(kind, kind), (0, y), xycoords=("axes fraction", "data"), xytext=(-6, 0),
+                    textcoords="offset points", ha="right", va="center", fontweight="bold")
+        y += 0.35
+        for row in (row for row in rows if row[0] == kind):
+            at[row] = y + step / 2
+            ticks.append((at[row], report.clean(row[1])))
+            y += step
+    for i, (record, series) in enumerate(shown):
+        _damage_series(ax, record["damage"], at, (i - (len(shown) - 1) / 2) * 0.45, styles[series][0])
+    ax.set_yticks(*zip(*ticks, strict=True))
+    ax.tick_params(axis="y", length=0)
+    ax.set_ylim(y + 0.5, 0.3)
+    ax.grid(False, axis="y")
+    ax.margins(x=0.04)
+    ax.set_xlabel("mean increase of the loss against the dense model (nats a token)")
+    _legend(fig, [_handle(s, styles[s][0], "-", "o") for s in dict.fromkeys(s for _, s in shown)])
+    return fig
+
+
+HEADINGS = {"text": "text", "content": "content", "frequency": "how frequent", "position": "place in its window"}
+
+
+def _damage_series(ax, found, at, shift, colour):
+    """One run's slices at the heights `at`, and its whole as a vertical line."""
+    ax.axvline(found["overall"]["increase"], color=colour, lw=1, ls=(0, (4, 3)), zorder=1)
+    for s in found["slices"]:
+        y, x, half = at[s["kind"], s["name"]] + shift, s["increase"], s["half"]
+        if half is not None:
+            ax.plot([x - half, x + half], [y, y], color=colour, lw=1.4, solid_capstyle="butt", zorder=2)
+        marker, face = ("x" if half is None else "o"), (colour if s["verdict"] else PAPER)
+        ax.plot([x], [y], ls="none", marker=marker, ms=4.5, color=colour, mfc=face, mew=1.2, zorder=3)
 
 
 # ---------------------------------------------------------------- time
@@ -429,7 +488,8 @@ def svg(fig, prefix=""):
     text = text[text.index("<svg"):]
     text = re.sub(r' xmlns(:\w+)?="[^"]*"| version="[^"]*"', "", text, count=3).replace("xlink:href", "href")
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", text)
-    for colour, name in ((INK, "currentColor"), (MUTED, "var(--muted)"), (GRID, "var(--grid)")):
+    for colour, name in ((INK, "currentColor"), (MUTED, "var(--muted)"), (GRID, "var(--grid)"),
+                         (PAPER, "var(--paper)")):
         text = text.replace(colour, name)
     return text.strip()
 

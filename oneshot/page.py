@@ -114,9 +114,15 @@ def _subtitle(records):
 def _legend(records):
     heads = [c.header for c in columns(records)]
     text = "sparsity: share of the prunable weights that are zero. "
+    told = rows(records)
+    if any(row["bytes"] is not None for row in told):
+        text += "bytes: what the prunable weights take in the smallest simple format of their pattern, of dense. "
+    if any(setting(r, "method") == "rtn" for r in records):
+        text += ("rtn int<b>: nothing pruned, plain round-to-nearest codes of b bits, symmetric, a float16 scale for "
+                 "each 128 inputs of a row. ")
     if any(" @" in h for h in heads):
         text += "ppl @W: perplexity over windows of W tokens; compare only equal windows. "
-    keys = " ".join(rows(records)[0])
+    keys = " ".join(told[0])
     text += "/ dense: ratio to the dense model. " if " / dense" in keys else ""
     return text + ("- dense: difference from the dense model." if " - dense" in keys else "")
 
@@ -176,12 +182,36 @@ def _pictures(records):
                 add(f"Error by depth{of}", _error_caption(own), figures.fig_layer_errors, own, records)
                 add(f"Zeros by depth{of}", "Share of zeros in each pruned linear.",
                     figures.fig_layer_sparsity, own, records)
+        for (key, pattern), own in _damaged(records).items():
+            of = f", {names[key]}" * (len(names) > 1)
+            add(f"Where the loss increase sits, {clean(pattern)}{of}", _damage_caption(own), figures.fig_damage, own,
+                records)
         add("Where the time went",
             "collect: forward with statistics; solve: masks, weights; replay: forward with the pruned block.",
             figures.fig_time, records)
     except ImportError as error:
         return [f'<section class="warn"><h2>Pictures left out</h2><p>{escape(str(error))}</p></section>']
     return made
+
+
+def _damaged(records):
+    """{(model, pattern): its records that say where their loss increase sits}."""
+    found = {}
+    for record in records:
+        if (record.get("damage") or {}).get("slices"):
+            found.setdefault((identity(record), pattern_of(record)), []).append(record)
+    return found
+
+
+def _damage_caption(records):
+    sources = dict.fromkeys(r["damage"].get("frequency_from") for r in records)
+    empty = {kind: names for r in records for kind, names in (r["damage"].get("empty") or {}).items()}
+    slices = max(len(r["damage"]["slices"]) for r in records)
+    told = [f"Dashed: the text as a whole. Bars: 95 % intervals over windows; filled where they leave the whole "
+            f"outside, which of {slices} slices about {number(slices / 20, 1)} would do by chance. Crosses: too few "
+            f"windows for an interval. Frequency counted in {' or '.join(map(clean, sources))}."]
+    told += [f"No token in: {', '.join(map(clean, names))} ({clean(kind)})." for kind, names in empty.items()]
+    return " ".join(told)
 
 
 def _error_caption(records):
@@ -209,7 +239,7 @@ def _details(record):
               ("Calibration data", data.get("calibration") or {})]
     blocks += [(f"Evaluation data: {k}", v or {}) for k, v in (data.get("evaluation") or {}).items()]
     facts = "".join(f"<div><h3>{escape(clean(k))}</h3>{_facts(v)}</div>" for k, v in blocks if v)
-    return f'<div class="facts">{facts}</div>{_skipped(record)}{_surplus(record)}{_layers(record)}'
+    return f'<div class="facts">{facts}</div>{_skipped(record)}{_surplus(record)}{_damage(record)}{_layers(record)}'
 
 
 def _facts(pairs):
@@ -253,6 +283,27 @@ def _surplus(record):
     return (f"<h3>Surplus zeros in {len(layers)} layer{'s' * (len(layers) > 1)}</h3>"
             + html_table(head, body, [True, False, False, False], "tall")
             + '<p class="note">Dead inputs, weights that were zero before, or underflow.</p>')
+
+
+def _damage(record):
+    """Which slices lost more than the whole, in words; the tokens and passages hurt most."""
+    found = record.get("damage") or {}
+    if not found:
+        return ""
+    told = "".join(f"<li>{escape(clean(text))}</li>" for text in found.get("found") or [])
+    text = "<h3>Where the loss increase sits</h3>" + (
+        f"<ul>{told}</ul>" if told else '<p class="note">No slice of the text lost more than the whole.</p>')
+    if rows := found.get("tokens"):
+        body = [[repr(t["token"])[1:-1].replace(" ", "␣"), _fact(t["count"]), number(t["increase"], 3),
+                 number(t["excess"], 3)] for t in rows]
+        text += "<h3>Tokens hurt most</h3>" + html_table(
+            ["token", "times", "mean increase (nats)", "beyond the mean (nats)"], body, [True] + [False] * 3, "tall")
+    if rows := found.get("passages"):
+        items = "".join(f'<li>{escape(clean(p["passage"]))} <span class="note">{escape(clean(p["text"]))}, window '
+                        f'{p["window"]}, from token {p["position"]}: {number(p["increase"], 3)} nats a token</span></li>'
+                        for p in rows)
+        text += f"<h3>Passages hurt most</h3><ol>{items}</ol>"
+    return text
 
 
 def _layers(record):

@@ -5,6 +5,7 @@
 
 import dataclasses
 import hashlib
+import re
 import sys
 import time
 from pathlib import Path
@@ -13,9 +14,11 @@ import torch
 
 from . import cli, data, environment, export, loop, models, packed, patterns, report, solvers
 from .config import RunConfig
-from .evaluate import tasks
-from .evaluate.perplexity import perplexity
+from .evaluate import divergence, prompts, quantised, tasks
+from .evaluate.damage import damage
+from .evaluate.perplexity import of_losses, perplexity
 from .page import write_html
+from .perturb import KINDS
 
 
 def main(argv=None):
@@ -53,7 +56,7 @@ def check(configs):
     """Refuse what can be refused before a model is loaded. Raises ValueError naming the flag."""
     for cfg in configs:
         check_devices(cfg)
-        if cfg.format == "packed" and cfg.method != "dense" and (cfg.pattern != "2:4" or not cfg.save):
+        if cfg.format == "packed" and cfg.prunes and (cfg.pattern != "2:4" or not cfg.save):
             raise ValueError("--format packed: goes with --pattern 2:4 and --save")
         if cfg.save:
             export.owner_of(cfg.save)
@@ -63,6 +66,10 @@ def check(configs):
         environment.check_writable(cfg.results, "--results")
     if configs[0].task_names:
         tasks.prepare(configs[0].task_names, configs[0].task_path)
+    if configs[0].prompts:
+        prompts.read(configs[0].prompts)
+    if (configs[0].divergence or configs[0].damage) and not configs[0].evaluations:
+        raise ValueError("--divergence, --damage: need a text to compare on; give --evaluate")
 
 
 def check_devices(cfg):
@@ -77,14 +84,15 @@ def run(cfg, together=()):
     together: all runs of the command. Where one of them is saved, the dense row is not computed again either.
     """
     began = time.perf_counter()
-    model, tokenizer = models.load(cfg.model, dtype=cfg.dtype, revision=cfg.model_revision, cache_dir=cfg.cache_dir,
-                                   trust_remote_code=cfg.trust_remote_code)
+    model, tokenizer = load(cfg)
     check_model(model)
     loaded = time.perf_counter()
     plan = make_plan(cfg, model)
     for other in together:
         make_plan(other, model)  # a pattern that does not fit is refused before the first row is computed
     evaluations = evaluation_texts(cfg, model, tokenizer)
+    if cfg.prompts:
+        prompts.prepare(cfg.prompts, model, tokenizer)
     sampled = cfg.calibration == "self"  # follows from the weights and the settings, and takes long
     calibration = None if sampled else calibration_text(cfg, model, tokenizer)
     weights, run_id = identify(cfg, model, calibration, evaluations)
@@ -93,7 +101,7 @@ def run(cfg, together=()):
     if folder and folder.finished:
         print(f"{cfg.save}: finished earlier, stored result", file=sys.stderr)
         return report.write(folder.record, file)
-    if cfg.method == "dense" and any(other.save for other in together) and file.is_file():
+    if not cfg.prunes and any(other.save for other in together) and file.is_file():
         return report.read(file)
     if sampled:
         calibration = calibration_text(cfg, model, tokenizer)
@@ -107,11 +115,18 @@ def run(cfg, together=()):
     return report.write(record, file)
 
 
+def load(cfg):
+    """(model, tokenizer) as they are on disk."""
+    return models.load(cfg.model, dtype=cfg.dtype, revision=cfg.model_revision, cache_dir=cfg.cache_dir,
+                       trust_remote_code=cfg.trust_remote_code)
+
+
 def identify(cfg, model, calibration, evaluations):
     """(fingerprint of the weights, run_id), both of the model before anything is done to it."""
     weights = models.fingerprint(model)
     return weights, cfg.run_id(weights, calibration.sha256 if calibration else None,
-                               *(t.sha256 for t in evaluations.values()))
+                               *(t.sha256 for t in evaluations.values()),
+                               *([prompts.digest(cfg.prompts)] if cfg.prompts else []))
 
 
 def check_model(model):
@@ -133,7 +148,7 @@ def work(cfg, model, tokenizer, plan, calibration, evaluations, folder=None):
     environment.reset_peak_memory(cfg.device)
     result = prune_model(cfg, model, plan, calibration, folder)
     pruned = time.perf_counter()
-    metrics, info = evaluate(cfg, model, tokenizer, evaluations)
+    metrics, info, more = evaluate(cfg, model, tokenizer, evaluations, calibration)
     done = time.perf_counter()
     return {
         "schema": report.SCHEMA, "status": "finished", "settings": cfg.settings(),
@@ -141,10 +156,11 @@ def work(cfg, model, tokenizer, plan, calibration, evaluations, folder=None):
                  "evaluation": {name: describe_tokens(t) for name, t in evaluations.items()}},
         "environment": environment.environment(cfg.device), "metrics": metrics, "metric_info": info,
         "layers": result.layers, "blocks": result.blocks, "skipped": result.skipped, "sparsity": sparsity(model),
+        "bytes": quantised.model_bytes(model, result.layers, "dense" if cfg.prunes else cfg.pattern),
         "warnings": warnings(cfg, model, calibration, evaluations) + result.warnings,
         "peak_memory_bytes": environment.peak_memory(cfg.device),
         "seconds": {"prune": pruned - began, "evaluate": done - pruned, "total": done - began},
-    }
+    } | more
 
 
 def text_options(cfg):
@@ -155,17 +171,30 @@ def text_options(cfg):
 def evaluation_texts(cfg, model, tokenizer):
     """{name: evaluation Tokens}, read and cut before any long work."""
     evaluations = {}
-    for spec in cfg.evaluations:
-        length = window(model, cfg.eval_seqlen, "--eval-seqlen") if cfg.eval_seqlen else \
-            window(model, cfg.seqlen, "--seqlen")
-        name = Path(spec).stem if Path(spec).suffix else spec.replace("/", "_")
-        if name in evaluations:
-            raise ValueError(f"--evaluate {spec}: a second text named {name}; rename one")
+    length = window(model, cfg.eval_seqlen, "--eval-seqlen") if cfg.eval_seqlen else \
+        window(model, cfg.seqlen, "--seqlen")
+    for name, spec in named_texts(cfg).items():
         pinned = cfg.revision if spec == cfg.calibration else None  # --split and --revision are the calibration set's
         options = dataclasses.replace(text_options(cfg), split=None, revision=pinned)
-        evaluations[name] = data.evaluation(tokenizer, spec, seqlen=length, max_windows=cfg.eval_windows,
-                                            options=options)
+        for kind in (None, *(KINDS if cfg.robustness else ())):
+            evaluations[f"{name}+{kind}" if kind else name] = data.evaluation(
+                tokenizer, spec, seqlen=length, max_windows=cfg.eval_windows, options=options, perturbation=kind)
     return evaluations
+
+
+def named_texts(cfg):
+    """{name: source} of the texts to evaluate: "code=a.txt" is named code, others after their file or data set."""
+    texts = {}
+    for spec in cfg.evaluations:
+        name, given, source = spec.partition("=")
+        if not given or Path(spec).is_file():
+            name, source = Path(spec).stem if Path(spec).suffix else spec.replace("/", "_"), spec
+        elif not re.fullmatch(r"[^\s/+]+", name) or not source:
+            raise ValueError(f"--evaluate {spec}: give NAME=FILE, the name without spaces, / and +")
+        if name in texts:
+            raise ValueError(f"--evaluate {spec}: a second text named {name}; rename one")
+        texts[name] = source
+    return texts
 
 
 def calibration_text(cfg, model, tokenizer):
@@ -180,7 +209,7 @@ def calibration_text(cfg, model, tokenizer):
 
 
 def needs_data(cfg):
-    return cfg.method != "dense" and (cfg.layer_errors or any(m.needs for m, _ in steps(cfg)))
+    return cfg.prunes and (cfg.layer_errors or any(m.needs for m, _ in steps(cfg)))
 
 
 def steps(cfg):
@@ -197,8 +226,8 @@ def window(model, asked, flag):
 
 
 def make_plan(cfg, model):
-    """{linear: Pattern}, empty for the dense run."""
-    if cfg.method == "dense":
+    """{linear: Pattern}, empty where nothing is pruned."""
+    if not cfg.prunes:
         return {}
     return loop.make_plan(model, patterns.parse(cfg.pattern, cfg.group), steps(cfg))
 
@@ -207,7 +236,9 @@ def prune_model(cfg, model, plan, calibration, folder=None):
     """Prune in place; the loop's Result. With a folder: keep each block, continue behind those kept before."""
     if not plan:
         _, block_list = models.blocks(model)
-        return loop.Result(skipped=[{"name": n, "reason": why} for n, why in models.outside(model, block_list)])
+        found = quantised.quantise(model, cfg.pattern) if cfg.method == quantised.METHOD else []
+        return loop.Result(skipped=[{"name": n, "reason": why} for n, why in models.outside(model, block_list)],
+                           warnings=found)
     options = loop.Options(
         device=cfg.device, batch_size=cfg.batch_size, true_sequential=cfg.true_sequential,
         gram_budget=int(cfg.gram_budget * 2**30), activations=cfg.activations,
@@ -218,19 +249,34 @@ def prune_model(cfg, model, plan, calibration, folder=None):
                             on_block=folder.save_block if folder else None)
 
 
-def evaluate(cfg, model, tokenizer, evaluations):
-    """({metric: value}, {metric: how it was measured})."""
-    metrics, info = {}, {}
+def evaluate(cfg, model, tokenizer, evaluations, calibration=None):
+    """({metric: value}, {metric: how it was measured}, {further parts of the record})."""
+    metrics, info, more, compared = {}, {}, {}, {}
+    options = {"batch_size": cfg.eval_batch_size or cfg.batch_size, "device": cfg.device}
+    with_dense = named_texts(cfg) if cfg.method != "dense" and (cfg.divergence or cfg.damage) else {}
+    dense = load(cfg)[0] if with_dense else None  # on a CPU mapped from its file, not copied
     for name, tokens in evaluations.items():
-        value, n = perplexity(model, tokens.ids, tokens.mask, batch_size=cfg.eval_batch_size or cfg.batch_size,
-                              device=cfg.device, progress=f"perplexity ({name})" if cfg.progress else None)
+        bar = f"perplexity ({name})" if cfg.progress else None
+        if name in with_dense:
+            compared[name] = divergence.compare(model, dense, tokens.ids, tokens.mask, **options, progress=bar)
+            value, n = of_losses(compared[name].loss, tokens.mask)
+        else:
+            value, n = perplexity(model, tokens.ids, tokens.mask, **options, progress=bar)
         metrics[f"{name}/ppl"] = value
         info[f"{name}/ppl"] = {"window": tokens.ids.shape[1], "windows": len(tokens.ids), "tokens": n}
+    for name in compared if cfg.divergence else ():
+        values, how = divergence.metrics(compared[name], name)
+        metrics, info = metrics | values, info | how
+    if cfg.damage and compared:
+        more["damage"] = damage(tokenizer, {name: evaluations[name] for name in compared}, compared, calibration)
+    if cfg.prompts:
+        values, how, more["prompts"] = prompts.evaluate(model, tokenizer, cfg.prompts, device=cfg.device)
+        metrics, info = metrics | values, info | how
     if cfg.task_names:
         values, how = tasks.evaluate(model, tokenizer, cfg.task_names, task_path=cfg.task_path, device=cfg.device,
                                      batch_size=cfg.eval_batch_size or cfg.batch_size)
         metrics, info = metrics | values, info | how
-    return metrics, info
+    return metrics, info, more
 
 
 def describe(cfg, model, weights):
@@ -268,7 +314,7 @@ def warnings(cfg, model, calibration, evaluations):
             found.append("calibrated on the built-in text, which suits the demo model: give --calibration your own "
                          "text, c4, or self")
         found += [f"--evaluate {spec}: calibrated on the same text, so its perplexity flatters"
-                  for spec in cfg.evaluations if same_text(cfg, spec)]
+                  for spec in named_texts(cfg).values() if same_text(cfg, spec)]
     return [w for w in found if w]
 
 
@@ -340,7 +386,7 @@ def prune(model, tokenizer=None, *, method="sparsegpt", pattern="2:4", calibrati
 
 PYTHON_SETTINGS = {f.name for f in dataclasses.fields(RunConfig)} - {  # the rest: arguments of its own, or the caller's
     "model", "method", "pattern", "calibration", "solver", "evaluate", "eval_seqlen", "eval_windows", "eval_batch_size",
-    "dtype", "model_revision", "trust_remote_code", "save", "overwrite", "format", "results", "dense"}
+    "prompts", "robustness", "divergence", "damage", "quantised", "dtype", "model_revision", "trust_remote_code", "save", "overwrite", "format", "results", "dense"}
 
 
 def refuse_unknown(given, known, what):

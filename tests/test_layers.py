@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-BASE = {"patterns", "moments", "environment", "config"}  # 0
+BASE = {"patterns", "moments", "environment", "config", "perturb"}  # 0
 MATHS = {"linalg", "solvers", "allocate"}  # 1
 DATA = {"models", "data", "capture"}  # 2
 PRUNE = {"loop", "structured", "recovery"}  # 3

@@ -21,27 +21,48 @@ def token_losses(model, ids, mask=None, *, batch_size=8, device="cpu", progress=
 
     ids: int64 (n, T). progress: text before a bar over blocks, or None.
     """
-    _, block_list = models.blocks(model)
-    width = getattr(models.config_of(model), "hidden_size", 1024)
-    group = max(batch_size, GROUP_BYTES // (ids.shape[1] * width * 4) // batch_size * batch_size)
-    starts = range(0, len(ids), group)
-    bar = tqdm(total=len(starts) * len(block_list), desc=progress, unit="block", disable=progress is None, leave=False)
+    parts = groups(model, ids, batch_size)
     losses = []
-    with bar:
-        for s in starts:
-            part = slice(s, s + group)
-            stream = capture.capture(model, ids[part], None if mask is None else mask[part],
-                                     batch_size=batch_size, device=device)
-            for b, block in enumerate(block_list):
-                with models.resident(models.tensors_of(block), device):
-                    capture.replay(block, stream, b)
-                bar.update()
-            with models.resident(models.rest_of(model, block_list), device):
+    with block_bar([model], parts, progress) as bar:
+        for part in parts:
+            stream = through_blocks(model, ids[part], None if mask is None else mask[part], batch_size, device, bar)
+            with at_head(model, device):
                 losses += [batch_losses(model, stream, i) for i in range(len(stream))]
     losses = torch.cat(losses)
-    if mask is not None:
-        losses = losses.where(mask[:, 1:] & mask[:, :-1], 0.0)  # not times 0: padding may give NaN
-    return losses
+    return losses if mask is None else losses.where(predicted(mask), 0.0)  # not times 0: padding may give NaN
+
+
+def predicted(mask):
+    """bool (n, T-1): which positions of mask (n, T) predict a token that is text, from one that is."""
+    return mask[:, 1:] & mask[:, :-1]
+
+
+def groups(model, ids, batch_size, bytes=GROUP_BYTES):
+    """Slices of the windows that go through the blocks together: whole batches, at most `bytes` of activations."""
+    width = getattr(models.config_of(model), "hidden_size", 1024)
+    group = max(batch_size, bytes // (ids.shape[1] * width * 4) // batch_size * batch_size)
+    return [slice(s, s + group) for s in range(0, len(ids), group)]
+
+
+def block_bar(models_, parts, progress):
+    """A bar over all blocks of all groups; progress: its text, or None for no bar."""
+    total = len(parts) * sum(len(models.blocks(m)[1]) for m in models_)
+    return tqdm(total=total, desc=progress, unit="block", disable=progress is None, leave=False)
+
+
+def through_blocks(model, ids, mask, batch_size, device, bar):
+    """The Stream of these windows after all blocks, one block at a time on the device."""
+    stream = capture.capture(model, ids, mask, batch_size=batch_size, device=device)
+    for b, block in enumerate(models.blocks(model)[1]):
+        with models.resident(models.tensors_of(block), device):
+            capture.replay(block, stream, b)
+        bar.update()
+    return stream
+
+
+def at_head(model, device):
+    """What `capture.logits` needs is on the device."""
+    return models.resident(models.rest_of(model, models.blocks(model)[1]), device)
 
 
 def batch_losses(model, stream, i):
@@ -58,7 +79,11 @@ def batch_losses(model, stream, i):
 
 def perplexity(model, ids, mask=None, **options):
     """(perplexity, predicted tokens); inf when the model has broken down."""
-    losses = token_losses(model, ids, mask, **options).double()
-    n = losses.numel() if mask is None else int((mask[:, 1:] & mask[:, :-1]).sum())
-    mean = (losses.sum() / n).item()
+    return of_losses(token_losses(model, ids, mask, **options), mask)
+
+
+def of_losses(losses, mask=None):
+    """(perplexity, predicted tokens) of what `token_losses` gives."""
+    n = losses.numel() if mask is None else int(predicted(mask).sum())
+    mean = (losses.double().sum() / n).item()
     return (math.exp(mean) if mean < 700 else math.inf), n

@@ -1,0 +1,149 @@
+"""A suite of prompts of the user's own: how often the model goes on as expected.
+
+One JSON object a line: {"prompt": "The capital of France is", "expected": "Paris"}. Both are text; with "choices", a
+list of texts with `expected` among them, the model chooses instead of writing.
+
+    starts_with   share of the continuations that begin with `expected`, white space around both left out
+    contains      share of the continuations in which `expected` stands anywhere
+    chosen        share of the prompts with choices where `expected` is the likeliest: highest sum of its tokens'
+                  log-probabilities behind the prompt and a space, as lm-eval's `acc`; among equals the first
+
+Continuations are greedy, NEW_TOKENS long or as long as the longest `expected` needs, one prompt at a time: neither a
+checkpoint's generation settings nor what else is in the batch can change them.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .. import models
+
+NEW_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One line of the file; `choices` is empty where there are none."""
+
+    line: int
+    prompt: str
+    expected: str
+    choices: tuple = ()
+
+
+def read(path):
+    """[Prompt] of a file.
+
+    Raises ValueError naming `--prompts` and the line that is wrong.
+    """
+    try:
+        content = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--prompts {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    lines = content.split("\n")
+    suite = [parse(line, n, f"--prompts {path}: line {n}: ") for n, line in enumerate(lines, 1) if line.strip()]
+    if not suite:
+        raise ValueError(f'--prompts {path}: holds no prompt; give lines like {{"prompt": "...", "expected": "..."}}')
+    return suite
+
+
+def parse(line, number, where):
+    """The Prompt on one line; `where` begins the error."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise ValueError(f'{where}must be an object with "prompt" and "expected"')
+    for key in ("prompt", "expected"):
+        if not isinstance(row.get(key), str) or not row[key].strip():
+            raise ValueError(f'{where}"{key}" must be text that is not empty')
+    if unknown := sorted(set(row) - {"prompt", "expected", "choices"}):
+        raise ValueError(f'{where}"{unknown[0]}" is not known; there are "prompt", "expected" and "choices"')
+    choices = row.get("choices", [])
+    if not isinstance(choices, list) or not all(isinstance(c, str) and c.strip() for c in choices):
+        raise ValueError(f'{where}"choices" must be a list of texts that are not empty')
+    if "choices" in row and row["expected"] not in choices:
+        raise ValueError(f'{where}"expected" must be one of the "choices"')
+    return Prompt(number, row["prompt"], row["expected"], tuple(choices))
+
+
+def digest(path):
+    """sha256 of the prompts."""
+    return hashlib.sha256(repr(read(path)).encode()).hexdigest()
+
+
+def prepare(path, model, tokenizer):
+    """([(Prompt, its ids)], tokens to write), refused before any long work where they do not fit the model.
+
+    Raises ValueError naming `--prompts` and the line.
+    """
+    suite = read(path)
+    new = max([NEW_TOKENS, *(len(ids_of(tokenizer, " " + p.expected, False)) for p in suite if not p.choices)])
+    made, most = [], models.max_positions(model)
+    for p in suite:
+        ids = ids_of(tokenizer, p.prompt.rstrip() if p.choices else p.prompt)
+        room = max((len(ids_of(tokenizer, " " + c, False)) for c in p.choices), default=new)
+        if most and len(ids) + room > most:
+            raise ValueError(f"--prompts {path}: line {p.line}: {len(ids)} tokens and {room} to come are more than the "
+                             f"{most} positions of the model")
+        made.append((p, ids))
+    return made, new
+
+
+def ids_of(tokenizer, text, special=True):
+    return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+
+
+@torch.no_grad()
+def evaluate(model, tokenizer, path, *, device="cpu"):
+    """({"NAME/starts_with": ...}, {"NAME/starts_with": how}, [{"line", "answer", "right"}]); NAME: the file's stem.
+
+    right: begins with `expected`, or chose it.
+    """
+    made, new = prepare(path, model, tokenizer)
+    marks, answers = {"starts_with": [], "contains": [], "chosen": []}, []
+    with models.resident(models.tensors_of(model), device):
+        for p, ids in made:
+            ids = torch.tensor([ids], device=device)
+            if p.choices:
+                answer = max(p.choices, key=lambda c: likelihood(model, tokenizer, p, c, device))  # the first of equals
+                right = answer == p.expected
+                marks["chosen"].append(right)
+            else:
+                answer = tokenizer.decode(greedy(model, ids, new), skip_special_tokens=True)
+                right = answer.strip().startswith(p.expected.strip())
+                marks["starts_with"].append(right)
+                marks["contains"].append(p.expected.strip() in answer)
+            answers.append({"line": p.line, "answer": answer, "right": right})
+    name = Path(path).stem
+    shares = {f"{name}/{key}": sum(found) / len(found) for key, found in marks.items() if found}
+    how = {f"{name}/{key}": {"samples": len(found)} | ({} if key == "chosen" else {"new_tokens": new})
+           for key, found in marks.items() if found}
+    return shares, how, answers
+
+
+def greedy(model, ids, new):
+    """The `new` likeliest next tokens behind ids (1, T), one after the other; fewer where the model ends the text."""
+    ends = model.config.get_text_config(decoder=True).eos_token_id
+    ends = set(ends) if isinstance(ends, list) else {ends}
+    written, cache, token = [], None, ids
+    for _ in range(new):
+        out = model(input_ids=token, past_key_values=cache, use_cache=True)
+        token, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+        if token.item() in ends:
+            break
+        written.append(token.item())
+    return written
+
+
+def likelihood(model, tokenizer, p, choice, device):
+    """Sum of the log-probabilities of a choice's tokens behind the prompt and a space."""
+    context = p.prompt.rstrip()
+    start, whole = len(ids_of(tokenizer, context)), ids_of(tokenizer, f"{context} {choice}")
+    ids = torch.tensor([whole], device=device)
+    log_p = model(input_ids=ids, use_cache=False).logits[0, start - 1 : -1].double().log_softmax(-1)
+    return log_p.gather(1, ids[0, start:, None]).sum().item()
