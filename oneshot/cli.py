@@ -7,11 +7,11 @@ import argparse
 import difflib
 import re
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
-from . import solvers
-from .config import RunConfig
+from . import allocate, presets, recovery, solvers
+from .config import RunConfig, listed
 from .evaluate.quantised import widths
 
 EXAMPLES = """examples:
@@ -58,11 +58,14 @@ def parser():
             groups.setdefault(title, p.add_argument_group(title))
             add_flag(groups[title], f.name, f)
     found = solvers.names()
-    for name in found["solver"] + found["refiner"]:
-        module = solvers.module(name)
-        group = p.add_argument_group(f"--method {name}", module.__doc__.strip().split("\n")[0])
-        for f in fields(module.Config):
-            add_flag(group, f"{name}.{f.name}", f)
+    p.add_argument_group("--method best", presets.explain())
+    for flag, package, names in (("method", solvers, found["solver"] + found["refiner"]),
+                                 ("allocate", allocate, allocate.names()), ("recover", recovery, recovery.names())):
+        for name in names:
+            module = package.module(name)
+            group = p.add_argument_group(f"--{flag} {name}", module.__doc__.strip().split("\n")[0])
+            for f in fields(module.Config):
+                add_flag(group, f"{name}.{f.name}", f)
     wanda = p.add_argument_group("wanda's main.py")
     for name, text in WANDA.items():
         wanda.add_argument(f"--{name}", help=text, type=float if name == "sparsity_ratio" else str)
@@ -118,17 +121,33 @@ def parse(argv=None):
     methods = [m for m in methods if m != "dense"]
     if "save" in chosen and not methods:
         raise ValueError(f"--save {chosen['save']}: nothing is pruned, so there is nothing to write; give a --method")
-    check_parts(methods, given)
+    asked = {method: presets.expand(method, given) for method in methods}
+    check_parts(asked, given)
     runs = []
     for text in texts:
         for method in methods:
             save = chosen.get("save")
             if save and len(methods) * len(texts) > 1:
                 save = str(Path(save) / f"{method}-{text.replace(':', 'of')}")
-            configs = solvers.configure(method, given)
-            runs.append(RunConfig(**{**chosen, "method": method, "pattern": text, "save": save, "solver": configs}))
+            runs.append(build({**asked[method], "pattern": text, "save": save}))
     quantised = [rtn_run(chosen, width) for width in widths(texts)] if given.get("quantised") else []
     return runs + quantised + dense
+
+
+def build(given):
+    """RunConfig from flags and their values, each part's own ("sparsegpt.damping") put into that part's Config."""
+    cfg = RunConfig(**{f.name: given[f.name] for f in fields(RunConfig) if f.name in given})
+    parts = {"solver": solvers.chain(cfg.method), "recovery": [recovery.module(name) for name in cfg.recoveries],
+             "allocation": [allocate.module(cfg.allocate)]}
+    return replace(cfg, **{part: {solvers.short(m): configured(m, given) for m in modules}
+                           for part, modules in parts.items()})
+
+
+def configured(module, given):
+    """A part's Config with the values given for it as "part.field"."""
+    name = solvers.short(module)
+    return module.Config(**{f.name: given[f"{name}.{f.name}"] for f in fields(module.Config)
+                            if f"{name}.{f.name}" in given})
 
 
 def dense_run(chosen):
@@ -141,14 +160,17 @@ def rtn_run(chosen, width):
     return RunConfig(**{**chosen, "method": "rtn", "pattern": width, "save": None})
 
 
-def check_parts(methods, given):
-    """Refuse a solver's flag when no method uses that solver: it would do nothing."""
-    used = {solvers.short(module) for method in methods for module in solvers.chain(method)}
+def check_parts(asked, given):
+    """Refuse a part's flag when no run uses that part: it would do nothing. asked: {method: all its flags}."""
+    used = {solvers.short(m) for own in asked.values() for m in solvers.chain(own["method"])}
+    used |= {name for own in asked.values() for name in (*listed(own.get("recover", "none")), own.get("allocate"))}
     for name in given:
         part, dot, field = name.partition(".")
         if dot and part not in used:
-            raise ValueError(f"--{part}.{field.replace('_', '-')}: --method {','.join(methods) or 'dense'} does not "
-                             f"use {part}; add it there or leave the flag out")
+            flag = next((flag for flag, package in (("recover", recovery), ("allocate", allocate))
+                         if part in package.names()), f"method {','.join(asked) or 'dense'}")
+            raise ValueError(f"--{part}.{field.replace('_', '-')}: --{flag} does not use {part}; add it there or leave "
+                             "the flag out")
 
 
 def split(given, name):

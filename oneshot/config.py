@@ -12,6 +12,9 @@ from . import patterns
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
+PARTS = ("solver", "recovery", "allocation")  # fields that hold other modules' Configs
+
+
 def flag(default, help, **extra):
     return field(default=default, metadata={"help": help, **extra})
 
@@ -27,14 +30,24 @@ class RunConfig:
     """One model, one method, one pattern. None means: decided when the model is known."""
 
     model: str = flag("demo", "local folder, hub name, or demo (the small model shipped with oneshot)", group="what")
-    method: str = flag("magnitude,wanda,sparsegpt", "solver, or chain as in wanda+refit; several separated by commas",
+    method: str = flag("magnitude,wanda,sparsegpt", "solver, or chain as in wanda+refit, or best; several by commas",
                        group="what", many=True)
+    effort: int = flag(3, "what --method best may cost, 1 to 5 (what it needs); see --method best below",
+                       group="what", output=True)
     pattern: str = flag("0.5,2:4", "0.5 = half of the weights are zero; 2:4 = 2 of 4 are KEPT; several by commas",
                         group="what", many=True)
     group: str | None = flag(None, "where an unstructured pattern is counted: matrix, row, or a number of columns "
                                    "(default: the method's own)", group="what")
     true_sequential: bool = flag(False, "q,k,v, then o, then gate,up, then down, each on what is pruned before it",
                                  group="what")
+    allocate: str = flag("uniform", "how the zeros are spread over the linears: see --allocate below", group="what")
+    dense_target: float = flag(0.0, "0 to 1: how far each linear aims at its output in the dense model instead of at "
+                                    "the dense linear's output on the pruned model's inputs (0.5 helps most)",
+                               group="what")
+    recover: str = flag("none", "repair by training the kept weights on the calibration windows: block, distil, or "
+                                "block,distil", group="what")
+    shared_inputs: bool = flag(False, "solve all methods and patterns of the command from the DENSE model's inputs: "
+                                      "one pass over the data and one factorisation for all", group="what")
 
     calibration: str = flag("builtin", "builtin, self (sampled from the model), wikitext2, c4, ptb, a hub data set, or "
                                        "a .txt .jsonl .json .parquet .csv file", group="data")
@@ -97,7 +110,10 @@ class RunConfig:
     dense: bool = flag(True, "measure the dense model as well", group="output", output=True)
     progress: bool = flag(True, "show progress bars", group="output", output=True)
 
+    preset: str | None = None  # the name under which the settings were asked for: best-3
     solver: dict = field(default_factory=dict)  # {part of the method's chain: its Config}
+    recovery: dict = field(default_factory=dict)  # {way to recover: its Config}
+    allocation: dict = field(default_factory=dict)  # {way to allocate: its Config}
 
     def __post_init__(self):
         for name in ("nsamples", "batch_size", "seqlen", "eval_seqlen", "eval_windows", "eval_batch_size"):
@@ -106,6 +122,8 @@ class RunConfig:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {2 if 'seqlen' in name else 1}")
         if not 0 < self.gram_budget < math.inf:
             raise ValueError(f"--gram-budget {self.gram_budget:g}: must be a positive number of GiB")
+        if not 0 <= self.dense_target <= 1:
+            raise ValueError(f"--dense-target {self.dense_target:g}: give a share from 0 to 1")
         for name in ("model", "save", "results"):
             if getattr(self, name) == "":
                 raise ValueError(f"--{name}: is empty")
@@ -124,6 +142,11 @@ class RunConfig:
         return listed(self.evaluate)
 
     @property
+    def recoveries(self):
+        """The ways to repair what was pruned, in their order."""
+        return listed(self.recover)
+
+    @property
     def task_names(self):
         """The lm-eval tasks to measure."""
         return listed(self.tasks)
@@ -131,10 +154,10 @@ class RunConfig:
     def settings(self):
         """All that bears on the numbers, as plain values: for the record and the run_id."""
         plain = {f.name: getattr(self, f.name) for f in fields(self)
-                 if f.name != "solver" and not f.metadata.get("output")}
-        plain["solver"] = {name: dataclasses.asdict(cfg) for name, cfg in self.solver.items()}
+                 if f.name not in PARTS and not f.metadata.get("output")}
+        plain |= {part: {name: dataclasses.asdict(cfg) for name, cfg in getattr(self, part).items()} for part in PARTS}
         if not self.prunes:  # calibration and pruning do not touch it
-            keep = {"model", "method", "pattern", "evaluate", "dtype", "device", "solver", "model_revision",
+            keep = {"model", "method", "pattern", "evaluate", "dtype", "device", "model_revision",
                     "documents", "per_line", "column", "data_config", "split", "revision", "prompts", "robustness"}
             keep |= {"divergence", "damage"} if self.method != "dense" else set()
             plain = {k: v for k, v in plain.items() if k in keep or k.startswith(("eval_", "task"))}

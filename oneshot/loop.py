@@ -48,13 +48,15 @@ class Options:
 class Result:
     """Rows for the record: one per linear, one per block, what was skipped, every weaker path taken.
 
-    dense: the stream of the dense model behind its last block, where one was kept.
+    recovery: what repaired the whole model afterwards. dense: the stream of the dense model behind its last block,
+    where one was kept.
     """
 
     layers: list = field(default_factory=list)
     blocks: list = field(default_factory=list)
     skipped: list = field(default_factory=list)
     warnings: list = field(default_factory=list)
+    recovery: dict = field(default_factory=dict)
     dense: object = None
 
 

@@ -21,10 +21,11 @@ from pathlib import Path
 SCHEMA = 1
 # the order in the file: what is short comes first
 KEYS = ("schema", "run_id", "status", "settings", "model", "data", "environment", "metrics", "metric_info",
-        "sparsity", "bytes", "warnings", "damage", "prompts", "peak_memory_bytes", "seconds", "skipped", "blocks", "layers")
+        "sparsity", "bytes", "warnings", "damage", "prompts", "recovery", "peak_memory_bytes", "seconds", "skipped",
+        "blocks", "layers")
 # Settings that say where a run goes or what is measured after it, not what was done to the model.
-ELSEWHERE = {"model", "method", "pattern", "save", "overwrite", "results", "cache_dir", "device", "tasks", "format",
-             "evaluate", "eval_seqlen", "eval_windows", "eval_batch_size", "prompts", "robustness", "divergence", "damage"}
+ELSEWHERE = {"model", "method", "preset", "pattern", "save", "overwrite", "results", "cache_dir", "device", "format",
+             "tasks", "evaluate", "eval_seqlen", "eval_windows", "eval_batch_size", "prompts", "robustness", "divergence", "damage"}
 HIGHER_IS_BETTER = ("acc", "exact_match", "em", "f1", "agreement", "mcc", "bleu", "rouge",
                     "top1_agreement", "starts_with", "contains", "chosen")
 
@@ -185,7 +186,9 @@ def identity(record):
 
 
 def setting(record, name):
-    return str((record.get("settings") or {}).get(name, "?"))
+    """A setting as text; the method is named as it was asked for (best-3), not by what that stands for."""
+    settings = record.get("settings") or {}
+    return str((name == "method" and settings.get("preset")) or settings.get(name, "?"))
 
 
 def is_dense(record):
@@ -249,7 +252,7 @@ def series(records):
 def flat_settings(settings, prefix=""):
     for key, item in settings.items():
         if isinstance(item, dict):
-            yield from flat_settings(item, "" if key == "solver" else f"{prefix}{key}.")
+            yield from flat_settings(item, "" if key in ("solver", "recovery", "allocation") else f"{prefix}{key}.")
         else:
             yield prefix + str(key), item
 

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 import hashlib
 import re
 import sys
@@ -12,7 +13,21 @@ from pathlib import Path
 
 import torch
 
-from . import cli, data, environment, export, loop, models, packed, patterns, report, solvers
+from . import (
+    allocate,
+    cli,
+    data,
+    environment,
+    export,
+    loop,
+    models,
+    packed,
+    patterns,
+    presets,
+    recovery,
+    report,
+    solvers,
+)
 from .config import RunConfig
 from .evaluate import divergence, prompts, quantised, tasks
 from .evaluate.damage import damage
@@ -146,7 +161,9 @@ def work(cfg, model, tokenizer, plan, calibration, evaluations, folder=None):
     """Prune in place and measure: the record, but for what only the caller knows (run_id, model)."""
     began = time.perf_counter()
     environment.reset_peak_memory(cfg.device)
+    plan = allocated(cfg, model, plan, calibration)
     result = prune_model(cfg, model, plan, calibration, folder)
+    prove(model, plan)
     pruned = time.perf_counter()
     metrics, info, more = evaluate(cfg, model, tokenizer, evaluations, calibration)
     done = time.perf_counter()
@@ -155,12 +172,19 @@ def work(cfg, model, tokenizer, plan, calibration, evaluations, folder=None):
         "data": {"calibration": describe_tokens(calibration) if calibration else None,
                  "evaluation": {name: describe_tokens(t) for name, t in evaluations.items()}},
         "environment": environment.environment(cfg.device), "metrics": metrics, "metric_info": info,
-        "layers": result.layers, "blocks": result.blocks, "skipped": result.skipped, "sparsity": sparsity(model),
+        "layers": result.layers, "blocks": result.blocks, "recovery": result.recovery,
+        "skipped": result.skipped, "sparsity": sparsity(model),
         "bytes": quantised.model_bytes(model, result.layers, "dense" if cfg.prunes else cfg.pattern),
         "warnings": warnings(cfg, model, calibration, evaluations) + result.warnings,
         "peak_memory_bytes": environment.peak_memory(cfg.device),
         "seconds": {"prune": pruned - began, "evaluate": done - pruned, "total": done - began},
     } | more
+
+
+def prove(model, plan):
+    """Every pattern on the stored weights once more, after all repairs."""
+    for name, view in export.all_views(model):
+        assert name not in plan or plan[name].holds(view.get()), f"{name}: pattern {plan[name]} broken"
 
 
 def text_options(cfg):
@@ -209,7 +233,8 @@ def calibration_text(cfg, model, tokenizer):
 
 
 def needs_data(cfg):
-    return cfg.prunes and (cfg.layer_errors or any(m.needs for m, _ in steps(cfg)))
+    looks = cfg.layer_errors or cfg.recoveries or cfg.dense_target or allocate.module(cfg.allocate).needs
+    return cfg.prunes and bool(looks or any(m.needs for m, _ in steps(cfg)))
 
 
 def steps(cfg):
@@ -226,10 +251,26 @@ def window(model, asked, flag):
 
 
 def make_plan(cfg, model):
-    """{linear: Pattern}, empty where nothing is pruned."""
+    """{linear: Pattern}, the same everywhere; empty where nothing is pruned."""
     if not cfg.prunes:
         return {}
     return loop.make_plan(model, patterns.parse(cfg.pattern, cfg.group), steps(cfg))
+
+
+def allocated(cfg, model, plan, calibration):
+    """The plan with its zeros spread over the linears as `--allocate` says."""
+    way, own = allocate.module(cfg.allocate), cfg.allocation.get(cfg.allocate)
+    if not plan or cfg.allocate == "uniform":
+        return plan
+    name, block_list = models.blocks(model)
+    pattern, measured = next(iter(plan.values())), {}
+    if way.needs:
+        for b, _, views, moments in loop.survey(model, calibration.ids, calibration.mask, way.needs, options_of(cfg)):
+            seen = {f"{name}.{b}.{v.name}": (v.get, moments[v.name]) for v in views if v.name in moments}
+            measured |= way.measure(seen, pattern, own)
+    blocks = [{f"{name}.{b}.{v.name}": v.shape for v in models.linears(block)[0]}
+              for b, block in enumerate(block_list)]
+    return way.plan(measured, blocks, pattern, own)
 
 
 def prune_model(cfg, model, plan, calibration, folder=None):
@@ -239,14 +280,28 @@ def prune_model(cfg, model, plan, calibration, folder=None):
         found = quantised.quantise(model, cfg.pattern) if cfg.method == quantised.METHOD else []
         return loop.Result(skipped=[{"name": n, "reason": why} for n, why in models.outside(model, block_list)],
                            warnings=found)
-    options = loop.Options(
+    ids, mask = (calibration.ids, calibration.mask) if calibration else (None, None)
+    repair = None
+    if "block" in cfg.recovery:
+        repair = functools.partial(recovery.module("block").repair, cfg=cfg.recovery["block"], seed=cfg.seed)
+    done, on_block = (folder.blocks(), folder.save_block) if folder else ((), None)
+    result = loop.prune_model(model, ids, mask, plan, steps(cfg), options_of(cfg), repair=repair, finished=done,
+                              on_block=on_block)
+    if "distil" in cfg.recovery:
+        began = time.perf_counter()
+        info = recovery.module("distil").repair(model, result.dense, cfg.recovery["distil"], cfg.seed, cfg.progress)
+        result.recovery = {"distil": info | {"seconds": time.perf_counter() - began}}
+    return result
+
+
+def options_of(cfg):
+    """How the loop is to compute."""
+    return loop.Options(
         device=cfg.device, batch_size=cfg.batch_size, true_sequential=cfg.true_sequential,
         gram_budget=int(cfg.gram_budget * 2**30), activations=cfg.activations,
         activation_dtype=getattr(torch, cfg.activation_dtype) if cfg.activation_dtype else None,
-        layer_errors=cfg.layer_errors, tf32=cfg.tf32, progress=cfg.progress)
-    ids, mask = (calibration.ids, calibration.mask) if calibration else (None, None)
-    return loop.prune_model(model, ids, mask, plan, steps(cfg), options, finished=folder.blocks() if folder else (),
-                            on_block=folder.save_block if folder else None)
+        layer_errors=cfg.layer_errors, dense_target=cfg.dense_target, dense_stream=bool(cfg.recoveries), tf32=cfg.tf32,
+        progress=cfg.progress)
 
 
 def evaluate(cfg, model, tokenizer, evaluations, calibration=None):
@@ -328,8 +383,11 @@ def same_text(cfg, spec):
 
 def progress_line(record):
     metrics = ", ".join(f"{name} {value:.4g}" for name, value in record["metrics"].items())
-    s = record["settings"]
-    return f"{s['method']} {s['pattern']}: {metrics or 'done'} ({record['seconds']['total']:.0f} s)"
+    return f"{asked(record)}: {metrics or 'done'} ({record['seconds']['total']:.0f} s)"
+
+
+def asked(record):
+    return f"{report.setting(record, 'method')} {report.setting(record, 'pattern')}"
 
 
 def summary(records, results):
@@ -342,7 +400,7 @@ def summary(records, results):
     seen = {}
     for record in records:
         for w in record["warnings"]:
-            seen.setdefault(w, []).append(f"{record['settings']['method']} {record['settings']['pattern']}")
+            seen.setdefault(w, []).append(asked(record))
     shown = list(seen.items())[:12]
     lines += [f"warning: {w} ({'all' if len(who) == len(records) else ', '.join(who)})" for w, who in shown]
     if len(seen) > len(shown):
@@ -366,11 +424,11 @@ def prune(model, tokenizer=None, *, method="sparsegpt", pattern="2:4", calibrati
         raise ValueError("tokenizer: needed to read --calibration; or give token ids as `calibration`")
     known = [f.name for f in dataclasses.fields(RunConfig) if f.name in PYTHON_SETTINGS]
     refuse_unknown(settings, known, "no such setting here")
-    parts = [f"{solvers.short(m)}.{f.name}" for m in solvers.chain(method) for f in dataclasses.fields(m.Config)]
-    refuse_unknown(solver or {}, parts, f"no such setting of {method}")
-    cfg = RunConfig(model=name, method=method, pattern=str(pattern), evaluate="none",
-                    calibration="given" if given else calibration,
-                    solver=solvers.configure(method, solver or {}), **settings)
+    flags = {**settings, **(solver or {}), "model": name, "pattern": str(pattern), "evaluate": "none",
+             "calibration": "given" if given else calibration}
+    asked = presets.expand(method, flags)
+    cli.check_parts({method: asked}, flags)
+    cfg = cli.build(asked)
     check_devices(cfg)
     check_model(model)
     plan = make_plan(cfg, model)

@@ -213,3 +213,12 @@ def test_help_starts_without_what_it_does_not_need():
                        "if m in sys.modules], file=sys.stderr)")
     assert done.returncode == 0 and done.stderr.strip() == ""
     assert "usage: python -m oneshot.run" in done.stdout and "usage: python -m oneshot.verify" in done.stdout
+
+
+def test_flags_reach_their_own_part():
+    given = {"method": "wanda", "wanda.use_variant": True, "sparsegpt.damping": 3.0, "recover": "block",
+             "block.steps": 7, "distil.steps": 9, "allocate": "owl", "owl.spread": 0.1}
+    cfg = cli.build(given)
+    assert list(cfg.solver) == ["wanda"] and cfg.solver["wanda"].use_variant
+    assert list(cfg.recovery) == ["block"] and cfg.recovery["block"].steps == 7
+    assert list(cfg.allocation) == ["owl"] and cfg.allocation["owl"].spread == 0.1

@@ -157,12 +157,6 @@ def test_negative_zero_is_never_stored(c, stored, transposed):
     assert pattern.holds(view.get()) and not (torch.signbit(parameter) & (parameter == 0)).any()
 
 
-def test_flags_reach_their_own_part():
-    given = {"wanda.use_variant": True, "sparsegpt.damping": 3.0, "use_variant": False}
-    assert solvers.configure("wanda", given) == {"wanda": solvers.module("wanda").Config(use_variant=True)}
-    assert solvers.configure("sparsegpt", {}) == {"sparsegpt": solvers.module("sparsegpt").Config()}
-
-
 # --- the laws of all ----------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ chains: the first name is a solver, each further one a refiner.
 
 import importlib
 import pkgutil
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import torch
 
@@ -61,12 +61,6 @@ def chain(method):
             raise ValueError(f"--method {method}: {name!r} is not a {kind}; there are "
                              f"{', '.join(known[kind]) or 'none'}" + ("" if place else " (and dense)"))
     return [module(name) for name in parts]
-
-
-def configure(method, given):
-    """{part: its Config} for a chain, from values named "part.field"; the rest take their defaults."""
-    return {short(m): m.Config(**{f.name: given[f"{short(m)}.{f.name}"] for f in fields(m.Config)
-                                  if f"{short(m)}.{f.name}" in given}) for m in chain(method)}
 
 
 def short(module):
