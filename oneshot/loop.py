@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from tqdm import tqdm
 
-from . import capture, models, solvers
+from . import capture, health, models, solvers
 from .linalg import NumericalError, towards_dense
 from .patterns import Dense
 from .solvers import magnitude
@@ -28,7 +28,8 @@ class Options:
     gram_budget: bytes of Gram matrices gathered at once. activations, activation_dtype: where and as what hidden states
     wait between blocks (None: on the device, as computed). layer_errors: measure each linear's error on sampled inputs.
     dense_target: how far each linear aims at its output in the dense model, 0 to 1. dense_stream: keep the dense
-    model's hidden states beside the pruned one's.
+    model's hidden states beside the pruned one's. stop_on_collapse: end with an error at the first block out of bounds
+    (health.py).
     """
 
     device: str = "cpu"
@@ -40,6 +41,7 @@ class Options:
     layer_errors: bool = True
     dense_target: float = 0.0
     dense_stream: bool = False
+    stop_on_collapse: bool = False
     tf32: bool = False
     progress: bool = True
 
@@ -127,6 +129,8 @@ def prune_model(model, ids, mask, plan, steps, options=Options(), *, finished=()
             result.warnings += rows["warnings"]
             if on_block and not done:
                 on_block(b, block, rows)
+            if options.stop_on_collapse and (found := health.collapses(rows["block"])):
+                raise ValueError(f"--stop-on-collapse: {name}.{b}: {'; '.join(found)}")
     result.dense = dense
     return result
 
@@ -152,6 +156,39 @@ def survey(model, ids, mask, needs, options=Options()):
                     yield b, block, [v for v in remaining if v.name not in waiting], moments
                     remaining = deferred
                 capture.replay(block, stream, b)
+
+
+@torch.no_grad()
+def prune_shared(model, ids, mask, targets, options=Options()):
+    """Solve many targets from the DENSE model's inputs: [(Result, {full linear name: new weight}), ...]; the model is
+    left as it was.
+
+    One pass over the data and one factorisation of each Gram matrix serve all. targets: [(plan, steps), ...]. The new
+    weights are kept in the stored dtype on the CPU: so many copies of the model's linears.
+    """
+    name, block_list = models.blocks(model)
+    needs = frozenset().union(*(module.needs for _, steps in targets for module, _ in steps))
+    needs |= {"sample"} if options.layer_errors else frozenset()
+    skipped = [(n, why) for n, why in models.outside(model, block_list)]
+    skipped += [(f"{name}.{b}.{n}", why) for b, block in enumerate(block_list) for n, why in models.linears(block)[1]]
+    solved = [(Result(skipped=[{"name": n, "reason": why} for n, why in skipped]), {}) for _ in targets]
+    for b, _, views, moments in survey(model, ids, mask, needs, options):
+        for view in views:
+            W, full = view.get().clone(), f"{name}.{b}.{view.name}"
+            for (plan, steps), (result, weights) in zip(targets, solved, strict=True):
+                rows = {"layers": result.layers, "warnings": result.warnings, "block": {"block": b}}
+                solve(view, moments.get(view.name), full, plan, steps, rows)()
+                weights[full] = view.get().to("cpu", view.stored, copy=True)
+                view.set(W)
+    return solved
+
+
+def write(model, weights):
+    """Put the weights of `prune_shared` into the model."""
+    name, block_list = models.blocks(model)
+    for b, block in enumerate(block_list):
+        for view in models.linears(block)[0]:
+            view.set(weights[f"{name}.{b}.{view.name}"])
 
 
 def start(model, ids, mask, options):
@@ -192,7 +229,9 @@ def prune_block(block, stream, b, views, prefix, plan, steps, needs, options, ro
     if stream:
         with clock(seconds, "replay", options.device):
             pruned_out = capture.replay(block, stream, b)
-        rows["block"]["relative_error"] = relative_error(dense_out, pruned_out, stream.rows[0])
+        rows["block"] |= health.compare(dense_out, pruned_out, stream.rows[0])
+        if found := health.collapses(rows["block"]):
+            rows["warnings"].append(f"{prefix.removesuffix('.')} collapsed: {'; '.join(found)}")
 
 
 def solve_block(block, stream, b, views, prefix, plan, steps, needs, options, rows, teacher=None):
@@ -220,14 +259,6 @@ def solve_block(block, stream, b, views, prefix, plan, steps, needs, options, ro
     for write in waiting:
         write()
     return dense_out
-
-
-def relative_error(want, got, real):
-    """‖got - want‖² / ‖want‖² over the tokens that are no padding: (..., B, T, H), real bool (B·T,) or None."""
-    want, got = (t.float().reshape(-1, *real.shape, t.shape[-1])[:, real] if real is not None else t.float()
-                 for t in (want, got))
-    change, whole = (torch.linalg.vector_norm(t).item() for t in (got - want, want))
-    return (change / whole) ** 2 if whole else 0.0
 
 
 def solve(view, moments, name, plan, steps, rows, dense_target=0.0):

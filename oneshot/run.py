@@ -42,9 +42,9 @@ def main(argv=None):
         configs = cli.parse(argv)
         check(configs)
         models.quiet()
-        records = []
+        records, shared = [], solve_shared(configs)
         for cfg in configs:
-            records.append(run(cfg, configs))
+            records.append(run(cfg, configs, shared.get(configs.index(cfg))))
             if len(configs) > 1:
                 print(progress_line(records[-1]), file=sys.stderr, flush=True)
         print(summary(records, Path(configs[0].results)))
@@ -71,6 +71,7 @@ def check(configs):
     """Refuse what can be refused before a model is loaded. Raises ValueError naming the flag."""
     for cfg in configs:
         check_devices(cfg)
+        check_target(cfg)
         if cfg.format == "packed" and cfg.prunes and (cfg.pattern != "2:4" or not cfg.save):
             raise ValueError("--format packed: goes with --pattern 2:4 and --save")
         if cfg.save:
@@ -87,16 +88,29 @@ def check(configs):
         raise ValueError("--divergence, --damage: need a text to compare on; give --evaluate")
 
 
+def check_target(cfg):
+    """Refuse combinations of what to aim at that mean nothing."""
+    if cfg.prunes and cfg.dense_target and not any(module.updates for module, _ in steps(cfg)):
+        raise ValueError(f"--dense-target {cfg.dense_target:g}: --method {cfg.method} leaves the weights it keeps as they "
+                         f"are, so it cannot aim anywhere; use {cfg.method}+refit or sparsegpt")
+    own = {"--dense-target": cfg.dense_target, "--recover": cfg.recoveries, "--true-sequential": cfg.true_sequential,
+           "--stop-on-collapse": cfg.stop_on_collapse}
+    for flag, value in own.items():
+        if cfg.prunes and cfg.shared_inputs and value:
+            raise ValueError(f"{flag}: needs each run's own pruned inputs, so it does not go with --shared-inputs")
+
+
 def check_devices(cfg):
     environment.check_device(cfg.device)
     if cfg.activations:
         environment.check_device(cfg.activations, "--activations")
 
 
-def run(cfg, together=()):
+def run(cfg, together=(), solved=None):
     """One run: its record. With `--save`, the pruned checkpoint as well; a finished one is not computed again.
 
-    together: all runs of the command. Where one of them is saved, the dense row is not computed again either.
+    together: all runs of the command. Where one of them is saved, the dense row is not computed again either. solved:
+    (Result, weights) of `solve_shared`; without it the model is pruned here.
     """
     began = time.perf_counter()
     model, tokenizer = load(cfg)
@@ -122,7 +136,7 @@ def run(cfg, together=()):
         calibration = calibration_text(cfg, model, tokenizer)
 
     prepared = time.perf_counter()
-    record = work(cfg, model, tokenizer, plan, calibration, evaluations, folder)
+    record = work(cfg, model, tokenizer, plan, calibration, evaluations, folder, solved)
     record |= {"run_id": run_id, "model": describe(cfg, model, weights)}
     record["seconds"] |= {"load": loaded - began, "data": prepared - loaded, "total": time.perf_counter() - began}
     if folder:
@@ -134,6 +148,22 @@ def load(cfg):
     """(model, tokenizer) as they are on disk."""
     return models.load(cfg.model, dtype=cfg.dtype, revision=cfg.model_revision, cache_dir=cfg.cache_dir,
                        trust_remote_code=cfg.trust_remote_code)
+
+
+def solve_shared(configs):
+    """{place of the run: (Result, weights)} for the runs with `--shared-inputs`, all solved in one pass over the data."""
+    runs = {i: cfg for i, cfg in enumerate(configs) if cfg.prunes and cfg.shared_inputs}
+    if not runs:
+        return {}
+    cfg = next(iter(runs.values()))
+    model, tokenizer = load(cfg)
+    check_model(model)
+    calibration = calibration_text(next((c for c in runs.values() if needs_data(c)), cfg), model, tokenizer)
+    plans = [allocated(c, model, make_plan(c, model), calibration) for c in runs.values()]
+    ids, mask = (calibration.ids, calibration.mask) if calibration else (None, None)
+    solved = loop.prune_shared(model, ids, mask, [(p, steps(c)) for p, c in zip(plans, runs.values(), strict=True)],
+                               options_of(cfg))
+    return dict(zip(runs, solved, strict=True))
 
 
 def identify(cfg, model, calibration, evaluations):
@@ -157,13 +187,18 @@ def check_model(model):
                              "fetch or convert it again")
 
 
-def work(cfg, model, tokenizer, plan, calibration, evaluations, folder=None):
-    """Prune in place and measure: the record, but for what only the caller knows (run_id, model)."""
+def work(cfg, model, tokenizer, plan, calibration, evaluations, folder=None, solved=None):
+    """Prune in place (or write what is `solved`) and measure: the record, but for what only the caller knows (run_id,
+    model)."""
     began = time.perf_counter()
     environment.reset_peak_memory(cfg.device)
-    plan = allocated(cfg, model, plan, calibration)
-    result = prune_model(cfg, model, plan, calibration, folder)
-    prove(model, plan)
+    if solved:
+        result, weights = solved
+        loop.write(model, weights)
+    else:
+        plan = allocated(cfg, model, plan, calibration)
+        result = prune_model(cfg, model, plan, calibration, folder)
+        prove(model, plan)
     pruned = time.perf_counter()
     metrics, info, more = evaluate(cfg, model, tokenizer, evaluations, calibration)
     done = time.perf_counter()
@@ -300,8 +335,8 @@ def options_of(cfg):
         device=cfg.device, batch_size=cfg.batch_size, true_sequential=cfg.true_sequential,
         gram_budget=int(cfg.gram_budget * 2**30), activations=cfg.activations,
         activation_dtype=getattr(torch, cfg.activation_dtype) if cfg.activation_dtype else None,
-        layer_errors=cfg.layer_errors, dense_target=cfg.dense_target, dense_stream=bool(cfg.recoveries), tf32=cfg.tf32,
-        progress=cfg.progress)
+        layer_errors=cfg.layer_errors, dense_target=cfg.dense_target, dense_stream=bool(cfg.recoveries),
+        stop_on_collapse=cfg.stop_on_collapse, tf32=cfg.tf32, progress=cfg.progress)
 
 
 def evaluate(cfg, model, tokenizer, evaluations, calibration=None):

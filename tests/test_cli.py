@@ -41,7 +41,8 @@ def test_every_setting_has_its_flag(field):
     elif choices := field.metadata.get("choices"):
         argv, want = [flag, choices[-1]], choices[-1]
     else:
-        want = {"method": "wanda", "pattern": "0.25", "group": "row"}.get(field.name) or (
+        want = {"method": "wanda", "pattern": "0.25", "group": "row", "allocate": "owl", "recover": "block",
+                "dense_target": 0.5}.get(field.name) or (
             7.0 if field.type is float else 7 if field.type in (int, int | None) else "some/where")
         argv = [flag, str(want)]
     base = [] if field.name in ("method", "pattern") else ["--method", "wanda", "--pattern", "0.5"]
@@ -155,7 +156,7 @@ def test_wanda_flags_that_do_not_fit(argv, named):
 def changed(cfg, field):
     """The config with another value of one field."""
     old = getattr(cfg, field.name)
-    other = {"method": "sparsegpt", "pattern": "0.25", "group": "row"}.get(field.name)
+    other = {"method": "sparsegpt", "pattern": "0.25", "group": "row", "dense_target": 0.5}.get(field.name)
     new = other or (not old if isinstance(old, bool) else (old or 2) + 1 if field.type in (int, int | None, float)
                     else "bfloat16" if "dtype" in field.name else "other")
     return dataclasses.replace(cfg, **{field.name: new})
@@ -165,7 +166,8 @@ def changed(cfg, field):
 def test_run_id_changes_with_any_setting_but_not_with_output_flags(field):
     cfg = one("--method", "wanda", "--pattern", "0.5")
     same = changed(cfg, field).run_id("weights", "data") == cfg.run_id("weights", "data")
-    assert same == (field.name in ("cache_dir", "save", "overwrite", "results", "dense", "progress"))
+    assert same == (field.name in ("cache_dir", "save", "overwrite", "results", "dense", "progress", "effort",
+                                   "quantised"))
 
 
 def test_run_id_changes_with_weights_data_and_solver_settings():
@@ -216,7 +218,7 @@ def test_help_starts_without_what_it_does_not_need():
 
 
 def test_flags_reach_their_own_part():
-    given = {"method": "wanda", "wanda.use_variant": True, "sparsegpt.damping": 3.0, "recover": "block",
+    given = {"method": "wanda", "pattern": "0.5", "wanda.use_variant": True, "sparsegpt.damping": 3.0, "recover": "block",
              "block.steps": 7, "distil.steps": 9, "allocate": "owl", "owl.spread": 0.1}
     cfg = cli.build(given)
     assert list(cfg.solver) == ["wanda"] and cfg.solver["wanda"].use_variant

@@ -3,6 +3,7 @@
 A solver is a module with
 
     needs       which Moments it reads, a frozenset of names (see moments.py)
+    updates     whether weights that stay get new values
     Config      a frozen dataclass: its flags, with `metadata={"help": ...}` each, and `group`: its paper's comparison
                 group for an unstructured pattern ("matrix", "row" or a number of columns)
     prune(W, moments, pattern, cfg) -> Solution

@@ -27,6 +27,7 @@ from ..patterns import NM, Unstructured
 from . import Solution
 
 needs = frozenset({"outer"})
+updates = True
 
 
 @dataclass(frozen=True)

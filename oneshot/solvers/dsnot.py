@@ -28,6 +28,7 @@ from ..patterns import NM
 from . import Solution
 
 needs = frozenset({"sum", "sum_sq"})
+updates = False
 STARTS = ("wanda", "magnitude")
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from . import Solution
 
 needs = frozenset()
+updates = False
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from ..linalg import require_finite
 from . import Solution
 
 needs = frozenset({"sum_sq"})
+updates = False
 
 
 @dataclass(frozen=True)

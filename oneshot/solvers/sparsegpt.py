@@ -26,6 +26,7 @@ from ..patterns import NM
 from . import Solution
 
 needs = frozenset({"outer"})
+updates = True
 SUB_BLOCK = 16  # columns updated one by one before the rest of the block sees them
 SPAN = 4  # blocks that take the compensation of everything before them in one product
 

@@ -14,6 +14,7 @@ from ..patterns import Unstructured
 from . import Solution
 
 needs = frozenset({"sum_sq"})
+updates = False
 
 
 @dataclass(frozen=True)
