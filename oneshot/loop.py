@@ -51,7 +51,7 @@ class Result:
     """Rows for the record: one per linear, one per block, what was skipped, every weaker path taken.
 
     recovery: what repaired the whole model afterwards. dense: the stream of the dense model behind its last block,
-    where one was kept.
+    where one was kept. seconds: this target's share of the time that solved many at once.
     """
 
     layers: list = field(default_factory=list)
@@ -60,6 +60,7 @@ class Result:
     warnings: list = field(default_factory=list)
     recovery: dict = field(default_factory=dict)
     dense: object = None
+    seconds: float = 0.0
 
 
 def make_plan(model, pattern, steps):

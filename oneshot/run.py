@@ -151,11 +151,11 @@ def load(cfg):
 
 
 def solve_shared(configs):
-    """{place of the run: (Result, weights)} for the runs with `--shared-inputs`, all solved in one pass over the data."""
+    """{place of the run: (Result, weights)} for the runs with `--shared-inputs`, solved in one pass over the data."""
     runs = {i: cfg for i, cfg in enumerate(configs) if cfg.prunes and cfg.shared_inputs}
     if not runs:
         return {}
-    cfg = next(iter(runs.values()))
+    cfg, began = next(iter(runs.values())), time.perf_counter()
     model, tokenizer = load(cfg)
     check_model(model)
     calibration = calibration_text(next((c for c in runs.values() if needs_data(c)), cfg), model, tokenizer)
@@ -163,6 +163,8 @@ def solve_shared(configs):
     ids, mask = (calibration.ids, calibration.mask) if calibration else (None, None)
     solved = loop.prune_shared(model, ids, mask, [(p, steps(c)) for p, c in zip(plans, runs.values(), strict=True)],
                                options_of(cfg))
+    for result, _ in solved:
+        result.seconds = (time.perf_counter() - began) / len(runs)
     return dict(zip(runs, solved, strict=True))
 
 
@@ -212,7 +214,7 @@ def work(cfg, model, tokenizer, plan, calibration, evaluations, folder=None, sol
         "bytes": quantised.model_bytes(model, result.layers, "dense" if cfg.prunes else cfg.pattern),
         "warnings": warnings(cfg, model, calibration, evaluations) + result.warnings,
         "peak_memory_bytes": environment.peak_memory(cfg.device),
-        "seconds": {"prune": pruned - began, "evaluate": done - pruned, "total": done - began},
+        "seconds": {"prune": pruned - began + result.seconds, "evaluate": done - pruned, "total": done - began},
     } | more
 
 

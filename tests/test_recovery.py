@@ -1,0 +1,184 @@
+"""Recovery: training what pruning kept brings a model nearer to the dense one and never back a single zero."""
+
+import copy
+import functools
+
+import families
+import pytest
+import tiny
+import torch
+from families import FAMILIES, T, VOCAB
+from torch.nn.functional import kl_div
+
+from oneshot import cli, export, loop, models, page, recovery, solvers
+from oneshot.patterns import parse
+from oneshot.recovery import Trainable, fit
+
+REFUSED = families.REFUSED
+SAMPLE = ("llama", "gpt2", "gemma3", "bloom", "falcon", "phi3", "mixtral", "gpt_oss", "qwen3_next")
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    monkeypatch.setattr(page, "_pictures", lambda records: [])
+
+
+def tokens(n=16, seed=3):
+    return torch.randint(3, VOCAB, (n, T), generator=torch.Generator().manual_seed(seed))
+
+
+def prune(model, recover="block", method="wanda", pattern="2:4", mask=None, ids=None, **given):
+    """(Result, what distil says) of the loop with the named repairs."""
+    cfg = cli.build({"method": method, "pattern": pattern, "recover": recover, **given})
+    steps = [(module, cfg.solver[name]) for name, module in
+             zip(method.split("+"), solvers.chain(method), strict=True)]
+    repair = functools.partial(recovery.module("block").repair, cfg=cfg.recovery["block"], seed=0) \
+        if "block" in cfg.recovery else None
+    result = loop.prune_model(model, tokens() if ids is None else ids, mask, loop.make_plan(model, parse(pattern), steps),
+                              steps, loop.Options(batch_size=4, dense_stream=True, progress=False), repair=repair)
+    told = recovery.module("distil").repair(model, result.dense, cfg.recovery["distil"], 0) \
+        if "distil" in cfg.recovery else None
+    return result, told
+
+
+def kl(dense, pruned, ids, mask=None):
+    """Mean KL to the dense model, by plain forwards."""
+    inputs = {"input_ids": ids, "use_cache": False} | ({} if mask is None else {"attention_mask": mask.long()})
+    with torch.no_grad():
+        p, q = (m(**inputs).logits.double().log_softmax(-1) for m in (dense, pruned))
+    each = kl_div(q, p, reduction="none", log_target=True).sum(-1)
+    return float(each.mean() if mask is None else each[mask].mean())
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+@pytest.mark.parametrize("recover", recovery.names())
+def test_a_repair_helps_and_loses_no_zero(name, recover):
+    dense, plain, repaired = (families.tiny(name) for _ in range(3))
+    prune(plain, "none")
+    prune(repaired, recover, **{f"{recover}.steps": 30})
+    for (full, p), q in zip(plain.named_parameters(), repaired.parameters(), strict=True):
+        if p.ndim > 1:
+            assert not q[p == 0].any(), full
+        assert torch.isfinite(q).all() and not q.requires_grad
+    assert kl(dense, repaired, tokens()) < 0.9 * kl(dense, plain, tokens())
+
+
+@pytest.mark.parametrize("recover", recovery.names())
+def test_padding_teaches_nothing(recover):
+    """Whatever stands in the padding, the same model comes out."""
+    mask = torch.ones(16, T, dtype=torch.bool)
+    mask[::2, 15:] = False
+    found = []
+    for filler in (0, 7):
+        model, ids = families.tiny("llama"), tokens().where(mask, filler)
+        prune(model, recover, mask=mask, ids=ids, **{f"{recover}.steps": 8})
+        found.append(torch.cat([p.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
+
+
+def test_the_teacher_is_the_dense_model_on_dense_inputs():
+    """The stream that recovery aims at is, block by block, the dense model's own."""
+    dense, model, seen = families.tiny("llama"), families.tiny("llama"), []
+
+    def look(block, stream, b, targets, stored):
+        seen.append(torch.cat(list(targets)))
+        return {}
+    steps = [(m, m.Config()) for m in solvers.chain("wanda")]
+    loop.prune_model(model, tokens(), None, loop.make_plan(model, parse("2:4"), steps), steps,
+                     loop.Options(batch_size=4, dense_stream=True, progress=False), repair=look)
+    with torch.no_grad():
+        want = dense(tokens(), output_hidden_states=True, use_cache=False).hidden_states
+    torch.testing.assert_close(seen[0], want[1], rtol=0, atol=1e-5)
+    with torch.no_grad():  # the last one of the tuple is behind the final norm
+        torch.testing.assert_close(dense.model.norm(seen[1]), want[2], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_trained_is_rounded_to_the_stored_dtype_before_the_next_block_sees_it(dtype):
+    model, replayed = families.tiny("llama", dtype=dtype), []
+    real = loop.capture.replay
+
+    def replay(block, stream, b):
+        replayed.append([p.detach().clone() for p in block.parameters()])
+        return real(block, stream, b)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.capture, "replay", replay)
+        prune(model, "block", **{"block.steps": 4})
+    for p in replayed[-1]:
+        assert torch.equal(p, p.to(dtype).float())
+    assert {p.dtype for p in model.parameters()} == {dtype}
+
+
+def test_the_best_state_on_the_held_out_batches_is_kept():
+    """A learning rate that destroys leaves everything as it was."""
+    plain, repaired = families.tiny("llama"), families.tiny("llama")
+    prune(plain, "none")
+    result, _ = prune(repaired, "block", **{"block.steps": 16, "block.lr": 0.9})
+    for b in result.blocks:
+        assert b["repair"]["held_out_after"] <= b["repair"]["held_out_before"]
+    worse = [b["repair"] for b in result.blocks if b["repair"]["held_out_after"] == b["repair"]["held_out_before"]]
+    if len(worse) == len(result.blocks):
+        for p, q in zip(plain.parameters(), repaired.parameters(), strict=True):
+            assert torch.equal(p, q)
+
+
+def test_fit_finds_the_least_squares_solution():
+    """On a linear layer with a mask the optimum is known."""
+    gen = torch.Generator().manual_seed(0)
+    X, W = torch.randn(8, 64, 6, generator=gen), torch.randn(3, 6, generator=gen)
+    layer = torch.nn.Linear(6, 3, bias=False)
+    keep = torch.rand(3, 6, generator=gen) > 0.4
+    layer.weight.data = W * keep
+    with Trainable(layer, {"weight": torch.float32}) as trainable:
+        fit(trainable, lambda i: (layer(X[i]) - X[i] @ W.T).square().mean(), range(8), steps=800, lr=0.05, seed=0)
+    flat = X.reshape(-1, 6).double()
+    for r in range(3):
+        want = torch.linalg.lstsq(flat[:, keep[r]], flat @ W[r].double()).solution
+        torch.testing.assert_close(layer.weight[r, keep[r]].double(), want, rtol=0.1, atol=0.05)
+    assert not layer.weight[~keep].any()
+
+
+def test_seed_decides_and_nothing_else():
+    def weights(seed):
+        layer = torch.nn.Linear(4, 4)
+        torch.nn.init.eye_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+        X = torch.randn(10, 5, 4, generator=torch.Generator().manual_seed(1))
+        with Trainable(layer, dict.fromkeys(("weight", "bias"), torch.float32)) as trainable:
+            fit(trainable, lambda i: (layer(X[i]) - X[i].flip(-1)).square().mean(), range(10), steps=5, lr=0.1, seed=seed)
+        return layer.weight.detach().clone()
+    assert torch.equal(weights(1), weights(1)) and not torch.equal(weights(1), weights(2))
+
+
+def test_one_batch_only_is_said(tmp_path, capsys):
+    place = tiny.make(tmp_path)
+    assert tiny.main(*tiny.flags(place, "--no-dense", recover="block,distil", nsamples=4,
+                                 **{"block.steps": 2, "distil.steps": 2})) == 0
+    assert "nothing held out" in capsys.readouterr().out
+
+
+def test_a_command_repairs_and_the_record_says_so(tmp_path):
+    place = tiny.make(tmp_path)
+    assert tiny.main(*tiny.flags(place, "--no-dense", recover="block,distil", save=place / "out",
+                                 **{"block.steps": 3, "distil.steps": 3})) == 0
+    record = export.read_manifest(place / "out")["record"]
+    assert record["recovery"]["distil"]["steps"] == 3
+    assert all(b["repair"]["steps"] == 3 for b in record["blocks"])
+    assert record["settings"]["recovery"] == {"block": {"steps": 3, "lr": 0.03}, "distil": {
+        "steps": 3, "lr": record["settings"]["recovery"]["distil"]["lr"]}}
+
+
+@pytest.mark.parametrize("flag, value", [("block.steps", 0), ("distil.lr", 0.0), ("block.lr", 1.0)])
+def test_useless_settings_are_refused(flag, value):
+    with pytest.raises(ValueError, match=f"--{flag}"):
+        cli.build({"method": "wanda", "pattern": "0.5", "recover": flag.split(".")[0], flag: value})
+
+
+def test_unknown_way():
+    with pytest.raises(ValueError, match="--recover magic: no such way; there are block, distil"):
+        cli.build({"method": "wanda", "pattern": "0.5", "recover": "magic"})
+
+
+def test_families_named_here_exist():
+    assert set(SAMPLE) <= set(FAMILIES) - set(REFUSED)
+    assert copy.deepcopy(models.linears(families.tiny("llama").model.layers[0])[0])

@@ -1,0 +1,267 @@
+"""What a layer aims at (`--dense-target`) and from which inputs (`--shared-inputs`), and the collapse alarm."""
+
+import copy
+
+import families
+import pytest
+import tiny
+import torch
+from families import T, VOCAB
+
+from oneshot import capture, health, linalg, loop, models, page, presets, report, solvers
+from oneshot.moments import Moments
+from oneshot.patterns import NM, Unstructured, parse
+
+
+def tokens(n=12, seed=3):
+    return torch.randint(3, VOCAB, (n, T), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    monkeypatch.setattr(page, "_pictures", lambda records: [])
+
+
+def records_of(place):
+    return [report.read(path) for path in sorted((place / "runs").glob("*.json"))]
+
+
+def steps_of(method):
+    return [(m, m.Config()) for m in solvers.chain(method)]
+
+
+def prune(model, method="sparsegpt", pattern="2:4", **options):
+    steps = steps_of(method)
+    return loop.prune_model(model, tokens(), None, loop.make_plan(model, parse(pattern), steps), steps,
+                            loop.Options(batch_size=4, progress=False, **options))
+
+
+# --- the dense target ---------------------------------------------------------------------------------------
+
+
+def test_target_is_the_ridge_regression_on_the_dense_output():
+    gen = torch.Generator().manual_seed(0)
+    W, X, X_dense = (torch.randn(*shape, generator=gen, dtype=torch.float64) for shape in ((5, 8), (200, 8), (200, 8)))
+    moments = Moments(8, {"outer", "cross"}, dtype=torch.float64)
+    for x, d in zip(X.split(60), X_dense.split(60), strict=True):
+        moments.update(x, d)
+    G = X.T @ X / 200
+    A = G + 0.01 * G.diagonal().mean() * torch.eye(8, dtype=torch.float64)
+    for share in (0.5, 1.0):
+        want = W + share * W @ ((X_dense - X).T @ X / 200) @ torch.linalg.inv(A)
+        torch.testing.assert_close(linalg.towards_dense(W, moments, share), want, rtol=1e-9, atol=1e-9)
+
+
+def test_equal_inputs_leave_the_target_alone():
+    W, X = torch.randn(3, 6), torch.randn(50, 6)
+    moments = Moments(6, {"outer", "cross"})
+    moments.update(X, X)
+    assert torch.equal(linalg.towards_dense(W, moments, 1.0), W)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "bloom", "falcon-new"])
+@pytest.mark.parametrize("sequential", [False, True])
+def test_aiming_at_the_dense_model_brings_its_outputs_nearer(name, sequential):
+    def distance(share):
+        model, dense = families.tiny(name), families.tiny(name)
+        prune(model, dense_target=share, true_sequential=sequential)
+        with torch.no_grad():
+            a, b = (m(tokens(), use_cache=False).logits for m in (model, dense))
+        return float((a - b).square().mean())
+    assert distance(0.5) < distance(0.0)
+
+
+def test_cross_moments_compare_the_same_tokens_of_both_models():
+    model = families.tiny("llama")
+    _, block_list = models.blocks(model)
+    stream = capture.capture(model, tokens(), batch_size=4)
+    dense, block, teacher = stream.fork(), block_list[0], copy.deepcopy(block_list[0])
+    stream.hidden = [h + 0.1 * torch.randn_like(h) for h in stream.hidden]
+    views, _ = models.linears(block)
+    seen = {"pruned": [], "dense": []}
+    for key, b, s in (("pruned", block, stream), ("dense", teacher, dense)):
+        handle = b.mlp.down_proj.register_forward_pre_hook(lambda _, args, key=key: seen[key].append(args[0].clone()))
+        for i in range(len(s)):
+            capture.forward(b, s, 0, i)
+        handle.remove()
+    moments, _, _ = capture.collect(block, stream, 0, views, {"outer", "cross"}, dense=(teacher, dense))
+    x, d = (torch.cat(seen[key]).reshape(-1, 48) for key in ("pruned", "dense"))
+    torch.testing.assert_close(moments["mlp.down_proj"].cross, (d - x).T @ x, rtol=1e-4, atol=1e-3)
+
+
+def test_experts_refuse_a_dense_target():
+    with pytest.raises(ValueError, match="--dense-target.*different experts"):
+        prune(families.tiny("mixtral"), dense_target=0.5)
+
+
+def test_methods_that_keep_weights_as_they_are_refuse_it(tmp_path, capsys):
+    place = tiny.make(tmp_path)
+    assert tiny.main(*tiny.flags(place, dense_target=0.5)) == 2
+    assert "--dense-target 0.5: --method wanda leaves the weights" in capsys.readouterr().err
+    assert tiny.main(*tiny.flags(place, method="sparsegpt", dense_target=1.5)) == 2
+    assert "share from 0 to 1" in capsys.readouterr().err
+
+
+# --- shared inputs ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_shared_inputs_solve_each_linear_on_the_dense_models_inputs(name):
+    """The first block sees the same inputs either way; further up every target is solved as if it were alone."""
+    ways = [("sparsegpt", "2:4"), ("wanda", "0.6"), ("sparsegpt", "0.5")]
+    model, options = families.tiny(name), loop.Options(batch_size=4, progress=False)
+    before = copy.deepcopy(model.state_dict())
+    targets = [(loop.make_plan(model, parse(p), steps_of(m)), steps_of(m)) for m, p in ways]
+    solved = loop.prune_shared(model, tokens(), None, targets, options)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    for (method, pattern), target, (result, weights) in zip(ways, targets, solved, strict=True):
+        own = families.tiny(name)
+        prune(own, method, pattern)
+        [(_, alone)] = loop.prune_shared(model, tokens(), None, [target], options)
+        path, block_list = models.blocks(own)
+        assert len(result.layers) == len(weights) == sum(len(models.linears(b)[0]) for b in block_list)
+        for b, block in enumerate(block_list):
+            for view in models.linears(block)[0]:
+                full = f"{path}.{b}.{view.name}"
+                assert torch.equal(weights[full], alone[full])
+                if b == 0:
+                    torch.testing.assert_close(weights[full], view.get(), rtol=1e-4, atol=1e-5)
+
+
+def test_shared_inputs_by_command_give_every_row_and_checkpoint(tmp_path):
+    place = tiny.make(tmp_path)
+    argv = tiny.flags(place, "--shared-inputs", method="wanda,sparsegpt", pattern="2:4,0.6", save=place / "out")
+    assert tiny.main(*argv) == 0
+    records = records_of(place)
+    assert len(records) == 5
+    assert all(r["settings"]["shared_inputs"] for r in records if r["settings"]["method"] != "dense")
+    assert {p.name for p in (place / "out").iterdir()} == {"wanda-2of4", "sparsegpt-2of4", "wanda-0.6", "sparsegpt-0.6"}
+    again = {p: p.read_bytes() for p in (place / "runs").glob("*.json")}
+    assert tiny.main(*argv) == 0
+    assert again == {p: p.read_bytes() for p in (place / "runs").glob("*.json")}
+
+
+@pytest.mark.parametrize("flag", ["--true-sequential", "--recover=block", "--dense-target=0.5", "--stop-on-collapse"])
+def test_shared_inputs_refuse_what_needs_a_runs_own(tmp_path, capsys, flag):
+    place = tiny.make(tmp_path)
+    assert tiny.main(*tiny.flags(place, "--shared-inputs", flag, method="sparsegpt")) == 2
+    assert "does not go with --shared-inputs" in capsys.readouterr().err
+
+
+# --- the survey, allocation and presets by command ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["owl", "arithmetic", "error"])
+def test_allocation_by_command_meets_the_sparsity(tmp_path, way):
+    place = tiny.make(tmp_path)
+    assert tiny.main(*tiny.flags(place, "--no-dense", pattern="0.6", allocate=way)) == 0
+    [record] = records_of(place)
+    rows = record["layers"]
+    total, zeros = (sum(f(r) for r in rows) for f in (lambda r: r["shape"][0] * r["shape"][1],
+                                                      lambda r: r["target_zeros"]))
+    wanted = sum(Unstructured(0.6, "row").zeros(*r["shape"]) for r in rows)
+    assert abs(zeros - wanted) <= sum(r["shape"][0] for r in rows) and zeros < total
+    assert len({r["pattern"] for r in rows}) > 1 and record["settings"]["allocation"]
+
+
+def test_mix_by_command_stays_within_its_bytes(tmp_path):
+    place = tiny.make(tmp_path)
+    assert tiny.main(*tiny.flags(place, "--no-dense", allocate="mix", **{"mix.budget": 0.75})) == 0
+    [record] = records_of(place)
+    found = {r["pattern"] for r in record["layers"]}
+    assert found == {"2:4", "dense"}
+
+
+def test_survey_sees_the_dense_model():
+    model = families.tiny("llama")
+    _, block_list = models.blocks(model)
+    first = capture.capture(model, tokens(), batch_size=4)
+    want = {}
+    for b, block in enumerate(block_list):
+        moments, _, _ = capture.collect(block, first, b, models.linears(block)[0], {"outer"})
+        want |= {(b, n): m.outer.clone() for n, m in moments.items()}
+        capture.replay(block, first, b)
+    tight = loop.Options(batch_size=4, progress=False, gram_budget=1)  # one Gram matrix at a time
+    found = {}
+    for b, _, views, moments in loop.survey(model, tokens(), None, {"outer"}, tight):
+        found |= {(b, v.name): moments[v.name].outer.clone() for v in views}
+    assert found.keys() == want.keys()
+    for key in want:
+        torch.testing.assert_close(found[key], want[key])
+
+
+@pytest.mark.parametrize("effort", presets.EFFORTS)
+def test_every_effort_is_made_of_flags_that_exist(effort):
+    from oneshot import cli
+    [cfg] = [c for c in cli.parse(["--method", "best", "--effort", str(effort), "--pattern", "2:4"]) if c.prunes]
+    flags = presets.EFFORTS[effort][1]
+    assert cfg.preset == f"best-{effort}" and cfg.method == flags["method"]
+    for name, value in flags.items():
+        part, dot, field = name.partition(".")
+        assert (getattr((cfg.solver | cfg.recovery | cfg.allocation)[part], field) if dot else getattr(cfg, name)) == value
+
+
+def test_what_is_given_beside_a_preset_wins():
+    from oneshot import cli
+    [cfg] = [c for c in cli.parse(["--method", "best", "--pattern", "2:4", "--recover", "block", "--block.steps", "7"])
+             if c.prunes]
+    assert list(cfg.recovery) == ["block"] and cfg.recovery["block"].steps == 7
+
+
+@pytest.mark.parametrize("effort", [0, 6])
+def test_unknown_effort(effort, capsys):
+    from oneshot import run
+    assert run.main(["--method", "best", "--effort", str(effort)]) == 2
+    assert f"--effort {effort}: give 1 to 5" in capsys.readouterr().err
+
+
+# --- the collapse alarm -------------------------------------------------------------------------------------
+
+
+def test_equal_outputs_are_sound():
+    Y = torch.randn(2, 40, 16)
+    values = health.compare(Y, Y)
+    assert values["relative_error"] == 0 and values["norm_ratio"] == values["dimensions_ratio"] == 1
+    assert not health.collapses(values)
+
+
+def test_dimensions_count_directions():
+    gen = torch.Generator().manual_seed(0)
+    for d in (1, 3, 8):
+        Q, _ = torch.linalg.qr(torch.randn(32, d, generator=gen))
+        Y = torch.randn(4000, d, generator=gen) @ Q.T + 5  # a common offset is no dimension
+        assert health.dimensions(Y) == pytest.approx(d, rel=0.1)
+    assert health.dimensions(torch.ones(9, 4)) == 0
+
+
+@pytest.mark.parametrize("broken, word", [(lambda Y: 0.1 * Y, "norm"), (lambda Y: Y.mean(-1, keepdim=True).expand_as(Y),
+                                                                       "dimensions"),
+                                          (lambda Y: Y.flip(0), "relative error"), (lambda Y: Y * float("nan"), "norm")])
+def test_a_collapse_is_named(broken, word):
+    Y = torch.randn(4, 30, 12, generator=torch.Generator().manual_seed(1))
+    assert any(found.startswith(word) for found in health.collapses(health.compare(Y, broken(Y))))
+
+
+def test_padding_is_not_looked_at():
+    Y, rows = torch.randn(2, 6, 8), torch.ones(12, dtype=torch.bool)
+    rows[[3, 4, 5]] = False
+    broken = Y.clone()
+    broken[0, 3:] = float("nan")
+    assert not health.collapses(health.compare(Y, broken, rows))
+
+
+def test_the_alarm_is_a_warning_and_may_stop_the_run(tmp_path, capsys):
+    place = tiny.make(tmp_path)
+    argv = tiny.flags(place, "--no-dense", method="magnitude", pattern="0.95")
+    assert tiny.main(*argv) == 0
+    [record] = records_of(place)
+    assert any("collapsed" in w for w in record["warnings"])
+    assert tiny.main(*argv, "--stop-on-collapse", "--save", str(place / "out")) == 2
+    assert "--stop-on-collapse: model.layers." in capsys.readouterr().err
+    assert not (place / "out" / "oneshot.json").exists()
+
+
+def test_a_sound_run_has_no_alarm():
+    result = prune(families.tiny("llama"), pattern=str(NM(3, 4)))
+    assert not [w for w in result.warnings if "collapsed" in w]
+    assert all("dimensions" in b for b in result.blocks)
