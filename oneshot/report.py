@@ -197,16 +197,18 @@ def pattern_of(record):
 
 
 def pattern_key(text):
-    """Sorts patterns: dense, unstructured by sparsity, N:M by sparsity and M, anything else."""
+    """Sorts patterns: dense, unstructured by sparsity, N:M by sparsity and M, int<b> by bits, anything else."""
     if text == "dense":
         return 0, 0.0, 0, text
     if match := re.fullmatch(r"(\d+):(\d+)", text):
         n, m = map(int, match.groups())
         return 2, 1 - n / max(m, 1), m, text
+    if match := re.fullmatch(r"int(\d+)", text):
+        return 3, -int(match[1]), 0, text
     try:
         return 1, float(text), 0, text
     except ValueError:
-        return 3, 0.0, 0, text
+        return 4, 0.0, 0, text
 
 
 def model_names(records):
