@@ -21,10 +21,12 @@ from pathlib import Path
 SCHEMA = 1
 # the order in the file: what is short comes first
 KEYS = ("schema", "run_id", "status", "settings", "model", "data", "environment", "metrics", "metric_info",
-        "sparsity", "bytes", "warnings", "damage", "prompts", "peak_memory_bytes", "seconds", "skipped", "blocks", "layers")
+        "sparsity", "bytes", "warnings", "damage", "prompts", "peak_memory_bytes", "seconds", "skipped", "blocks",
+        "layers")
 # Settings that say where a run goes or what is measured after it, not what was done to the model.
 ELSEWHERE = {"model", "method", "pattern", "save", "overwrite", "results", "cache_dir", "device", "tasks", "format",
-             "evaluate", "eval_seqlen", "eval_windows", "eval_batch_size", "prompts", "robustness", "divergence", "damage"}
+             "evaluate", "eval_seqlen", "eval_windows", "eval_batch_size", "prompts", "robustness", "divergence",
+             "damage"}
 HIGHER_IS_BETTER = ("acc", "exact_match", "em", "f1", "agreement", "mcc", "bleu", "rouge",
                     "top1_agreement", "starts_with", "contains", "chosen")
 
@@ -290,7 +292,8 @@ def rows(records):
 
     Keys: run_id, model, method, pattern, variant; per column its header and, where a model has a dense run
     beside pruned ones, "HEADER / dense" (perplexity: the ratio) or "HEADER - dense" (others: the difference);
-    sparsity (share of zeros in what was prunable), bytes (of the same, a share of their dense bytes), prune s, warnings (how many), status.
+    sparsity (share of zeros in what was prunable), bytes (of the same, as a share of dense), prune s,
+    warnings (how many), status.
     """
     records = ordered(records)
     names, found, own = model_names(records), columns(records), variants(records)
@@ -308,7 +311,8 @@ def rows(records):
                 row.update([_against(c, x, references[identity(record)][c])])
         size = record.get("bytes") or {}
         row |= {"sparsity": record.get("sparsity"),
-                "bytes": size["stored"] / size["dense"] if size.get("dense") else None, "prune s": (record.get("seconds") or {}).get("prune"),
+                "bytes": size["stored"] / size["dense"] if size.get("dense") else None,
+                "prune s": (record.get("seconds") or {}).get("prune"),
                 "warnings": len(record.get("warnings") or []), "status": record.get("status")}
         table_rows.append(row)
     return table_rows

@@ -34,7 +34,7 @@ def synthetic(ids, increase, mask=None):
     return {"t": data.Tokens(ids, mask, "", "")}, {"t": made}
 
 
-def sampled(n=40, T=33, seed=0, words=len(WORDS)):
+def sampled(n=40, T=33, seed=0, words=12):
     draw = torch.Generator().manual_seed(seed)
     return torch.randint(words, (n, T), generator=draw), 0.1 * torch.randn(n, T - 1, generator=draw)
 

@@ -28,7 +28,7 @@ def test_each_changes_only_what_it_says():
     assert re.sub(r"\s", "", perturbed(TEXT, "whitespace")) == TEXT.replace(" ", "")
     assert perturbed(TEXT, "casing").lower() == TEXT.lower()
     for before, after in zip(TEXT.split(" "), perturbed(TEXT, "typos").split(" "), strict=True):
-        assert after[0] == before[0] and set(after) == set(before) or len(after) == len(before) - 1
+        assert (after[0] == before[0] and set(after) == set(before)) or len(after) == len(before) - 1
         assert abs(len(after) - len(before)) <= 1 and (len(before) > 3 or after == before)
 
 

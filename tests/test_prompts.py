@@ -33,7 +33,7 @@ def test_shares_are_counted_on_plain_continuations(place, tmp_path):  # noqa: F8
     model, tokenizer = models.load(place / "model")
     texts = {p: written_plainly(model, tokenizer, p, prompts.NEW_TOKENS) for p in ("the sea ", "rain", "hot sand")}
     assert all(len(t.strip()) > 8 for t in texts.values())
-    first, second, third = texts.values()
+    first, second, _ = texts.values()
     rows = [{"prompt": "the sea ", "expected": first.strip()[:4]}, {"prompt": "rain", "expected": second.strip()[3:8]},
             {"prompt": "hot sand", "expected": "zzzzzz"}]
     values, how, answers = prompts.evaluate(model, tokenizer, save(tmp_path / "suite.jsonl", *rows))

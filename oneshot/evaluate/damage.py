@@ -11,7 +11,6 @@ equally frequent ones together; `content` by what stands there; `position` by th
 window; `text` by the named text. Twenty slices compared at 95 % show about one that differs by chance alone.
 """
 
-import math
 import re
 from collections import Counter
 
