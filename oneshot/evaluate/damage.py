@@ -23,8 +23,8 @@ TOKENS, PASSAGES, PASSAGE = 20, 5, 32  # shown; length of a passage
 WORD = re.compile(r"[^\W_]+(?:['’\-.,][^\W_]+)*")
 RARE = "rare words (seen once)"
 SENTENCE_END = set(".!?:;\"“”‘»…([\n")  # what a word that begins a sentence may stand behind
-TENTHS = ("rarest tenth of the tokens", "2nd tenth", "3rd tenth", *(f"{i}th tenth" for i in range(4, 10)),
-          "commonest tenth")
+TENTHS = ("rarest tenth of the tokens", "2nd rarest tenth", "3rd rarest tenth",
+          *(f"{i}th rarest tenth" for i in range(4, 10)), "commonest tenth")
 
 
 def damage(tokenizer, texts, compared, calibration=None):
@@ -87,8 +87,8 @@ def student(nu):
 def in_words(slices, overall):
     """One sentence for each slice that lost more than the whole, the worst first."""
     worse = sorted((s for s in slices if s["verdict"] == "more"), key=lambda s: -s["increase"])
-    return [f"{s['name']} lost {s['increase']:.3g} ± {s['half']:.2g} nats, the text as a whole "
-            f"{overall['increase']:.3g}" for s in worse]
+    return [f"{'places ' * (s['kind'] == 'position')}{s['name']} lost {s['increase']:.3g} ± {s['half']:.2g} nats, "
+            f"the text as a whole {overall['increase']:.3g}" for s in worse]
 
 
 # ---------------------------------------------------------------- slices: {name: bool (n, T-1)}, a column a target
