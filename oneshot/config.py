@@ -78,8 +78,6 @@ class RunConfig:
                             group="evaluation")
     damage: bool = flag(False, "find the tokens and passages that lost most against the dense model; the record quotes "
                                "them", group="evaluation")
-    quantised: bool = flag(False, "show what int8, int4 and the width of equal bytes would cost instead of pruning",
-                           group="output", output=True)
     eval_seqlen: int | None = flag(None, "window of the evaluation (default: --seqlen)", group="evaluation")
     eval_windows: int | None = flag(None, "measure on at most so many windows of each text", group="evaluation")
     eval_batch_size: int | None = flag(None, "windows at a time (default: --batch-size)", group="evaluation")
@@ -111,6 +109,8 @@ class RunConfig:
     overwrite: bool = flag(False, "replace another run's result in --save", group="output", output=True)
     results: str = flag("runs", "folder for the run's record (JSON) and page (HTML)", group="output", output=True)
     dense: bool = flag(True, "measure the dense model as well", group="output", output=True)
+    quantised: bool = flag(False, "measure plain int8, int4 and the integers of equal bytes as well, nothing pruned",
+                           group="output", output=True)
     progress: bool = flag(True, "show progress bars", group="output", output=True)
 
     preset: str | None = None  # the name under which the settings were asked for: best-3

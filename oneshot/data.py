@@ -206,7 +206,7 @@ def evaluation(
         text, mask = _read(spec, options, evaluate=True), None
         if perturbation:
             changed = [perturbed(document or "", perturbation) for document in text.documents]
-            text = replace(text, documents=changed, source=f"{text.source}, with {perturbation}")
+            text = replace(text, documents=changed, source=f"{text.source}, with {perturbation} in a tenth of it")
         limits = (max_windows, HUB_SETS[spec].evaluation_windows if spec in HUB_SETS else None)
         limit = min((limit for limit in limits if limit is not None), default=None)
         if options.documents == "separate":

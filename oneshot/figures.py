@@ -412,7 +412,7 @@ def fig_damage(records, methods=None):
     return fig
 
 
-HEADINGS = {"text": "text", "content": "content", "frequency": "how frequent", "position": "place in its window"}
+HEADINGS = {"text": "named text", "content": "content", "frequency": "how frequent", "position": "place in its window"}
 
 
 def _damage_series(ax, found, at, shift, colour):

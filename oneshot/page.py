@@ -299,9 +299,10 @@ def _damage(record):
         text += "<h3>Tokens hurt most</h3>" + html_table(
             ["token", "times", "mean increase (nats)", "beyond the mean (nats)"], body, [True] + [False] * 3, "tall")
     if rows := found.get("passages"):
-        items = "".join(f'<li>{escape(clean(p["passage"]))} <span class="note">{escape(clean(p["text"]))}, window '
-                        f'{p["window"]}, from token {p["position"]}: {number(p["increase"], 3)} nats a token</span></li>'
-                        for p in rows)
+        places = [f"{clean(p['text'])}, window {p['window']}, from token {p['position']}: {number(p['increase'], 3)} "
+                  "nats a token" for p in rows]
+        items = "".join(f'<li>{escape(clean(p["passage"]))} <span class="note">{escape(place)}</span></li>'
+                        for p, place in zip(rows, places, strict=True))
         text += f"<h3>Passages hurt most</h3><ol>{items}</ol>"
     return text
 

@@ -25,7 +25,8 @@ KEYS = ("schema", "run_id", "status", "settings", "model", "data", "environment"
         "blocks", "layers")
 # Settings that say where a run goes or what is measured after it, not what was done to the model.
 ELSEWHERE = {"model", "method", "preset", "pattern", "save", "overwrite", "results", "cache_dir", "device", "format",
-             "tasks", "evaluate", "eval_seqlen", "eval_windows", "eval_batch_size", "prompts", "robustness", "divergence", "damage"}
+             "tasks", "evaluate", "eval_seqlen", "eval_windows", "eval_batch_size", "prompts", "robustness",
+             "divergence", "damage"}
 HIGHER_IS_BETTER = ("acc", "exact_match", "em", "f1", "agreement", "mcc", "bleu", "rouge",
                     "top1_agreement", "starts_with", "contains", "chosen")
 
@@ -200,16 +201,18 @@ def pattern_of(record):
 
 
 def pattern_key(text):
-    """Sorts patterns: dense, unstructured by sparsity, N:M by sparsity and M, anything else."""
+    """Sorts patterns: dense, unstructured by sparsity, N:M by sparsity and M, int<b> by bits, anything else."""
     if text == "dense":
         return 0, 0.0, 0, text
     if match := re.fullmatch(r"(\d+):(\d+)", text):
         n, m = map(int, match.groups())
         return 2, 1 - n / max(m, 1), m, text
+    if match := re.fullmatch(r"int(\d+)", text):
+        return 3, -int(match[1]), 0, text
     try:
         return 1, float(text), 0, text
     except ValueError:
-        return 3, 0.0, 0, text
+        return 4, 0.0, 0, text
 
 
 def model_names(records):
@@ -291,7 +294,8 @@ def rows(records):
 
     Keys: run_id, model, method, pattern, variant; per column its header and, where a model has a dense run
     beside pruned ones, "HEADER / dense" (perplexity: the ratio) or "HEADER - dense" (others: the difference);
-    sparsity (share of zeros in what was prunable), bytes (of the same, a share of their dense bytes), prune s, warnings (how many), status.
+    sparsity (share of zeros in what was prunable), bytes (of the same, as a share of dense), prune s,
+    warnings (how many), status.
     """
     records = ordered(records)
     names, found, own = model_names(records), columns(records), variants(records)
@@ -309,7 +313,8 @@ def rows(records):
                 row.update([_against(c, x, references[identity(record)][c])])
         size = record.get("bytes") or {}
         row |= {"sparsity": record.get("sparsity"),
-                "bytes": size["stored"] / size["dense"] if size.get("dense") else None, "prune s": (record.get("seconds") or {}).get("prune"),
+                "bytes": size["stored"] / size["dense"] if size.get("dense") else None,
+                "prune s": (record.get("seconds") or {}).get("prune"),
                 "warnings": len(record.get("warnings") or []), "status": record.get("status")}
         table_rows.append(row)
     return table_rows

@@ -57,6 +57,11 @@ def refused(place, tmp_path, capfd):  # noqa: F811
     (["--activations", "abacus"], {"activations": "abacus"}),
     (["--save"], {"save": ""}),
     (["--evaluate", "second text"], {"evaluate": "builtin:prose,builtin:prose"}),
+    (["--evaluate", "second text named a"], {"evaluate": "a=builtin:prose,a=builtin:sampled"}),
+    (["--evaluate a=", "NAME=FILE"], {"evaluate": "a="}),
+    (["--evaluate =builtin", "NAME=FILE"], {"evaluate": "=builtin"}),
+    (["--evaluate absent.txt"], {"evaluate": "a=absent.txt"}),
+    (["--prompts absent.jsonl", "No such file"], {"prompts": "absent.jsonl"}),
 ], ids=lambda x: "-".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else "")
 def test_flags(refused, words, changed):
     refused(words, **changed)

@@ -83,6 +83,15 @@ def test_dense_row():
         ["wanda", "dense"]
 
 
+def test_quantised_rows():
+    runs = cli.parse(["--method", "wanda", "--pattern", "2:4,0.6", "--quantised", "--save", "out", "--damage"])
+    assert [(r.method, r.pattern, r.save is None) for r in runs] == [
+        ("wanda", "2:4", False), ("wanda", "0.6", False), ("rtn", "int8", True), ("rtn", "int7", True),
+        ("rtn", "int4", True), ("dense", "dense", True)]
+    assert [("damage" in r.settings(), "nsamples" in r.settings()) for r in runs[1:]] == [
+        (True, True), *[(True, False)] * 3, (False, False)]
+
+
 @pytest.mark.parametrize("text", ["none", "", " a.txt , b.txt"])
 def test_evaluations(text):
     assert RunConfig(evaluate=text, pattern="0.5").evaluations == (["a.txt", "b.txt"] if "a" in text else [])

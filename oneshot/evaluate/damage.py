@@ -6,8 +6,8 @@
                 windows are what is drawn: Student's t over windows
     verdict     "more" or "less" where the interval leaves the mean of all tokens outside
 
-Kinds: `frequency` tenths of the predicted tokens by how often they occur in the evaluation and calibration text, all
-equally frequent ones in the same tenth; `content` by what stands there; `position` by the tokens before it in its
+Kinds: `frequency` tenths of the predicted tokens by how often they occur in the evaluation and calibration text,
+equally frequent ones together; `content` by what stands there; `position` by the tokens before it in its
 window; `text` by the named text. Twenty slices compared at 95 % show about one that differs by chance alone.
 """
 
@@ -21,9 +21,10 @@ from .divergence import mean_over_windows
 MIN_WINDOWS = 5  # with fewer the interval would say nothing
 TOKENS, PASSAGES, PASSAGE = 20, 5, 32  # shown; length of a passage
 WORD = re.compile(r"[^\W_]+(?:['’\-.,][^\W_]+)*")
+RARE = "rare words (seen once)"
 SENTENCE_END = set(".!?:;\"“”‘»…([\n")  # what a word that begins a sentence may stand behind
-TENTHS = ("rarest tenth of the tokens", "2nd tenth", "3rd tenth", *(f"{i}th tenth" for i in range(4, 10)),
-          "commonest tenth")
+TENTHS = ("rarest tenth of the tokens", "2nd rarest tenth", "3rd rarest tenth",
+          *(f"{i}th rarest tenth" for i in range(4, 10)), "commonest tenth")
 
 
 def damage(tokenizer, texts, compared, calibration=None):
@@ -86,8 +87,8 @@ def student(nu):
 def in_words(slices, overall):
     """One sentence for each slice that lost more than the whole, the worst first."""
     worse = sorted((s for s in slices if s["verdict"] == "more"), key=lambda s: -s["increase"])
-    return [f"{s['name']} lost {s['increase']:.3g} ± {s['half']:.2g} nats, the text as a whole "
-            f"{overall['increase']:.3g}" for s in worse]
+    return [f"{'places ' * (s['kind'] == 'position')}{s['name']} lost {s['increase']:.3g} ± {s['half']:.2g} nats, "
+            f"the text as a whole {overall['increase']:.3g}" for s in worse]
 
 
 # ---------------------------------------------------------------- slices: {name: bool (n, T-1)}, a column a target
@@ -135,7 +136,7 @@ def by_content(ids, real, known, pieces):
     windows = [pieces.words(row[mark].tolist()) for row, mark in zip(ids, shown_of(real), strict=True)]
     counts = Counter(word.lower() for words in windows for word, *_ in words)
     counts.update(word.lower() for word, *_ in pieces.words(known.tolist()))
-    found = {name: torch.zeros_like(real) for name in ("numbers", "names", "rare words", "punctuation")}
+    found = {name: torch.zeros_like(real) for name in ("numbers", "names", RARE, "punctuation")}
     for row, words in enumerate(windows):
         for word, first, last, whole, inside in words:
             if first < 1:
@@ -144,7 +145,7 @@ def by_content(ids, real, known, pieces):
             if word[0].isupper() and inside and not re.match(r"I\b", word):
                 found["names"][row, span] = True
             if whole and counts[word.lower()] == 1 and not any(c.isdigit() for c in word):
-                found["rare words"][row, span] = True
+                found[RARE][row, span] = True
     targets = ids[:, 1:]
     present = targets.unique().tolist()
     found["numbers"] = torch.isin(targets, torch.tensor([i for i in present if any(c.isdigit() for c in pieces[i])],
@@ -152,7 +153,7 @@ def by_content(ids, real, known, pieces):
     found["punctuation"] = torch.isin(targets, torch.tensor(
         [i for i in present if not any(c.isalnum() for c in pieces[i])], dtype=ids.dtype))
     found["names"] &= ~found["numbers"] & ~found["punctuation"]
-    found["rare words"] &= ~found["punctuation"]
+    found[RARE] &= ~found["punctuation"]
     return found | {"all other words": ~torch.stack(list(found.values())).any(0)}
 
 
