@@ -46,8 +46,8 @@ class RunConfig:
                                group="what")
     recover: str = flag("none", "repair by training the kept weights on the calibration windows: block, distil, or "
                                 "block,distil", group="what")
-    stop_on_collapse: bool = flag(False, "end with an error at the first block whose output falls apart (its error, norm "
-                                         "or effective dimensions out of bounds); otherwise that is a warning",
+    stop_on_collapse: bool = flag(False, "end with an error at the first block whose output falls apart (its error, "
+                                         "norm or effective dimensions out of bounds); else that is a warning",
                                   group="what")
     shared_inputs: bool = flag(False, "solve all methods and patterns of the command from the DENSE model's inputs: "
                                       "one pass over the data and one factorisation for all", group="what")

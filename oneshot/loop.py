@@ -226,7 +226,8 @@ def prune_block(block, stream, b, views, prefix, plan, steps, needs, options, ro
             capture.replay(teacher[0], dense, b)
     if repair:
         with clock(seconds, "repair", options.device):
-            rows["block"]["repair"] = repair(block, stream, b, dense.hidden)
+            info = rows["block"]["repair"] = repair(block, stream, b, dense.hidden)
+        rows["warnings"] += [f"{prefix.removesuffix('.')}: {w}" for w in info.pop("warnings", [])]
     if stream:
         with clock(seconds, "replay", options.device):
             pruned_out = capture.replay(block, stream, b)

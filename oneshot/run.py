@@ -6,34 +6,19 @@
 import dataclasses
 import functools
 import hashlib
-import re
 import sys
 import time
 from pathlib import Path
 
 import torch
 
-from . import (
-    allocate,
-    cli,
-    data,
-    environment,
-    export,
-    loop,
-    models,
-    packed,
-    patterns,
-    presets,
-    recovery,
-    report,
-    solvers,
-)
+from . import allocate, cli, environment, export, loop, models, packed, patterns, presets, recovery, report, texts
 from .config import RunConfig
-from .evaluate import divergence, prompts, quantised, tasks
-from .evaluate.damage import damage
-from .evaluate.perplexity import of_losses, perplexity
+from .data import given as given_tokens
+from .evaluate import prompts, quantised, tasks
+from .measure import measure
 from .page import write_html
-from .perturb import KINDS
+from .solvers import chain, short
 
 
 def main(argv=None):
@@ -91,8 +76,8 @@ def check(configs):
 def check_target(cfg):
     """Refuse combinations of what to aim at that mean nothing."""
     if cfg.prunes and cfg.dense_target and not any(module.updates for module, _ in steps(cfg)):
-        raise ValueError(f"--dense-target {cfg.dense_target:g}: --method {cfg.method} leaves the weights it keeps as they "
-                         f"are, so it cannot aim anywhere; use {cfg.method}+refit or sparsegpt")
+        raise ValueError(f"--dense-target {cfg.dense_target:g}: --method {cfg.method} leaves the weights it keeps as "
+                         f"they are, so it cannot aim anywhere; use {cfg.method}+refit or sparsegpt")
     own = {"--dense-target": cfg.dense_target, "--recover": cfg.recoveries, "--true-sequential": cfg.true_sequential,
            "--stop-on-collapse": cfg.stop_on_collapse}
     for flag, value in own.items():
@@ -119,11 +104,11 @@ def run(cfg, together=(), solved=None):
     plan = make_plan(cfg, model)
     for other in together:
         make_plan(other, model)  # a pattern that does not fit is refused before the first row is computed
-    evaluations = evaluation_texts(cfg, model, tokenizer)
+    evaluations = texts.evaluation(cfg, model, tokenizer)
     if cfg.prompts:
         prompts.prepare(cfg.prompts, model, tokenizer)
     sampled = cfg.calibration == "self"  # follows from the weights and the settings, and takes long
-    calibration = None if sampled else calibration_text(cfg, model, tokenizer)
+    calibration = None if sampled else calibrate(cfg, model, tokenizer)
     weights, run_id = identify(cfg, model, calibration, evaluations)
     file = Path(cfg.results) / f"{run_id}.json"
     folder = export.Folder(cfg.save, run_id, cfg.overwrite) if cfg.save else None
@@ -133,7 +118,7 @@ def run(cfg, together=(), solved=None):
     if not cfg.prunes and any(other.save for other in together) and file.is_file():
         return report.read(file)
     if sampled:
-        calibration = calibration_text(cfg, model, tokenizer)
+        calibration = calibrate(cfg, model, tokenizer)
 
     prepared = time.perf_counter()
     record = work(cfg, model, tokenizer, plan, calibration, evaluations, folder, solved)
@@ -158,7 +143,7 @@ def solve_shared(configs):
     cfg, began = next(iter(runs.values())), time.perf_counter()
     model, tokenizer = load(cfg)
     check_model(model)
-    calibration = calibration_text(next((c for c in runs.values() if needs_data(c)), cfg), model, tokenizer)
+    calibration = calibrate(next((c for c in runs.values() if needs_data(c)), cfg), model, tokenizer)
     plans = [allocated(c, model, make_plan(c, model), calibration) for c in runs.values()]
     ids, mask = (calibration.ids, calibration.mask) if calibration else (None, None)
     solved = loop.prune_shared(model, ids, mask, [(p, steps(c)) for p, c in zip(plans, runs.values(), strict=True)],
@@ -202,17 +187,17 @@ def work(cfg, model, tokenizer, plan, calibration, evaluations, folder=None, sol
         result = prune_model(cfg, model, plan, calibration, folder)
         prove(model, plan)
     pruned = time.perf_counter()
-    metrics, info, more = evaluate(cfg, model, tokenizer, evaluations, calibration)
+    metrics, info, more = measure(cfg, model, tokenizer, evaluations, calibration, lambda: load(cfg)[0])
     done = time.perf_counter()
     return {
         "schema": report.SCHEMA, "status": "finished", "settings": cfg.settings(),
-        "data": {"calibration": describe_tokens(calibration) if calibration else None,
-                 "evaluation": {name: describe_tokens(t) for name, t in evaluations.items()}},
+        "data": {"calibration": texts.describe(calibration) if calibration else None,
+                 "evaluation": {name: texts.describe(t) for name, t in evaluations.items()}},
         "environment": environment.environment(cfg.device), "metrics": metrics, "metric_info": info,
         "layers": result.layers, "blocks": result.blocks, "recovery": result.recovery,
         "skipped": result.skipped, "sparsity": sparsity(model),
         "bytes": quantised.model_bytes(model, result.layers, "dense" if cfg.prunes else cfg.pattern),
-        "warnings": warnings(cfg, model, calibration, evaluations) + result.warnings,
+        "warnings": texts.warnings(cfg, model, calibration, evaluations) + result.warnings,
         "peak_memory_bytes": environment.peak_memory(cfg.device),
         "seconds": {"prune": pruned - began + result.seconds, "evaluate": done - pruned, "total": done - began},
     } | more
@@ -224,49 +209,9 @@ def prove(model, plan):
         assert name not in plan or plan[name].holds(view.get()), f"{name}: pattern {plan[name]} broken"
 
 
-def text_options(cfg):
-    return data.TextOptions(column=cfg.column, config=cfg.data_config, split=cfg.split, revision=cfg.revision,
-                            cache_dir=cfg.cache_dir, per_line=cfg.per_line, documents=cfg.documents)
-
-
-def evaluation_texts(cfg, model, tokenizer):
-    """{name: evaluation Tokens}, read and cut before any long work."""
-    evaluations = {}
-    length = window(model, cfg.eval_seqlen, "--eval-seqlen") if cfg.eval_seqlen else \
-        window(model, cfg.seqlen, "--seqlen")
-    for name, spec in named_texts(cfg).items():
-        pinned = cfg.revision if spec == cfg.calibration else None  # --split and --revision are the calibration set's
-        options = dataclasses.replace(text_options(cfg), split=None, revision=pinned)
-        for kind in (None, *(KINDS if cfg.robustness else ())):
-            evaluations[f"{name}+{kind}" if kind else name] = data.evaluation(
-                tokenizer, spec, seqlen=length, max_windows=cfg.eval_windows, options=options, perturbation=kind)
-    return evaluations
-
-
-def named_texts(cfg):
-    """{name: source} of the texts to evaluate: "code=a.txt" is named code, others after their file or data set."""
-    texts = {}
-    for spec in cfg.evaluations:
-        name, given, source = spec.partition("=")
-        if not given or Path(spec).is_file():
-            name, source = Path(spec).stem if Path(spec).suffix else spec.replace("/", "_"), spec
-        elif not re.fullmatch(r"[^\s/+]+", name) or not source:
-            raise ValueError(f"--evaluate {spec}: give NAME=FILE, the name without spaces, / and +")
-        if name in texts:
-            raise ValueError(f"--evaluate {spec}: a second text named {name}; rename one")
-        texts[name] = source
-    return texts
-
-
-def calibration_text(cfg, model, tokenizer):
+def calibrate(cfg, model, tokenizer):
     """Calibration Tokens, or None when nothing needs them."""
-    if not needs_data(cfg):
-        return None
-    with models.resident(models.tensors_of(model) if cfg.calibration == "self" else (), cfg.device):
-        return data.calibration(tokenizer, cfg.calibration, nsamples=cfg.nsamples,
-                                seqlen=window(model, cfg.seqlen, "--seqlen"), seed=cfg.seed,
-                                options=text_options(cfg), model=model, batch_size=cfg.batch_size,
-                                progress=cfg.progress)
+    return texts.calibration(cfg, model, tokenizer) if needs_data(cfg) else None
 
 
 def needs_data(cfg):
@@ -276,15 +221,7 @@ def needs_data(cfg):
 
 def steps(cfg):
     """The solver chain with its settings: [(module, cfg), ...]."""
-    return [(module, cfg.solver[solvers.short(module)]) for module in solvers.chain(cfg.method)]
-
-
-def window(model, asked, flag):
-    """Tokens in a window: what was asked for, else min(2048, the model's positions)."""
-    most = models.max_positions(model)
-    if asked and most and asked > most:
-        raise ValueError(f"{flag} {asked}: longer than the {most} positions of the model")
-    return asked or min(2048, most or 2048)
+    return [(module, cfg.solver[short(module)]) for module in chain(cfg.method)]
 
 
 def make_plan(cfg, model):
@@ -327,6 +264,7 @@ def prune_model(cfg, model, plan, calibration, folder=None):
     if "distil" in cfg.recovery:
         began = time.perf_counter()
         info = recovery.module("distil").repair(model, result.dense, cfg.recovery["distil"], cfg.seed, cfg.progress)
+        result.warnings += [f"--recover distil: {w}" for w in info.pop("warnings", [])]
         result.recovery = {"distil": info | {"seconds": time.perf_counter() - began}}
     return result
 
@@ -341,47 +279,12 @@ def options_of(cfg):
         stop_on_collapse=cfg.stop_on_collapse, tf32=cfg.tf32, progress=cfg.progress)
 
 
-def evaluate(cfg, model, tokenizer, evaluations, calibration=None):
-    """({metric: value}, {metric: how it was measured}, {further parts of the record})."""
-    metrics, info, more, compared = {}, {}, {}, {}
-    options = {"batch_size": cfg.eval_batch_size or cfg.batch_size, "device": cfg.device}
-    with_dense = named_texts(cfg) if cfg.method != "dense" and (cfg.divergence or cfg.damage) else {}
-    dense = load(cfg)[0] if with_dense else None  # on a CPU mapped from its file, not copied
-    for name, tokens in evaluations.items():
-        bar = f"perplexity ({name})" if cfg.progress else None
-        if name in with_dense:
-            compared[name] = divergence.compare(model, dense, tokens.ids, tokens.mask, **options, progress=bar)
-            value, n = of_losses(compared[name].loss, tokens.mask)
-        else:
-            value, n = perplexity(model, tokens.ids, tokens.mask, **options, progress=bar)
-        metrics[f"{name}/ppl"] = value
-        info[f"{name}/ppl"] = {"window": tokens.ids.shape[1], "windows": len(tokens.ids), "tokens": n}
-    for name in compared if cfg.divergence else ():
-        values, how = divergence.metrics(compared[name], name)
-        metrics, info = metrics | values, info | how
-    if cfg.damage and compared:
-        more["damage"] = damage(tokenizer, {name: evaluations[name] for name in compared}, compared, calibration)
-    if cfg.prompts:
-        values, how, more["prompts"] = prompts.evaluate(model, tokenizer, cfg.prompts, device=cfg.device)
-        metrics, info = metrics | values, info | how
-    if cfg.task_names:
-        values, how = tasks.evaluate(model, tokenizer, cfg.task_names, task_path=cfg.task_path, device=cfg.device,
-                                     batch_size=cfg.eval_batch_size or cfg.batch_size)
-        metrics, info = metrics | values, info | how
-    return metrics, info, more
-
-
 def describe(cfg, model, weights):
     _, block_list = models.blocks(model)
     return {"name": Path(cfg.model.rstrip("/")).name, "family": model.config.model_type,
             "parameters": sum(p.numel() for p in model.parameters()),
             "prunable": sum(view.shape[0] * view.shape[1] for _, view in export.all_views(model)),
             "dtype": str(model.dtype).removeprefix("torch."), "blocks": len(block_list), "fingerprint": weights}
-
-
-def describe_tokens(tokens):
-    return {"source": tokens.source, "sha256": tokens.sha256, "windows": tokens.ids.shape[0],
-            "seqlen": tokens.ids.shape[1], "tokens": tokens.n_tokens}
 
 
 def sparsity(model):
@@ -394,28 +297,6 @@ def sparsity(model):
         total += linear.rows * linear.in_features
         zeros += linear.rows * linear.in_features - int(linear.weight.count_nonzero())
     return zeros / total if total else 0.0
-
-
-def warnings(cfg, model, calibration, evaluations):
-    """What the reader of this run's numbers should know of its data."""
-    found = [w for t in (calibration, *evaluations.values()) if t for w in t.warnings]
-    if calibration:
-        widest = max(view.shape[1] for _, view in export.all_views(model))
-        found.append(data.token_warning(calibration, widest))
-        if cfg.calibration == "builtin" and Path(cfg.model).name != "demo":
-            found.append("calibrated on the built-in text, which suits the demo model: give --calibration your own "
-                         "text, c4, or self")
-        found += [f"--evaluate {spec}: calibrated on the same text, so its perplexity flatters"
-                  for spec in named_texts(cfg).values() if same_text(cfg, spec)]
-    return [w for w in found if w]
-
-
-def same_text(cfg, spec):
-    """Whether an evaluation text is the one that was calibrated on."""
-    ours, theirs = Path(cfg.calibration), Path(spec)
-    if ours.is_file() and theirs.is_file():
-        return ours.samefile(theirs)
-    return spec == cfg.calibration and cfg.split in ("test", "validation")  # else calibration takes the training split
 
 
 def progress_line(record):
@@ -470,10 +351,10 @@ def prune(model, tokenizer=None, *, method="sparsegpt", pattern="2:4", calibrati
     check_model(model)
     plan = make_plan(cfg, model)
     if given:
-        tokens = data.given(calibration)
-        window(model, tokens.ids.shape[1], "calibration: windows of")
+        tokens = given_tokens(calibration)
+        texts.window(model, tokens.ids.shape[1], "calibration: windows of")
     else:
-        tokens = calibration_text(cfg, model, tokenizer)
+        tokens = calibrate(cfg, model, tokenizer)
     weights, run_id = identify(cfg, model, tokens, {})
     record = work(cfg, model, tokenizer, plan, tokens, {})
     return report.storable(record | {"run_id": run_id, "model": describe(cfg, model, weights)})

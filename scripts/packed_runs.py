@@ -21,7 +21,7 @@ import real_runs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import oneshot  # noqa: F401 - teaches from_pretrained the packed format
-from oneshot import cli, environment, export, models, packed, report, run, verify
+from oneshot import cli, environment, export, models, packed, report, run, texts, verify
 from oneshot.evaluate.perplexity import perplexity
 
 MODELS = ("stories260k", "craftgpt-5m", "demo")
@@ -83,7 +83,7 @@ def twins(name, dtype, flags, work):
         "ratio": sizes["packed"] / sizes["dense"],
         "calibration": (manifest["record"]["data"]["calibration"] or {}).get("source"),
         "perplexity": [{"text": text, **measured(loaded, tokens)}
-                       for text, tokens in run.evaluation_texts(cfg, loaded["dense"], tokenizer).items()],
+                       for text, tokens in texts.evaluation(cfg, loaded["dense"], tokenizer).items()],
         "faults": {**{form: verify.verify(folder)[1] for form, folder in folders.items()}, "twin": different},
         "tensors_compared": compared,
     }

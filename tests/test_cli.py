@@ -227,8 +227,8 @@ def test_help_starts_without_what_it_does_not_need():
 
 
 def test_flags_reach_their_own_part():
-    given = {"method": "wanda", "pattern": "0.5", "wanda.use_variant": True, "sparsegpt.damping": 3.0, "recover": "block",
-             "block.steps": 7, "distil.steps": 9, "allocate": "owl", "owl.spread": 0.1}
+    given = {"method": "wanda", "pattern": "0.5", "wanda.use_variant": True, "sparsegpt.damping": 3.0,
+             "recover": "block", "block.steps": 7, "distil.steps": 9, "allocate": "owl", "owl.spread": 0.1}
     cfg = cli.build(given)
     assert list(cfg.solver) == ["wanda"] and cfg.solver["wanda"].use_variant
     assert list(cfg.recovery) == ["block"] and cfg.recovery["block"].steps == 7

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from tiny import place, plain_pages  # noqa: F401
 from transformers import AutoModelForCausalLM
 
-from oneshot import cli, data, export, loop, models, run, verify
+from oneshot import cli, data, export, loop, measure, models, verify
 
 pytestmark = pytest.mark.usefixtures("plain_pages")
 HERE = Path(__file__).parent
@@ -99,7 +99,7 @@ def test_finished_folder_prints_the_stored_result_without_computing(finished, ca
 
     def computing(*args, **kwargs):
         raise AssertionError("computed again")
-    for owner, name in ((loop, "prune_model"), (run, "perplexity"), (data, "sample_from_model")):
+    for owner, name in ((loop, "prune_model"), (measure, "perplexity"), (data, "sample_from_model")):
         monkeypatch.setattr(owner, name, computing)
     assert tiny.main(*argv) == 0
     again, remark = capfd.readouterr()

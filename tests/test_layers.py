@@ -14,16 +14,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 BASE = {"patterns", "moments", "environment", "config", "perturb"}  # 0
 MATHS = {"linalg", "solvers", "allocate"}  # 1
-DATA = {"models", "data", "capture"}  # 2
-PRUNE = {"loop", "structured", "recovery"}  # 3
+DATA = {"models", "data", "capture", "texts"}  # 2
+PRUNE = {"loop", "health", "structured", "recovery"}  # 3
 SHOW = {"evaluate", "export", "packed", "report", "page", "figures"}  # 4
-STORY = {"__init__", "__main__", "cli", "run", "presets", "verify", "generate", "compare"}  # 5
+STORY = {"__init__", "__main__", "cli", "run", "measure", "presets", "verify", "generate", "compare"}  # 5
 FOR_SOLVERS = frozenset({"patterns", "moments", "linalg"})
 ALL = BASE | MATHS | DATA | PRUNE | SHOW | STORY | {"demo"}
 
 MAY = {  # part of oneshot: the parts it may import, itself always included
     **dict.fromkeys(BASE | {"demo"}, frozenset()), "config": {"patterns"},
     **dict.fromkeys(MATHS, FOR_SOLVERS), **dict.fromkeys(DATA | PRUNE, BASE | MATHS | DATA),
+    "loop": BASE | MATHS | DATA | {"health"},
     "evaluate": BASE | MATHS | DATA, "packed": BASE | MATHS | DATA,
     "export": BASE | MATHS | DATA | {"packed", "report", "page"},
     "report": set(), "figures": {"report"}, "page": {"report", "figures"},

@@ -10,7 +10,7 @@ from tiny import place, plain_pages  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import oneshot
-from oneshot import data, page, report, run
+from oneshot import data, measure, page, report
 
 
 @pytest.fixture(scope="module")
@@ -237,5 +237,5 @@ def test_dense_is_measured_once_where_a_run_is_saved(place, tmp_path, monkeypatc
     monkeypatch.setattr(page, "_pictures", lambda records: [])
     argv = tiny.flags(place, save=tmp_path / "out", results=tmp_path / "runs")
     assert tiny.main(*argv) == 0
-    monkeypatch.setattr(run, "perplexity", lambda *args, **kwargs: pytest.fail("measured again"))
+    monkeypatch.setattr(measure, "perplexity", lambda *args, **kwargs: pytest.fail("measured again"))
     assert tiny.main(*argv) == 0

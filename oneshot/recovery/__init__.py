@@ -23,6 +23,7 @@ import torch
 WARM_UP = 0.05  # of the steps
 BETAS = (0.9, 0.95)
 LOOKS = 8  # how often the held-out batches are looked at
+ATTEMPTS, FALL = 3, 4
 
 
 def names():
@@ -99,24 +100,41 @@ def rms(t, mask=None):
     return float(torch.linalg.vector_norm(t) / max(n, 1) ** 0.5) or 1.0
 
 
-@torch.enable_grad()
 def fit(trainable, loss, batches, *, steps, lr, seed, progress=None):
-    """Adam with warm-up and cosine on the mean of loss(i) over `batches` indices; plain values for the record.
+    """Adam with warm-up and cosine on the mean of loss(i) over `batches`; plain values for the record.
 
     loss(i): a scalar tensor for batch i. A tenth of the batches (at least one, if there are two) is held out; the state
-    that does best on them is kept, training ends early when twice in a row it got worse. progress: called every step.
+    that does best on them is kept, and training ends early when twice in a row it got worse. Where nothing was gained
+    at all, the rate was too high for this model: it is divided by FALL and all begins anew. progress(): called every
+    step.
     """
     gen = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(batches), generator=gen).tolist()
     cut = max(1, len(order) // 10) if len(order) > 1 else 0
     held, train = ([batches[i] for i in part] for part in (order[:cut], order[cut:]))
+    before, start, warnings = held_out(loss, held), trainable.snapshot(), []
+    for attempt in range(ATTEMPTS):
+        rate = lr / FALL**attempt
+        done, best = descend(trainable, loss, train, held, steps=steps, lr=rate, gen=gen, before=before, state=start,
+                             progress=progress)
+        if not held or best < before:
+            break
+    if attempt:
+        warnings.append(f"learning rate lowered from {lr:g} to {rate:g}" if best < before else
+                        f"nothing gained at learning rates from {lr:g} down to {rate:g}: left as it was")
+    if not held:
+        warnings.append("one batch of windows only: nothing held out, no early stop; lower --batch-size")
+    return {"steps": done, "lr": rate, "held_out_before": before, "held_out_after": best, "warnings": warnings}
+
+
+@torch.enable_grad()
+def descend(trainable, loss, train, held, *, steps, lr, gen, before, state, progress):
+    """One training; leaves the best state on `held` in place. Returns (steps done, its held-out loss)."""
     optimizer = torch.optim.Adam(trainable.groups(lr), betas=BETAS, foreach=True)
     warm = max(1, round(steps * WARM_UP))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min((t + 1) / warm, 1) * (
         0.5 + 0.5 * math.cos(math.pi * min(t / steps, 1))))
-    before = best = held_out(loss, held)
-    state, worse, done = trainable.snapshot(), 0, 0
-    queue = []
+    best, worse, queue, done = before, 0, [], 0
     for done in range(1, steps + 1):
         queue = queue or [train[i] for i in torch.randperm(len(train), generator=gen).tolist()]
         optimizer.zero_grad(set_to_none=True)
@@ -128,16 +146,12 @@ def fit(trainable, loss, batches, *, steps, lr, seed, progress=None):
             progress()
         if held and (done % max(1, steps // LOOKS) == 0 or done == steps):
             now = held_out(loss, held)
-            if now < best:
-                best, state, worse = now, trainable.snapshot(), 0
-            else:
-                worse += 1
+            best, state, worse = (now, trainable.snapshot(), 0) if now < best else (best, state, worse + 1)
             if worse == 2:
                 break
     if held:
         trainable.restore(state)
-    info = {"steps": done, "held_out_before": before, "held_out_after": best}
-    return info if held else info | {"warnings": ["one batch of windows only: nothing held out, no early stop"]}
+    return done, best
 
 
 def held_out(loss, batches):
