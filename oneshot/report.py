@@ -20,7 +20,7 @@ from pathlib import Path
 
 SCHEMA = 1
 # the order in the file: what is short comes first
-KEYS = ("schema", "run_id", "status", "settings", "model", "data", "environment", "metrics", "metric_info",
+KEYS = ("schema", "run_id", "status", "error", "settings", "model", "data", "environment", "metrics", "metric_info",
         "sparsity", "warnings", "peak_memory_bytes", "seconds", "skipped", "blocks", "layers")
 # Settings that say where a run goes or what is measured after it, not what was done to the model.
 ELSEWHERE = {"model", "method", "pattern", "save", "overwrite", "results", "cache_dir", "device", "tasks", "format",
@@ -209,10 +209,13 @@ def pattern_key(text):
 
 
 def model_names(records):
-    """{identity: name to print}: the model's name, with its fingerprint where two models bear the same."""
+    """{identity: name to print}: the model's name, with its fingerprint where two models bear the same.
+
+    A run that failed before its weights were read has no fingerprint, and the name alone.
+    """
     found = dict.fromkeys(identity(r) for r in records)
-    names = [name for name, _ in found]
-    return {(name, mark): clean(name if names.count(name) == 1 else f"{name} #{str(mark)[:6]}")
+    names = [name for name, mark in found if mark]
+    return {(name, mark): clean(name if names.count(name) < 2 or not mark else f"{name} #{str(mark)[:6]}")
             for name, mark in found}
 
 
@@ -304,9 +307,14 @@ def rows(records):
             if c in compared:
                 row.update([_against(c, x, references[identity(record)][c])])
         row |= {"sparsity": record.get("sparsity"), "prune s": (record.get("seconds") or {}).get("prune"),
-                "warnings": len(record.get("warnings") or []), "status": record.get("status")}
+                "warnings": len(record.get("warnings") or []), "status": _status(record)}
         table_rows.append(row)
     return table_rows
+
+
+def _status(record):
+    """How a run ended, and why where it failed."""
+    return ": ".join(clean(x) for x in (record.get("status"), record.get("error")) if x) or None
 
 
 def _dense_value(records, model, column):
@@ -339,6 +347,8 @@ def table(records, fmt="terminal"):
 
 
 def _cell(key, x):
+    if key == "status" and x is not None:
+        return x if len(x) <= 100 else x[:99] + "…"
     if key == "sparsity" and x is not None:
         return percent(x)
     if key.endswith(" - dense") and x is not None:

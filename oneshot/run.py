@@ -71,10 +71,11 @@ def check_devices(cfg):
         environment.check_device(cfg.activations, "--activations")
 
 
-def run(cfg, together=()):
+def run(cfg, together=(), reuse=None):
     """One run: its record. With `--save`, the pruned checkpoint as well; a finished one is not computed again.
 
     together: all runs of the command. Where one of them is saved, the dense row is not computed again either.
+    reuse: called with the record's file as soon as the run_id is known; a record that it returns is taken.
     """
     began = time.perf_counter()
     model, tokenizer = models.load(cfg.model, dtype=cfg.dtype, revision=cfg.model_revision, cache_dir=cfg.cache_dir,
@@ -95,6 +96,8 @@ def run(cfg, together=()):
         return report.write(folder.record, file)
     if cfg.method == "dense" and any(other.save for other in together) and file.is_file():
         return report.read(file)
+    if reuse and (record := reuse(file)):
+        return record
     if sampled:
         calibration = calibration_text(cfg, model, tokenizer)
 
