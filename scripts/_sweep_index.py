@@ -112,7 +112,7 @@ def commit(repo, kind, revision=None, cache_dir=None):
         return revision
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
-    if constants.HF_HUB_OFFLINE:  # then the cached copy is the one that transformers takes; data sets have another cache
+    if constants.HF_HUB_OFFLINE:  # transformers takes the cached copy then; data sets have another cache
         file = try_to_load_from_cache(repo, "config.json", cache_dir, revision) if kind == "model" else None
         return Path(file).parent.name if isinstance(file, str) else None
     try:
