@@ -73,9 +73,20 @@ def read(path):
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not a run record: no valid JSON ({error}); run once more") from None
+    return checked(record, path)
+
+
+def checked(record, path):
+    """What was read from `path`, if it is a record of this schema; its metrics stored as null are NaN.
+
+    Raises ValueError, naming the file and what to do.
+    """
     if not isinstance(record, dict) or "schema" not in record or "run_id" not in record:
         raise ValueError(f"{path} is not a run record: a JSON object with `schema` and `run_id` is needed; "
                          "give a file that oneshot.run wrote")
+    for key in ("settings", "model", "metrics", "environment"):
+        if not isinstance(record.get(key, {}), dict):
+            raise ValueError(f"{path} is not a run record: its `{key}` is no JSON object; run once more")
     if record["schema"] != SCHEMA:
         writer = (record.get("environment") or {}).get("oneshot", "?")
         raise ValueError(f"{path} has schema {record['schema']} (by oneshot {writer}), this version "
@@ -342,7 +353,7 @@ def table(records, fmt="terminal"):
         if fmt == "html" and len({r["model"] for r in found}) == 1:  # the title of the page has it
             keys = [k for k in keys if k != "model"]
     head = keys if fmt == "csv" else [k[-7:] if k.endswith((" / dense", " - dense")) else k for k in keys]
-    return _render(head, [[r[k] if fmt == "csv" else _cell(k, r[k]) for k in keys] for r in found], fmt,
+    return render(head, [[r[k] if fmt == "csv" else _cell(k, r[k]) for k in keys] for r in found], fmt,
                    text={"run_id", "model", "method", "pattern", "variant", "status"})
 
 
@@ -386,7 +397,7 @@ def pivot(records, metric, fmt="terminal"):
         for p in patterns:
             line += _pivot_cell(cells.get(p), [_mean(o[p]) for o in rivals if p in o], column, p, fmt)
         body.append(line)
-    return _render(head, body, fmt, text=set(head) - set(patterns))
+    return render(head, body, fmt, text=set(head) - set(patterns))
 
 
 def _grid(records, chosen):
@@ -452,7 +463,7 @@ class Bold(str):
     """A cell to be set in bold where the format can."""
 
 
-def _render(head, body, fmt, text=()):
+def render(head, body, fmt, text=()):
     """Cells (strings; for csv anything) as one table. `text` names the columns that hold no numbers."""
     if fmt == "csv":
         out = io.StringIO()
