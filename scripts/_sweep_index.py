@@ -112,10 +112,11 @@ def commit(repo, kind, revision=None, cache_dir=None):
         return revision
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
-    if constants.HF_HUB_OFFLINE:  # transformers takes the cached copy then; data sets have another cache
+    try:
+        if not constants.HF_HUB_OFFLINE:
+            return HfApi().repo_info(repo, repo_type=kind, revision=revision, timeout=10).sha
+        # offline transformers takes the cached copy; data sets have another cache
         file = try_to_load_from_cache(repo, "config.json", cache_dir, revision) if kind == "model" else None
         return Path(file).parent.name if isinstance(file, str) else None
-    try:
-        return HfApi().repo_info(repo, repo_type=kind, revision=revision, timeout=10).sha
     except Exception:  # whatever the client raises for no network, no such repository, no access: the run will say it
         return None

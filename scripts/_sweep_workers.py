@@ -5,6 +5,7 @@ out-of-memory killer, fails its run and is replaced. Workers die with the proces
 """
 
 import collections
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -69,9 +70,12 @@ def attempts(configs, workers):
         for worker in busy.values():
             worker.process.kill()
         for worker in idle:
-            worker.pipe.close()  # it leaves its loop
+            worker.send(None)  # it leaves its loop
         for worker in [*busy.values(), *idle]:
             worker.process.join()
+
+
+START = "spawn"  # CUDA cannot be forked
 
 
 class Worker:
@@ -79,7 +83,7 @@ class Worker:
 
     def __init__(self, place, of):
         self.place, self.dead = place, False
-        context = multiprocessing.get_context("spawn")  # CUDA cannot be forked
+        context = multiprocessing.get_context(START)
         self.pipe, there = context.Pipe()
         self.process = context.Process(target=serve, args=(there, max(1, cores() // of), gpu(place)), daemon=True)
         self.process.start()
@@ -87,7 +91,11 @@ class Worker:
 
     def start(self, cfg):
         self.cfg, self.began = cfg, time.perf_counter()
-        self.pipe.send(cfg)
+        self.send(cfg)
+
+    def send(self, what):
+        with contextlib.suppress(ConnectionError):  # it died while it had nothing to do: `result` will see it
+            self.pipe.send(what)
 
     def result(self):
         """The record that the process made, or that of its death."""
@@ -102,7 +110,7 @@ class Worker:
 
 
 def serve(pipe, threads, device):
-    """A worker's life: configurations in, records out, until the pipe closes or its parent is gone."""
+    """A worker's life: configurations in, records out, until None comes or its parent is gone."""
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C too, and ends this process
@@ -110,11 +118,8 @@ def serve(pipe, threads, device):
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads)
     models.quiet()
-    while True:
-        try:
-            pipe.send(attempt(pipe.recv()))
-        except (EOFError, ConnectionError):
-            return
+    while (cfg := pipe.recv()) is not None:
+        pipe.send(attempt(cfg))
 
 
 def follow():
