@@ -20,7 +20,7 @@ from pathlib import Path
 
 SCHEMA = 1
 # the order in the file: what is short comes first
-KEYS = ("schema", "run_id", "status", "error", "settings", "model", "data", "environment", "metrics", "metric_info",
+KEYS = ("schema", "run_id", "status", "settings", "model", "data", "environment", "metrics", "metric_info",
         "sparsity", "warnings", "peak_memory_bytes", "seconds", "skipped", "blocks", "layers")
 # Settings that say where a run goes or what is measured after it, not what was done to the model.
 ELSEWHERE = {"model", "method", "pattern", "save", "overwrite", "results", "cache_dir", "device", "tasks", "format",
