@@ -39,7 +39,7 @@ def _matplotlib():
     return matplotlib
 
 
-def _drawn(function):
+def drawn(function):
     """`function(records, ...)` under this module's settings, whatever the user's matplotlibrc says."""
     def draw(*args, **kwargs):
         with _matplotlib().rc_context(RC):
@@ -48,11 +48,11 @@ def _drawn(function):
     return draw
 
 
-def _figure(width, height):
+def new_figure(width, height):
     return _matplotlib().figure.Figure(figsize=(width, height), layout="constrained")
 
 
-def _styles(records):
+def series_styles(records):
     """{series: (colour, line style)} for the series (report.series) of `records`, in their order."""
     names = zip(records, report.series(records), strict=True)
     lines = [style for style in ("-", "--", ":", "-.") for _ in COLOURS]
@@ -60,7 +60,7 @@ def _styles(records):
                     itertools.cycle(zip(itertools.cycle(COLOURS), lines, strict=False)), strict=False))
 
 
-def _scale(axes, values, percent=False):
+def scale_y(axes, values, percent=False):
     """Scale y axes for `values`: logarithmic, with plain numbers at the ticks, if they span more than 5x."""
     from matplotlib import ticker
 
@@ -86,7 +86,7 @@ def _scale(axes, values, percent=False):
 
 # ---------------------------------------------------------------- layers by depth
 
-@_drawn
+@drawn
 def fig_layer_errors(records, methods=None):
     """Relative output error of every pruned linear against the depth of its block, a small picture per kind.
 
@@ -96,7 +96,7 @@ def fig_layer_errors(records, methods=None):
     return _by_depth(records, lambda layer: layer.get("relative_error"), "relative error", methods)
 
 
-@_drawn
+@drawn
 def fig_layer_sparsity(records, methods=None):
     """Share of zeros in every pruned linear against the depth of its block, arranged as `fig_layer_errors`.
 
@@ -110,20 +110,20 @@ def fig_layer_sparsity(records, methods=None):
             return _by_depth(records, layer_sparsity, "zeros", methods, percent=True)
         shares.setdefault(round(sum(values) / len(values), 3), {})[pattern] = None
     if not shares:
-        return _nothing("no layer has a count of zeros in its record")
-    fig = _figure(7.6, 1.4 + 0.2 * len(shares))
+        return nothing("no layer has a count of zeros in its record")
+    fig = new_figure(7.6, 1.4 + 0.2 * len(shares))
     ax, last = fig.subplots(), _last_block(points)
     handles = []
     for (share, patterns), colour in zip(sorted(shares.items()), itertools.cycle(COLOURS), strict=False):
         ax.plot([-0.3, last + 0.3], [share, share], color=colour)
         text = f"{100 * share:.3g} % in every linear: {', '.join(patterns)}"
-        handles.append(_handle(text, colour, marker=""))
-    _scale([ax], [], percent=True)
+        handles.append(handle(text, colour, marker=""))
+    scale_y([ax], [], percent=True)
     ax.set_ylim(max(0, min(shares) - 0.1), min(1, max(shares) + 0.1))
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_xlabel("block (0 is next to the input)")
     ax.set_ylabel("zeros (%)")
-    _legend(fig, handles)
+    legend(fig, handles)
     return fig
 
 
@@ -142,14 +142,14 @@ def _by_depth(records, measure, name, methods, percent=False):
     points = _points(records, measure)  # {(model, pattern): {kind: {method: {block: [values]}}}}
     kinds = list(dict.fromkeys(k for panels in points.values() for k in panels))
     if not kinds:
-        return _nothing(f"no layer has a {name} in its record")
+        return nothing(f"no layer has a {name} in its record")
     panels = [(row, k) for row in points for k in kinds]
     across = len(kinds) if len(points) > 1 else min(4, len(kinds))
     down = math.ceil(len(panels) / across)
     height = 1.75 if len(points) == 1 else 1.45
-    fig = _figure(max(min(WIDTH, 2.75 * across), 1.3 * across), 0.75 + height * down)
+    fig = new_figure(max(min(WIDTH, 2.75 * across), 1.3 * across), 0.75 + height * down)
     grid = fig.subplots(down, across, sharex=True, sharey=True, squeeze=False)
-    flat, titles, styles = list(grid.flat), _short(kinds), _styles(methods or records)
+    flat, titles, styles = list(grid.flat), short_names(kinds), series_styles(methods or records)
     for ax, (row, k) in zip(flat, panels, strict=False):
         for method, blocks in points[row].get(k, {}).items():
             _line(ax, blocks, *styles[method])
@@ -164,7 +164,7 @@ def _by_depth(records, measure, name, methods, percent=False):
         for line, (model, pattern) in zip(grid, points, strict=True):
             line[0].set_ylabel(f"{model}\n{pattern}" if several else pattern, fontweight="bold")
     values = [v for panels in points.values() for v in _values(panels)]
-    log = _scale(flat[: len(panels)], values, percent)
+    log = scale_y(flat[: len(panels)], values, percent)
     if percent:
         flat[0].set_ylim(max(0, min(values) - 0.05), min(1, max(values) + 0.05))
     last = _last_block(points)
@@ -173,7 +173,7 @@ def _by_depth(records, measure, name, methods, percent=False):
     fig.supxlabel("block (0 is next to the input)", fontsize=9)
     fig.supylabel(f"{name} (%)" if percent else name + (", log scale" if log else ""), fontsize=9)
     drawn = dict.fromkeys(m for p in points.values() for k in p.values() for m in k)
-    _legend(fig, [_handle(m, *styles[m]) for m in styles if m in drawn])
+    legend(fig, [handle(m, *styles[m]) for m in styles if m in drawn])
     return fig
 
 
@@ -214,21 +214,21 @@ def _median(values):
     return (values[len(values) // 2] + values[(len(values) - 1) // 2]) / 2
 
 
-def _short(names):
+def short_names(names):
     """{name: its shortest ending, by dots, that no other name has}."""
     endings = {n: [".".join(n.split(".")[-i:]) for i in range(1, n.count(".") + 2)] for n in names}
     return {n: next((e for e in own if sum(e in other for other in endings.values()) == 1), n)
             for n, own in endings.items()}
 
 
-def _handle(label, colour, style="-", marker="o", filled=True):
+def handle(label, colour, style="-", marker="o", filled=True):
     from matplotlib.lines import Line2D
 
     face = colour if filled else "none"
     return Line2D([], [], color=colour, ls=style, marker=marker, mfc=face, label=report.clean(label))
 
 
-def _legend(fig, handles):
+def legend(fig, handles):
     """A legend above the picture, read row by row, with as many entries in a row as the width holds."""
     def inches(across):
         columns = [handles[i::across] for i in range(across)]
@@ -240,15 +240,15 @@ def _legend(fig, handles):
                    ncols=across, handlelength=1.8)
 
 
-def _nothing(text):
-    fig = _figure(6, 0.8)
+def nothing(text):
+    fig = new_figure(6, 0.8)
     fig.text(0.02, 0.5, text, va="center", color=MUTED)
     return fig
 
 
 # ---------------------------------------------------------------- perplexity
 
-@_drawn
+@drawn
 def fig_perplexity(records, metric):
     """A metric against sparsity: a line per series, N:M patterns as hollow markers, the dense model dashed.
 
@@ -261,10 +261,10 @@ def fig_perplexity(records, metric):
     panels = [(c, key) for c in chosen for key in names
               if any(report.value(r, c) is not None for r in records if report.identity(r) == key)]
     if not panels:
-        return _nothing(f"no run has the metric {metric}")
-    styles, across = _styles(records), min(2, len(panels))
+        return nothing(f"no run has the metric {metric}")
+    styles, across = series_styles(records), min(2, len(panels))
     down = math.ceil(len(panels) / across)
-    fig = _figure(7.6 if across == 1 else WIDTH, 0.6 + 3.4 * down)
+    fig = new_figure(7.6 if across == 1 else WIDTH, 0.6 + 3.4 * down)
     flat = list(fig.subplots(down, across, squeeze=False).flat)
     patterns = [p for p in dict.fromkeys(report.pattern_of(r) for r in report.ordered(records)) if columned(p)]
     markers = dict(zip(sorted(patterns, key=report.pattern_key), itertools.cycle(MARKERS), strict=False))
@@ -273,13 +273,13 @@ def fig_perplexity(records, metric):
         ax.set_title(names[key] if len(names) > 1 else "", loc="left", fontweight="bold")
     for ax in flat[len(panels):]:
         ax.remove()
-    _legend(fig, [_handle(m, *style) for m, style in styles.items()]
-            + [_handle(p, INK, "none", marker, filled=False) for p, marker in markers.items()])
+    legend(fig, [handle(m, *style) for m, style in styles.items()]
+            + [handle(p, INK, "none", marker, filled=False) for p, marker in markers.items()])
     return fig
 
 
 def _perplexity_panel(ax, records, column, styles, markers):
-    points, dense, lost = _measured(records, column)
+    points, dense, lost = measured(records, column)
     places = _places(points, markers)
     methods = [m for m in styles if any(m == own for own, _ in points)]
     for i, method in enumerate(methods):
@@ -290,10 +290,10 @@ def _perplexity_panel(ax, records, column, styles, markers):
             if own == method:
                 at, width = places[pattern]
                 marked = {"mfc": "none", "mew": 1.6, "ms": 6.5} if pattern in markers else {}
-                _mark(ax, at + 0.8 * shift * width, values, colour, markers.get(pattern, "o"), **marked)
+                mark(ax, at + 0.8 * shift * width, values, colour, markers.get(pattern, "o"), **marked)
                 line += [(at, sum(values) / len(values))] if not width else []
         ax.plot([x for x, _ in sorted(line)], [y for _, y in sorted(line)], color=colour, ls=style)
-    log = _scale([ax], [v for _, values in points.values() for v in values] + [dense] * (dense is not None))
+    log = scale_y([ax], [v for _, values in points.values() for v in values] + [dense] * (dense is not None))
     _pattern_axis(ax, points, places)
     if dense is not None:
         ax.axhline(dense, color=INK, ls=(0, (4, 3)), lw=1)
@@ -310,7 +310,7 @@ def columned(pattern):
     return ":" in pattern or pattern.startswith("int")
 
 
-def _measured(records, column):
+def measured(records, column):
     """({(series, pattern): (sparsity, [values])}, dense value or None, [runs whose value is not finite])."""
     points, dense, lost = {}, None, []
     records = report.ordered(records)
@@ -365,7 +365,7 @@ def _pattern_axis(ax, points, places):
     ax.set_xlabel("sparsity (% of the prunable weights that are zero)")
 
 
-def _mark(ax, x, values, colour, marker, **kwargs):
+def mark(ax, x, values, colour, marker, **kwargs):
     """The mean of `values` at x, with a bar over their range."""
     ax.plot([x], [sum(values) / len(values)], color=colour, ls="none", marker=marker, zorder=3, **kwargs)
     if len(values) > 1:
@@ -374,7 +374,7 @@ def _mark(ax, x, values, colour, marker, **kwargs):
 
 # ---------------------------------------------------------------- where the loss increase sits
 
-@_drawn
+@drawn
 def fig_damage(records, methods=None):
     """Mean loss increase of every slice of the text with its 95 % interval, a colour a series, the whole a line.
 
@@ -384,12 +384,12 @@ def fig_damage(records, methods=None):
     shown = [(r, s) for r, s in zip(records, report.series(records), strict=True)
              if (r.get("damage") or {}).get("overall")]
     if not shown:
-        return _nothing("no run says where its loss increase sits")
+        return nothing("no run says where its loss increase sits")
     rows = dict.fromkeys((s["kind"], s["name"]) for r, _ in shown for s in r["damage"]["slices"])
     kinds = list(dict.fromkeys(kind for kind, _ in rows))
     step = 1 + 0.45 * (len(shown) - 1)  # rows of text are a step apart, a heading takes one as well
-    fig = _figure(8.4, 0.9 + 0.215 * step * len(rows) + 0.3 * len(kinds))
-    ax, styles = fig.subplots(), _styles(methods or records)
+    fig = new_figure(8.4, 0.9 + 0.215 * step * len(rows) + 0.3 * len(kinds))
+    ax, styles = fig.subplots(), series_styles(methods or records)
     at, ticks, y = {}, [], 0.0
     for kind in kinds:
         y += 1.3
@@ -408,7 +408,7 @@ def fig_damage(records, methods=None):
     ax.grid(False, axis="y")
     ax.margins(x=0.04)
     ax.set_xlabel("mean increase of the loss against the dense model (nats a token)")
-    _legend(fig, [_handle(s, styles[s][0], "-", "o") for s in dict.fromkeys(s for _, s in shown)])
+    legend(fig, [handle(s, styles[s][0], "-", "o") for s in dict.fromkeys(s for _, s in shown)])
     return fig
 
 
@@ -428,15 +428,15 @@ def _damage_series(ax, found, at, shift, colour):
 
 # ---------------------------------------------------------------- time
 
-@_drawn
+@drawn
 def fig_time(records):
     """Where the seconds of each run went: one stacked bar a run."""
     records = report.ordered(records)
     parts = [seconds(r) for r in records]
     if not any(parts):
-        return _nothing("no run has its seconds in the record")
+        return nothing("no run has its seconds in the record")
     colour = {name: c for name, c in PARTS.items() if any(p.get(name) for p in parts)}
-    fig = _figure(WIDTH, 0.95 + 0.27 * len(records))
+    fig = new_figure(WIDTH, 0.95 + 0.27 * len(records))
     ax = fig.subplots()
     for i, part in enumerate(parts):
         left = 0.0
@@ -452,7 +452,7 @@ def fig_time(records):
     ax.set_xlim(left=0)
     ax.grid(False, axis="y")
     ax.set_xlabel("wall time (seconds)")
-    _legend(fig, [_handle(name, c, "none", "s") for name, c in colour.items()])
+    legend(fig, [handle(name, c, "none", "s") for name, c in colour.items()])
     return fig
 
 

@@ -76,9 +76,20 @@ def read(path):
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not a run record: no valid JSON ({error}); run once more") from None
+    return checked(record, path)
+
+
+def checked(record, path):
+    """What was read from `path`, if it is a record of this schema; its metrics stored as null are NaN.
+
+    Raises ValueError, naming the file and what to do.
+    """
     if not isinstance(record, dict) or "schema" not in record or "run_id" not in record:
         raise ValueError(f"{path} is not a run record: a JSON object with `schema` and `run_id` is needed; "
                          "give a file that oneshot.run wrote")
+    for key in ("settings", "model", "metrics", "environment"):
+        if not isinstance(record.get(key, {}), dict):
+            raise ValueError(f"{path} is not a run record: its `{key}` is no JSON object; run once more")
     if record["schema"] != SCHEMA:
         writer = (record.get("environment") or {}).get("oneshot", "?")
         raise ValueError(f"{path} has schema {record['schema']} (by oneshot {writer}), this version "
@@ -216,10 +227,13 @@ def pattern_key(text):
 
 
 def model_names(records):
-    """{identity: name to print}: the model's name, with its fingerprint where two models bear the same."""
+    """{identity: name to print}: the model's name, with its fingerprint where two models bear the same.
+
+    A run that failed before its weights were read has no fingerprint, and the name alone.
+    """
     found = dict.fromkeys(identity(r) for r in records)
-    names = [name for name, _ in found]
-    return {(name, mark): clean(name if names.count(name) == 1 else f"{name} #{str(mark)[:6]}")
+    names = [name for name, mark in found if mark]
+    return {(name, mark): clean(name if names.count(name) < 2 or not mark else f"{name} #{str(mark)[:6]}")
             for name, mark in found}
 
 
@@ -315,9 +329,14 @@ def rows(records):
         row |= {"sparsity": record.get("sparsity"),
                 "bytes": size["stored"] / size["dense"] if size.get("dense") else None,
                 "prune s": (record.get("seconds") or {}).get("prune"),
-                "warnings": len(record.get("warnings") or []), "status": record.get("status")}
+                "warnings": len(record.get("warnings") or []), "status": _status(record)}
         table_rows.append(row)
     return table_rows
+
+
+def _status(record):
+    """How a run ended, and why where it failed."""
+    return ": ".join(clean(x) for x in (record.get("status"), record.get("error")) if x) or None
 
 
 def _dense_value(records, model, column):
@@ -345,11 +364,13 @@ def table(records, fmt="terminal"):
         if fmt == "html" and len({r["model"] for r in found}) == 1:  # the title of the page has it
             keys = [k for k in keys if k != "model"]
     head = keys if fmt == "csv" else [k[-7:] if k.endswith((" / dense", " - dense")) else k for k in keys]
-    return _render(head, [[r[k] if fmt == "csv" else _cell(k, r[k]) for k in keys] for r in found], fmt,
+    return render(head, [[r[k] if fmt == "csv" else _cell(k, r[k]) for k in keys] for r in found], fmt,
                    text={"run_id", "model", "method", "pattern", "variant", "status"})
 
 
 def _cell(key, x):
+    if key == "status" and x is not None:
+        return x if len(x) <= 100 else x[:99] + "…"
     if key in ("sparsity", "bytes") and x is not None:
         return percent(x)
     if key.endswith(" - dense") and x is not None:
@@ -387,7 +408,7 @@ def pivot(records, metric, fmt="terminal"):
         for p in patterns:
             line += _pivot_cell(cells.get(p), [_mean(o[p]) for o in rivals if p in o], column, p, fmt)
         body.append(line)
-    return _render(head, body, fmt, text=set(head) - set(patterns))
+    return render(head, body, fmt, text=set(head) - set(patterns))
 
 
 def _grid(records, chosen):
@@ -453,7 +474,7 @@ class Bold(str):
     """A cell to be set in bold where the format can."""
 
 
-def _render(head, body, fmt, text=()):
+def render(head, body, fmt, text=()):
     """Cells (strings; for csv anything) as one table. `text` names the columns that hold no numbers."""
     if fmt == "csv":
         out = io.StringIO()

@@ -91,11 +91,12 @@ def check_devices(cfg):
         environment.check_device(cfg.activations, "--activations")
 
 
-def run(cfg, together=(), solved=None):
+def run(cfg, together=(), solved=None, reuse=None):
     """One run: its record. With `--save`, the pruned checkpoint as well; a finished one is not computed again.
 
     together: all runs of the command. Where one of them is saved, the dense row is not computed again either. solved:
-    (Result, weights) of `solve_shared`; without it the model is pruned here.
+    (Result, weights) of `solve_shared`; without it the model is pruned here. reuse: called with the record's file as
+    soon as the run_id is known; a record that it returns is taken.
     """
     began = time.perf_counter()
     model, tokenizer = load(cfg)
@@ -117,6 +118,8 @@ def run(cfg, together=(), solved=None):
         return report.write(folder.record, file)
     if not cfg.prunes and any(other.save for other in together) and file.is_file():
         return report.read(file)
+    if reuse and (record := reuse(file)):
+        return record
     if sampled:
         calibration = calibrate(cfg, model, tokenizer)
 

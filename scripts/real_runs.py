@@ -24,9 +24,10 @@ def main():
     p.add_argument("--shared", type=Path, default=Path("../shared"), help="folder of models/ and data/")
     p.add_argument("--results", type=Path, default=Path("results/runs"))
     p.add_argument("--only", help="stories260k, craftgpt-5m, demo-wikitext2 or demo")
+    p.add_argument("--prepare", action="store_true", help="only write the texts, for scripts/sweeps/small.yaml")
     args = p.parse_args()
     for name, flags in runs(args.shared, Path("build/real_runs")).items():
-        if args.only in (None, name):
+        if args.only in (None, name) and not args.prepare:
             code = run.main([*flags, "--method", METHODS, "--results", str(args.results), "--batch-size", "16"])
             if code:
                 raise SystemExit(code)

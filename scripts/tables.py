@@ -1,42 +1,66 @@
-"""Tables from the run records: results/tables.md, and the one in the README.
+"""Tables from the run records: results/tables.md, tables.csv and runs.csv, and the one in the README.
 
     python scripts/tables.py            # write them
     python scripts/tables.py --check    # exit 1 if they are stale
+
+    tables.csv    a line per model, calibration text, metric, method and pattern: mean, standard deviation over seeds
+    runs.csv      a line per run, numbers in full
 
 A pure function of results/runs/*.json and results/packed.json. Text outside the markers is left alone.
 """
 
 import argparse
+import csv
+import io
 import json
+import statistics
 import sys
 from pathlib import Path
 
-from oneshot import report
+from oneshot import cli, report, run
 
 ROOT = Path(__file__).parent.parent
 START, END = "<!-- {}: written by scripts/tables.py -->", "<!-- {}: end -->"
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = cli.Parser(prog="python scripts/tables.py", description=__doc__, allow_abbrev=False,
+                   formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--runs", type=Path, default=ROOT / "results" / "runs")
     p.add_argument("--root", type=Path, default=ROOT, help="where README.md and results/tables.md are")
     p.add_argument("--check", action="store_true", help="write nothing, exit 1 if a file would change")
-    args = p.parse_args(argv)
-    records = [report.read(f) for f in sorted(args.runs.glob("*.json"))]
-    tables, stale = args.root / "results" / "tables.md", []
-    sections = [(args.root / "README.md", {"pruning": readme_table(records)}),
-                (tables, {"pruning": all_tables(records), **packed_section(tables.with_name("packed.json"))})]
-    for file, texts in sections:
-        old = new = file.read_text() if file.exists() else ""
-        for name, text in texts.items():
-            new = between(new, name, text)
-        if new != old:
-            stale.append(file)
-            if not args.check:
-                report.write_text(new, file)
+    try:
+        args = p.parse_args(argv)
+        records = read(args.runs)
+        stale = write_all(records, args.root, args.check)
+    except (ValueError, OSError) as error:
+        return run.fail(run.one_line(error))
     print("\n".join(f"{'stale' if args.check else 'written'}: {f}" for f in stale) or "up to date")
     return 1 if stale and args.check else 0
+
+
+def write_all(records, root, check):
+    """Write what is stale, or only find it if `check`. The stale files."""
+    stale = []
+    texts = {"README.md": lambda old: between(old, "pruning", readme_table(records)),
+             "results/tables.md": lambda old: with_packed(between(old, "pruning", all_tables(records)), root),
+             "results/tables.csv": lambda old: tables_csv(records),
+             "results/runs.csv": lambda old: report.table(records, "csv")}
+    for name, content in texts.items():
+        file = root / name
+        old = file.read_text(encoding="utf-8") if file.exists() else ""
+        if (new := content(old)) != old:
+            stale.append(file)
+            if not check:
+                report.write_text(new, file)
+    return stale
+
+
+def read(folder):
+    """The records in a folder, in the order of their file names. Raises ValueError when there is no such folder."""
+    if not folder.is_dir():
+        raise ValueError(f"--runs {folder}: no such folder; scripts/sweep.py and scripts/real_runs.py write one")
+    return [report.read(f) for f in sorted(folder.glob("*.json"))]
 
 
 def between(text, name, content):
@@ -49,22 +73,34 @@ def between(text, name, content):
 
 
 def groups(records):
-    """{(model, calibration, metric header): records}: what one table compares."""
-    found = {}
+    """{(model, calibration, report.Column): finished records}: what one table compares, the dense runs in each."""
+    texts, dense = {}, {}
     for record in records:
-        data = record["data"]["calibration"]
-        for column in report.columns([record]):
-            key = (record["model"]["name"], data["source"].split(";")[0] if data else None, column.header)
-            found.setdefault(key, []).append(record)
-    dense = {key: rows for key, rows in found.items() if key[1] is None}
-    return {key: [*dense.get((key[0], None, key[2]), []), *rows] for key, rows in found.items() if key[1] is not None}
+        if record.get("status") != "finished":
+            continue
+        calibration, model = (record.get("data") or {}).get("calibration"), record["model"]["name"]
+        if report.is_dense(record):
+            dense.setdefault(model, []).append(record)
+        else:
+            text = calibration["source"].split(";")[0] if calibration else "nothing"
+            texts.setdefault((model, text), []).append(record)
+    found = {}
+    for (model, text), pruned in texts.items():
+        rows = [*dense.get(model, []), *pruned]
+        for column in report.columns(rows):
+            measured = [r for r in rows if report.value(r, column) is not None]
+            if "stderr" not in column.metric and not all(map(report.is_dense, measured)):
+                found[model, text, column] = measured
+    return found
 
 
 def readme_table(records):
     """One table per model and text: methods down, patterns across."""
     parts = [where(records)]
-    for (model, calibration, header), rows in groups(records).items():
-        parts.append(f"**{model}**, calibrated on {calibration}\n\n{report.pivot(rows, header, 'markdown')}")
+    for (model, calibration, column), rows in groups(records).items():
+        text = f"; measured on {column.text}" * bool(column.text)
+        table = report.pivot(rows, column.metric, "markdown")
+        parts.append(f"**{model}**, calibrated on {calibration}{text}\n\n{table}")
     return "\n\n".join(parts) if records else "no runs yet"
 
 
@@ -73,10 +109,14 @@ def all_tables(records):
     return "\n\n".join(["# Results", readme_table(records), "## Every run", report.table(records, "markdown")])
 
 
+def with_packed(text, root):
+    """`text` with the section of what packed_runs.py measured, where that has run."""
+    file = root / "results" / "packed.json"
+    return between(text, "packed", packed_section(file)) if file.exists() else text
+
+
 def packed_section(file):
-    """{"packed": text} of what packed_runs.py measured; nothing where it has not run."""
-    if not file.exists():
-        return {}
+    """What packed_runs.py measured."""
     out = json.loads(file.read_text())
     e, s = out["environment"], out["settings"]
     lines = [
@@ -94,16 +134,35 @@ def packed_section(file):
             ppl = f"{p['dense']:.4f} | {p['packed']:.4f} | {p['relative_difference']:.1e}"
             lines.append(f"| {row['model']} | {row['dtype']} | {p['text']} @{p['window']} | {ppl} | {size} | "
                          f"{row['ratio']:.4f} | {proof} |")
-    return {"packed": "\n".join(lines)}
+    return "\n".join(lines)
+
+
+def tables_csv(records):
+    """Every number of the tables in a line of its own: mean, sample standard deviation and number of runs."""
+    out = io.StringIO()
+    lines = csv.writer(out, lineterminator="\n")
+    lines.writerow(["model", "calibration", "metric", "method", "pattern", "mean", "std", "runs"])
+    for (model, calibration, column), rows in groups(records).items():
+        cells = {}
+        for record, series in zip(rows, report.series(rows), strict=True):
+            cells.setdefault((series, report.pattern_of(record)), []).append(report.value(record, column))
+        for (series, pattern), xs in cells.items():
+            std = statistics.stdev(xs) if len(xs) > 1 else None
+            lines.writerow([model, calibration, column.header, series, pattern, statistics.fmean(xs), std, len(xs)])
+    return out.getvalue()
 
 
 def where(records):
     """One line on how the numbers came about."""
+    records = [r for r in records if r.get("status") == "finished"]
+
     def values(key):
         return ", ".join(sorted({str(r["environment"][key]) for r in records}))
-    seeds = ", ".join(sorted({str(r["settings"]["seed"]) for r in records if "seed" in r["settings"]}))
+    seeds = ", ".join(sorted({str(r["settings"]["seed"]) for r in records if "seed" in r["settings"]}, key=int))
+    several = " Where there are several seeds: mean ± standard deviation." * (seeds.count(",") > 0)
     return (f"Perplexity; the window stands behind the @. Seed {seeds}, {values('device')}, torch {values('torch')}, "
-            f"transformers {values('transformers')}, commit {values('commit')}; one record a run in `results/runs`.")
+            f"transformers {values('transformers')}, commit {values('commit')}; one record a run in `results/runs`."
+            + several)
 
 
 if __name__ == "__main__":

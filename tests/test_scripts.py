@@ -1,16 +1,20 @@
 """The scripts do what they say, at toy size."""
 
+import csv
 import json
+import re
 import sys
 import tempfile
 from pathlib import Path
 
+import figures
 import pytest
 import tables
+import test_report
 from safetensors.torch import load_file
 from tiny import plain_pages  # noqa: F401
 
-from oneshot import models
+from oneshot import models, report
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,6 +24,7 @@ def test_tables_are_not_stale():
 
 
 def test_tables_notice_a_change(tmp_path):
+    (tmp_path / "none").mkdir()
     (tmp_path / "README.md").write_text("before\n\n" + tables.START.format("pruning") + "\nold\n"
                                         + tables.END.format("pruning") + "\nafter\n")
     arguments = ["--runs", str(tmp_path / "none"), "--root", str(tmp_path)]
@@ -28,6 +33,74 @@ def test_tables_notice_a_change(tmp_path):
     assert tables.main([*arguments, "--check"]) == 0
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+
+
+@pytest.fixture
+def sweep_of_records(tmp_path):
+    """A folder of invented records: seeds, two windows counts of one text, and a run that failed."""
+    runs = [*test_report.sweep(), test_report.record("wanda", "0.5", 33.0, window=512)]
+    other = test_report.record("wanda", "0.5", 44.0, sha="9c" * 32, seed=5)  # as many tokens of another text
+    failed = {"schema": 1, "run_id": "x-failed", "status": "failed", "error": "it broke", "settings": {"model": "demo"},
+              "metrics": {}}
+    for r in [*runs, other, failed]:
+        if "data" in r:
+            r["model"] |= {"parameters": 100_000, "dtype": "bfloat16"}
+            if r["settings"]["method"] == "dense":
+                r["data"]["calibration"] = None
+            r["environment"] |= {"device": "cpu", "torch": "2", "transformers": "5"}
+        report.write(r, tmp_path / "runs" / f"{r['run_id']}.json")
+    return tmp_path
+
+
+def test_tables_give_mean_and_spread_over_seeds(sweep_of_records):
+    assert tables.main(["--runs", str(sweep_of_records / "runs"), "--root", str(sweep_of_records)]) == 0
+    lines = list(csv.DictReader((sweep_of_records / "results" / "tables.csv").open()))
+    [line] = [x for x in lines if x["method"] == "wanda" and x["pattern"] == "0.6"]
+    assert float(line["mean"]) == pytest.approx((20 + 20.125) / 2) and line["runs"] == "2"
+    assert float(line["std"]) == pytest.approx(0.125 / 2**0.5)
+    halves = [x for x in lines if x["method"] == "wanda" and x["pattern"] == "0.5"]
+    assert sorted((x["runs"], float(x["mean"])) for x in halves) == [("1", 33.0), ("1", 44.0), ("2", 20.0625)]
+    assert len({x["metric"] for x in halves}) == 3, "windows and texts stay apart"
+    text = (sweep_of_records / "README.md").read_text()
+    assert "20.06 ± 0.09" in text and "it broke" not in text
+    assert "failed: it broke" in (sweep_of_records / "results" / "tables.md").read_text()
+    every = list(csv.DictReader((sweep_of_records / "results" / "runs.csv").open()))
+    assert len(every) == 22 and sum(x["status"] == "failed: it broke" for x in every) == 1
+
+
+def test_figures_are_written_for_each_table(sweep_of_records):
+    out = sweep_of_records / "figures"
+    assert figures.main(["--runs", str(sweep_of_records / "runs"), "--out", str(out)]) == 0
+    names = sorted(f.name for f in out.iterdir())
+    assert len(names) == 2 * (3 * 2 + 1)
+    for ending in ("sparsity.svg", "sparsity.png", "bytes.svg"):
+        assert f"demo-builtin-ppl-512-on-text-{ending}" in names
+    assert "demo-on-text-error.svg" in names
+
+
+@pytest.mark.parametrize("script", [tables, figures])
+def test_bad_input_of_tables_and_figures(script, tmp_path, capsys):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "a.json").write_text("{")
+    for argv, word in ((["--runs", str(tmp_path / "absent")], "absent"), (["--run", "x"], "--run"),
+                       (["--runs", str(tmp_path / "runs")], "a.json")):
+        assert script.main(argv) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and err.count("\n") == 1 and word in err
+
+
+@pytest.mark.parametrize(("pattern", "zeros", "share"), [
+    ("2:4", 0.5, 0.5625), ("4:8", 0.5, 0.5 + 7 / 8 / 16), ("1:4", 0.75, 0.25 + 2 / 4 / 16), ("0.5", 0.5, 0.5625),
+    ("0.0", 0.0, 1.0), ("0.75", 0.75, 0.3125)])
+def test_bytes_of_a_linear(pattern, zeros, share):
+    assert figures.linear_bytes(pattern, 64, 32, 64 * 32 * zeros, 2) == pytest.approx(share * 64 * 32 * 2)
+
+
+def test_the_readme_of_the_scripts_names_each():
+    text = (ROOT / "scripts" / "README.md").read_text()
+    missing = [f.name for f in (ROOT / "scripts").glob("[a-z]*.py") if f.name not in text]
+    assert not missing
+    assert all((ROOT / "scripts" / name).exists() for name in re.findall(r"scripts/([\w/]+\.\w+)", text))
 
 
 def test_bench_prune(tmp_path):
