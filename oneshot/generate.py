@@ -11,7 +11,8 @@ import time
 
 import torch
 
-from . import environment, models
+from . import cli, environment, models
+from .config import DTYPES
 from .packed import linears
 from .run import one_line
 
@@ -31,7 +32,7 @@ class Clock:
         """Nothing is left to note."""
 
 
-def measure(name, prompt, args):
+def measure(name, flag, prompt, args):
     """Continue `prompt` with the model `name`: its text, seconds to the first token, tokens a second, bytes.
 
     The first generation warms up and is not timed.
@@ -39,7 +40,8 @@ def measure(name, prompt, args):
     gc.collect()
     environment.reset_peak_memory(args.device)
     on_cpu = torch.device(args.device).type == "cpu"
-    model, tokenizer = models.load(name, dtype="float32" if on_cpu and args.dtype == "auto" else args.dtype)
+    model, tokenizer = models.load(name, flag=flag,
+                                   dtype="float32" if on_cpu and args.dtype == "auto" else args.dtype)
     model.to(args.device)
     packed = bool(linears(model))
     if packed and not on_cpu:  # q, k, v and gate, up in one launch each
@@ -48,6 +50,8 @@ def measure(name, prompt, args):
         sparsify(model)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(args.device)
     length = inputs["input_ids"].shape[1]
+    if not length:
+        raise ValueError("--prompt: not a single token; give some text")
     most = models.max_positions(model)
     if most and length + args.max_new_tokens > most:
         raise ValueError(f"--max-new-tokens {args.max_new_tokens}: with a prompt of {length} tokens that is more than "
@@ -85,8 +89,8 @@ def show(rows, prompt):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(prog="python -m oneshot.generate", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = cli.Parser(prog="python -m oneshot.generate", description=__doc__,
+                   formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("model", help="folder, hub name, or demo")
     p.add_argument("--prompt", default="The history of science", help="text to continue (default: %(default)r)")
     p.add_argument("--compare", metavar="MODEL", help="a second model, for instance the dense one")
@@ -94,14 +98,18 @@ def main(argv=None):
     p.add_argument("--temperature", type=float, help="sample at this temperature (default: greedy)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cpu")
-    p.add_argument("--dtype", default="auto", help="auto: as stored on a GPU, float32 on a CPU")
+    p.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: as stored on a GPU, float32 on a CPU")
     p.add_argument("--static", action="store_true", help="static cache, compiled decoding (GPU)")
-    args = p.parse_args(argv)
     try:
+        args = p.parse_args(argv)
+        models.quiet()
         environment.check_device(args.device)
         if args.max_new_tokens < 1:
             raise ValueError("--max-new-tokens: must be at least 1")
-        rows = [measure(name, args.prompt, args) for name in (args.model, args.compare) if name]
+        if args.temperature is not None and not args.temperature > 0:
+            raise ValueError(f"--temperature {args.temperature:g}: must be above 0; leave it out for greedy")
+        rows = [measure(name, flag, args.prompt, args) for name, flag in ((args.model, ""), (args.compare, "--compare"))
+                if name]
     except (ValueError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2

@@ -25,19 +25,20 @@ LEFT_ALONE = {  # one of the last two parts of a linear's name: why it is never 
 EXPERTS_IMPLEMENTATION = "oneshot_one_by_one"
 
 
-def load(name, *, dtype="auto", revision=None, cache_dir=None, trust_remote_code=False, attn_implementation=None):
+def load(name, *, dtype="auto", revision=None, cache_dir=None, trust_remote_code=False, attn_implementation=None,
+         flag="--model"):
     """(model, tokenizer) of a local folder, a hub name or "demo", on the CPU, weights in `dtype` ("auto": as stored).
 
-    Only safetensors are read. Raises ValueError naming `--model` when there is nothing loadable.
+    Only safetensors are read. Raises ValueError naming `flag` when there is nothing loadable.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = DEMO if str(name) == "demo" else Path(name)
-    local = path.is_dir()
+    local, said = path.is_dir(), f"{flag} {name}".strip()
     if local:
-        check_folder(path)
+        check_folder(path, said)
     elif str(name).count("/") > 1 or str(name).startswith((".", "/", "~")) or path.exists():
-        raise ValueError(f"--model {name}: no such folder")
+        raise ValueError(f"{said}: no such folder")
     options = {"revision": revision, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
     source = str(path) if local else str(name)
     try:
@@ -47,10 +48,11 @@ def load(name, *, dtype="auto", revision=None, cache_dir=None, trust_remote_code
             output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         first_line = str(error).strip().split("\n")[0]
-        raise ValueError(f"--model {name}: cannot be loaded ({first_line})") from error
+        where = "" if local else "no such folder here, and as a hub name it "
+        raise ValueError(f"{said}: {where}cannot be loaded ({first_line})") from error
     if info["missing_keys"]:  # transformers would go on with random numbers
         missing = sorted(info["missing_keys"])
-        raise ValueError(f"--model {name}: its files lack {len(missing)} tensors, such as {missing[0]}; fetch it again")
+        raise ValueError(f"{said}: its files lack {len(missing)} tensors, such as {missing[0]}; fetch it again")
     return model.eval().requires_grad_(False), tokenizer
 
 
@@ -62,13 +64,13 @@ def quiet():
     logging.disable_progress_bar()
 
 
-def check_folder(path):
+def check_folder(path, said):
     """Raise ValueError unless `path` holds a config and safetensors weights."""
     if not (path / "config.json").is_file():
-        raise ValueError(f"--model {path}: no config.json in this folder, so it is no Hugging Face model")
+        raise ValueError(f"{said}: no config.json in this folder, so it is no Hugging Face model")
     if not any(path.glob("*.safetensors")):
         pickles = any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth"))
-        raise ValueError(f"--model {path}: " + (
+        raise ValueError(f"{said}: " + (
             "its weights are pickle files, which can run code when loaded; save it as safetensors first"
             if pickles else "no safetensors weights in this folder"))
 

@@ -61,6 +61,10 @@ class PackedQuantizer(HfQuantizer):
     def is_trainable(self):
         return False
 
+    @property
+    def is_compileable(self):
+        return True  # else `generate` with a static cache would run uncompiled, without a word
+
 
 def check_files(files, n):
     """Raise ValueError unless the files hold `n` packed weights: transformers would only report what is missing."""

@@ -10,16 +10,19 @@ dense matrices they stand for.
 
 import argparse
 import sys
+from pathlib import Path
 
 import torch
 
-from . import export, models, packed
+from . import cli, export, models, packed
 
 
 def verify(path):
     """(rows, faults, skipped): one dict per linear, one line per fault, what was left alone and why."""
+    if not Path(path).is_dir():
+        raise ValueError(f"{path}: no such folder; give one that oneshot.run --save wrote")
     data = export.read_manifest(path)
-    model, _ = models.load(str(path))
+    model, _ = models.load(str(path), flag="")
     entries, rows, faults = dict(data["tensors"]), [], []
     found = len(packed.linears(model))
     if found != data.get("packed", {}).get("linears", 0):
@@ -47,7 +50,7 @@ def compare(path, twin):
 
     Exact: same names, shapes, dtypes and values; what a packed linear stands for is compared, not its packed bytes.
     """
-    ours, theirs = (dense_tensors(folder) for folder in (path, twin))
+    ours, theirs = dense_tensors(path), dense_tensors(twin, "--twin")
     faults = [f"{name}: only in {path}" for name in ours if name not in theirs]
     faults += [f"{name}: only in {twin}" for name in theirs if name not in ours]
     shared = [name for name in ours if name in theirs]
@@ -60,9 +63,9 @@ def compare(path, twin):
     return len(shared), faults
 
 
-def dense_tensors(path):
+def dense_tensors(path, flag=""):
     """{name: tensor} of a checkpoint; linears as (R, C), whether they are stored packed, dense or transposed."""
-    model, _ = models.load(str(path))
+    model, _ = models.load(str(path), flag=flag)
     packed.to_dense(model)
     transposed = {f"{name}.weight" for name, view in export.all_views(model) if view.transposed}
     return {name: t.T if name in transposed else t for name, t in model.state_dict().items()}
@@ -94,8 +97,8 @@ def check(view, entry):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m oneshot.verify", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(prog="python -m oneshot.verify", description=__doc__,
+                        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="a folder that oneshot.run --save wrote")
     parser.add_argument("--twin", metavar="OTHER", help="another folder that must hold the same model, tensor by "
                                                         "tensor: the dense one of a packed checkpoint")

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from oneshot_kernels import Sparse24Linear, sparsify
-from transformers import AutoModelForCausalLM, StaticCache
+from transformers import AutoModelForCausalLM, CompileConfig, StaticCache
 
 from oneshot import export, generate, packed, run, verify
 
@@ -234,8 +234,33 @@ def test_generate_shows_both(twins, capsys):
     assert first == second and "(packed)" in out and "tokens/s" in out
 
 
-def test_generate_bad_input(twins, capsys):
-    for flags, word in ((["--max-new-tokens", "100000"], "positions"), (["--device", "nowhere"], "--device"),
-                        (["--max-new-tokens", "0"], "--max-new-tokens")):
-        assert generate.main([str(twins[1]), "--prompt", PROMPT, *flags]) == 2
-        assert word in capsys.readouterr().err
+def test_generate_compiles_packed_models_where_it_compiles_dense_ones(twins):
+    """transformers asks the quantizer; a no would leave the decoding on a GPU uncompiled, without a word."""
+    model = load(twins[1], dtype=torch.float32)
+    prompt = ids(model)[:1]
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(prompt)}
+    want = model.generate(prompt, **options)
+    how = CompileConfig(backend="aot_eager", fullgraph=True)
+    how._compile_all_devices = True  # else only on a GPU
+    got = model.generate(prompt, **options, cache_implementation="static", compile_config=how)
+    assert hasattr(model, "_compiled_call") and torch.equal(got, want)
+
+
+@pytest.mark.parametrize(("words", "flags"), [
+    (["positions"], ["--max-new-tokens", "100000"]), (["--device"], ["--device", "nowhere"]),
+    (["--max-new-tokens"], ["--max-new-tokens", "0"]), (["--prompt"], ["--prompt", ""]),
+    (["--temperature -1", "above 0"], ["--temperature", "-1"]), (["--dtype", "int3"], ["--dtype", "int3"]),
+    (["--tokens", "did you mean"], ["--tokens", "3"]),
+    (["--compare absent: no such folder"], ["--compare", "absent", "--max-new-tokens", "2"]),
+])
+def test_generate_bad_input(twins, capfd, words, flags):
+    assert generate.main([str(twins[1]), "--prompt", PROMPT, *flags]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith("error: ") and len(err.splitlines()) == 1, err
+    assert all(word in err for word in words), err
+
+
+def test_generate_wants_a_model(tmp_path, capsys):
+    assert generate.main([]) == 2 and "required: model" in capsys.readouterr().err
+    assert generate.main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}: no config.json")
