@@ -28,7 +28,7 @@ TILT = 1e-6  # share of the mean slope added over a sparsity of 1: where errors 
 
 @dataclass(frozen=True)
 class Config:
-    spread: float = field(default=0.2, metadata={"help": "a linear's sparsity differs from the mean by at most this"})
+    spread: float = field(default=0.08, metadata={"help": "a linear's sparsity differs from the mean by at most this"})
     points: int = field(default=9, metadata={"help": "sparsities at which every linear's error is measured"})
     early: float = field(default=1.0, metadata={
         "help": "how much more an error counts in the first block than in the last"})
