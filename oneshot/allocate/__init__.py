@@ -13,8 +13,8 @@ A way is a module with
     blocks      [{name: (R, C)}], the model's linears in its order
     pattern     what `--pattern` asks for, its comparison group named
 
-Law of all but `mix`: as many zeros as with the pattern everywhere, within one weight a row; equal measurements give the
-pattern everywhere. Nothing random, no globals.
+Law of all but `mix`: as many zeros as with the pattern everywhere, within one weight a row. Where equal measurements
+mean equal needs (owl; error with `early` 1), they give the pattern everywhere. Nothing random, no globals.
 """
 
 import importlib
