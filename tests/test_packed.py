@@ -202,7 +202,7 @@ def test_damaged_metadata_is_refused_while_loading(twins, tmp_path):
 def test_a_tensor_that_is_missing_is_not_made_up(twins, tmp_path, part):
     folder = tiny.copy(twins[1], tmp_path / "spoilt")
     tiny.change_weights(folder, lambda t: t.pop(metadata_key(t).replace("metadata", part)))
-    with pytest.raises(ValueError, match="packed linears, the files hold .* incomplete"):
+    with pytest.raises(ValueError, match=r"packed linears, the files hold .* incomplete"):
         load(folder)
 
 
