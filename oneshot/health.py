@@ -10,7 +10,7 @@ import torch
 
 TOKENS = 512  # the dimensions are counted on so many
 BOUNDS = {  # value: (lowest, highest) that is still sound
-    "relative_error": (0.0, 0.5), "norm_ratio": (0.5, 2.0), "dimensions_ratio": (0.5, float("inf"))}
+    "relative_error": (0.0, 1.0), "norm_ratio": (0.5, 2.0), "dimensions_ratio": (0.5, float("inf"))}
 
 
 def compare(dense, pruned, real=None):

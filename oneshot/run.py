@@ -331,11 +331,11 @@ def summary(records, results):
 
 # ------------------------------------------------------------------ the same in Python
 
-def prune(model, tokenizer=None, *, method="sparsegpt", pattern="2:4", calibration="builtin", solver=None, **settings):
+def prune(model, tokenizer=None, *, method="sparsegpt", pattern="2:4", calibration="builtin", parts=None, **settings):
     """Prune a loaded transformers model in place; the record of what was done, as `python -m oneshot.run` writes it.
 
-    calibration: as `--calibration`, or token ids, int64 (n, seqlen). solver: settings of the chain's parts, such as
-    {"sparsegpt.damping": 0.1}. settings: RunConfig's other fields, e.g. nsamples=64, device="cuda".
+    calibration: as `--calibration`, or token ids, int64 (n, seqlen). parts: settings of the method's, the allocation's and
+    the recovery's parts, such as {"sparsegpt.damping": 0.1, "block.steps": 100}. settings: RunConfig's other fields, e.g. nsamples=64, device="cuda".
 
     Raises ValueError naming the setting as the command line would.
     """
@@ -345,7 +345,8 @@ def prune(model, tokenizer=None, *, method="sparsegpt", pattern="2:4", calibrati
         raise ValueError("tokenizer: needed to read --calibration; or give token ids as `calibration`")
     known = [f.name for f in dataclasses.fields(RunConfig) if f.name in PYTHON_SETTINGS]
     refuse_unknown(settings, known, "no such setting here")
-    flags = {**settings, **(solver or {}), "model": name, "pattern": str(pattern), "evaluate": "none",
+    refuse_unknown(parts or {}, [a.dest for a in cli.parser()._actions if "." in a.dest], "no such setting of a part")
+    flags = {**settings, **(parts or {}), "model": name, "pattern": str(pattern), "evaluate": "none",
              "calibration": "given" if given else calibration}
     asked = presets.expand(method, flags)
     cli.check_parts({method: asked}, flags)
@@ -364,7 +365,7 @@ def prune(model, tokenizer=None, *, method="sparsegpt", pattern="2:4", calibrati
 
 
 PYTHON_SETTINGS = {f.name for f in dataclasses.fields(RunConfig)} - {  # the rest: arguments of its own, or the caller's
-    "model", "method", "pattern", "calibration", "solver", "evaluate", "eval_seqlen", "eval_windows", "eval_batch_size",
+    "model", "method", "pattern", "calibration", "solver", "recovery", "allocation", "preset", "evaluate", "eval_seqlen", "eval_windows", "eval_batch_size",
     "prompts", "robustness", "divergence", "damage", "quantised",
     "dtype", "model_revision", "trust_remote_code", "save", "overwrite", "format", "results", "dense"}
 

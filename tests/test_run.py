@@ -212,7 +212,7 @@ def test_python_takes_token_ids_and_solver_settings(place):  # noqa: F811
     model, _ = oneshot.load(str(place / "model"))
     ids = torch.randint(3, 20, (4, 16), generator=torch.Generator().manual_seed(0))
     record = oneshot.prune(model, method="sparsegpt", pattern=0.25, calibration=ids, progress=False,
-                           solver={"sparsegpt.damping": 0.5})
+                           parts={"sparsegpt.damping": 0.5})
     assert record["settings"]["solver"]["sparsegpt"]["damping"] == 0.5
     assert record["data"]["calibration"]["sha256"] == data.given(ids).sha256
     assert record["sparsity"] == 0.25
@@ -220,7 +220,7 @@ def test_python_takes_token_ids_and_solver_settings(place):  # noqa: F811
 
 @pytest.mark.parametrize(("words", "settings"), [
     ("nsample", {"nsample": 3}), ("save", {"save": "out"}), ("tokenizer", {}), ("--pattern", {"pattern": "2:5"}),
-    ("wanda.dampin", {"solver": {"wanda.dampin": 1}}), ("--method", {"method": "wander"}),
+    ("wanda.dampin", {"parts": {"wanda.dampin": 1}}), ("--method", {"method": "wander"}),
     ("64 positions", {"calibration": torch.ones(1, 65, dtype=torch.long)}),
     ("integers", {"calibration": torch.ones(1, 8)})], ids=lambda x: x if isinstance(x, str) else "")
 def test_python_refuses_what_the_command_line_refuses(place, words, settings):  # noqa: F811

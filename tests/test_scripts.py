@@ -125,6 +125,7 @@ def test_packed_runs(tmp_path, plain_pages, capsys):  # noqa: F811
     assert [p["windows"] for p in row["perplexity"]] == [2, 2]
     assert all(p["dense"] == pytest.approx(p["packed"], rel=1e-6) for p in row["perplexity"])
     assert str(tmp_path) not in text and tempfile.gettempdir() not in text
+    (tmp_path / "none").mkdir()
     assert tables.main(["--runs", str(tmp_path / "none"), "--root", str(tmp_path)]) == 0
     assert f"| demo | float16 | builtin:prose @256 | {row['perplexity'][0]['dense']:.4f} |" in (
         tmp_path / "results" / "tables.md").read_text()

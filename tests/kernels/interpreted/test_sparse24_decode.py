@@ -30,6 +30,8 @@ CASES = [  # N, K, tokens, dtype, extras, launch parameters
     (16, 3 * 256, 11, BF16, {}, Config(warps=2)),
     (16, 256, 17, FP16, {}, None),
     (16, 256, 64, BF16, {"residual": True}, None),
+    (20, 1024 + 36, 33, BF16, {"norm": True, "residual": True}, None),  # five token tiles, the last with one token
+    (16, 11008, 1, BF16, {"bias": True}, None),
 ]
 
 
