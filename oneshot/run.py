@@ -334,8 +334,9 @@ def summary(records, results):
 def prune(model, tokenizer=None, *, method="sparsegpt", pattern="2:4", calibration="builtin", parts=None, **settings):
     """Prune a loaded transformers model in place; the record of what was done, as `python -m oneshot.run` writes it.
 
-    calibration: as `--calibration`, or token ids, int64 (n, seqlen). parts: settings of the method's, the allocation's and
-    the recovery's parts, such as {"sparsegpt.damping": 0.1, "block.steps": 100}. settings: RunConfig's other fields, e.g. nsamples=64, device="cuda".
+    calibration: as `--calibration`, or token ids, int64 (n, seqlen). parts: settings of the method's, the
+    allocation's and the recovery's parts, such as {"sparsegpt.damping": 0.1, "block.steps": 100}. settings: RunConfig's
+    other fields, e.g. nsamples=64, device="cuda".
 
     Raises ValueError naming the setting as the command line would.
     """
@@ -365,9 +366,9 @@ def prune(model, tokenizer=None, *, method="sparsegpt", pattern="2:4", calibrati
 
 
 PYTHON_SETTINGS = {f.name for f in dataclasses.fields(RunConfig)} - {  # the rest: arguments of its own, or the caller's
-    "model", "method", "pattern", "calibration", "solver", "recovery", "allocation", "preset", "evaluate", "eval_seqlen", "eval_windows", "eval_batch_size",
-    "prompts", "robustness", "divergence", "damage", "quantised",
-    "dtype", "model_revision", "trust_remote_code", "save", "overwrite", "format", "results", "dense"}
+    "model", "method", "pattern", "calibration", "solver", "recovery", "allocation", "preset", "evaluate", "eval_seqlen",
+    "eval_windows", "eval_batch_size", "prompts", "robustness", "divergence", "damage", "quantised", "dtype",
+    "model_revision", "trust_remote_code", "save", "overwrite", "format", "results", "dense", "shared_inputs"}
 
 
 def refuse_unknown(given, known, what):

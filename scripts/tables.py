@@ -123,7 +123,7 @@ def packed_section(file):
         "## Packed 2:4 checkpoints", "",
         f"`scripts/packed_runs.py`: {s['method']}, seed {s['seed']}; {e['device']}, threads {e['threads']}, torch "
         f"{e['torch']}, transformers {e['transformers']}, commit {e['commit']}{' (dirty)' if e['dirty'] else ''}. "
-        "Stored in the dtype, computed in float32; the window stands behind the @. Bytes are those of the pruned linears "
+        "Stored in the dtype, computed in float32; the window stands behind the @. Bytes: those of the pruned linears "
         "in the files, metadata included. Verified: `oneshot.verify --twin` on every tensor.", "",
         "| model | dtype | text | dense ppl | packed ppl | relative difference | dense KiB | packed KiB | ratio "
         "| verified |", "|---|---|---|--:|--:|--:|--:|--:|--:|---|"]
