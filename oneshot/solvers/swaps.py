@@ -42,11 +42,14 @@ INF = float("inf")
 @dataclass(frozen=True)
 class Config:
     candidates: int = field(default=32, metadata={"help": "columns of a row among which exchanges are weighed exactly"})
+    depth: int = field(default=2, metadata={"help": "exchanges that may pay together only; 1: each must pay by itself"})
     rounds: int = field(default=10, metadata={"help": "times that the candidates are chosen anew, at most"})
 
     def __post_init__(self):
         if self.candidates < 2:
             raise ValueError(f"--swaps.candidates {self.candidates}: must be at least 2")
+        if self.depth < 1:
+            raise ValueError(f"--swaps.depth {self.depth}: must be at least 1")
         if self.rounds < 0:
             raise ValueError(f"--swaps.rounds {self.rounds}: must not be negative")
 
@@ -70,7 +73,7 @@ def refine(W, solution, moments, pattern, cfg):
     while rounds < cfg.rounds and len(rows):
         rounds += 1
         for i in rows.split(n_rows):
-            d, mask[i], settled[i], n = one_round(X[i], mask[i], c[i], settled[i], G, pattern, w, cfg.candidates)
+            d, mask[i], settled[i], n = one_round(X[i], mask[i], c[i], settled[i], G, pattern, w, cfg)
             X[i] += d
             c[i] -= d @ G
             moved[i] |= d.any(1)
@@ -88,18 +91,18 @@ def width(pattern, C):
     return min(pattern.group, C) if isinstance(pattern.group, int) else C
 
 
-def one_round(X, mask, c, settled, G, pattern, w, q):
+def one_round(X, mask, c, settled, G, pattern, w, cfg):
     """Choose candidates and exchange among them, each row for itself: (change of X, mask, settled, exchanges (R,)).
 
     settled: (R, groups), looked at without success since the row's last exchange.
     """
-    picked, Q, K, valid = candidates(X, mask, c, settled, pattern, w, q)
+    picked, Q, K, valid = candidates(X, mask, c, settled, pattern, w, cfg.candidates)
     G_QQ = G[Q.unsqueeze(2), Q.unsqueeze(1)] * (valid.unsqueeze(2) & valid.unsqueeze(1))
     x, c_Q = X.gather(1, Q) * valid, c.gather(1, Q) * valid
     allowed = valid[:, :K].unsqueeze(2) & valid[:, K:].unsqueeze(1)
     if isinstance(pattern, NM):  # in all other cases Q lies within one group
         allowed &= (Q[:, :K] // w).unsqueeze(2) == (Q[:, K:] // w).unsqueeze(1)
-    values, order, n = exchange(x, c_Q, G_QQ, allowed, K)
+    values, order, n = exchange(x, c_Q, G_QQ, allowed, K, cfg.depth)
     d = torch.zeros_like(x).scatter_(1, order[:, :K], values) * valid - x
     fall = 2 * (d * c_Q).sum(1) - (d.unsqueeze(1) @ G_QQ @ d.unsqueeze(2)).flatten()
     better = (fall > 0).unsqueeze(1)  # or else rounding errors have eaten it: the row stays
@@ -138,30 +141,42 @@ def candidates(X, mask, c, settled, pattern, w, q):
     return picked, (torch.cat([p, u], dim=1) + picked * w) * valid, K, valid
 
 
-def exchange(x, c, G, allowed, K):
+def exchange(x, c, G, allowed, K, depth):
     """Best exchanges until none pays: (values of the kept (R, K), order of Q, kept first (R, q), exchanges (R,)).
 
-    x, c (R, q) and G (R, q, q) belong to Q; allowed (R, K, q - K) says which pairs may be exchanged.
+    x, c (R, q) and G (R, q, q) belong to Q; allowed (R, K, q - K) says which pairs may be exchanged. Up to depth - 1
+    exchanges that do not pay are tried on the way to one that makes good for them; none of them is undone on that way.
     """
     R, q = x.shape
-    A, numb = tableau(x, c, G, K), 10 * torch.finfo(x.dtype).eps
-    values, order = A[:, :K, q].clone(), torch.arange(q, device=x.device).repeat(R, 1)
-    alive, n = torch.arange(R, device=x.device), torch.zeros(R, dtype=torch.long, device=x.device)
-    for _ in range(2 * q):  # far more than ever needed
-        lowest, at = worth(A, K).masked_fill_(~allowed, INF).flatten(1).min(1)
-        go = lowest < numb * A[:, q, q]  # that corner is -b_K H b_K: beyond rounding
+    A, rows = tableau(x, c, G, K), torch.arange(R, device=x.device)
+    values, order, n = A[:, :K, q].clone(), torch.arange(q, device=x.device).repeat(R, 1), torch.zeros_like(rows)
+    alive, now, free, tried = rows, order.clone(), allowed, torch.zeros_like(rows)
+    level = A[:, q, q].clone()  # -b_K H b_K, the error up to a constant: of what is in `values`
+    numb = 10 * torch.finfo(x.dtype).eps
+    for _ in range(4 * q):  # far more than ever needed
+        lowest, at = worth(A, K).masked_fill_(~free, INF).flatten(1).min(1)
+        pays = A[:, q, q] + lowest < level * (1 + numb)
+        go = pays | ((tried + 1 < depth) & (lowest < INF))
         if not go.all():
-            A, allowed, at, alive = A[go], allowed[go], at[go], alive[go]
+            A, now, at, alive, pays, tried, level = (t[go] for t in (A, now, at, alive, pays, tried, level))
+            allowed, free = allowed[go], free[go]
         if not len(alive):
             break
-        p, u = at // (q - K), at % (q - K) + K
+        p, u, rows = at // (q - K), at % (q - K) + K, torch.arange(len(A), device=x.device)
         pivot(A, p, -1)
         pivot(A, u, 1)
-        rows = torch.arange(len(A), device=x.device)
-        for view, r in ((A, rows), (A.transpose(1, 2), rows), (order, alive)):  # u takes p's place among the kept
-            view[r, p], view[r, u] = view[r, u], view[r, p]
-        values[alive] = A[:, :K, q]
-        n[alive] += 1
+        for view in (A, A.transpose(1, 2), now):  # u takes p's place among the kept
+            view[rows, p], view[rows, u] = view[rows, u], view[rows, p]
+        if depth > 1:
+            free = free.clone()
+            free[rows, p], free[rows, :, u - K] = False, False
+            free = torch.where(pays[:, None, None], allowed, free)
+        tried += 1
+        better = alive[pays]
+        values[better], order[better] = A[pays, :K, q], now[pays]
+        n[better] += tried[pays]
+        tried = torch.where(pays, 0, tried)
+        level = torch.where(pays, A[:, q, q], level)
     return values, order, n
 
 
