@@ -36,6 +36,19 @@ def test_bench_prune(tmp_path):
     assert "column loop" in (tmp_path / "bench_prune.md").read_text()
 
 
+def test_bench_solvers(tmp_path):
+    import bench_solvers
+
+    from oneshot import solvers
+
+    bench_solvers.main(["--toy", "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "bench_solvers.json").read_text())["rows"]
+    assert {r["method"] for r in rows} >= set(solvers.names()["solver"]) and len(rows) % 4 == 0
+    assert all(r["seconds"] > 0 and r["error"] > 0 for r in rows)
+    assert all(r["error"] == 1 for r in rows if r["method"] == "sparsegpt")
+    assert "| alps |" in (tmp_path / "bench_solvers.md").read_text()
+
+
 @pytest.fixture
 def train(tmp_path, monkeypatch):
     import train_demo_model

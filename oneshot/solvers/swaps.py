@@ -14,8 +14,8 @@ The paper weighs exchanges with all other weights held: dropping p and giving u 
 
     y_p²/H_pp - (r_u + T_pu y_p/H_pp)² / (S_uu + T_pu²/H_pp)
 
-of which the lowest of each row is taken, by two pivots, until none is negative. A restored weight and the kept of Q get
-their least-squares values. Exact: every exchange's worth, given the weights outside Q; with C <= q, given nothing. Not
+of which the lowest of each row is taken, by two pivots, until none is negative, nor any two together that begin with
+the lowest (`depth`). A restored weight and the kept of Q get their least-squares values. Exact: every exchange's worth, given the weights outside Q; with C <= q, given nothing. Not
 exact: which columns are in Q. These are the kept ones cheapest to drop and the removed ones with the most to gain, by
 the paper's terms; for N:M the whole groups in which the two are furthest apart. Then c is brought up to date for all
 columns and Q chosen anew, until the row's Q holds no exchange (N:M: nor that of any group).
@@ -64,23 +64,24 @@ def refine(W, solution, moments, pattern, cfg):
     if isinstance(pattern, Dense) or mask.all() or not mask.any():
         return Solution(solution.W_hat.clone(), mask, dict(solution.info))
     W_hat, _ = linalg.refit(W, solution.W_hat, mask, moments, 5, 0.01)  # so that dropping is judged on good values
-    X = (W_hat * s).contiguous()
-    c = ((W * s).contiguous() - X) @ G
+    X, target = (W_hat * s).contiguous(), (W * s).contiguous()
+    c = (target - X) @ G
+    before = ((target - X) * c).sum(1)
     w, n_rows = width(pattern, W.shape[1]), max(1, CHUNK // (cfg.candidates + 1) ** 2)
     settled = torch.zeros(len(W), -(-W.shape[1] // w), dtype=torch.bool, device=W.device)
-    moved, rows = torch.zeros_like(mask[:, 0]), torch.arange(len(W), device=W.device)
-    swaps = rounds = 0
+    rows, swaps, rounds = torch.arange(len(W), device=W.device), 0, 0
     while rounds < cfg.rounds and len(rows):
         rounds += 1
         for i in rows.split(n_rows):
             d, mask[i], settled[i], n = one_round(X[i], mask[i], c[i], settled[i], G, pattern, w, cfg)
             X[i] += d
             c[i] -= d @ G
-            moved[i] |= d.any(1)
             swaps += int(n.sum())
         rows = rows[~settled[rows].all(1)]
-    X.mul_(mask).div_(s)  # what was dropped is exactly zero
-    return Solution(torch.where(moved.unsqueeze(1), X, W_hat), mask,
+    X.mul_(mask)  # what was dropped is exactly zero
+    D = target.sub_(X)
+    better = ((D @ G).mul_(D).sum(1) < before).unsqueeze(1)  # from scratch: c has gathered rounding errors
+    return Solution(torch.where(better, X.div_(s), W_hat), torch.where(better, mask, solution.mask),
                     {**solution.info, "swaps": swaps, "swap_rounds": rounds})
 
 
@@ -105,7 +106,8 @@ def one_round(X, mask, c, settled, G, pattern, w, cfg):
     values, order, n = exchange(x, c_Q, G_QQ, allowed, K, cfg.depth)
     d = torch.zeros_like(x).scatter_(1, order[:, :K], values) * valid - x
     fall = 2 * (d * c_Q).sum(1) - (d.unsqueeze(1) @ G_QQ @ d.unsqueeze(2)).flatten()
-    better = (fall > 0).unsqueeze(1)  # or else rounding errors have eaten it: the row stays
+    # exactly, the fall is at least ε‖d‖² (see tableau); less is rounding errors of a nearly singular G: the row stays
+    better = (fall > epsilon(x) / 2 * d.square().sum(1)).unsqueeze(1)
     n = n * better.squeeze(1)
     turned = torch.zeros_like(valid, dtype=torch.int8).scatter_(1, order[:, :K], 1)  # 1 came, -1 went
     turned[:, :K] -= 1
@@ -185,13 +187,18 @@ def tableau(x, c, G, K):
     and the error of what comes out is no higher for it."""
     q = x.shape[1]
     N = pad(G, (0, 1, 0, 1))
-    N.diagonal(dim1=1, dim2=2)[:, :q] += torch.finfo(x.dtype).eps ** 0.5
+    N.diagonal(dim1=1, dim2=2)[:, :q] += epsilon(x)
     N[:, :q, q] = N[:, q, :q] = c + (N[:, :q, :q] @ x.unsqueeze(2)).squeeze(2)
     H = torch.cholesky_inverse(torch.linalg.cholesky_ex(N[:, :K, :K])[0])
     border = N[:, :K, K:]
     T = H @ border
     return torch.cat([torch.cat([-H, T], dim=2),
                       torch.cat([T.transpose(1, 2), N[:, K:, K:] - border.transpose(1, 2) @ T], dim=2)], dim=1)
+
+
+def epsilon(x):
+    """ε, beside a unit diagonal: 0.0014 in float32."""
+    return 4 * torch.finfo(x.dtype).eps ** 0.5
 
 
 def worth(A, K):
