@@ -2,7 +2,11 @@
 
     G   E[x xᵀ], (C, C)
     V   upper triangular with V Vᵀ = G + λI
+<<<<<<< HEAD
     D   E[(x_dense - x) xᵀ], (C, C): how far the pruned model's inputs x have moved from the dense model's
+=======
+    s   sqrt(diag G), (C,): columns of W times s meet a Gram matrix of unit diagonal
+>>>>>>> refiners
 """
 
 import torch
@@ -89,3 +93,59 @@ def factor_info(asked, used, precision, dtype, dead):
     if precision != dtype:
         info["warnings"].append("factored in float64: float32 failed")
     return info
+
+
+def unit_gram(moments, dtype):
+    """(G, s, dead): the Gram matrix scaled to unit diagonal, G_ij / (s_i s_j) (C, C), undamped.
+
+    A dead input (bool (C,)) has s = 1 and nothing but zeros in G. (W-Ŵ) G (W-Ŵ)ᵀ is the same in both scales.
+
+    Raises NumericalError when the inputs are not finite.
+    """
+    return moments.derived(("unit_gram", dtype), lambda: _unit_gram(moments.G, dtype))
+
+
+def _unit_gram(G, dtype):
+    diag = G.diagonal()
+    require_finite(diag)
+    dead = diag == 0
+    s = diag.to(dtype).sqrt().masked_fill_(dead, 1)
+    G = G.to(dtype) / s
+    G.div_(s.unsqueeze(1)).diagonal().copy_((~dead).to(dtype))  # exactly 1
+    return G, s, dead
+
+
+def refit(W, W_hat, mask, moments, steps, tolerance):
+    """(Ŵ, steps taken): the kept weights moved towards their least-squares values by conjugate gradients.
+
+    Each row minimises (w-ŵ) G (w-ŵ)ᵀ over its kept weights; G is undamped, its diagonal the preconditioner (ALPS, arXiv
+    2406.07831, algorithm 2). All rows at once, 2·R·C² operations a step and for start and end. It ends with the first
+    step that lowers the whole error by less than `tolerance` of it. A row whose error has not fallen stays as it was.
+
+    W, W_hat (R, C), W_hat zero where the mask is False; float32 or float64.
+    """
+    G, s, _ = unit_gram(moments, W.dtype)
+    X = (W_hat * s).contiguous()
+    D = (W * s).contiguous()
+    start = D - X
+    c = start @ G
+    before = (start * c).sum(1)
+    kept = mask.to(W.dtype)
+    r = c.mul_(kept)  # the residual, minus half the gradient
+    P, rr, whole, used = r.clone(), r.square().sum(1), before.sum().item(), 0
+    while used < steps:
+        GP = P @ G
+        curvature = (P * GP).sum(1)
+        a = torch.where(curvature > 0, rr / curvature, 0)
+        X.addcmul_(P, a.unsqueeze(1))
+        used += 1
+        gained = (a * rr).sum().item()
+        whole -= gained
+        if not gained > tolerance * whole:
+            break
+        r.addcmul_(GP.mul_(kept), a.unsqueeze(1), value=-1)
+        rr, last = r.square().sum(1), rr
+        P.mul_(torch.where(last > 0, rr / last, 0).unsqueeze(1)).add_(r)
+    D -= X
+    better = ((D @ G).mul_(D).sum(1) < before).unsqueeze(1)
+    return torch.where(better, X.div_(s), W_hat), used
