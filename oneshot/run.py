@@ -366,8 +366,8 @@ def prune(model, tokenizer=None, *, method="sparsegpt", pattern="2:4", calibrati
 
 
 PYTHON_SETTINGS = {f.name for f in dataclasses.fields(RunConfig)} - {  # the rest: arguments of its own, or the caller's
-    "model", "method", "pattern", "calibration", "solver", "recovery", "allocation", "preset", "evaluate", "eval_seqlen",
-    "eval_windows", "eval_batch_size", "prompts", "robustness", "divergence", "damage", "quantised", "dtype",
+    "model", "method", "pattern", "calibration", "solver", "recovery", "allocation", "preset", "evaluate",
+    "eval_seqlen", "eval_windows", "eval_batch_size", "prompts", "robustness", "divergence", "damage", "quantised", "dtype",
     "model_revision", "trust_remote_code", "save", "overwrite", "format", "results", "dense", "shared_inputs"}
 
 

@@ -113,7 +113,6 @@ def test_bench_prune(tmp_path):
     assert "column loop" in (tmp_path / "bench_prune.md").read_text()
 
 
-<<<<<<< HEAD
 @pytest.mark.skipif(not (models.DEMO / "config.json").is_file(), reason="the demo model is not trained yet")
 def test_packed_runs(tmp_path, plain_pages, capsys):  # noqa: F811
     import packed_runs
@@ -143,7 +142,8 @@ def test_packed_runs_says_which_claim_is_broken():
                          ({"perplexity": [{"text": "t", "relative_difference": float("nan")}]}, "perplexity on t")):
         told, = packed_runs.faults(good | change)
         assert told.startswith("m bfloat16: ") and word in told
-=======
+
+
 def test_bench_solvers(tmp_path):
     import bench_solvers
 
@@ -155,7 +155,6 @@ def test_bench_solvers(tmp_path):
     assert all(r["seconds"] > 0 and r["error"] > 0 for r in rows)
     assert all(r["error"] == 1 for r in rows if r["method"] == "sparsegpt")
     assert "| alps |" in (tmp_path / "bench_solvers.md").read_text()
->>>>>>> refiners
 
 
 @pytest.fixture
