@@ -109,6 +109,9 @@ class RunConfig:
     overwrite: bool = flag(False, "replace another run's result in --save", group="output", output=True)
     results: str = flag("runs", "folder for the run's record (JSON) and page (HTML)", group="output", output=True)
     dense: bool = flag(True, "measure the dense model as well", group="output", output=True)
+    sensitivity: str = flag("none", "first prune one linear, or one kind of linear, at a time and measure the loss: "
+                                    "what must not be touched", group="evaluation",
+                            choices=("none", "linear", "kind"))
     quantised: bool = flag(False, "measure plain int8, int4 and the integers of equal bytes as well, nothing pruned",
                            group="output", output=True)
     progress: bool = flag(True, "show progress bars", group="output", output=True)

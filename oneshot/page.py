@@ -161,7 +161,7 @@ def _pivots(records):
 
 def _pictures(records):
     """The pictures of the page with their headings; one loud line instead where matplotlib is absent."""
-    from . import figures
+    from . import figures, frontier
 
     made, names = [], model_names(records)
 
@@ -186,6 +186,9 @@ def _pictures(records):
             of = f", {names[key]}" * (len(names) > 1)
             add(f"Where the loss increase sits, {clean(pattern)}{of}", _damage_caption(own), figures.fig_damage, own,
                 records)
+        if mapped := [r for r in records if r.get("sensitivity")]:
+            add("What must not be touched", "Loss increase when this linear alone is pruned and the rest stays dense.",
+                frontier.fig_sensitivity, mapped)
         add("Where the time went",
             "collect: forward with statistics; solve: masks, weights; replay: forward with the pruned block.",
             figures.fig_time, records)

@@ -21,12 +21,12 @@ from pathlib import Path
 SCHEMA = 1
 # the order in the file: what is short comes first
 KEYS = ("schema", "run_id", "status", "settings", "model", "data", "environment", "metrics", "metric_info",
-        "sparsity", "bytes", "warnings", "damage", "prompts", "recovery", "peak_memory_bytes", "seconds", "skipped",
-        "blocks", "layers")
+        "sparsity", "bytes", "warnings", "damage", "sensitivity", "prompts", "recovery", "peak_memory_bytes", "seconds",
+        "skipped", "blocks", "layers")
 # Settings that say where a run goes or what is measured after it, not what was done to the model.
 ELSEWHERE = {"model", "method", "preset", "pattern", "save", "overwrite", "results", "cache_dir", "device", "format",
              "tasks", "evaluate", "eval_seqlen", "eval_windows", "eval_batch_size", "prompts", "robustness",
-             "divergence", "damage"}
+             "divergence", "damage", "sensitivity"}
 HIGHER_IS_BETTER = ("acc", "exact_match", "em", "f1", "agreement", "mcc", "bleu", "rouge",
                     "top1_agreement", "starts_with", "contains", "chosen")
 

@@ -16,6 +16,7 @@ from . import allocate, cli, environment, export, loop, models, packed, patterns
 from .config import RunConfig
 from .data import given as given_tokens
 from .evaluate import prompts, quantised, tasks
+from .evaluate.sensitivity import sensitivity
 from .measure import measure
 from .page import write_html
 from .solvers import chain, short
@@ -69,8 +70,9 @@ def check(configs):
         tasks.prepare(configs[0].task_names, configs[0].task_path)
     if configs[0].prompts:
         prompts.read(configs[0].prompts)
-    if (configs[0].divergence or configs[0].damage) and not configs[0].evaluations:
-        raise ValueError("--divergence, --damage: need a text to compare on; give --evaluate")
+    first = configs[0]
+    if (first.divergence or first.damage or first.sensitivity != "none") and not first.evaluations:
+        raise ValueError("--divergence, --damage, --sensitivity: need a text to compare on; give --evaluate")
 
 
 def check_target(cfg):
@@ -182,6 +184,7 @@ def work(cfg, model, tokenizer, plan, calibration, evaluations, folder=None, sol
     model)."""
     began = time.perf_counter()
     environment.reset_peak_memory(cfg.device)
+    found = sensitivities(cfg, model, calibration, plan, evaluations)
     if solved:
         result, weights = solved
         loop.write(model, weights)
@@ -203,7 +206,16 @@ def work(cfg, model, tokenizer, plan, calibration, evaluations, folder=None, sol
         "warnings": texts.warnings(cfg, model, calibration, evaluations) + result.warnings,
         "peak_memory_bytes": environment.peak_memory(cfg.device),
         "seconds": {"prune": pruned - began + result.seconds, "evaluate": done - pruned, "total": done - began},
-    } | more
+    } | more | found
+
+
+def sensitivities(cfg, model, calibration, plan, evaluations):
+    """{"sensitivity": rows} where asked for, measured on the first text."""
+    if cfg.sensitivity == "none" or not cfg.prunes:
+        return {}
+    evaluation = next(iter(evaluations.values()))
+    return {"sensitivity": sensitivity(model, calibration, plan, steps(cfg), evaluation, cfg.sensitivity,
+                                       options_of(cfg))}
 
 
 def prove(model, plan):
@@ -367,8 +379,9 @@ def prune(model, tokenizer=None, *, method="sparsegpt", pattern="2:4", calibrati
 
 PYTHON_SETTINGS = {f.name for f in dataclasses.fields(RunConfig)} - {  # the rest: arguments of its own, or the caller's
     "model", "method", "pattern", "calibration", "solver", "recovery", "allocation", "preset", "evaluate",
-    "eval_seqlen", "eval_windows", "eval_batch_size", "prompts", "robustness", "divergence", "damage", "quantised", "dtype",
-    "model_revision", "trust_remote_code", "save", "overwrite", "format", "results", "dense", "shared_inputs"}
+    "eval_seqlen", "eval_windows", "eval_batch_size", "prompts", "robustness", "divergence", "damage", "sensitivity",
+    "quantised", "dtype", "model_revision", "trust_remote_code", "save", "overwrite", "format", "results", "dense",
+    "shared_inputs"}
 
 
 def refuse_unknown(given, known, what):

@@ -74,7 +74,7 @@ def assert_met(plan, blocks, pattern, lowest=0.0, highest=1.0):
 
 
 def test_names():
-    assert allocate.names() == sorted([*UNSTRUCTURED, "mix"])
+    assert allocate.names() == sorted([*UNSTRUCTURED, "mix", "sensitivity"])
     with pytest.raises(ValueError, match="--allocate nope: there are arithmetic"):
         allocate.module("nope")
 

@@ -25,9 +25,9 @@ MAY = {  # part of oneshot: the parts it may import, itself always included
     **dict.fromkeys(BASE | {"demo"}, frozenset()), "config": {"patterns"},
     **dict.fromkeys(MATHS, FOR_SOLVERS), **dict.fromkeys(DATA | PRUNE, BASE | MATHS | DATA),
     "loop": BASE | MATHS | DATA | {"health"},
-    "evaluate": BASE | MATHS | DATA, "packed": BASE | MATHS | DATA,
+    "evaluate": BASE | MATHS | DATA | {"loop"}, "packed": BASE | MATHS | DATA,
     "export": BASE | MATHS | DATA | {"packed", "report", "page"},
-    "report": set(), "figures": {"report"}, "frontier": {"report", "figures"}, "page": {"report", "figures"},
+    "report": set(), "figures": {"report"}, "frontier": {"report", "figures"}, "page": {"report", "figures", "frontier"},
     **dict.fromkeys(STORY, ALL),
 }
 ALONE = {"solvers", "allocate"}  # folders whose files do not import each other
