@@ -27,7 +27,8 @@ MAY = {  # part of oneshot: the parts it may import, itself always included
     "loop": BASE | MATHS | DATA | {"health"},
     "evaluate": BASE | MATHS | DATA | {"loop"}, "packed": BASE | MATHS | DATA,
     "export": BASE | MATHS | DATA | {"packed", "report", "page"},
-    "report": set(), "figures": {"report"}, "frontier": {"report", "figures"}, "page": {"report", "figures", "frontier"},
+    "report": set(), "figures": {"report"},
+    "frontier": {"report", "figures"}, "page": {"report", "figures", "frontier"},
     **dict.fromkeys(STORY, ALL),
 }
 ALONE = {"solvers", "allocate"}  # folders whose files do not import each other

@@ -7,7 +7,7 @@ import families
 import pytest
 import tiny
 import torch
-from families import T, VOCAB
+from families import VOCAB, T
 
 from oneshot import loop, models, page, report, solvers
 from oneshot.allocate import sensitivity as way

@@ -1,0 +1,251 @@
+"""What each ingredient gains over SparseGPT and what it costs, `--method best` above all: results/best.json, best.md.
+
+    python scripts/best.py --shared ../shared                    # all; continues where it was stopped
+    python scripts/best.py --shared ../shared --only stories260k --seeds 0
+    python scripts/best.py --table                               # best.md from best.json
+
+    excess   log ppl pruned - log ppl dense, on held-out text
+    share    of the excess of SparseGPT (this program's, same calibration) that a way removes
+    cost     wall time of pruning, in multiples of SparseGPT done the published way (published.py) on the same machine in
+             the same run, right before it; evaluation is not counted
+
+Every number is for one model, pattern and calibration seed; the table has means and sample standard deviations.
+"""
+
+import argparse
+import copy
+import json
+import math
+import statistics
+import time
+from pathlib import Path
+
+import published
+import real_runs
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from oneshot import capture, cli, environment, models, patterns, report, run, texts
+
+MODELS = ("stories260k", "craftgpt-5m", "demo-wikitext2")
+PATTERNS = ("0.5", "0.6", "0.7", "2:4", "4:8")
+ASKED = ("0.6", "0.7", "2:4")  # where the targets are set
+MAIN = {"sparsegpt": {"method": "sparsegpt"}, "alps": {"method": "alps"},
+        **{f"best-{k}": {"method": "best", "effort": k} for k in (1, 3, 5)}}
+DISTIL = {"recover": "distil", "distil.steps": 60}
+INGREDIENTS = {  # at 2:4 and 0.7
+    "wanda": {"method": "wanda"}, "admm": {"method": "admm"}, "sparsegpt+refit": {"method": "sparsegpt+refit"},
+    "wanda+swaps+refit": {"method": "wanda+swaps+refit"}, "sparsegpt+swaps": {"method": "sparsegpt+swaps"},
+    "sparsegpt, dense target": {"method": "sparsegpt", "dense_target": 0.5},
+    "alps, dense target": {"method": "alps", "dense_target": 0.5},
+    "alps, dense target, true-sequential": {"method": "alps", "dense_target": 0.5, "true_sequential": True},
+    "wanda, block": {"method": "wanda", "recover": "block", "block.steps": 60},
+    "sparsegpt, block": {"method": "sparsegpt", "recover": "block", "block.steps": 60},
+    "alps, block": {"method": "alps", "recover": "block", "block.steps": 60},
+    "wanda, distil": {"method": "wanda", **DISTIL}, "sparsegpt, distil": {"method": "sparsegpt", **DISTIL},
+    "alps, distil": {"method": "alps", **DISTIL},
+    "alps, dense target, distil": {"method": "alps", "dense_target": 0.5, **DISTIL},
+    "alps, block, distil": {"method": "alps", **DISTIL, "recover": "block,distil", "block.steps": 60},
+    "sparsegpt, owl": {"method": "sparsegpt", "allocate": "owl"},
+    "alps, owl, distil": {"method": "alps", "allocate": "owl", **DISTIL},
+}
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--shared", type=Path, default=Path("../shared"), help="folder of models/ and data/")
+    p.add_argument("--out", type=Path, default=Path("results/best.json"))
+    p.add_argument("--only", default=",".join(MODELS), help="models, separated by commas")
+    p.add_argument("--patterns", default=",".join(PATTERNS))
+    p.add_argument("--seeds", default="0,1,2")
+    p.add_argument("--ways", default="main", help="main, ingredients, or names separated by semicolons")
+    p.add_argument("--eval-windows", type=int, default=200)
+    p.add_argument("--flags", default="", help="more flags for every run, separated by spaces (for a quick look)")
+    p.add_argument("--table", action="store_true", help="only write the table")
+    args = p.parse_args(argv)
+    if not args.table:
+        measure(args)
+    write_table(args.out)
+
+
+def measure(args):
+    """Run what is missing; every row is stored as soon as it is there."""
+    models.quiet()
+    every = real_runs.runs(args.shared, Path("build/real_runs"))
+    for name in args.only.split(","):
+        for seed in args.seeds.split(","):
+            flags = [*without(every[name], "--pattern"), "--seed", seed, "--eval-windows", str(args.eval_windows),
+                     "--no-progress", *args.flags.split()]
+            with_pattern = [text for text in args.patterns.split(",") if missing(args, name, seed, text)]
+            for text in tqdm(with_pattern, desc=f"{name} seed {seed}", unit="pattern"):
+                cell(args, name, int(seed), text, flags)
+
+
+def without(flags, name):
+    i = flags.index(name)
+    return flags[:i] + flags[i + 2:]
+
+
+def ways_of(args, text):
+    """{name: flags} of what is wanted at a pattern."""
+    if args.ways == "main":
+        return MAIN
+    if args.ways == "ingredients":
+        return INGREDIENTS if text in ("0.7", "2:4") else {}
+    every = MAIN | INGREDIENTS
+    return {way: every[way] for way in args.ways.split(";")}
+
+
+def missing(args, name, seed, text):
+    """The ways without a row yet."""
+    done = {(r["model"], r["seed"], r["pattern"], r["way"]) for r in read(args.out)}
+    return {way: flags for way, flags in ways_of(args, text).items() if (name, int(seed), text, way) not in done}
+
+
+def read(path):
+    return json.loads(path.read_text())["rows"] if path.is_file() else []
+
+
+def cell(args, name, seed, text, flags):
+    """All missing ways at one model, seed and pattern, SparseGPT the published way first."""
+    base = cli.parse([*flags, "--method", "sparsegpt", "--pattern", text, "--no-dense"])[0]
+    model, tokenizer = run.load(base)
+    try:
+        run.make_plan(base, model)
+    except ValueError:
+        return  # widths that 4:8 does not divide
+    calibration = texts.calibration(base, model, tokenizer)
+    evaluations = texts.evaluation(base, model, tokenizer)
+    dense = measured(cli.parse([*flags, "--method", "dense"])[0], model, tokenizer, None, evaluations)["ppl"]
+    yardstick = published_seconds(model, calibration, patterns.parse(text))
+    for way, own in missing(args, name, seed, text).items():
+        given = [part for key, value in own.items()
+                 for part in ([f"--{key}"] if value is True else [f"--{key}", str(value)])]
+        cfg = cli.parse([*flags, "--pattern", text, "--no-dense", *given])[0]
+        row = measured(cfg, model, tokenizer, calibration, evaluations)
+        store(args.out, {"model": name, "seed": seed, "pattern": text, "way": way, "flags": own, "dense_ppl": dense,
+                         "published_seconds": yardstick, **row})
+
+
+def measured(cfg, model, tokenizer, calibration, evaluations):
+    """Perplexity, seconds and errors of one way, on a copy of the model."""
+    mine = copy.deepcopy(model)
+    record = run.work(cfg, mine, tokenizer, run.make_plan(cfg, mine), calibration, evaluations)
+    (metric, ppl), = record["metrics"].items()
+    errors = {}
+    for row in record["layers"]:
+        errors.setdefault(row["linear"], []).append(row["relative_error"])
+    return {"metric": metric, "window": record["metric_info"][metric]["window"], "ppl": ppl,
+            "tokens": record["metric_info"][metric]["tokens"], "seconds": record["seconds"]["prune"],
+            "sparsity": record["sparsity"], "errors": {kind: statistics.fmean(e) for kind, e in errors.items()},
+            "recovery": record["recovery"], "warnings": record["warnings"], "environment": record["environment"]}
+
+
+def published_seconds(model, calibration, pattern):
+    """Wall time of SparseGPT done the published way on the whole model, one window at a time, Conv1D as nn.Linear."""
+    theirs = as_linears(copy.deepcopy(model).float())
+    _, block_list = models.blocks(theirs)
+    n_m = (pattern.m - pattern.n, pattern.m) if isinstance(pattern, patterns.NM) else ()
+    began = time.perf_counter()
+    stream = capture.capture(theirs, calibration.ids, calibration.mask, batch_size=1)
+    for b, block in enumerate(block_list):
+        calls = iter(2 * list(range(len(stream))))  # each window passes twice
+
+        def call(block, x, b=b, calls=calls):
+            i = next(calls)
+            stream.hidden[i] = x
+            return capture.forward(block, stream, b, i)
+        stream.hidden = published.prune_block(block, list(stream.hidden), call, "sparsegpt", pattern.sparsity, *n_m)
+    return time.perf_counter() - began
+
+
+def as_linears(model):
+    """The model with every Conv1D as an equal nn.Linear, which is what the published code looks for."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, Conv1D):
+                linear = nn.Linear(*child.weight.shape)
+                linear.weight.data, linear.bias.data = child.weight.data.T.contiguous(), child.bias.data
+                setattr(module, name, linear)
+    return model.requires_grad_(False)
+
+
+def store(path, row):
+    """Add a row to the file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    environ = row.pop("environment")
+    out = {"environment": environ | {"threads": torch.get_num_threads()}, "rows": [*read(path), row]}
+    report.write_text(json.dumps(out, indent=1) + "\n", path)
+
+
+# ------------------------------------------------------------------ the table
+
+def excess(row):
+    return math.log(row["ppl"] / row["dense_ppl"])
+
+
+def shares(rows):
+    """{(model, pattern, way): [(share, cost, ppl)]} over seeds, for the rows whose SparseGPT is there."""
+    base = {(r["model"], r["seed"], r["pattern"]): r for r in rows if r["way"] == "sparsegpt"}
+    found = {}
+    for r in rows:
+        if sparse := base.get((r["model"], r["seed"], r["pattern"])):
+            found.setdefault((r["model"], r["pattern"], r["way"]), []).append(
+                (1 - excess(r) / excess(sparse), r["seconds"] / r["published_seconds"], r["ppl"]))
+    return found
+
+
+def spread(values, digits):
+    text = f"{statistics.fmean(values):.{digits}f}"
+    return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def write_table(path):
+    """best.md beside best.json."""
+    out = json.loads(path.read_text())
+    e, found = out["environment"], shares(out["rows"])
+    lines = ["# What each ingredient gains", "",
+             f"`scripts/best.py` on {e['device']}, {e['threads']} thread, torch {e['torch']}, transformers "
+             f"{e['transformers']}, commit {e['commit']}{' (dirty)' if e['dirty'] else ''}. Share of SparseGPT's excess "
+             "log-perplexity removed, mean ± standard deviation over calibration seeds; in brackets perplexity, and cost "
+             "in multiples of SparseGPT done the published way.", ""]
+    for model in dict.fromkeys(m for m, _, _ in found):
+        mine = [r for r in out["rows"] if r["model"] == model]
+        columns = [p for p in PATTERNS if any(k[:2] == (model, p) for k in found)]
+        seeds = len({r["seed"] for r in mine})
+        lines += [f"## {model}", "", f"{mine[0]['metric']} @{mine[0]['window']}, {mine[0]['tokens']} tokens, dense "
+                  f"{mine[0]['dense_ppl']:.3f}; up to {seeds} seeds.", "", "| way | " + " | ".join(columns) + " |",
+                  "|---|" + "--:|" * len(columns)]
+        lines.append("| excess of SparseGPT (nats) | " + " | ".join(
+            spread([excess(r) for r in mine if r["way"] == "sparsegpt" and r["pattern"] == p], 3)
+            if (model, p, "sparsegpt") in found else "-" for p in columns) + " |")
+        for way in dict.fromkeys(w for m, _, w in found if m == model):
+            cells = []
+            for p in columns:
+                got = found.get((model, p, way))
+                cells.append(f"{spread([s for s, _, _ in got], 2)} ({spread([x for _, _, x in got], 2)}; "
+                             f"{statistics.fmean(c for _, c, _ in got):.1f}x)" if got else "-")
+            lines.append(f"| {way} | " + " | ".join(cells) + " |")
+        lines.append("")
+    lines += ["## Targets", "", *targets(found), ""]
+    report.write_text("\n".join(lines), path.with_suffix(".md"))
+
+
+def targets(found):
+    """Whether `best` keeps what the project asks of it, a line each."""
+    lines = []
+    for model in ("stories260k", "craftgpt-5m"):
+        for way, least, most in (("best-3", 0.4, 5.0), ("best-5", 0.6, math.inf)):
+            for p in ASKED:
+                if got := found.get((model, p, way)):
+                    share, cost = (statistics.fmean(x[i] for x in got) for i in (0, 1))
+                    kept = "kept" if share >= least and cost <= most else "MISSED"
+                    limit = f" at {most:g}x or less" if most < math.inf else ""
+                    lines.append(f"- {model}, {p}, {way}: {share:.2f} at {cost:.1f}x (asked: {least:g}{limit}): {kept}")
+    return lines or ["Not measured yet."]
+
+
+if __name__ == "__main__":
+    main()
