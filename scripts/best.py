@@ -6,8 +6,8 @@
 
     excess   log ppl pruned - log ppl dense, on held-out text
     share    of the excess of SparseGPT (this program's, same calibration) that a way removes
-    cost     wall time of pruning, in multiples of SparseGPT done the published way (published.py) on the same machine in
-             the same run, right before it; evaluation is not counted
+    cost     wall time of pruning, in multiples of SparseGPT done the published way (published.py) on the same machine
+             in the same run, right before it; evaluation is not counted
 
 Every number is for one model, pattern and calibration seed; the table has means and sample standard deviations.
 """
@@ -27,7 +27,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from oneshot import capture, cli, environment, models, patterns, report, run, texts
+from oneshot import capture, cli, models, patterns, report, run, texts
 
 MODELS = ("stories260k", "craftgpt-5m", "demo-wikitext2")
 PATTERNS = ("0.5", "0.6", "0.7", "2:4", "4:8")
@@ -208,9 +208,9 @@ def write_table(path):
     e, found = out["environment"], shares(out["rows"])
     lines = ["# What each ingredient gains", "",
              f"`scripts/best.py` on {e['device']}, {e['threads']} thread, torch {e['torch']}, transformers "
-             f"{e['transformers']}, commit {e['commit']}{' (dirty)' if e['dirty'] else ''}. Share of SparseGPT's excess "
-             "log-perplexity removed, mean ± standard deviation over calibration seeds; in brackets perplexity, and cost "
-             "in multiples of SparseGPT done the published way.", ""]
+             f"{e['transformers']}, commit {e['commit']}{' (dirty)' if e['dirty'] else ''}. Share of SparseGPT's "
+             "excess log-perplexity removed, mean ± standard deviation over calibration seeds; in brackets perplexity, "
+             "and cost in multiples of SparseGPT done the published way.", ""]
     for model in dict.fromkeys(m for m, _, _ in found):
         mine = [r for r in out["rows"] if r["model"] == model]
         columns = [p for p in PATTERNS if any(k[:2] == (model, p) for k in found)]
