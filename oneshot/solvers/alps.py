@@ -14,7 +14,7 @@ with one Cholesky factorisation of G + ρI for each ρ, in the precision of W: �
 well-conditioned. The paper's float64 eigendecomposition, one for all ρ, has cheaper steps but costs as much itself as
 two Cholesky steps at C = 64, seven at 512 and twelve at 1376 (R = 512, one CPU core), and gives no better masks.
 
-ρ grows by a tenth each step until the mask rests (paper: every third step by 10-30 %): 20 to 25 steps instead of 35,
+ρ grows by a tenth each step until the mask rests (paper: every third step by 10-30 %): 12 to 25 steps instead of 35,
 with the same layer error within 1 %. G is undamped (the paper's 1 % changes the error by less than 0.5 %). The values
 on the final mask are then refitted. Start: D is W on the mask of |W|, which is Wanda's score.
 
