@@ -28,6 +28,7 @@ FLOORS = {  # operations of one linear (R, C), given what the solver notes about
     "alps": lambda R, C, info: info["steps"] * (C**3 / 3 + 2 * R * C**2) + FLOORS["refit"](R, C, info),
     "refit": lambda R, C, info: (info["refit_steps"] + 2) * 2 * R * C**2,
     "swaps": lambda R, C, info: info.get("swap_rounds", 0) * 2 * R * C**2,
+    "admm": lambda R, C, info: C**3 + 20 * 2 * R * C**2,  # one inverse, its default iterations
 }
 
 

@@ -15,11 +15,11 @@ The paper weighs exchanges with all other weights held: dropping p and giving u 
     y_p²/H_pp - (r_u + T_pu y_p/H_pp)² / (S_uu + T_pu²/H_pp)
 
 of which the lowest of each row is taken, by two pivots, until none is negative, nor any two together that begin with
-the lowest (`depth`). A restored weight and the kept of Q get their least-squares values. Exact: every exchange's worth,
-given the weights outside Q; with C <= q, given nothing. Not exact: which columns are in Q. These are the kept ones
-cheapest to drop and the removed ones with the most to gain, by the paper's terms; for N:M the whole groups in which the
-two are furthest apart. Then c is brought up to date for all columns and Q chosen anew, until the row's Q holds no
-exchange (N:M: nor that of any group).
+the lowest (`depth`). A restored weight and the kept of Q get their least-squares values. Exact, up to ε (`tableau`):
+every exchange's worth, given the weights outside Q; with C <= q/2 (N:M: q), given nothing. Not exact: which columns are
+in Q. These are the kept ones cheapest to drop and the removed ones with the most to gain, by the paper's terms; for N:M
+the whole groups in which the two are furthest apart. Then c is brought up to date for all columns and Q chosen anew,
+until the row's Q holds no exchange (N:M: nor that of any group).
 
 Exchanges stay in their row and group, so the counts stay; for the groups "matrix" and a number of columns they are
 those of a row. Floor: 2·R·C² operations a round; the tableaux' work, R·q² numbers a few times over for each exchange,
