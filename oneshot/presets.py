@@ -3,13 +3,13 @@
 A preset is nothing but flags; whatever is given beside it on the command line wins.
 """
 
-EFFORTS = {  # effort: (what it costs, the flags)
-    1: ("SparseGPT's masks and weights aimed at the dense model", {"method": "sparsegpt", "dense_target": 0.5}),
-    2: ("and 50 steps of distillation", {"method": "sparsegpt", "recover": "distil", "distil.steps": 50}),
-    3: ("ditto, 100 steps", {"method": "sparsegpt", "recover": "distil", "distil.steps": 100}),
-    4: ("ditto, 300 steps", {"method": "sparsegpt", "recover": "distil", "distil.steps": 300}),
-    5: ("block reconstruction, then distillation", {
-        "method": "sparsegpt", "recover": "block,distil", "block.steps": 200, "distil.steps": 1000}),
+EFFORTS = {  # effort: (what it is, the flags); each adds to what the one before it costs
+    1: ("SparseGPT's mask with the best values for it", {"method": "sparsegpt+refit"}),
+    2: ("ALPS aimed at the dense model", {"method": "alps", "dense_target": 0.5}),
+    3: ("ALPS, then a short distillation", {"method": "alps", "recover": "distil", "distil.steps": 40}),
+    4: ("a longer one", {"method": "alps", "recover": "distil", "distil.steps": 150}),
+    5: ("each block repaired, then a long distillation", {
+        "method": "alps", "recover": "block,distil", "block.steps": 100, "distil.steps": 500}),
 }
 NAMES = ("best",)
 

@@ -89,7 +89,7 @@ def problem(R, C, args):
 
 def measure(W, moments, pattern, method, args):
     """Seconds of the method's last part (median), the error of the whole, the floor in operations."""
-    *before, (last, cfg) = zip(solvers.chain(method), solvers.configure(method, {}).values(), strict=True)
+    *before, (last, cfg) = ((module, module.Config()) for module in solvers.chain(method))
     pattern = pattern.with_default_group((before or [(last, cfg)])[0][1].group)
     start, times = solvers.solve(W, moments, pattern, before) if before else None, []
     for _ in range(args.repeats):

@@ -7,7 +7,7 @@ import reference as ref
 import torch
 from problems import layer, moments_of
 
-from oneshot import linalg, solvers
+from oneshot import cli, linalg, solvers
 from oneshot.patterns import NM, Unstructured
 from oneshot.solvers import Solution, alps, swaps
 
@@ -17,8 +17,8 @@ PATTERNS = [Unstructured(0.5), Unstructured(0.7, "row"), Unstructured(0.5, "matr
 
 def prune(method, W, X, pattern, **given):
     """The solution of `method`, flags as in refit__steps=3."""
-    cfgs = solvers.configure(method, {k.replace("__", "."): v for k, v in given.items()})
-    steps = list(zip(solvers.chain(method), cfgs.values(), strict=True))
+    flags = {k.replace("__", "."): v for k, v in given.items()}
+    steps = [(module, cli.configured(module, flags)) for module in solvers.chain(method)]
     moments = moments_of(X, {"outer", "sum_sq"}, W.dtype)
     return solvers.solve(W, moments, pattern.with_default_group(steps[0][1].group), steps)
 
