@@ -24,7 +24,7 @@ LOGITS = 2**26
 @dataclass(frozen=True)
 class Config:
     steps: int = field(default=200, metadata={"help": "updates of the whole model, one batch of windows each"})
-    lr: float = field(default=0.02, metadata={"help": "learning rate as a share of each tensor's root mean square"})
+    lr: float = field(default=0.01, metadata={"help": "learning rate as a share of each tensor's root mean square"})
 
     def __post_init__(self):
         check(self, "distil")
