@@ -7,9 +7,9 @@ EFFORTS = {  # effort: (what it is, the flags); each adds to what the one before
     1: ("SparseGPT's mask with the best values for it", {"method": "sparsegpt+refit"}),
     2: ("ALPS aimed at the dense model", {"method": "alps", "dense_target": 0.5}),
     3: ("ALPS, then a short distillation", {"method": "alps", "recover": "distil", "distil.steps": 40}),
-    4: ("a longer one", {"method": "alps", "recover": "distil", "distil.steps": 150}),
+    4: ("a longer one", {"method": "alps", "recover": "distil", "distil.steps": 100}),
     5: ("each block repaired, then a long distillation", {
-        "method": "alps", "recover": "block,distil", "block.steps": 100, "distil.steps": 500}),
+        "method": "alps", "recover": "block,distil", "block.steps": 100, "distil.steps": 300}),
 }
 NAMES = ("best",)
 

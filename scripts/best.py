@@ -33,7 +33,8 @@ MODELS = ("stories260k", "craftgpt-5m", "demo-wikitext2")
 PATTERNS = ("0.5", "0.6", "0.7", "2:4", "4:8")
 ASKED = ("0.6", "0.7", "2:4")  # where the targets are set
 MAIN = {"sparsegpt": {"method": "sparsegpt"}, "alps": {"method": "alps"},
-        **{f"best-{k}": {"method": "best", "effort": k} for k in (1, 3, 5)}}
+        **{f"best-{k}": {"method": "best", "effort": k} for k in (1, 2, 3, 4, 5)}}
+BATCH = {"craftgpt-5m": "16"}  # its windows are single dialogues of some 30 tokens
 DISTIL = {"recover": "distil", "distil.steps": 60}
 INGREDIENTS = {  # at 2:4 and 0.7
     "wanda": {"method": "wanda"}, "admm": {"method": "admm"}, "sparsegpt+refit": {"method": "sparsegpt+refit"},
@@ -76,7 +77,7 @@ def measure(args):
     every = real_runs.runs(args.shared, Path("build/real_runs"))
     for name in args.only.split(","):
         for seed in args.seeds.split(","):
-            flags = [*without(every[name], "--pattern"), "--seed", seed, "--eval-windows", str(args.eval_windows),
+            flags = [*without(every[name], "--pattern"), "--batch-size", BATCH.get(name, "8"), "--seed", seed, "--eval-windows", str(args.eval_windows),
                      "--no-progress", *args.flags.split()]
             with_pattern = [text for text in args.patterns.split(",") if missing(args, name, seed, text)]
             for text in tqdm(with_pattern, desc=f"{name} seed {seed}", unit="pattern"):
