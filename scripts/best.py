@@ -77,8 +77,8 @@ def measure(args):
     every = real_runs.runs(args.shared, Path("build/real_runs"))
     for name in args.only.split(","):
         for seed in args.seeds.split(","):
-            flags = [*without(every[name], "--pattern"), "--batch-size", BATCH.get(name, "8"), "--seed", seed, "--eval-windows", str(args.eval_windows),
-                     "--no-progress", *args.flags.split()]
+            flags = [*without(every[name], "--pattern"), "--batch-size", BATCH.get(name, "8"), "--seed", seed,
+                     "--eval-windows", str(args.eval_windows), "--no-progress", *args.flags.split()]
             with_pattern = [text for text in args.patterns.split(",") if missing(args, name, seed, text)]
             for text in tqdm(with_pattern, desc=f"{name} seed {seed}", unit="pattern"):
                 cell(args, name, int(seed), text, flags)
