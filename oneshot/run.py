@@ -28,9 +28,10 @@ def main(argv=None):
         configs = cli.parse(argv)
         check(configs)
         models.quiet()
-        records, shared = [], solve_shared(configs)
-        for cfg in configs:
-            records.append(run(cfg, configs, shared.get(configs.index(cfg))))
+        records, shared = [], functools.cache(lambda: solve_shared(configs))  # solved when the first run needs it
+        for i, cfg in enumerate(configs):
+            solved = (lambda i=i: shared()[i]) if cfg.prunes and cfg.shared_inputs else None
+            records.append(run(cfg, configs, solved))
             if len(configs) > 1:
                 print(progress_line(records[-1]), file=sys.stderr, flush=True)
         print(summary(records, Path(configs[0].results)))
@@ -97,8 +98,8 @@ def run(cfg, together=(), solved=None, reuse=None):
     """One run: its record. With `--save`, the pruned checkpoint as well; a finished one is not computed again.
 
     together: all runs of the command. Where one of them is saved, the dense row is not computed again either. solved:
-    (Result, weights) of `solve_shared`; without it the model is pruned here. reuse: called with the record's file as
-    soon as the run_id is known; a record that it returns is taken.
+    gives (Result, weights) of `solve_shared`; without it the model is pruned here. reuse: called with the record's file
+    as soon as the run_id is known; a record that it returns is taken.
     """
     began = time.perf_counter()
     model, tokenizer = load(cfg)
@@ -143,8 +144,6 @@ def load(cfg):
 def solve_shared(configs):
     """{place of the run: (Result, weights)} for the runs with `--shared-inputs`, solved in one pass over the data."""
     runs = {i: cfg for i, cfg in enumerate(configs) if cfg.prunes and cfg.shared_inputs}
-    if not runs:
-        return {}
     cfg, began = next(iter(runs.values())), time.perf_counter()
     model, tokenizer = load(cfg)
     check_model(model)
@@ -185,8 +184,9 @@ def work(cfg, model, tokenizer, plan, calibration, evaluations, folder=None, sol
     began = time.perf_counter()
     environment.reset_peak_memory(cfg.device)
     found = sensitivities(cfg, model, calibration, plan, evaluations)
+    result, weights = solved() if solved else (None, None)
+    starting = time.perf_counter()
     if solved:
-        result, weights = solved
         loop.write(model, weights)
     else:
         plan = allocated(cfg, model, plan, calibration)
@@ -205,7 +205,7 @@ def work(cfg, model, tokenizer, plan, calibration, evaluations, folder=None, sol
         "bytes": quantised.model_bytes(model, result.layers, "dense" if cfg.prunes else cfg.pattern),
         "warnings": texts.warnings(cfg, model, calibration, evaluations) + result.warnings,
         "peak_memory_bytes": environment.peak_memory(cfg.device),
-        "seconds": {"prune": pruned - began + result.seconds, "evaluate": done - pruned, "total": done - began},
+        "seconds": {"prune": pruned - starting + result.seconds, "evaluate": done - pruned, "total": done - began},
     } | more | found
 
 

@@ -266,3 +266,11 @@ def test_a_sound_run_has_no_alarm():
     result = prune(families.tiny("llama"), pattern=str(NM(3, 4)))
     assert not [w for w in result.warnings if "collapsed" in w]
     assert all("dimensions" in b for b in result.blocks)
+
+
+def test_a_finished_shared_command_solves_nothing_again(tmp_path, monkeypatch):
+    place = tiny.make(tmp_path)
+    argv = tiny.flags(place, "--no-dense", "--shared-inputs", method="wanda", save=place / "out")
+    assert tiny.main(*argv) == 0
+    monkeypatch.setattr(loop, "prune_shared", lambda *args: pytest.fail("solved again"))
+    assert tiny.main(*argv) == 0
