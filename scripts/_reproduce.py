@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from _sweep_workers import attempt
 
-from oneshot import cli, data, environment, models, report, run, solvers
+from oneshot import cli, environment, models, report, run, solvers, sources
 
 SLOW = 1e9  # parameters from which a model takes hours on a CPU
 GIB = 2**30
@@ -195,7 +195,7 @@ def obstacle(row, configs, args):
     cfg = configs[0]
     texts = cfg.evaluations + [cfg.calibration] * (cfg.method != "dense")
     missing = [] if Path(cfg.model).is_dir() else [out_of_reach(cfg.model, "model")]
-    missing += [out_of_reach(data.HUB_SETS[text].repo, "dataset") for text in texts if text in data.HUB_SETS]
+    missing += [out_of_reach(sources.HUB_SETS[text].repo, "dataset") for text in texts if text in sources.HUB_SETS]
     if any(missing):
         return next(filter(None, missing))
     if cfg.device == "cpu" and row.model.parameters > SLOW and not args.slow:

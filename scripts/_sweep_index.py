@@ -16,7 +16,7 @@ import re
 from pathlib import Path
 
 import oneshot
-from oneshot import data, environment, report
+from oneshot import environment, report, sources
 
 FOLDER = ".sweep"
 READERS = ("torch", "transformers", "tokenizers", "datasets", "pyarrow")  # what turns files into weights and tokens
@@ -70,12 +70,12 @@ def model_content(cfg):
 
 def text_content(spec, revision):
     """What stands for a text; None if nothing does."""
-    if spec == "self" or spec in {**data.CALIBRATION_TEXT, **data.EVALUATION_TEXT}:
+    if spec == "self" or spec in {**sources.CALIBRATION_TEXT, **sources.EVALUATION_TEXT}:
         return spec  # follows from the model and the settings, or is part of the package
     path = Path(spec).expanduser()
     if path.is_file():
         return file_content(path)
-    hub = data.HUB_SETS.get(spec)
+    hub = sources.HUB_SETS.get(spec)
     return commit(hub.repo, "dataset", revision or hub.revision) if hub else commit(spec, "dataset", revision)
 
 

@@ -15,7 +15,7 @@ import torch
 import transformers
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 
-from oneshot import data
+from oneshot import data, sources
 from oneshot.data import TextOptions
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -230,7 +230,7 @@ def test_text_file_is_one_document_or_one_a_line(tokenizer, tmp_path):
 
 
 def test_builtin_text(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "DEMO", tmp_path)
+    monkeypatch.setattr(sources, "DEMO", tmp_path)
     for name in ("calibration", "evaluation_sampled", "evaluation_prose"):
         (tmp_path / f"{name}.txt").write_text(f"{name} " * 3)
 
@@ -344,7 +344,7 @@ def hub(monkeypatch, tmp_path):
     Hub.asked = []
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
-    monkeypatch.setattr(data, "hub_away", lambda: None)
+    monkeypatch.setattr(sources, "hub_away", lambda: None)
     return Hub
 
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 BASE = {"patterns", "moments", "environment", "config", "perturb"}  # 0
 MATHS = {"linalg", "solvers", "allocate"}  # 1
-DATA = {"models", "data", "capture", "texts"}  # 2
+DATA = {"models", "data", "sources", "capture", "texts"}  # 2
 PRUNE = {"loop", "health", "structured", "recovery"}  # 3
 SHOW = {"evaluate", "export", "packed", "report", "page", "figures", "frontier"}  # 4
 STORY = {"__init__", "__main__", "cli", "run", "measure", "presets", "verify", "generate", "compare"}  # 5
@@ -34,7 +34,7 @@ MAY = {  # part of oneshot: the parts it may import, itself always included
 ALONE = {"solvers", "allocate"}  # folders whose files do not import each other
 ONLY_IN = {
     "transformers": {"models", "packed"},  # packed is a format that transformers itself loads
-    "datasets": {"data"},
+    "datasets": {"sources"},
     "oneshot_kernels": {"export", "packed"} | STORY,
 }
 INSIDE_FUNCTIONS = {"lm_eval", "matplotlib", "datasets"}  # optional or slow to import
@@ -173,8 +173,8 @@ def test_reports_can_be_made_where_torch_is_not_installed():
     ("oneshot.loop", "importlib.import_module('oneshot.report')", "loop may import"),
     ("oneshot.recovery.block", "from ..loop import prune_model", "recovery may import"),
     ("oneshot.evaluate.tasks", "import lm_eval", "inside the function"),
-    ("oneshot.evaluate.tasks", "def f():\n    import datasets", "only in data"),
-    ("oneshot.data", "import datasets", "inside the function"),
+    ("oneshot.evaluate.tasks", "def f():\n    import datasets", "only in sources"),
+    ("oneshot.sources", "import datasets", "inside the function"),
     ("oneshot.figures", "class A:\n    from matplotlib import pyplot", "inside the function"),
     ("oneshot.report", "def f():\n    import torch.nn as nn", "no torch"),
     ("oneshot.report", "from . import figures", "report may import"),

@@ -72,6 +72,6 @@ def test_bad_input(place, capsys):
 
 def test_without_the_hub_it_says_so_at_once(monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(tasks.data, "hub_away", lambda: "no route")
+    monkeypatch.setattr(tasks.sources, "hub_away", lambda: "no route")
     with pytest.raises(ValueError, match=r"--tasks boolq,rte.*no route.*--task-path"):
         tasks.prepare(["zeroshot7"])

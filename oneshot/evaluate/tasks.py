@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from .. import data, models
+from .. import models, sources
 
 ZEROSHOT7 = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")  # wanda, sparsegpt
 GROUPS = {"zeroshot7": ZEROSHOT7}
@@ -24,7 +24,7 @@ def prepare(names, task_path=None):
     if task_path and not Path(task_path).is_dir():
         raise ValueError(f"--task-path {task_path}: no such folder")
     names = [task for name in names for task in GROUPS.get(name, (name,))]
-    if not task_path and not offline() and (why := data.hub_away()):
+    if not task_path and not offline() and (why := sources.hub_away()):
         raise ValueError(f"--tasks {','.join(names)}: the hub with their data cannot be reached ({why}); use "
                          "--task-path with local files, or HF_HUB_OFFLINE=1 if they are in the cache")
     manager = TaskManager(include_path=task_path, include_defaults=not task_path)
