@@ -80,8 +80,8 @@ class Unstructured:
         return sum(count(self.sparsity, R * (j - i)) for i, j in self.blocks(C))
 
     def bytes(self, R, C, itemsize):
-        """Kept values and a bitmap, one bit a weight."""
-        return (R * C - self.zeros(R, C)) * itemsize + -(-R * C // 8)
+        """Kept values and a bitmap, one bit a weight; never more than dense."""
+        return min(R * C * itemsize, (R * C - self.zeros(R, C)) * itemsize + -(-R * C // 8))
 
     def keep(self, score):
         """Mask (R, C) of the weights that stay: all but the lowest of `score` in each group."""
@@ -131,10 +131,11 @@ class NM:
     def bytes(self, R, C, itemsize):
         """Kept values and, row by row, a number for each group that says which places they have.
 
-        2:4 as `oneshot_kernels` stores it, four bits a group: 0.5625 of the dense bytes at 16 bits a weight.
+        2:4 as `oneshot_kernels` stores it, four bits a group: 0.5625 of the dense bytes at 16 bits a weight. Never more
+        than dense.
         """
         bits = 4 if (self.n, self.m) == (2, 4) else (math.comb(self.m, self.n) - 1).bit_length()
-        return (R * C - self.zeros(R, C)) * itemsize + R * math.ceil(C // self.m * bits / 8)
+        return min(R * C * itemsize, (R * C - self.zeros(R, C)) * itemsize + R * math.ceil(C // self.m * bits / 8))
 
     def keep(self, score):
         """Mask (R, C): the n highest of each m stay; among equals the lower index goes first."""

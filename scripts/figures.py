@@ -14,7 +14,6 @@ and for each model and calibration text:
 import argparse
 import re
 import sys
-from math import ceil, comb, log2, prod
 from pathlib import Path
 
 from tables import ROOT, groups, read
@@ -65,29 +64,11 @@ def slug(text):
 
 def stored_bytes(record):
     """Bytes of the whole model when every pruned linear is stored as its pattern allows; None if it is not known."""
-    model = record.get("model") or {}
+    model, linears = record.get("model") or {}, record.get("bytes") or {}
     size = ITEM_SIZE.get(model.get("dtype"))
-    if size is None or not model.get("parameters"):
+    if size is None or not model.get("parameters") or not linears:
         return None
-    total = model["parameters"] * size
-    for layer in record.get("layers") or []:
-        R, C = layer["shape"]
-        total += linear_bytes(layer["pattern"], R, C, layer["zeros"], size) - R * C * size
-    return total
-
-
-def linear_bytes(pattern, R, C, zeros, size):
-    """Bytes of one (R, C) linear. size: bytes of a weight; zeros: how many it has.
-
-    2:4: NVIDIA's format, half of the values and two bits for each. Other N:M: the values kept, and for each group the
-    number of its choice, ceil(log2 (M over N)) bits. Unstructured: the nonzero values and a bitmap. Dense if less.
-    """
-    dense = R * C * size
-    if match := re.fullmatch(r"(\d+):(\d+)", pattern):
-        n, m = map(int, match.groups())
-        bits = 2 * n if (n, m) == (2, 4) else ceil(log2(comb(m, n)))
-        return min(dense, prod((R, C)) // m * (n * size + bits / 8))
-    return min(dense, (R * C - zeros) * size + R * C / 8)
+    return model["parameters"] * size - linears["dense"] + linears["stored"]
 
 
 if __name__ == "__main__":

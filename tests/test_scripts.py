@@ -89,13 +89,6 @@ def test_bad_input_of_tables_and_figures(script, tmp_path, capsys):
         assert err.startswith("error: ") and err.count("\n") == 1 and word in err
 
 
-@pytest.mark.parametrize(("pattern", "zeros", "share"), [
-    ("2:4", 0.5, 0.5625), ("4:8", 0.5, 0.5 + 7 / 8 / 16), ("1:4", 0.75, 0.25 + 2 / 4 / 16), ("0.5", 0.5, 0.5625),
-    ("0.0", 0.0, 1.0), ("0.75", 0.75, 0.3125)])
-def test_bytes_of_a_linear(pattern, zeros, share):
-    assert figures.linear_bytes(pattern, 64, 32, 64 * 32 * zeros, 2) == pytest.approx(share * 64 * 32 * 2)
-
-
 def test_the_readme_of_the_scripts_names_each():
     text = (ROOT / "scripts" / "README.md").read_text()
     missing = [f.name for f in (ROOT / "scripts").glob("[a-z]*.py") if f.name not in text]

@@ -11,8 +11,6 @@ cut into groups of 128 inputs (the last may be narrower), and a group shares one
 Simulated: s·code is written back, rounded to the stored dtype, as kernels that compute in that dtype see it.
 """
 
-import math
-
 import torch
 
 from .. import models
@@ -65,21 +63,10 @@ def bits_of(pattern):
 # ---------------------------------------------------------------- bytes
 
 def stored_bytes(pattern, R, C, itemsize):
-    """Bytes of an (R, C) weight with this pattern in the smallest simple format, values of `itemsize` bytes.
-
-    2:4: the values and NVIDIA's two bits for each. Other N:M: the values and ceil(log2 (M choose N)) bits a group.
-    Unstructured: the values and one bit a weight. None of them is larger than dense. int<b>: see above.
-    """
-    dense = R * C * itemsize
+    """Bytes of an (R, C) weight: as `Pattern.bytes` has it, and int<b> with a float16 scale for each group."""
     if isinstance(pattern, str):
         return -(-R * C * bits_of(pattern) // 8) + 2 * R * -(-C // GROUP)
-    if isinstance(pattern, Dense):
-        return dense
-    values = (R * C - pattern.zeros(R, C)) * itemsize
-    if isinstance(pattern, NM):
-        bits = 4 if (pattern.n, pattern.m) == (2, 4) else math.ceil(math.log2(math.comb(pattern.m, pattern.n)))
-        return min(dense, values + -(-R * (C // pattern.m) * bits // 8))
-    return min(dense, values + -(-R * C // 8))
+    return pattern.bytes(R, C, itemsize)
 
 
 def model_bytes(model, rows, rest="dense"):
