@@ -34,6 +34,8 @@ def main(argv=None):
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(report.table(records, args.format), end="")
+    if args.format != "csv" and (tasks := report.task_table(records, args.format)):
+        print("\n" + tasks, end="")
     print(f"report: {args.page}", file=sys.stderr)
     return 0
 

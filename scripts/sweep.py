@@ -179,7 +179,7 @@ def sweep(configs, workers):
             index.remember(cfg, record["run_id"], keys[places[id(cfg)]])
         spent = time.monotonic() - began
         say(f"[{len(done) + n}/{len(configs)}] {line(cfg, record)}; {left_of(spent, n, len(left))}")
-    print(report.table(records))
+    print("\n".join(filter(None, [report.table(records), report.task_table(records)])))
     failed = [r for r in records if r["status"] != "finished"]
     say(f"{len(records) - len(failed)} finished, {len(failed)} failed; records in {configs[0].results}" if configs
         else "nothing in this share")

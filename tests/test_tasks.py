@@ -47,7 +47,7 @@ def test_the_number_is_the_models_own_choice(place):
     import torch
 
     model, tokenizer = models.load(place / "model")
-    metrics, _ = tasks.evaluate(model, tokenizer, ["letters"], task_path=str(place / "yaml"))
+    metrics, _, _ = tasks.evaluate(model, tokenizer, ["letters"], task_path=str(place / "yaml"))
 
     def loss(query, choice):
         ids = tokenizer(query + " " + choice, return_tensors="pt").input_ids  # lm-eval's delimiter is a space
