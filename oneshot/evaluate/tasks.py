@@ -193,7 +193,7 @@ def first_line(error):
 def evaluate(model, tokenizer, names, *, task_path=None, batch_size=8, device="cpu", limit=None):
     """({"task/metric": value}, {"task/metric": how}, [warning]) of lm-eval tasks.
 
-    names, task_path: see `prepare`. limit: measure on the first so many documents of each task. how: see `flatten`.
+    names, task_path: see `prepare`; a bad document of local tasks is for `check` to refuse. limit: measure on the first so many documents of each task. how: see `flatten`.
 
     Raises ValueError naming `--tasks` when a task's data cannot be had.
     """
