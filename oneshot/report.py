@@ -401,7 +401,7 @@ def task_table(records, fmt="terminal"):
     """
     records = [r for r in ordered(records) if any(accuracy.is_task(r, m) for m in r.get("metrics") or {})]
     models = model_names(records)
-    parts = []
+    parts, guesses = [], []
     for key, name in models.items():
         own = [r for r in records if identity(r) == key]
         found = [c for c in columns(own) if is_task(own, c) and not _member(own, c)]
@@ -411,16 +411,15 @@ def task_table(records, fmt="terminal"):
             info = next(accuracy.how(r, c.metric) for r in own if value(r, c) is not None)
             body.append([c.header, number(info.get("samples")), _share(info.get("chance")),
                          *(_task_cell(own, r, c) for r in own)])
+            guesses += [accuracy.no_better_than_chance(r, c.metric) for r in own
+                        if value(r, c) is not None and accuracy.how(r, c.metric).get("chance") is not None]
         parts.append(render(head, body, fmt, text={head[0]}))
     if not parts:
         return ""
-    shown = escape(TASK_MARKS) if fmt == "html" else TASK_MARKS
-    return "\n".join([*parts, f'<p class="note">{shown}</p>' if fmt == "html" else shown + "\n"])
-
-
-TASK_MARKS = ("In brackets: minus dense, ± its standard error, paired document by document unless it says unpaired; "
-              "~ within two standard errors of dense; ° not above chance (a uniform guess) by more than two. "
-              "Dense: ± its own standard error.")
+    told = (f"In brackets: minus dense ± its standard error, paired document by document unless it says unpaired; "
+            f"~ within two standard errors of dense. ° not above chance (a uniform guess) by more than two standard "
+            f"errors: {sum(guesses)} of {len(guesses)} values. Dense: ± its own standard error.")
+    return "\n".join([*parts, f'<p class="note">{escape(told)}</p>' if fmt == "html" else told + "\n"])
 
 
 def _member(records, column):

@@ -3,7 +3,8 @@
     python scripts/task_runs.py --shared ../shared       # records to results/runs; writes the YAMLs to build/tasks
     python scripts/tables.py                             # tables from the records
 
-Calibrated on C4 text as in real_runs.py; the first 1000 documents of each task (all of what has fewer).
+Calibrated on C4 text as in real_runs.py; the first 1000 documents of each task (all of what has fewer) whose
+choices fit into the model's 256 positions.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import local_tasks
 from oneshot import cli, run
 
 TASKS = Path("build/tasks")  # relative: the records hold it
+LONGEST = 700  # characters of a choice: more is more than the demo model's 256 tokens
 
 
 def main(argv=None):
@@ -26,7 +28,7 @@ def main(argv=None):
     p.add_argument("--save", help="folder for the pruned checkpoints")
     try:
         args = p.parse_args(argv)
-        names = local_tasks.write_all(args.shared / "data", TASKS)
+        names = local_tasks.write_all(args.shared / "data", TASKS, LONGEST)
     except (ValueError, OSError) as error:
         return run.fail(run.one_line(error))
     save = ["--save", args.save] if args.save else []

@@ -16,6 +16,7 @@ from .. import data, environment, models
 
 ZEROSHOT7 = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")  # wanda, sparsegpt
 GROUPS = {"zeroshot7": ZEROSHOT7}
+SCORED = ("multiple_choice", "loglikelihood")  # tasks of given continuations, scored by their log-probability
 
 
 # ---------------------------------------------------------------- which tasks
@@ -193,9 +194,10 @@ def first_line(error):
 def evaluate(model, tokenizer, names, *, task_path=None, batch_size=8, device="cpu", limit=None):
     """({"task/metric": value}, {"task/metric": how}, [warning]) of lm-eval tasks.
 
-    names, task_path: see `prepare`; a bad document of local tasks is for `check` to refuse. limit: measure on the first so many documents of each task. how: see `flatten`.
+    names, task_path: see `prepare`; bad documents of local tasks are for `check` to refuse. limit: measure on the
+    first so many documents of each task. how: see `flatten`.
 
-    Raises ValueError naming `--tasks` when a task's data cannot be had.
+    Raises ValueError naming `--tasks` when a task's data cannot be had or a choice is longer than the model's window.
     """
     asked, (names, manager) = names, prepare(names, task_path)
     from lm_eval.evaluator import evaluate as lm_evaluate  # simple_evaluate would ask pip for every package first
@@ -204,7 +206,11 @@ def evaluate(model, tokenizer, names, *, task_path=None, batch_size=8, device="c
     loaded = fetch(names, manager)
     with models.resident(models.tensors_of(model), device), quiet():
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(device))
-        found = lm_evaluate(wrapped, loaded, limit=limit, log_samples=True)
+        try:
+            found = lm_evaluate(wrapped, loaded, limit=limit, log_samples=True)
+        except AssertionError:  # lm-eval asserts that every continuation fits
+            refuse_long(wrapped, loaded["tasks"])
+            raise
     metrics, info = flatten(found, {name: chance(task, found["samples"][name])
                                     for name, task in loaded["tasks"].items()})
     for name in GROUPS.keys() & set(asked):
@@ -283,11 +289,20 @@ def mean_of(metrics, info, parts):
         "chance": None if None in chances else sum(chances) / len(parts)}
 
 
+def refuse_long(wrapped, tasks):
+    """Raise ValueError for the first document with a continuation of more tokens than the model has positions."""
+    for name, task in tasks.items():
+        for request in task.instances or ():
+            if task.OUTPUT_TYPE in SCORED and (n := len(wrapped.tok_encode(request.args[1]))) > wrapped.max_length:
+                raise ValueError(f"--tasks {name}: document {request.doc_id + 1} has a choice of {n} tokens, but the "
+                                 f"model has {wrapped.max_length} positions; leave the task or the document out")
+
+
 def cut_warnings(wrapped, tasks, samples):
     """A line for each task of which documents are longer than the model's window: lm-eval drops what stands first."""
     found = []
     for name, task in tasks.items():
-        if task.OUTPUT_TYPE in ("multiple_choice", "loglikelihood"):
+        if task.OUTPUT_TYPE in SCORED:
             cut = {s["doc_id"] for s in samples[name] for context, continuation in s["arguments"]
                    if len(wrapped.tok_encode(context + continuation)) > wrapped.max_length + 1}
             if cut:
