@@ -4,6 +4,7 @@ What lm-eval says of a metric stands in `metric_info`, and with it what pairing 
 (accuracy.py): which documents were right, one bit each.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -42,7 +43,7 @@ def prepare(names, task_path=None):
     no JSON object, or the hub cannot be reached.
     """
     try:
-        from lm_eval.tasks import TaskManager
+        import lm_eval  # noqa: F401
     except ImportError:
         raise ValueError("--tasks: needs lm-eval; pip install lm-eval") from None
     if task_path and not Path(task_path).is_dir():
@@ -51,12 +52,26 @@ def prepare(names, task_path=None):
     if not task_path and not offline() and (why := data.hub_away()):
         raise ValueError(f"--tasks {','.join(names)}: the hub with their data cannot be reached ({why}); use "
                          "--task-path with local files, or HF_HUB_OFFLINE=1 if they are in the cache")
-    manager = TaskManager(include_path=task_path, include_defaults=not task_path)
+    manager = local_manager(task_path) if task_path else lm_evals_manager()
     check_known(names, manager, task_path)
     for name, config in configs(names, manager.task_index) if task_path else ():
         for file in local_files(config):
             check_lines(file, f"--tasks {name}: {file}: ")
     return names, manager
+
+
+def local_manager(task_path):
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=task_path, include_defaults=False)
+
+
+@functools.cache
+def lm_evals_manager():
+    """lm-eval's own tasks: ten thousand YAMLs, read once."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def offline():
@@ -137,17 +152,18 @@ def check_documents(name, task, limit=None):
     for n, doc in enumerate(itertools.islice(task.eval_docs, limit), 1):
         there = {k: v for k, v in doc.items() if v is not None}  # datasets fills in what a line lacks with None
         try:
-            task.doc_to_text(there)
-            target = task.doc_to_target(there)
+            text, target = task.doc_to_text(there), task.doc_to_target(there)
             choices = None if task.config.doc_to_choice is None else task.doc_to_choice(there)
         except Exception as error:  # a template of the user's, on data of the user's
             raise ValueError(f"--tasks {name}: document {n} does not fit its YAML ({first_line(error)})") from error
-        if choices is not None and not (isinstance(choices, list) and choices):
-            raise ValueError(f"--tasks {name}: document {n}: its choices must be a list that is not empty")
-        picks = target if isinstance(target, list) else [target]
-        if choices and any(isinstance(pick, int) and not 0 <= pick < len(choices) for pick in picks):
-            raise ValueError(f"--tasks {name}: document {n}: answer {target}, but its choices are 0 to "
-                             f"{len(choices) - 1}")
+        if task.OUTPUT_TYPE == "multiple_choice":
+            if not (isinstance(choices, list) and choices):
+                raise ValueError(f"--tasks {name}: document {n}: its choices must be a list that is not empty")
+            gold = text if task.multiple_input else target  # WinoGrande's way: the contexts are the choices
+            if not all(pick in (range(len(choices)) if isinstance(pick, int) else choices)
+                       for pick in (gold if isinstance(gold, list) else [gold])):
+                raise ValueError(f"--tasks {name}: document {n}: its answer {gold!r} is none of its choices, which are "
+                                 f"0 to {len(choices) - 1}")  # lm-eval would count it as wrong, always
 
 
 def digest(names, task_path=None):
