@@ -417,8 +417,9 @@ def task_table(records, fmt="terminal"):
     if not parts:
         return ""
     told = (f"In brackets: minus dense ± its standard error, paired document by document unless it says unpaired; "
-            f"~ within two standard errors of dense. ° not above chance (a uniform guess) by more than two standard "
-            f"errors: {sum(guesses)} of {len(guesses)} values. Dense: ± its own standard error.")
+            f"~ within two standard errors of dense, as 19 of 20 would be without any effect. ° not above chance (a "
+            f"uniform guess) by more than two standard errors: {sum(guesses)} of {len(guesses)} values. Dense: ± its "
+            f"own standard error.")
     return "\n".join([*parts, f'<p class="note">{escape(told)}</p>' if fmt == "html" else told + "\n"])
 
 

@@ -96,7 +96,7 @@ def groups(records):
 
 def readme_table(records):
     """One table per model and text: methods down, patterns across."""
-    parts = ["Perplexity; the window stands behind the @. " + where(r for r in records if not has_tasks(r))]
+    parts = ["Perplexity; the window stands behind the @. " + where(r for r in records if kinds(r) != {"task"})]
     for (model, calibration, column), rows in groups(records).items():
         if report.is_task(rows, column):
             continue
@@ -107,18 +107,20 @@ def readme_table(records):
 
 
 def all_tables(records):
-    """The same, then the tasks, then every run as a row."""
+    """The same, then the tasks, then every other run as a row."""
     parts = ["# Results", readme_table(records), *tasks_section(records)]
-    return "\n\n".join([*parts, "## Every run", report.table(records, "markdown")])
+    every = [r for r in records if kinds(r) != {"task"}]
+    return "\n\n".join([*parts, "## Every run", report.table(every, "markdown")])
 
 
-def has_tasks(record):
-    return bool((record.get("settings") or {}).get("tasks", "none") != "none")
+def kinds(record):
+    """What a run measured: of {"task", "text"}."""
+    return {"task" if report.is_task([record], column) else "text" for column in report.columns([record])}
 
 
 def tasks_section(records):
     """[heading, how they were measured, table] of the runs that measured lm-eval tasks; [] where none did."""
-    measured = [r for r in records if has_tasks(r) and r.get("status") == "finished"]
+    measured = [r for r in records if "task" in kinds(r)]
     if not measured:
         return []
     texts = {r["data"]["calibration"]["source"].split(";")[0] for r in measured if r["data"]["calibration"]}
