@@ -6,6 +6,7 @@ Needs no torch; matplotlib only for the pictures, and says so on the page where 
 import math
 from html import escape
 
+from . import task_table
 from .report import (
     clean,
     columns,
@@ -24,7 +25,6 @@ from .report import (
     rows,
     setting,
     table,
-    task_table,
     value,
     write_text,
 )
@@ -78,7 +78,7 @@ def html(records, title=None):
     body = [f"<h1>{escape(title)}</h1>", f'<p class="note">{escape(_subtitle(records))}</p>',
             _warnings(records, names), "<h2>Results</h2>", table(records, "html"),
             f'<p class="note">{escape(_legend(records))}</p>']
-    if tasks := task_table(records, "html"):
+    if tasks := task_table.table(records, "html"):
         body += ["<h2>Tasks</h2>", tasks]
     if several:
         body += _pivots(records)

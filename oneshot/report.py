@@ -394,65 +394,12 @@ def table(records, fmt="terminal"):
                    text={"run_id", "model", "method", "pattern", "variant", "status"})
 
 
-def task_table(records, fmt="terminal"):
-    """Tasks down, runs across, each against the dense run of its model; "" where no task was measured.
-
-    A group's members are left out (the csv of `table` has them). Below it stands what the marks mean.
-    """
-    records = [r for r in ordered(records) if any(accuracy.is_task(r, m) for m in r.get("metrics") or {})]
-    models = model_names(records)
-    parts, guesses = [], []
-    for key, name in models.items():
-        own = [r for r in records if identity(r) == key]
-        found = [c for c in columns(own) if is_task(own, c) and not _member(own, c)]
-        head = ["task" if len(models) == 1 else f"{name}: task", "documents", "chance", *labels(own)]
-        body = []
-        for c in found:
-            info = next(accuracy.how(r, c.metric) for r in own if value(r, c) is not None)
-            body.append([c.header, number(info.get("samples")), _share(info.get("chance")),
-                         *(_task_cell(own, r, c) for r in own)])
-            guesses += [accuracy.no_better_than_chance(r, c.metric) for r in own
-                        if value(r, c) is not None and accuracy.how(r, c.metric).get("chance") is not None]
-        parts.append(render(head, body, fmt, text={head[0]}))
-    if not parts:
-        return ""
-    told = (f"In brackets: minus dense ± its standard error, paired document by document unless it says unpaired; "
-            f"~ within two standard errors of dense, as 19 of 20 would be without any effect. ° not above chance (a "
-            f"uniform guess) by more than two standard errors: {sum(guesses)} of {len(guesses)} values. Dense: ± its "
-            f"own standard error.")
-    return "\n".join([*parts, f'<p class="note">{escape(told)}</p>' if fmt == "html" else told + "\n"])
-
-
-def _member(records, column):
-    return any(accuracy.how(r, column.metric).get("group") for r in records)
-
-
 def task_difference(records, record, column):
     """accuracy.Difference of a run from the dense run of its model; None of the dense run itself."""
     dense = _dense_record(records, identity(record), column)
     if dense is None or is_dense(record) or value(record, column) is None:
         return None
     return accuracy.difference(record, dense, column.metric)
-
-
-def _task_cell(records, record, column):
-    """"0.412° (-0.021 ± 0.008 ~)"."""
-    x = value(record, column)
-    text = _share(x) + "°" * accuracy.no_better_than_chance(record, column.metric)
-    found = task_difference(records, record, column)
-    stderr = accuracy.how(record, column.metric).get("stderr")
-    if x is None or (found is None and stderr is None):
-        return text
-    if found is None:
-        return f"{text} ± {_like(_share(x), stderr)}"
-    marks = " unpaired" * (not found.paired) + " ~" * found.within_noise
-    sign = "+" if found.value > 0 else "-" if found.value < 0 else ""
-    return f"{text} ({sign}{_like(_share(x), abs(found.value))} ± {_like(_share(x), found.stderr)}{marks})"
-
-
-def _share(x):
-    """An accuracy with three decimals; what is none as any number."""
-    return f"{x:.3f}" if isinstance(x, float) and 0 <= x <= 1 else number(x)
 
 
 def _cell(key, x):
@@ -529,14 +476,14 @@ def _pivot_cell(values, rivals, column, pattern, fmt):
     if not values:
         return ["-"]
     mean, spread = _mean(values), _std(values)
-    text = number(mean) + (f" ± {_like(number(mean), spread)}" if spread is not None else "")
+    text = number(mean) + (f" ± {like(number(mean), spread)}" if spread is not None else "")
     known = [x for x in rivals if not math.isnan(x)]
     best = (max if higher_is_better(column.metric) else min)(known, default=None)
     bold = len(rivals) > 1 and mean == best and pattern != "dense" and fmt in ("markdown", "html")
     return [Bold(text) if bold else text]
 
 
-def _like(text, x):
+def like(text, x):
     """`x` with as many decimals as the number in `text`."""
     return number(x, 2) if "e" in text or not math.isfinite(x) else f"{x:.{len(text.partition('.')[2])}f}"
 

@@ -12,7 +12,21 @@ from pathlib import Path
 
 import torch
 
-from . import allocate, cli, environment, export, loop, models, packed, patterns, presets, recovery, report, texts
+from . import (
+    allocate,
+    cli,
+    environment,
+    export,
+    loop,
+    models,
+    packed,
+    patterns,
+    presets,
+    recovery,
+    report,
+    task_table,
+    texts,
+)
 from .config import RunConfig
 from .data import given as given_tokens
 from .evaluate import prompts, quantised, tasks
@@ -319,7 +333,7 @@ def summary(records, results):
     name = ids[0] if len(ids) == 1 else f"compare-{hashlib.sha256(' '.join(ids).encode()).hexdigest()[:8]}"
     page = results / f"{name}.html"
     write_html(records, page)
-    lines = [t for t in (report.table(records), report.task_table(records)) if t]
+    lines = [t for t in (report.table(records), task_table.table(records)) if t]
     seen = {}
     for record in records:
         for w in record["warnings"]:

@@ -17,7 +17,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from oneshot import cli, report, run
+from oneshot import cli, report, run, task_table
 
 ROOT = Path(__file__).parent.parent
 START, END = "<!-- {}: written by scripts/tables.py -->", "<!-- {}: end -->"
@@ -128,7 +128,7 @@ def tasks_section(records):
     limits = {r["settings"].get("task_limit") for r in measured} - {None}
     told = [f"lm-eval {', '.join(sorted(versions))}, model in memory", f"calibrated on {', '.join(sorted(texts))}"]
     told += [f"at most the first {', '.join(map(str, sorted(limits)))} documents of a task"] * bool(limits)
-    return ["## Tasks", f"{'; '.join(told)}. {where(measured)}", report.task_table(measured, "markdown")]
+    return ["## Tasks", f"{'; '.join(told)}. {where(measured)}", task_table.table(measured, "markdown")]
 
 
 def with_packed(text, root):

@@ -11,7 +11,7 @@ import test_report
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oneshot import accuracy, report
+from oneshot import accuracy, report, task_table
 from oneshot.page import html
 
 
@@ -86,7 +86,7 @@ def test_a_mean_over_tasks_has_the_standard_error_of_a_mean():
 
 
 def cell(mine, dense, **more):
-    lines = report.task_table([run("dense", dense), run("wanda", mine, **more)], "markdown").splitlines()
+    lines = task_table.table([run("dense", dense), run("wanda", mine, **more)], "markdown").splitlines()
     assert [x.strip() for x in lines[0].split("|")[1:-1]] == ["task", "documents", "chance", "dense", "wanda 2:4"]
     return [x.strip() for x in lines[2].split("|")[1:-1]]
 
@@ -98,13 +98,13 @@ def test_table_marks_noise_and_chance():
     assert cell(worse, dense)[-1] == "0.450 (-0.250 ± 0.044)"
     assert cell(guess, dense)[-1] == "0.280° (-0.420 ± 0.050)"
     assert "unpaired" in cell(worse, dense, correct=None)[-1]
-    assert "1 of 2 values" in report.task_table([run("dense", dense), run("wanda", guess)])
+    assert "1 of 2 values" in task_table.table([run("dense", dense), run("wanda", guess)])
     assert "°" not in "".join(cell(guess, dense, chance=None))
 
 
 def test_tasks_stand_in_a_table_of_their_own_and_in_csv_with_the_rest():
     runs = [run("dense", [1, 1, 0, 1]), run("wanda", [0, 1, 0, 1])]
-    assert "letters" not in report.table(runs) and report.task_table([test_report.record()]) == ""
+    assert "letters" not in report.table(runs) and task_table.table([test_report.record()]) == ""
     page = html(runs)
     assert "<h2>Tasks</h2>" in page and "0.500° (-0.250 ± 0.250 ~)" in page
     row = list(csv.DictReader(io.StringIO(report.table(runs, "csv"))))[1]
@@ -114,7 +114,7 @@ def test_tasks_stand_in_a_table_of_their_own_and_in_csv_with_the_rest():
 
 def test_members_of_a_group_are_left_out():
     runs = [run("dense", [1, 0], group="mmlu"), run("wanda", [0, 0], group="mmlu")]
-    assert "letters" not in report.task_table(runs)
+    assert "letters" not in task_table.table(runs)
 
 
 def test_runs_on_other_documents_stand_in_columns_of_their_own():
