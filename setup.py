@@ -28,7 +28,7 @@ setup(
         'triton>=3.5; platform_system == "Linux"',
     ],
     extras_require={
-        "eval": ["lm-eval>=0.4.9", "accelerate"],
+        "eval": ["lm-eval>=0.4.13", "accelerate"],
         "dev": ["pytest>=8", "ruff", "hypothesis"],
     },
 )

@@ -70,6 +70,7 @@ class RunConfig:
     tasks: str = flag("none", "lm-eval tasks to measure, separated by commas; zeroshot7: the papers' seven",
                       group="evaluation")
     task_path: str | None = flag(None, "folder of task YAMLs of your own, instead of lm-eval's", group="evaluation")
+    task_limit: int | None = flag(None, "measure on the first so many documents of each task", group="evaluation")
     prompts: str | None = flag(None, "file of prompts and what should follow, one JSON object a line: how often the "
                                      "model says it", group="evaluation")
     robustness: bool = flag(False, "measure perplexity with typos, other case and other white space as well",
@@ -122,7 +123,8 @@ class RunConfig:
     allocation: dict = field(default_factory=dict)  # {way to allocate: its Config}
 
     def __post_init__(self):
-        for name in ("nsamples", "batch_size", "seqlen", "eval_seqlen", "eval_windows", "eval_batch_size"):
+        for name in ("nsamples", "batch_size", "seqlen", "eval_seqlen", "eval_windows", "eval_batch_size",
+                     "task_limit"):
             value = getattr(self, name)
             if value is not None and value < (2 if "seqlen" in name else 1):
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {2 if 'seqlen' in name else 1}")

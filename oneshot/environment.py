@@ -18,7 +18,8 @@ def environment(device):
         "oneshot": version("oneshot"), "commit": commit,
         "dirty": bool(git("status", "--porcelain")) if commit else None,
         "device": device_name(device), "threads": torch.get_num_threads(), "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "triton", "datasets", "tokenizers")},
+        **{name: version(name) for name in ("torch", "transformers", "triton", "datasets", "tokenizers",
+                                            "lm_eval")},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 

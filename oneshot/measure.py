@@ -7,7 +7,7 @@ from .evaluate.perplexity import of_losses, perplexity
 
 
 def measure(cfg, model, tokenizer, evaluations, calibration=None, load_dense=None):
-    """({metric: value}, {metric: how it was measured}, {further parts of the record}).
+    """({metric: value}, {metric: how it was measured}, {further parts of the record, "warnings" to add among them}).
 
     evaluations: {name: Tokens}. calibration: its Tokens, whose word counts damage adds. load_dense(): the dense model,
     called when something compares with it.
@@ -34,7 +34,7 @@ def measure(cfg, model, tokenizer, evaluations, calibration=None, load_dense=Non
         values, how, more["prompts"] = prompts.evaluate(model, tokenizer, cfg.prompts, device=cfg.device)
         metrics, info = metrics | values, info | how
     if cfg.task_names:
-        values, how = tasks.evaluate(model, tokenizer, cfg.task_names, task_path=cfg.task_path, device=cfg.device,
-                                     batch_size=cfg.eval_batch_size or cfg.batch_size)
+        values, how, more["warnings"] = tasks.evaluate(model, tokenizer, cfg.task_names, task_path=cfg.task_path,
+                                                       limit=cfg.task_limit, **options)
         metrics, info = metrics | values, info | how
     return metrics, info, more

@@ -6,6 +6,7 @@ Needs no torch; matplotlib only for the pictures, and says so on the page where 
 import math
 from html import escape
 
+from . import task_table
 from .report import (
     clean,
     columns,
@@ -13,6 +14,7 @@ from .report import (
     html_table,
     identity,
     is_dense,
+    is_task,
     labels,
     model_names,
     number,
@@ -76,6 +78,8 @@ def html(records, title=None):
     body = [f"<h1>{escape(title)}</h1>", f'<p class="note">{escape(_subtitle(records))}</p>',
             _warnings(records, names), "<h2>Results</h2>", table(records, "html"),
             f'<p class="note">{escape(_legend(records))}</p>']
+    if tasks := task_table.table(records, "html"):
+        body += ["<h2>Tasks</h2>", tasks]
     if several:
         body += _pivots(records)
     body += _pictures(records)
@@ -112,7 +116,8 @@ def _subtitle(records):
 
 
 def _legend(records):
-    heads = [c.header for c in columns(records)]
+    found = [c for c in columns(records) if not is_task(records, c)]
+    heads = [c.header for c in found]
     text = "sparsity: share of the prunable weights that are zero. "
     told = rows(records)
     if any(row["bytes"] is not None for row in told):
@@ -122,7 +127,7 @@ def _legend(records):
                  "each 128 inputs of a row. ")
     if any(" @" in h for h in heads):
         text += "ppl @W: perplexity over windows of W tokens; compare only equal windows. "
-    keys = " ".join(told[0])
+    keys = " ".join(k for k in told[0] if k.removesuffix(" / dense").removesuffix(" - dense") in heads)
     text += "/ dense: ratio to the dense model. " if " / dense" in keys else ""
     return text + ("- dense: difference from the dense model." if " - dense" in keys else "")
 
@@ -153,7 +158,8 @@ def _pivots(records):
     pruned = [r for r in records if not is_dense(r)]
     if len({setting(r, "method") for r in pruned}) < 2 or len({pattern_of(r) for r in pruned}) < 2:
         return []
-    made = [pivot(records, c.header, "html") for c in columns(records) if "stderr" not in c.metric]
+    made = [pivot(records, c.header, "html") for c in columns(records)
+            if "stderr" not in c.metric and not is_task(records, c)]
     made = [f'<div class="gap">{text}</div>' for text in made]
     note = "Bold: the best of the pattern. ±: standard deviation over seeds."
     return ["<h2>By method and pattern</h2>", *made, f'<p class="note">{note}</p>'] if made else []

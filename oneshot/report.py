@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from . import accuracy
+
 SCHEMA = 1
 # the order in the file: what is short comes first
 KEYS = ("schema", "run_id", "status", "settings", "model", "data", "environment", "metrics", "metric_info",
@@ -25,8 +27,9 @@ KEYS = ("schema", "run_id", "status", "settings", "model", "data", "environment"
         "skipped", "blocks", "layers")
 # Settings that say where a run goes or what is measured after it, not what was done to the model.
 ELSEWHERE = {"model", "method", "preset", "pattern", "save", "overwrite", "results", "cache_dir", "device", "format",
-             "tasks", "evaluate", "eval_seqlen", "eval_windows", "eval_batch_size", "prompts", "robustness",
-             "divergence", "damage", "sensitivity"}
+             "tasks", "task_path", "task_limit", "evaluate", "eval_seqlen", "eval_windows", "eval_batch_size",
+             "prompts", "robustness", "divergence", "damage",
+             "sensitivity"}
 HIGHER_IS_BETTER = ("acc", "exact_match", "em", "f1", "agreement", "mcc", "bleu", "rouge",
                     "top1_agreement", "starts_with", "contains", "chosen")
 
@@ -182,10 +185,17 @@ def value(record, column):
     return math.nan if metrics[column.metric] is None else metrics[column.metric]
 
 
+def is_task(records, column):
+    """Whether a column holds an lm-eval task's values, which come with standard errors."""
+    return any(accuracy.is_task(r, column.metric) for r in records)
+
+
 def _column(record, metric):
     info = (record.get("metric_info") or {}).get(metric) or {}
     data = ((record.get("data") or {}).get("evaluation") or {}).get(metric.rpartition("/")[0]) or {}
     windows, digest = info.get("windows", data.get("windows")), data.get("sha256")
+    if accuracy.is_task(record, metric):  # the same task on other documents is another column
+        windows, digest = None, info.get("documents")
     known = [f"{windows} windows"] * (windows is not None) + [str(digest)[:8]] * (digest is not None)
     return Column(metric, info.get("window", data.get("seqlen")), ", ".join(known))
 
@@ -308,12 +318,14 @@ def rows(records):
 
     Keys: run_id, model, method, pattern, variant; per column its header and, where a model has a dense run
     beside pruned ones, "HEADER / dense" (perplexity: the ratio) or "HEADER - dense" (others: the difference);
+    of a task also "HEADER ±" and "HEADER - dense ±" (standard errors, see accuracy.py);
     sparsity (share of zeros in what was prunable), bytes (of the same, as a share of dense), prune s,
     warnings (how many), status.
     """
     records = ordered(records)
     names, found, own = model_names(records), columns(records), variants(records)
     references = {key: {c: _dense_value(records, key, c) for c in found} for key in names}
+    tasks = {c for c in found if is_task(records, c)}
     compared = {c for c in found if any(value(r, c) is not None and references[identity(r)][c] is not None
                                         for r in records if not is_dense(r)) and "stderr" not in c.metric}
     table_rows = []
@@ -325,6 +337,11 @@ def rows(records):
             row[c.header] = x = value(record, c)
             if c in compared:
                 row.update([_against(c, x, references[identity(record)][c])])
+            if c in tasks:
+                row[f"{c.header} ±"] = None if x is None else accuracy.how(record, c.metric).get("stderr")
+            if c in tasks & compared:
+                found_difference = task_difference(records, record, c)
+                row[f"{c.header} - dense ±"] = found_difference and found_difference.stderr
         size = record.get("bytes") or {}
         row |= {"sparsity": record.get("sparsity"),
                 "bytes": size["stored"] / size["dense"] if size.get("dense") else None,
@@ -339,9 +356,14 @@ def _status(record):
     return ": ".join(clean(x) for x in (record.get("status"), record.get("error")) if x) or None
 
 
+def _dense_record(records, model, column):
+    """The model's dense run that measured the column, or None."""
+    return next((r for r in records if identity(r) == model and is_dense(r) and value(r, column) is not None), None)
+
+
 def _dense_value(records, model, column):
-    dense = (value(r, column) for r in records if identity(r) == model and is_dense(r))
-    return next((x for x in dense if x is not None), None)
+    dense = _dense_record(records, model, column)
+    return None if dense is None else value(dense, column)
 
 
 def _against(column, x, dense):
@@ -354,10 +376,15 @@ def _against(column, x, dense):
 
 
 def table(records, fmt="terminal"):
-    """The rows as text: "terminal", "markdown", "html" (rounded numbers), or "csv" (all, as stored)."""
+    """The rows as text: "terminal", "markdown", "html" (rounded numbers), or "csv" (all, as stored).
+
+    Tasks stand in a table of their own (`task_table`), in csv here as well.
+    """
     found = rows(records)
     keys = list(found[0]) if found else ["model", "method", "pattern"]
     if fmt != "csv" and found:
+        tasks = {c.header for c in columns(records) if is_task(records, c)}
+        keys = [k for k in keys if k.removesuffix(" ±").removesuffix(" - dense") not in tasks]
         keys = [k for k in keys if k != "run_id" and any(r[k] not in (None, "") for r in found)]
         if all(r["status"] in (None, "finished") for r in found):
             keys = [k for k in keys if k != "status"]
@@ -366,6 +393,14 @@ def table(records, fmt="terminal"):
     head = keys if fmt == "csv" else [k[-7:] if k.endswith((" / dense", " - dense")) else k for k in keys]
     return render(head, [[r[k] if fmt == "csv" else _cell(k, r[k]) for k in keys] for r in found], fmt,
                    text={"run_id", "model", "method", "pattern", "variant", "status"})
+
+
+def task_difference(records, record, column):
+    """accuracy.Difference of a run from the dense run of its model; None of the dense run itself."""
+    dense = _dense_record(records, identity(record), column)
+    if dense is None or is_dense(record) or value(record, column) is None:
+        return None
+    return accuracy.difference(record, dense, column.metric)
 
 
 def _cell(key, x):
@@ -442,14 +477,14 @@ def _pivot_cell(values, rivals, column, pattern, fmt):
     if not values:
         return ["-"]
     mean, spread = _mean(values), _std(values)
-    text = number(mean) + (f" ± {_like(number(mean), spread)}" if spread is not None else "")
+    text = number(mean) + (f" ± {like(number(mean), spread)}" if spread is not None else "")
     known = [x for x in rivals if not math.isnan(x)]
     best = (max if higher_is_better(column.metric) else min)(known, default=None)
     bold = len(rivals) > 1 and mean == best and pattern != "dense" and fmt in ("markdown", "html")
     return [Bold(text) if bold else text]
 
 
-def _like(text, x):
+def like(text, x):
     """`x` with as many decimals as the number in `text`."""
     return number(x, 2) if "e" in text or not math.isfinite(x) else f"{x:.{len(text.partition('.')[2])}f}"
 

@@ -12,7 +12,21 @@ from pathlib import Path
 
 import torch
 
-from . import allocate, cli, environment, export, loop, models, packed, patterns, presets, recovery, report, texts
+from . import (
+    allocate,
+    cli,
+    environment,
+    export,
+    loop,
+    models,
+    packed,
+    patterns,
+    presets,
+    recovery,
+    report,
+    task_table,
+    texts,
+)
 from .config import RunConfig
 from .data import given as given_tokens
 from .evaluate import prompts, quantised, tasks
@@ -68,7 +82,7 @@ def check(configs):
                 raise ValueError(f"--save {cfg.save}: is the model's own folder; choose another")
         environment.check_writable(cfg.results, "--results")
     if configs[0].task_names:
-        tasks.prepare(configs[0].task_names, configs[0].task_path)
+        tasks.check(configs[0].task_names, configs[0].task_path, configs[0].task_limit)
     if configs[0].prompts:
         prompts.read(configs[0].prompts)
     first = configs[0]
@@ -162,7 +176,8 @@ def identify(cfg, model, calibration, evaluations):
     weights = models.fingerprint(model)
     return weights, cfg.run_id(weights, calibration.sha256 if calibration else None,
                                *(t.sha256 for t in evaluations.values()),
-                               *([prompts.digest(cfg.prompts)] if cfg.prompts else []))
+                               *([prompts.digest(cfg.prompts)] if cfg.prompts else []),
+                               *([tasks.digest(cfg.task_names, cfg.task_path)] if cfg.task_names else []))
 
 
 def check_model(model):
@@ -203,7 +218,8 @@ def work(cfg, model, tokenizer, plan, calibration, evaluations, folder=None, sol
         "layers": result.layers, "blocks": result.blocks, "recovery": result.recovery,
         "skipped": result.skipped, "sparsity": sparsity(model),
         "bytes": quantised.model_bytes(model, result.layers, "dense" if cfg.prunes else cfg.pattern),
-        "warnings": texts.warnings(cfg, model, calibration, evaluations) + result.warnings,
+        "warnings": texts.warnings(cfg, model, calibration, evaluations) + result.warnings
+                    + more.pop("warnings", []),
         "peak_memory_bytes": environment.peak_memory(cfg.device),
         "seconds": {"prune": pruned - starting + result.seconds, "evaluate": done - pruned, "total": done - began},
     } | more | found
@@ -329,7 +345,7 @@ def summary(records, results):
     name = ids[0] if len(ids) == 1 else f"compare-{hashlib.sha256(' '.join(ids).encode()).hexdigest()[:8]}"
     page = results / f"{name}.html"
     write_html(records, page)
-    lines = [report.table(records)]
+    lines = [t for t in (report.table(records), task_table.table(records)) if t]
     seen = {}
     for record in records:
         for w in record["warnings"]:

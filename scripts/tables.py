@@ -17,7 +17,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from oneshot import cli, report, run
+from oneshot import cli, report, run, task_table
 
 ROOT = Path(__file__).parent.parent
 START, END = "<!-- {}: written by scripts/tables.py -->", "<!-- {}: end -->"
@@ -96,8 +96,10 @@ def groups(records):
 
 def readme_table(records):
     """One table per model and text: methods down, patterns across."""
-    parts = [where(records)]
+    parts = ["Perplexity; the window stands behind the @. " + where(r for r in records if kinds(r) != {"task"})]
     for (model, calibration, column), rows in groups(records).items():
+        if report.is_task(rows, column):
+            continue
         text = f"; measured on {column.text}" * bool(column.text)
         table = report.pivot(rows, column.metric, "markdown")
         parts.append(f"**{model}**, calibrated on {calibration}{text}\n\n{table}")
@@ -105,8 +107,28 @@ def readme_table(records):
 
 
 def all_tables(records):
-    """The same, then every run as a row."""
-    return "\n\n".join(["# Results", readme_table(records), "## Every run", report.table(records, "markdown")])
+    """The same, then the tasks, then every other run as a row."""
+    parts = ["# Results", readme_table(records), *tasks_section(records)]
+    every = [r for r in records if kinds(r) != {"task"}]
+    return "\n\n".join([*parts, "## Every run", report.table(every, "markdown")])
+
+
+def kinds(record):
+    """What a run measured: of {"task", "text"}."""
+    return {"task" if report.is_task([record], column) else "text" for column in report.columns([record])}
+
+
+def tasks_section(records):
+    """[heading, how they were measured, table] of the runs that measured lm-eval tasks; [] where none did."""
+    measured = [r for r in records if "task" in kinds(r)]
+    if not measured:
+        return []
+    texts = {r["data"]["calibration"]["source"].split(";")[0] for r in measured if r["data"]["calibration"]}
+    versions = {str(r["environment"].get("lm_eval")) for r in measured}
+    limits = {r["settings"].get("task_limit") for r in measured} - {None}
+    told = [f"lm-eval {', '.join(sorted(versions))}, model in memory", f"calibrated on {', '.join(sorted(texts))}"]
+    told += [f"at most the first {', '.join(map(str, sorted(limits)))} documents of a task"] * bool(limits)
+    return ["## Tasks", f"{'; '.join(told)}. {where(measured)}", task_table.table(measured, "markdown")]
 
 
 def with_packed(text, root):
@@ -160,7 +182,7 @@ def where(records):
         return ", ".join(sorted({str(r["environment"][key]) for r in records}))
     seeds = ", ".join(sorted({str(r["settings"]["seed"]) for r in records if "seed" in r["settings"]}, key=int))
     several = " Where there are several seeds: mean ± standard deviation." * (seeds.count(",") > 0)
-    return (f"Perplexity; the window stands behind the @. Seed {seeds}, {values('device')}, torch {values('torch')}, "
+    return (f"Seed {seeds}, {values('device')}, torch {values('torch')}, "
             f"transformers {values('transformers')}, commit {values('commit')}; one record a run in `results/runs`."
             + several)
 

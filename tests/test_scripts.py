@@ -10,6 +10,7 @@ from pathlib import Path
 import figures
 import pytest
 import tables
+import test_accuracy
 import test_report
 from safetensors.torch import load_file
 from tiny import plain_pages  # noqa: F401
@@ -198,3 +199,18 @@ def test_training_says_when_the_schedule_changed(train):
 def test_training_refuses_missing_data(train, tmp_path):
     with pytest.raises(SystemExit, match="no such text file"):
         train[0]("missing", data=tmp_path / "nothing.txt")
+
+
+def test_tasks_have_a_section_of_their_own_and_stay_out_of_the_readme(tmp_path):
+    for method, answers in (("dense", [1, 1, 0, 1]), ("wanda", [0, 1, 0, 1])):
+        r = test_accuracy.run(method, answers)
+        r["settings"] |= {"tasks": "letters", "task_limit": 4}
+        r["model"] |= {"parameters": 100_000}
+        r["data"]["calibration"] = None if method == "dense" else {"source": "c4.jsonl (3 documents); joined"}
+        r["environment"] |= {"device": "cpu", "torch": "2", "transformers": "5", "lm_eval": "0.4"}
+        report.write(r, tmp_path / "runs" / f"{r['run_id']}.json")
+    assert tables.main(["--runs", str(tmp_path / "runs"), "--root", str(tmp_path)]) == 0
+    text = (tmp_path / "results" / "tables.md").read_text()
+    assert "calibrated on c4.jsonl (3 documents); at most the first 4 documents" in text
+    assert "| letters acc | " in text and "0.500° (-0.250 ± 0.250 ~)" in text and "2 of 2 values" in text
+    assert "letters" not in (tmp_path / "README.md").read_text()
