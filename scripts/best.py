@@ -6,8 +6,9 @@
 
     excess   log ppl pruned - log ppl dense, on held-out text
     share    of the excess of SparseGPT (this program's, same calibration) that a way removes
-    cost     wall time of pruning, in multiples of SparseGPT done the published way (published.py) on the same machine
-             in the same run, right before it; evaluation is not counted
+    cost     processor time of pruning, in multiples of SparseGPT done the published way (published.py) on the same
+             machine in the same run; evaluation is not counted. With one thread, as here, it is the wall time of a
+             machine that has nothing else to do; the wall seconds stand in best.json beside it
 
 Every number is for one model, pattern and calibration seed; the table has means and sample standard deviations.
 """
@@ -64,8 +65,10 @@ def main(argv=None):
     p.add_argument("--ways", default="main", help="main, ingredients, or names separated by semicolons")
     p.add_argument("--eval-windows", type=int, default=200)
     p.add_argument("--flags", default="", help="more flags for every run, separated by spaces (for a quick look)")
+    p.add_argument("--threads", type=int, default=1, help="see cost above")
     p.add_argument("--table", action="store_true", help="only write the table")
     args = p.parse_args(argv)
+    torch.set_num_threads(args.threads)
     if not args.table:
         measure(args)
     write_table(args.out)
@@ -120,26 +123,31 @@ def cell(args, name, seed, text, flags):
     calibration = texts.calibration(base, model, tokenizer)
     evaluations = texts.evaluation(base, model, tokenizer)
     dense = measured(cli.parse([*flags, "--method", "dense"])[0], model, tokenizer, None, evaluations)["ppl"]
-    yardstick = published_seconds(model, calibration, patterns.parse(text))
+    began = time.process_time()
+    yardstick = {"published_seconds": published_seconds(model, calibration, patterns.parse(text)),
+                 "published_cpu_seconds": time.process_time() - began}
     for way, own in missing(args, name, seed, text).items():
         given = [part for key, value in own.items()
                  for part in ([f"--{key}"] if value is True else [f"--{key}", str(value)])]
         cfg = cli.parse([*flags, "--pattern", text, "--no-dense", *given])[0]
         row = measured(cfg, model, tokenizer, calibration, evaluations)
         store(args.out, {"model": name, "seed": seed, "pattern": text, "way": way, "flags": own, "dense_ppl": dense,
-                         "published_seconds": yardstick, **row})
+                         **yardstick, **row})
 
 
 def measured(cfg, model, tokenizer, calibration, evaluations):
     """Perplexity, seconds and errors of one way, on a copy of the model."""
     mine = copy.deepcopy(model)
+    began = time.process_time()
     record = run.work(cfg, mine, tokenizer, run.make_plan(cfg, mine), calibration, evaluations)
+    used = time.process_time() - began
     (metric, ppl), = record["metrics"].items()
     errors = {}
     for row in record["layers"]:
         errors.setdefault(row["linear"], []).append(row["relative_error"])
     return {"metric": metric, "window": record["metric_info"][metric]["window"], "ppl": ppl,
             "tokens": record["metric_info"][metric]["tokens"], "seconds": record["seconds"]["prune"],
+            "cpu_seconds": used * record["seconds"]["prune"] / record["seconds"]["total"],
             "sparsity": record["sparsity"], "errors": {kind: statistics.fmean(e) for kind, e in errors.items()},
             "recovery": record["recovery"], "warnings": record["warnings"], "environment": record["environment"]}
 
@@ -194,7 +202,7 @@ def shares(rows):
     for r in rows:
         if sparse := base.get((r["model"], r["seed"], r["pattern"])):
             found.setdefault((r["model"], r["pattern"], r["way"]), []).append(
-                (1 - excess(r) / excess(sparse), r["seconds"] / r["published_seconds"], r["ppl"]))
+                (1 - excess(r) / excess(sparse), r["cpu_seconds"] / r["published_cpu_seconds"], r["ppl"]))
     return found
 
 

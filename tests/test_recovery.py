@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from families import FAMILIES, VOCAB, T
+from safetensors.torch import load_file
 from torch.nn.functional import kl_div
 
 from oneshot import cli, export, loop, models, page, recovery, solvers
@@ -171,6 +172,28 @@ def test_a_command_repairs_and_the_record_says_so(tmp_path):
     assert all(b["repair"]["steps"] == 3 for b in record["blocks"])
     assert record["settings"]["recovery"] == {"block": {"steps": 3, "lr": 0.03}, "distil": {
         "steps": 3, "lr": record["settings"]["recovery"]["distil"]["lr"]}}
+
+
+def test_an_interrupted_run_with_repairs_ends_with_the_same_bits(tmp_path, monkeypatch):
+    place = tiny.make(tmp_path)
+
+    def argv(name):
+        return tiny.flags(place, "--no-dense", method="sparsegpt", recover="block,distil", dense_target=0.5,
+                          save=place / name, **{"block.steps": 4, "distil.steps": 4})
+    assert tiny.main(*argv("whole")) == 0
+    real, calls = loop.prune_block, []
+
+    def stop(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+    monkeypatch.setattr(loop, "prune_block", stop)
+    assert tiny.main(*argv("broken")) == 130
+    monkeypatch.setattr(loop, "prune_block", real)
+    assert tiny.main(*argv("broken")) == 0
+    whole, broken = (load_file(place / name / "model.safetensors") for name in ("whole", "broken"))
+    assert all(torch.equal(whole[n], broken[n]) for n in whole)
 
 
 @pytest.mark.parametrize("flag, value", [("block.steps", 0), ("distil.lr", 0.0), ("block.lr", 1.0)])

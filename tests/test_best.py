@@ -1,0 +1,85 @@
+"""scripts/best.py: its yardstick is SparseGPT the published way, its shares are what their definition says."""
+
+import copy
+import json
+import math
+import sys
+from pathlib import Path
+
+import families
+import pytest
+import tiny
+import torch
+
+from oneshot import data, page
+from oneshot.patterns import parse
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+import best
+
+
+def test_conv1d_as_linear_is_the_same_model():
+    model, ids = families.tiny("gpt2"), torch.arange(3, 27).repeat(2, 1)
+    want = model(ids, use_cache=False).logits
+    linears = best.as_linears(copy.deepcopy(model))
+    assert any(isinstance(m, torch.nn.Linear) for m in linears.transformer.h[0].modules())
+    torch.testing.assert_close(linears(ids, use_cache=False).logits, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "0.6"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_the_yardstick_prunes_every_block_of_a_copy(monkeypatch, name, pattern):
+    model, seen = families.tiny(name), []
+    before = copy.deepcopy(model.state_dict())
+    real = best.published.prune_block
+
+    def look(block, *args):
+        out = real(block, *args)
+        seen.extend(float((p == 0).float().mean()) for p in block.parameters() if p.ndim == 2)
+        return out
+    monkeypatch.setattr(best.published, "prune_block", look)
+    ids = torch.randint(3, families.VOCAB, (4, families.T), generator=torch.Generator().manual_seed(0))
+    assert best.published_seconds(model, data.given(ids), parse(pattern)) > 0
+    assert len(seen) == 2 * {"gpt2": 4, "llama": 7}[name]
+    assert all(s == pytest.approx(parse(pattern).zeros(10, 100) / 1000, abs=0.01) for s in seen)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def row(way, ppl, seed=0, seconds=1.0):
+    return {"model": "stories260k", "seed": seed, "pattern": "2:4", "way": way, "dense_ppl": math.e, "ppl": ppl,
+            "cpu_seconds": seconds, "published_cpu_seconds": 2.0, "metric": "t/ppl", "window": 8, "tokens": 9}
+
+
+def test_share_and_cost():
+    """SparseGPT loses 2 nats; a way that loses 1.5 removes a quarter."""
+    rows = [row("sparsegpt", math.e**3), row("best-3", math.e**2.5, seconds=8.0), row("alps", math.e**2, seed=1)]
+    found = best.shares(rows)
+    assert found["stories260k", "2:4", "best-3"] == [(pytest.approx(0.25), 4.0, pytest.approx(math.e**2.5))]
+    assert ("stories260k", "2:4", "alps") not in found  # its seed has no SparseGPT
+
+
+@pytest.mark.parametrize("ppl, seconds, verdict", [(math.e**1.5, 8.0, "kept"), (math.e**2.9, 8.0, "MISSED"),
+                                                   (math.e**1.5, 12.0, "MISSED")])
+def test_a_missed_target_is_said(ppl, seconds, verdict):
+    told = best.targets(best.shares([row("sparsegpt", math.e**3), row("best-3", ppl, seconds=seconds)]))
+    assert len(told) == 1 and told[0].endswith(verdict)
+
+
+def test_a_run_from_end_to_end_and_its_continuation(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "_pictures", lambda records: [])
+    place = tiny.make(tmp_path)
+    flags = tiny.flags(place)
+    flags = [*best.without(best.without(flags, "--method"), "--batch-size"), "--no-dense"]
+    flags.remove("--no-progress")
+    monkeypatch.setattr(best.real_runs, "runs", lambda shared, work: {"tiny": flags})
+    argv = ["--only", "tiny", "--patterns", "2:4", "--seeds", "0,1", "--ways", "sparsegpt;alps, distil", "--out",
+            str(tmp_path / "best.json")]
+    best.main(argv)
+    out = json.loads((tmp_path / "best.json").read_text())
+    assert [(r["seed"], r["way"]) for r in out["rows"]] == [
+        (s, w) for s in (0, 1) for w in ("sparsegpt", "alps, distil")]
+    assert out["rows"][1]["recovery"]["distil"]["steps"] == 60 and str(tmp_path) not in json.dumps(out["rows"])
+    text = (tmp_path / "best.md").read_text()
+    assert "| alps, distil |" in text and "up to 2 seeds" in text
+    monkeypatch.setattr(best, "cell", lambda *args: pytest.fail("measured again"))
+    best.main(argv)
