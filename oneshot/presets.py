@@ -1,4 +1,4 @@
-"""Presets: what `--method best` stands for at each `--effort`, as measured by scripts/best.py (results/best.md).
+"""Presets: what `--method best` stands for at each `--effort`, as measured by scripts/best.py (results/best/best.md).
 
 A preset is nothing but flags; whatever is given beside it on the command line wins.
 """

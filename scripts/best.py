@@ -1,14 +1,14 @@
-"""What each ingredient gains over SparseGPT and what it costs, `--method best` above all: results/best.json, best.md.
+"""What each ingredient gains over SparseGPT and what it costs, `--method best` above all: results/best/MODEL.json, best.md.
 
     python scripts/best.py --shared ../shared                    # all; continues where it was stopped
     python scripts/best.py --shared ../shared --only stories260k --seeds 0
-    python scripts/best.py --table                               # best.md from best.json
+    python scripts/best.py --table                               # best.md from the JSON
 
     excess   log ppl pruned - log ppl dense, on held-out text
     share    of the excess of SparseGPT (this program's, same calibration) that a way removes
     cost     processor time of pruning, in multiples of SparseGPT done the published way (published.py) on the same
              machine in the same run; evaluation is not counted. With one thread, as here, it is the wall time of a
-             machine that has nothing else to do; the wall seconds stand in best.json beside it
+             machine that has nothing else to do; the wall seconds stand in the JSON beside it
 
 Every number is for one model, pattern and calibration seed; the table has means and sample standard deviations.
 """
@@ -58,7 +58,7 @@ INGREDIENTS = {  # at 2:4 and 0.7
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--shared", type=Path, default=Path("../shared"), help="folder of models/ and data/")
-    p.add_argument("--out", type=Path, default=Path("results/best.json"))
+    p.add_argument("--out", type=Path, default=Path("results/best"))
     p.add_argument("--only", default=",".join(MODELS), help="models, separated by commas")
     p.add_argument("--patterns", default=",".join(PATTERNS))
     p.add_argument("--seeds", default="0,1,2")
@@ -104,7 +104,7 @@ def ways_of(args, text):
 
 def missing(args, name, seed, text):
     """The ways without a row yet."""
-    done = {(r["model"], r["seed"], r["pattern"], r["way"]) for r in read(args.out)}
+    done = {(r["model"], r["seed"], r["pattern"], r["way"]) for r in read(args.out / f"{name}.json")}
     return {way: flags for way, flags in ways_of(args, text).items() if (name, int(seed), text, way) not in done}
 
 
@@ -131,7 +131,7 @@ def cell(args, name, seed, text, flags):
                  for part in ([f"--{key}"] if value is True else [f"--{key}", str(value)])]
         cfg = cli.parse([*flags, "--pattern", text, "--no-dense", *given])[0]
         row = measured(cfg, model, tokenizer, calibration, evaluations)
-        store(args.out, {"model": name, "seed": seed, "pattern": text, "way": way, "flags": own, "dense_ppl": dense,
+        store(args.out / f"{name}.json", {"model": name, "seed": seed, "pattern": text, "way": way, "flags": own, "dense_ppl": dense,
                          **yardstick, **row})
 
 
@@ -211,17 +211,18 @@ def spread(values, digits):
     return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
-def write_table(path):
-    """best.md beside best.json."""
-    out = json.loads(path.read_text())
-    e, found = out["environment"], shares(out["rows"])
-    lines = ["# What each ingredient gains", "",
-             f"`scripts/best.py` on {e['device']}, {e['threads']} thread, torch {e['torch']}, transformers "
-             f"{e['transformers']}, commit {e['commit']}{' (dirty)' if e['dirty'] else ''}. Share of SparseGPT's "
-             "excess log-perplexity removed, mean ± standard deviation over calibration seeds; in brackets perplexity, "
-             "and cost in multiples of SparseGPT done the published way.", ""]
+def write_table(folder):
+    """best.md beside the models' JSON."""
+    parts = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    if not parts:
+        raise SystemExit(f"error: --out {folder}: nothing measured yet")
+    rows = [row for part in parts for row in part["rows"]]
+    found, where = shares(rows), list(dict.fromkeys(described(part["environment"]) for part in parts))
+    lines = ["# What each ingredient gains", "", f"`scripts/best.py` on {'; '.join(where)}. Share of SparseGPT's excess "
+             "log-perplexity removed, mean ± standard deviation over calibration seeds; in brackets perplexity, and cost "
+             "in multiples of SparseGPT done the published way.", ""]
     for model in dict.fromkeys(m for m, _, _ in found):
-        mine = [r for r in out["rows"] if r["model"] == model]
+        mine = [r for r in rows if r["model"] == model]
         columns = [p for p in PATTERNS if any(k[:2] == (model, p) for k in found)]
         seeds = len({r["seed"] for r in mine})
         lines += [f"## {model}", "", f"{mine[0]['metric']} @{mine[0]['window']}, {mine[0]['tokens']} tokens, dense "
@@ -239,7 +240,13 @@ def write_table(path):
             lines.append(f"| {way} | " + " | ".join(cells) + " |")
         lines.append("")
     lines += ["## Targets", "", *targets(found), ""]
-    report.write_text("\n".join(lines), path.with_suffix(".md"))
+    report.write_text("\n".join(lines), folder / "best.md")
+
+
+def described(e):
+    """Where a file's rows were measured, in a few words."""
+    return (f"{e['device']}, {e['threads']} thread{'s' * (e['threads'] > 1)}, torch {e['torch']}, transformers "
+            f"{e['transformers']}, commit {e['commit']}{' (dirty)' if e['dirty'] else ''}")
 
 
 def targets(found):

@@ -73,13 +73,13 @@ def test_a_run_from_end_to_end_and_its_continuation(tmp_path, monkeypatch):
     flags.remove("--no-progress")
     monkeypatch.setattr(best.real_runs, "runs", lambda shared, work: {"tiny": flags})
     argv = ["--only", "tiny", "--patterns", "2:4", "--seeds", "0,1", "--ways", "sparsegpt;alps, distil", "--out",
-            str(tmp_path / "best.json")]
+            str(tmp_path / "best")]
     best.main(argv)
-    out = json.loads((tmp_path / "best.json").read_text())
+    out = json.loads((tmp_path / "best" / "tiny.json").read_text())
     assert [(r["seed"], r["way"]) for r in out["rows"]] == [
         (s, w) for s in (0, 1) for w in ("sparsegpt", "alps, distil")]
     assert out["rows"][1]["recovery"]["distil"]["steps"] == 60 and str(tmp_path) not in json.dumps(out["rows"])
-    text = (tmp_path / "best.md").read_text()
+    text = (tmp_path / "best" / "best.md").read_text()
     assert "| alps, distil |" in text and "up to 2 seeds" in text
     monkeypatch.setattr(best, "cell", lambda *args: pytest.fail("measured again"))
     best.main(argv)
