@@ -1,4 +1,4 @@
-"""What each ingredient gains over SparseGPT and what it costs, `--method best` above all: results/best/MODEL.json, best.md.
+"""What each ingredient gains over SparseGPT and costs, `--method best` above all: results/best/MODEL.json, best.md.
 
     python scripts/best.py --shared ../shared                    # all; continues where it was stopped
     python scripts/best.py --shared ../shared --only stories260k --seeds 0
@@ -104,8 +104,8 @@ def ways_of(args, text):
 
 def missing(args, name, seed, text):
     """The ways without a row yet."""
-    done = {(r["model"], r["seed"], r["pattern"], r["way"]) for r in read(args.out / f"{name}.json")}
-    return {way: flags for way, flags in ways_of(args, text).items() if (name, int(seed), text, way) not in done}
+    done = {(r["seed"], r["pattern"], r["way"]) for r in read(args.out / f"{name}.json")}
+    return {way: flags for way, flags in ways_of(args, text).items() if (int(seed), text, way) not in done}
 
 
 def read(path):
@@ -131,8 +131,8 @@ def cell(args, name, seed, text, flags):
                  for part in ([f"--{key}"] if value is True else [f"--{key}", str(value)])]
         cfg = cli.parse([*flags, "--pattern", text, "--no-dense", *given])[0]
         row = measured(cfg, model, tokenizer, calibration, evaluations)
-        store(args.out / f"{name}.json", {"model": name, "seed": seed, "pattern": text, "way": way, "flags": own, "dense_ppl": dense,
-                         **yardstick, **row})
+        store(args.out / f"{name}.json", {"model": name, "seed": seed, "pattern": text, "way": way, "flags": own,
+                                          "dense_ppl": dense, **yardstick, **row})
 
 
 def measured(cfg, model, tokenizer, calibration, evaluations):
@@ -218,9 +218,9 @@ def write_table(folder):
         raise SystemExit(f"error: --out {folder}: nothing measured yet")
     rows = [row for part in parts for row in part["rows"]]
     found, where = shares(rows), list(dict.fromkeys(described(part["environment"]) for part in parts))
-    lines = ["# What each ingredient gains", "", f"`scripts/best.py` on {'; '.join(where)}. Share of SparseGPT's excess "
-             "log-perplexity removed, mean ± standard deviation over calibration seeds; in brackets perplexity, and cost "
-             "in multiples of SparseGPT done the published way.", ""]
+    lines = ["# What each ingredient gains", "", f"`scripts/best.py` on {'; '.join(where)}. Share of SparseGPT's "
+             "excess log-perplexity removed, mean ± standard deviation over calibration seeds; in brackets perplexity, "
+             "and cost in multiples of SparseGPT done the published way.", ""]
     for model in dict.fromkeys(m for m, _, _ in found):
         mine = [r for r in rows if r["model"] == model]
         columns = [p for p in PATTERNS if any(k[:2] == (model, p) for k in found)]
