@@ -42,7 +42,7 @@ class RunConfig:
                                  group="what")
     allocate: str = flag("uniform", "how the zeros are spread over the linears: see --allocate below", group="what")
     dense_target: float = flag(0.0, "0 to 1: how far each linear aims at its output in the dense model instead of at "
-                                    "the dense linear's output on the pruned model's inputs (0.5 helps most)",
+                                    "the dense linear's output on the pruned model's inputs (try 0.5)",
                                group="what")
     recover: str = flag("none", "repair by training the kept weights on the calibration windows: block, distil, or "
                                 "block,distil", group="what")

@@ -190,6 +190,12 @@ def left_alone(name):
     return next((LEFT_ALONE[part] for part in name.split(".")[-2:] if part in LEFT_ALONE), None)
 
 
+def untouched(block):
+    """Names of a block's parameters that neither pruning nor recovery changes: routers, and what it does not know."""
+    routers = {name for name, _ in block.named_parameters() if left_alone(name.rpartition(".")[0])}
+    return routers | {name for name, _ in linears(block)[1]}
+
+
 def is_experts(module):
     """Whether a module holds fused experts behind transformers' experts interface."""
     return all(hasattr(module, a) for a in ("has_gate", "is_transposed", "is_concatenated", "down_proj")) and \

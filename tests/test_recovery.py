@@ -69,6 +69,17 @@ def test_a_repair_helps_and_loses_no_zero(name, recover):
 
 
 @pytest.mark.parametrize("recover", recovery.names())
+@pytest.mark.parametrize("name", ["gpt_oss", "mixtral"])
+def test_routers_and_what_is_outside_the_blocks_stay_as_they_were(name, recover):
+    before, model = families.tiny(name), families.tiny(name)
+    prune(model, recover, **{f"{recover}.steps": 4})
+    changed = {n for (n, p), q in zip(before.named_parameters(), model.parameters(), strict=True)
+               if not torch.equal(p, q)}
+    assert changed and all(".layers." in n for n in changed)
+    assert not [n for n in changed if models.left_alone(n.rpartition(".")[0])]
+
+
+@pytest.mark.parametrize("recover", recovery.names())
 def test_padding_teaches_nothing(recover):
     """Whatever stands in the padding, the same model comes out."""
     mask = torch.ones(16, T, dtype=torch.bool)

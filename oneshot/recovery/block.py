@@ -30,8 +30,6 @@ def repair(block, stream, b, targets, stored, cfg, seed):
 
     stream: the pruned model's, at this block. targets: one (B, T, H) a batch. stored: {parameter: dtype to save in}.
     """
-    _, skipped = models.linears(block)
-
     def loss(i):
         out = capture.forward(block, stream, b, i).float()
         Y, X = (t.to(stream.device).float() for t in (targets[i], stream.hidden[i]))
@@ -39,5 +37,5 @@ def repair(block, stream, b, targets, stored, cfg, seed):
             out, Y, X = (t.reshape(-1, t.shape[-1])[stream.rows[i]] for t in (out, Y, X))
         return (out - Y).square().sum() / (Y - X).square().sum()
 
-    with Trainable(block, stored, {name for name, _ in skipped}) as trainable:
+    with Trainable(block, stored, models.untouched(block)) as trainable:
         return fit(trainable, loss, range(len(stream)), steps=cfg.steps, lr=cfg.lr, seed=seed + b)

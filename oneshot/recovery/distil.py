@@ -37,7 +37,7 @@ def repair(model, dense, cfg, seed, progress=False):
     """
     _, block_list = models.blocks(model)
     stored = {name: p.dtype for name, p in block_list.named_parameters()}
-    leave = {f"{b}.{name}" for b, block in enumerate(block_list) for name, _ in models.linears(block)[1]}
+    leave = {f"{b}.{name}" for b, block in enumerate(block_list) for name in models.untouched(block)}
     gen = torch.Generator().manual_seed(seed)
     whole = models.tensors_of(model)
 
