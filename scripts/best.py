@@ -239,8 +239,32 @@ def write_table(folder):
                              f"{statistics.fmean(c for _, c, _ in got):.1f}x)" if got else "-")
             lines.append(f"| {way} | " + " | ".join(cells) + " |")
         lines.append("")
-    lines += ["## Targets", "", *targets(found), ""]
+    lines += ["## Targets", "", *targets(found), "", *error_table(rows), ""]
     report.write_text("\n".join(lines), folder / "best.md")
+
+
+LAYERWISE = ("wanda", "wanda+swaps+refit", "sparsegpt", "sparsegpt+swaps", "sparsegpt+refit", "admm", "alps")
+
+
+def error_table(rows, text="2:4"):
+    """Relative error of every kind of linear by way, beside SparseGPT's."""
+    lines = ["## Layer errors", "", f"Relative output error at {text}, mean over blocks and seeds, each way on the "
+             "inputs that its own pruned blocks produce; SparseGPT's in full, the others as multiples of it.", ""]
+    for model in dict.fromkeys(r["model"] for r in rows):
+        found = {}
+        for r in rows:
+            if r["model"] == model and r["pattern"] == text and r["way"] in LAYERWISE:
+                for kind, error in r["errors"].items():
+                    found.setdefault(kind, {}).setdefault(r["way"], []).append(error)
+        ways = [w for w in LAYERWISE if any(w in of for of in found.values())]
+        lines += [f"| {model} | " + " | ".join(ways) + " |", "|---|" + "--:|" * len(ways)]
+        for kind, of in found.items():
+            base = statistics.fmean(of["sparsegpt"])
+            times = {w: f"{statistics.fmean(errors) / base:.2f}x" for w, errors in of.items()}
+            times["sparsegpt"] = f"{base:.4f}"
+            lines.append(f"| {kind} | " + " | ".join(times.get(w, "-") for w in ways) + " |")
+        lines.append("")
+    return lines
 
 
 def described(e):

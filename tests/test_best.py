@@ -47,7 +47,8 @@ def test_the_yardstick_prunes_every_block_of_a_copy(monkeypatch, name, pattern):
 
 def row(way, ppl, seed=0, seconds=1.0):
     return {"model": "stories260k", "seed": seed, "pattern": "2:4", "way": way, "dense_ppl": math.e, "ppl": ppl,
-            "cpu_seconds": seconds, "published_cpu_seconds": 2.0, "metric": "t/ppl", "window": 8, "tokens": 9}
+            "cpu_seconds": seconds, "published_cpu_seconds": 2.0, "metric": "t/ppl", "window": 8, "tokens": 9,
+            "errors": {"o": 0.5 if way == "sparsegpt" else 0.2}}
 
 
 def test_share_and_cost():
@@ -56,6 +57,11 @@ def test_share_and_cost():
     found = best.shares(rows)
     assert found["stories260k", "2:4", "best-3"] == [(pytest.approx(0.25), 4.0, pytest.approx(math.e**2.5))]
     assert ("stories260k", "2:4", "alps") not in found  # its seed has no SparseGPT
+
+
+def test_layer_errors_stand_beside_sparsegpts():
+    text = "\n".join(best.error_table([row("sparsegpt", 9.0), row("alps", 8.0), row("best-3", 7.0)]))
+    assert "| o | 0.5000 | 0.40x |" in text and "best-3" not in text
 
 
 @pytest.mark.parametrize("ppl, seconds, verdict", [(math.e**1.5, 8.0, "kept"), (math.e**2.9, 8.0, "MISSED"),
