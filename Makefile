@@ -14,12 +14,12 @@ $(STAMP): setup.py constraints.txt
 demo: $(STAMP)   ## prune the built-in model: three methods, two patterns, a table
 	$(BIN)/python -m oneshot.run
 
-test: $(STAMP)   ## the whole suite
-	$(BIN)/python -m pytest
+test: $(STAMP)   ## the whole suite, two files at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(STAMP)  ## ruff, then the suite
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: $(STAMP)  ## this program against the published way, on this machine
 	$(BIN)/python scripts/bench_prune.py

@@ -29,6 +29,6 @@ setup(
     ],
     extras_require={
         "eval": ["lm-eval>=0.4.13", "accelerate"],
-        "dev": ["pytest>=8", "ruff", "hypothesis"],
+        "dev": ["pytest>=8", "pytest-xdist", "ruff", "hypothesis"],
     },
 )
