@@ -285,6 +285,8 @@ class _Collector:
 
     def see(self, view, x, index=None):
         """The linear of `view` is about to be fed x (..., C); `index`: which of the batch's tokens x holds."""
+        if not x.numel():  # an idle expert; all empty tensors share one address
+            return
         key = (x.data_ptr(), x.shape, x.stride())
         first, _ = self.fed.setdefault(key, (view.name, x))  # holding x keeps its address from being used again
         leader = self.leader.setdefault(view.name, first)
@@ -341,7 +343,7 @@ def logits(model, stream, i, *, elements=2**26):
 def tail(model, stream, i, positions):
     """(B, P, V) logits at `positions` (P,) of batch i by the model's own code behind its blocks."""
     _, block_list = models.blocks(model)
-    hidden = stream.hidden[i].to(stream.device)
+    hidden = stream.hidden[i].to(stream.device, model.get_input_embeddings().weight.dtype)
     with stubbed(block_list, [_Stub(block, None, hidden, stream.returns_tuple) for block in block_list]):
         return model(**stream.inputs[i], use_cache=False, **keep(model, positions)).logits
 

@@ -121,6 +121,8 @@ def parse(argv=None):
     methods = [m for m in methods if m != "dense"]
     if "save" in chosen and not methods:
         raise ValueError(f"--save {chosen['save']}: nothing is pruned, so there is nothing to write; give a --method")
+    if "effort" in given and not set(methods) & set(presets.NAMES):
+        raise ValueError(f"--effort {given['effort']}: goes with --method best")
     asked = {method: presets.expand(method, given) for method in methods}
     check_parts(asked, given)
     runs = []

@@ -94,7 +94,7 @@ class RunConfig:
     gram_budget: float = flag(4.0, "GiB of Gram matrices gathered at once; what does not fit takes further passes",
                               group="machine")
     tf32: bool = flag(False, "allow TF32 products on the GPU: faster, 10 bits of mantissa", group="machine")
-    layer_errors: bool = flag(True, "measure every linear's output error (on 512 calibration tokens)", group="machine")
+    layer_errors: bool = flag(True, "measure every linear's output error, on a sample of 256 tokens", group="machine")
 
     model_revision: str | None = flag(None, "revision of a hub model", group="machine")
     cache_dir: str | None = flag(None, "Hugging Face cache folder", group="machine", output=True)

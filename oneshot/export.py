@@ -51,13 +51,13 @@ class Folder:
 
     def blocks(self):
         """(state dict, rows) of the blocks finished so far, in order."""
-        done = []
-        while self.ours and (file := self._block(len(done))).is_file():
+        b = 0
+        while self.ours and (file := self._block(b)).is_file():
             with safe_open(file, "pt") as f:
                 if f.metadata()["run_id"] != self.run_id:  # left by a run that --overwrite replaced
-                    break
-                done.append(({k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["rows"])))  # noqa: SIM118
-        return done
+                    return
+                yield {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["rows"])  # noqa: SIM118
+            b += 1
 
     def _block(self, b):
         return self.work / f"block_{b:05d}.safetensors"

@@ -2,11 +2,8 @@
 
     G   E[x xᵀ], (C, C)
     V   upper triangular with V Vᵀ = G + λI
-<<<<<<< HEAD
     D   E[(x_dense - x) xᵀ], (C, C): how far the pruned model's inputs x have moved from the dense model's
-=======
     s   sqrt(diag G), (C,): columns of W times s meet a Gram matrix of unit diagonal
->>>>>>> refiners
 """
 
 import torch
@@ -45,7 +42,9 @@ def upper_factor(moments, damping, dtype):
 
 
 def towards_dense(W, moments, share, damping=0.01):
-    """The target W* = W + share · W D (G + λI)⁻¹, (R, C): as a layer for x it comes nearest to W x_dense at share 1.
+    """(W*, warnings): the target W* = W + share · W D (G + λI)⁻¹, (R, C).
+
+    As a layer for x it comes nearest to W x_dense at share 1.
 
     Solvers that approach W* instead of W on the pruned model's inputs make up for errors of the layers before. The
     whole way fits the noise of few samples; half of it is what helped. Needs `outer` and `cross`.
@@ -53,11 +52,12 @@ def towards_dense(W, moments, share, damping=0.01):
     Raises NumericalError as `upper_factor` does.
     """
     def shift():
-        V, _, _ = upper_factor(moments, damping, W.dtype)
+        V, _, info = upper_factor(moments, damping, W.dtype)
         Y = torch.linalg.solve_triangular(V.T, moments.cross.to(W.dtype) / moments.n, upper=False, left=False)
-        return torch.linalg.solve_triangular(V, Y, upper=True, left=False)
+        return torch.linalg.solve_triangular(V, Y, upper=True, left=False), info["warnings"]
 
-    return torch.addmm(W, W, moments.derived(("towards_dense", damping, W.dtype), shift), alpha=share)
+    moved, warnings = moments.derived(("towards_dense", damping, W.dtype), shift)
+    return torch.addmm(W, W, moved, alpha=share), [f"dense target: {w}" for w in warnings]
 
 
 def _upper_factor(G, damping, dtype):

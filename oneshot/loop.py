@@ -146,10 +146,13 @@ def survey(model, ids, mask, needs, options=Options()):
     _, block_list = models.blocks(model)
     bar = tqdm(block_list, desc="survey", unit="block", disable=not options.progress, leave=False)
     with models.experts_one_by_one(model), float32_products(options.tf32):
-        stream = start(model, ids, mask, options)
+        stream = start(model, ids, mask, options) if needs else None
         for b, block in enumerate(bar):
             remaining, _ = models.linears(block)
             with models.resident(models.tensors_of(block), options.device):
+                if not stream:  # the solver looks at no data
+                    yield b, block, remaining, {}
+                    continue
                 while remaining:
                     moments, deferred, _ = capture.collect(block, stream, b, remaining, needs,
                                                            budget=options.gram_budget)
@@ -277,11 +280,12 @@ def solve(view, moments, name, plan, steps, rows, dense_target=0.0):
     if isinstance(pattern, Dense):
         chain, note = [(magnitude, magnitude.Config())], None
     try:
-        target = towards_dense(W, moments, dense_target) if dense_target and chain is steps else W
+        aimed = dense_target and chain is steps
+        target, notes = towards_dense(W, moments, dense_target) if aimed else (W, [])
         solution = solvers.solve(target, moments, pattern, chain)
     except NumericalError as error:
         raise ValueError(f"{name}: {error}") from None
-    notes = solution.info.pop("warnings", []) + ([note] if note else [])
+    notes += solution.info.pop("warnings", []) + ([note] if note else [])
     error = moments.relative_error(W, solution.W_hat) if moments else None
     spent = time.perf_counter() - began
 

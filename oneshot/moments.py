@@ -112,5 +112,6 @@ class Moments:
         """‖(W-Ŵ)x‖² / ‖Wx‖² over the sampled inputs, a float; None when there are none."""
         if self.sample is None or not len(self.sample):
             return None
-        error, whole = (torch.linalg.vector_norm(self.sample @ M.T).item() ** 2 for M in (W - W_hat, W))
+        sample = self.sample.to(W.dtype)
+        error, whole = (torch.linalg.vector_norm(sample @ M.T).item() ** 2 for M in (W - W_hat, W))
         return error / whole if whole else 0.0

@@ -177,7 +177,14 @@ def identify(cfg, model, calibration, evaluations):
     return weights, cfg.run_id(weights, calibration.sha256 if calibration else None,
                                *(t.sha256 for t in evaluations.values()),
                                *([prompts.digest(cfg.prompts)] if cfg.prompts else []),
+                               *([digest(cfg)] if cfg.allocate == "sensitivity" and cfg.prunes else []),
                                *([tasks.digest(cfg.task_names, cfg.task_path)] if cfg.task_names else []))
+
+
+def digest(cfg):
+    """sha256 of the record that an allocation by sensitivity reads."""
+    file = Path(cfg.allocation["sensitivity"].record)
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
 def check_model(model):
@@ -206,7 +213,7 @@ def work(cfg, model, tokenizer, plan, calibration, evaluations, folder=None, sol
     else:
         plan = allocated(cfg, model, plan, calibration)
         result = prune_model(cfg, model, plan, calibration, folder)
-        prove(model, plan)
+        prove(model, plan, result.layers)
     pruned = time.perf_counter()
     metrics, info, more = measure(cfg, model, tokenizer, evaluations, calibration, lambda: load(cfg)[0])
     done = time.perf_counter()
@@ -234,10 +241,15 @@ def sensitivities(cfg, model, calibration, plan, evaluations):
                                        options_of(cfg))}
 
 
-def prove(model, plan):
-    """Every pattern on the stored weights once more, after all repairs."""
+def prove(model, plan, rows):
+    """Every pattern on the stored weights once more, after all repairs, and the zeros that are there now."""
+    rows = {row["name"]: row for row in rows}
     for name, view in export.all_views(model):
-        assert name not in plan or plan[name].holds(view.get()), f"{name}: pattern {plan[name]} broken"
+        W = view.get()
+        assert name not in plan or plan[name].holds(W), f"{name}: pattern {plan[name]} broken"
+        if row := rows.get(name):
+            row["zeros"] = W.numel() - int(W.count_nonzero())
+            row["surplus"] = row["zeros"] - row["target_zeros"]
 
 
 def calibrate(cfg, model, tokenizer):
@@ -294,9 +306,11 @@ def prune_model(cfg, model, plan, calibration, folder=None):
                               on_block=on_block)
     if "distil" in cfg.recovery:
         began = time.perf_counter()
-        info = recovery.module("distil").repair(model, result.dense, cfg.recovery["distil"], cfg.seed, cfg.progress)
+        with loop.float32_products(cfg.tf32):
+            info = recovery.module("distil").repair(model, result.dense, cfg.recovery["distil"], cfg.seed, cfg.progress)
         result.warnings += [f"--recover distil: {w}" for w in info.pop("warnings", [])]
         result.recovery = {"distil": info | {"seconds": time.perf_counter() - began}}
+    result.dense = None  # hidden states of the whole calibration set
     return result
 
 
@@ -381,6 +395,7 @@ def prune(model, tokenizer=None, *, method="sparsegpt", pattern="2:4", calibrati
     cli.check_parts({method: asked}, flags)
     cfg = cli.build(asked)
     check_devices(cfg)
+    check_target(cfg)
     check_model(model)
     plan = make_plan(cfg, model)
     if given:
@@ -397,7 +412,7 @@ PYTHON_SETTINGS = {f.name for f in dataclasses.fields(RunConfig)} - {  # the res
     "model", "method", "pattern", "calibration", "solver", "recovery", "allocation", "preset", "evaluate",
     "eval_seqlen", "eval_windows", "eval_batch_size", "prompts", "robustness", "divergence", "damage", "sensitivity",
     "quantised", "dtype", "model_revision", "trust_remote_code", "save", "overwrite", "format", "results", "dense",
-    "shared_inputs"}
+    "shared_inputs", "tasks", "task_path", "task_limit"}
 
 
 def refuse_unknown(given, known, what):

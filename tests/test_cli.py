@@ -42,10 +42,11 @@ def test_every_setting_has_its_flag(field):
         argv, want = [flag, choices[-1]], choices[-1]
     else:
         want = {"method": "wanda", "pattern": "0.25", "group": "row", "allocate": "owl", "recover": "block",
-                "dense_target": 0.5}.get(field.name) or (
+                "dense_target": 0.5, "effort": 2}.get(field.name) or (
             7.0 if field.type is float else 7 if field.type in (int, int | None) else "some/where")
         argv = [flag, str(want)]
-    base = [] if field.name in ("method", "pattern") else ["--method", "wanda", "--pattern", "0.5"]
+    method = "best" if field.name == "effort" else "wanda"
+    base = [] if field.name in ("method", "pattern") else ["--method", method, "--pattern", "0.5"]
     for spelling in (argv, [argv[0].replace("-", "_").replace("__", "--", 1), *argv[1:]]):
         runs = cli.parse([*base, *spelling])
         if field.name == "dense":  # the row is there or not, and its flag has done its work

@@ -202,3 +202,11 @@ def test_a_breach_is_found(name, source, why):
 ])
 def test_what_is_allowed_passes(name, source):
     assert breaches({name: source}, sources()) == []
+
+
+def test_no_merge_left_its_marks():
+    marks = ("<" * 7 + " ", ">" * 7 + " ")
+    files = [p for folder in ("oneshot", "kernels", "scripts", "tests", "results") for p in (ROOT / folder).rglob("*.*")
+             if p.suffix in (".py", ".md", ".csv", ".yaml")] + [ROOT / "README.md"]
+    assert len(files) > 50
+    assert not [p for p in files if any(line.startswith(marks) for line in p.read_text(encoding="utf-8").splitlines())]

@@ -221,3 +221,35 @@ def test_unknown_way():
 def test_families_named_here_exist():
     assert set(SAMPLE) <= set(FAMILIES) - set(REFUSED)
     assert copy.deepcopy(models.linears(families.tiny("llama").model.layers[0])[0])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "gemma2", "gemma3", "gpt_neox", "bloom", "falcon", "mixtral",
+                                  "gpt_oss", "qwen2_moe"])
+@pytest.mark.parametrize("recover", recovery.names())
+def test_sixteen_bit_blocks_are_trained_in_float32(monkeypatch, name, recover):
+    """As on a GPU, where blocks and hidden states keep the stored dtype."""
+    monkeypatch.setattr(models, "compute_dtype", lambda device, stored: stored)
+    model = families.tiny(name, dtype=torch.bfloat16)
+    prune(model, recover, **{f"{recover}.steps": 2})
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_held_out_positions_are_always_the_same_and_hold_a_token(monkeypatch):
+    from oneshot.recovery import distil
+    model, mask = families.tiny("llama"), torch.ones(8, T, dtype=torch.bool)
+    mask[:, 10:] = False
+    dense = loop.start(model, tokens(8), mask, loop.Options(batch_size=4))
+    monkeypatch.setattr(distil, "LOGITS", 4 * VOCAB * 3)
+    first, second = (distil.positions(model, dense, 0, torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(first, second) and len(first) == 3 and int(first.max()) < 10
+
+
+def test_no_negative_zero_is_stored():
+    model = families.tiny("llama", dtype=torch.float16)
+    for p in model.parameters():
+        p.data.mul_(1e-4)
+    prune(model, "block", **{"block.steps": 3})
+    for block in models.blocks(model)[1]:
+        for p in block.parameters():
+            assert not (torch.signbit(p) & (p == 0)).any()

@@ -49,14 +49,14 @@ def test_target_is_the_ridge_regression_on_the_dense_output():
     A = G + 0.01 * G.diagonal().mean() * torch.eye(8, dtype=torch.float64)
     for share in (0.5, 1.0):
         want = W + share * W @ ((X_dense - X).T @ X / 200) @ torch.linalg.inv(A)
-        torch.testing.assert_close(linalg.towards_dense(W, moments, share), want, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(linalg.towards_dense(W, moments, share)[0], want, rtol=1e-9, atol=1e-9)
 
 
 def test_equal_inputs_leave_the_target_alone():
     W, X = torch.randn(3, 6), torch.randn(50, 6)
     moments = Moments(6, {"outer", "cross"})
     moments.update(X, X)
-    assert torch.equal(linalg.towards_dense(W, moments, 1.0), W)
+    assert torch.equal(linalg.towards_dense(W, moments, 1.0)[0], W)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "bloom", "falcon-new"])
@@ -274,3 +274,20 @@ def test_a_finished_shared_command_solves_nothing_again(tmp_path, monkeypatch):
     assert tiny.main(*argv) == 0
     monkeypatch.setattr(loop, "prune_shared", lambda *args: pytest.fail("solved again"))
     assert tiny.main(*argv) == 0
+
+
+def test_a_method_that_looks_at_no_data_can_share_inputs(tmp_path):
+    place = tiny.make(tmp_path)
+    assert tiny.main(*tiny.flags(place, "--no-dense", "--shared-inputs", "--no-layer-errors", method="magnitude")) == 0
+
+
+def test_effort_without_best_is_refused(capsys):
+    assert tiny.main("--method", "alps", "--pattern", "2:4", "--effort", "3") == 2
+    assert "--effort 3: goes with --method best" in capsys.readouterr().err
+
+
+def test_python_refuses_a_target_that_the_method_cannot_aim_at(tmp_path):
+    import oneshot
+    model, _ = oneshot.load(str(tiny.make(tmp_path) / "model"))
+    with pytest.raises(ValueError, match=r"--dense-target 0\.5: --method wanda"):
+        oneshot.prune(model, method="wanda", dense_target=0.5, calibration=torch.ones(2, 8, dtype=torch.long))

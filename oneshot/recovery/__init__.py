@@ -73,7 +73,7 @@ class Trainable:
         for name, p in self.parameters.items():
             p.requires_grad_(False)
             p.grad = None
-            p.data = p.data.to(self.stored[name]).to(self.dtypes[name])
+            p.data = p.data.to(self.stored[name]).add_(0.0).to(self.dtypes[name])  # no -0.0, as View.set has it
         for name, mask in self.masks.items():
             assert not self.parameters[name].data[~mask].any(), f"{name}: a pruned weight came back"
 

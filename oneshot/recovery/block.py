@@ -10,6 +10,8 @@ gradients and Adam's two averages, and the dense model's hidden states beside th
 
 from dataclasses import dataclass, field
 
+import torch
+
 from .. import capture, models
 from . import Trainable, check, fit
 
@@ -37,5 +39,6 @@ def repair(block, stream, b, targets, stored, cfg, seed):
             out, Y, X = (t.reshape(-1, t.shape[-1])[stream.rows[i]] for t in (out, Y, X))
         return (out - Y).square().sum() / (Y - X).square().sum()
 
-    with Trainable(block, stored, models.untouched(block)) as trainable:
+    with models.resident(models.tensors_of(block), stream.device, write_back=True, dtype=torch.float32), \
+            Trainable(block, stored, models.untouched(block)) as trainable:
         return fit(trainable, loss, range(len(stream)), steps=cfg.steps, lr=cfg.lr, seed=seed + b)

@@ -42,7 +42,8 @@ def repair(model, dense, cfg, seed, progress=False):
     whole = models.tensors_of(model)
 
     def loss(i):
-        at = positions(model, dense, i, gen)
+        held_out = not torch.is_grad_enabled()  # always judged on the same positions
+        at = positions(model, dense, i, torch.Generator().manual_seed(seed + i) if held_out else gen)
         with torch.no_grad():
             teacher = capture.tail(model, dense, i, at).float().log_softmax(-1)
         inputs = dense.inputs[i]
@@ -60,9 +61,11 @@ def repair(model, dense, cfg, seed, progress=False):
 
 
 def positions(model, stream, i, gen):
-    """Which positions of batch i a step looks at: all, or as many as LOGITS allows."""
+    """Which positions of batch i a step looks at: all that hold a token, or as many of them as LOGITS allows."""
     B, T = stream.inputs[i]["input_ids"].shape
     most = max(1, LOGITS // (B * models.config_of(model).vocab_size))
-    chosen = torch.arange(T) if most >= T or not capture.slices(model) else \
-        torch.randperm(T, generator=gen)[:most].sort().values
-    return chosen.to(stream.device)
+    if most >= T or not capture.slices(model):
+        return torch.arange(T, device=stream.device)
+    rows = stream.rows[i]
+    real = torch.arange(T) if rows is None else rows.view(B, T).any(0).nonzero()[:, 0].cpu()
+    return real[torch.randperm(len(real), generator=gen)[:most]].sort().values.to(stream.device)
