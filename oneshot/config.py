@@ -71,8 +71,8 @@ class RunConfig:
                       group="evaluation")
     task_path: str | None = flag(None, "folder of task YAMLs of your own, instead of lm-eval's", group="evaluation")
     task_limit: int | None = flag(None, "measure on the first so many documents of each task", group="evaluation")
-    prompts: str | None = flag(None, "file of prompts and what should follow, one JSON object a line: how often the "
-                                     "model says it", group="evaluation")
+    prompts: str | None = flag(None, "file with a line {\"prompt\": ..., \"expected\": ...} each, if you like with "
+                                     "\"choices\": [...]: how often the model says it", group="evaluation")
     robustness: bool = flag(False, "measure perplexity with typos, other case and other white space as well",
                             group="evaluation")
     divergence: bool = flag(False, "compare each token's prediction with the dense model's: KL, top-1, flips",

@@ -1,6 +1,7 @@
 """Presets: what `--method best` stands for at each `--effort`, as measured by scripts/best.py (results/best/best.md).
 
-A preset is nothing but flags; whatever is given beside it on the command line wins.
+A preset is nothing but flags; whatever is given beside it on the command line wins, and a star behind the name in
+tables says so (best-3*).
 """
 
 EFFORTS = {  # effort: (what it is, the flags); each adds to what the one before it costs
@@ -12,6 +13,7 @@ EFFORTS = {  # effort: (what it is, the flags); each adds to what the one before
         "method": "alps", "recover": "block,distil", "block.steps": 100, "distil.steps": 300}),
 }
 NAMES = ("best",)
+QUALITY = {"recover", "dense_target", "allocate", "true_sequential", "group"}  # given beside a preset, they change it
 
 
 def expand(method, given):
@@ -25,7 +27,8 @@ def expand(method, given):
     if effort not in EFFORTS:
         raise ValueError(f"--effort {effort}: give 1 to {max(EFFORTS)}")
     flags = EFFORTS[effort][1]
-    return {**flags, **given, "method": flags["method"], "preset": f"{method}-{effort}"}
+    changed = "*" if set(given) & (QUALITY | set(flags)) - {"method"} else ""
+    return {**flags, **given, "method": flags["method"], "preset": f"{method}-{effort}{changed}"}
 
 
 def explain():

@@ -265,9 +265,15 @@ def variants(records, ignore=()):
     for record, own in zip(records, flat, strict=True):
         group = groups[identity(record), setting(record, "method")]
         keys = [k for k in dict.fromkeys(k for one in group for k in one) if k not in {*ELSEWHERE, *ignore}]
-        differ = [k for k in keys if len({str(one.get(k)) for one in group}) > 1]
-        texts.append(clean(", ".join(f"{k} {own.get(k)}" for k in differ)))
+        differ = [k for k in keys if len({_switched(one.get(k)) for one in group}) > 1]
+        texts.append(clean(", ".join(f"{k} {own[k]}" if own[k] is not True else k for k in differ
+                                     if _switched(own.get(k)) is not None)))
     return texts
+
+
+def _switched(value):
+    """A setting as text; None for one that is off or that an older version did not have."""
+    return None if value in (None, False, 0.0, "none", "uniform") else str(value)
 
 
 def series(records):

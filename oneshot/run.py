@@ -95,11 +95,16 @@ def check_target(cfg):
     if cfg.prunes and cfg.dense_target and not any(module.updates for module, _ in steps(cfg)):
         raise ValueError(f"--dense-target {cfg.dense_target:g}: --method {cfg.method} leaves the weights it keeps as "
                          f"they are, so it cannot aim anywhere; use {cfg.method}+refit or sparsegpt")
+    if cfg.prunes and cfg.allocate not in ("uniform", "mix") and ":" in cfg.pattern:
+        raise ValueError(f"--allocate {cfg.allocate}: spreads a sparsity such as --pattern 0.5; {cfg.pattern} is the "
+                         "same everywhere (--allocate mix mixes patterns)")
     own = {"--dense-target": cfg.dense_target, "--recover": cfg.recoveries, "--true-sequential": cfg.true_sequential,
            "--stop-on-collapse": cfg.stop_on_collapse}
     for flag, value in own.items():
         if cfg.prunes and cfg.shared_inputs and value:
-            raise ValueError(f"{flag}: needs each run's own pruned inputs, so it does not go with --shared-inputs")
+            whole = f" (part of {cfg.preset})" if cfg.preset else ""
+            raise ValueError(f"{flag}{whole}: needs each run's own pruned inputs, so it does not go with "
+                             "--shared-inputs")
 
 
 def check_devices(cfg):

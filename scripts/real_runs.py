@@ -36,6 +36,9 @@ def main():
 def runs(shared, work):
     """{name: flags}; texts split into halves under `work`."""
     models, data = shared / "models", shared / "data"
+    if not (data / "tinystories_1000.json").is_file():
+        raise SystemExit(run.fail(f"--shared {shared}: holds no data/tinystories_1000.json; the small models and texts "
+                                  "are not part of the repository"))
     work.mkdir(parents=True, exist_ok=True)
     stories = json.loads((data / "tinystories_1000.json").read_text())
     dialogues = (data / "craftgpt_selfgen.txt").read_text().splitlines()

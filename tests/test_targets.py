@@ -291,3 +291,16 @@ def test_python_refuses_a_target_that_the_method_cannot_aim_at(tmp_path):
     model, _ = oneshot.load(str(tiny.make(tmp_path) / "model"))
     with pytest.raises(ValueError, match=r"--dense-target 0\.5: --method wanda"):
         oneshot.prune(model, method="wanda", dense_target=0.5, calibration=torch.ones(2, 8, dtype=torch.long))
+
+
+def test_an_allocation_that_does_not_fit_a_pattern_is_refused_before_any_run(tmp_path, capsys):
+    place = tiny.make(tmp_path)
+    assert tiny.main(*tiny.flags(place, pattern="0.5,2:4", allocate="owl")) == 2
+    assert "--allocate owl: spreads a sparsity" in capsys.readouterr().err and not (place / "runs").exists()
+
+
+def test_a_changed_preset_has_a_star():
+    assert presets.expand("best", {})["preset"] == "best-3"
+    assert presets.expand("best", {"nsamples": 4, "effort": 2})["preset"] == "best-2"
+    for given in ({"recover": "block"}, {"distil.steps": 3}, {"dense_target": 0.1}):
+        assert presets.expand("best", given)["preset"] == "best-3*"

@@ -59,8 +59,10 @@ def chain(method):
     for place, name in enumerate(parts):
         kind = "refiner" if place else "solver"
         if name not in known[kind]:
-            raise ValueError(f"--method {method}: {name!r} is not a {kind}; there are "
-                             f"{', '.join(known[kind]) or 'none'}" + ("" if place else " (and dense)"))
+            other = "refiner" if kind == "solver" else "solver"
+            hint = f" ({name} is a {other}: a chain is one solver, then refiners)" if name in known[other] else ""
+            raise ValueError(f"--method {method}: {name!r} is not a {kind}{hint}; there are "
+                             f"{', '.join(known[kind])}" + ("" if place else ", and alone dense and best"))
     return [module(name) for name in parts]
 
 
