@@ -209,7 +209,7 @@ def test_full_disk(place, tmp_path, monkeypatch, capfd, owner, name, failure, al
 
 def test_folder_is_owned_from_its_first_block_on(tmp_path):
     folder = export.Folder(tmp_path / "out", "a")
-    assert not (tmp_path / "out").exists() and not folder.finished and folder.blocks() == []
+    assert not (tmp_path / "out").exists() and not folder.finished and list(folder.blocks()) == []
     block = torch.nn.Linear(4, 4)
     folder.save_block(0, block, {"layers": [], "warnings": []})
     [(state, rows)] = export.Folder(tmp_path / "out", "a").blocks()
