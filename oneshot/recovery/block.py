@@ -5,7 +5,7 @@
     loss ‖block(X) - Y‖² / ‖Y - X‖², over the tokens that are no padding
 
 The teacher runs on DENSE inputs, so a block makes up for what the blocks before it have lost. Memory: one block, its
-gradients and Adam's two averages, and the dense model's hidden states beside the pruned one's.
+gradients, Adam's two averages, two snapshots, and the dense model's hidden states beside the pruned one's.
 """
 
 from dataclasses import dataclass, field
