@@ -152,21 +152,13 @@ def clear(path):
 
 def manifest(model, record):
     """What was done to which tensor, and proof: {"schema", "record", "tensors": {linear: {...}}}."""
-    views = dict(all_views(model))
+    views = dict(models.all_views(model))
     tensors = {}
     for row in record["layers"]:
         view = views[row["name"]]
         tensors[row["name"]] = {key: row[key] for key in ("shape", "pattern", "group", "target_zeros", "zeros")} | {
             "dtype": str(view.stored).removeprefix("torch."), "sha256": digest(view)}
     return {"schema": SCHEMA, "format": "dense", "record": record, "tensors": tensors}
-
-
-def all_views(model):
-    """(full name, view) of every prunable linear of a model at home."""
-    name, block_list = models.blocks(model)
-    for b, block in enumerate(block_list):
-        for view in models.linears(block)[0]:
-            yield f"{name}.{b}.{view.name}", view
 
 
 def digest(view):

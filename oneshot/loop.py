@@ -189,10 +189,8 @@ def prune_shared(model, ids, mask, targets, options=Options()):
 
 def write(model, weights):
     """Put the weights of `prune_shared` into the model."""
-    name, block_list = models.blocks(model)
-    for b, block in enumerate(block_list):
-        for view in models.linears(block)[0]:
-            view.set(weights[f"{name}.{b}.{view.name}"])
+    for name, view in models.all_views(model):
+        view.set(weights[name])
 
 
 def start(model, ids, mask, options):

@@ -185,6 +185,14 @@ def linears(block):
     return views, skipped
 
 
+def all_views(model):
+    """(full name, view) of every prunable linear of a model at home."""
+    name, block_list = blocks(model)
+    for b, block in enumerate(block_list):
+        for view in linears(block)[0]:
+            yield f"{name}.{b}.{view.name}", view
+
+
 def left_alone(name):
     """Why the linear of this name is never pruned, or None."""
     return next((LEFT_ALONE[part] for part in name.split(".")[-2:] if part in LEFT_ALONE), None)

@@ -249,7 +249,7 @@ def sensitivities(cfg, model, calibration, plan, evaluations):
 def prove(model, plan, rows):
     """Every pattern on the stored weights once more, after all repairs, and the zeros that are there now."""
     rows = {row["name"]: row for row in rows}
-    for name, view in export.all_views(model):
+    for name, view in models.all_views(model):
         W = view.get()
         assert name not in plan or plan[name].holds(W), f"{name}: pattern {plan[name]} broken"
         if row := rows.get(name):
@@ -333,14 +333,14 @@ def describe(cfg, model, weights):
     _, block_list = models.blocks(model)
     return {"name": Path(cfg.model.rstrip("/")).name, "family": model.config.model_type,
             "parameters": sum(p.numel() for p in model.parameters()),
-            "prunable": sum(view.shape[0] * view.shape[1] for _, view in export.all_views(model)),
+            "prunable": sum(view.shape[0] * view.shape[1] for _, view in models.all_views(model)),
             "dtype": str(model.dtype).removeprefix("torch."), "blocks": len(block_list), "fingerprint": weights}
 
 
 def sparsity(model):
     """Share of zeros among the prunable weights, counted on what will be stored."""
     zeros = total = 0
-    for _, view in export.all_views(model):
+    for _, view in models.all_views(model):
         total += view.shape[0] * view.shape[1]
         zeros += view.shape[0] * view.shape[1] - int(view.get().count_nonzero())
     for linear in packed.linears(model):

@@ -28,7 +28,7 @@ def verify(path):
     if found != data.get("packed", {}).get("linears", 0):
         faults.append(f"{found} packed linears, recorded {data.get('packed', {}).get('linears', 0)}")
     packed.to_dense(model)  # the recorded bytes are those of the dense weights: equal to them, packed lost nothing
-    for name, view in export.all_views(model):
+    for name, view in models.all_views(model):
         entry = entries.pop(name, None)
         if entry is None:
             faults.append(f"{name}: can be pruned but is not in the manifest")
@@ -67,7 +67,7 @@ def dense_tensors(path, flag=""):
     """{name: tensor} of a checkpoint; linears as (R, C), whether they are stored packed, dense or transposed."""
     model, _ = models.load(str(path), flag=flag)
     packed.to_dense(model)
-    transposed = {f"{name}.weight" for name, view in export.all_views(model) if view.transposed}
+    transposed = {f"{name}.weight" for name, view in models.all_views(model) if view.transposed}
     return {name: t.T if name in transposed else t for name, t in model.state_dict().items()}
 
 

@@ -39,7 +39,7 @@ def test_the_yardstick_prunes_every_block_of_a_copy(monkeypatch, name, pattern):
         return out
     monkeypatch.setattr(best.published, "prune_block", look)
     ids = torch.randint(3, families.VOCAB, (4, families.T), generator=torch.Generator().manual_seed(0))
-    assert best.published_seconds(model, data.given(ids), parse(pattern)) > 0
+    assert min(best.published_seconds(model, data.given(ids), parse(pattern))) > 0
     assert len(seen) == 2 * {"gpt2": 4, "llama": 7}[name]
     assert all(s == pytest.approx(parse(pattern).zeros(10, 100) / 1000, abs=0.01) for s in seen)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())

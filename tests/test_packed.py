@@ -10,7 +10,7 @@ import torch
 from oneshot_kernels import Sparse24Linear, sparsify
 from transformers import AutoModelForCausalLM, CompileConfig, StaticCache
 
-from oneshot import export, generate, packed, run, verify
+from oneshot import export, generate, models, packed, run, verify
 
 PROMPT = "the rain"
 
@@ -215,7 +215,7 @@ def test_a_config_that_does_not_fit_is_refused(twins, tmp_path):
 
 def test_packing_refuses_what_is_not_2of4(tmp_path):
     model = load(tiny.save_model(tmp_path, "llama", torch.float32))
-    name = next(n for n, _ in export.all_views(model))
+    name = next(n for n, _ in models.all_views(model))
     with pytest.raises(ValueError, match=f"{name}: not 2:4: row 0"):
         packed.pack_model(model, [name])
 

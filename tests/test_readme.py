@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from oneshot import generate, models, run, verify
+from oneshot import generate, run, verify
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 HERE = {"meta-llama/Llama-3.1-8B": "demo", "c4": "builtin", "wikitext2": "builtin:prose", "cuda": "cpu"}
 MAINS = {"oneshot.run": (run.main, ["--nsamples", "4", "--eval-windows", "2", "--no-progress"]),
          "oneshot.verify": (verify.main, []), "oneshot.generate": (generate.main, ["--max-new-tokens", "4"])}
-pytestmark = pytest.mark.skipif(not (models.DEMO / "config.json").is_file(), reason="the demo model is not trained yet")
 
 
 def commands():

@@ -15,7 +15,7 @@ import test_report
 from safetensors.torch import load_file
 from tiny import plain_pages  # noqa: F401
 
-from oneshot import models, report
+from oneshot import report
 
 ROOT = Path(__file__).parent.parent
 
@@ -107,7 +107,6 @@ def test_bench_prune(tmp_path):
     assert "column loop" in (tmp_path / "bench_prune.md").read_text()
 
 
-@pytest.mark.skipif(not (models.DEMO / "config.json").is_file(), reason="the demo model is not trained yet")
 def test_packed_runs(tmp_path, plain_pages, capsys):  # noqa: F811
     import packed_runs
 

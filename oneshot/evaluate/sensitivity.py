@@ -8,9 +8,7 @@ import torch
 from tqdm import tqdm
 
 from .. import capture, loop, models
-from .perplexity import batch_losses
-
-UNITS = ("linear", "kind")
+from .perplexity import at_head, batch_losses, predicted
 
 
 @torch.no_grad()
@@ -26,7 +24,7 @@ def sensitivity(model, calibration, plan, steps, evaluation, unit="linear", opti
     errors = {row["name"]: row["relative_error"] for row in result.layers}
     path, block_list = models.blocks(model)
     stream, at, rows = loop.start(model, evaluation.ids, evaluation.mask, options), 0, []
-    real = evaluation.mask[:, 1:] & evaluation.mask[:, :-1] if evaluation.mask is not None else None
+    real = predicted(evaluation.mask) if evaluation.mask is not None else None
     dense = mean_loss(model, stream.fork(), 0, real)
     for name, parts in tqdm(units(path, block_list, unit), desc="sensitivity", unit=unit, leave=False,
                             disable=not options.progress):
@@ -63,6 +61,6 @@ def mean_loss(model, stream, b, real):
     for i in range(b, len(block_list)):
         with models.resident(models.tensors_of(block_list[i]), stream.device):
             capture.replay(block_list[i], stream, i)
-    with models.resident(models.rest_of(model, block_list), stream.device):
+    with at_head(model, stream.device):
         losses = torch.cat([batch_losses(model, stream, i) for i in range(len(stream))]).double()
     return float(losses[real].mean() if real is not None else losses.mean())
