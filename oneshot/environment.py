@@ -14,9 +14,10 @@ import torch
 def environment(device):
     """What a reader needs to judge or repeat a number: versions, device, threads, commit (None outside a checkout)."""
     commit = git("rev-parse", "--short=10", "HEAD")
+    changed = git("status", "--porcelain", "--", ":/", ":(top,exclude)results")  # results/ is what runs write
     return {
         "oneshot": version("oneshot"), "commit": commit,
-        "dirty": bool(git("status", "--porcelain")) if commit else None,
+        "dirty": bool(changed) if commit else None,
         "device": device_name(device), "threads": torch.get_num_threads(), "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "triton", "datasets", "tokenizers",
                                             "lm_eval")},

@@ -16,6 +16,7 @@ from .report import (
     is_dense,
     is_task,
     labels,
+    method_of,
     model_names,
     number,
     ordered,
@@ -23,7 +24,6 @@ from .report import (
     percent,
     pivot,
     rows,
-    setting,
     table,
     value,
     write_text,
@@ -104,7 +104,7 @@ def _describe(records, names):
 
 def _subtitle(records):
     pruned = [r for r in records if not is_dense(r)]
-    counts = {"model": {identity(r) for r in records}, "method": {setting(r, "method") for r in pruned},
+    counts = {"model": {identity(r) for r in records}, "method": {method_of(r) for r in pruned},
               "pattern": {pattern_of(r) for r in pruned}}
     what = ", ".join(f"{len(s)} {name}{'s' * (len(s) > 1)}" for name, s in counts.items() if s)
     told = [r.get("environment") or {} for r in records]
@@ -122,7 +122,7 @@ def _legend(records):
     told = rows(records)
     if any(row["bytes"] is not None for row in told):
         text += "bytes: what the prunable weights take in the smallest simple format of their pattern, of dense. "
-    if any(setting(r, "method") == "rtn" for r in records):
+    if any(method_of(r) == "rtn" for r in records):
         text += ("rtn int<b>: nothing pruned, plain round-to-nearest codes of b bits, symmetric, a float16 scale for "
                  "each 128 inputs of a row. ")
     if any(" @" in h for h in heads):
@@ -156,7 +156,7 @@ def _warnings(records, names):
 def _pivots(records):
     """Methods down and patterns across, per metric, where there are several of both."""
     pruned = [r for r in records if not is_dense(r)]
-    if len({setting(r, "method") for r in pruned}) < 2 or len({pattern_of(r) for r in pruned}) < 2:
+    if len({method_of(r) for r in pruned}) < 2 or len({pattern_of(r) for r in pruned}) < 2:
         return []
     made = [pivot(records, c.header, "html") for c in columns(records)
             if "stderr" not in c.metric and not is_task(records, c)]

@@ -11,6 +11,7 @@ counts the removed ones), `dense`.
     s       sparsity, the share of zeros
 """
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -40,6 +41,29 @@ def lowest(score, k):
         missing = k - (score < threshold).sum(-1, keepdim=True)
         chosen &= ~tied | (tied.cumsum(-1) <= missing)
     return chosen
+
+
+def highest(rows, n):
+    """The n highest of each column of `rows`, a sequence of (groups,), in descending order: halves, then merged.
+
+    A few elementwise operations on long rows, where a sort would take the columns, m values each, one by one.
+    """
+    if len(rows) == 1:
+        return rows
+    a, b = halves(rows, n)
+    return [nth_of_two(a, b, r) for r in range(1, min(n, len(rows)) + 1)]
+
+
+def halves(rows, n):
+    middle = len(rows) // 2
+    return highest(rows[:middle], n), highest(rows[middle:], n)
+
+
+def nth_of_two(a, b, r):
+    """The r-th highest of a ∪ b, both descending: the largest of a_r, b_r and min(a_i, b_(r-i)) for 0 < i < r."""
+    return functools.reduce(torch.maximum, [
+        *(half[r - 1] for half in (a, b) if r <= len(half)),
+        *(torch.minimum(a[i - 1], b[r - i - 1]) for i in range(1, r) if i <= len(a) and r - i <= len(b))])
 
 
 def kth_smallest(score, k):
@@ -145,17 +169,15 @@ class NM:
         return keep.copy_(self.keep_of(columns.contiguous()).T).view(score.shape)
 
     def keep_of(self, s):
-        """Mask (m, groups) for scores s (m, groups), one group a column: its n highest stay."""
-        dtype = torch.int8 if self.m < 128 else torch.int16
-        later = torch.arange(self.m - 1, -1, -1, dtype=dtype, device=s.device)
-        before = later.unsqueeze(1).repeat(1, s.shape[1])  # how many would go before each, were it all the later ones
-        rows, counts = s.unbind(0), before.unbind(0)
-        for j in range(1, self.m):
-            for i in range(j):
-                i_first = (rows[i] <= rows[j]).view(torch.int8).to(dtype)
-                counts[j].add_(i_first)
-                counts[i].sub_(i_first)
-        return before >= self.m - self.n
+        """Mask (m, groups) for scores s (m, groups), one group a column: its n highest stay, as `keep` says."""
+        if self.n in (0, self.m):
+            return torch.full_like(s, self.n > 0, dtype=torch.bool)
+        keep = s >= nth_of_two(*halves(s.unbind(0), self.n), self.n)
+        if int(keep.count_nonzero()) > self.n * s.shape[1]:  # equal scores where the line is drawn
+            tied = keep.sum(0) > self.n
+            first = s[:, tied].argsort(dim=0, stable=True)[: self.m - self.n]
+            keep[:, tied] = torch.ones_like(keep[:, tied]).scatter_(0, first, False)
+        return keep
 
     def holds(self, W):
         if W.shape[1] % self.m:
@@ -204,7 +226,7 @@ def parse(text, group=None):
     try:
         if ":" in text:
             n, m = (int(part) for part in text.split(":"))
-            if 0 <= n <= m and m >= 1:
+            if 0 < n <= m:
                 return NM(n, m)
         else:
             sparsity = float(text)

@@ -21,6 +21,7 @@ from pathlib import Path
 from . import accuracy
 
 SCHEMA = 1
+WIDTH = 120  # of a table in the terminal; what is wider goes on below
 # the order in the file: what is short comes first
 KEYS = ("schema", "run_id", "status", "settings", "model", "data", "environment", "metrics", "metric_info",
         "sparsity", "bytes", "warnings", "damage", "sensitivity", "prompts", "recovery", "peak_memory_bytes", "seconds",
@@ -208,9 +209,18 @@ def identity(record):
 
 
 def setting(record, name):
-    """A setting as text; the method is named as it was asked for (best-3), not by what that stands for."""
+    """A setting as text."""
+    return str((record.get("settings") or {}).get(name, "?"))
+
+
+def method_of(record):
+    """The method as it was asked for: best-3; or its chain and what was done around it, "alps, owl, distil"."""
     settings = record.get("settings") or {}
-    return str((name == "method" and settings.get("preset")) or settings.get(name, "?"))
+    if settings.get("preset") or setting(record, "method") == "dense":
+        return settings.get("preset") or "dense"
+    target, recover = settings.get("dense_target"), settings.get("recover") or "none"
+    around = [f"dense target {target:g}" if target else None, settings.get("allocate"), *recover.split(",")]
+    return ", ".join([setting(record, "method"), *(part for part in around if part not in (None, "none", "uniform"))])
 
 
 def is_dense(record):
@@ -250,9 +260,9 @@ def model_names(records):
 def ordered(records):
     """Models and methods as given; within a model dense first, then by pattern, then by method."""
     models = list(dict.fromkeys(identity(r) for r in records))
-    methods = list(dict.fromkeys(setting(r, "method") for r in records))
+    methods = list(dict.fromkeys(method_of(r) for r in records))
     return sorted(records, key=lambda r: (models.index(identity(r)), not is_dense(r),
-                                          pattern_key(pattern_of(r)), methods.index(setting(r, "method"))))
+                                          pattern_key(pattern_of(r)), methods.index(method_of(r))))
 
 
 def variants(records, ignore=()):
@@ -260,10 +270,10 @@ def variants(records, ignore=()):
     flat = [dict(flat_settings(r.get("settings") or {})) for r in records]
     groups = {}
     for record, own in zip(records, flat, strict=True):
-        groups.setdefault((identity(record), setting(record, "method")), []).append(own)
+        groups.setdefault((identity(record), method_of(record)), []).append(own)
     texts = []
     for record, own in zip(records, flat, strict=True):
-        group = groups[identity(record), setting(record, "method")]
+        group = groups[identity(record), method_of(record)]
         keys = [k for k in dict.fromkeys(k for one in group for k in one) if k not in {*ELSEWHERE, *ignore}]
         differ = [k for k in keys if len({_switched(one.get(k)) for one in group}) > 1]
         texts.append(clean(", ".join(f"{k} {own[k]}" if own[k] is not True else k for k in differ
@@ -279,7 +289,7 @@ def _switched(value):
 def series(records):
     """For each record its method, and how its runs differ but for the seed: "wanda (nsamples 64)"."""
     own = variants(records, ignore={"seed"})
-    return [clean(setting(r, "method")) + f" ({v})" * bool(v) for r, v in zip(records, own, strict=True)]
+    return [clean(method_of(r)) + f" ({v})" * bool(v) for r, v in zip(records, own, strict=True)]
 
 
 def flat_settings(settings, prefix=""):
@@ -296,7 +306,7 @@ def labels(records):
     texts = []
     for record, variant in zip(records, own, strict=True):
         parts = [names[identity(record)]] if len(names) > 1 else []
-        parts += ["dense"] if is_dense(record) else [setting(record, "method"), pattern_of(record)]
+        parts += ["dense"] if is_dense(record) else [method_of(record), pattern_of(record)]
         texts.append(clean(" ".join(parts) + (f" ({variant})" if variant else "")))
     return [t if texts.count(t) == 1 else f"{t} #{clean(record.get('run_id', i))[-8:]}"
             for i, (t, record) in enumerate(zip(texts, records, strict=True))]
@@ -337,7 +347,7 @@ def rows(records):
     table_rows = []
     for record, variant in zip(records, own, strict=True):
         row = {"run_id": record.get("run_id"), "model": names[identity(record)],
-               "method": clean(setting(record, "method")), "pattern": clean(pattern_of(record)),
+               "method": clean(method_of(record)), "pattern": clean(pattern_of(record)),
                "variant": variant}
         for c in found:
             row[c.header] = x = value(record, c)
@@ -454,11 +464,11 @@ def pivot(records, metric, fmt="terminal"):
 
 def _grid(records, chosen):
     """{(column, model, series): {pattern: [value per seed]}}, the dense values repeated in each row."""
-    methods = list(dict.fromkeys(setting(r, "method") for r in records))
+    methods = list(dict.fromkeys(method_of(r) for r in records))
     records = ordered(records)
     names, lines = model_names(records), series(records)
     dense, grid = {}, {}
-    by_method = sorted(zip(records, lines, strict=True), key=lambda p: methods.index(setting(p[0], "method")))
+    by_method = sorted(zip(records, lines, strict=True), key=lambda p: methods.index(method_of(p[0])))
     for column in chosen:
         for record, line in by_method:
             x, model = value(record, column), names[identity(record)]
@@ -533,9 +543,20 @@ def render(head, body, fmt, text=()):
              for line in cells]
     if fmt == "terminal":
         lines.insert(1, ["-" * w for w in widths])
-        return "\n".join("  ".join(line).rstrip() for line in lines) + "\n"
+        parts = folded(widths, next((i for i, is_left in enumerate(left) if not is_left), len(head)))
+        return "\n".join("".join("  ".join(line[i] for i in part).rstrip() + "\n" for line in lines) for part in parts)
     lines.insert(1, ["-" * (w - 1) + "-:"[not is_left] for w, is_left in zip(widths, left, strict=True)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def folded(widths, named):
+    """[[column, ...], ...]: the columns of each of the tables that fit WIDTH, the first `named` in every one."""
+    parts, names = [], list(range(named))
+    for i in range(named, len(widths)):
+        if not parts or sum(widths[j] + 2 for j in [*parts[-1], i]) > WIDTH:
+            parts.append(names.copy())
+        parts[-1].append(i)
+    return parts or [names]
 
 
 def _markdown(cell):

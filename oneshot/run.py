@@ -24,7 +24,7 @@ from . import (
     presets,
     recovery,
     report,
-    task_table,
+    summary,
     texts,
 )
 from .config import RunConfig
@@ -32,7 +32,6 @@ from .data import given as given_tokens
 from .evaluate import prompts, quantised, tasks
 from .evaluate.sensitivity import sensitivity
 from .measure import measure
-from .page import write_html
 from .solvers import chain, short
 
 
@@ -47,8 +46,8 @@ def main(argv=None):
             solved = (lambda i=i: shared()[i]) if cfg.prunes and cfg.shared_inputs else None
             records.append(run(cfg, configs, solved))
             if len(configs) > 1:
-                print(progress_line(records[-1]), file=sys.stderr, flush=True)
-        print(summary(records, Path(configs[0].results)))
+                print(summary.line(records[-1]), file=sys.stderr, flush=True)
+        print(summary.text(records, Path(configs[0].results)))
     except torch.OutOfMemoryError as error:
         return fail(f"out of memory ({one_line(error)}); lower --batch-size, --gram-budget or --seqlen")
     except (ValueError, OSError) as error:
@@ -182,14 +181,18 @@ def identify(cfg, model, calibration, evaluations):
     return weights, cfg.run_id(weights, calibration.sha256 if calibration else None,
                                *(t.sha256 for t in evaluations.values()),
                                *([prompts.digest(cfg.prompts)] if cfg.prompts else []),
-                               *([digest(cfg)] if cfg.allocate == "sensitivity" and cfg.prunes else []),
+                               *([digest(cfg, weights)] if cfg.allocate == "sensitivity" and cfg.prunes else []),
                                *([tasks.digest(cfg.task_names, cfg.task_path)] if cfg.task_names else []))
 
 
-def digest(cfg):
-    """sha256 of the record that an allocation by sensitivity reads."""
-    file = Path(cfg.allocation["sensitivity"].record)
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+def digest(cfg, weights):
+    """sha256 of the record that an allocation by sensitivity reads. Raises ValueError if it is another model's."""
+    file = cfg.allocation["sensitivity"].record
+    _, measured = allocate.module("sensitivity").read(file)
+    if measured != weights:
+        raise ValueError(f"--sensitivity.record {file}: was measured on another model; measure this one with "
+                         "--sensitivity linear")
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def check_model(model):
@@ -243,7 +246,7 @@ def sensitivities(cfg, model, calibration, plan, evaluations):
         return {}
     evaluation = next(iter(evaluations.values()))
     return {"sensitivity": sensitivity(model, calibration, plan, steps(cfg), evaluation, cfg.sensitivity,
-                                       options_of(cfg))}
+                                       options_of(cfg), cfg.eval_batch_size)}
 
 
 def prove(model, plan, rows):
@@ -347,33 +350,6 @@ def sparsity(model):
         total += linear.rows * linear.in_features
         zeros += linear.rows * linear.in_features - int(linear.weight.count_nonzero())
     return zeros / total if total else 0.0
-
-
-def progress_line(record):
-    metrics = ", ".join(f"{name} {value:.4g}" for name, value in record["metrics"].items())
-    return f"{asked(record)}: {metrics or 'done'} ({record['seconds']['total']:.0f} s)"
-
-
-def asked(record):
-    return f"{report.setting(record, 'method')} {report.setting(record, 'pattern')}"
-
-
-def summary(records, results):
-    """The table at the end, the warnings, and where the page is."""
-    ids = [r["run_id"] for r in records]
-    name = ids[0] if len(ids) == 1 else f"compare-{hashlib.sha256(' '.join(ids).encode()).hexdigest()[:8]}"
-    page = results / f"{name}.html"
-    write_html(records, page)
-    lines = [t for t in (report.table(records), task_table.table(records)) if t]
-    seen = {}
-    for record in records:
-        for w in record["warnings"]:
-            seen.setdefault(w, []).append(asked(record))
-    shown = list(seen.items())[:12]
-    lines += [f"warning: {w} ({'all' if len(who) == len(records) else ', '.join(who)})" for w, who in shown]
-    if len(seen) > len(shown):
-        lines.append(f"... and {len(seen) - len(shown)} more warnings, in the report")
-    return "\n".join([*lines, f"report: {page}"])
 
 
 # ------------------------------------------------------------------ the same in Python

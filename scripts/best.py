@@ -28,13 +28,13 @@ from torch import nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from oneshot import capture, cli, models, patterns, report, run, texts
+from oneshot import capture, cli, environment, measure, models, patterns, report, run, texts
 
 MODELS = ("stories260k", "craftgpt-5m", "demo-wikitext2")
 PATTERNS = ("0.5", "0.6", "0.7", "2:4", "4:8")
 ASKED = ("0.6", "0.7", "2:4")  # where the targets are set
 MAIN = {"sparsegpt": {"method": "sparsegpt"}, "alps": {"method": "alps"},
-        **{f"best-{k}": {"method": "best", "effort": k} for k in (1, 2, 3, 4, 5)}}
+        **{f"best-{k}": {"method": "best", "effort": k} for k in (3, 5, 1, 2, 4)}}  # those with a target first
 BATCH = {"craftgpt-5m": "16"}  # its windows are single dialogues of some 30 tokens
 DISTIL = {"recover": "distil", "distil.steps": 60}
 INGREDIENTS = {  # at 2:4 and 0.7
@@ -68,15 +68,15 @@ def main(argv=None):
     p.add_argument("--threads", type=int, default=1, help="see cost above")
     p.add_argument("--table", action="store_true", help="only write the table")
     args = p.parse_args(argv)
-    torch.set_num_threads(args.threads)
     if not args.table:
-        measure(args)
+        measure_all(args)
     write_table(args.out)
 
 
-def measure(args):
+def measure_all(args):
     """Run what is missing; every row is stored as soon as it is there."""
     models.quiet()
+    torch.set_num_threads(args.threads)
     every = real_runs.runs(args.shared, Path("build/real_runs"))
     for name in args.only.split(","):
         for seed in args.seeds.split(","):
@@ -122,7 +122,7 @@ def cell(args, name, seed, text, flags):
         return  # widths that 4:8 does not divide
     calibration = texts.calibration(base, model, tokenizer)
     evaluations = texts.evaluation(base, model, tokenizer)
-    dense = measured(cli.parse([*flags, "--method", "dense"])[0], model, tokenizer, None, evaluations)["ppl"]
+    dense = quality(base, model, tokenizer, evaluations)["ppl"]
     wall, cpu = published_seconds(model, calibration, patterns.parse(text))
     yardstick = {"published_seconds": wall, "published_cpu_seconds": cpu}
     for way, own in missing(args, name, seed, text).items():
@@ -134,21 +134,28 @@ def cell(args, name, seed, text, flags):
                                           "dense_ppl": dense, **yardstick, **row})
 
 
+def quality(cfg, model, tokenizer, evaluations):
+    """Perplexity on the one text that a model is measured on."""
+    metrics, info, _ = measure.measure(cfg, model, tokenizer, evaluations)
+    (metric, ppl), = metrics.items()
+    return {"metric": metric, "window": info[metric]["window"], "ppl": ppl, "tokens": info[metric]["tokens"]}
+
+
 def measured(cfg, model, tokenizer, calibration, evaluations):
     """Perplexity, seconds and errors of one way, on a copy of the model."""
     mine = copy.deepcopy(model)
-    began = time.process_time()
-    record = run.work(cfg, mine, tokenizer, run.make_plan(cfg, mine), calibration, evaluations)
-    used = time.process_time() - began
-    (metric, ppl), = record["metrics"].items()
+    began, used = time.perf_counter(), time.process_time()
+    plan = run.allocated(cfg, mine, run.make_plan(cfg, mine), calibration)
+    result = run.prune_model(cfg, mine, plan, calibration)
+    run.prove(mine, plan, result.layers)
+    spent = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - used}
     errors = {}
-    for row in record["layers"]:
+    for row in result.layers:
         errors.setdefault(row["linear"], []).append(row["relative_error"])
-    return {"metric": metric, "window": record["metric_info"][metric]["window"], "ppl": ppl,
-            "tokens": record["metric_info"][metric]["tokens"], "seconds": record["seconds"]["prune"],
-            "cpu_seconds": used * record["seconds"]["prune"] / record["seconds"]["total"],
-            "sparsity": record["sparsity"], "errors": {kind: statistics.fmean(e) for kind, e in errors.items()},
-            "recovery": record["recovery"], "warnings": record["warnings"], "environment": record["environment"]}
+    return spent | quality(cfg, mine, tokenizer, evaluations) | {
+        "sparsity": run.sparsity(mine), "errors": {kind: statistics.fmean(e) for kind, e in errors.items()},
+        "recovery": result.recovery, "warnings": result.warnings,
+        "environment": environment.environment(cfg.device)}
 
 
 def published_seconds(model, calibration, pattern):
@@ -183,9 +190,7 @@ def as_linears(model):
 def store(path, row):
     """Add a row to the file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    environ = row.pop("environment")
-    out = {"environment": environ | {"threads": torch.get_num_threads()}, "rows": [*read(path), row]}
-    report.write_text(json.dumps(out, indent=1) + "\n", path)
+    report.write_text(json.dumps({"rows": [*read(path), row]}, indent=1) + "\n", path)
 
 
 # ------------------------------------------------------------------ the table
@@ -212,11 +217,10 @@ def spread(values, digits):
 
 def write_table(folder):
     """best.md beside the models' JSON."""
-    parts = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    if not parts:
+    rows = [row for path in sorted(folder.glob("*.json")) for row in read(path)]
+    if not rows:
         raise SystemExit(f"error: --out {folder}: nothing measured yet")
-    rows = [row for part in parts for row in part["rows"]]
-    found, where = shares(rows), list(dict.fromkeys(described(part["environment"]) for part in parts))
+    found, where = shares(rows), list(dict.fromkeys(described(row["environment"]) for row in rows))
     lines = ["# What each ingredient gains", "", f"`scripts/best.py` on {'; '.join(where)}. Share of SparseGPT's "
              "excess log-perplexity removed, mean ± standard deviation over calibration seeds; in brackets perplexity, "
              "and cost in multiples of SparseGPT done the published way.", ""]
@@ -267,7 +271,7 @@ def error_table(rows, text="2:4"):
 
 
 def described(e):
-    """Where a file's rows were measured, in a few words."""
+    """Where a row was measured, in a few words."""
     return (f"{e['device']}, {e['threads']} thread{'s' * (e['threads'] > 1)}, torch {e['torch']}, transformers "
             f"{e['transformers']}, commit {e['commit']}{' (dirty)' if e['dirty'] else ''}")
 

@@ -17,7 +17,7 @@ MATHS = {"linalg", "solvers", "allocate"}  # 1
 DATA = {"models", "data", "sources", "capture", "texts"}  # 2
 PRUNE = {"loop", "health", "structured", "recovery"}  # 3
 SHOW = {"accuracy", "evaluate", "export", "packed", "report", "task_table", "page", "figures", "frontier"}  # 4
-STORY = {"__init__", "__main__", "cli", "run", "measure", "presets", "verify", "generate", "compare"}  # 5
+STORY = {"__init__", "__main__", "cli", "run", "measure", "summary", "presets", "verify", "generate", "compare"}  # 5
 FOR_SOLVERS = frozenset({"patterns", "moments", "linalg"})
 ALL = BASE | MATHS | DATA | PRUNE | SHOW | STORY | {"demo"}
 

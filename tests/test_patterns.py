@@ -195,7 +195,7 @@ def test_text_is_short():
 
 
 @pytest.mark.parametrize("text", ["1", "1.0", "-0.1", "1.5", "nan", "inf", "", "half", "2:", ":4", "5:4",
-                                  "-1:4", "0:0", "2:4:8", "2.5:4", "2/4"])
+                                  "-1:4", "0:0", "0:4", "2:4:8", "2.5:4", "2/4"])
 def test_parse_refuses(text):
     with pytest.raises(ValueError, match="--pattern") as caught:
         patterns.parse(text)

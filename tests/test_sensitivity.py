@@ -22,9 +22,10 @@ def tokens(seed, n=8):
     return given(torch.randint(3, VOCAB, (n, T), generator=torch.Generator().manual_seed(seed)))
 
 
-def measure(model, unit="linear", pattern="2:4"):
+def measure(model, unit="linear", pattern="2:4", **more):
     steps = [(m, m.Config()) for m in solvers.chain("wanda")]
-    return sensitivity(model, tokens(1), loop.make_plan(model, parse(pattern), steps), steps, tokens(2), unit, QUIET)
+    return sensitivity(model, tokens(1), loop.make_plan(model, parse(pattern), steps), steps, tokens(2), unit, QUIET,
+                       **more)
 
 
 def plain_loss(model):
@@ -64,7 +65,13 @@ def test_a_kind_is_pruned_in_all_blocks_at_once():
     assert sizes["mlp.down_proj"] == 2 * 32 * 48
 
 
-def test_by_command_and_then_as_an_allocation(tmp_path, monkeypatch):
+def test_batches_do_not_matter():
+    model = families.tiny("llama")
+    found = [measure(model, "kind", eval_batch_size=n) for n in (1, 4)]
+    assert [r["loss_increase"] for r in found[0]] == pytest.approx([r["loss_increase"] for r in found[1]], abs=1e-6)
+
+
+def test_by_command_and_then_as_an_allocation(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(page, "_pictures", lambda records: [])
     place = tiny.make(tmp_path)
     assert tiny.main(*tiny.flags(place, "--no-dense", sensitivity="linear")) == 0
@@ -78,6 +85,12 @@ def test_by_command_and_then_as_an_allocation(tmp_path, monkeypatch):
     worst, least = (max, min)
     by_weight = {r["name"]: r["loss_increase"] / r["weights"] for r in rows}
     assert sparsity[worst(by_weight, key=by_weight.get)] < 0.5 < sparsity[least(by_weight, key=by_weight.get)]
+    record = report.read(file)
+    record["model"]["fingerprint"] = "another"
+    report.write(record, file)
+    assert tiny.main(*tiny.flags(place, "--no-dense", pattern="0.5", allocate="sensitivity",
+                                 **{"sensitivity.record": file})) == 2
+    assert "measured on another model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content, words", [(None, "FileNotFoundError"), ("{}", "KeyError"), ("no", "JSONDecodeError")])
@@ -89,8 +102,9 @@ def test_a_record_without_sensitivities_is_refused(tmp_path, content, words):
         way.plan({}, [{"a": (4, 4)}], Unstructured(0.5, "matrix"), way.Config(record=str(file)))
 
 
-def test_another_models_record_is_refused(tmp_path):
+def test_a_record_of_other_linears_is_refused(tmp_path):
     file = tmp_path / "r.json"
-    file.write_text(json.dumps({"sensitivity": [{"name": "b", "loss_increase": 1.0, "weights": 4}]}))
+    file.write_text(json.dumps({"sensitivity": [{"name": "b", "loss_increase": 1.0, "weights": 4}],
+                                "model": {"fingerprint": "f"}}))
     with pytest.raises(ValueError, match="says nothing of a"):
         way.plan({}, [{"a": (4, 4)}], Unstructured(0.5, "matrix"), way.Config(record=str(file)))

@@ -28,7 +28,7 @@ class Config:
 
 def plan(measured, blocks, pattern, cfg):
     """One sparsity a linear. Raises ValueError naming `--sensitivity.record` when that has no such measurement."""
-    found, size = read(cfg.record), sizes(blocks)
+    (found, _), size = read(cfg.record), sizes(blocks)
     order = sorted(found, key=lambda name: found[name])
     rank = {name: 2 * i / max(len(order) - 1, 1) - 1 for i, name in enumerate(order)}
     missing = [name for name in size if unit(name, rank) is None]
@@ -45,13 +45,15 @@ def unit(name, rank):
 
 
 def read(path):
-    """{name: loss increase per weight}."""
+    """({name: loss increase per weight}, fingerprint of the model that was measured)."""
     if not path:
         raise ValueError("--allocate sensitivity: give --sensitivity.record, the record of a run with "
                          "--sensitivity linear")
     try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))["sensitivity"]
-        return {row["name"]: row["loss_increase"] / row["weights"] for row in rows}
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = {row["name"]: row["loss_increase"] / row["weights"] for row in record["sensitivity"]}
+        mark = record["model"]["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--sensitivity.record {path}: holds no sensitivities ({type(error).__name__}); give the "
                          "record of a run with --sensitivity linear") from None
+    return found, mark

@@ -4,6 +4,8 @@ All linears are solved once on the dense model's inputs. Then each unit gets its
 its dense ones back; the windows start from the dense hidden states in front of the unit's first block.
 """
 
+import dataclasses
+
 import torch
 from tqdm import tqdm
 
@@ -12,18 +14,20 @@ from .perplexity import at_head, batch_losses, predicted
 
 
 @torch.no_grad()
-def sensitivity(model, calibration, plan, steps, evaluation, unit="linear", options=None):
+def sensitivity(model, calibration, plan, steps, evaluation, unit="linear", options=None,
+                eval_batch_size=None):
     """Rows for the record, the most sensitive first; the model is left as it was.
 
     calibration, evaluation: Tokens. plan, steps: as for loop.prune_model. Each row: name; block (its first) and linear;
     loss_increase in nats a token against the dense model; relative_error, the mean over the unit's linears; weights.
     """
     options = options or loop.Options()
+    measuring = dataclasses.replace(options, batch_size=eval_batch_size or options.batch_size)
     ids, mask = (calibration.ids, calibration.mask) if calibration else (None, None)
     [(result, weights)] = loop.prune_shared(model, ids, mask, [(plan, steps)], options)
     errors = {row["name"]: row["relative_error"] for row in result.layers}
     path, block_list = models.blocks(model)
-    stream, at, rows = loop.start(model, evaluation.ids, evaluation.mask, options), 0, []
+    stream, at, rows = loop.start(model, evaluation.ids, evaluation.mask, measuring), 0, []
     real = predicted(evaluation.mask) if evaluation.mask is not None else None
     dense = mean_loss(model, stream.fork(), 0, real)
     for name, parts in tqdm(units(path, block_list, unit), desc="sensitivity", unit=unit, leave=False,
