@@ -174,9 +174,11 @@ def read_manifest(path):
     """
     file = Path(path) / MANIFEST
     if not file.is_file():
+        inside = sorted(f.parent.name for f in Path(path).glob(f"*/{MANIFEST}"))
         raise ValueError(f"{path}: no {MANIFEST}, so no finished oneshot checkpoint"
                          + (" (a run was interrupted here; the same command continues it)"
-                            if (Path(path) / WORK).is_dir() else ""))
+                            if (Path(path) / WORK).is_dir() else "")
+                         + (f"; it holds some: give one of {', '.join(inside)}" if inside else ""))
     try:
         data = json.loads(file.read_text())
     except ValueError:

@@ -19,8 +19,11 @@ QUALITY = {"recover", "dense_target", "allocate", "true_sequential", "group"}  #
 def expand(method, given):
     """All flags of a run whose `--method` is `method`: a preset's own below those given, others as they are.
 
-    Raises ValueError naming `--effort`.
+    Raises ValueError naming `--method` or `--effort`.
     """
+    if "+" in method and set(NAMES) & set(method.split("+")):
+        raise ValueError(f"--method {method}: best is a whole recipe, nothing goes before or behind it; choose its "
+                         "--effort, or name the solver, such as alps+refit")
     if method not in NAMES:
         return {**given, "method": method}
     effort = given.get("effort", 3)
@@ -32,8 +35,8 @@ def expand(method, given):
 
 
 def explain():
-    """A line for each effort, for `--help`."""
-    return "; ".join(f"--effort {k}: {text} ({said(flags)})" for k, (text, flags) in EFFORTS.items())
+    """Two lines for each effort, for `--help`."""
+    return "\n".join(f"--effort {k}   {text}\n             {said(flags)}" for k, (text, flags) in EFFORTS.items())
 
 
 def said(flags):

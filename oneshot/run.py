@@ -279,6 +279,9 @@ def make_plan(cfg, model):
     """{linear: Pattern}, the same everywhere; empty where nothing is pruned."""
     if not cfg.prunes:
         return {}
+    if packed.linears(model):
+        raise ValueError(f"--model {cfg.model}: is pruned and packed already; give the dense model, or --method dense "
+                         "to measure this one")
     return loop.make_plan(model, patterns.parse(cfg.pattern, cfg.group), steps(cfg))
 
 

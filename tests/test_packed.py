@@ -114,6 +114,12 @@ def test_perplexity_is_the_twins(twins, tmp_path, capsys):
     assert values[0] == pytest.approx(values[1], rel=1e-5)
 
 
+def test_a_packed_model_is_not_pruned_again(twins, tmp_path, capsys):
+    assert run.main(["--model", str(twins[1]), "--method", "wanda", "--evaluate", "none", "--results", str(tmp_path),
+                     "--no-progress"]) == 2
+    assert "packed already" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_without_import_it_fails_loudly(twins):
     code = f"from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained({str(twins[1])!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)

@@ -299,6 +299,12 @@ def test_an_allocation_that_does_not_fit_a_pattern_is_refused_before_any_run(tmp
     assert "--allocate owl: spreads a sparsity" in capsys.readouterr().err and not (place / "runs").exists()
 
 
+@pytest.mark.parametrize("method", ["best+refit", "wanda+best"])
+def test_nothing_goes_before_or_behind_a_preset(method):
+    with pytest.raises(ValueError, match=r"--method .*best is a whole recipe"):
+        presets.expand(method, {})
+
+
 def test_a_changed_preset_has_a_star():
     assert presets.expand("best", {})["preset"] == "best-3"
     assert presets.expand("best", {"nsamples": 4, "effort": 2})["preset"] == "best-2"

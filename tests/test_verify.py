@@ -165,6 +165,11 @@ def test_folders_that_are_none_of_ours(place, tmp_path, capsys):  # noqa: F811
         assert told.err.startswith("error: ") and len(told.err.splitlines()) == 1 and str(folder) in told.err
 
 
+def test_the_folder_above_names_those_it_holds(saved, capsys):
+    assert verify.main([str(saved["2:4"].parent)]) == 2
+    assert "give one of saved-0.3, saved-2of4" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_stored_dtype_is_what_is_proved(tmp_path, place, dtype, capsys):  # noqa: F811
     tiny.save_model(tmp_path / "model", dtype=dtype)

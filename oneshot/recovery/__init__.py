@@ -92,7 +92,8 @@ class Trainable:
                 self.parameters[name].grad.mul_(mask)
 
     def snapshot(self):
-        return {name: p.data.clone() for name, p in self.parameters.items()}
+        """A copy in CPU memory: it is seldom needed, and a device has none to spare."""
+        return {name: p.data.to("cpu", copy=True) for name, p in self.parameters.items()}
 
     def restore(self, snapshot):
         for name, p in self.parameters.items():

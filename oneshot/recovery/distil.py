@@ -3,9 +3,9 @@
     loss    KL(dense ‖ pruned), nats, mean over the tokens that are no padding
 
 The dense model is there as its hidden states behind the last block: norm and head are never pruned, so the model's own
-tail turns them into the dense logits. Memory: the whole model in float32, its gradients, Adam's two averages, two
-snapshots (some 25 bytes a weight in all), and one batch's activations. Where a batch's logits would be more than LOGITS
-numbers, each step looks at some positions only, drawn at random.
+tail turns them into the dense logits. Memory on the device: the whole model in float32, its gradients, Adam's two
+averages and the mask (17 bytes a weight), and one batch's activations; two snapshots (8 bytes a weight) in CPU memory.
+Where a batch's logits would be more than LOGITS numbers, each step looks at some positions only, drawn at random.
 """
 
 from dataclasses import dataclass, field
