@@ -119,7 +119,7 @@ def fig_sensitivity(records):
     """A heat map of record["sensitivity"] for each record that has one: blocks across, kinds of linear down.
 
     The colour is `loss_increase`, how much the loss (nats per token) grows when this linear alone is pruned; linears of
-    one kind and block (experts) are averaged. Blank: no increase, or not measured.
+    one kind and block (experts) are averaged. White: no increase, or not measured.
     """
     maps = [(label, cells(r)) for r, label in zip(records, report.labels(records), strict=True)]
     maps = [(label, grid) for label, grid in maps if grid]

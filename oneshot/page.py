@@ -177,11 +177,12 @@ def _pictures(records):
                     f"<figcaption>{escape(caption)}</figcaption></figure>")
 
     try:
-        if len(records) > 1:
-            for column in (c for c in columns(records) if c.metric.endswith("ppl")):
+        pruned = [r for r in records if method_of(r) != "rtn"]  # rounding has no sparsity
+        if len(pruned) > 1:
+            for column in (c for c in columns(pruned) if c.metric.endswith("ppl")):
                 add(f"{column.header} against sparsity",
                     "Lower is better. Dashed: the dense model. Hollow: N:M patterns, methods side by side.",
-                    figures.fig_perplexity, records, column.header)
+                    figures.fig_perplexity, pruned, column.header)
         for key, name in names.items():
             own, of = [r for r in records if identity(r) == key], f", {name}" * (len(names) > 1)
             if any(r.get("layers") for r in own):
@@ -193,7 +194,8 @@ def _pictures(records):
             add(f"Where the loss increase sits, {clean(pattern)}{of}", _damage_caption(own), figures.fig_damage, own,
                 records)
         if mapped := [r for r in records if r.get("sensitivity")]:
-            add("What must not be touched", "Loss increase when this linear alone is pruned and the rest stays dense.",
+            add("What must not be touched",
+                "Loss increase when this linear alone is pruned and the rest stays dense. White: no increase.",
                 frontier.fig_sensitivity, mapped)
         add("Where the time went",
             "collect: forward with statistics; solve: masks, weights; replay: forward with the pruned block.",
