@@ -391,6 +391,19 @@ def test_expert_with_nothing_but_padding_is_idle():
             assert m.n == sum(map(len, inputs[n]))
 
 
+def test_experts_that_idled_together_share_nothing_later():
+    """Empty tensors may share an address, which elsewhere says that two linears are fed by the same tensor."""
+    views = [v for v in models.linears(models.blocks(tiny("mixtral"))[1][0])[0] if v.kind == "mlp.experts.down_proj"]
+    one, other = views[:2]
+    collector = capture._Collector(views, {"outer"}, types.SimpleNamespace(device="cpu"), None, False)
+    C = one.shape[1]
+    for batch in ([torch.empty(0, C)] * 2, [torch.ones(3, C), 2 * torch.ones(5, C)]):
+        collector.start(None)
+        for view, x in zip((one, other), batch, strict=True):
+            collector.see(view, x)
+    assert [collector.moments[v.name].n for v in (one, other)] == [3, 5]
+
+
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_true_sequential_sees_what_is_already_pruned(name):
     """Each stage's Gram is that of the model with all earlier stages pruned, no later one."""

@@ -3,6 +3,7 @@
 import json
 import math
 
+import families
 import pytest
 import tiny
 import torch
@@ -10,7 +11,8 @@ from tiny import place, plain_pages  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import oneshot
-from oneshot import data, measure, page, report
+from oneshot import data, measure, models, page, report, run
+from oneshot.patterns import parse
 
 
 @pytest.fixture(scope="module")
@@ -239,3 +241,16 @@ def test_dense_is_measured_once_where_a_run_is_saved(place, tmp_path, monkeypatc
     assert tiny.main(*argv) == 0
     monkeypatch.setattr(measure, "perplexity", lambda *args, **kwargs: pytest.fail("measured again"))
     assert tiny.main(*argv) == 0
+
+
+def test_zeros_are_counted_on_what_is_there_after_all_repairs():
+    model = families.tiny("llama")
+    record = oneshot.prune(model, calibration=torch.randint(3, families.VOCAB, (8, families.T)), method="wanda",
+                           progress=False, batch_size=4)
+    row, (name, view) = record["layers"][0], next(models.all_views(model))
+    W = view.get()
+    W[tuple(W.nonzero()[0])] = 0  # what training or rounding may do
+    view.set(W)
+    plan = {row["name"]: parse("2:4")}
+    run.prove(model, plan, record["layers"])
+    assert name == row["name"] and row["zeros"] == row["target_zeros"] + 1 and row["surplus"] == 1
