@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from . import cli, environment, report, task_table
+from . import cli, environment, report, tables, task_table
 from .page import write_html
 
 MANIFEST, WORK = "oneshot.json", ".oneshot"  # as export.py names them; importing it would load transformers
@@ -33,7 +33,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print(report.table(records, args.format), end="")
+    print(tables.table(records, args.format), end="")
     if args.format != "csv" and (tasks := task_table.table(records, args.format)):
         print("\n" + tasks, end="")
     print(f"report: {args.page}", file=sys.stderr)

@@ -11,7 +11,6 @@ from .report import (
     clean,
     columns,
     flat_settings,
-    html_table,
     identity,
     is_dense,
     is_task,
@@ -21,13 +20,10 @@ from .report import (
     number,
     ordered,
     pattern_of,
-    percent,
-    pivot,
-    rows,
-    table,
     value,
     write_text,
 )
+from .tables import html_table, percent, pivot, rows, table
 
 CSS = """
 :root { color-scheme: light dark; --ink: #1b1f25; --muted: #69707b; --paper: #ffffff; --sheet: #f5f6f8;

@@ -3,7 +3,7 @@
 import hashlib
 import re
 
-from . import report, task_table
+from . import report, tables, task_table
 from .page import write_html
 
 
@@ -22,7 +22,7 @@ def text(records, results):
     name = ids[0] if len(ids) == 1 else f"compare-{hashlib.sha256(' '.join(ids).encode()).hexdigest()[:8]}"
     page = results / f"{name}.html"
     write_html(records, page)
-    lines = [t for t in (report.table(records), task_table.table(records)) if t]
+    lines = [t for t in (tables.table(records), task_table.table(records)) if t]
     for record in records:
         lines += [f"{asked(record)}: {text}" for text in findings(record)]
     where = results / f"{ids[0]}.json" if len(ids) == 1 else f"{len(ids)} files in {results}"

@@ -8,20 +8,18 @@ from .report import (
     identity,
     is_task,
     labels,
-    like,
     model_names,
     number,
     ordered,
-    render,
-    task_difference,
     value,
 )
+from .tables import like, render, task_difference
 
 
 def table(records, fmt="terminal"):
     """Tasks down, runs across, each against the dense run of its model; "" where no task was measured.
 
-    A group's members are left out (the csv of report.table has them). Below it stands what the marks mean.
+    A group's members are left out (the csv of tables.table has them). Below it stands what the marks mean.
     """
     records = [r for r in ordered(records) if any(accuracy.is_task(r, m) for m in r.get("metrics") or {})]
     models = model_names(records)

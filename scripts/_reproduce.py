@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from _sweep_workers import attempt
 
-from oneshot import cli, environment, models, report, run, solvers, sources
+from oneshot import cli, environment, models, report, run, solvers, sources, tables
 
 SLOW = 1e9  # parameters from which a model takes hours on a CPU
 GIB = 2**30
@@ -180,7 +180,7 @@ def table(paper, rows, lines):
     """The paper's table with ours beside it, as markdown."""
     head = ["model", "method", "pattern", "published", "ours", "difference", "note"]
     body = [[row.model.name, row.method, row.pattern, *line] for row, line in zip(rows, lines, strict=True)]
-    text = report.render(head, body, "markdown", text={"model", "method", "pattern", "note"})
+    text = tables.render(head, body, "markdown", text={"model", "method", "pattern", "note"})
     ran = sum(line[1] != "-" for line in lines)
     return (f"{paper.title} ({paper.source}). WikiText-2 perplexity @{paper.window}; "
             f"{ran} of {len(rows)} rows measured here.\n\n{text}")

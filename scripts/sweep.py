@@ -34,7 +34,7 @@ import _sweep_index as index
 import yaml
 from _sweep_workers import attempts, failure_file
 
-from oneshot import cli, environment, report, run, task_table
+from oneshot import cli, environment, report, run, tables, task_table
 
 LISTS = {"methods": "method", "patterns": "pattern", "seeds": "seed"}
 OWN = {"results": "give --results to the sweep", "save": "a sweep keeps records; save a model with oneshot.run",
@@ -179,7 +179,7 @@ def sweep(configs, workers):
             index.remember(cfg, record["run_id"], keys[places[id(cfg)]])
         spent = time.monotonic() - began
         say(f"[{len(done) + n}/{len(configs)}] {line(cfg, record)}; {left_of(spent, n, len(left))}")
-    print("\n".join(filter(None, [report.table(records), task_table.table(records)])))
+    print("\n".join(filter(None, [tables.table(records), task_table.table(records)])))
     failed = [r for r in records if r["status"] != "finished"]
     say(f"{len(records) - len(failed)} finished, {len(failed)} failed; records in {configs[0].results}" if configs
         else "nothing in this share")

@@ -17,7 +17,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from oneshot import cli, report, run, task_table
+from oneshot import cli, report, run, tables, task_table
 
 ROOT = Path(__file__).parent.parent
 START, END = "<!-- {}: written by scripts/tables.py -->", "<!-- {}: end -->"
@@ -45,7 +45,7 @@ def write_all(records, root, check):
     texts = {"README.md": lambda old: between(old, "pruning", readme_table(records)),
              "results/tables.md": lambda old: with_packed(between(old, "pruning", all_tables(records)), root),
              "results/tables.csv": lambda old: tables_csv(records),
-             "results/runs.csv": lambda old: report.table(records, "csv")}
+             "results/runs.csv": lambda old: tables.table(records, "csv")}
     for name, content in texts.items():
         file = root / name
         old = file.read_text(encoding="utf-8") if file.exists() else ""
@@ -101,7 +101,7 @@ def readme_table(records):
         if report.is_task(rows, column):
             continue
         text = f"; measured on {column.text}" * bool(column.text)
-        table = report.pivot(rows, column.metric, "markdown")
+        table = tables.pivot(rows, column.metric, "markdown")
         parts.append(f"**{model}**, calibrated on {calibration}{text}\n\n{table}")
     return "\n\n".join(parts) if records else "no runs yet"
 
@@ -110,7 +110,7 @@ def all_tables(records):
     """The same, then the tasks, then every other run as a row."""
     parts = ["# Results", readme_table(records), *tasks_section(records)]
     every = [r for r in records if kinds(r) != {"task"}]
-    return "\n\n".join([*parts, "## Every run", report.table(every, "markdown")])
+    return "\n\n".join([*parts, "## Every run", tables.table(every, "markdown")])
 
 
 def kinds(record):

@@ -11,7 +11,7 @@ import test_report
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oneshot import accuracy, report, task_table
+from oneshot import accuracy, tables, task_table
 from oneshot.page import html
 
 
@@ -104,10 +104,10 @@ def test_table_marks_noise_and_chance():
 
 def test_tasks_stand_in_a_table_of_their_own_and_in_csv_with_the_rest():
     runs = [run("dense", [1, 1, 0, 1]), run("wanda", [0, 1, 0, 1])]
-    assert "letters" not in report.table(runs) and task_table.table([test_report.record()]) == ""
+    assert "letters" not in tables.table(runs) and task_table.table([test_report.record()]) == ""
     page = html(runs)
     assert "<h2>Tasks</h2>" in page and "0.500° (-0.250 ± 0.250 ~)" in page
-    row = list(csv.DictReader(io.StringIO(report.table(runs, "csv"))))[1]
+    row = list(csv.DictReader(io.StringIO(tables.table(runs, "csv"))))[1]
     assert float(row["letters acc - dense ±"]) == 0.25
     assert float(row["letters acc ±"]) == pytest.approx(statistics.stdev([0, 1, 0, 1]) / 2)
 
@@ -119,6 +119,6 @@ def test_members_of_a_group_are_left_out():
 
 def test_runs_on_other_documents_stand_in_columns_of_their_own():
     runs = [run("dense", [1, 0, 1]), run("dense", [1, 0], documents="d1"), run("wanda", [1, 1], documents="d1")]
-    rows = report.rows(runs)
+    rows = tables.rows(runs)
     assert {k for k in rows[0] if k.endswith("- dense")} == {"letters acc (d1) - dense"}
     assert rows[-1]["letters acc (d1) - dense"] == 0.5

@@ -3,7 +3,7 @@
 import pytest
 from test_report import record
 
-from oneshot import report, summary
+from oneshot import report, summary, tables
 
 
 def test_damage_and_sensitivity_are_told():
@@ -48,8 +48,8 @@ def test_a_method_is_named_with_what_was_done_around_it(settings, name):
 def test_a_table_too_wide_goes_on_below_and_loses_nothing():
     wide = record()
     wide["metrics"] = {f"text{i}/ppl": 100.0 + i for i in range(20)}
-    text = report.table([wide])
+    text = tables.table([wide])
     parts = [part.splitlines() for part in text.strip().split("\n\n")]
-    assert len(parts) > 1 and max(map(len, text.splitlines())) <= report.WIDTH
+    assert len(parts) > 1 and max(map(len, text.splitlines())) <= tables.WIDTH
     assert all(part[0].split()[:3] == ["model", "method", "pattern"] and "sparsegpt" in part[2] for part in parts)
     assert all(text.count(f"{100.0 + i:.1f}") == 1 for i in range(20))

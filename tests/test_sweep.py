@@ -10,7 +10,7 @@ import sweep
 import tiny
 from tiny import place  # noqa: F401
 
-from oneshot import report, run
+from oneshot import report, run, tables
 
 
 def write(folder, place, *, models=None, **top):  # noqa: F811
@@ -214,7 +214,7 @@ def test_a_failing_run_is_a_row_and_the_rest_goes_on(place, tmp_path, capsys):  
     assert "failed: --pattern 2:5" in out.out and "FAILED (--pattern 2:5" in out.err
     [failed] = [r for f in results.glob("*-failed.json") if (r := report.read(f))]
     assert failed["error"].startswith("--pattern 2:5") and failed["settings"]["pattern"] == "2:5"
-    assert failed["run_id"] in report.table([failed], "csv") and "--pattern 2:5" in report.table([failed])
+    assert failed["run_id"] in tables.table([failed], "csv") and "--pattern 2:5" in tables.table([failed])
 
 
 def test_a_later_success_removes_the_failure(place, tmp_path):  # noqa: F811
