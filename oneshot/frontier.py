@@ -1,20 +1,19 @@
 """Pictures that help to choose what to prune: quality against bytes, and which linears a model can least spare.
 
     front    the runs that no other beats in both: fewer bytes is worse quality
-    series, pattern, kind    as in figures.py, whose style this is
+    series, pattern, kind    as in figures.py
 """
 
 import math
 
 from . import report
-from .figures import (
+from .drawing import (
     INK,
     MARKERS,
     MUTED,
     WIDTH,
     drawn,
     handle,
-    kind,
     legend,
     mark,
     new_figure,
@@ -23,6 +22,7 @@ from .figures import (
     series_styles,
     short_names,
 )
+from .figures import kind
 
 SAME = 1.005  # sizes that differ by less than half a percent count as one
 UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes"))

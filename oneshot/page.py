@@ -163,13 +163,13 @@ def _pivots(records):
 
 def _pictures(records):
     """The pictures of the page with their headings; one loud line instead where matplotlib is absent."""
-    from . import figures, frontier
+    from . import drawing, figures, frontier
 
     made, names = [], model_names(records)
 
     def add(heading, caption, draw, *args):
-        drawing, title = figures.svg(draw(*args), f"f{len(made)}-"), escape(heading)
-        made.append(f'<h2>{title}</h2><figure><div role="img" aria-label="{title}">{drawing}</div>'
+        picture, title = drawing.svg(draw(*args), f"f{len(made)}-"), escape(heading)
+        made.append(f'<h2>{title}</h2><figure><div role="img" aria-label="{title}">{picture}</div>'
                     f"<figcaption>{escape(caption)}</figcaption></figure>")
 
     try:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tables import ROOT, groups, read
 
-from oneshot import cli, environment, figures, frontier, run
+from oneshot import cli, drawing, environment, figures, frontier, run
 
 ITEM_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -36,7 +36,7 @@ def main(argv=None):
         return run.fail(run.one_line(error))
     for name, figure in pictures.items():
         for ending in ("svg", "png"):
-            figures.save(figure, args.out / f"{name}.{ending}")
+            drawing.save(figure, args.out / f"{name}.{ending}")
     print(f"{len(pictures)} figures, as svg and png: {args.out}")
     return 0
 

@@ -7,7 +7,7 @@ import tiny
 import torch
 from tiny import plain_pages  # noqa: F401
 
-from oneshot import data, figures, models, page
+from oneshot import data, drawing, figures, models, page
 from oneshot.evaluate import damage as module
 from oneshot.evaluate import divergence
 from oneshot.evaluate.damage import damage
@@ -202,5 +202,5 @@ def test_a_run_records_it_and_its_page_shows_it(tmp_path):
     assert record["damage"]["overall"]["increase"] == pytest.approx(float(mean), abs=1e-5)
     text = next((place / "runs").glob("*.html")).read_text()
     assert "Tokens hurt most" in text and "Passages hurt most" in text
-    drawn = figures.svg(figures.fig_damage([record]))
+    drawn = drawing.svg(figures.fig_damage([record]))
     assert all(s["name"] in drawn for s in record["damage"]["slices"])

@@ -8,7 +8,7 @@ import test_report
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oneshot import figures, frontier
+from oneshot import drawing, frontier
 
 POINTS = st.dictionaries(st.integers(), st.tuples(st.floats(1, 100), st.floats(1, 100).map(lambda x: [x])), min_size=1)
 
@@ -37,7 +37,7 @@ def test_bytes_picture(tmp_path):
     [ax] = fig.axes
     text = ax.get_xlabel()
     assert "(MB)" in text and "dense: 9.500 at 4.00 MB" in text and "magnitude 0.6: 10.06 at 1.60 MB" in text
-    figures.save(fig, tmp_path / "a.svg")
+    drawing.save(fig, tmp_path / "a.svg")
     assert "Pareto front" in (tmp_path / "a.svg").read_text()
     for empty in (frontier.fig_bytes(runs, "c4/ppl", len), frontier.fig_bytes(runs, "builtin/ppl", lambda r: None)):
         assert not empty.axes

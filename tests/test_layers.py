@@ -16,8 +16,8 @@ BASE = {"patterns", "moments", "environment", "config", "perturb"}  # 0
 MATHS = {"linalg", "solvers", "allocate"}  # 1
 DATA = {"models", "data", "sources", "capture", "texts"}  # 2
 PRUNE = {"loop", "health", "structured", "recovery"}  # 3
-SHOW = {"accuracy", "evaluate", "export", "packed", "report", "tables", "task_table", "page", "figures",  # 4
-        "frontier"}
+SHOW = {"accuracy", "evaluate", "export", "packed", "report", "tables", "task_table", "page", "drawing",  # 4
+        "figures", "frontier"}
 STORY = {"__init__", "__main__", "cli", "run", "measure", "summary", "presets", "verify", "generate", "compare"}  # 5
 FOR_SOLVERS = frozenset({"patterns", "moments", "linalg"})
 ALL = BASE | MATHS | DATA | PRUNE | SHOW | STORY | {"demo"}
@@ -29,8 +29,9 @@ MAY = {  # part of oneshot: the parts it may import, itself always included
     "evaluate": BASE | MATHS | DATA | {"loop"}, "packed": BASE | MATHS | DATA,
     "export": BASE | MATHS | DATA | {"packed", "report", "page"},
     "accuracy": set(), "report": {"accuracy"}, "tables": {"accuracy", "report"},
-    "task_table": {"accuracy", "report", "tables"}, "figures": {"report"}, "frontier": {"report", "figures"},
-    "page": {"report", "figures", "frontier", "tables", "task_table"},
+    "task_table": {"accuracy", "report", "tables"}, "drawing": {"report"},
+    "figures": {"report", "drawing"}, "frontier": {"report", "drawing", "figures"},
+    "page": {"report", "drawing", "figures", "frontier", "tables", "task_table"},
     **dict.fromkeys(STORY, ALL),
 }
 ALONE = {"solvers", "allocate"}  # folders whose files do not import each other
@@ -40,7 +41,7 @@ ONLY_IN = {
     "oneshot_kernels": {"export", "packed"} | STORY,
 }
 INSIDE_FUNCTIONS = {"lm_eval", "matplotlib", "datasets"}  # optional or slow to import
-NO_TORCH = {"accuracy", "report", "tables", "task_table", "page", "figures", "frontier"}
+NO_TORCH = {"accuracy", "report", "tables", "task_table", "page", "drawing", "figures", "frontier"}
 KERNELS_MAY = {"torch", "triton", "oneshot_kernels"}
 
 

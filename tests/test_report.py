@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from oneshot import figures, report, tables
+from oneshot import drawing, figures, report, tables
 from oneshot.page import html, write_html
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -430,7 +430,7 @@ def test_seconds_add_up_to_the_total():
 @pytest.mark.parametrize("ending", ["svg", "pdf", "png"])
 def test_saved_figures_are_the_same_bytes(tmp_path, ending):
     for name in "ab":
-        figures.save(figures.fig_time([record()]), tmp_path / f"{name}.{ending}")
+        drawing.save(figures.fig_time([record()]), tmp_path / f"{name}.{ending}")
     assert (tmp_path / f"a.{ending}").read_bytes() == (tmp_path / f"b.{ending}").read_bytes()
 
 
