@@ -38,8 +38,9 @@ MAIN = {"sparsegpt": {"method": "sparsegpt"}, "alps": {"method": "alps"},
 BATCH = {"craftgpt-5m": "16"}  # its windows are single dialogues of some 30 tokens
 DISTIL = {"recover": "distil", "distil.steps": 60}
 INGREDIENTS = {  # at 2:4 and 0.7
-    "wanda": {"method": "wanda"}, "admm": {"method": "admm"}, "sparsegpt+refit": {"method": "sparsegpt+refit"},
-    "wanda+swaps+refit": {"method": "wanda+swaps+refit"}, "sparsegpt+swaps": {"method": "sparsegpt+swaps"},
+    **{method: {"method": method} for method in (
+        "wanda", "wanda+refit", "wanda+swaps", "wanda+swaps+refit", "sparsegpt+refit", "sparsegpt+swaps",
+        "sparsegpt+swaps+refit", "admm", "alps+swaps")},
     "sparsegpt, dense target": {"method": "sparsegpt", "dense_target": 0.5},
     "alps, dense target": {"method": "alps", "dense_target": 0.5},
     "alps, dense target, true-sequential": {"method": "alps", "dense_target": 0.5, "true_sequential": True},
@@ -246,7 +247,8 @@ def write_table(folder):
     report.write_text("\n".join(lines), folder / "best.md")
 
 
-LAYERWISE = ("wanda", "wanda+swaps+refit", "sparsegpt", "sparsegpt+swaps", "sparsegpt+refit", "admm", "alps")
+LAYERWISE = ("wanda", "wanda+refit", "wanda+swaps", "wanda+swaps+refit", "sparsegpt", "sparsegpt+refit",
+             "sparsegpt+swaps", "sparsegpt+swaps+refit", "admm", "alps", "alps+swaps")
 
 
 def error_table(rows, text="2:4"):
