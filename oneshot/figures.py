@@ -9,12 +9,13 @@ import itertools
 import math
 import re
 
-from . import report
+from . import accuracy, report
 from .drawing import (
     COLOURS,
     GRID,
     INK,
     MARKERS,
+    MUTED,
     PAPER,
     WIDTH,
     drawn,
@@ -329,6 +330,48 @@ def _damage_series(ax, found, at, shift, colour):
             ax.plot([x - half, x + half], [y, y], color=colour, lw=1.4, solid_capstyle="butt", zorder=2)
         marker, face = ("x" if half is None else "o"), (colour if s["verdict"] else PAPER)
         ax.plot([x], [y], ls="none", marker=marker, ms=4.5, color=colour, mfc=face, mew=1.2, zorder=3)
+
+
+# ---------------------------------------------------------------- tasks
+
+@drawn
+def fig_tasks(records):
+    """Tasks down, a dot a run with two standard errors to each side; a tick where a uniform guess would be.
+
+    The members of a group are left out, and what is no share (a perplexity).
+    """
+    records = report.ordered(records)
+    found = [c for c in report.columns(records) if report.is_task(records, c) and not any(
+        accuracy.how(r, c.metric).get("group") or (report.value(r, c) or 0) > 1 for r in records)]
+    runs = [(r, label) for r, label in zip(records, report.labels(records), strict=True)
+            if any(report.value(r, c) is not None for c in found)]
+    if not runs:
+        return nothing("no run has measured a task")
+    pruned = itertools.cycle(COLOURS)
+    colours = {label: INK if report.is_dense(r) else next(pruned) for r, label in runs}
+    step = 0.5 + 0.5 * len(runs)
+    fig = new_figure(8.4, 0.9 + 0.2 * step * len(found))
+    ax = fig.subplots()
+    for i, column in enumerate(found):
+        y = step * i
+        chances = {accuracy.how(r, column.metric).get("chance") for r, _ in runs} - {None}
+        for x in chances:
+            ax.plot([x, x], [y - step / 2.4, y + step / 2.4], color=MUTED, lw=3, alpha=0.5, solid_capstyle="butt",
+                    zorder=1)
+        for j, (record, label) in enumerate(runs):
+            x, at = report.value(record, column), y + (j - (len(runs) - 1) / 2) * 0.5
+            if x is None:
+                continue
+            half = accuracy.SURE * (accuracy.how(record, column.metric).get("stderr") or 0)
+            ax.plot([x - half, x + half], [at, at], color=colours[label], lw=1.4, zorder=2)
+            ax.plot([x], [at], color=colours[label], marker="o", ms=4.5, zorder=3)
+    ax.set_yticks([step * i for i in range(len(found))], [c.header for c in found])
+    ax.tick_params(axis="y", length=0)
+    ax.set_ylim(step * (len(found) - 0.5), -step / 2)
+    ax.grid(False, axis="y")
+    ax.set_xlabel("share right, ± 2 standard errors; grey: a uniform guess")
+    legend(fig, [handle(label, colour, "-", "o") for label, colour in colours.items()])
+    return fig
 
 
 # ---------------------------------------------------------------- time

@@ -6,7 +6,7 @@ Needs no torch; matplotlib only for the pictures, and says so on the page where 
 import math
 from html import escape
 
-from . import task_table
+from . import accuracy, task_table
 from .report import (
     clean,
     columns,
@@ -189,6 +189,9 @@ def _pictures(records):
             of = f", {names[key]}" * (len(names) > 1)
             add(f"Where the loss increase sits, {clean(pattern)}{of}", _damage_caption(own), figures.fig_damage, own,
                 records)
+        if tested := [r for r in records if any(accuracy.is_task(r, m) for m in r.get("metrics") or {})]:
+            add("Tasks", "Dense and pruned models answer the same documents: the table above has their differences.",
+                figures.fig_tasks, tested)
         if mapped := [r for r in records if r.get("sensitivity")]:
             add("What must not be touched",
                 "Loss increase when this linear alone is pruned and the rest stays dense. White: no increase.",

@@ -4,11 +4,13 @@
     python scripts/figures.py --runs build/sweep --out build/figures
 
 For each model, calibration text and metric, as in tables.py:
-    MODEL-TEXT-sparsity        perplexity (or a task) against sparsity, mean and range over seeds
+    MODEL-TEXT-sparsity        perplexity against sparsity, mean and range over seeds
     MODEL-TEXT-bytes           quality against the bytes of the whole model, with the Pareto front
 and for each model and calibration text:
     MODEL-TEXT-error           every linear's relative error by depth
     MODEL-TEXT-sensitivity     loss increase by block and kind of linear, where a run measured it
+    MODEL-TEXT-damage          where the loss increase sits, where a run measured it
+    MODEL-TEXT-tasks           lm-eval tasks with standard errors and chance, where a run measured some
 """
 
 import argparse
@@ -18,7 +20,7 @@ from pathlib import Path
 
 from tables import ROOT, groups, read
 
-from oneshot import cli, drawing, environment, figures, frontier, run
+from oneshot import accuracy, cli, drawing, environment, figures, frontier, report, run
 
 ITEM_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -43,15 +45,24 @@ def main(argv=None):
 
 def draw(records):
     """{file name without ending: figure} of the finished records."""
-    found = {}
+    found, places = {}, {}
     for (model, calibration, column), rows in groups(records).items():
-        calibration = calibration.split(" ")[0]
-        text, place = f"{model}-{column.header}-on-{calibration}", f"{model}-on-{calibration}"
-        found[slug(f"{text}-sparsity")] = figures.fig_perplexity(rows, column.metric)
-        found[slug(f"{text}-bytes")] = frontier.fig_bytes(rows, column.metric, stored_bytes)
-        found[slug(f"{place}-error")] = figures.fig_layer_errors(rows)
-        if any(r.get("sensitivity") for r in rows):
-            found[slug(f"{place}-sensitivity")] = frontier.fig_sensitivity(rows)
+        place = f"on-{calibration.split(' ')[0]}"
+        places.setdefault((model, place), {}).update((r["run_id"], r) for r in rows)
+        if column.metric.endswith("/ppl"):
+            text = slug(f"{model}-{column.header}-{place}")
+            pruned = [r for r in rows if report.setting(r, "method") != "rtn"]  # rounding has no sparsity
+            found[f"{text}-sparsity"] = figures.fig_perplexity(pruned, column.metric)
+            found[f"{text}-bytes"] = frontier.fig_bytes(rows, column.metric, stored_bytes)
+    for (model, place), known in places.items():
+        rows, text = list(known.values()), slug(f"{model}-{place}")
+        found[f"{text}-error"] = figures.fig_layer_errors(rows)
+        if mapped := [r for r in rows if r.get("sensitivity")]:
+            found[f"{text}-sensitivity"] = frontier.fig_sensitivity(mapped)
+        if damaged := [r for r in rows if r.get("damage")]:
+            found[f"{text}-damage"] = figures.fig_damage(damaged)
+        if tested := [r for r in rows if any(accuracy.is_task(r, m) for m in r["metrics"])]:
+            found[f"{text}-tasks"] = figures.fig_tasks(tested)
     return found
 
 

@@ -73,13 +73,14 @@ def between(text, name, content):
 
 
 def groups(records):
-    """{(model, calibration, report.Column): finished records}: what one table compares, the dense runs in each."""
+    """{(model, calibration, report.Column): finished records}: what one table compares, the dense (and rounded) runs
+    in each."""
     texts, dense = {}, {}
     for record in records:
         if record.get("status") != "finished":
             continue
         calibration, model = (record.get("data") or {}).get("calibration"), record["model"]["name"]
-        if report.is_dense(record):
+        if report.is_dense(record) or report.setting(record, "method") == "rtn":  # neither calibrates
             dense.setdefault(model, []).append(record)
         else:
             text = calibration["source"].split(";")[0] if calibration else "nothing"

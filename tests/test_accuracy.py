@@ -11,7 +11,7 @@ import test_report
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oneshot import accuracy, tables, task_table
+from oneshot import accuracy, figures, tables, task_table
 from oneshot.page import html
 
 
@@ -110,6 +110,18 @@ def test_tasks_stand_in_a_table_of_their_own_and_in_csv_with_the_rest():
     row = list(csv.DictReader(io.StringIO(tables.table(runs, "csv"))))[1]
     assert float(row["letters acc - dense ±"]) == 0.25
     assert float(row["letters acc ±"]) == pytest.approx(statistics.stdev([0, 1, 0, 1]) / 2)
+
+
+def test_picture_has_a_dot_a_run_and_the_chance_level():
+    dense = [1, 1, 0, 1]
+    (ax,) = figures.fig_tasks([run("dense", dense), run("wanda", [0, 1, 0, 1])]).axes
+    dots = {(round(float(line.get_xdata()[0]), 9), line.get_color()) for line in ax.lines if len(line.get_xdata()) == 1}
+    assert {x for x, _ in dots} == {0.75, 0.5} and len({colour for _, colour in dots}) == 2
+    spans = sorted(tuple(map(float, line.get_xdata())) for line in ax.lines if len(line.get_xdata()) == 2)
+    error = statistics.stdev(dense) / 2  # of four documents
+    assert (0.25, 0.25) in spans and any(span == pytest.approx((0.75 - 2 * error, 0.75 + 2 * error)) for span in spans)
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["letters acc"]
+    assert not figures.fig_tasks([test_report.record()]).axes
 
 
 def test_members_of_a_group_are_left_out():

@@ -30,8 +30,8 @@ MAY = {  # part of oneshot: the parts it may import, itself always included
     "export": BASE | MATHS | DATA | {"packed", "report", "page"},
     "accuracy": set(), "report": {"accuracy"}, "tables": {"accuracy", "report"},
     "task_table": {"accuracy", "report", "tables"}, "drawing": {"report"},
-    "figures": {"report", "drawing"}, "frontier": {"report", "drawing", "figures"},
-    "page": {"report", "drawing", "figures", "frontier", "tables", "task_table"},
+    "figures": {"accuracy", "report", "drawing"}, "frontier": {"report", "drawing", "figures"},
+    "page": {"accuracy", "report", "drawing", "figures", "frontier", "tables", "task_table"},
     **dict.fromkeys(STORY, ALL),
 }
 ALONE = {"solvers", "allocate"}  # folders whose files do not import each other

@@ -79,6 +79,20 @@ def test_figures_are_written_for_each_table(sweep_of_records):
     assert "demo-on-text-error.svg" in names
 
 
+def test_rounded_runs_stand_beside_the_pruned_ones_but_have_no_sparsity():
+    rounded = test_report.record("rtn", ppl=12.5, blocks=0)
+    rounded["settings"]["pattern"], rounded["data"]["calibration"] = "int8", None
+    runs = [test_report.record("dense", ppl=10.0), test_report.record("wanda", ppl=15.0), rounded]
+    (rows,) = tables.groups(runs).values()
+    assert rows == [runs[0], rounded, runs[1]]
+    seen = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures.figures, "fig_perplexity", lambda rows, metric: seen.update(sparsity=rows))
+        patch.setattr(figures.frontier, "fig_bytes", lambda rows, *_: seen.update(bytes=rows))
+        figures.draw(runs)
+    assert rounded in seen["bytes"] and rounded not in seen["sparsity"]
+
+
 @pytest.mark.parametrize("script", [tables, figures])
 def test_bad_input_of_tables_and_figures(script, tmp_path, capsys):
     (tmp_path / "runs").mkdir()
