@@ -1,7 +1,7 @@
-"""Figures from the run records, as SVG (for pages) and PNG (for a look): a pure function of results/runs/*.json.
+"""Figures from the run records: a pure function of results/runs/*.json.
 
     python scripts/figures.py                                # all, into results/figures
-    python scripts/figures.py --runs build/sweep --out build/figures
+    python scripts/figures.py --runs build/sweep --out build/figures --formats svg,png
 
 For each model, calibration text and metric, as in tables.py:
     MODEL-TEXT-sparsity        perplexity against sparsity, mean and range over seeds
@@ -30,6 +30,7 @@ def main(argv=None):
                    formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--runs", type=Path, default=ROOT / "results" / "runs")
     p.add_argument("--out", type=Path, default=ROOT / "results" / "figures")
+    p.add_argument("--formats", type=formats, default=["svg"], help="svg, png, pdf, separated by commas (svg)")
     try:
         args = p.parse_args(argv)
         environment.check_writable(args.out, "--out")
@@ -37,10 +38,18 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         return run.fail(run.one_line(error))
     for name, figure in pictures.items():
-        for ending in ("svg", "png"):
+        for ending in args.formats:
             drawing.save(figure, args.out / f"{name}.{ending}")
-    print(f"{len(pictures)} figures, as svg and png: {args.out}")
+    print(f"{len(pictures)} figures, as {' and '.join(args.formats)}: {args.out}")
     return 0
+
+
+def formats(text):
+    """["svg", "png"] of "svg,png"."""
+    found = [part.strip() for part in text.split(",")]
+    if unknown := sorted(set(found) - {"svg", "png", "pdf"}):
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: there are svg, png, pdf")
+    return found
 
 
 def draw(records):
