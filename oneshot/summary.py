@@ -13,7 +13,7 @@ def line(record):
 
 
 def asked(record):
-    return f"{report.method_of(record)} {report.pattern_of(record)}"
+    return "dense" if report.is_dense(record) else f"{report.method_of(record)} {report.pattern_of(record)}"
 
 
 def text(records, results):

@@ -188,7 +188,7 @@ def sweep(configs, workers):
 
 def line(cfg, record):
     """What came of one run."""
-    what = f"{Path(cfg.model).name} {cfg.method}" + f" {cfg.pattern} seed {cfg.seed}" * (cfg.method != "dense")
+    what = named(cfg)
     metrics = ", ".join(f"{name} {report.number(x)}" for name, x in record["metrics"].items())
     told = f"FAILED ({record['error']})" if record["status"] != "finished" else metrics or "done"
     return f"{what}: {told} ({record['seconds']['total']:.0f} s)"
@@ -202,12 +202,15 @@ def left_of(spent, n, of):
     return f"about {amount} left" if n < of else "all done"
 
 
+def named(cfg):
+    return f"{Path(cfg.model).name} {cfg.method}" + f" {cfg.pattern} seed {cfg.seed}" * (cfg.method != "dense")
+
+
 def listing(configs):
     """Print the state of every run, loading no model."""
     for cfg in configs:
         state = index.finished(cfg) or ("failed" if failure_file(cfg).is_file() else "to do")
-        print(f"{Path(cfg.model).name} {cfg.method} {cfg.pattern}"
-              + f" seed {cfg.seed}" * (cfg.method != "dense") + f": {state}")
+        print(f"{named(cfg)}: {state}")
     return 0
 
 
