@@ -127,7 +127,7 @@ def test_table_at_the_end(place, tmp_path, capfd):  # noqa: F811
     assert f"ppl @{tiny.WINDOW}" in lines[0] and "/ dense" in lines[0]
     assert "dense" in lines[2] and "wanda" in lines[3] and "50.00 %" in lines[3]
     assert lines[-1] == f"report: {next(tmp_path.glob('*.html'))}"
-    assert [line.split(":")[0] for line in err.splitlines()] == ["wanda 2", "dense dense"]  # no one else's remarks
+    assert [line.split(":")[0] for line in err.splitlines()] == ["wanda 2", "dense"]  # no one else's remarks
 
 
 # ---------------------------------------------------------------- families and dtypes
