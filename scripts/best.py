@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 import published
-import real_runs
+import small_models
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -78,7 +78,7 @@ def measure_all(args):
     """Run what is missing; every row is stored as soon as it is there."""
     models.quiet()
     torch.set_num_threads(args.threads)
-    every = real_runs.runs(args.shared, Path("build/real_runs"))
+    every = small_models.flags(args.shared)
     for name in args.only.split(","):
         for seed in args.seeds.split(","):
             flags = [*without(every[name], "--pattern"), "--batch-size", BATCH.get(name, "8"), "--seed", seed,

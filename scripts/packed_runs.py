@@ -3,7 +3,7 @@
     python scripts/packed_runs.py --shared ../shared     # results/packed.json; about ten minutes on a core
     python scripts/tables.py                             # its table in results/tables.md
 
-Three models (the texts are those of real_runs.py), each pruned to 2:4 by SparseGPT and saved in bfloat16 and in
+Three models (the texts are those of small_models.py), each pruned to 2:4 by SparseGPT and saved in bfloat16 and in
 float16, once with its zeros and once with `--format packed`. Both are loaded by plain `from_pretrained` and measured by
 evaluate/perplexity.py on the same windows, in float32 as always on a CPU. Exit code 1 if a claim does not hold.
 """
@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import real_runs
+import small_models
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import oneshot  # noqa: F401 - teaches from_pretrained the packed format
@@ -44,7 +44,7 @@ def main(argv=None):
     models.quiet()
     rows, where = [], environment.environment("cpu")
     with tempfile.TemporaryDirectory() as work:
-        known = {"demo": real_runs.DEMO} if args.only == "demo" else real_runs.runs(args.shared, Path(work))
+        known = {"demo": small_models.DEMO} if args.only == "demo" else small_models.flags(args.shared)
         for name in [args.only] if args.only else MODELS:
             for dtype in [args.dtype] if args.dtype else ("bfloat16", "float16"):
                 flags = [*known[name], *FLAGS, "--method", args.method, "--dtype", dtype,

@@ -59,7 +59,7 @@ def write_all(records, root, check):
 def read(folder):
     """The records in a folder, in the order of their file names. Raises ValueError when there is no such folder."""
     if not folder.is_dir():
-        raise ValueError(f"--runs {folder}: no such folder; scripts/sweep.py and scripts/real_runs.py write one")
+        raise ValueError(f"--runs {folder}: no such folder; scripts/sweep.py writes one")
     return [report.read(f) for f in sorted(folder.glob("*.json"))]
 
 

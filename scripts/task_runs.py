@@ -3,7 +3,7 @@
     python scripts/task_runs.py --shared ../shared       # records to results/runs; writes the YAMLs to build/tasks
     python scripts/tables.py                             # tables from the records
 
-Calibrated on C4 text as in real_runs.py; the first 1000 documents of each task (all of what has fewer) whose
+Calibrated on C4 text as in small_models.py; the first 1000 documents of each task (all of what has fewer) whose
 choices fit into the model's 256 positions.
 """
 

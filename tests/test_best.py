@@ -77,7 +77,7 @@ def test_a_run_from_end_to_end_and_its_continuation(tmp_path, monkeypatch):
     flags = tiny.flags(place)
     flags = [*best.without(best.without(flags, "--method"), "--batch-size"), "--no-dense"]
     flags.remove("--no-progress")
-    monkeypatch.setattr(best.real_runs, "runs", lambda shared, work: {"tiny": flags})
+    monkeypatch.setattr(best.small_models, "flags", lambda shared: {"tiny": flags})
     argv = ["--only", "tiny", "--patterns", "2:4", "--seeds", "0,1", "--ways", "sparsegpt;alps, distil", "--out",
             str(tmp_path / "best")]
     best.main(argv)

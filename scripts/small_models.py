@@ -1,11 +1,11 @@
-"""The runs behind the README's table: real small models, real text, every method at every sparsity.
+"""The small real models that other scripts measure, their texts and flags.
 
-    python scripts/real_runs.py --shared ../shared       # records to results/runs
-    python scripts/tables.py                             # tables from the records
+    python scripts/small_models.py --shared ../shared    # writes the texts to build/small_models, for sweeps/small.yaml
 
-    stories260k    calibrated on 500 TinyStories, measured on 500 others
-    craftgpt-5m    on its own text, one dialogue a line; half to calibrate, half to measure
-    demo           calibrated on C4 text and measured on WikiText-2 test; and on its built-in texts
+    stories260k      calibrated on 500 TinyStories, measured on 500 others
+    craftgpt-5m      on its own text, one dialogue a line; half to calibrate, half to measure
+    demo-wikitext2   the demo model calibrated on C4 text and measured on WikiText-2 test
+    demo             the same on its built-in texts
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from oneshot import run
 
-METHODS = "magnitude,wanda,sparsegpt"
+WORK = Path("build/small_models")  # relative: records hold it
 PATTERNS = "0.5,0.6,0.7,2:4,4:8"
 DEMO = ["--model", "demo", "--pattern", PATTERNS, "--evaluate", "builtin:prose,builtin:sampled"]
 
@@ -22,30 +22,23 @@ DEMO = ["--model", "demo", "--pattern", PATTERNS, "--evaluate", "builtin:prose,b
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--shared", type=Path, default=Path("../shared"), help="folder of models/ and data/")
-    p.add_argument("--results", type=Path, default=Path("results/runs"))
-    p.add_argument("--only", help="stories260k, craftgpt-5m, demo-wikitext2 or demo")
-    p.add_argument("--prepare", action="store_true", help="only write the texts, for scripts/sweeps/small.yaml")
-    args = p.parse_args()
-    for name, flags in runs(args.shared, Path("build/real_runs")).items():
-        if args.only in (None, name) and not args.prepare:
-            code = run.main([*flags, "--method", METHODS, "--results", str(args.results), "--batch-size", "16"])
-            if code:
-                raise SystemExit(code)
+    flags(p.parse_args().shared)
+    print(f"written: {WORK}")
 
 
-def runs(shared, work):
-    """{name: flags}; texts split into halves under `work`."""
+def flags(shared):
+    """{name: flags of oneshot.run, but for the method}; the texts are split into halves below WORK."""
     models, data = shared / "models", shared / "data"
     if not (data / "tinystories_1000.json").is_file():
         raise SystemExit(run.fail(f"--shared {shared}: holds no data/tinystories_1000.json; the small models and texts "
                                   "are not part of the repository"))
-    work.mkdir(parents=True, exist_ok=True)
+    WORK.mkdir(parents=True, exist_ok=True)
     stories = json.loads((data / "tinystories_1000.json").read_text())
     dialogues = (data / "craftgpt_selfgen.txt").read_text().splitlines()
     halves = {}
     for name, documents in (("tinystories", stories), ("craftgpt", dialogues)):
         for part, chosen in (("calibration", documents[0::2]), ("test", documents[1::2])):
-            halves[name, part] = work / f"{name}_{part}.json"
+            halves[name, part] = WORK / f"{name}_{part}.json"
             halves[name, part].write_text(json.dumps(chosen))
     return {
         # 172 inputs are no multiple of 8
