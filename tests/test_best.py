@@ -89,3 +89,10 @@ def test_a_run_from_end_to_end_and_its_continuation(tmp_path, monkeypatch):
     assert "| alps, distil |" in text and "up to 2 seeds" in text
     monkeypatch.setattr(best, "cell", lambda *args: pytest.fail("measured again"))
     best.main(argv)
+
+
+def test_alps_stands_beside_its_paper():
+    rows = [row("sparsegpt", 40.0), row("alps", 30.0), row("sparsegpt", 60.0, seed=1), row("alps", 50.0, seed=1)]
+    (line,) = best.against_sparsegpt(best.shares(rows))
+    assert "20 % (2:4) less" in line and "9 % (2:4), 8 % (0.6), 29 % (0.7)" in line
+    assert best.against_sparsegpt(best.shares(rows[:1])) == []
