@@ -9,18 +9,19 @@ For each model, calibration text and metric, as in tables.py:
 and for each model and calibration text:
     MODEL-TEXT-error           every linear's relative error by depth
     MODEL-TEXT-sensitivity     loss increase by block and kind of linear, where a run measured it
-    MODEL-TEXT-damage          where the loss increase sits, where a run measured it
+    MODEL-TEXT-damage-PATTERN  where the loss increase sits, where a run measured it
     MODEL-TEXT-tasks           lm-eval tasks with standard errors and chance, where a run measured some
 """
 
 import argparse
 import re
 import sys
+from itertools import filterfalse
 from pathlib import Path
 
 from tables import ROOT, groups, read
 
-from oneshot import accuracy, cli, drawing, environment, figures, frontier, report, run
+from oneshot import accuracy, cli, drawing, environment, figures, frontier, perturb, report, run
 
 ITEM_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -58,21 +59,35 @@ def draw(records):
     for (model, calibration, column), rows in groups(records).items():
         place = f"on-{calibration.split(' ')[0]}"
         places.setdefault((model, place), {}).update((r["run_id"], r) for r in rows)
-        if column.metric.endswith("/ppl"):
-            text = slug(f"{model}-{column.header}-{place}")
-            pruned = [r for r in rows if report.setting(r, "method") != "rtn"]  # rounding has no sparsity
-            found[f"{text}-sparsity"] = figures.fig_perplexity(pruned, column.metric)
+        if column.metric.endswith("/ppl") and not perturbed(column.metric):
+            text, pruned = slug(f"{model}-{column.header}-{place}"), list(filter(is_pruned, rows))
+            if len({report.pattern_of(r) for r in pruned}) > 1:
+                found[f"{text}-sparsity"] = figures.fig_perplexity(list(filterfalse(is_rounded, rows)), column.metric)
             found[f"{text}-bytes"] = frontier.fig_bytes(rows, column.metric, stored_bytes)
     for (model, place), known in places.items():
         rows, text = list(known.values()), slug(f"{model}-{place}")
         found[f"{text}-error"] = figures.fig_layer_errors(rows)
         if mapped := [r for r in rows if r.get("sensitivity")]:
             found[f"{text}-sensitivity"] = frontier.fig_sensitivity(mapped)
-        if damaged := [r for r in rows if r.get("damage")]:
-            found[f"{text}-damage"] = figures.fig_damage(damaged)
+        for pattern in dict.fromkeys(report.pattern_of(r) for r in rows if r.get("damage") and is_pruned(r)):
+            found[f"{text}-damage-{slug(pattern.replace(':', 'of'))}"] = figures.fig_damage(
+                [r for r in rows if r.get("damage") and report.pattern_of(r) == pattern])
         if tested := [r for r in rows if any(accuracy.is_task(r, m) for m in r["metrics"])]:
             found[f"{text}-tasks"] = figures.fig_tasks(tested)
     return found
+
+
+def is_rounded(record):
+    return report.setting(record, "method") == "rtn"  # has bytes, but no sparsity
+
+
+def is_pruned(record):
+    return not report.is_dense(record) and not is_rounded(record)
+
+
+def perturbed(metric):
+    """Whether a metric is of a text with typos and the like: the table has it."""
+    return metric.rpartition("/")[0].rpartition("+")[2] in perturb.KINDS
 
 
 def slug(text):

@@ -73,7 +73,7 @@ def test_figures_are_written_for_each_table(sweep_of_records):
     out = sweep_of_records / "figures"
     assert figures.main(["--runs", str(sweep_of_records / "runs"), "--out", str(out), "--formats", "svg,png"]) == 0
     names = sorted(f.name for f in out.iterdir())
-    assert len(names) == 2 * (3 * 2 + 1)
+    assert len(names) == 2 * (3 + 1 + 1)  # each text's bytes, the errors; one text met several patterns
     for ending in ("sparsity.svg", "sparsity.png", "bytes.svg"):
         assert f"demo-builtin-ppl-512-on-text-{ending}" in names
     assert "demo-on-text-error.svg" in names
@@ -82,9 +82,10 @@ def test_figures_are_written_for_each_table(sweep_of_records):
 def test_rounded_runs_stand_beside_the_pruned_ones_but_have_no_sparsity():
     rounded = test_report.record("rtn", ppl=12.5, blocks=0)
     rounded["settings"]["pattern"], rounded["data"]["calibration"] = "int8", None
-    runs = [test_report.record("dense", ppl=10.0), test_report.record("wanda", ppl=15.0), rounded]
+    runs = [test_report.record("dense", ppl=10.0), rounded, test_report.record("wanda", ppl=15.0),
+            test_report.record("wanda", "0.5", ppl=14.0)]
     (rows,) = tables.groups(runs).values()
-    assert rows == [runs[0], rounded, runs[1]]
+    assert rows == runs
     seen = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures.figures, "fig_perplexity", lambda rows, metric: seen.update(sparsity=rows))
