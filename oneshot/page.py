@@ -13,6 +13,8 @@ from .report import (
     flat_settings,
     identity,
     is_dense,
+    is_pruned,
+    is_rounded,
     is_task,
     labels,
     method_of,
@@ -118,7 +120,7 @@ def _legend(records):
     told = rows(records)
     if any(row["bytes"] is not None for row in told):
         text += "bytes: what the prunable weights take in the smallest simple format of their pattern, of dense. "
-    if any(method_of(r) == "rtn" for r in records):
+    if any(map(is_rounded, records)):
         text += ("rtn int<b>: nothing pruned, plain round-to-nearest codes of b bits, symmetric, a float16 scale for "
                  "each 128 inputs of a row. ")
     if any(" @" in h for h in heads):
@@ -151,10 +153,11 @@ def _warnings(records, names):
 
 def _pivots(records):
     """Methods down and patterns across, per metric, where there are several of both."""
-    pruned = [r for r in records if not is_dense(r)]
+    pruned = [r for r in records if is_pruned(r)]
     if len({method_of(r) for r in pruned}) < 2 or len({pattern_of(r) for r in pruned}) < 2:
         return []
-    made = [pivot(records, c.header, "html") for c in columns(records)
+    shown = [r for r in records if not is_rounded(r)]
+    made = [pivot(shown, c.header, "html") for c in columns(shown)
             if "stderr" not in c.metric and not is_task(records, c)]
     made = [f'<div class="gap">{text}</div>' for text in made]
     note = "Bold: the best of the pattern. ±: standard deviation over seeds."
@@ -173,12 +176,12 @@ def _pictures(records):
                     f"<figcaption>{escape(caption)}</figcaption></figure>")
 
     try:
-        pruned = [r for r in records if method_of(r) != "rtn"]  # rounding has no sparsity
-        if len(pruned) > 1:
-            for column in (c for c in columns(pruned) if c.metric.endswith("ppl")):
+        shown = [r for r in records if not is_rounded(r)]
+        if len({pattern_of(r) for r in records if is_pruned(r)}) > 1:
+            for column in (c for c in columns(shown) if c.metric.endswith("ppl")):
                 add(f"{column.header} against sparsity",
                     "Lower is better. Dashed: the dense model. Hollow: N:M patterns, methods side by side.",
-                    figures.fig_perplexity, pruned, column.header)
+                    figures.fig_perplexity, shown, column.header)
         for key, name in names.items():
             own, of = [r for r in records if identity(r) == key], f", {name}" * (len(names) > 1)
             if any(r.get("layers") for r in own):

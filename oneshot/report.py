@@ -223,6 +223,15 @@ def is_dense(record):
     return "dense" in (setting(record, "method"), setting(record, "pattern"))
 
 
+def is_rounded(record):
+    """Whether nothing was pruned and all was rounded to integers: such a run has bytes, but no sparsity."""
+    return setting(record, "method") == "rtn"
+
+
+def is_pruned(record):
+    return not is_dense(record) and not is_rounded(record)
+
+
 def pattern_of(record):
     return "dense" if is_dense(record) else setting(record, "pattern")
 

@@ -60,29 +60,21 @@ def draw(records):
         place = f"on-{calibration.split(' ')[0]}"
         places.setdefault((model, place), {}).update((r["run_id"], r) for r in rows)
         if column.metric.endswith("/ppl") and not perturbed(column.metric):
-            text, pruned = slug(f"{model}-{column.header}-{place}"), list(filter(is_pruned, rows))
-            if len({report.pattern_of(r) for r in pruned}) > 1:
-                found[f"{text}-sparsity"] = figures.fig_perplexity(list(filterfalse(is_rounded, rows)), column.metric)
+            text, shown = slug(f"{model}-{column.header}-{place}"), list(filterfalse(report.is_rounded, rows))
+            if len({report.pattern_of(r) for r in rows if report.is_pruned(r)}) > 1:
+                found[f"{text}-sparsity"] = figures.fig_perplexity(shown, column.metric)
             found[f"{text}-bytes"] = frontier.fig_bytes(rows, column.metric, stored_bytes)
     for (model, place), known in places.items():
         rows, text = list(known.values()), slug(f"{model}-{place}")
         found[f"{text}-error"] = figures.fig_layer_errors(rows)
         if mapped := [r for r in rows if r.get("sensitivity")]:
             found[f"{text}-sensitivity"] = frontier.fig_sensitivity(mapped)
-        for pattern in dict.fromkeys(report.pattern_of(r) for r in rows if r.get("damage") and is_pruned(r)):
+        for pattern in dict.fromkeys(report.pattern_of(r) for r in rows if r.get("damage") and report.is_pruned(r)):
             found[f"{text}-damage-{slug(pattern.replace(':', 'of'))}"] = figures.fig_damage(
                 [r for r in rows if r.get("damage") and report.pattern_of(r) == pattern])
         if tested := [r for r in rows if any(accuracy.is_task(r, m) for m in r["metrics"])]:
             found[f"{text}-tasks"] = figures.fig_tasks(tested)
     return found
-
-
-def is_rounded(record):
-    return report.setting(record, "method") == "rtn"  # has bytes, but no sparsity
-
-
-def is_pruned(record):
-    return not report.is_dense(record) and not is_rounded(record)
 
 
 def perturbed(metric):

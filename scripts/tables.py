@@ -80,7 +80,7 @@ def groups(records):
         if record.get("status") != "finished":
             continue
         calibration, model = (record.get("data") or {}).get("calibration"), record["model"]["name"]
-        if report.is_dense(record) or report.setting(record, "method") == "rtn":  # neither calibrates
+        if not report.is_pruned(record):  # what is dense or rounded was not calibrated
             dense.setdefault(model, []).append(record)
         else:
             text = calibration["source"].split(";")[0] if calibration else "nothing"
