@@ -89,7 +89,8 @@ def test_rows_of_a_run(place, tmp_path, capfd):  # noqa: F811
     assert len({r["model"]["fingerprint"] for r in found.values()}) == 1
     assert found["rtn", "int4"]["data"]["calibration"] is None and found["rtn", "int4"]["layers"] == []
     lines = capfd.readouterr().out.splitlines()
-    assert any(line.startswith("model") and "bytes" in line for line in lines) and [line.split()[1:3] for line in lines[2:8]] == [
+    assert any(line.startswith("model") and "bytes" in line for line in lines)
+    assert [line.split()[1:3] for line in lines[2:8]] == [
         ["dense", "dense"], ["wanda", "0.7"], ["wanda", "2:4"], ["rtn", "int8"], ["rtn", "int5"], ["rtn", "int4"]]
 
 
