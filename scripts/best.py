@@ -101,7 +101,8 @@ def ways_of(args, text):
     if args.ways == "main":
         return MAIN
     if args.ways == "ingredients":
-        return INGREDIENTS if text in ("0.7", "2:4") else {}
+        return {way: flags for way, flags in INGREDIENTS.items() if text == "0.7" or (
+            text == "2:4" and "allocate" not in flags)}  # an N:M leaves nothing to allocate
     every = MAIN | INGREDIENTS
     return {way: every[way] for way in args.ways.split(";")}
 

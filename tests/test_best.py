@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import sys
+import types
 from pathlib import Path
 
 import families
@@ -96,3 +97,13 @@ def test_alps_stands_beside_its_paper():
     (line,) = best.against_sparsegpt(best.shares(rows))
     assert "20 % (2:4) less" in line and "9 % (2:4), 8 % (0.6), 29 % (0.7)" in line
     assert best.against_sparsegpt(best.shares(rows[:1])) == []
+
+
+def test_allocation_is_measured_where_there_is_something_to_allocate():
+    args = types.SimpleNamespace(ways="ingredients")
+    assert "sparsegpt, owl" in best.ways_of(args, "0.7") and best.ways_of(args, "0.5") == {}
+    for way, flags in best.ways_of(args, "2:4").items():  # none is refused
+        given = [part for key, value in flags.items() for part in ([f"--{key}"] if value is True else
+                                                                   [f"--{key}", str(value)])]
+        for cfg in best.cli.parse([*given, "--pattern", "2:4", "--no-dense"]):
+            best.run.check_target(cfg)
