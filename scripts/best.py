@@ -131,12 +131,15 @@ def cell(args, name, seed, text, flags):
     wall, cpu = published_seconds(model, calibration, patterns.parse(text))
     yardstick = {"published_seconds": wall, "published_cpu_seconds": cpu}
     for way, own in missing(args, name, seed, text).items():
-        given = [part for key, value in own.items()
-                 for part in ([f"--{key}"] if value is True else [f"--{key}", str(value)])]
-        cfg = cli.parse([*flags, "--pattern", text, "--no-dense", *given])[0]
+        cfg = cli.parse([*flags, "--pattern", text, "--no-dense", *given(own)])[0]
         row = measured(cfg, model, tokenizer, calibration, evaluations)
         store(args.out / f"{name}.json", {"model": name, "seed": seed, "pattern": text, "way": way, "flags": own,
                                           "dense_ppl": dense, **yardstick, **row})
+
+
+def given(own):
+    """A way's flags as words of the command line."""
+    return [part for key, value in own.items() for part in ([f"--{key}"] if value is True else [f"--{key}", str(value)])]
 
 
 def quality(cfg, model, tokenizer, evaluations):

@@ -102,8 +102,5 @@ def test_alps_stands_beside_its_paper():
 def test_allocation_is_measured_where_there_is_something_to_allocate():
     args = types.SimpleNamespace(ways="ingredients")
     assert "sparsegpt, owl" in best.ways_of(args, "0.7") and best.ways_of(args, "0.5") == {}
-    for way, flags in best.ways_of(args, "2:4").items():  # none is refused
-        given = [part for key, value in flags.items() for part in ([f"--{key}"] if value is True else
-                                                                   [f"--{key}", str(value)])]
-        for cfg in best.cli.parse([*given, "--pattern", "2:4", "--no-dense"]):
-            best.run.check_target(cfg)
+    for flags in best.ways_of(args, "2:4").values():  # none is refused
+        best.run.check_target(best.cli.parse([*best.given(flags), "--pattern", "2:4", "--no-dense"])[0])
