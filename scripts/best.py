@@ -139,7 +139,7 @@ def cell(args, name, seed, text, flags):
 
 def given(own):
     """A way's flags as words of the command line."""
-    return [part for key, value in own.items() for part in ([f"--{key}"] if value is True else [f"--{key}", str(value)])]
+    return [word for key, value in own.items() for word in (f"--{key}", str(value)) if word != "True"]
 
 
 def quality(cfg, model, tokenizer, evaluations):
