@@ -252,7 +252,8 @@ def _details(record):
               ("Calibration data", data.get("calibration") or {})]
     blocks += [(f"Evaluation data: {k}", v or {}) for k, v in (data.get("evaluation") or {}).items()]
     facts = "".join(f"<div><h3>{escape(clean(k))}</h3>{_facts(v)}</div>" for k, v in blocks if v)
-    return f'<div class="facts">{facts}</div>{_skipped(record)}{_surplus(record)}{_damage(record)}{_layers(record)}'
+    return (f'<div class="facts">{facts}</div>{_skipped(record)}{_surplus(record)}{_damage(record)}'
+            f'{_sensitivity(record)}{_layers(record)}')
 
 
 def _facts(pairs):
@@ -318,6 +319,17 @@ def _damage(record):
                         for p, place in zip(rows, places, strict=True))
         text += f"<h3>Passages hurt most</h3><ol>{items}</ol>"
     return text
+
+
+def _sensitivity(record):
+    """What was pruned alone, the most harmful first."""
+    if not (ranked := record.get("sensitivity")):
+        return ""
+    body = [[clean(row["name"]), number(row["loss_increase"], 3), number(row.get("relative_error"), 3),
+             _fact(row.get("weights"))] for row in ranked]
+    return "<h3>What must not be touched</h3>" + html_table(
+        ["pruned alone", "loss increase (nats a token)", "relative error", "weights"], body, [True] + [False] * 3,
+        "tall")
 
 
 def _layers(record):

@@ -8,7 +8,7 @@ import test_report
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oneshot import drawing, frontier
+from oneshot import drawing, frontier, page
 
 POINTS = st.dictionaries(st.integers(), st.tuples(st.floats(1, 100), st.floats(1, 100).map(lambda x: [x])), min_size=1)
 
@@ -46,6 +46,14 @@ def test_bytes_picture(tmp_path):
 def sensitivity(values):
     return [{"name": f"model.layers.{b}.{k}", "block": b, "linear": k, "loss_increase": x, "relative_error": 0.1}
             for (k, b), x in values.items()]
+
+
+def test_the_page_ranks_what_must_not_be_touched():
+    text = page.html([test_report.record() | {"sensitivity": [
+        {"name": f"model.layers.{b}.mlp", "block": b, "linear": "mlp", "loss_increase": 0.3 - b / 10,
+         "relative_error": None, "weights": 64} for b in range(3)]}])
+    places = [text.index(f"model.layers.{b}.mlp</td>") for b in range(3)]
+    assert places == sorted(places) and text.count("What must not be touched") == 3  # heading and name of the map, list
 
 
 def test_sensitivity_map():
