@@ -228,8 +228,8 @@ def write_table(folder):
     rows = [row for path in sorted(folder.glob("*.json")) for row in read(path)]
     if not rows:
         raise SystemExit(f"error: --out {folder}: nothing measured yet")
-    found, where = shares(rows), list(dict.fromkeys(described(row["environment"]) for row in rows))
-    lines = ["# What each ingredient gains", "", f"`scripts/best.py` on {'; '.join(where)}. Share of SparseGPT's "
+    found = shares(rows)
+    lines = ["# What each ingredient gains", "", f"`scripts/best.py` on {described(rows)}. Share of SparseGPT's "
              "excess log-perplexity removed, mean ± standard deviation over calibration seeds; in brackets perplexity, "
              "and cost in multiples of SparseGPT done the published way.", ""]
     for model in dict.fromkeys(m for m, _, _ in found):
@@ -297,10 +297,14 @@ def against_sparsegpt(found):
     return lines
 
 
-def described(e):
-    """Where a row was measured, in a few words."""
-    return (f"{e['device']}, {e['threads']} thread{'s' * (e['threads'] > 1)}, torch {e['torch']}, transformers "
-            f"{e['transformers']}, commit {e['commit']}{' (dirty)' if e['dirty'] else ''}")
+def described(rows):
+    """Where and with what the rows were measured, in a few words."""
+    told = {}
+    for e in (row["environment"] for row in rows):
+        machine = (f"{e['device']}, {e['threads']} thread{'s' * (e['threads'] > 1)}, torch {e['torch']}, transformers "
+                   f"{e['transformers']}")
+        told.setdefault(machine, {})[f"{e['commit']}{' (dirty)' if e['dirty'] else ''}"] = None
+    return "; ".join(f"{machine}, commit {', '.join(commits)}" for machine, commits in told.items())
 
 
 def targets(found):
