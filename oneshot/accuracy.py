@@ -34,6 +34,15 @@ def is_task(record, metric):
     return "stderr" in how(record, metric) and "samples" in how(record, metric)
 
 
+def has_tasks(record):
+    return any(is_task(record, metric) for metric in record.get("metrics") or {})
+
+
+def is_member(records, metric):
+    """Whether a task only stands for its part of a group, which is shown instead."""
+    return any(how(r, metric).get("group") for r in records)
+
+
 def right(info):
     """Each document's 0 or 1, in their order; None where that was not kept."""
     if not info.get("correct") or not info.get("samples"):

@@ -341,8 +341,8 @@ def fig_tasks(records):
     The members of a group are left out, and what is no share (a perplexity).
     """
     records = report.ordered(records)
-    found = [c for c in report.columns(records) if report.is_task(records, c) and not any(
-        accuracy.how(r, c.metric).get("group") or (report.value(r, c) or 0) > 1 for r in records)]
+    found = [c for c in report.columns(records) if report.is_task(records, c)
+             and not accuracy.is_member(records, c.metric) and all((report.value(r, c) or 0) <= 1 for r in records)]
     runs = [(r, label) for r, label in zip(records, report.labels(records), strict=True)
             if any(report.value(r, c) is not None for c in found)]
     if not runs:

@@ -192,7 +192,7 @@ def _pictures(records):
             of = f", {names[key]}" * (len(names) > 1)
             add(f"Where the loss increase sits, {clean(pattern)}{of}", _damage_caption(own), figures.fig_damage, own,
                 records)
-        if tested := [r for r in records if any(accuracy.is_task(r, m) for m in r.get("metrics") or {})]:
+        if tested := list(filter(accuracy.has_tasks, records)):
             add("Tasks", "Dense and pruned models answer the same documents: the table above has their differences.",
                 figures.fig_tasks, tested)
         if mapped := [r for r in records if r.get("sensitivity")]:

@@ -21,12 +21,12 @@ def table(records, fmt="terminal"):
 
     A group's members are left out (the csv of tables.table has them). Below it stands what the marks mean.
     """
-    records = [r for r in ordered(records) if any(accuracy.is_task(r, m) for m in r.get("metrics") or {})]
+    records = list(filter(accuracy.has_tasks, ordered(records)))
     models = model_names(records)
     parts, guesses = [], []
     for key, name in models.items():
         own = [r for r in records if identity(r) == key]
-        found = [c for c in columns(own) if is_task(own, c) and not _member(own, c)]
+        found = [c for c in columns(own) if is_task(own, c) and not accuracy.is_member(own, c.metric)]
         head = ["task" if len(models) == 1 else f"{name}: task", "documents", "chance", *labels(own)]
         body = []
         for c in found:
@@ -43,10 +43,6 @@ def table(records, fmt="terminal"):
             f"uniform guess) by more than two standard errors: {sum(guesses)} of {len(guesses)} values. Dense: ± its "
             f"own standard error.")
     return "\n".join([*parts, f'<p class="note">{escape(told)}</p>' if fmt == "html" else told + "\n"])
-
-
-def _member(records, column):
-    return any(accuracy.how(r, column.metric).get("group") for r in records)
 
 
 def _task_cell(records, record, column):

@@ -72,7 +72,7 @@ def draw(records):
         for pattern in dict.fromkeys(report.pattern_of(r) for r in rows if r.get("damage") and report.is_pruned(r)):
             found[f"{text}-damage-{slug(pattern.replace(':', 'of'))}"] = figures.fig_damage(
                 [r for r in rows if r.get("damage") and report.pattern_of(r) == pattern])
-        if tested := [r for r in rows if any(accuracy.is_task(r, m) for m in r["metrics"])]:
+        if tested := list(filter(accuracy.has_tasks, rows)):
             found[f"{text}-tasks"] = figures.fig_tasks(tested)
     return found
 
