@@ -1,8 +1,9 @@
-"""What each ingredient gains over SparseGPT and costs, `--method best` above all: results/best/MODEL.json, best.md.
+"""What each ingredient gains over SparseGPT and costs, `--method best` above all: results/best/MODEL.json, best.md,
+best.svg.
 
     python scripts/best.py --shared ../shared                    # all; continues where it was stopped
     python scripts/best.py --shared ../shared --only stories260k --seeds 0
-    python scripts/best.py --table                               # best.md from the JSON
+    python scripts/best.py --table                               # best.md and best.svg from the JSON
 
     excess   log ppl pruned - log ppl dense, on held-out text
     share    of the excess of SparseGPT (this program's, same calibration) that a way removes
@@ -16,13 +17,12 @@ Every number is for one model, pattern and calibration seed; the table has means
 import argparse
 import copy
 import json
-import math
 import statistics
 import time
 from pathlib import Path
 
+import _best_table
 import published
-import reproduce_alps
 import small_models
 import torch
 from torch import nn
@@ -32,10 +32,6 @@ from transformers.pytorch_utils import Conv1D
 from oneshot import capture, cli, environment, measure, models, patterns, report, run, texts
 
 MODELS = ("stories260k", "craftgpt-5m", "demo-wikitext2")
-PATTERNS = ("0.5", "0.6", "0.7", "2:4", "4:8")
-PUBLISHED = reproduce_alps.PAPER.perplexity["meta-llama/Llama-2-7b-hf"]
-ALPS_PAPER = {p: 1 - PUBLISHED["alps"][p][0] / PUBLISHED["sparsegpt"][p][0] for p in ("2:4", "0.6", "0.7")}
-ASKED = ("0.6", "0.7", "2:4")  # where the targets are set
 MAIN = {"sparsegpt": {"method": "sparsegpt"}, "alps": {"method": "alps"},
         **{f"best-{k}": {"method": "best", "effort": k} for k in (3, 5, 1, 2, 4)}}  # those with a target first
 BATCH = {"craftgpt-5m": "16"}  # its windows are single dialogues of some 30 tokens
@@ -66,17 +62,17 @@ def main(argv=None):
     p.add_argument("--shared", type=Path, default=Path("../shared"), help="folder of models/ and data/")
     p.add_argument("--out", type=Path, default=Path("results/best"))
     p.add_argument("--only", default=",".join(MODELS), help="models, separated by commas")
-    p.add_argument("--patterns", default=",".join(PATTERNS))
+    p.add_argument("--patterns", default=",".join(_best_table.PATTERNS))
     p.add_argument("--seeds", default="0,1,2")
     p.add_argument("--ways", default="main", help="main, ingredients, or names separated by semicolons")
     p.add_argument("--eval-windows", type=int, default=200)
     p.add_argument("--flags", default="", help="more flags for every run, separated by spaces (for a quick look)")
     p.add_argument("--threads", type=int, default=1, help="see cost above")
-    p.add_argument("--table", action="store_true", help="only write the table")
+    p.add_argument("--table", action="store_true", help="only write best.md and its picture")
     args = p.parse_args(argv)
     if not args.table:
         measure_all(args)
-    write_table(args.out)
+    _best_table.write(args.out, ORDER)
 
 
 def measure_all(args):
@@ -111,12 +107,8 @@ def ways_of(args, text):
 
 def missing(args, name, seed, text):
     """The ways without a row yet."""
-    done = {(r["seed"], r["pattern"], r["way"]) for r in read(args.out / f"{name}.json")}
+    done = {(r["seed"], r["pattern"], r["way"]) for r in _best_table.read(args.out / f"{name}.json")}
     return {way: flags for way, flags in ways_of(args, text).items() if (int(seed), text, way) not in done}
-
-
-def read(path):
-    return json.loads(path.read_text())["rows"] if path.is_file() else []
 
 
 def cell(args, name, seed, text, flags):
@@ -200,127 +192,7 @@ def as_linears(model):
 def store(path, row):
     """Add a row to the file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    report.write_text(json.dumps({"rows": [*read(path), row]}, indent=1) + "\n", path)
-
-
-# ------------------------------------------------------------------ the table
-
-def excess(row):
-    return math.log(row["ppl"] / row["dense_ppl"])
-
-
-def shares(rows):
-    """{(model, pattern, way): [(share, cost, ppl)]} over seeds, for the rows whose SparseGPT is there."""
-    base = {(r["model"], r["seed"], r["pattern"]): r for r in rows if r["way"] == "sparsegpt"}
-    found = {}
-    for r in rows:
-        if sparse := base.get((r["model"], r["seed"], r["pattern"])):
-            found.setdefault((r["model"], r["pattern"], r["way"]), []).append(
-                (1 - excess(r) / excess(sparse), r["cpu_seconds"] / r["published_cpu_seconds"], r["ppl"]))
-    return found
-
-
-def spread(values, digits):
-    text = f"{statistics.fmean(values):.{digits}f}"
-    return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
-
-
-def write_table(folder):
-    """best.md beside the models' JSON."""
-    rows = [row for path in sorted(folder.glob("*.json")) for row in read(path)]
-    if not rows:
-        raise SystemExit(f"error: --out {folder}: nothing measured yet")
-    found = shares(rows)
-    lines = ["# What each ingredient gains", "", f"`scripts/best.py` on {described(rows)}. Share of SparseGPT's "
-             "excess log-perplexity removed, mean ± standard deviation over calibration seeds; in brackets perplexity, "
-             "and cost in multiples of SparseGPT done the published way.", ""]
-    for model in dict.fromkeys(m for m, _, _ in found):
-        mine = [r for r in rows if r["model"] == model]
-        columns = [p for p in PATTERNS if any(k[:2] == (model, p) for k in found)]
-        seeds = len({r["seed"] for r in mine})
-        lines += [f"## {model}", "", f"{mine[0]['metric']} @{mine[0]['window']}, {mine[0]['tokens']} tokens, dense "
-                  f"{mine[0]['dense_ppl']:.3f}; up to {seeds} seeds.", "", "| way | " + " | ".join(columns) + " |",
-                  "|---|" + "--:|" * len(columns)]
-        lines.append("| excess of SparseGPT (nats) | " + " | ".join(
-            spread([excess(r) for r in mine if r["way"] == "sparsegpt" and r["pattern"] == p], 3)
-            if (model, p, "sparsegpt") in found else "-" for p in columns) + " |")
-        for way in sorted({w for m, _, w in found if m == model}, key=ORDER.index):
-            cells = []
-            for p in columns:
-                got = found.get((model, p, way))
-                cells.append(f"{spread([s for s, _, _ in got], 2)} ({spread([x for _, _, x in got], 2)}; "
-                             f"{statistics.fmean(c for _, c, _ in got):.1f}x)" if got else "-")
-            lines.append(f"| {way} | " + " | ".join(cells) + " |")
-        lines.append("")
-    lines += ["## Targets", "", *targets(found), *against_sparsegpt(found), ""]
-    for text in ("2:4", "0.7"):
-        lines += error_table(rows, text)
-    report.write_text("\n".join(lines), folder / "best.md")
-
-
-LAYERWISE = ("wanda", "wanda+refit", "wanda+swaps", "wanda+swaps+refit", "sparsegpt", "sparsegpt+refit",
-             "sparsegpt+swaps", "sparsegpt+swaps+refit", "admm", "alps", "alps+swaps")
-
-
-def error_table(rows, text="2:4"):
-    """Relative error of every kind of linear by way, beside SparseGPT's."""
-    lines = ["## Layer errors", "", f"Relative output error at {text}, mean over blocks and seeds, each way on the "
-             "inputs that its own pruned blocks produce; SparseGPT's in full, the others as multiples of it.", ""]
-    for model in dict.fromkeys(r["model"] for r in rows):
-        found = {}
-        for r in rows:
-            if r["model"] == model and r["pattern"] == text and r["way"] in LAYERWISE:
-                for kind, error in r["errors"].items():
-                    found.setdefault(kind, {}).setdefault(r["way"], []).append(error)
-        ways = [w for w in LAYERWISE if any(w in of for of in found.values())]
-        lines += [f"| {model} | " + " | ".join(ways) + " |", "|---|" + "--:|" * len(ways)]
-        for kind, of in found.items():
-            base = statistics.fmean(of["sparsegpt"])
-            times = {w: f"{statistics.fmean(errors) / base:.2f}x" for w, errors in of.items()}
-            times["sparsegpt"] = f"{base:.4f}"
-            lines.append(f"| {kind} | " + " | ".join(times.get(w, "-") for w in ways) + " |")
-        lines.append("")
-    return lines
-
-
-def against_sparsegpt(found):
-    """How much less perplexity ALPS has than SparseGPT, a line a model, beside what its paper says."""
-    lines = []
-    for model in dict.fromkeys(m for m, _, _ in found):
-        less = {}
-        for p in ALPS_PAPER:
-            ours, theirs = (found.get((model, p, way)) for way in ("alps", "sparsegpt"))
-            if ours and theirs:
-                less[p] = 1 - statistics.fmean(x for _, _, x in ours) / statistics.fmean(x for _, _, x in theirs)
-        if less:
-            lines.append(f"- {model}: ALPS has {', '.join(f'{100 * x:.0f} % ({p})' for p, x in less.items())} less "
-                         "perplexity than SparseGPT; in its paper (2406.07831, Llama-2-7B, WikiText-2) "
-                         + ", ".join(f"{100 * x:.0f} % ({p})" for p, x in ALPS_PAPER.items()))
-    return lines
-
-
-def described(rows):
-    """Where and with what the rows were measured, in a few words."""
-    told = {}
-    for e in (row["environment"] for row in rows):
-        machine = (f"{e['device']}, {e['threads']} thread{'s' * (e['threads'] > 1)}, torch {e['torch']}, transformers "
-                   f"{e['transformers']}")
-        told.setdefault(machine, {})[f"{e['commit']}{' (dirty)' if e['dirty'] else ''}"] = None
-    return "; ".join(f"{machine}, commit {', '.join(commits)}" for machine, commits in told.items())
-
-
-def targets(found):
-    """Whether `best` keeps what the project asks of it, a line each."""
-    lines = []
-    for model in ("stories260k", "craftgpt-5m"):
-        for way, least, most in (("best-3", 0.4, 5.0), ("best-5", 0.6, math.inf)):
-            for p in ASKED:
-                if got := found.get((model, p, way)):
-                    share, cost = (statistics.fmean(x[i] for x in got) for i in (0, 1))
-                    kept = "kept" if share >= least and cost <= most else "MISSED"
-                    limit = f" at {most:g}x or less" if most < math.inf else ""
-                    lines.append(f"- {model}, {p}, {way}: {share:.2f} at {cost:.1f}x (asked: {least:g}{limit}): {kept}")
-    return lines or ["Not measured yet."]
+    report.write_text(json.dumps({"rows": [*_best_table.read(path), row]}, indent=1) + "\n", path)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from oneshot import data, page
 from oneshot.patterns import parse
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+import _best_table
 import best
 
 
@@ -55,20 +56,20 @@ def row(way, ppl, seed=0, seconds=1.0):
 def test_share_and_cost():
     """SparseGPT loses 2 nats; a way that loses 1.5 removes a quarter."""
     rows = [row("sparsegpt", math.e**3), row("best-3", math.e**2.5, seconds=8.0), row("alps", math.e**2, seed=1)]
-    found = best.shares(rows)
+    found = _best_table.shares(rows)
     assert found["stories260k", "2:4", "best-3"] == [(pytest.approx(0.25), 4.0, pytest.approx(math.e**2.5))]
     assert ("stories260k", "2:4", "alps") not in found  # its seed has no SparseGPT
 
 
 def test_layer_errors_stand_beside_sparsegpts():
-    text = "\n".join(best.error_table([row("sparsegpt", 9.0), row("alps", 8.0), row("best-3", 7.0)]))
+    text = "\n".join(_best_table.error_table([row("sparsegpt", 9.0), row("alps", 8.0), row("best-3", 7.0)]))
     assert "| o | 0.5000 | 0.40x |" in text and "best-3" not in text
 
 
 @pytest.mark.parametrize("ppl, seconds, verdict", [(math.e**1.5, 8.0, "kept"), (math.e**2.9, 8.0, "MISSED"),
                                                    (math.e**1.5, 12.0, "MISSED")])
 def test_a_missed_target_is_said(ppl, seconds, verdict):
-    told = best.targets(best.shares([row("sparsegpt", math.e**3), row("best-3", ppl, seconds=seconds)]))
+    told = _best_table.targets(_best_table.shares([row("sparsegpt", math.e**3), row("best-3", ppl, seconds=seconds)]))
     assert len(told) == 1 and told[0].endswith(verdict)
 
 
@@ -94,9 +95,9 @@ def test_a_run_from_end_to_end_and_its_continuation(tmp_path, monkeypatch):
 
 def test_alps_stands_beside_its_paper():
     rows = [row("sparsegpt", 40.0), row("alps", 30.0), row("sparsegpt", 60.0, seed=1), row("alps", 50.0, seed=1)]
-    (line,) = best.against_sparsegpt(best.shares(rows))
+    (line,) = _best_table.against_sparsegpt(_best_table.shares(rows))
     assert "20 % (2:4) less" in line and "9 % (2:4), 8 % (0.6), 29 % (0.7)" in line
-    assert best.against_sparsegpt(best.shares(rows[:1])) == []
+    assert _best_table.against_sparsegpt(_best_table.shares(rows[:1])) == []
 
 
 def test_allocation_is_measured_where_there_is_something_to_allocate():
