@@ -7,9 +7,11 @@ tables says so (best-3*).
 EFFORTS = {  # effort: (what it is, the flags); each adds to what the one before it costs
     1: ("SparseGPT's mask with the best values for it", {"method": "sparsegpt+refit"}),
     2: ("ALPS aimed at the dense model", {"method": "alps", "dense_target": 0.5}),
-    3: ("ALPS, then a short distillation", {"method": "alps", "recover": "distil", "distil.steps": 40}),
-    4: ("a longer one", {"method": "alps", "recover": "distil", "distil.steps": 100}),
-    5: ("each block repaired, then a long distillation", {
+    3: ("ALPS, each block repaired, then a distillation, both short", {
+        "method": "alps", "recover": "block,distil", "block.steps": 25, "distil.steps": 25}),
+    4: ("the same, longer", {
+        "method": "alps", "recover": "block,distil", "block.steps": 60, "distil.steps": 60}),
+    5: ("the same, at leisure", {
         "method": "alps", "recover": "block,distil", "block.steps": 100, "distil.steps": 300}),
 }
 NAMES = ("best",)

@@ -40,9 +40,12 @@ def spread(values, digits):
     return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
-def write(folder, order):
-    """best.md and best.svg beside the models' JSON; `order`: the ways as the tables list them."""
-    rows = [row for path in sorted(folder.glob("*.json")) for row in read(path)]
+def write(folder, recipes):
+    """best.md and best.svg beside the models' JSON; recipes: {way: its flags}, as the tables list them.
+
+    Rows measured with other flags, before a preset was changed, are left out.
+    """
+    rows = [r for path in sorted(folder.glob("*.json")) for r in read(path) if r["recipe"] == recipes[r["way"]]]
     if not rows:
         raise SystemExit(f"error: --out {folder}: nothing measured yet")
     found = shares(rows)
@@ -51,7 +54,7 @@ def write(folder, order):
              "cost in multiples of SparseGPT done the published way, and n where it is fewer seeds than the model's.",
              "", "![share of SparseGPT's excess removed against cost](best.svg)", ""]
     for model in dict.fromkeys(m for m, _, _ in found):
-        lines += share_table(rows, found, model, order)
+        lines += share_table(rows, found, model, list(recipes))
     lines += ["## Targets", "", *targets(found), "", "## Beside the papers", "", *against_sparsegpt(found),
               *refined(rows), ""]
     for text in SHOWN:
@@ -169,9 +172,11 @@ def targets(found):
             for p in ASKED:
                 if got := found.get((model, p, way)):
                     share, cost = (statistics.fmean(x[i] for x in got) for i in (0, 1))
+                    seeds = f"{len(got)} seed{'s' * (len(got) > 1)}"
                     kept = "kept" if share >= least and cost <= most else "MISSED"
                     limit = f" at {most:g}x or less" if most < math.inf else ""
-                    lines.append(f"- {model}, {p}, {way}: {share:.2f} at {cost:.1f}x (asked: {least:g}{limit}): {kept}")
+                    lines.append(f"- {model}, {p}, {way}: {share:.2f} at {cost:.1f}x, {seeds} "
+                                 f"(asked: {least:g}{limit}): {kept}")
     return lines or ["Not measured yet."]
 
 

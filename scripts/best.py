@@ -29,7 +29,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from oneshot import capture, cli, environment, measure, models, patterns, report, run, texts
+from oneshot import capture, cli, environment, measure, models, patterns, presets, report, run, texts
 
 MODELS = ("stories260k", "craftgpt-5m", "demo-wikitext2")
 MAIN = {"sparsegpt": {"method": "sparsegpt"}, "alps": {"method": "alps"},
@@ -72,7 +72,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     if not args.table:
         measure_all(args)
-    _best_table.write(args.out, ORDER)
+    _best_table.write(args.out, {way: recipe((MAIN | INGREDIENTS)[way]) for way in ORDER})
 
 
 def measure_all(args):
@@ -106,9 +106,15 @@ def ways_of(args, text):
 
 
 def missing(args, name, seed, text):
-    """The ways without a row yet."""
-    done = {(r["seed"], r["pattern"], r["way"]) for r in _best_table.read(args.out / f"{name}.json")}
-    return {way: flags for way, flags in ways_of(args, text).items() if (int(seed), text, way) not in done}
+    """The ways without a row yet, or whose row is of another recipe (a preset that was changed since)."""
+    done = {r["way"]: r["recipe"] for r in _best_table.read(args.out / f"{name}.json")
+            if (r["seed"], r["pattern"]) == (int(seed), text)}
+    return {way: flags for way, flags in ways_of(args, text).items() if done.get(way) != recipe(flags)}
+
+
+def recipe(own):
+    """A way's flags with a preset written out."""
+    return {k: v for k, v in presets.expand(own["method"], own).items() if k not in ("preset", "effort")}
 
 
 def cell(args, name, seed, text, flags):
@@ -127,8 +133,8 @@ def cell(args, name, seed, text, flags):
     for way, own in missing(args, name, seed, text).items():
         cfg = cli.parse([*flags, "--pattern", text, "--no-dense", *given(own)])[0]
         row = measured(cfg, model, tokenizer, calibration, evaluations)
-        store(args.out / f"{name}.json", {"model": name, "seed": seed, "pattern": text, "way": way, "flags": own,
-                                          "dense_ppl": dense, **yardstick, **row})
+        store(args.out / f"{name}.json", {"model": name, "seed": seed, "pattern": text, "way": way,
+                                          "recipe": recipe(own), "dense_ppl": dense, **yardstick, **row})
 
 
 def given(own):
@@ -190,9 +196,12 @@ def as_linears(model):
 
 
 def store(path, row):
-    """Add a row to the file, whole or not at all."""
+    """Put a row into the file in place of an older one of its kind, whole or not at all."""
+    def same(other):
+        return all(other[k] == row[k] for k in ("seed", "pattern", "way"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    report.write_text(json.dumps({"rows": [*_best_table.read(path), row]}, indent=1) + "\n", path)
+    rows = [r for r in _best_table.read(path) if not same(r)]
+    report.write_text(json.dumps({"rows": [*rows, row]}, indent=1) + "\n", path)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def test_share_and_cost():
 
 
 def test_layer_errors_stand_beside_sparsegpts():
-    text = "\n".join(_best_table.error_table([row("sparsegpt", 9.0), row("alps", 8.0), row("best-3", 7.0)]))
+    text = "\n".join(_best_table.error_table([row("sparsegpt", 9.0), row("alps", 8.0), row("best-3", 7.0)], "2:4"))
     assert "| o | 0.5000 | 0.40x |" in text and "best-3" not in text
 
 
@@ -88,9 +88,19 @@ def test_a_run_from_end_to_end_and_its_continuation(tmp_path, monkeypatch):
         (s, w) for s in (0, 1) for w in ("sparsegpt", "alps, distil")]
     assert out["rows"][1]["recovery"]["distil"]["steps"] == 60 and str(tmp_path) not in json.dumps(out["rows"])
     text = (tmp_path / "best" / "best.md").read_text()
-    assert "| alps, distil |" in text and "up to 2 seeds" in text
-    monkeypatch.setattr(best, "cell", lambda *args: pytest.fail("measured again"))
-    best.main(argv)
+    assert "| alps, distil |" in text and "; 2 seeds" in text
+    assert (tmp_path / "best" / "best.svg").read_text().startswith("<?xml")
+    with monkeypatch.context() as patch:
+        patch.setattr(best, "cell", lambda *args: pytest.fail("measured again"))
+        best.main(argv)
+    monkeypatch.setitem(best.INGREDIENTS, "alps, distil", {"method": "alps", "recover": "distil", "distil.steps": 2})
+    best.main([*argv, "--table"])  # a changed recipe: its old rows are not shown under the name
+    assert "| alps, distil |" not in (tmp_path / "best" / "best.md").read_text()
+    best.main([*argv, "--seeds", "0"])  # and are measured anew
+    rows = _best_table.read(tmp_path / "best" / "tiny.json")
+    assert sorted((r["seed"], r["recipe"].get("distil.steps")) for r in rows if r["way"] == "alps, distil") == [
+        (0, 2), (1, 60)]
+    assert "n=1" in (tmp_path / "best" / "best.md").read_text()
 
 
 def test_alps_stands_beside_its_paper():
@@ -98,6 +108,18 @@ def test_alps_stands_beside_its_paper():
     (line,) = _best_table.against_sparsegpt(_best_table.shares(rows))
     assert "20 % (2:4) less" in line and "9 % (2:4), 8 % (0.6), 29 % (0.7)" in line
     assert _best_table.against_sparsegpt(_best_table.shares(rows[:1])) == []
+
+
+def test_refiners_stand_beside_what_was_said_of_them():
+    rows = [row("wanda", 9.0), row("wanda+swaps", 8.0), row("sparsegpt", 9.0)]
+    rows[0]["errors"], rows[1]["errors"] = {"o": 1.0, "q": 2.0}, {"o": 0.5, "q": 0.4}
+    (line,) = _best_table.refined(rows)
+    assert "stories260k 2:4 50 to 80 %" in line and "up to 60 % less" in line
+
+
+def test_a_preset_is_written_out_in_its_rows():
+    assert best.recipe({"method": "best", "effort": 2}) == {"method": "alps", "dense_target": 0.5}
+    assert best.recipe(best.INGREDIENTS["alps, dense target"]) == {"method": "alps", "dense_target": 0.5}
 
 
 def test_allocation_is_measured_where_there_is_something_to_allocate():
