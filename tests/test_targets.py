@@ -89,9 +89,68 @@ def test_cross_moments_compare_the_same_tokens_of_both_models():
     torch.testing.assert_close(moments["mlp.down_proj"].cross, (d - x).T @ x, rtol=1e-4, atol=1e-3)
 
 
-def test_experts_refuse_a_dense_target():
-    with pytest.raises(ValueError, match=r"--dense-target.*different experts"):
-        prune(families.tiny("mixtral"), dense_target=0.5)
+@pytest.mark.parametrize("name, experts", [("mixtral", 2), ("deepseek_v3", 1), ("qwen2_moe", 2), ("gpt_oss", 2)])
+def test_experts_keep_their_own_target_and_the_rest_aims(name, experts):
+    """`experts`: blocks with them. Nothing dies half-way, one warning names them all, attention is moved."""
+    aimed, plain, done = families.tiny(name), families.tiny(name), []
+    steps = steps_of("sparsegpt")
+    result = loop.prune_model(aimed, tokens(), None, loop.make_plan(aimed, parse("2:4"), steps), steps,
+                              loop.Options(batch_size=4, progress=False, dense_target=0.5),
+                              on_block=lambda b, *_: done.append(b))
+    prune(plain)
+    own = {row["name"] for row in result.layers if row["info"].get("dense_target") == 0.0}
+    fused = {n for n, v in models.all_views(aimed) if v.expert is not None}
+    idle = {n for n in fused if any(n in w and "no calibration token" in w for w in result.warnings)}
+    assert done == [0, 1] and own == fused - idle and len({n.split(".")[2] for n in own}) == experts
+    [warning] = [w for w in result.warnings if w.startswith("dense target 0.5")]
+    assert f"{len(own)} of {len(result.layers)} linears" in warning
+    moved = {n for (n, v), (_, u) in zip(models.all_views(aimed), models.all_views(plain), strict=True)
+             if not torch.equal(v.get(), u.get())}
+    attention = {n for n, _ in models.all_views(aimed) if "attn" in n and n.split(".")[2] == "1"}
+    assert attention and attention <= moved  # block 0's inputs are the dense model's
+
+
+def test_a_dense_target_helps_a_mixture_of_experts():
+    def distance(share):
+        model, dense = families.tiny("mixtral"), families.tiny("mixtral")
+        prune(model, dense_target=share)
+        with torch.no_grad():
+            a, b = (m(tokens(), use_cache=False).logits for m in (model, dense))
+        return float((a - b).square().mean())
+    assert distance(0.5) < distance(0.0)
+
+
+class Routed(torch.nn.Module):
+    """Experts as code from a model's own repository has them: plain linears, each fed the tokens routed to it."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.experts = torch.nn.ModuleList([mlp, copy.deepcopy(mlp)])
+
+    def forward(self, x):
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            rows = (x[..., 0] > 0) == bool(e)
+            out[rows] = expert(x[rows])
+        return out
+
+
+def test_experts_made_of_linears_are_not_compared_either():
+    model = families.tiny("llama")
+    for block in models.blocks(model)[1]:
+        block.mlp = Routed(block.mlp)
+    result = prune(model, dense_target=0.5)
+    own = {row["name"] for row in result.layers if row["info"].get("dense_target") == 0.0}
+    assert own == {n for n, _ in models.all_views(model) if ".experts." in n}
+    assert sum("12 of 20 linears" in w for w in result.warnings) == 1
+
+
+def test_experts_aim_at_nothing_under_a_budget_and_true_sequentially():
+    tight = prune(families.tiny("mixtral"), dense_target=0.5, gram_budget=1)
+    staged = prune(families.tiny("mixtral"), dense_target=0.5, true_sequential=True)
+    for result in (tight, staged):
+        assert len([w for w in result.warnings if w.startswith("dense target")]) == 1
+        assert {row["info"].get("dense_target", 0.5) for row in result.layers if "attn" in row["name"]} == {0.5}
 
 
 def test_methods_that_keep_weights_as_they_are_refuse_it(tmp_path, capsys):
