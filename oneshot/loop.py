@@ -27,9 +27,9 @@ class Options:
 
     gram_budget: bytes of Gram matrices gathered at once. activations, activation_dtype: where and as what hidden states
     wait between blocks (None: on the device, as computed). layer_errors: measure each linear's error on sampled inputs.
-    dense_target: how far each linear that all tokens reach aims at its output in the dense model, 0 to 1. dense_stream: keep the dense
-    model's hidden states beside the pruned one's. stop_on_collapse: end with an error at the first block out of bounds
-    (health.py).
+    dense_target: how far each linear that all tokens reach aims at its output in the dense model, 0 to 1. dense_stream:
+    keep the dense model's hidden states beside the pruned one's. stop_on_collapse: end with an error at the first block
+    out of bounds (health.py).
     """
 
     device: str = "cpu"
@@ -63,10 +63,10 @@ class Result:
     seconds: float = 0.0
 
 
-def make_plan(model, pattern, steps):
+def make_plan(model, pattern, steps, elsewhere=None):
     """{full linear name: Pattern} with `pattern` everywhere, its comparison group the solver's own unless named.
 
-    Raises ValueError naming the first layer whose shape cannot have the pattern.
+    elsewhere: the pattern of the layers whose shape cannot have it; without one, it raises ValueError naming the first.
     """
     plan, (name, block_list) = {}, models.blocks(model)
     pattern = pattern.with_default_group(steps[0][1].group)
@@ -75,9 +75,12 @@ def make_plan(model, pattern, steps):
             full = f"{name}.{b}.{view.name}"
             try:
                 pattern.check(*view.shape)
+                plan[full] = pattern
             except ValueError as error:
-                raise ValueError(f"--pattern {pattern}: {error} ({full}, {view.shape[0]}x{view.shape[1]})") from None
-            plan[full] = pattern
+                if elsewhere is None:
+                    raise ValueError(f"--pattern {pattern}: {error} ({full}, "
+                                     f"{view.shape[0]}x{view.shape[1]})") from None
+                plan[full] = elsewhere
     if not plan:
         raise ValueError("--model: no block of this model holds a linear that can be pruned")
     return plan

@@ -276,13 +276,29 @@ def steps(cfg):
 
 
 def make_plan(cfg, model):
-    """{linear: Pattern}, the same everywhere; empty where nothing is pruned."""
+    """{linear: Pattern}, the same everywhere (`--allocate mix`: dense where it does not fit); empty where nothing is
+    pruned."""
     if not cfg.prunes:
         return {}
     if packed.linears(model):
         raise ValueError(f"--model {cfg.model}: is pruned and packed already; give the dense model, or --method dense "
                          "to measure this one")
-    return loop.make_plan(model, patterns.parse(cfg.pattern, cfg.group), steps(cfg))
+    way, elsewhere = allocate.module(cfg.allocate), None
+    if hasattr(way, "check"):
+        way.check(shapes(model), pattern_of(cfg), cfg.allocation[cfg.allocate])
+        elsewhere = patterns.Dense()
+    return loop.make_plan(model, pattern_of(cfg), steps(cfg), elsewhere)
+
+
+def pattern_of(cfg):
+    """What `--pattern` asks for, its comparison group named."""
+    return patterns.parse(cfg.pattern, cfg.group).with_default_group(steps(cfg)[0][1].group)
+
+
+def shapes(model):
+    """[{linear: its shape}], one dict a block, as the ways to allocate take them."""
+    name, block_list = models.blocks(model)
+    return [{f"{name}.{b}.{v.name}": v.shape for v in models.linears(block)[0]} for b, block in enumerate(block_list)]
 
 
 def allocated(cfg, model, plan, calibration):
@@ -290,15 +306,13 @@ def allocated(cfg, model, plan, calibration):
     way, own = allocate.module(cfg.allocate), cfg.allocation.get(cfg.allocate)
     if not plan or cfg.allocate == "uniform":
         return plan
-    name, block_list = models.blocks(model)
-    pattern, measured = next(iter(plan.values())), {}
+    name, _ = models.blocks(model)
+    pattern, measured = pattern_of(cfg), {}
     if way.needs:
         for b, _, views, moments in loop.survey(model, calibration.ids, calibration.mask, way.needs, options_of(cfg)):
             seen = {f"{name}.{b}.{v.name}": (v.get, moments[v.name]) for v in views if v.name in moments}
             measured |= way.measure(seen, pattern, own)
-    blocks = [{f"{name}.{b}.{v.name}": v.shape for v in models.linears(block)[0]}
-              for b, block in enumerate(block_list)]
-    return way.plan(measured, blocks, pattern, own)
+    return way.plan(measured, shapes(model), pattern, own)
 
 
 def prune_model(cfg, model, plan, calibration, folder=None):

@@ -231,6 +231,28 @@ def test_mix_by_command_stays_within_its_bytes(tmp_path):
     assert found == {"2:4", "dense"}
 
 
+@pytest.mark.parametrize("more", [[], ["--shared-inputs"], ["--sensitivity", "linear"]])
+def test_mix_leaves_dense_what_the_pattern_does_not_fit(tmp_path, more):
+    """Hidden 32, MLP 48: 2:32 fits all but down_proj."""
+    place = tiny.make(tmp_path)
+    argv = tiny.flags(place, "--no-dense", *more, pattern="2:32", allocate="mix", **{"mix.budget": 0.7})
+    assert tiny.main(*argv) == 0
+    [record] = records_of(place)
+    found = {(r["linear"] == "mlp.down_proj", r["pattern"]) for r in record["layers"]}
+    assert {p for down, p in found if down} == {"dense"} and (False, "2:32") in found
+
+
+def test_mix_is_refused_before_any_work(tmp_path, capsys, monkeypatch):
+    place = tiny.make(tmp_path)
+    monkeypatch.setattr(loop, "survey", lambda *args: pytest.fail("surveyed"))
+    argv = tiny.flags(place, "--no-dense", pattern="2:32", allocate="mix")
+    assert tiny.main(*argv, "--mix.also", "8:32") == 2
+    error = capsys.readouterr().err
+    assert "--mix.also 8:32: model.layers.0.mlp.down_proj (32x48) can have none" in error and "add dense" in error
+    assert tiny.main(*argv, "--mix.budget", "0.1") == 2
+    assert "--mix.budget 0.1: the smallest choice of patterns takes" in capsys.readouterr().err
+
+
 def test_survey_sees_the_dense_model():
     model = families.tiny("llama")
     _, block_list = models.blocks(model)

@@ -6,6 +6,8 @@ A way is a module with
     Config      a frozen dataclass: its flags, with `metadata={"help": ...}` each
     measure(linears, pattern, cfg) -> {name: plain values}        only where `needs` is not empty
     plan(measured, blocks, pattern, cfg) -> {name: Pattern}
+    check(blocks, pattern, cfg)     only of a way that gives a linear which cannot have the pattern another one: raises
+                                    ValueError, before anything is computed, when there is no plan
 
     linears     {name: (weight, moments)} of one block of the DENSE model, of all its linears that saw tokens;
                 weight() gives W (R, C): asked for when it is used, so that one float32 copy is held at a time

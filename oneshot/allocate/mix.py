@@ -66,31 +66,44 @@ def measure(linears, pattern, cfg):
     return measured
 
 
-def plan(measured, blocks, pattern, cfg):
-    """One of the candidates for each linear; one that was not measured gets the cheapest.
-
-    Raises ValueError when a shape can have none of them, or when even the cheapest of each exceed the budget.
-    """
-    size, chosen, steps = sizes(blocks), {}, []
-    dense = sum(n * cfg.itemsize for n in size.values())
-    for name, shape in ((name, shape) for block in blocks for name, shape in block.items()):
-        possible = [p for p in candidates(pattern, cfg) if fits(p, shape)]
-        if not possible:
-            raise ValueError(f"--mix.also {cfg.also}: {name} ({shape[0]}x{shape[1]}) can have none of these patterns, "
-                             f"nor {pattern}; add dense")
-        errors = measured.get(name, {})
-        hull = lower_hull([(p.bytes(*shape, cfg.itemsize), size[name] * (errors.get(str(p)) or 0.0), p)
-                           for p in possible])
-        chosen[name] = hull[0]
-        steps += [((a[1] - b[1]) / (b[0] - a[0]), name, a, b) for a, b in pairwise(hull)]
-    spent = sum(choice[0] for choice in chosen.values())
+def check(blocks, pattern, cfg):
+    """Raise ValueError when a shape can have none of the candidates, or the cheapest of each exceed the budget."""
+    spent = sum(min(p.bytes(*shape, cfg.itemsize) for p in possible(name, shape, pattern, cfg))
+                for block in blocks for name, shape in block.items())
+    dense = dense_bytes(blocks, cfg)
     if spent > cfg.budget * dense:
         raise ValueError(f"--mix.budget {cfg.budget}: the smallest choice of patterns takes {spent / dense:.4f} of the "
                          "dense bytes; raise the budget or add a sparser pattern to --mix.also")
+
+
+def plan(measured, blocks, pattern, cfg):
+    """One of the candidates for each linear; one that was not measured gets the cheapest. Raises as `check` does."""
+    check(blocks, pattern, cfg)
+    size, chosen, steps, limit = sizes(blocks), {}, [], cfg.budget * dense_bytes(blocks, cfg)
+    for name, shape in ((name, shape) for block in blocks for name, shape in block.items()):
+        errors = measured.get(name, {})
+        hull = lower_hull([(p.bytes(*shape, cfg.itemsize), size[name] * (errors.get(str(p)) or 0.0), p)
+                           for p in possible(name, shape, pattern, cfg)])
+        chosen[name] = hull[0]
+        steps += [((a[1] - b[1]) / (b[0] - a[0]), name, a, b) for a, b in pairwise(hull)]
+    spent = sum(choice[0] for choice in chosen.values())
     for _, name, a, b in sorted(steps, key=lambda step: -step[0]):
-        if chosen[name] is a and spent + b[0] - a[0] <= cfg.budget * dense:
+        if chosen[name] is a and spent + b[0] - a[0] <= limit:
             chosen[name], spent = b, spent + b[0] - a[0]
     return {name: choice[2] for name, choice in chosen.items()}
+
+
+def possible(name, shape, pattern, cfg):
+    """The candidates that a linear of this shape can have. Raises ValueError when there is none."""
+    found = [p for p in candidates(pattern, cfg) if fits(p, shape)]
+    if not found:
+        raise ValueError(f"--mix.also {cfg.also}: {name} ({shape[0]}x{shape[1]}) can have none of these patterns, "
+                         f"nor {pattern}; add dense")
+    return found
+
+
+def dense_bytes(blocks, cfg):
+    return sum(n * cfg.itemsize for n in sizes(blocks).values())
 
 
 def lower_hull(points):
