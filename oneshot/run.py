@@ -285,7 +285,7 @@ def make_plan(cfg, model):
                          "to measure this one")
     way, elsewhere = allocate.module(cfg.allocate), None
     if hasattr(way, "check"):
-        way.check(shapes(model), pattern_of(cfg), cfg.allocation[cfg.allocate])
+        way.check(blocks_of(model), pattern_of(cfg), cfg.allocation[cfg.allocate])
         elsewhere = patterns.Dense()
     return loop.make_plan(model, pattern_of(cfg), steps(cfg), elsewhere)
 
@@ -295,10 +295,11 @@ def pattern_of(cfg):
     return patterns.parse(cfg.pattern, cfg.group).with_default_group(steps(cfg)[0][1].group)
 
 
-def shapes(model):
-    """[{linear: its shape}], one dict a block, as the ways to allocate take them."""
+def blocks_of(model):
+    """[{linear: its shape and itemsize}], one dict a block, as the ways to allocate take them."""
     name, block_list = models.blocks(model)
-    return [{f"{name}.{b}.{v.name}": v.shape for v in models.linears(block)[0]} for b, block in enumerate(block_list)]
+    return [{f"{name}.{b}.{v.name}": allocate.Linear(*v.shape, v.stored.itemsize) for v in models.linears(block)[0]}
+            for b, block in enumerate(block_list)]
 
 
 def allocated(cfg, model, plan, calibration):
@@ -312,7 +313,7 @@ def allocated(cfg, model, plan, calibration):
         for b, _, views, moments in loop.survey(model, calibration.ids, calibration.mask, way.needs, options_of(cfg)):
             seen = {f"{name}.{b}.{v.name}": (v.get, moments[v.name]) for v in views if v.name in moments}
             measured |= way.measure(seen, pattern, own)
-    return way.plan(measured, shapes(model), pattern, own)
+    return way.plan(measured, blocks_of(model), pattern, own)
 
 
 def prune_model(cfg, model, plan, calibration, folder=None):

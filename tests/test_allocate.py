@@ -25,8 +25,9 @@ SHAPE = st.tuples(st.integers(1, 40), st.integers(1, 60))
 
 
 def model(*shapes_of_blocks):
-    """blocks [{name: (R, C)}] from lists of shapes."""
-    return [{f"layers.{b}.{i}": shape for i, shape in enumerate(shapes)} for b, shapes in enumerate(shapes_of_blocks)]
+    """blocks [{name: Linear}] from lists of shapes, of weights of two bytes."""
+    return [{f"layers.{b}.{i}": allocate.Linear(*shape, 2) for i, shape in enumerate(shapes)}
+            for b, shapes in enumerate(shapes_of_blocks)]
 
 
 def same_blocks(n, shapes=((20, 30), (10, 50))):
@@ -34,7 +35,7 @@ def same_blocks(n, shapes=((20, 30), (10, 50))):
 
 
 def flat(blocks):
-    return {name: shape for block in blocks for name, shape in block.items()}
+    return {name: linear.shape for block in blocks for name, linear in block.items()}
 
 
 def zeros(plan, blocks):
@@ -99,8 +100,8 @@ def test_measured_on_a_model(name, pattern):
     for b, block in enumerate(blocks):
         if module.needs:
             linears = {}
-            for i, (full, shape) in enumerate(block.items()):
-                W, X = (t.float() for t in layer(*shape, 90, seed=10 * b + i))
+            for i, (full, linear) in enumerate(block.items()):
+                W, X = (t.float() for t in layer(*linear.shape, 90, seed=10 * b + i))
                 if i != 1:
                     linears[full] = (lambda W=W: W, moments_of(X, module.needs))
             measured |= module.measure(linears, pattern, cfg)
@@ -122,7 +123,7 @@ def test_an_n_of_m_leaves_nothing_to_allocate(name, pattern):
 @pytest.mark.parametrize("name, flags", [
     ("arithmetic", {"slope": 1.0}), ("owl", {"spread": -0.1}), ("owl", {"outlier": 0.0}), ("error", {"spread": 2.0}),
     ("error", {"points": 2}), ("error", {"early": 0.0}), ("mix", {"budget": 0.0}), ("mix", {"also": "0.5"}),
-    ("mix", {"also": "dense,nope"}), ("mix", {"itemsize": 0})])
+    ("mix", {"also": "dense,nope"})])
 def test_flags_are_checked(name, flags):
     with pytest.raises(ValueError, match=f"--{name}.{next(iter(flags))}"):
         way(name, **flags)
@@ -327,12 +328,12 @@ def mixed(blocks, errors, **flags):
     return module.plan(measured, blocks, NM(2, 4), cfg)
 
 
-def spent(plan, blocks, itemsize=2):
-    return sum(plan[n].bytes(*shape, itemsize) for n, shape in flat(blocks).items())
+def spent(plan, blocks):
+    return sum(plan[n].bytes(*linear.shape, linear.itemsize) for block in blocks for n, linear in block.items())
 
 
-def dense_bytes(blocks, itemsize=2):
-    return sum(R * C * itemsize for R, C in flat(blocks).values())
+def dense_bytes(blocks):
+    return sum(linear.R * linear.C * linear.itemsize for block in blocks for linear in block.values())
 
 
 def test_mix_leaves_the_most_sensitive_dense():
@@ -385,6 +386,17 @@ def test_mix_on_a_model():
     assert measured["layers.1.0"] == {"dense": 0.0}
     plan = module.plan(measured, blocks, NM(2, 4), cfg)
     assert isinstance(plan["layers.1.0"], Dense) and spent(plan, blocks) <= 0.8 * dense_bytes(blocks)
+
+
+def test_mix_counts_each_linear_in_its_own_dtype():
+    """2:4 keeps 0.5625 of 16 bits a weight, 0.53125 of 32; a linear of four bytes weighs twice one of two."""
+    blocks = [{"a": allocate.Linear(16, 64, 4), "b": allocate.Linear(16, 64, 2)}]
+    errors = [(0.3, 0.0), (0.2, 0.0)]
+    assert [str(p) for p in mixed(blocks, errors, budget=0.7).values()] == ["2:4", "dense"]
+    limit = (0.53125 * 2 + 0.5625) / 3
+    assert [str(p) for p in mixed(blocks, errors, budget=limit + 1e-6).values()] == ["2:4", "2:4"]
+    with pytest.raises(ValueError, match=r"--mix.budget 0.54: the smallest choice of patterns takes 0.5417"):
+        mixed(blocks, errors, budget=0.54)
 
 
 def test_mix_refuses_what_cannot_be():

@@ -231,6 +231,16 @@ def test_mix_by_command_stays_within_its_bytes(tmp_path):
     assert found == {"2:4", "dense"}
 
 
+@pytest.mark.parametrize("dtype, budget", [("float32", 0.54), ("bfloat16", 0.57)])
+def test_mix_and_the_record_count_the_same_bytes(tmp_path, dtype, budget):
+    """A budget just above 2:4 everywhere: 0.53125 of the dense bytes at 32 bits a weight, 0.5625 at 16."""
+    place = tiny.make(tmp_path)
+    argv = tiny.flags(place, "--no-dense", "--dtype", dtype, allocate="mix")
+    assert tiny.main(*argv, "--mix.budget", budget) == 0
+    [record] = records_of(place)
+    assert budget - 0.02 < record["bytes"]["stored"] / record["bytes"]["dense"] <= budget
+
+
 @pytest.mark.parametrize("more", [[], ["--shared-inputs"], ["--sensitivity", "linear"]])
 def test_mix_leaves_dense_what_the_pattern_does_not_fit(tmp_path, more):
     """Hidden 32, MLP 48: 2:32 fits all but down_proj."""

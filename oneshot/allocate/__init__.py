@@ -12,7 +12,7 @@ A way is a module with
     linears     {name: (weight, moments)} of one block of the DENSE model, of all its linears that saw tokens;
                 weight() gives W (R, C): asked for when it is used, so that one float32 copy is held at a time
     measured    the values of all blocks; a linear that saw no token is missing and gets what its neighbours get
-    blocks      [{name: (R, C)}], the model's linears in its order
+    blocks      [{name: Linear}], the model's linears in its order
     pattern     what `--pattern` asks for, its comparison group named
 
 Law of all but `mix`: as many zeros as with the pattern everywhere, within one weight a row. Where equal measurements
@@ -22,10 +22,23 @@ mean equal needs (owl; error with `early` 1), they give the pattern everywhere. 
 import importlib
 import pkgutil
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
 from ..patterns import Unstructured, count
+
+
+class Linear(NamedTuple):
+    """Of one linear: outputs, inputs, bytes of a stored weight."""
+
+    R: int
+    C: int
+    itemsize: int
+
+    @property
+    def shape(self):
+        return self.R, self.C
 
 
 def names():
@@ -42,7 +55,7 @@ def module(name):
 
 def sizes(blocks):
     """{name: number of weights}."""
-    return {name: R * C for block in blocks for name, (R, C) in block.items()}
+    return {name: linear.R * linear.C for block in blocks for name, linear in block.items()}
 
 
 def meet(wanted, blocks, pattern, lowest=0.0, highest=1.0):
@@ -61,7 +74,7 @@ def meet(wanted, blocks, pattern, lowest=0.0, highest=1.0):
     size = sizes(blocks)
     exact = shifted(np.array([wanted[name] for name in size], dtype=float), np.array(list(size.values()), dtype=float),
                     pattern.sparsity, lowest, highest)
-    shapes = {name: shape for block in blocks for name, shape in block.items()}
+    shapes = {name: linear.shape for block in blocks for name, linear in block.items()}
     group = {name: group_size(pattern, *shape) for name, shape in shapes.items()}
     places = {name: s * group[name] for name, s in zip(size, exact, strict=True)}  # zeros of a group, not yet whole
     bounds = {name: (whole(lowest * n), min(whole(highest * n), n - 1)) for name, n in group.items()}
