@@ -399,5 +399,15 @@ def test_nothing_goes_before_or_behind_a_preset(method):
 def test_a_changed_preset_has_a_star():
     assert presets.expand("best", {})["preset"] == "best-3"
     assert presets.expand("best", {"nsamples": 4, "effort": 2})["preset"] == "best-2"
-    for given in ({"recover": "block"}, {"distil.steps": 3}, {"dense_target": 0.1}):
-        assert presets.expand("best", given)["preset"] == "best-3*"
+    for given in ({"recover": "block"}, {"distil.steps": 3}, {"dense_target": 0.1}, {"alps.rho": 0.3},
+                  {"alps.refit_steps": 0}, {"distil.lr": 0.1}, {"allocate": "owl", "owl.spread": 0.1},
+                  {"recover": "block", "block.lr": 0.1}, {"shared_inputs": True}):
+        assert presets.expand("best", given)["preset"] == "best-3*", given
+
+
+def test_a_flag_for_another_methods_part_is_no_star():
+    from oneshot import cli
+    runs = cli.parse(["--method", "best,sparsegpt", "--pattern", "2:4", "--sparsegpt.damping", "0.1", "--no-dense"])
+    assert [r.preset for r in runs] == ["best-3", None]
+    runs = cli.parse(["--method", "best", "--effort", "1", "--pattern", "2:4", "--sparsegpt.damping", "0.1"])
+    assert runs[0].preset == "best-1*"
