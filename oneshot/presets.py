@@ -15,7 +15,8 @@ EFFORTS = {  # effort: (what it is, the flags); each adds to what the one before
         "method": "alps", "recover": "block,distil", "block.steps": 100, "distil.steps": 300}),
 }
 NAMES = ("best",)
-QUALITY = {"recover", "dense_target", "allocate", "true_sequential", "group", "shared_inputs"}  # beside it: they change it
+QUALITY = {  # given beside a preset, they change it
+    "recover", "dense_target", "allocate", "true_sequential", "group", "shared_inputs"}
 
 
 def expand(method, given):
