@@ -180,7 +180,8 @@ def prune_shared(model, ids, mask, targets, options=Options()):
     """Solve many targets from the DENSE model's inputs: [(Result, {full linear name: new weight}), ...]; the model is
     left as it was.
 
-    One pass over the data and one factorisation of each Gram matrix serve all. targets: [(plan, steps), ...]. The new
+    One pass over the data serves all targets, and so does what solvers compute of a Gram matrix and keep with its
+    Moments (SparseGPT: one factorisation; ALPS factors anew at each step). targets: [(plan, steps), ...]. The new
     weights are kept in the stored dtype on the CPU: so many copies of the model's linears.
     """
     name, block_list = models.blocks(model)

