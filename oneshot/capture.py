@@ -220,26 +220,28 @@ def collect(block, stream, b, views, needs, *, budget=None, one_stage=False, den
     `one_stage` all that is fed later than the first linear, is deferred: call again with it. Views whose Moments are
     missing and which are not deferred saw no token (an idle expert).
 
-    dense: (the block as it was, the dense model's stream), for Moments that compare the two.
+    dense: (the block as it was, the dense model's stream), for Moments that compare the two. A linear that only some
+    tokens reach (an expert) has none of `cross`: other tokens reach it in the dense model.
     """
     collector = _Collector(views, needs, stream, budget, one_stage)
     first = None
     with collector.watching():
         for i in range(len(stream)):
-            collector.start(stream.rows[i], inputs_of(views, *dense, b, i) if dense else None)
+            collector.start(stream.rows[i], stream.inputs[i]["input_ids"].numel(),
+                            inputs_of(views, *dense, b, i) if dense else None)
             out = forward(block, stream, b, i)
             first = out if first is None else first
     return collector.moments, [v for v in views if v.name in collector.deferred], first
 
 
 def inputs_of(views, block, stream, b, i):
-    """{view name: its linear's input} as batch i passes through `block`, a copy of the one that `views` look at."""
-    if any(v.expert is not None for v in views):
-        raise ValueError("--dense-target: the dense and the pruned model send tokens to different experts, so their "
-                         "inputs cannot be compared; leave it at 0 for this model")
+    """{view name: its linear's input} as batch i passes through `block`, a copy of the one that `views` look at.
+
+    Without fused experts, and without linears that the block does not call on this batch.
+    """
     modules, seen = dict(block.named_modules()), {}
     handles = [modules[v.name].register_forward_pre_hook(lambda _, args, name=v.name: seen.update({name: args[0]}))
-               for v in views]
+               for v in views if v.expert is None]
     try:
         forward(block, stream, b, i)
     finally:
@@ -277,11 +279,12 @@ class _Collector:
                 handle.remove()
             for owner in owners.values():
                 del owner.observe
-            self.start(None)
+            self.start(None, 0)
 
-    def start(self, rows, dense=None):
-        """A new batch begins; `rows` marks its real tokens. dense: the linears' inputs in the dense model, by name."""
-        self.rows, self.fed, self.dense = rows, {}, dense
+    def start(self, rows, tokens, dense=None):
+        """A new batch begins: `rows` marks its real tokens among `tokens`. dense: the linears' inputs in the dense
+        model, by name."""
+        self.rows, self.tokens, self.fed, self.dense = rows, tokens, {}, dense
 
     def see(self, view, x, index=None):
         """The linear of `view` is about to be fed x (..., C); `index`: which of the batch's tokens x holds."""
@@ -299,20 +302,29 @@ class _Collector:
         if view.name not in self.moments and not self.admit(view, x.shape[-1]):
             self.deferred.add(view.name)
         if view.name not in self.deferred:
-            other = self.real(view, self.dense[view.name], index) if self.dense else None
-            self.moments[view.name].update(self.real(view, x, index), other)
+            moments = self.moments[view.name]
+            if moments.cross is not None and not self.comparable(view, x):
+                moments.cross = None
+            other = self.real(view, self.dense[view.name], index) if moments.cross is not None else None
+            moments.update(self.real(view, x, index), other)
+
+    def comparable(self, view, x):
+        """Whether x (..., C) holds every token of the batch, as the linear's input in the dense model does."""
+        dense = self.dense.get(view.name)
+        return dense is not None and dense.shape == x.shape and x.shape[:-1].numel() >= self.tokens
 
     def admit(self, view, C):
         """Begin Moments for a view if the budget and the stage allow."""
         if view.name in self.deferred:
             return False
-        cost = 4 * C * C * len(self.needs & {"outer", "cross"})
+        needs = self.needs if view.expert is None else self.needs - {"cross"}
+        cost = 4 * C * C * len(needs & {"outer", "cross"})
         self.stage = self.stage or view.kind
         if (self.one_stage and view.kind != self.stage) or \
                 (self.budget is not None and self.spent and self.spent + cost > self.budget):
             return False
         self.spent += cost
-        self.moments[view.name] = Moments(C, self.needs, self.device)
+        self.moments[view.name] = Moments(C, needs, self.device)
         return True
 
     def real(self, view, x, index):

@@ -27,9 +27,9 @@ class Options:
 
     gram_budget: bytes of Gram matrices gathered at once. activations, activation_dtype: where and as what hidden states
     wait between blocks (None: on the device, as computed). layer_errors: measure each linear's error on sampled inputs.
-    dense_target: how far each linear aims at its output in the dense model, 0 to 1. dense_stream: keep the dense
-    model's hidden states beside the pruned one's. stop_on_collapse: end with an error at the first block out of bounds
-    (health.py).
+    dense_target: how far each linear that all tokens reach aims at its output in the dense model, 0 to 1. dense_stream:
+    keep the dense model's hidden states beside the pruned one's. stop_on_collapse: end with an error at the first block
+    out of bounds (health.py).
     """
 
     device: str = "cpu"
@@ -63,10 +63,10 @@ class Result:
     seconds: float = 0.0
 
 
-def make_plan(model, pattern, steps):
+def make_plan(model, pattern, steps, elsewhere=None):
     """{full linear name: Pattern} with `pattern` everywhere, its comparison group the solver's own unless named.
 
-    Raises ValueError naming the first layer whose shape cannot have the pattern.
+    elsewhere: the pattern of the layers whose shape cannot have it; without one, it raises ValueError naming the first.
     """
     plan, (name, block_list) = {}, models.blocks(model)
     pattern = pattern.with_default_group(steps[0][1].group)
@@ -75,9 +75,12 @@ def make_plan(model, pattern, steps):
             full = f"{name}.{b}.{view.name}"
             try:
                 pattern.check(*view.shape)
+                plan[full] = pattern
             except ValueError as error:
-                raise ValueError(f"--pattern {pattern}: {error} ({full}, {view.shape[0]}x{view.shape[1]})") from None
-            plan[full] = pattern
+                if elsewhere is None:
+                    raise ValueError(f"--pattern {pattern}: {error} ({full}, "
+                                     f"{view.shape[0]}x{view.shape[1]})") from None
+                plan[full] = elsewhere
     if not plan:
         raise ValueError("--model: no block of this model holds a linear that can be pruned")
     return plan
@@ -133,7 +136,17 @@ def prune_model(model, ids, mask, plan, steps, options=Options(), *, finished=()
             if options.stop_on_collapse and (found := health.collapses(rows["block"])):
                 raise ValueError(f"--stop-on-collapse: {name}.{b}: {'; '.join(found)}")
     result.dense = dense
+    result.warnings += not_aimed(result.layers, options.dense_target)
     return result
+
+
+def not_aimed(layers, dense_target):
+    """One warning for all linears that could not aim at the dense model; from their rows, so a killed run has it too.
+    """
+    names = [row["name"] for row in layers if row["info"].get("dense_target") == 0.0]
+    return [f"dense target {dense_target:g}: {len(names)} of {len(layers)} linears ({names[0]} and others like it) aim "
+            "at their own dense output instead: only some tokens reach an expert, in the dense model others than here"
+            ] if names else []
 
 
 @torch.no_grad()
@@ -167,7 +180,8 @@ def prune_shared(model, ids, mask, targets, options=Options()):
     """Solve many targets from the DENSE model's inputs: [(Result, {full linear name: new weight}), ...]; the model is
     left as it was.
 
-    One pass over the data and one factorisation of each Gram matrix serve all. targets: [(plan, steps), ...]. The new
+    One pass over the data serves all targets, and so does what solvers compute of a Gram matrix and keep with its
+    Moments (SparseGPT: one factorisation; ALPS factors anew at each step). targets: [(plan, steps), ...]. The new
     weights are kept in the stored dtype on the CPU: so many copies of the model's linears.
     """
     name, block_list = models.blocks(model)
@@ -278,11 +292,13 @@ def solve(view, moments, name, plan, steps, rows, dense_target=0.0):
     if isinstance(pattern, Dense):
         chain, note = [(magnitude, magnitude.Config())], None
     try:
-        aimed = dense_target and chain is steps
+        aiming = dense_target and chain is steps and moments is not None
+        aimed = aiming and moments.cross is not None
         target, notes = towards_dense(W, moments, dense_target) if aimed else (W, [])
         solution = solvers.solve(target, moments, pattern, chain)
     except NumericalError as error:
         raise ValueError(f"{name}: {error}") from None
+    solution.info |= {"dense_target": 0.0} if aiming and not aimed else {}
     notes += solution.info.pop("warnings", []) + ([note] if note else [])
     error = moments.relative_error(W, solution.W_hat) if moments else None
     spent = time.perf_counter() - began

@@ -4,6 +4,8 @@ A preset is nothing but flags; whatever is given beside it on the command line w
 tables says so (best-3*).
 """
 
+from .config import listed
+
 EFFORTS = {  # effort: (what it is, the flags); each adds to what the one before it costs
     1: ("SparseGPT's mask with the best values for it", {"method": "sparsegpt+refit"}),
     2: ("ALPS aimed at the dense model", {"method": "alps", "dense_target": 0.5}),
@@ -15,7 +17,8 @@ EFFORTS = {  # effort: (what it is, the flags); each adds to what the one before
         "method": "alps", "recover": "block,distil", "block.steps": 100, "distil.steps": 300}),
 }
 NAMES = ("best",)
-QUALITY = {"recover", "dense_target", "allocate", "true_sequential", "group"}  # given beside a preset, they change it
+QUALITY = {  # given beside a preset, they change it
+    "recover", "dense_target", "allocate", "true_sequential", "group", "shared_inputs"}
 
 
 def expand(method, given):
@@ -32,8 +35,11 @@ def expand(method, given):
     if effort not in EFFORTS:
         raise ValueError(f"--effort {effort}: give 1 to {max(EFFORTS)}")
     flags = EFFORTS[effort][1]
-    changed = "*" if set(given) & (QUALITY | set(flags)) - {"method"} else ""
-    return {**flags, **given, "method": flags["method"], "preset": f"{method}-{effort}{changed}"}
+    asked = {**flags, **given, "method": flags["method"]}
+    parts = {*asked["method"].split("+"), *listed(asked.get("recover", "none")), asked.get("allocate")}
+    own = {name for name in given if "." in name and name.partition(".")[0] in parts}
+    changed = "*" if own or set(given) & (QUALITY | set(flags)) - {"method"} else ""
+    return asked | {"preset": f"{method}-{effort}{changed}"}
 
 
 def explain():

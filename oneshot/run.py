@@ -160,13 +160,16 @@ def load(cfg):
 
 
 def solve_shared(configs):
-    """{place of the run: (Result, weights)} for the runs with `--shared-inputs`, solved in one pass over the data."""
+    """{place of the run: (Result, weights)} for the runs with `--shared-inputs`, solved in one pass over the data.
+
+    An allocation that looks at data takes one more, for all runs.
+    """
     runs = {i: cfg for i, cfg in enumerate(configs) if cfg.prunes and cfg.shared_inputs}
     cfg, began = next(iter(runs.values())), time.perf_counter()
     model, tokenizer = load(cfg)
     check_model(model)
     calibration = calibrate(next((c for c in runs.values() if needs_data(c)), cfg), model, tokenizer)
-    plans = [allocated(c, model, make_plan(c, model), calibration) for c in runs.values()]
+    plans = allocated(list(runs.values()), model, [make_plan(c, model) for c in runs.values()], calibration)
     ids, mask = (calibration.ids, calibration.mask) if calibration else (None, None)
     solved = loop.prune_shared(model, ids, mask, [(p, steps(c)) for p, c in zip(plans, runs.values(), strict=True)],
                                options_of(cfg))
@@ -219,7 +222,7 @@ def work(cfg, model, tokenizer, plan, calibration, evaluations, folder=None, sol
     if solved:
         loop.write(model, weights)
     else:
-        plan = allocated(cfg, model, plan, calibration)
+        [plan] = allocated([cfg], model, [plan], calibration)
         result = prune_model(cfg, model, plan, calibration, folder)
         prove(model, plan, result.layers)
     pruned = time.perf_counter()
@@ -276,29 +279,47 @@ def steps(cfg):
 
 
 def make_plan(cfg, model):
-    """{linear: Pattern}, the same everywhere; empty where nothing is pruned."""
+    """{linear: Pattern}, the same everywhere (`--allocate mix`: dense where it does not fit); empty where nothing is
+    pruned."""
     if not cfg.prunes:
         return {}
     if packed.linears(model):
         raise ValueError(f"--model {cfg.model}: is pruned and packed already; give the dense model, or --method dense "
                          "to measure this one")
-    return loop.make_plan(model, patterns.parse(cfg.pattern, cfg.group), steps(cfg))
+    way, elsewhere = allocate.module(cfg.allocate), None
+    if hasattr(way, "check"):
+        way.check(blocks_of(model), pattern_of(cfg), cfg.allocation[cfg.allocate])
+        elsewhere = patterns.Dense()
+    return loop.make_plan(model, pattern_of(cfg), steps(cfg), elsewhere)
 
 
-def allocated(cfg, model, plan, calibration):
-    """The plan with its zeros spread over the linears as `--allocate` says."""
-    way, own = allocate.module(cfg.allocate), cfg.allocation.get(cfg.allocate)
-    if not plan or cfg.allocate == "uniform":
-        return plan
+def pattern_of(cfg):
+    """What `--pattern` asks for, its comparison group named."""
+    return patterns.parse(cfg.pattern, cfg.group).with_default_group(steps(cfg)[0][1].group)
+
+
+def blocks_of(model):
+    """[{linear: its shape and itemsize}], one dict a block, as the ways to allocate take them."""
     name, block_list = models.blocks(model)
-    pattern, measured = next(iter(plan.values())), {}
+    return [{f"{name}.{b}.{v.name}": allocate.Linear(*v.shape, v.stored.itemsize) for v in models.linears(block)[0]}
+            for b, block in enumerate(block_list)]
+
+
+def allocated(configs, model, plans, calibration):
+    """The runs' plans with their zeros spread over the linears as `--allocate` says; one survey serves all runs."""
+    cfg = configs[0]  # the runs of a command differ in method and pattern
+    way, own = allocate.module(cfg.allocate), cfg.allocation.get(cfg.allocate)
+    if not plans[0] or cfg.allocate == "uniform":
+        return plans
+    name, _ = models.blocks(model)
+    measured = {pattern_of(c): {} for c in configs}
     if way.needs:
         for b, _, views, moments in loop.survey(model, calibration.ids, calibration.mask, way.needs, options_of(cfg)):
             seen = {f"{name}.{b}.{v.name}": (v.get, moments[v.name]) for v in views if v.name in moments}
-            measured |= way.measure(seen, pattern, own)
-    blocks = [{f"{name}.{b}.{v.name}": v.shape for v in models.linears(block)[0]}
-              for b, block in enumerate(block_list)]
-    return way.plan(measured, blocks, pattern, own)
+            for pattern, values in measured.items():
+                values |= way.measure(seen, pattern, own)
+    blocks = blocks_of(model)
+    return [way.plan(measured[pattern_of(c)], blocks, pattern_of(c), own) for c in configs]
 
 
 def prune_model(cfg, model, plan, calibration, folder=None):

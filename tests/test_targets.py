@@ -89,9 +89,68 @@ def test_cross_moments_compare_the_same_tokens_of_both_models():
     torch.testing.assert_close(moments["mlp.down_proj"].cross, (d - x).T @ x, rtol=1e-4, atol=1e-3)
 
 
-def test_experts_refuse_a_dense_target():
-    with pytest.raises(ValueError, match=r"--dense-target.*different experts"):
-        prune(families.tiny("mixtral"), dense_target=0.5)
+@pytest.mark.parametrize("name, experts", [("mixtral", 2), ("deepseek_v3", 1), ("qwen2_moe", 2), ("gpt_oss", 2)])
+def test_experts_keep_their_own_target_and_the_rest_aims(name, experts):
+    """`experts`: blocks with them. Nothing dies half-way, one warning names them all, attention is moved."""
+    aimed, plain, done = families.tiny(name), families.tiny(name), []
+    steps = steps_of("sparsegpt")
+    result = loop.prune_model(aimed, tokens(), None, loop.make_plan(aimed, parse("2:4"), steps), steps,
+                              loop.Options(batch_size=4, progress=False, dense_target=0.5),
+                              on_block=lambda b, *_: done.append(b))
+    prune(plain)
+    own = {row["name"] for row in result.layers if row["info"].get("dense_target") == 0.0}
+    fused = {n for n, v in models.all_views(aimed) if v.expert is not None}
+    idle = {n for n in fused if any(n in w and "no calibration token" in w for w in result.warnings)}
+    assert done == [0, 1] and own == fused - idle and len({n.split(".")[2] for n in own}) == experts
+    [warning] = [w for w in result.warnings if w.startswith("dense target 0.5")]
+    assert f"{len(own)} of {len(result.layers)} linears" in warning
+    moved = {n for (n, v), (_, u) in zip(models.all_views(aimed), models.all_views(plain), strict=True)
+             if not torch.equal(v.get(), u.get())}
+    attention = {n for n, _ in models.all_views(aimed) if "attn" in n and n.split(".")[2] == "1"}
+    assert attention and attention <= moved  # block 0's inputs are the dense model's
+
+
+def test_a_dense_target_helps_a_mixture_of_experts():
+    def distance(share):
+        model, dense = families.tiny("mixtral"), families.tiny("mixtral")
+        prune(model, dense_target=share)
+        with torch.no_grad():
+            a, b = (m(tokens(), use_cache=False).logits for m in (model, dense))
+        return float((a - b).square().mean())
+    assert distance(0.5) < distance(0.0)
+
+
+class Routed(torch.nn.Module):
+    """Experts as code from a model's own repository has them: plain linears, each fed the tokens routed to it."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.experts = torch.nn.ModuleList([mlp, copy.deepcopy(mlp)])
+
+    def forward(self, x):
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            rows = (x[..., 0] > 0) == bool(e)
+            out[rows] = expert(x[rows])
+        return out
+
+
+def test_experts_made_of_linears_are_not_compared_either():
+    model = families.tiny("llama")
+    for block in models.blocks(model)[1]:
+        block.mlp = Routed(block.mlp)
+    result = prune(model, dense_target=0.5)
+    own = {row["name"] for row in result.layers if row["info"].get("dense_target") == 0.0}
+    assert own == {n for n, _ in models.all_views(model) if ".experts." in n}
+    assert sum("12 of 20 linears" in w for w in result.warnings) == 1
+
+
+def test_experts_aim_at_nothing_under_a_budget_and_true_sequentially():
+    tight = prune(families.tiny("mixtral"), dense_target=0.5, gram_budget=1)
+    staged = prune(families.tiny("mixtral"), dense_target=0.5, true_sequential=True)
+    for result in (tight, staged):
+        assert len([w for w in result.warnings if w.startswith("dense target")]) == 1
+        assert {row["info"].get("dense_target", 0.5) for row in result.layers if "attn" in row["name"]} == {0.5}
 
 
 def test_methods_that_keep_weights_as_they_are_refuse_it(tmp_path, capsys):
@@ -126,6 +185,50 @@ def test_shared_inputs_solve_each_linear_on_the_dense_models_inputs(name):
                 assert torch.equal(weights[full], alone[full])
                 if b == 0:
                     torch.testing.assert_close(weights[full], view.get(), rtol=1e-4, atol=1e-5)
+
+
+class Calls:
+    """Counts the calls of a function that stands where it stood."""
+
+    def __init__(self, monkeypatch, owner, name):
+        self.n, self.real = 0, getattr(owner, name)
+        monkeypatch.setattr(owner, name, self)
+
+    def __call__(self, *args, **kwargs):
+        self.n += 1
+        return self.real(*args, **kwargs)
+
+
+def test_shared_targets_share_the_pass_and_the_factorisations(monkeypatch):
+    """Two blocks, three batches, four tensors that feed seven linears, whatever the number of targets."""
+    model = families.tiny("llama")
+    ways = [("sparsegpt", "2:4"), ("sparsegpt", "0.5"), ("sparsegpt+refit", "0.6"), ("wanda+refit", "0.7")]
+    targets = [(loop.make_plan(model, parse(p), steps_of(m)), steps_of(m)) for m, p in ways]
+    for n in (1, len(ways)):
+        with monkeypatch.context() as patch:
+            captured, collected = Calls(patch, capture, "capture"), Calls(patch, capture, "collect")
+            passed, factored = Calls(patch, capture, "forward"), Calls(patch, linalg, "_upper_factor")
+            scaled = Calls(patch, linalg, "_unit_gram")
+            loop.prune_shared(model, tokens(), None, targets[:n], loop.Options(batch_size=4, progress=False))
+        assert (captured.n, collected.n, passed.n) == (1, 2, 2 * 2 * 3)  # to collect, to carry on
+        assert factored.n == 2 * 4 and scaled.n == (0 if n == 1 else 2 * 4)
+
+
+@pytest.mark.parametrize("way", ["owl", "error"])
+def test_shared_targets_are_surveyed_once(tmp_path, monkeypatch, way):
+    """One pass to allocate and one to solve for three patterns, and each gets the plan that it gets alone."""
+    place = tiny.make(tmp_path)
+    alone = {}
+    for pattern in ("0.5", "0.6", "0.7"):
+        assert tiny.main(*tiny.flags(place, "--no-dense", "--shared-inputs", pattern=pattern, allocate=way,
+                                     results=place / f"alone-{pattern}")) == 0
+        [record] = tiny.records(place / f"alone-{pattern}").values()
+        alone[pattern] = [row["pattern"] for row in record["layers"]]
+    passes = Calls(monkeypatch, loop, "start")
+    assert tiny.main(*tiny.flags(place, "--no-dense", "--shared-inputs", pattern="0.5,0.6,0.7", allocate=way)) == 0
+    assert passes.n == 2
+    found = tiny.records(place / "runs")
+    assert {p: [row["pattern"] for row in found["wanda", p]["layers"]] for p in alone} == alone
 
 
 def test_shared_inputs_by_command_give_every_row_and_checkpoint(tmp_path):
@@ -170,6 +273,38 @@ def test_mix_by_command_stays_within_its_bytes(tmp_path):
     [record] = records_of(place)
     found = {r["pattern"] for r in record["layers"]}
     assert found == {"2:4", "dense"}
+
+
+@pytest.mark.parametrize("dtype, budget", [("float32", 0.54), ("bfloat16", 0.57)])
+def test_mix_and_the_record_count_the_same_bytes(tmp_path, dtype, budget):
+    """A budget just above 2:4 everywhere: 0.53125 of the dense bytes at 32 bits a weight, 0.5625 at 16."""
+    place = tiny.make(tmp_path)
+    argv = tiny.flags(place, "--no-dense", "--dtype", dtype, allocate="mix")
+    assert tiny.main(*argv, "--mix.budget", budget) == 0
+    [record] = records_of(place)
+    assert budget - 0.02 < record["bytes"]["stored"] / record["bytes"]["dense"] <= budget
+
+
+@pytest.mark.parametrize("more", [[], ["--shared-inputs"], ["--sensitivity", "linear"]])
+def test_mix_leaves_dense_what_the_pattern_does_not_fit(tmp_path, more):
+    """Hidden 32, MLP 48: 2:32 fits all but down_proj."""
+    place = tiny.make(tmp_path)
+    argv = tiny.flags(place, "--no-dense", *more, pattern="2:32", allocate="mix", **{"mix.budget": 0.7})
+    assert tiny.main(*argv) == 0
+    [record] = records_of(place)
+    found = {(r["linear"] == "mlp.down_proj", r["pattern"]) for r in record["layers"]}
+    assert {p for down, p in found if down} == {"dense"} and (False, "2:32") in found
+
+
+def test_mix_is_refused_before_any_work(tmp_path, capsys, monkeypatch):
+    place = tiny.make(tmp_path)
+    monkeypatch.setattr(loop, "survey", lambda *args: pytest.fail("surveyed"))
+    argv = tiny.flags(place, "--no-dense", pattern="2:32", allocate="mix")
+    assert tiny.main(*argv, "--mix.also", "8:32") == 2
+    error = capsys.readouterr().err
+    assert "--mix.also 8:32: model.layers.0.mlp.down_proj (32x48) can have none" in error and "add dense" in error
+    assert tiny.main(*argv, "--mix.budget", "0.1") == 2
+    assert "--mix.budget 0.1: the smallest choice of patterns takes" in capsys.readouterr().err
 
 
 def test_survey_sees_the_dense_model():
@@ -308,5 +443,15 @@ def test_nothing_goes_before_or_behind_a_preset(method):
 def test_a_changed_preset_has_a_star():
     assert presets.expand("best", {})["preset"] == "best-3"
     assert presets.expand("best", {"nsamples": 4, "effort": 2})["preset"] == "best-2"
-    for given in ({"recover": "block"}, {"distil.steps": 3}, {"dense_target": 0.1}):
-        assert presets.expand("best", given)["preset"] == "best-3*"
+    for given in ({"recover": "block"}, {"distil.steps": 3}, {"dense_target": 0.1}, {"alps.rho": 0.3},
+                  {"alps.refit_steps": 0}, {"distil.lr": 0.1}, {"allocate": "owl", "owl.spread": 0.1},
+                  {"recover": "block", "block.lr": 0.1}, {"shared_inputs": True}):
+        assert presets.expand("best", given)["preset"] == "best-3*", given
+
+
+def test_a_flag_for_another_methods_part_is_no_star():
+    from oneshot import cli
+    runs = cli.parse(["--method", "best,sparsegpt", "--pattern", "2:4", "--sparsegpt.damping", "0.1", "--no-dense"])
+    assert [r.preset for r in runs] == ["best-3", None]
+    runs = cli.parse(["--method", "best", "--effort", "1", "--pattern", "2:4", "--sparsegpt.damping", "0.1"])
+    assert runs[0].preset == "best-1*"

@@ -1,7 +1,7 @@
 """Mix: one of several patterns for each linear, within a budget of bytes.
 
     e_lp    relative error ‖(W - Ŵ)x‖² / ‖Wx‖² of linear l under pattern p, Ŵ by Wanda's mask
-    b_lp    bytes of linear l under pattern p (`Pattern.bytes`)
+    b_lp    bytes of linear l under pattern p (`Pattern.bytes`), in the dtype it is stored in, as the record counts them
 
     minimise Σ_l n_l e_lp(l)   with   Σ_l b_lp(l) <= budget · Σ_l (dense bytes of l)
 
@@ -25,13 +25,10 @@ class Config:
     budget: float = field(default=0.75, metadata={"help": "bytes of all linears, as a share of the dense ones"})
     also: str = field(default="dense", metadata={
         "help": "patterns to mix with --pattern: dense or N:M, separated by commas"})
-    itemsize: int = field(default=2, metadata={"help": "bytes of a stored weight"})
 
     def __post_init__(self):
         if not 0 < self.budget <= 1:
             raise ValueError(f"--mix.budget {self.budget}: must be above 0 and at most 1")
-        if self.itemsize < 1:
-            raise ValueError(f"--mix.itemsize {self.itemsize}: must be at least 1")
         for text in self.also.split(","):
             try:
                 unstructured = isinstance(patterns.parse(text), patterns.Unstructured)
@@ -66,31 +63,44 @@ def measure(linears, pattern, cfg):
     return measured
 
 
-def plan(measured, blocks, pattern, cfg):
-    """One of the candidates for each linear; one that was not measured gets the cheapest.
-
-    Raises ValueError when a shape can have none of them, or when even the cheapest of each exceed the budget.
-    """
-    size, chosen, steps = sizes(blocks), {}, []
-    dense = sum(n * cfg.itemsize for n in size.values())
-    for name, shape in ((name, shape) for block in blocks for name, shape in block.items()):
-        possible = [p for p in candidates(pattern, cfg) if fits(p, shape)]
-        if not possible:
-            raise ValueError(f"--mix.also {cfg.also}: {name} ({shape[0]}x{shape[1]}) can have none of these patterns, "
-                             f"nor {pattern}; add dense")
-        errors = measured.get(name, {})
-        hull = lower_hull([(p.bytes(*shape, cfg.itemsize), size[name] * (errors.get(str(p)) or 0.0), p)
-                           for p in possible])
-        chosen[name] = hull[0]
-        steps += [((a[1] - b[1]) / (b[0] - a[0]), name, a, b) for a, b in pairwise(hull)]
-    spent = sum(choice[0] for choice in chosen.values())
+def check(blocks, pattern, cfg):
+    """Raise ValueError when a shape can have none of the candidates, or the cheapest of each exceed the budget."""
+    spent = sum(min(p.bytes(*linear) for p in possible(name, linear, pattern, cfg))
+                for block in blocks for name, linear in block.items())
+    dense = dense_bytes(blocks)
     if spent > cfg.budget * dense:
         raise ValueError(f"--mix.budget {cfg.budget}: the smallest choice of patterns takes {spent / dense:.4f} of the "
                          "dense bytes; raise the budget or add a sparser pattern to --mix.also")
+
+
+def plan(measured, blocks, pattern, cfg):
+    """One of the candidates for each linear; one that was not measured gets the cheapest. Raises as `check` does."""
+    check(blocks, pattern, cfg)
+    size, chosen, steps, limit = sizes(blocks), {}, [], cfg.budget * dense_bytes(blocks)
+    for name, linear in ((name, linear) for block in blocks for name, linear in block.items()):
+        errors = measured.get(name, {})
+        hull = lower_hull([(p.bytes(*linear), size[name] * (errors.get(str(p)) or 0.0), p)
+                           for p in possible(name, linear, pattern, cfg)])
+        chosen[name] = hull[0]
+        steps += [((a[1] - b[1]) / (b[0] - a[0]), name, a, b) for a, b in pairwise(hull)]
+    spent = sum(choice[0] for choice in chosen.values())
     for _, name, a, b in sorted(steps, key=lambda step: -step[0]):
-        if chosen[name] is a and spent + b[0] - a[0] <= cfg.budget * dense:
+        if chosen[name] is a and spent + b[0] - a[0] <= limit:
             chosen[name], spent = b, spent + b[0] - a[0]
     return {name: choice[2] for name, choice in chosen.items()}
+
+
+def possible(name, linear, pattern, cfg):
+    """The candidates that a linear can have. Raises ValueError when there is none."""
+    found = [p for p in candidates(pattern, cfg) if fits(p, linear.shape)]
+    if not found:
+        raise ValueError(f"--mix.also {cfg.also}: {name} ({linear.R}x{linear.C}) can have none of these patterns, "
+                         f"nor {pattern}; add dense")
+    return found
+
+
+def dense_bytes(blocks):
+    return sum(linear.R * linear.C * linear.itemsize for block in blocks for linear in block.values())
 
 
 def lower_hull(points):
