@@ -28,8 +28,8 @@ class Options:
     gram_budget: bytes of Gram matrices gathered at once. activations, activation_dtype: where and as what hidden states
     wait between blocks (None: on the device, as computed). layer_errors: measure each linear's error on sampled inputs.
     dense_target: how far each linear aims at its output in the dense model, 0 to 1. dense_stream: keep the dense
-    model's hidden states beside the pruned one's. stop_on_collapse: end with an error at the first block out of bounds
-    (health.py).
+    model's hidden states beside the pruned one's. held_out: numbers of the windows that no repair trains on; solvers
+    use them all. stop_on_collapse: end with an error at the first block out of bounds (health.py).
     """
 
     device: str = "cpu"
@@ -41,6 +41,7 @@ class Options:
     layer_errors: bool = True
     dense_target: float = 0.0
     dense_stream: bool = False
+    held_out: tuple = ()
     stop_on_collapse: bool = False
     tf32: bool = False
     progress: bool = True
@@ -195,8 +196,8 @@ def write(model, weights):
 
 def start(model, ids, mask, options):
     """The stream of the calibration tokens at the first block."""
-    return capture.capture(model, ids, mask, batch_size=options.batch_size, device=options.device,
-                           place=options.activations, dtype=options.activation_dtype)
+    return capture.capture(model, ids, mask, batch_size=options.batch_size, held_out=options.held_out,
+                           device=options.device, place=options.activations, dtype=options.activation_dtype)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 
 import families
 import pytest
@@ -11,7 +12,7 @@ from families import FAMILIES, VOCAB, T
 from safetensors.torch import load_file
 from torch.nn.functional import kl_div
 
-from oneshot import cli, export, loop, models, page, recovery, solvers
+from oneshot import capture, cli, export, loop, models, page, recovery, run, solvers
 from oneshot.patterns import parse
 from oneshot.recovery import Trainable, fit
 
@@ -37,7 +38,8 @@ def prune(model, recover="block", method="wanda", pattern="2:4", mask=None, ids=
         if "block" in cfg.recovery else None
     ids = tokens() if ids is None else ids
     result = loop.prune_model(model, ids, mask, loop.make_plan(model, parse(pattern), steps), steps,
-                              loop.Options(batch_size=4, dense_stream=True, progress=False), repair=repair)
+                              loop.Options(batch_size=4, dense_stream=True, progress=False,
+                                           held_out=recovery.held_out_windows(len(ids), 0)), repair=repair)
     told = recovery.module("distil").repair(model, result.dense, cfg.recovery["distil"], 0) \
         if "distil" in cfg.recovery else None
     return result, told
@@ -90,6 +92,62 @@ def test_padding_teaches_nothing(recover):
         prune(model, recover, mask=mask, ids=ids, **{f"{recover}.steps": 8})
         found.append(torch.cat([p.flatten() for p in model.parameters()]))
     torch.testing.assert_close(*found, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("n, size", [(128, 8), (16, 8), (8, 8), (2, 8), (11, 1), (37, 5)])
+def test_a_tenth_of_the_windows_is_held_out_in_batches_of_their_own(n, size):
+    held = recovery.held_out_windows(n, 0)
+    assert len(set(held)) == math.ceil(n / 10) and held == recovery.held_out_windows(n, 0)
+    parts = capture.batches(n, size, held)
+    assert sorted(torch.cat([part for part, _ in parts]).tolist()) == list(range(n))
+    for kind in (False, True):
+        sizes = [len(part) for part, apart in parts if apart == kind]
+        assert {w in held for part, apart in parts if apart == kind for w in part.tolist()} == {kind}
+        assert 1 <= max(sizes) <= size and max(sizes) - min(sizes) <= 1
+    if n > 20:
+        assert held != recovery.held_out_windows(n, 1)
+
+
+def test_without_recovery_the_batches_are_the_windows_in_order():
+    assert recovery.held_out_windows(1, 0) == ()
+    assert [part.tolist() for part, held in capture.batches(5, 2) if not held] == [[0, 1], [2, 3], [4]]
+
+
+def test_block_and_distil_hold_out_the_same_windows_and_train_on_all_others(monkeypatch):
+    """Who trains on which windows is seen in the forwards that gradients flow through."""
+    model, ids, trained, forward = families.tiny("llama"), tokens(13), {}, capture.forward
+
+    def see(who, batch):
+        if torch.is_grad_enabled():
+            trained.setdefault(who, set()).update(ids.tolist().index(row) for row in batch.tolist())
+
+    def spy(block, stream, b, i):
+        see(b, stream.inputs[i]["input_ids"])
+        return forward(block, stream, b, i)
+    monkeypatch.setattr(capture, "forward", spy)
+    model.register_forward_pre_hook(lambda _, args, kwargs: see("distil", kwargs["input_ids"]), with_kwargs=True)
+    run.prune(model, method="wanda", pattern="2:4", calibration=ids, recover="block,distil", batch_size=4, seed=5,
+              progress=False, parts={"block.steps": 20, "distil.steps": 20, "block.lr": 1e-3, "distil.lr": 1e-3})
+    want = set(range(13)) - set(recovery.held_out_windows(13, 5))
+    assert len(want) == 11 and trained == {0: want, 1: want, "distil": want}
+
+
+def test_solvers_see_all_windows_and_padding_follows_its_window():
+    model, ids, mask = families.tiny("llama"), tokens(), torch.ones(16, T, dtype=torch.bool)
+    mask[::3, 15:] = False
+    held = recovery.held_out_windows(16, 0)
+    streams = [capture.capture(model, ids, mask, batch_size=4, held_out=h) for h in ((), held)]
+    stream, rows = streams[1], ids.tolist()
+    for i, inputs in enumerate(stream.inputs):
+        at = [rows.index(row) for row in inputs["input_ids"].tolist()]
+        assert {w in held for w in at} == {stream.held[i]}
+        assert torch.equal(inputs["attention_mask"].bool(), mask[at])
+        assert torch.equal(stream.rows[i].view(len(at), T) if stream.rows[i] is not None else mask[at], mask[at])
+    block = models.blocks(model)[1][0]
+    plain, apart = (capture.collect(block, s, 0, models.linears(block)[0], {"outer"})[0] for s in streams)
+    for name, moments in plain.items():
+        assert moments.n == apart[name].n == int(mask.sum())
+        torch.testing.assert_close(moments.G, apart[name].G)
 
 
 def test_the_teacher_is_the_dense_model_on_dense_inputs():
@@ -146,7 +204,8 @@ def test_fit_finds_the_least_squares_solution():
     keep = torch.rand(3, 6, generator=gen) > 0.4
     layer.weight.data = W * keep
     with Trainable(layer, {"weight": torch.float32}) as trainable:
-        fit(trainable, lambda i: (layer(X[i]) - X[i] @ W.T).square().mean(), range(8), steps=800, lr=0.05, seed=0)
+        fit(trainable, lambda i: (layer(X[i]) - X[i] @ W.T).square().mean(), 7 * [False] + [True], steps=800,
+            lr=0.05, seed=0)
     flat = X.reshape(-1, 6).double()
     for r in range(3):
         want = torch.linalg.lstsq(flat[:, keep[r]], flat @ W[r].double()).solution
@@ -161,15 +220,15 @@ def test_seed_decides_and_nothing_else():
         torch.nn.init.zeros_(layer.bias)
         X = torch.randn(10, 5, 4, generator=torch.Generator().manual_seed(1))
         with Trainable(layer, dict.fromkeys(("weight", "bias"), torch.float32)) as trainable:
-            fit(trainable, lambda i: (layer(X[i]) - X[i].flip(-1)).square().mean(), range(10), steps=5, lr=0.1,
-                seed=seed)
+            fit(trainable, lambda i: (layer(X[i]) - X[i].flip(-1)).square().mean(), [True] + 9 * [False], steps=5,
+                lr=0.1, seed=seed)
         return layer.weight.detach().clone()
     assert torch.equal(weights(1), weights(1)) and not torch.equal(weights(1), weights(2))
 
 
-def test_one_batch_only_is_said(tmp_path, capsys):
+def test_one_window_only_is_said(tmp_path, capsys):
     place = tiny.make(tmp_path)
-    assert tiny.main(*tiny.flags(place, "--no-dense", recover="block,distil", nsamples=4,
+    assert tiny.main(*tiny.flags(place, "--no-dense", recover="block,distil", nsamples=1,
                                  **{"block.steps": 2, "distil.steps": 2})) == 0
     assert "nothing held out" in capsys.readouterr().out
 

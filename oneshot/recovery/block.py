@@ -41,4 +41,4 @@ def repair(block, stream, b, targets, stored, cfg, seed):
 
     with models.resident(models.tensors_of(block), stream.device, write_back=True, dtype=torch.float32), \
             Trainable(block, stored, models.untouched(block)) as trainable:
-        return fit(trainable, loss, range(len(stream)), steps=cfg.steps, lr=cfg.lr, seed=seed + b)
+        return fit(trainable, loss, stream.held, steps=cfg.steps, lr=cfg.lr, seed=seed + b)
