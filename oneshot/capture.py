@@ -26,9 +26,9 @@ from .moments import Moments
 class Stream:
     """All batches on their way through the blocks.
 
-    hidden, rows, held: one a batch (see above). calls[block][batch]: (args, kwargs) with HIDDEN where the batch's hidden
-    state goes. inputs: the model's own arguments, one dict a batch. device: where blocks run. place, dtype: where and
-    as what hidden states wait.
+    hidden, rows, held: one a batch (see above). calls[block][batch]: (args, kwargs) with HIDDEN where the batch's
+    hidden state goes. inputs: the model's own arguments, one dict a batch. device: where blocks run. place, dtype:
+    where and as what hidden states wait.
     """
 
     device: torch.device

@@ -91,8 +91,9 @@ def prune_model(model, ids, mask, plan, steps, options=Options(), *, finished=()
     ids: int64 (n, T) calibration tokens, mask: bool (n, T) or None. plan: {full linear name: Pattern}. steps: the
     solver chain, [(module, cfg), ...]. finished: (state, rows) of blocks that an earlier, interrupted run has pruned,
     in order.
-    repair(block, stream, b, targets, stored) -> plain values: called with each newly pruned block on the device, the
-    dense block's outputs one a batch, and {parameter name: dtype it will be saved in}; needs `dense_stream`.
+    repair(block, dense, b, stored) -> mend: called with each block on the device before it is pruned, the dense model's
+    stream at it, and {parameter name: dtype it will be saved in}; mend(stream, targets) -> plain values: called when it
+    is pruned, with the pruned model's stream at it and the dense block's outputs, one a batch. Needs `dense_stream`.
     on_block(b, block, rows): called with each newly pruned block at home.
 
     Raises ValueError naming the layer when weights or statistics cannot be used.
@@ -218,6 +219,9 @@ def prune_block(block, stream, b, views, prefix, plan, steps, needs, options, ro
     lets a pass see what the one before has pruned: otherwise new weights wait for the last pass.
     """
     seconds = rows["block"]["seconds"]
+    if repair:
+        with clock(seconds, "dense", options.device):
+            mend = repair(block, dense, b)
     teacher = (copy.deepcopy(block), dense) if options.dense_target else None
     if dense and not teacher:
         with clock(seconds, "dense", options.device):
@@ -228,7 +232,7 @@ def prune_block(block, stream, b, views, prefix, plan, steps, needs, options, ro
             capture.replay(teacher[0], dense, b)
     if repair:
         with clock(seconds, "repair", options.device):
-            info = rows["block"]["repair"] = repair(block, stream, b, dense.hidden)
+            info = rows["block"]["repair"] = mend(stream, dense.hidden)
         rows["warnings"] += [f"{prefix.removesuffix('.')}: {w}" for w in info.pop("warnings", [])]
     if stream:
         with clock(seconds, "replay", options.device):

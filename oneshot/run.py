@@ -313,6 +313,7 @@ def prune_model(cfg, model, plan, calibration, folder=None):
     if cfg.recovery:
         options = dataclasses.replace(options, held_out=recovery.held_out_windows(len(ids), cfg.seed))
     if "block" in cfg.recovery:
+        recovery.module("block").check_model(model, cfg.recovery["block"])
         repair = functools.partial(recovery.module("block").repair, cfg=cfg.recovery["block"], seed=cfg.seed)
     done, on_block = (folder.blocks(), folder.save_block) if folder else ((), None)
     result = loop.prune_model(model, ids, mask, plan, steps(cfg), options, repair=repair, finished=done,

@@ -15,6 +15,7 @@ from torch.nn.functional import kl_div
 from oneshot import capture, cli, export, loop, models, page, recovery, run, solvers
 from oneshot.patterns import parse
 from oneshot.recovery import Trainable, fit
+from oneshot.recovery import block as block_way
 
 REFUSED = families.REFUSED
 SAMPLE = ("llama", "gpt2", "gemma3", "bloom", "falcon", "phi3", "mixtral", "gpt_oss", "qwen3_next")
@@ -154,9 +155,8 @@ def test_the_teacher_is_the_dense_model_on_dense_inputs():
     """The stream that recovery aims at is, block by block, the dense model's own."""
     dense, model, seen = families.tiny("llama"), families.tiny("llama"), []
 
-    def look(block, stream, b, targets, stored):
-        seen.append(torch.cat(list(targets)))
-        return {}
+    def look(block, dense, b, stored):
+        return lambda stream, targets: seen.append(torch.cat(list(targets))) or {}
     steps = [(m, m.Config()) for m in solvers.chain("wanda")]
     loop.prune_model(model, tokens(), None, loop.make_plan(model, parse("2:4"), steps), steps,
                      loop.Options(batch_size=4, dense_stream=True, progress=False), repair=look)
@@ -240,7 +240,7 @@ def test_a_command_repairs_and_the_record_says_so(tmp_path):
     record = export.read_manifest(place / "out")["record"]
     assert record["recovery"]["distil"]["steps"] == 3
     assert all(b["repair"]["steps"] == 3 for b in record["blocks"])
-    assert record["settings"]["recovery"] == {"block": {"steps": 3, "lr": 0.03}, "distil": {
+    assert record["settings"]["recovery"] == {"block": {"unit": "block", "steps": 3, "lr": 0.03}, "distil": {
         "steps": 3, "lr": record["settings"]["recovery"]["distil"]["lr"]}}
 
 
@@ -312,3 +312,127 @@ def test_no_negative_zero_is_stored():
     for block in models.blocks(model)[1]:
         for p in block.parameters():
             assert not (torch.signbit(p) & (p == 0)).any()
+
+
+PARTED = sorted(set(FAMILIES) - set(REFUSED) - {"llama4"})
+
+
+def first_block(name):
+    """(block 0, the stream of some padded tokens at it)."""
+    model, mask = families.tiny(name), torch.ones(8, T, dtype=torch.bool)
+    mask[::2, 15:] = False
+    stream = capture.capture(model, tokens(8), mask, batch_size=4)
+    return models.blocks(model)[1][0], stream
+
+
+@pytest.mark.parametrize("name", PARTED)
+def test_attention_and_mlp_are_told_apart_in_every_family(name):
+    """A silent MLP: its weights do not matter, attention's do; each parameter belongs to one part, by its name too."""
+    block, stream = first_block(name)
+    rest = {view.name for view in models.mlp(block)}
+    attention = [v for v in models.linears(block)[0] if v.name not in rest]
+
+    def out():
+        with torch.no_grad():
+            return capture.forward(block, stream, 0, 0)
+    whole = out()
+    with models.silent(models.mlp(block)):
+        ahead = block_way.reached(Trainable(block, {}), block, stream, 0)
+        half = out()
+        for view in models.mlp(block):
+            view.set(3 * view.get())
+        assert torch.equal(out(), half)
+        for view in attention:
+            view.set(3 * view.get())
+        assert not torch.allclose(out(), half)
+        for view in attention:
+            view.set(view.get() / 3)
+    for view in models.mlp(block):
+        view.set(view.get() / 3)
+    torch.testing.assert_close(out(), whole)  # silence ends
+    assert not torch.allclose(whole, half)
+    parameters = {id(p): n for n, p in block.named_parameters()}
+    assert {parameters[id(v.parameter)] for v in attention} <= ahead
+    assert not {parameters[id(v.parameter)] for v in models.mlp(block)} & ahead
+
+
+def test_attention_aims_at_the_dense_hidden_state_behind_its_residual_addition():
+    """Written out for llama: norms on either side, the residual, the ratio of squares over real tokens."""
+    dense, seen = families.tiny("llama"), {}
+    mask, held = torch.ones(16, T, dtype=torch.bool), recovery.held_out_windows(16, 0)
+    mask[1::2, 12:] = False
+    layer = dense.model.layers[0]
+    layer.register_forward_pre_hook(lambda _, args: seen.update(X=args[0]))
+    layer.self_attn.register_forward_hook(lambda _, args, out: seen.update(attention=out[0]))
+    with torch.no_grad():
+        dense(tokens(), attention_mask=mask.long(), use_cache=False)
+        wrong = (0.9 * seen["attention"])[list(held)][mask[list(held)]]
+    right = seen["attention"][list(held)][mask[list(held)]]
+    want = float((wrong - right).square().sum() / right.square().sum())
+
+    block, stored = layer, {n: p.dtype for n, p in layer.named_parameters()}
+    stream = capture.capture(dense, tokens(), mask, batch_size=4, held_out=held)
+    mend = block_way.repair(block, stream.fork(), 0, stored, block_way.Config(unit="parts", steps=4), 0)
+    targets = stream.fork()
+    capture.replay(block, targets, 0)
+    block.self_attn.o_proj.weight.data.mul_(0.9)
+    info = mend(stream, targets.hidden)
+    assert info["parts"]["attention"]["held_out_before"] == pytest.approx(want, rel=1e-4) == pytest.approx(0.01)
+    assert info["held_out_after"] == info["parts"]["mlp"]["held_out_after"] <= info["held_out_before"]
+
+
+@pytest.mark.parametrize("name", [*SAMPLE, "opt-350m", "gptj", "gemma4_moe"])
+def test_parts_help_and_lose_no_zero(name):
+    dense, plain, repaired = (families.tiny(name) for _ in range(3))
+    prune(plain, "none")
+    result, _ = prune(repaired, "block", **{"block.steps": 15, "block.unit": "parts"})
+    for block in models.blocks(repaired)[1]:
+        for view in models.linears(block)[0]:
+            assert parse("2:4").holds(view.get()), view.name
+    for row in result.blocks:
+        assert set(row["repair"]["parts"]) == {"attention", "mlp"} and row["repair"]["steps"] <= 30
+        assert row["repair"]["held_out_after"] < row["repair"]["held_out_before"]
+    assert kl(dense, repaired, tokens()) < 0.9 * kl(dense, plain, tokens())
+
+
+def test_each_part_trains_its_own_parameters(monkeypatch):
+    """Attention's stage leaves the MLP's bits alone and the other way round; routers belong to neither."""
+    told, real = [], block_way.train
+
+    def spy(block, *args):
+        before = {n: p.clone() for n, p in block.named_parameters()}
+        info = real(block, *args)
+        told.append({n for n, p in block.named_parameters() if not torch.equal(p, before[n])})
+        return info
+    monkeypatch.setattr(block_way, "train", spy)
+    prune(families.tiny("mixtral"), "block", **{"block.steps": 8, "block.unit": "parts"})
+    assert told[:2] == [
+        {"input_layernorm.weight", *(f"self_attn.{x}_proj.weight" for x in "qkvo")},
+        {"post_attention_layernorm.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"}]
+
+
+def test_parts_that_harm_the_block_together_are_undone(monkeypatch):
+    def spoil(block, stream, b, targets, stored, cfg, seed, leave):
+        for p in block.parameters():
+            p.data.mul_(2)
+        return {"steps": 1, "lr": cfg.lr, "warnings": []}
+    monkeypatch.setattr(block_way, "train", spoil)
+    plain, repaired = families.tiny("llama"), families.tiny("llama")
+    prune(plain, "none")
+    result, _ = prune(repaired, "block", **{"block.unit": "parts"})
+    for p, q in zip(plain.parameters(), repaired.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert sum("one by one made the held-out loss worse" in w for w in result.warnings) == 2
+
+
+def test_a_family_without_parts_is_refused_before_anything_is_pruned():
+    model = families.tiny("llama4")
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=r"--block\.unit parts: block 1: attention and MLP of Llama4TextDecoderLayer"):
+        run.prune(model, method="wanda", calibration=tokens(4), recover="block", progress=False,
+                  parts={"block.unit": "parts"})
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    with pytest.raises(ValueError, match="its linears are fc"):
+        models.mlp(torch.nn.ModuleDict({"fc": torch.nn.Linear(2, 2)}))
+    with pytest.raises(ValueError, match=r"--block\.unit layer: give block or parts"):
+        cli.build({"method": "wanda", "pattern": "0.5", "recover": "block", "block.unit": "layer"})

@@ -17,7 +17,6 @@ from tqdm import tqdm
 from .. import capture, models
 from . import Trainable, check, fit
 
-unit = "model"
 LOGITS = 2**26
 
 
