@@ -7,6 +7,7 @@ block; each stub keeps its (args, kwargs) verbatim and hands its input on. Only 
     batch    some samples that run together; masks and tables have the batch's shape, so a replay keeps the batches
     hidden   one batch's input to the current block, (B, T, H)
     rows     bool (B·T,), False at padding; None where there is none
+    held     whether a batch's windows are kept from training (recovery); no batch holds both kinds
 """
 
 import contextlib
@@ -25,9 +26,9 @@ from .moments import Moments
 class Stream:
     """All batches on their way through the blocks.
 
-    hidden, rows: one a batch (see above). calls[block][batch]: (args, kwargs) with HIDDEN where the batch's hidden
-    state goes. inputs: the model's own arguments, one dict a batch. device: where blocks run. place, dtype: where and
-    as what hidden states wait.
+    hidden, rows, held: one a batch (see above). calls[block][batch]: (args, kwargs) with HIDDEN where the batch's
+    hidden state goes. inputs: the model's own arguments, one dict a batch. device: where blocks run. place, dtype:
+    where and as what hidden states wait.
     """
 
     device: torch.device
@@ -38,6 +39,7 @@ class Stream:
     inputs: list = field(default_factory=list)
     hidden: list = field(default_factory=list)
     rows: list = field(default_factory=list)
+    held: list = field(default_factory=list)
 
     def __len__(self):
         return len(self.hidden)
@@ -85,10 +87,11 @@ def stubbed(block_list, stubs):
 
 
 @torch.no_grad()
-def capture(model, ids, mask=None, *, batch_size, device="cpu", place=None, dtype=None):
+def capture(model, ids, mask=None, *, batch_size, held_out=(), device="cpu", place=None, dtype=None):
     """Stream of the model on ids int64 (n, T), mask bool (n, T) or None: the inputs of block 0, every block's call.
 
-    place, dtype: where and as what hidden states wait between blocks (default: on the device, as computed).
+    held_out: numbers of the windows whose batches are marked so. place, dtype: where and as what hidden states wait
+    between blocks (default: on the device, as computed).
     """
     _, block_list = models.blocks(model)
     inner, device = models.decoder(model), torch.device(device)
@@ -113,20 +116,35 @@ def capture(model, ids, mask=None, *, batch_size, device="cpu", place=None, dtyp
     stubs = [_Stub(block, functools.partial(record, b), returns_tuple=stream.returns_tuple)
              for b, block in enumerate(block_list)]
     with models.resident(models.rest_of(inner, block_list), device), stubbed(block_list, stubs):
-        for i in range(0, len(ids), batch_size):
+        for windows, held in batches(len(ids), batch_size, held_out):
             intern.start()
-            inputs = {"input_ids": ids[i : i + batch_size].to(device)}
+            inputs = {"input_ids": ids[windows].to(device)}
             if mask is not None:
-                inputs["attention_mask"] = mask[i : i + batch_size].long().to(device)
+                inputs["attention_mask"] = mask[windows].long().to(device)
             try:
                 inner(**inputs, use_cache=False)
             except (TypeError, ValueError) as error:  # also when blocks should return more than one tensor
                 kind = type(model).__name__
                 raise ValueError(f"--model: {kind} cannot be run block by block: {error}") from error
             stream.inputs.append(inputs)
-            padded = mask is not None and not bool(mask[i : i + batch_size].all())
+            stream.held.append(held)
+            padded = mask is not None and not bool(mask[windows].all())
             stream.rows.append(inputs["attention_mask"].reshape(-1).bool() if padded else None)
     return stream
+
+
+def batches(n, size, held_out=()):
+    """[(window numbers, whether they are held out)]: n windows in order, at most `size` a batch.
+
+    Those held out come behind the others, in batches of their own. Both are then dealt out evenly: a small last batch
+    would give its windows more weight than others have.
+    """
+    if not len(held_out):
+        return [(part, False) for part in torch.arange(n).split(size)]
+    held = torch.zeros(n, dtype=torch.bool)
+    held[list(held_out)] = True
+    return [(part, kind) for kind in (False, True) if (windows := (held == kind).nonzero()[:, 0]).numel()
+            for part in windows.tensor_split(-(-len(windows) // size))]
 
 
 @torch.no_grad()

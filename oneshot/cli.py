@@ -141,6 +141,8 @@ def build(given):
     cfg = RunConfig(**{f.name: given[f.name] for f in fields(RunConfig) if f.name in given})
     parts = {"solver": solvers.chain(cfg.method), "recovery": [recovery.module(name) for name in cfg.recoveries],
              "allocation": [allocate.module(cfg.allocate)]}
+    if "block" in cfg.recoveries[1:]:
+        raise ValueError(f"--recover {cfg.recover}: block comes first: --recover block,distil")
     return replace(cfg, **{part: {solvers.short(m): configured(m, given) for m in modules}
                            for part, modules in parts.items()})
 

@@ -28,8 +28,8 @@ class Options:
     gram_budget: bytes of Gram matrices gathered at once. activations, activation_dtype: where and as what hidden states
     wait between blocks (None: on the device, as computed). layer_errors: measure each linear's error on sampled inputs.
     dense_target: how far each linear that all tokens reach aims at its output in the dense model, 0 to 1. dense_stream:
-    keep the dense model's hidden states beside the pruned one's. stop_on_collapse: end with an error at the first block
-    out of bounds (health.py).
+    keep the dense model's hidden states beside the pruned one's. held_out: numbers of the windows that no repair trains
+    on; solvers use them all. stop_on_collapse: end with an error at the first block out of bounds (health.py).
     """
 
     device: str = "cpu"
@@ -41,6 +41,7 @@ class Options:
     layer_errors: bool = True
     dense_target: float = 0.0
     dense_stream: bool = False
+    held_out: tuple = ()
     stop_on_collapse: bool = False
     tf32: bool = False
     progress: bool = True
@@ -93,8 +94,9 @@ def prune_model(model, ids, mask, plan, steps, options=Options(), *, finished=()
     ids: int64 (n, T) calibration tokens, mask: bool (n, T) or None. plan: {full linear name: Pattern}. steps: the
     solver chain, [(module, cfg), ...]. finished: (state, rows) of blocks that an earlier, interrupted run has pruned,
     in order.
-    repair(block, stream, b, targets, stored) -> plain values: called with each newly pruned block on the device, the
-    dense block's outputs one a batch, and {parameter name: dtype it will be saved in}; needs `dense_stream`.
+    repair(block, dense, b, stored) -> mend: called with each block on the device before it is pruned, the dense model's
+    stream at it, and {parameter name: dtype it will be saved in}; mend(stream, targets) -> plain values: called when it
+    is pruned, with the pruned model's stream at it and the dense block's outputs, one a batch. Needs `dense_stream`.
     on_block(b, block, rows): called with each newly pruned block at home.
 
     Raises ValueError naming the layer when weights or statistics cannot be used.
@@ -209,8 +211,8 @@ def write(model, weights):
 
 def start(model, ids, mask, options):
     """The stream of the calibration tokens at the first block."""
-    return capture.capture(model, ids, mask, batch_size=options.batch_size, device=options.device,
-                           place=options.activations, dtype=options.activation_dtype)
+    return capture.capture(model, ids, mask, batch_size=options.batch_size, held_out=options.held_out,
+                           device=options.device, place=options.activations, dtype=options.activation_dtype)
 
 
 @contextlib.contextmanager
@@ -231,6 +233,9 @@ def prune_block(block, stream, b, views, prefix, plan, steps, needs, options, ro
     lets a pass see what the one before has pruned: otherwise new weights wait for the last pass.
     """
     seconds = rows["block"]["seconds"]
+    if repair:
+        with clock(seconds, "dense", options.device):
+            mend = repair(block, dense, b)
     teacher = (copy.deepcopy(block), dense) if options.dense_target else None
     if dense and not teacher:
         with clock(seconds, "dense", options.device):
@@ -241,7 +246,7 @@ def prune_block(block, stream, b, views, prefix, plan, steps, needs, options, ro
             capture.replay(teacher[0], dense, b)
     if repair:
         with clock(seconds, "repair", options.device):
-            info = rows["block"]["repair"] = repair(block, stream, b, dense.hidden)
+            info = rows["block"]["repair"] = mend(stream, dense.hidden)
         rows["warnings"] += [f"{prefix.removesuffix('.')}: {w}" for w in info.pop("warnings", [])]
     if stream:
         with clock(seconds, "replay", options.device):

@@ -8,6 +8,7 @@ Everything is found generically; what is peculiar to a family stands in the tabl
 """
 
 import contextlib
+import functools
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ LEFT_ALONE = {  # one of the last two parts of a linear's name: why it is never 
     "gate": "router", "router": "router", "shared_expert_gate": "router", "classifier": "router",
     "altup": "mixing coefficients",  # Gemma-3n: 16x4 at most, they weigh whole copies of the hidden state
 }
+ATTENTION = ("attn", "attention", "mamba")  # one is in the name of the block's child that mixes tokens
 EXPERTS_IMPLEMENTATION = "oneshot_one_by_one"
 
 
@@ -202,6 +204,40 @@ def untouched(block):
     """Names of a block's parameters that neither pruning nor recovery changes: routers, and what it does not know."""
     routers = {name for name, _ in block.named_parameters() if left_alone(name.rpartition(".")[0])}
     return routers | {name for name, _ in linears(block)[1]}
+
+
+def mlp(block):
+    """The views of a block's linears behind its attention (or beside it): MLP, experts, per-layer inputs.
+
+    Raises ValueError when attention and the rest cannot be told apart.
+    """
+    def attends(name):
+        return any(word in name.partition(".")[0] for word in ATTENTION)
+
+    views, skipped = linears(block)
+    rest = [view for view in views if not attends(view.name)]
+    unknown = [name for name, why in skipped if not attends(name) and why not in ("bias", *LEFT_ALONE.values())]
+    if len(rest) in (0, len(views)) or unknown:
+        found = f"{unknown[0]} is no linear this program knows" if unknown else \
+            f"its linears are {', '.join(view.name for view in views) or 'none'}"
+        raise ValueError(f"attention and MLP of {type(block).__name__} cannot be told apart: {found}")
+    return rest
+
+
+@contextlib.contextmanager
+def silent(views):
+    """The modules that hold these views give zeros, and compute nothing."""
+    def zeros(x, *_, shape, **__):
+        return x.new_zeros(*x.shape[:-1], shape[0])
+
+    owners = {id(v.owner): (v.owner, v.shape) for v in views}  # of experts, the last one's: the way down
+    try:
+        for owner, shape in owners.values():
+            owner.forward = functools.partial(zeros, shape=shape)
+        yield
+    finally:
+        for owner, _ in owners.values():
+            del owner.forward
 
 
 def is_experts(module):

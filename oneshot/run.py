@@ -330,11 +330,14 @@ def prune_model(cfg, model, plan, calibration, folder=None):
         return loop.Result(skipped=[{"name": n, "reason": why} for n, why in models.outside(model, block_list)],
                            warnings=found)
     ids, mask = (calibration.ids, calibration.mask) if calibration else (None, None)
-    repair = None
+    repair, options = None, options_of(cfg)
+    if cfg.recovery:
+        options = dataclasses.replace(options, held_out=recovery.held_out_windows(len(ids), cfg.seed))
     if "block" in cfg.recovery:
+        recovery.module("block").check_model(model, cfg.recovery["block"])
         repair = functools.partial(recovery.module("block").repair, cfg=cfg.recovery["block"], seed=cfg.seed)
     done, on_block = (folder.blocks(), folder.save_block) if folder else ((), None)
-    result = loop.prune_model(model, ids, mask, plan, steps(cfg), options_of(cfg), repair=repair, finished=done,
+    result = loop.prune_model(model, ids, mask, plan, steps(cfg), options, repair=repair, finished=done,
                               on_block=on_block)
     if "distil" in cfg.recovery:
         began = time.perf_counter()

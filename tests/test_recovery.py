@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 
 import families
 import pytest
@@ -11,9 +12,10 @@ from families import FAMILIES, VOCAB, T
 from safetensors.torch import load_file
 from torch.nn.functional import kl_div
 
-from oneshot import cli, export, loop, models, page, recovery, solvers
+from oneshot import capture, cli, export, loop, models, page, recovery, run, solvers
 from oneshot.patterns import parse
 from oneshot.recovery import Trainable, fit
+from oneshot.recovery import block as block_way
 
 REFUSED = families.REFUSED
 SAMPLE = ("llama", "gpt2", "gemma3", "bloom", "falcon", "phi3", "mixtral", "gpt_oss", "qwen3_next")
@@ -37,7 +39,8 @@ def prune(model, recover="block", method="wanda", pattern="2:4", mask=None, ids=
         if "block" in cfg.recovery else None
     ids = tokens() if ids is None else ids
     result = loop.prune_model(model, ids, mask, loop.make_plan(model, parse(pattern), steps), steps,
-                              loop.Options(batch_size=4, dense_stream=True, progress=False), repair=repair)
+                              loop.Options(batch_size=4, dense_stream=True, progress=False,
+                                           held_out=recovery.held_out_windows(len(ids), 0)), repair=repair)
     told = recovery.module("distil").repair(model, result.dense, cfg.recovery["distil"], 0) \
         if "distil" in cfg.recovery else None
     return result, told
@@ -92,13 +95,68 @@ def test_padding_teaches_nothing(recover):
     torch.testing.assert_close(*found, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("n, size", [(128, 8), (16, 8), (8, 8), (2, 8), (11, 1), (37, 5)])
+def test_a_tenth_of_the_windows_is_held_out_in_batches_of_their_own(n, size):
+    held = recovery.held_out_windows(n, 0)
+    assert len(set(held)) == math.ceil(n / 10) and held == recovery.held_out_windows(n, 0)
+    parts = capture.batches(n, size, held)
+    assert sorted(torch.cat([part for part, _ in parts]).tolist()) == list(range(n))
+    for kind in (False, True):
+        sizes = [len(part) for part, apart in parts if apart == kind]
+        assert {w in held for part, apart in parts if apart == kind for w in part.tolist()} == {kind}
+        assert 1 <= max(sizes) <= size and max(sizes) - min(sizes) <= 1
+    if n > 20:
+        assert held != recovery.held_out_windows(n, 1)
+
+
+def test_without_recovery_the_batches_are_the_windows_in_order():
+    assert recovery.held_out_windows(1, 0) == ()
+    assert [part.tolist() for part, held in capture.batches(5, 2) if not held] == [[0, 1], [2, 3], [4]]
+
+
+def test_block_and_distil_hold_out_the_same_windows_and_train_on_all_others(monkeypatch):
+    """Who trains on which windows is seen in the forwards that gradients flow through."""
+    model, ids, trained, forward = families.tiny("llama"), tokens(13), {}, capture.forward
+
+    def see(who, batch):
+        if torch.is_grad_enabled():
+            trained.setdefault(who, set()).update(ids.tolist().index(row) for row in batch.tolist())
+
+    def spy(block, stream, b, i):
+        see(b, stream.inputs[i]["input_ids"])
+        return forward(block, stream, b, i)
+    monkeypatch.setattr(capture, "forward", spy)
+    model.register_forward_pre_hook(lambda _, args, kwargs: see("distil", kwargs["input_ids"]), with_kwargs=True)
+    run.prune(model, method="wanda", pattern="2:4", calibration=ids, recover="block,distil", batch_size=4, seed=5,
+              progress=False, parts={"block.steps": 20, "distil.steps": 20, "block.lr": 1e-3, "distil.lr": 1e-3})
+    want = set(range(13)) - set(recovery.held_out_windows(13, 5))
+    assert len(want) == 11 and trained == {0: want, 1: want, "distil": want}
+
+
+def test_solvers_see_all_windows_and_padding_follows_its_window():
+    model, ids, mask = families.tiny("llama"), tokens(), torch.ones(16, T, dtype=torch.bool)
+    mask[::3, 15:] = False
+    held = recovery.held_out_windows(16, 0)
+    streams = [capture.capture(model, ids, mask, batch_size=4, held_out=h) for h in ((), held)]
+    stream, rows = streams[1], ids.tolist()
+    for i, inputs in enumerate(stream.inputs):
+        at = [rows.index(row) for row in inputs["input_ids"].tolist()]
+        assert {w in held for w in at} == {stream.held[i]}
+        assert torch.equal(inputs["attention_mask"].bool(), mask[at])
+        assert torch.equal(stream.rows[i].view(len(at), T) if stream.rows[i] is not None else mask[at], mask[at])
+    block = models.blocks(model)[1][0]
+    plain, apart = (capture.collect(block, s, 0, models.linears(block)[0], {"outer"})[0] for s in streams)
+    for name, moments in plain.items():
+        assert moments.n == apart[name].n == int(mask.sum())
+        torch.testing.assert_close(moments.G, apart[name].G)
+
+
 def test_the_teacher_is_the_dense_model_on_dense_inputs():
     """The stream that recovery aims at is, block by block, the dense model's own."""
     dense, model, seen = families.tiny("llama"), families.tiny("llama"), []
 
-    def look(block, stream, b, targets, stored):
-        seen.append(torch.cat(list(targets)))
-        return {}
+    def look(block, dense, b, stored):
+        return lambda stream, targets: seen.append(torch.cat(list(targets))) or {}
     steps = [(m, m.Config()) for m in solvers.chain("wanda")]
     loop.prune_model(model, tokens(), None, loop.make_plan(model, parse("2:4"), steps), steps,
                      loop.Options(batch_size=4, dense_stream=True, progress=False), repair=look)
@@ -125,17 +183,79 @@ def test_what_is_trained_is_rounded_to_the_stored_dtype_before_the_next_block_se
     assert {p.dtype for p in model.parameters()} == {dtype}
 
 
-def test_the_best_state_on_the_held_out_batches_is_kept():
-    """A learning rate that destroys leaves everything as it was."""
+class Scalar:
+    """One weight w, starting at 1, trained by `fit` on batch 0 towards `towards`, judged on batch 1 by `best`.
+
+    path: w at each step.
+    """
+
+    def __init__(self, *, towards, best, **settings):
+        layer = torch.nn.Linear(1, 1, bias=False)
+        layer.weight.data.fill_(1)
+        self.path, w, loss = [], layer.weight, (towards, best)
+
+        def value(i):
+            if torch.is_grad_enabled():
+                assert i == 0  # never trained on what is held out
+                self.path.append(w.item())
+            return loss[i](w).sum()
+        with Trainable(layer, {"weight": torch.float32}) as trainable:
+            self.info = fit(trainable, value, [False, True], seed=0, **settings)
+        self.w = float(w)
+
+
+def square_to(x):
+    return lambda w: (w - x).square()
+
+
+def test_the_rate_warms_up_and_falls_as_a_cosine():
+    """Under a constant gradient Adam's step is the rate itself."""
+    steps, lr = 40, 0.05
+    found = Scalar(towards=lambda w: -w, best=lambda w: -w, steps=steps, lr=lr)
+    moved = torch.tensor([*found.path, found.w]).diff()
+    want = [lr * min((t + 1) / 2, 1) * (0.5 + 0.5 * math.cos(math.pi * t / steps)) for t in range(steps)]
+    torch.testing.assert_close(moved, torch.tensor(want), rtol=1e-3, atol=1e-5)
+
+
+def test_training_ends_when_the_held_out_loss_got_worse_twice_in_a_row():
+    """Training leads from 1 to 3, the held-out loss is best at 1.5: seen at the first look (1.8 or so), not after."""
+    found = Scalar(towards=square_to(3), best=square_to(1.5), steps=400, lr=0.02)
+    assert found.info["steps"] == len(found.path) == 150 and not found.info["warnings"]
+    assert found.w == pytest.approx(found.path[50]) and found.path[100] > found.w + 0.5
+    assert found.info["held_out_before"] == pytest.approx(0.25)
+    assert found.info["held_out_after"] == pytest.approx((found.w - 1.5) ** 2, rel=1e-4)
+
+
+def test_a_rate_that_gains_nothing_is_divided_by_four_and_all_begins_anew():
+    found = Scalar(towards=square_to(3), best=square_to(1.05), steps=16, lr=0.4)
+    assert found.info["lr"] == 0.1 / 4 and 1 < found.w < 1.1
+    assert [found.path[k] for k in (0, 4, 8)] == [1, 1, 1]  # two attempts of four steps, ended by two looks
+    assert found.info["held_out_after"] < found.info["held_out_before"]
+    assert found.info["warnings"] == ["learning rate lowered from 0.4 to 0.025"]
+
+
+def test_where_nothing_is_gained_the_weights_are_left_as_they_were():
+    found = Scalar(towards=square_to(3), best=square_to(0.5), steps=16, lr=0.4)
+    assert found.path.count(1) == 3 and found.w == 1 and max(found.path) > 1.1
+    assert found.info["held_out_after"] == found.info["held_out_before"] == pytest.approx(0.25)
+    assert found.info["warnings"] == ["nothing gained at learning rates from 0.4 down to 0.025: left as it was"]
+
+
+def test_a_model_whose_held_out_windows_ask_for_the_opposite_is_left_as_it_was(monkeypatch):
+    real = block_way.distance
+
+    def opposed(block, stream, b, targets):
+        loss = real(block, stream, b, targets)
+        return lambda i: -loss(i) if stream.held[i] else loss(i)
+    monkeypatch.setattr(block_way, "distance", opposed)
     plain, repaired = families.tiny("llama"), families.tiny("llama")
     prune(plain, "none")
-    result, _ = prune(repaired, "block", **{"block.steps": 16, "block.lr": 0.9})
+    result, _ = prune(repaired, "block", **{"block.steps": 16})
     for b in result.blocks:
-        assert b["repair"]["held_out_after"] <= b["repair"]["held_out_before"]
-    worse = [b["repair"] for b in result.blocks if b["repair"]["held_out_after"] == b["repair"]["held_out_before"]]
-    if len(worse) == len(result.blocks):
-        for p, q in zip(plain.parameters(), repaired.parameters(), strict=True):
-            assert torch.equal(p, q)
+        assert b["repair"]["held_out_after"] == b["repair"]["held_out_before"] < 0 < b["repair"]["steps"]
+    assert sum("left as it was" in w for w in result.warnings) == 2
+    for p, q in zip(plain.parameters(), repaired.parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 def test_fit_finds_the_least_squares_solution():
@@ -146,7 +266,8 @@ def test_fit_finds_the_least_squares_solution():
     keep = torch.rand(3, 6, generator=gen) > 0.4
     layer.weight.data = W * keep
     with Trainable(layer, {"weight": torch.float32}) as trainable:
-        fit(trainable, lambda i: (layer(X[i]) - X[i] @ W.T).square().mean(), range(8), steps=800, lr=0.05, seed=0)
+        fit(trainable, lambda i: (layer(X[i]) - X[i] @ W.T).square().mean(), 7 * [False] + [True], steps=800,
+            lr=0.05, seed=0)
     flat = X.reshape(-1, 6).double()
     for r in range(3):
         want = torch.linalg.lstsq(flat[:, keep[r]], flat @ W[r].double()).solution
@@ -161,15 +282,15 @@ def test_seed_decides_and_nothing_else():
         torch.nn.init.zeros_(layer.bias)
         X = torch.randn(10, 5, 4, generator=torch.Generator().manual_seed(1))
         with Trainable(layer, dict.fromkeys(("weight", "bias"), torch.float32)) as trainable:
-            fit(trainable, lambda i: (layer(X[i]) - X[i].flip(-1)).square().mean(), range(10), steps=5, lr=0.1,
-                seed=seed)
+            fit(trainable, lambda i: (layer(X[i]) - X[i].flip(-1)).square().mean(), [True] + 9 * [False], steps=5,
+                lr=0.1, seed=seed)
         return layer.weight.detach().clone()
     assert torch.equal(weights(1), weights(1)) and not torch.equal(weights(1), weights(2))
 
 
-def test_one_batch_only_is_said(tmp_path, capsys):
+def test_one_window_only_is_said(tmp_path, capsys):
     place = tiny.make(tmp_path)
-    assert tiny.main(*tiny.flags(place, "--no-dense", recover="block,distil", nsamples=4,
+    assert tiny.main(*tiny.flags(place, "--no-dense", recover="block,distil", nsamples=1,
                                  **{"block.steps": 2, "distil.steps": 2})) == 0
     assert "nothing held out" in capsys.readouterr().out
 
@@ -181,7 +302,7 @@ def test_a_command_repairs_and_the_record_says_so(tmp_path):
     record = export.read_manifest(place / "out")["record"]
     assert record["recovery"]["distil"]["steps"] == 3
     assert all(b["repair"]["steps"] == 3 for b in record["blocks"])
-    assert record["settings"]["recovery"] == {"block": {"steps": 3, "lr": 0.03}, "distil": {
+    assert record["settings"]["recovery"] == {"block": {"unit": "block", "steps": 3, "lr": 0.03}, "distil": {
         "steps": 3, "lr": record["settings"]["recovery"]["distil"]["lr"]}}
 
 
@@ -211,6 +332,12 @@ def test_an_interrupted_run_with_repairs_ends_with_the_same_bits(tmp_path, monke
 def test_useless_settings_are_refused(flag, value):
     with pytest.raises(ValueError, match=f"--{flag}"):
         cli.build({"method": "wanda", "pattern": "0.5", "recover": flag.split(".")[0], flag: value})
+
+
+@pytest.mark.parametrize("recover", ["distil,block", "block,block"])
+def test_block_behind_another_way_is_refused(recover):
+    with pytest.raises(ValueError, match=f"--recover {recover}: block comes first: --recover block,distil"):
+        cli.build({"method": "wanda", "pattern": "0.5", "recover": recover})
 
 
 def test_unknown_way():
@@ -253,3 +380,127 @@ def test_no_negative_zero_is_stored():
     for block in models.blocks(model)[1]:
         for p in block.parameters():
             assert not (torch.signbit(p) & (p == 0)).any()
+
+
+PARTED = sorted(set(FAMILIES) - set(REFUSED) - {"llama4"})
+
+
+def first_block(name):
+    """(block 0, the stream of some padded tokens at it)."""
+    model, mask = families.tiny(name), torch.ones(8, T, dtype=torch.bool)
+    mask[::2, 15:] = False
+    stream = capture.capture(model, tokens(8), mask, batch_size=4)
+    return models.blocks(model)[1][0], stream
+
+
+@pytest.mark.parametrize("name", PARTED)
+def test_attention_and_mlp_are_told_apart_in_every_family(name):
+    """A silent MLP: its weights do not matter, attention's do; each parameter belongs to one part, by its name too."""
+    block, stream = first_block(name)
+    rest = {view.name for view in models.mlp(block)}
+    attention = [v for v in models.linears(block)[0] if v.name not in rest]
+
+    def out():
+        with torch.no_grad():
+            return capture.forward(block, stream, 0, 0)
+    whole = out()
+    with models.silent(models.mlp(block)):
+        ahead = block_way.reached(Trainable(block, {}), block, stream, 0)
+        half = out()
+        for view in models.mlp(block):
+            view.set(3 * view.get())
+        assert torch.equal(out(), half)
+        for view in attention:
+            view.set(3 * view.get())
+        assert not torch.allclose(out(), half)
+        for view in attention:
+            view.set(view.get() / 3)
+    for view in models.mlp(block):
+        view.set(view.get() / 3)
+    torch.testing.assert_close(out(), whole)  # silence ends
+    assert not torch.allclose(whole, half)
+    parameters = {id(p): n for n, p in block.named_parameters()}
+    assert {parameters[id(v.parameter)] for v in attention} <= ahead
+    assert not {parameters[id(v.parameter)] for v in models.mlp(block)} & ahead
+
+
+def test_attention_aims_at_the_dense_hidden_state_behind_its_residual_addition():
+    """Written out for llama: norms on either side, the residual, the ratio of squares over real tokens."""
+    dense, seen = families.tiny("llama"), {}
+    mask, held = torch.ones(16, T, dtype=torch.bool), recovery.held_out_windows(16, 0)
+    mask[1::2, 12:] = False
+    layer = dense.model.layers[0]
+    layer.register_forward_pre_hook(lambda _, args: seen.update(X=args[0]))
+    layer.self_attn.register_forward_hook(lambda _, args, out: seen.update(attention=out[0]))
+    with torch.no_grad():
+        dense(tokens(), attention_mask=mask.long(), use_cache=False)
+        wrong = (0.9 * seen["attention"])[list(held)][mask[list(held)]]
+    right = seen["attention"][list(held)][mask[list(held)]]
+    want = float((wrong - right).square().sum() / right.square().sum())
+
+    block, stored = layer, {n: p.dtype for n, p in layer.named_parameters()}
+    stream = capture.capture(dense, tokens(), mask, batch_size=4, held_out=held)
+    mend = block_way.repair(block, stream.fork(), 0, stored, block_way.Config(unit="parts", steps=4), 0)
+    targets = stream.fork()
+    capture.replay(block, targets, 0)
+    block.self_attn.o_proj.weight.data.mul_(0.9)
+    info = mend(stream, targets.hidden)
+    assert info["parts"]["attention"]["held_out_before"] == pytest.approx(want, rel=1e-4) == pytest.approx(0.01)
+    assert info["held_out_after"] == info["parts"]["mlp"]["held_out_after"] <= info["held_out_before"]
+
+
+@pytest.mark.parametrize("name", [*SAMPLE, "opt-350m", "gptj", "gemma4_moe"])
+def test_parts_help_and_lose_no_zero(name):
+    dense, plain, repaired = (families.tiny(name) for _ in range(3))
+    prune(plain, "none")
+    result, _ = prune(repaired, "block", **{"block.steps": 15, "block.unit": "parts"})
+    for block in models.blocks(repaired)[1]:
+        for view in models.linears(block)[0]:
+            assert parse("2:4").holds(view.get()), view.name
+    for row in result.blocks:
+        assert set(row["repair"]["parts"]) == {"attention", "mlp"} and row["repair"]["steps"] <= 30
+        assert row["repair"]["held_out_after"] < row["repair"]["held_out_before"]
+    assert kl(dense, repaired, tokens()) < 0.9 * kl(dense, plain, tokens())
+
+
+def test_each_part_trains_its_own_parameters(monkeypatch):
+    """Attention's stage leaves the MLP's bits alone and the other way round; routers belong to neither."""
+    told, real = [], block_way.train
+
+    def spy(block, *args):
+        before = {n: p.clone() for n, p in block.named_parameters()}
+        info = real(block, *args)
+        told.append({n for n, p in block.named_parameters() if not torch.equal(p, before[n])})
+        return info
+    monkeypatch.setattr(block_way, "train", spy)
+    prune(families.tiny("mixtral"), "block", **{"block.steps": 8, "block.unit": "parts"})
+    assert told[:2] == [
+        {"input_layernorm.weight", *(f"self_attn.{x}_proj.weight" for x in "qkvo")},
+        {"post_attention_layernorm.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"}]
+
+
+def test_parts_that_harm_the_block_together_are_undone(monkeypatch):
+    def spoil(block, stream, b, targets, stored, cfg, seed, leave):
+        for p in block.parameters():
+            p.data.mul_(2)
+        return {"steps": 1, "lr": cfg.lr, "warnings": []}
+    monkeypatch.setattr(block_way, "train", spoil)
+    plain, repaired = families.tiny("llama"), families.tiny("llama")
+    prune(plain, "none")
+    result, _ = prune(repaired, "block", **{"block.unit": "parts"})
+    for p, q in zip(plain.parameters(), repaired.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert sum("one by one made the held-out loss worse" in w for w in result.warnings) == 2
+
+
+def test_a_family_without_parts_is_refused_before_anything_is_pruned():
+    model = families.tiny("llama4")
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=r"--block\.unit parts: block 1: attention and MLP of Llama4TextDecoderLayer"):
+        run.prune(model, method="wanda", calibration=tokens(4), recover="block", progress=False,
+                  parts={"block.unit": "parts"})
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    with pytest.raises(ValueError, match="its linears are fc"):
+        models.mlp(torch.nn.ModuleDict({"fc": torch.nn.Linear(2, 2)}))
+    with pytest.raises(ValueError, match=r"--block\.unit layer: give block or parts"):
+        cli.build({"method": "wanda", "pattern": "0.5", "recover": "block", "block.unit": "layer"})

@@ -20,6 +20,7 @@ import pkgutil
 
 import torch
 
+SHARE = 10  # one window in so many is held out
 WARM_UP = 0.05  # of the steps
 VECTORS = 0.1  # norms and biases move slower: at the matrices' rate they undid in 12 steps what 12 more could not mend
 BETAS = (0.9, 0.95)
@@ -106,19 +107,23 @@ def rms(t, mask=None):
     return float(torch.linalg.vector_norm(t) / max(n, 1) ** 0.5)
 
 
-def fit(trainable, loss, batches, *, steps, lr, seed, progress=None):
-    """Adam with warm-up and cosine on the mean of loss(i) over `batches`; plain values for the record.
+def held_out_windows(n, seed):
+    """Numbers of the windows, of n, that no repair of a run trains on: a tenth, rounded up; none of a single one."""
+    count = -(-n // SHARE) if n > 1 else 0
+    return tuple(sorted(torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:count].tolist()))
 
-    loss(i): a scalar tensor for batch i. A tenth of the batches (at least one, if there are two) is held out; the state
-    that does best on them is kept, and training ends early when twice in a row it got worse. Where nothing was gained
-    at all, the rate was too high for this model: it is divided by FALL and all begins anew. progress(): called every
-    step.
+
+def fit(trainable, loss, held, *, steps, lr, seed, progress=None):
+    """Adam with warm-up and cosine on the mean of loss(i) over the batches i; plain values for the record.
+
+    loss(i): a scalar tensor for batch i. held: one bool a batch, whether it is held out. The state that does best on
+    those is kept, and training ends early when twice in a row it got worse. Where nothing was gained at all, the rate
+    was too high for this model: it is divided by FALL and all begins anew. seed: of the batches' order. progress():
+    called every step.
     """
     gen = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(batches), generator=gen).tolist()
-    cut = max(1, len(order) // 10) if len(order) > 1 else 0
-    held, train = ([batches[i] for i in part] for part in (order[:cut], order[cut:]))
-    before, start, warnings = held_out(loss, held), trainable.snapshot(), []
+    train, held = ([i for i, apart in enumerate(held) if apart == kind] for kind in (False, True))
+    before, start, warnings = mean(loss, held), trainable.snapshot(), []
     for attempt in range(ATTEMPTS):
         rate = lr / FALL**attempt
         done, best = descend(trainable, loss, train, held, steps=steps, lr=rate, gen=gen, before=before, state=start,
@@ -129,7 +134,7 @@ def fit(trainable, loss, batches, *, steps, lr, seed, progress=None):
         warnings.append(f"learning rate lowered from {lr:g} to {rate:g}" if best < before else
                         f"nothing gained at learning rates from {lr:g} down to {rate:g}: left as it was")
     if not held:
-        warnings.append("one batch of windows only: nothing held out, no early stop; lower --batch-size")
+        warnings.append("one window only: nothing held out, no early stop; raise --nsamples")
     return {"steps": done, "lr": rate, "held_out_before": before, "held_out_after": best, "warnings": warnings}
 
 
@@ -151,7 +156,7 @@ def descend(trainable, loss, train, held, *, steps, lr, gen, before, state, prog
         if progress:
             progress()
         if held and (done % max(1, steps // LOOKS) == 0 or done == steps):
-            now = held_out(loss, held)
+            now = mean(loss, held)
             best, state, worse = (now, trainable.snapshot(), 0) if now < best else (best, state, worse + 1)
             if worse == 2:
                 break
@@ -160,7 +165,7 @@ def descend(trainable, loss, train, held, *, steps, lr, gen, before, state, prog
     return done, best
 
 
-def held_out(loss, batches):
-    """Mean loss, a float; None of nothing."""
+def mean(loss, batches):
+    """Mean loss over batches, a float; None of nothing."""
     with torch.no_grad():
         return sum(float(loss(i)) for i in batches) / len(batches) if batches else None

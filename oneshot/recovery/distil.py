@@ -17,7 +17,6 @@ from tqdm import tqdm
 from .. import capture, models
 from . import Trainable, check, fit
 
-unit = "model"
 LOGITS = 2**26
 
 
@@ -57,7 +56,7 @@ def repair(model, dense, cfg, seed, progress=False):
     bar = tqdm(total=cfg.steps, desc="distil", unit="step", disable=not progress, leave=False)
     with models.resident(whole, dense.device, write_back=True, dtype=torch.float32), bar, \
             Trainable(block_list, stored, leave) as trainable:
-        return fit(trainable, loss, range(len(dense)), steps=cfg.steps, lr=cfg.lr, seed=seed, progress=bar.update)
+        return fit(trainable, loss, dense.held, steps=cfg.steps, lr=cfg.lr, seed=seed, progress=bar.update)
 
 
 def positions(model, stream, i, gen):
