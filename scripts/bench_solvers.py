@@ -7,6 +7,7 @@ Random weights; inputs correlated and of different size (an eighth of the direct
 are given; what linears fed by the same tensor would share (factors, the scaled Gram matrix) is made anew each time. A
 refiner is timed alone, behind the solver named before it. Floor: the operations that its file names, at the rate of
 large float32 products in the same run; "-" where the work is bound by memory or its floor is not written down below.
+So for swaps: rows that are settled leave its rounds, and how many were left in each is not noted.
 """
 
 import argparse
@@ -27,7 +28,6 @@ FLOORS = {  # operations of one linear (R, C), given what the solver notes about
     "sparsegpt": lambda R, C, info: C**3 / 3 + R * C**2,
     "alps": lambda R, C, info: info["steps"] * (C**3 / 3 + 2 * R * C**2) + FLOORS["refit"](R, C, info),
     "refit": lambda R, C, info: (info["refit_steps"] + 2) * 2 * R * C**2,
-    "swaps": lambda R, C, info: info.get("swap_rounds", 0) * 2 * R * C**2,
     "admm": lambda R, C, info: C**3 + 20 * 2 * R * C**2,  # one inverse, its default iterations
 }
 

@@ -163,6 +163,8 @@ def test_bench_solvers(tmp_path):
     assert {r["method"] for r in rows} >= set(solvers.names()["solver"]) and len(rows) % 4 == 0
     assert all(r["seconds"] > 0 and r["error"] > 0 for r in rows)
     assert all(r["error"] == 1 for r in rows if r["method"] == "sparsegpt")
+    swaps = [r for r in rows if r["method"].endswith("+swaps")]
+    assert swaps and all(r["floor_flops"] is None for r in swaps)  # rows leave its rounds: rounds say no floor
     assert "| alps |" in (tmp_path / "bench_solvers.md").read_text()
 
 
