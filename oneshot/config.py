@@ -57,8 +57,8 @@ class RunConfig:
                                        "a .txt .jsonl .json .parquet .csv file", group="data")
     nsamples: int = flag(128, "calibration windows", group="data")
     seqlen: int | None = flag(None, "tokens in a window (default: min(2048, the model's positions))", group="data")
-    seed: int = flag(0, "which windows, and in --recover which of them are held out, their order, and the positions "
-                        "looked at; nothing else is random", group="data")
+    seed: int = flag(0, "which windows; with --recover also which of them are held out, the order of training and the "
+                        "positions distil looks at; nothing else is random", group="data")
     documents: str = flag("join", "join: windows run across documents, the papers' way; separate: each document is its "
                                   "own window, padded and masked", group="data", choices=("join", "separate"))
     per_line: bool = flag(False, "each line of a .txt file is a document", group="data")

@@ -352,12 +352,13 @@ def test_families_named_here_exist():
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gemma2", "gemma3", "gpt_neox", "bloom", "falcon", "mixtral",
                                   "gpt_oss", "qwen2_moe"])
-@pytest.mark.parametrize("recover", recovery.names())
-def test_sixteen_bit_blocks_are_trained_in_float32(monkeypatch, name, recover):
+@pytest.mark.parametrize("recover, own", [("block", {"block.unit": "block"}), ("block", {"block.unit": "parts"}),
+                                          ("distil", {})])
+def test_sixteen_bit_blocks_are_trained_in_float32(monkeypatch, name, recover, own):
     """As on a GPU, where blocks and hidden states keep the stored dtype."""
     monkeypatch.setattr(models, "compute_dtype", lambda device, stored: stored)
     model = families.tiny(name, dtype=torch.bfloat16)
-    prune(model, recover, **{f"{recover}.steps": 2})
+    prune(model, recover, **{f"{recover}.steps": 2}, **own)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert all(torch.isfinite(p).all() for p in model.parameters())
 

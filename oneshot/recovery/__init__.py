@@ -3,12 +3,15 @@
 A way is a module with
 
     Config      a frozen dataclass: its flags, with `metadata={"help": ...}` each
-    repair      of one block, right after it was pruned (block.py), or of the whole model at the end (distil.py); `unit`
-                says which. Returns plain values for the record.
+    repair      what run.py calls; block.py: for each block, around its pruning, through the loop; distil.py: for the
+                whole pruned model at the end. Ends in plain values for the record.
 
 Every way trains the weights that pruning kept, with their mask fixed: a weight that is zero stays zero, bit by bit.
 What is trained lives in float32 and is rounded to the stored dtype at the end. The calibration windows are all the
-data; a tenth of them is held out, and what did best there is kept, so a repair never makes the held-out loss worse.
+data. A tenth of the windows, rounded up, is held out: drawn once a run by its seed, in batches of its own, the same for
+every block and every way, so none judges by windows that another has trained on (solvers and their statistics do see
+them). What did best there is kept, so, but for that rounding, no repair makes its own held-out loss worse. A run with
+one window holds out nothing, keeps the last state and warns.
 
     steps   updates, one batch of windows each
     lr      learning rate as a share of each tensor's root mean square: absolute rates do not carry over between models
