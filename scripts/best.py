@@ -153,7 +153,7 @@ def measured(cfg, model, tokenizer, calibration, evaluations):
     """Perplexity, seconds and errors of one way, on a copy of the model."""
     mine = copy.deepcopy(model)
     began, used = time.perf_counter(), time.process_time()
-    plan = run.allocated(cfg, mine, run.make_plan(cfg, mine), calibration)
+    [plan] = run.allocated([cfg], mine, [run.make_plan(cfg, mine)], calibration)
     result = run.prune_model(cfg, mine, plan, calibration)
     run.prove(mine, plan, result.layers)
     spent = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - used}
