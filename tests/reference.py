@@ -280,19 +280,22 @@ def layer_error(W, W_hat, G):
     return torch.trace(D @ G.double() @ D.T).item()
 
 
-def refit(W, mask, G):
+def refit(W, mask, G, start=None, hold=None):
     """W_hat (R, C): on the support mask (R, C; True = kept) the exact least-squares values, zero elsewhere.
 
     Row by row min (w - v) G (w - v)^T over v supported on S, that is G_SS v_S = G_S: w. G is taken as given
     (not damped here). If G_SS is singular the values are not unique, the error is: the shortest v_S.
+    With `start` (R, C) a move costs sum_j hold_j (v_j - start_j)^2 besides, and the values are unique.
     """
     W, G = W.double(), G.double()
+    if start is None:
+        start, hold = torch.zeros_like(W), torch.zeros_like(W[0])
     W_hat = torch.zeros_like(W)
     for i in range(W.shape[0]):
         S = mask[i].nonzero().flatten()
         if len(S):
-            rhs = (G[S] @ W[i]).unsqueeze(1)
-            W_hat[i, S] = torch.linalg.lstsq(G[S][:, S], rhs, driver="gelsd").solution.flatten()
+            rhs = (G[S] @ W[i] + hold[S] * start[i, S]).unsqueeze(1)
+            W_hat[i, S] = torch.linalg.lstsq((G + hold.diag())[S][:, S], rhs, driver="gelsd").solution.flatten()
     return W_hat
 
 

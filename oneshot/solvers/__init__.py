@@ -77,4 +77,7 @@ def solve(W, moments, pattern, steps):
     solution = solver.prune(W, moments, pattern, cfg)
     for refiner, cfg in refiners:
         solution = refiner.refine(W, solution, moments, pattern, cfg)
+    if any(module.updates for module, _ in steps) and moments.n < W.shape[1] and not solution.mask.all():
+        solution.info.setdefault("warnings", []).append(
+            f"{moments.n} calibration tokens for {W.shape[1]} inputs: new values may fit these alone (--nsamples)")
     return solution
