@@ -125,9 +125,23 @@ def test_refit_leaves_a_row_that_is_at_its_best():
 
 def test_refit_ends_when_a_step_gains_little():
     W, X = layer(20, 160, 800)
-    used = [prune("wanda+refit", W, X, NM(2, 4), refit__tolerance=t).info["refit_steps"] for t in (0.5, 1e-2, 1e-3)]
+    used = [prune("wanda+refit", W, X, NM(2, 4), refit__tolerance=t).info["refit.steps"] for t in (0.5, 1e-2, 1e-3)]
     assert 1 <= used[0] < used[1] < used[2] <= 30
-    assert prune("wanda+refit", W, X, NM(2, 4), refit__steps=2, refit__tolerance=0.0).info["refit_steps"] == 2
+    assert prune("wanda+refit", W, X, NM(2, 4), refit__steps=2, refit__tolerance=0.0).info["refit.steps"] == 2
+
+
+@pytest.mark.parametrize("solver", ["dsnot", "alps", "sparsegpt"])
+def test_no_part_of_a_chain_overwrites_what_another_noted(solver):
+    """DSnoT's own swaps, ALPS' own refit steps; a refiner that stands twice in the chain; warnings of all."""
+    W, X = layer(6, 40, 39)
+    moments, modules = moments_of(X, {"outer", "sum", "sum_sq"}), solvers.chain(f"{solver}+swaps+refit+swaps+refit")
+    steps, pattern = [(m, m.Config()) for m in modules], Unstructured(0.5, "row")
+    alone, info = (solvers.solve(W, moments, pattern, s).info for s in (steps[:1], steps))
+    warnings = info.pop("warnings")
+    assert len(warnings) == 1 and alone.pop("warnings", warnings) == warnings
+    assert info == alone | {k: v for k, v in info.items() if "." in k}
+    assert {k for k in info if "." in k} == {f"{part}{i}.{key}" for i in ("", "2") for part, key in (
+        ("swaps", "exchanges"), ("swaps", "rounds"), ("refit", "steps"))}
 
 
 # --- swaps --------------------------------------------------------------------------------------------------
@@ -166,7 +180,7 @@ def test_swaps_leave_no_exchange_that_pays(pattern):
     G, moments = ref.gram(X), moments_of(X, {"outer"})
     mask = pattern.keep(torch.rand(6, 12, generator=torch.Generator().manual_seed(0)))
     solution = swaps.refine(W, Solution(W * mask, mask), moments, pattern, swaps.Config(depth=1))
-    assert solution.info["swaps"] > 6
+    assert solution.info["exchanges"] > 6
     for i in range(6):
         keep, w = solution.mask[i:i + 1], W[i:i + 1]
         least = ref.layer_error(w, ref.refit(w, keep, G), G)
@@ -221,7 +235,7 @@ def test_swaps_row_by_row_in_chunks(monkeypatch):
     whole = prune("wanda+swaps", W, X, NM(2, 4))
     monkeypatch.setattr(swaps, "CHUNK", 2 * 33**2)
     parts = prune("wanda+swaps", W, X, NM(2, 4))
-    assert torch.equal(parts.mask, whole.mask) and parts.info["swaps"] == whole.info["swaps"]
+    assert torch.equal(parts.mask, whole.mask) and parts.info["swaps.exchanges"] == whole.info["swaps.exchanges"]
     torch.testing.assert_close(parts.W_hat, whole.W_hat, rtol=1e-9, atol=1e-11)
 
 

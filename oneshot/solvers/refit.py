@@ -38,4 +38,4 @@ def refine(W, solution, moments, pattern, cfg):
     Raises NumericalError when the inputs are not finite.
     """
     W_hat, used = linalg.refit(W, solution.W_hat, solution.mask, moments, cfg.steps, cfg.tolerance)
-    return Solution(W_hat, solution.mask.clone(), {**solution.info, "refit_steps": used})
+    return Solution(W_hat, solution.mask.clone(), {"steps": used})

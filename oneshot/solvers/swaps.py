@@ -18,8 +18,8 @@ of which the lowest of each row is taken, by two pivots, until none is negative,
 the lowest (`depth`). A restored weight and the kept of Q get their least-squares values. Exact, up to ε
 (`linalg.epsilon`): every exchange's worth, given the weights outside Q; with C <= q/2 (N:M: q), given nothing. Not
 exact: which columns are in Q. These are the kept ones cheapest to drop and the removed ones with the most to gain, by
-the paper's terms; for N:M the whole groups in which the two are furthest apart. Then c is brought up to date for all columns and Q chosen anew,
-until the row's Q holds no exchange (N:M: nor that of any group).
+the paper's terms; for N:M the whole groups in which the two are furthest apart. Then c is brought up to date for all
+columns and Q chosen anew, until the row's Q holds no exchange (N:M: nor that of any group).
 
 Exchanges stay in their row and group, so the counts stay; for the groups "matrix" and a number of columns they are
 those of a row. Floor: 2·R·C² operations a round; the tableaux' work, R·q² numbers a few times over for each exchange,
@@ -64,7 +64,7 @@ def refine(W, solution, moments, pattern, cfg):
     (G, s, _), eps = linalg.unit_gram(moments, W.dtype), linalg.epsilon(moments, W.dtype)
     mask = solution.mask.clone(memory_format=torch.contiguous_format)
     if isinstance(pattern, Dense) or mask.all() or not mask.any():
-        return Solution(solution.W_hat.clone(), mask, dict(solution.info))
+        return Solution(solution.W_hat.clone(), mask)
     W_hat, _ = linalg.refit(W, solution.W_hat, mask, moments, 5, 0.01)  # so that dropping is judged on good values
     X, target = (W_hat * s).contiguous(), (W * s).contiguous()
     c = (target - X) @ G
@@ -84,7 +84,7 @@ def refine(W, solution, moments, pattern, cfg):
     D = target.sub_(X)
     better = ((D @ G).mul_(D).sum(1) < before).unsqueeze(1)  # from scratch: c has gathered rounding errors
     return Solution(torch.where(better, X.div_(s), W_hat), torch.where(better, mask, solution.mask),
-                    {**solution.info, "swaps": swaps, "swap_rounds": rounds})
+                    {"exchanges": swaps, "rounds": rounds})
 
 
 def width(pattern, C):
