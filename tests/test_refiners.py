@@ -19,7 +19,7 @@ def prune(method, W, X, pattern, **given):
     """The solution of `method`, flags as in refit__steps=3."""
     flags = {k.replace("__", "."): v for k, v in given.items()}
     steps = [(module, cli.configured(module, flags)) for module in solvers.chain(method)]
-    moments = moments_of(X, {"outer", "sum_sq"}, W.dtype)
+    moments = moments_of(X, {"outer", "sum", "sum_sq"}, W.dtype)
     return solvers.solve(W, moments, pattern.with_default_group(steps[0][1].group), steps)
 
 
@@ -191,22 +191,43 @@ def test_swaps_leave_no_exchange_that_pays(pattern):
                 assert ref.layer_error(w, ref.refit(w, other, G), G) >= least * (1 - 1e-6)
 
 
-@pytest.mark.parametrize("solver", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("pattern", [Unstructured(0.5, "row"), NM(2, 4)], ids=str)
+def test_swaps_by_default_leave_no_exchange_that_pays_in_rows_of_64(pattern):
+    """Values of all kept weights refitted for every single exchange, by direct solves."""
+    W, X = layer(4, 64, 300)
+    G, solution = ref.gram(X), prune("wanda+swaps", W, X, pattern, swaps__rounds=30)
+    assert solution.info["swaps.exchanges"] > 4
+    for w, keep in zip(W.split(1), solution.mask.split(1), strict=True):
+        pairs = [(p, u) for p, u in product(keep[0].nonzero().flatten(), (~keep[0]).nonzero().flatten())
+                 if not isinstance(pattern, NM) or p // 4 == u // 4]
+        others = keep.repeat(len(pairs), 1)
+        for other, (p, u) in zip(others, pairs, strict=True):
+            other[p], other[u] = False, True
+        assert best_errors(w, G, others).item() >= best_errors(w, G, keep).item() * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("solver", solvers.names()["solver"])
 @pytest.mark.parametrize("pattern, C", [(Unstructured(0.5, "row"), 10), (Unstructured(0.7, "row"), 10), (NM(2, 4), 8)],
                          ids=str)
 def test_swaps_and_refit_come_near_the_best_of_all_supports(solver, pattern, C):
-    """60 layers of 3 rows: error over the least possible one; without swaps most are far from it."""
-    masks, ratios, before = supports(pattern, C), [], []
+    """60 layers of 3 rows: error over the least possible one, of each row and of the layer; the issue's 20 % at worst
+    hold for layers, the worst row is at 25 %. Without swaps most are far from it."""
+    masks, rows, layers, before = supports(pattern, C), [], [], []
     for seed in range(60):
         W, X = layer(3, C, 5 * C, seed=seed)
         G = ref.gram(X)
-        least = best_errors(W, G, masks).sum().item()
-        ratios.append(ref.layer_error(W, prune(f"{solver}+swaps+refit", W, X, pattern).W_hat, G) / least)
-        before.append(ref.layer_error(W, prune(f"{solver}+refit", W, X, pattern).W_hat, G) / least)
-    ratios, before = torch.tensor(ratios), torch.tensor(before)
-    assert ratios.min() > 1 - 1e-6
-    assert ratios.median() < 1.02 and ratios.max() < 1.2, f"{ratios.median():.4f} {ratios.max():.4f}"
-    assert before.max() > 1.5
+        least = best_errors(W, G, masks)
+        D = W - prune(f"{solver}+swaps+refit", W, X, pattern).W_hat
+        error = ((D @ G) * D).sum(1)
+        rows.append(error / least)
+        layers.append(error.sum() / least.sum())
+        if solver in ("magnitude", "wanda"):
+            before.append(ref.layer_error(W, prune(f"{solver}+refit", W, X, pattern).W_hat, G) / least.sum())
+    rows, layers = torch.cat(rows), torch.stack(layers)
+    assert rows.min() > 1 - 1e-6 and rows.median() < 1.001
+    assert rows.max() < 1.26 and (rows > 1.2).sum() <= 2, f"{rows.max():.4f}"
+    assert layers.max() < 1.2, f"{layers.max():.4f}"
+    assert not before or max(before) > 1.5
 
 
 def test_supports_are_all_there():
@@ -233,7 +254,7 @@ def test_swaps_row_by_row_in_chunks(monkeypatch):
     """A layer too large for one chunk of tableaux gives the same as a small one."""
     W, X = layer(7, 40, 100)
     whole = prune("wanda+swaps", W, X, NM(2, 4))
-    monkeypatch.setattr(swaps, "CHUNK", 2 * 33**2)
+    monkeypatch.setattr(swaps, "CHUNK", 2 * 65**2)
     parts = prune("wanda+swaps", W, X, NM(2, 4))
     assert torch.equal(parts.mask, whole.mask) and parts.info["swaps.exchanges"] == whole.info["swaps.exchanges"]
     torch.testing.assert_close(parts.W_hat, whole.W_hat, rtol=1e-9, atol=1e-11)
