@@ -26,8 +26,9 @@ from oneshot.moments import NEEDS, Moments
 
 FLOORS = {  # operations of one linear (R, C), given what the solver notes about its steps
     "sparsegpt": lambda R, C, info: C**3 / 3 + R * C**2,
-    "alps": lambda R, C, info: info["steps"] * (C**3 / 3 + 2 * R * C**2) + FLOORS["refit"](R, C, info),
-    "refit": lambda R, C, info: (info["refit_steps"] + 2) * 2 * R * C**2,
+    "alps": lambda R, C, info: info["steps"] * (C**3 / 3 + 2 * R * C**2) +
+            FLOORS["refit"](R, C, {"steps": info["refit_steps"]}),
+    "refit": lambda R, C, info: (info["steps"] + 2) * 2 * R * C**2,
     "admm": lambda R, C, info: C**3 + 20 * 2 * R * C**2,  # one inverse, its default iterations
 }
 
@@ -122,7 +123,8 @@ def markdown(out):
         for r in rows:
             floor = r["floor_flops"] / rate if r["floor_flops"] else None
             cells = ("-", "-") if floor is None else (f"{floor:.3g}", f"{r['seconds'] / floor:.1f}")
-            notes = ", ".join(f"{k} {v}" for k, v in r["info"].items() if "step" in k or "swap" in k)
+            notes = ", ".join(f"{k} {v}" for k, v in r["info"].items()
+                              if "step" in k or k in ("swaps", "exchanges", "rounds"))
             lines.append(f"| {r['method']} | {r['group'] or ''} | {r['seconds']:.3g} | {' | '.join(cells)} | "
                          f"{r['error']:.3f} | {r['zeros'] / (R * C):.2%} | {notes} |")
         lines.append("")

@@ -271,6 +271,32 @@ def admm(W, X=None, pattern=0.5, *, G=None, damping=0.1, rho=1.0, iterations=20,
     return masked(torch.where(live, (B + U) / d, W), keep), keep
 
 
+def alps(W, X=None, pattern=0.5, *, G=None, rho=0.1):
+    """ALPS (arXiv 2406.07831), algorithm 1 with the authors' update of rho, then exact values on the mask (there: CG).
+
+    In units where inputs have norm 1, one eigendecomposition G = Q diag(e) Q^T for all rho. Every 3rd step rho grows
+    by 1.3, 1.2 or 1.1 as the support has changed since the last 3rd by at least 10 %, 0.5 % of k or one weight; without
+    a change it is the end. Sparsity over the whole matrix. No dead inputs.
+    """
+    W, G = W.double(), _gram_of(X, G)
+    s = G.diagonal().sqrt()
+    w, (e, Q) = W * s, torch.linalg.eigh(G / torch.outer(s, s))
+    D, V, wg = w.clone(), torch.zeros_like(w), w @ Q @ e.diag() @ Q.T
+    last, step = None, 0
+    while True:
+        B = (wg - V + rho * D) @ Q @ (1 / (e + rho)).diag() @ Q.T
+        score = (B + V / rho).abs()
+        keep = keep_n_of_m(score, *pattern) if isinstance(pattern, tuple) else remove_lowest(
+            score, exact_count(score.numel(), pattern))
+        D = masked(B + V / rho, keep)
+        V, step = V + rho * (B - D), step + 1
+        if step % 3 == 0:
+            changed = int((keep != last).sum()) / int(keep.sum()) if last is not None else 1.0
+            if not changed:
+                return refit(W, keep, G), keep
+            last, rho = keep, rho * (1.3 if changed >= 0.1 else 1.2 if changed >= 0.005 else 1.1)
+
+
 # --- error, best values, best support -----------------------------------------------------------------------
 
 
@@ -280,19 +306,22 @@ def layer_error(W, W_hat, G):
     return torch.trace(D @ G.double() @ D.T).item()
 
 
-def refit(W, mask, G):
+def refit(W, mask, G, start=None, hold=None):
     """W_hat (R, C): on the support mask (R, C; True = kept) the exact least-squares values, zero elsewhere.
 
     Row by row min (w - v) G (w - v)^T over v supported on S, that is G_SS v_S = G_S: w. G is taken as given
     (not damped here). If G_SS is singular the values are not unique, the error is: the shortest v_S.
+    With `start` (R, C) a move costs sum_j hold_j (v_j - start_j)^2 besides, and the values are unique.
     """
     W, G = W.double(), G.double()
+    if start is None:
+        start, hold = torch.zeros_like(W), torch.zeros_like(W[0])
     W_hat = torch.zeros_like(W)
     for i in range(W.shape[0]):
         S = mask[i].nonzero().flatten()
         if len(S):
-            rhs = (G[S] @ W[i]).unsqueeze(1)
-            W_hat[i, S] = torch.linalg.lstsq(G[S][:, S], rhs, driver="gelsd").solution.flatten()
+            rhs = (G[S] @ W[i] + hold[S] * start[i, S]).unsqueeze(1)
+            W_hat[i, S] = torch.linalg.lstsq((G + hold.diag())[S][:, S], rhs, driver="gelsd").solution.flatten()
     return W_hat
 
 

@@ -19,7 +19,7 @@ def prune(method, W, X, pattern, **given):
     """The solution of `method`, flags as in refit__steps=3."""
     flags = {k.replace("__", "."): v for k, v in given.items()}
     steps = [(module, cli.configured(module, flags)) for module in solvers.chain(method)]
-    moments = moments_of(X, {"outer", "sum_sq"}, W.dtype)
+    moments = moments_of(X, {"outer", "sum", "sum_sq"}, W.dtype)
     return solvers.solve(W, moments, pattern.with_default_group(steps[0][1].group), steps)
 
 
@@ -54,20 +54,53 @@ def test_refit_is_least_squares_on_the_mask(method, pattern):
     G, before = ref.gram(X), prune(method, W, X, pattern)
     W_hat = prune(f"{method}+refit", W, X, pattern, refit__steps=300, refit__tolerance=0.0).W_hat
     live = torch.ones(40, dtype=torch.bool).index_fill_(0, torch.tensor([3, 17]), False)
-    want = ref.refit(W, before.mask, G)
+    want = ref.refit(W, before.mask, G, before.W_hat, 4 * 2.0**-26 * G.diagonal())  # the price of a move
     torch.testing.assert_close(W_hat[:, live], want[:, live], rtol=1e-7, atol=1e-9)
     assert torch.equal(W_hat[:, ~live], before.W_hat[:, ~live])
+    least = ref.layer_error(W, ref.refit(W, before.mask, G), G)
+    assert ref.layer_error(W, W_hat, G) <= (1 + 1e-9) * least
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
-def test_refit_of_a_singular_gram_has_the_least_error(dtype, tolerance):
-    """Seven tokens for 40 inputs: values are not unique, the error is, and nothing blows up."""
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-3)])
+@pytest.mark.parametrize("sparsity", [0.5, 0.9])
+def test_refit_of_a_singular_gram_stays_near_the_start(dtype, tolerance, sparsity):
+    """Seven tokens for 40 inputs: 20 kept weights a row can fit them in many ways, 4 cannot."""
     W, X = (t.to(dtype) for t in layer(5, 40, 7))
-    mask = prune("wanda", W, X, Unstructured(0.9)).mask  # 4 of 40 kept: an error remains
-    W_hat = prune("wanda+refit", W, X, Unstructured(0.9), refit__steps=100, refit__tolerance=0.0).W_hat
+    before = prune("wanda", W, X, Unstructured(sparsity))
+    W_hat = prune("wanda+refit", W, X, Unstructured(sparsity), refit__steps=100, refit__tolerance=0.0).W_hat
     G = ref.gram(X)
-    assert ref.layer_error(W, W_hat, G) <= (1 + tolerance) * ref.layer_error(W, ref.refit(W, mask, G), G)
-    assert W_hat.abs().max() < 100 * W.abs().max()
+    sizes = G.diagonal()
+    want = ref.refit(W, before.mask, G, before.W_hat, 0.03 * (7 * sizes + sizes.median()) / 8)
+    torch.testing.assert_close(W_hat.double(), want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("C", [64, 128])
+@pytest.mark.parametrize("pattern", [Unstructured(0.5, "row"), NM(2, 4)], ids=str)
+def test_few_tokens_do_no_harm_on_others(C, pattern):
+    """Where the kept weights of a row outnumber the tokens, or nearly: on other tokens what a refiner makes errs no
+    more than what it started from (alps: than Wanda), and nothing blows up. float32, the defaults, three layers.
+    As many tokens as kept weights is the worst: refit fits their noise, unheld to twice SparseGPT's error."""
+    chains = {"wanda+refit": "wanda", "sparsegpt+refit": "sparsegpt", "wanda+swaps": "wanda",
+              "wanda+swaps+refit": "wanda", "alps": "wanda"}
+    for T, slack in ((1, 1.1), (4, 1.1), (C // 8, 1.1), (C // 4, 1.1), (C // 2, 1.3)):
+        errors = dict.fromkeys([*chains, "sparsegpt", "wanda"], 0.0)
+        for seed, method in product(range(3), errors):
+            W, X = (t.float() for t in layer(8, C, T + 512, seed=seed))
+            solution = prune(method, W, X[:T], pattern)
+            other = ref.gram(X[T:])
+            errors[method] += ref.layer_error(W, solution.W_hat, other) / ref.layer_error(W, 0 * W, other)
+            assert solution.W_hat.abs().max() < 10 * W.abs().max()
+        for method, start in chains.items():
+            assert errors[method] <= slack * errors[start], (T, method)
+
+
+@pytest.mark.parametrize("method", ["wanda", "wanda+refit", "sparsegpt", "alps"])
+def test_few_tokens_are_a_warning_where_values_are_fitted(method):
+    W, X = layer(4, 20, 20)
+    for x, few in ((X, 0), (X[:19], 1)):
+        said = prune(method, W, x, NM(2, 4)).info.get("warnings", [])
+        assert ["19 calibration tokens for 20 inputs" in w for w in said] == [True] * (few and method != "wanda")
+        assert not prune(method, W, x, Unstructured(0.0)).info.get("warnings")
 
 
 def test_refit_by_default_is_near_the_optimum():
@@ -92,9 +125,23 @@ def test_refit_leaves_a_row_that_is_at_its_best():
 
 def test_refit_ends_when_a_step_gains_little():
     W, X = layer(20, 160, 800)
-    used = [prune("wanda+refit", W, X, NM(2, 4), refit__tolerance=t).info["refit_steps"] for t in (0.5, 1e-2, 1e-3)]
+    used = [prune("wanda+refit", W, X, NM(2, 4), refit__tolerance=t).info["refit.steps"] for t in (0.5, 1e-2, 1e-3)]
     assert 1 <= used[0] < used[1] < used[2] <= 30
-    assert prune("wanda+refit", W, X, NM(2, 4), refit__steps=2, refit__tolerance=0.0).info["refit_steps"] == 2
+    assert prune("wanda+refit", W, X, NM(2, 4), refit__steps=2, refit__tolerance=0.0).info["refit.steps"] == 2
+
+
+@pytest.mark.parametrize("solver", ["dsnot", "alps", "sparsegpt"])
+def test_no_part_of_a_chain_overwrites_what_another_noted(solver):
+    """DSnoT's own swaps, ALPS' own refit steps; a refiner that stands twice in the chain; warnings of all."""
+    W, X = layer(6, 40, 39)
+    moments, modules = moments_of(X, {"outer", "sum", "sum_sq"}), solvers.chain(f"{solver}+swaps+refit+swaps+refit")
+    steps, pattern = [(m, m.Config()) for m in modules], Unstructured(0.5, "row")
+    alone, info = (solvers.solve(W, moments, pattern, s).info for s in (steps[:1], steps))
+    warnings = info.pop("warnings")
+    assert len(warnings) == 1 and alone.pop("warnings", warnings) == warnings
+    assert info == alone | {k: v for k, v in info.items() if "." in k}
+    assert {k for k in info if "." in k} == {f"{part}{i}.{key}" for i in ("", "2") for part, key in (
+        ("swaps", "exchanges"), ("swaps", "rounds"), ("refit", "steps"))}
 
 
 # --- swaps --------------------------------------------------------------------------------------------------
@@ -108,7 +155,7 @@ def test_worth_of_an_exchange_is_the_change_of_the_least_error():
     unit, s, _ = linalg.unit_gram(moments, torch.float64)
     keep = torch.arange(9).repeat(3, 1) < 4
     start = ref.refit(W, keep, G) * s
-    A = swaps.tableau(start, (W * s - start) @ unit, unit.repeat(3, 1, 1), 4)
+    A = swaps.tableau(start, (W * s - start) @ unit, unit.repeat(3, 1, 1), 4, 6e-8)
     order = torch.arange(9).repeat(3, 1)
     for p, u in ((0, 6), (3, 8), (2, 6)):
         table, least = swaps.worth(A, 4), [ref.layer_error(W[i:i + 1], ref.refit(W[i:i + 1], keep[i:i + 1], G), G)
@@ -133,7 +180,7 @@ def test_swaps_leave_no_exchange_that_pays(pattern):
     G, moments = ref.gram(X), moments_of(X, {"outer"})
     mask = pattern.keep(torch.rand(6, 12, generator=torch.Generator().manual_seed(0)))
     solution = swaps.refine(W, Solution(W * mask, mask), moments, pattern, swaps.Config(depth=1))
-    assert solution.info["swaps"] > 6
+    assert solution.info["exchanges"] > 6
     for i in range(6):
         keep, w = solution.mask[i:i + 1], W[i:i + 1]
         least = ref.layer_error(w, ref.refit(w, keep, G), G)
@@ -144,22 +191,43 @@ def test_swaps_leave_no_exchange_that_pays(pattern):
                 assert ref.layer_error(w, ref.refit(w, other, G), G) >= least * (1 - 1e-6)
 
 
-@pytest.mark.parametrize("solver", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("pattern", [Unstructured(0.5, "row"), NM(2, 4)], ids=str)
+def test_swaps_by_default_leave_no_exchange_that_pays_in_rows_of_64(pattern):
+    """Values of all kept weights refitted for every single exchange, by direct solves."""
+    W, X = layer(4, 64, 300)
+    G, solution = ref.gram(X), prune("wanda+swaps", W, X, pattern, swaps__rounds=30)
+    assert solution.info["swaps.exchanges"] > 4
+    for w, keep in zip(W.split(1), solution.mask.split(1), strict=True):
+        pairs = [(p, u) for p, u in product(keep[0].nonzero().flatten(), (~keep[0]).nonzero().flatten())
+                 if not isinstance(pattern, NM) or p // 4 == u // 4]
+        others = keep.repeat(len(pairs), 1)
+        for other, (p, u) in zip(others, pairs, strict=True):
+            other[p], other[u] = False, True
+        assert best_errors(w, G, others).item() >= best_errors(w, G, keep).item() * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("solver", solvers.names()["solver"])
 @pytest.mark.parametrize("pattern, C", [(Unstructured(0.5, "row"), 10), (Unstructured(0.7, "row"), 10), (NM(2, 4), 8)],
                          ids=str)
 def test_swaps_and_refit_come_near_the_best_of_all_supports(solver, pattern, C):
-    """60 layers of 3 rows: error over the least possible one; without swaps most are far from it."""
-    masks, ratios, before = supports(pattern, C), [], []
+    """60 layers of 3 rows: error over the least possible one, of each row and of the layer; the issue's 20 % at worst
+    hold for layers, the worst row is at 25 %. Without swaps most are far from it."""
+    masks, rows, layers, before = supports(pattern, C), [], [], []
     for seed in range(60):
         W, X = layer(3, C, 5 * C, seed=seed)
         G = ref.gram(X)
-        least = best_errors(W, G, masks).sum().item()
-        ratios.append(ref.layer_error(W, prune(f"{solver}+swaps+refit", W, X, pattern).W_hat, G) / least)
-        before.append(ref.layer_error(W, prune(f"{solver}+refit", W, X, pattern).W_hat, G) / least)
-    ratios, before = torch.tensor(ratios), torch.tensor(before)
-    assert ratios.min() > 1 - 1e-6
-    assert ratios.median() < 1.02 and ratios.max() < 1.2, f"{ratios.median():.4f} {ratios.max():.4f}"
-    assert before.max() > 1.5
+        least = best_errors(W, G, masks)
+        D = W - prune(f"{solver}+swaps+refit", W, X, pattern).W_hat
+        error = ((D @ G) * D).sum(1)
+        rows.append(error / least)
+        layers.append(error.sum() / least.sum())
+        if solver in ("magnitude", "wanda"):
+            before.append(ref.layer_error(W, prune(f"{solver}+refit", W, X, pattern).W_hat, G) / least.sum())
+    rows, layers = torch.cat(rows), torch.stack(layers)
+    assert rows.min() > 1 - 1e-6 and rows.median() < 1.001
+    assert rows.max() < 1.26 and (rows > 1.2).sum() <= 2, f"{rows.max():.4f}"
+    assert layers.max() < 1.2, f"{layers.max():.4f}"
+    assert not before or max(before) > 1.5
 
 
 def test_supports_are_all_there():
@@ -186,9 +254,9 @@ def test_swaps_row_by_row_in_chunks(monkeypatch):
     """A layer too large for one chunk of tableaux gives the same as a small one."""
     W, X = layer(7, 40, 100)
     whole = prune("wanda+swaps", W, X, NM(2, 4))
-    monkeypatch.setattr(swaps, "CHUNK", 2 * 33**2)
+    monkeypatch.setattr(swaps, "CHUNK", 2 * 65**2)
     parts = prune("wanda+swaps", W, X, NM(2, 4))
-    assert torch.equal(parts.mask, whole.mask) and parts.info["swaps"] == whole.info["swaps"]
+    assert torch.equal(parts.mask, whole.mask) and parts.info["swaps.exchanges"] == whole.info["swaps.exchanges"]
     torch.testing.assert_close(parts.W_hat, whole.W_hat, rtol=1e-9, atol=1e-11)
 
 
@@ -232,6 +300,19 @@ def test_alps_is_the_papers_iteration(pattern):
     assert torch.equal(solution.mask, mask)
     torch.testing.assert_close(solution.W_hat, D, rtol=1e-7, atol=1e-9)
     assert solution.info["steps"] > 3
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.7), NM(2, 4)], ids=str)
+@pytest.mark.parametrize("R, C, T, share", [(16, 64, 320, 0.02), (24, 96, 480, 0.02), (24, 96, 200, 0.03)])
+def test_alps_errs_as_the_published_algorithm(pattern, R, C, T, share):
+    """Our schedule of ρ, Cholesky steps, earlier end and few CG steps in float32, against the paper's in float64. With
+    hardly more tokens than inputs its slower schedule finds masks up to 2.5 % better."""
+    for seed in range(2):
+        W, X = layer(R, C, T, seed=seed)
+        G = ref.gram(X)
+        ours = prune("alps", W.float(), X.float(), pattern).W_hat
+        published = ref.alps(W, X, (pattern.n, pattern.m) if isinstance(pattern, NM) else pattern.sparsity)[0]
+        assert ref.layer_error(W, ours, G) == pytest.approx(ref.layer_error(W, published, G), rel=share)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -227,7 +227,7 @@ def test_fewer_tokens_than_inputs(c, tokens):
     for pattern in (Unstructured(0.5), NM(2, 4)):
         solution = run(c, W, X, pattern)
         assert_sound(solution, W, resolved(c, pattern))
-        assert solution.W_hat.abs().max() < 1e3 * W.abs().max()
+        assert solution.W_hat.abs().max() < 10 * W.abs().max()
 
 
 @pytest.mark.parametrize("c", [p for p in cases() if p.values[0].needs & {"outer", "sum_sq"}])
@@ -552,7 +552,7 @@ def test_admm_singular_gram_says_so():
                 run(c, torch.ones(3, 2), None, NM(1, 2), moments)
             continue
         info = run(c, torch.ones(3, 2), None, NM(1, 2), moments).info
-        assert info["damping"] == used and bool(info["warnings"]) == (used != 0.1)
+        assert info["damping"] == used and any("raised" in w for w in info["warnings"]) == (used != 0.1)
 
 
 def test_admm_keeps_the_dense_weights_of_dead_inputs_that_stay():

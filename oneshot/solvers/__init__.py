@@ -13,7 +13,7 @@ function: no device moves, no globals, nothing random.
 
 A refiner has `refine(W, solution, moments, pattern, cfg) -> Solution` instead of `prune` and keeps one law: the layer's
 quadratic error tr((W-Ŵ) G (W-Ŵ)ᵀ) never grows beyond rounding, and the pattern still holds. `--method wanda+refit`
-chains: the first name is a solver, each further one a refiner.
+chains: the first name is a solver, each further one a refiner. Its Solution's info tells of itself alone.
 """
 
 import importlib
@@ -72,9 +72,23 @@ def short(module):
 
 
 def solve(W, moments, pattern, steps):
-    """Run a chain on one linear. steps: [(module, cfg), ...], the first a solver, the rest refiners."""
+    """Run a chain on one linear. steps: [(module, cfg), ...], the first a solver, the rest refiners.
+
+    The info of all parts is kept: the solver's as it is, a refiner's under its name ("refit.steps", "refit2.steps").
+    """
     (solver, cfg), *refiners = steps
-    solution = solver.prune(W, moments, pattern, cfg)
+    solution, met = solver.prune(W, moments, pattern, cfg), []
+    info = solution.info
     for refiner, cfg in refiners:
         solution = refiner.refine(W, solution, moments, pattern, cfg)
+        met.append(short(refiner))
+        part = met[-1] + (str(met.count(met[-1])) if met.count(met[-1]) > 1 else "")
+        warnings = [*info.get("warnings", []), *solution.info.pop("warnings", [])]
+        info |= {f"{part}.{key}": value for key, value in solution.info.items()}
+        if warnings:
+            info["warnings"] = warnings
+    solution.info = info
+    if any(module.updates for module, _ in steps) and moments.n < W.shape[1] and not solution.mask.all():
+        solution.info.setdefault("warnings", []).append(
+            f"{moments.n} calibration tokens for {W.shape[1]} inputs: new values may fit these alone (--nsamples)")
     return solution
