@@ -15,8 +15,9 @@ well-conditioned. The paper's float64 eigendecomposition, one for all ρ, has ch
 two Cholesky steps at C = 64, seven at 512 and twelve at 1376 (R = 512, one CPU core), and gives no better masks.
 
 ρ grows by a tenth each step until the mask rests (paper: every third step by 10-30 %): 12 to 25 steps instead of 35,
-with the same layer error within 2 % (2.5 % with only twice as many tokens as inputs). G is undamped (the paper's 1 % changes the error by less than 0.5 %). The values
-on the final mask are then refitted. Start: D is W on the mask of |W|, which is Wanda's score.
+with the same layer error within 2 % (2.5 % with only twice as many tokens as inputs). G is undamped (the paper's 1 %
+changes the error by less than 0.5 %). The values on the final mask are then refitted. Start: D is W on the mask of |W|,
+which is Wanda's score.
 
 Floor, operations a step: C³/3 for the factor, 2·R·C² for the solve; then those of `linalg.refit`.
 """
