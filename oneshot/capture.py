@@ -11,8 +11,10 @@ block; each stub keeps its (args, kwargs) verbatim and hands its input on. Only 
 """
 
 import contextlib
+import copy
 import functools
 import inspect
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -45,8 +47,16 @@ class Stream:
         return len(self.hidden)
 
     def fork(self):
-        """The same batches at the same place, to go another way: the dense model's beside the pruned one's."""
-        return replace(self, hidden=list(self.hidden))
+        """The same batches at the same place, to go another way: the dense model's beside the pruned one's.
+
+        What blocks hand to later blocks beside the hidden state (Gemma 3n's and 4's shared keys and values) forks too.
+        """
+        stores = {}
+
+        def own(x):
+            return stores.setdefault(id(x), copy.copy(x)) if isinstance(x, MutableMapping) else x
+        return replace(self, hidden=list(self.hidden), calls=[[tree_map(own, call) for call in calls]
+                                                              for calls in self.calls])
 
     def keep(self, i, hidden):
         """Put batch i's hidden state away, where and as the user wants activations kept."""

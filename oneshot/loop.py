@@ -272,7 +272,8 @@ def solve_block(block, stream, b, views, prefix, plan, steps, needs, options, ro
         put_off = {v.name for v in deferred}
         with clock(seconds, "solve", options.device):
             for view in (v for v in remaining if v.name not in put_off):
-                write = solve(view, moments.get(view.name), prefix + view.name, plan, steps, rows, options.dense_target)
+                own = moments.pop(view.name, None)  # with the last linear fed by an input goes all derived from it
+                write = solve(view, own, prefix + view.name, plan, steps, rows, options.dense_target)
                 if deferred and not options.true_sequential:
                     waiting.append(write)
                 else:

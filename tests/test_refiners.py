@@ -8,6 +8,7 @@ import torch
 from problems import layer, moments_of
 
 from oneshot import cli, linalg, solvers
+from oneshot.moments import Moments
 from oneshot.patterns import NM, Unstructured
 from oneshot.solvers import Solution, alps, swaps
 
@@ -343,11 +344,39 @@ def test_alps_refuses_what_is_no_gram_matrix():
 
 def test_alps_in_float64_says_so():
     """1 + 2⁻³⁰ is 1 in float32, which leaves no second pivot, and more than 1 in float64."""
-    warnings = []
-    for _ in range(2):
-        L = alps.factor(torch.ones(2, 2), 2.0**-30, warnings)
-        assert L.dtype == torch.float64 and warnings == ["factored in float64: float32 failed"]
-    assert alps.factor(torch.ones(2, 2), 0.1, warnings).dtype == torch.float32
+    L, notes = alps.factor(torch.ones(2, 2), 2.0**-30)
+    assert L.dtype == torch.float64 and notes == ["factored in float64: float32 failed"]
+    L, notes = alps.factor(torch.ones(2, 2), 0.1)
+    assert L.dtype == torch.float32 and notes == []
+
+
+def test_alps_factors_a_gram_matrix_once_for_all_it_feeds(monkeypatch):
+    """Second linear, second pattern: the factors are there, the weights are those of a problem solved alone."""
+    gen, made, real = torch.Generator().manual_seed(0), [], torch.linalg.cholesky_ex
+    x, W = torch.randn(64, 16, generator=gen), torch.randn(2, 8, 16, generator=gen)
+
+    def alone(W, pattern):
+        moments = Moments(16, frozenset({"outer"}))
+        moments.update(x)
+        return alps.prune(W, moments, pattern, alps.Config()).W_hat
+    want = [alone(w, p) for w in W for p in (Unstructured(0.5), Unstructured(0.7))]
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda A: made.append(A.shape) or real(A))
+    moments = Moments(16, frozenset({"outer"}))
+    moments.update(x)
+    steps, got = [], []
+    for w in W:
+        for pattern in (Unstructured(0.5), Unstructured(0.7)):
+            solution = alps.prune(w, moments, pattern, alps.Config())
+            steps.append(solution.info["steps"])
+            got.append(solution.W_hat)
+    assert len(made) == max(steps) < sum(steps)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    made.clear()
+    monkeypatch.setattr(alps, "SHARED", 3 * 4 * 16 * 16)  # room for three factors
+    moments._derived.clear()
+    for w in W:
+        alps.prune(w, moments, Unstructured(0.5), alps.Config())
+    assert len(made) == steps[0] + steps[2] - 3
 
 
 @pytest.mark.parametrize("flag, value", [
