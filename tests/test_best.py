@@ -86,7 +86,7 @@ def test_a_run_from_end_to_end_and_its_continuation(tmp_path, monkeypatch):
     out = json.loads((tmp_path / "best" / "tiny.json").read_text())
     assert [(r["seed"], r["way"]) for r in out["rows"]] == [
         (s, w) for s in (0, 1) for w in ("sparsegpt", "alps, distil")]
-    assert out["rows"][1]["recovery"]["distil"]["steps"] == 60 and str(tmp_path) not in json.dumps(out["rows"])
+    assert out["rows"][1]["recovery"]["distil"]["steps"] > 0 and str(tmp_path) not in json.dumps(out["rows"])
     text = (tmp_path / "best" / "best.md").read_text()
     assert "| alps, distil |" in text and "; 2 seeds" in text
     assert (tmp_path / "best" / "best.svg").read_text().startswith("<?xml")

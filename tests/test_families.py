@@ -398,7 +398,7 @@ def test_experts_that_idled_together_share_nothing_later():
     collector = capture._Collector(views, {"outer"}, types.SimpleNamespace(device="cpu"), None, False)
     C = one.shape[1]
     for batch in ([torch.empty(0, C)] * 2, [torch.ones(3, C), 2 * torch.ones(5, C)]):
-        collector.start(None)
+        collector.start(None, len(batch[0]))
         for view, x in zip((one, other), batch, strict=True):
             collector.see(view, x)
     assert [collector.moments[v.name].n for v in (one, other)] == [3, 5]
@@ -413,7 +413,7 @@ def test_true_sequential_sees_what_is_already_pruned(name):
         grams.setdefault("order", []).append((moments.G.clone(), moments.n))
         return magnitude.prune(W, moments, pattern, cfg)
 
-    spy = types.SimpleNamespace(__name__="spy", needs=frozenset({"outer"}), prune=spy_prune)
+    spy = types.SimpleNamespace(__name__="spy", needs=frozenset({"outer"}), updates=False, prune=spy_prune)
     steps = [(spy, magnitude.Config())]
     for sequential in (True, False):
         grams.clear()

@@ -10,6 +10,7 @@ import torch
 from families import VOCAB, T
 
 from oneshot import loop, models, page, report, solvers
+from oneshot.allocate import Linear
 from oneshot.allocate import sensitivity as way
 from oneshot.data import given
 from oneshot.evaluate.sensitivity import sensitivity
@@ -99,7 +100,7 @@ def test_a_record_without_sensitivities_is_refused(tmp_path, content, words):
     if content:
         file.write_text(content)
     with pytest.raises(ValueError, match=f"--sensitivity.record.*{words}"):
-        way.plan({}, [{"a": (4, 4)}], Unstructured(0.5, "matrix"), way.Config(record=str(file)))
+        way.plan({}, [{"a": Linear(4, 4, 4)}], Unstructured(0.5, "matrix"), way.Config(record=str(file)))
 
 
 def test_a_record_of_other_linears_is_refused(tmp_path):
@@ -107,4 +108,4 @@ def test_a_record_of_other_linears_is_refused(tmp_path):
     file.write_text(json.dumps({"sensitivity": [{"name": "b", "loss_increase": 1.0, "weights": 4}],
                                 "model": {"fingerprint": "f"}}))
     with pytest.raises(ValueError, match="says nothing of a"):
-        way.plan({}, [{"a": (4, 4)}], Unstructured(0.5, "matrix"), way.Config(record=str(file)))
+        way.plan({}, [{"a": Linear(4, 4, 4)}], Unstructured(0.5, "matrix"), way.Config(record=str(file)))
