@@ -50,8 +50,8 @@ class RunConfig:
                                          "norm or effective dimensions out of bounds); else that is a warning",
                                   group="what")
     shared_inputs: bool = flag(False, "solve all methods and patterns of the command from the DENSE model's inputs: "
-                                      "one pass over the data (one more to allocate); sparsegpt factors each Gram "
-                                      "matrix once for all, alps at every step of each linear", group="what")
+                                      "one pass over the data (one more to allocate); every Gram matrix is "
+                                      "factored once for all (alps: once for each of its penalties)", group="what")
 
     calibration: str = flag("builtin", "builtin, self (sampled from the model), wikitext2, c4, ptb, a hub data set, or "
                                        "a .txt .jsonl .json .parquet .csv file", group="data")

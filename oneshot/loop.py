@@ -183,7 +183,7 @@ def prune_shared(model, ids, mask, targets, options=Options()):
     left as it was.
 
     One pass over the data serves all targets, and so does what solvers compute of a Gram matrix and keep with its
-    Moments (SparseGPT: one factorisation; ALPS factors anew at each step). targets: [(plan, steps), ...]. The new
+    Moments (SparseGPT: one factorisation; ALPS: one for each penalty). targets: [(plan, steps), ...]. The new
     weights are kept in the stored dtype on the CPU: so many copies of the model's linears.
     """
     name, block_list = models.blocks(model)
@@ -195,9 +195,10 @@ def prune_shared(model, ids, mask, targets, options=Options()):
     for b, _, views, moments in survey(model, ids, mask, needs, options):
         for view in views:
             W, full = view.get().clone(), f"{name}.{b}.{view.name}"
+            own = moments.pop(view.name, None)  # as in solve_block
             for (plan, steps), (result, weights) in zip(targets, solved, strict=True):
                 rows = {"layers": result.layers, "warnings": result.warnings, "block": {"block": b}}
-                solve(view, moments.get(view.name), full, plan, steps, rows)()
+                solve(view, own, full, plan, steps, rows)()
                 weights[full] = view.get().to("cpu", view.stored, copy=True)
                 view.set(W)
     return solved
