@@ -21,11 +21,14 @@ or two that then are lowest (`depth`). A restored weight and the kept of Q get t
 cheapest to drop and the removed ones with the most to gain, by the paper's terms; for N:M the whole groups in which the
 two are furthest apart. Then c is brought up to date for all columns and Q chosen anew, until the row's Q holds no
 exchange (N:M: nor that of any group). In a wider row exchanges are left that would pay if all kept weights moved along.
-More candidates find them: behind wanda, refitted, in share of the error without swaps, 64 rows, 0.5 / 2:4:
+More candidates find them; refitted, in shares of the error of wanda+refit, 64 rows, 0.5 / 2:4:
 
-    C      q = 32       q = 64       q = 128        A shortlist by the paper's pairs, or further sets of 32 when one
-    160    .90 / .92    .85 / .88    .81 / .83      holds no exchange, found nothing more at all: what pays needs the
-    512    .97 / .96    .95 / .96    .89 / .93      others to move. q = 128 takes three to five times as long as 64.
+    C      q = 32       q = 64       q = 128
+    160    .90 / .92    .85 / .88    .81 / .83
+    512    .97 / .96    .95 / .96    .89 / .93
+
+(q = 128 takes three to five times as long as 64.) A shortlist by the paper's pairs, or further sets of 32 where one holds
+no exchange, found nothing more: what pays needs the others to move.
 
 The best of all supports (tried: C <= 10) is met by more than half of the rows. The worst row of 180 errs 1.25 times as
 much, at depth 2 1.8 times; more depth than 3 changes nothing.
