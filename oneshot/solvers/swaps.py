@@ -27,8 +27,8 @@ More candidates find them; refitted, in shares of the error of wanda+refit, 64 r
     160    .90 / .92    .85 / .88    .81 / .83
     512    .97 / .96    .95 / .96    .89 / .93
 
-(q = 128 takes three to five times as long as 64.) A shortlist by the paper's pairs, or further sets of 32 where one holds
-no exchange, found nothing more: what pays needs the others to move.
+(q = 128 takes three to five times as long as 64.) A shortlist by the paper's pairs, or further sets of 32 where one
+holds no exchange, found nothing more: what pays needs the others to move.
 
 The best of all supports (tried: C <= 10) is met by more than half of the rows. The worst row of 180 errs 1.25 times as
 much, at depth 2 1.8 times; more depth than 3 changes nothing.
