@@ -139,9 +139,9 @@ def refit(W, W_hat, mask, moments, steps, tolerance):
     """(Ŵ, steps taken): the kept weights moved towards their least-squares values by conjugate gradients.
 
     Each row minimises (w-ŵ) G (w-ŵ)ᵀ + ε‖(ŵ-ŵ_start) s‖² over its kept weights (`epsilon`); G's diagonal is the
-    preconditioner (ALPS, arXiv 2406.07831, algorithm 2). All rows at once, 2·R·C² operations
-    a step and for start and end. It ends with the first step that lowers this whole by less than `tolerance` of it. A
-    row whose error has not fallen stays as it was.
+    preconditioner (ALPS, arXiv 2406.07831, algorithm 2). All rows at once, 2·R·C² operations a step and for start and
+    end. It ends with the first step that lowers this whole by less than `tolerance` of it. A row whose error has not
+    fallen stays as it was.
 
     W, W_hat (R, C), W_hat zero where the mask is False; float32 or float64.
     """
