@@ -17,7 +17,7 @@ import sys
 __version__ = "0.1.0"
 __all__ = ["load", "perplexity", "prune"]
 
-_FOUND_IN = {"load": ".models", "prune": ".run", "perplexity": ".evaluate.perplexity"}
+_FOUND_IN = {"load": ".models", "prune": ".api", "perplexity": ".evaluate.perplexity"}
 
 
 def __getattr__(name):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from tqdm import tqdm
 
-from . import capture, health, models, solvers
+from . import capture, collect, health, models, solvers
 from .linalg import NumericalError, towards_dense
 from .patterns import Dense
 from .solvers import magnitude
@@ -169,7 +169,7 @@ def survey(model, ids, mask, needs, options=Options()):
                     yield b, block, remaining, {}
                     continue
                 while remaining:
-                    moments, deferred, _ = capture.collect(block, stream, b, remaining, needs,
+                    moments, deferred, _ = collect.collect(block, stream, b, remaining, needs,
                                                            budget=options.gram_budget)
                     waiting = {v.name for v in deferred}
                     yield b, block, [v for v in remaining if v.name not in waiting], moments
@@ -265,7 +265,7 @@ def solve_block(block, stream, b, views, prefix, plan, steps, needs, options, ro
         moments, deferred = {}, []
         if stream:
             with clock(seconds, "collect", options.device):
-                moments, deferred, out = capture.collect(block, stream, b, remaining, needs, dense=teacher,
+                moments, deferred, out = collect.collect(block, stream, b, remaining, needs, dense=teacher,
                                                          budget=options.gram_budget, one_stage=options.true_sequential)
             dense_out = out if dense_out is None else dense_out
             if deferred:  # an expert idle so far may get tokens once the attention before it is pruned

@@ -14,6 +14,7 @@ import torch
 
 from . import (
     allocate,
+    checks,
     cli,
     environment,
     export,
@@ -21,14 +22,11 @@ from . import (
     models,
     packed,
     patterns,
-    presets,
     recovery,
     report,
     summary,
     texts,
 )
-from .config import RunConfig
-from .data import given as given_tokens
 from .evaluate import prompts, quantised, tasks
 from .evaluate.sensitivity import sensitivity
 from .measure import measure
@@ -39,7 +37,7 @@ def main(argv=None):
     """Run what the command line asks for. Exit code: 0 done, 2 the user can mend it (one line on stderr says what)."""
     try:
         configs = cli.parse(argv)
-        check(configs)
+        checks.check(configs)
         models.quiet()
         records, shared = [], functools.cache(lambda: solve_shared(configs))  # solved when the first run needs it
         for i, cfg in enumerate(configs):
@@ -67,51 +65,6 @@ def one_line(error):
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def check(configs):
-    """Refuse what can be refused before a model is loaded. Raises ValueError naming the flag."""
-    for cfg in configs:
-        check_devices(cfg)
-        check_target(cfg)
-        if cfg.format == "packed" and cfg.prunes and (cfg.pattern != "2:4" or not cfg.save):
-            raise ValueError("--format packed: goes with --pattern 2:4 and --save")
-        if cfg.save:
-            export.owner_of(cfg.save)
-            environment.check_writable(cfg.save, "--save")
-            if Path(cfg.save).resolve() == Path(cfg.model).resolve():
-                raise ValueError(f"--save {cfg.save}: is the model's own folder; choose another")
-        environment.check_writable(cfg.results, "--results")
-    if configs[0].task_names:
-        tasks.check(configs[0].task_names, configs[0].task_path, configs[0].task_limit)
-    if configs[0].prompts:
-        prompts.read(configs[0].prompts)
-    first = configs[0]
-    if (first.divergence or first.damage or first.sensitivity != "none") and not first.evaluations:
-        raise ValueError("--divergence, --damage, --sensitivity: need a text to compare on; give --evaluate")
-
-
-def check_target(cfg):
-    """Refuse combinations of what to aim at that mean nothing."""
-    if cfg.prunes and cfg.dense_target and not any(module.updates for module, _ in steps(cfg)):
-        raise ValueError(f"--dense-target {cfg.dense_target:g}: --method {cfg.method} leaves the weights it keeps as "
-                         f"they are, so it cannot aim anywhere; use {cfg.method}+refit or sparsegpt")
-    if cfg.prunes and cfg.allocate not in ("uniform", "mix") and ":" in cfg.pattern:
-        raise ValueError(f"--allocate {cfg.allocate}: spreads a sparsity such as --pattern 0.5; {cfg.pattern} is the "
-                         "same everywhere (--allocate mix mixes patterns)")
-    own = {"--dense-target": cfg.dense_target, "--recover": cfg.recoveries, "--true-sequential": cfg.true_sequential,
-           "--stop-on-collapse": cfg.stop_on_collapse}
-    for flag, value in own.items():
-        if cfg.prunes and cfg.shared_inputs and value:
-            whole = f" (part of {cfg.preset})" if cfg.preset else ""
-            raise ValueError(f"{flag}{whole}: needs each run's own pruned inputs, so it does not go with "
-                             "--shared-inputs")
-
-
-def check_devices(cfg):
-    environment.check_device(cfg.device)
-    if cfg.activations:
-        environment.check_device(cfg.activations, "--activations")
-
-
 def run(cfg, together=(), solved=None, reuse=None):
     """One run: its record. With `--save`, the pruned checkpoint as well; a finished one is not computed again.
 
@@ -121,7 +74,7 @@ def run(cfg, together=(), solved=None, reuse=None):
     """
     began = time.perf_counter()
     model, tokenizer = load(cfg)
-    check_model(model)
+    checks.check_model(model)
     loaded = time.perf_counter()
     plan = make_plan(cfg, model)
     for other in together:
@@ -167,7 +120,7 @@ def solve_shared(configs):
     runs = {i: cfg for i, cfg in enumerate(configs) if cfg.prunes and cfg.shared_inputs}
     cfg, began = next(iter(runs.values())), time.perf_counter()
     model, tokenizer = load(cfg)
-    check_model(model)
+    checks.check_model(model)
     calibration = calibrate(next((c for c in runs.values() if needs_data(c)), cfg), model, tokenizer)
     plans = allocated(list(runs.values()), model, [make_plan(c, model) for c in runs.values()], calibration)
     ids, mask = (calibration.ids, calibration.mask) if calibration else (None, None)
@@ -196,19 +149,6 @@ def digest(cfg, weights):
         raise ValueError(f"--sensitivity.record {file}: was measured on another model; measure this one with "
                          "--sensitivity linear")
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()
-
-
-def check_model(model):
-    """Raise ValueError for a model that does not predict the next token, or naming a parameter that is not finite."""
-    _, block_list = models.blocks(model)
-    causal = [m.is_causal for m in block_list.modules() if isinstance(getattr(m, "is_causal", None), bool)]
-    if causal and not any(causal):  # AutoModelForCausalLM loads BERT without a word
-        raise ValueError(f"--model: {type(model).__name__} looks at the tokens to come, so it is an encoder; only "
-                         "decoder-only models can be pruned")
-    for name, p in model.named_parameters():
-        if p.is_floating_point() and not torch.isfinite(p).all():
-            raise ValueError(f"--model: {name} holds weights that are not finite; the checkpoint is damaged, "
-                             "fetch or convert it again")
 
 
 def work(cfg, model, tokenizer, plan, calibration, evaluations, folder=None, solved=None):
@@ -377,55 +317,6 @@ def sparsity(model):
         total += linear.rows * linear.in_features
         zeros += linear.rows * linear.in_features - int(linear.weight.count_nonzero())
     return zeros / total if total else 0.0
-
-
-# ------------------------------------------------------------------ the same in Python
-
-def prune(model, tokenizer=None, *, method="sparsegpt", pattern="2:4", calibration="builtin", parts=None, **settings):
-    """Prune a loaded transformers model in place; the record of what was done, as `python -m oneshot.run` writes it.
-
-    calibration: as `--calibration`, or token ids, int64 (n, seqlen). parts: settings of the method's, the
-    allocation's and the recovery's parts, such as {"sparsegpt.damping": 0.1, "block.steps": 100}. settings: RunConfig's
-    other fields, e.g. nsamples=64, device="cuda".
-
-    Raises ValueError naming the setting as the command line would.
-    """
-    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-    given = isinstance(calibration, torch.Tensor)
-    if not given and tokenizer is None:
-        raise ValueError("tokenizer: needed to read --calibration; or give token ids as `calibration`")
-    known = [f.name for f in dataclasses.fields(RunConfig) if f.name in PYTHON_SETTINGS]
-    refuse_unknown(settings, known, "no such setting here")
-    refuse_unknown(parts or {}, [a.dest for a in cli.parser()._actions if "." in a.dest], "no such setting of a part")
-    flags = {**settings, **(parts or {}), "model": name, "pattern": str(pattern), "evaluate": "none",
-             "calibration": "given" if given else calibration}
-    asked = presets.expand(method, flags)
-    cli.check_parts({method: asked}, flags)
-    cfg = cli.build(asked)
-    check_devices(cfg)
-    check_target(cfg)
-    check_model(model)
-    plan = make_plan(cfg, model)
-    if given:
-        tokens = given_tokens(calibration)
-        texts.window(model, tokens.ids.shape[1], "calibration: windows of")
-    else:
-        tokens = calibrate(cfg, model, tokenizer)
-    weights, run_id = identify(cfg, model, tokens, {})
-    record = work(cfg, model, tokenizer, plan, tokens, {})
-    return report.storable(record | {"run_id": run_id, "model": describe(cfg, model, weights)})
-
-
-PYTHON_SETTINGS = {f.name for f in dataclasses.fields(RunConfig)} - {  # the rest: arguments of its own, or the caller's
-    "model", "method", "pattern", "calibration", "solver", "recovery", "allocation", "preset", "evaluate",
-    "eval_seqlen", "eval_windows", "eval_batch_size", "prompts", "robustness", "divergence", "damage", "sensitivity",
-    "quantised", "dtype", "model_revision", "trust_remote_code", "save", "overwrite", "format", "results", "dense",
-    "shared_inputs", "tasks", "task_path", "task_limit"}
-
-
-def refuse_unknown(given, known, what):
-    if unknown := sorted(set(given) - set(known)):
-        raise ValueError(f"{', '.join(unknown)}: {what}; there are {', '.join(known) or 'none'}")
 
 
 if __name__ == "__main__":

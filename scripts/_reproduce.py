@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from _sweep_workers import attempt
 
-from oneshot import cli, environment, models, report, run, solvers, sources, tables
+from oneshot import checks, cli, environment, models, report, run, solvers, sources, tables
 
 SLOW = 1e9  # parameters from which a model takes hours on a CPU
 GIB = 2**30
@@ -146,7 +146,7 @@ def configure(paper, row, args, flags):
     argv += [*flags, "--no-dense", "--no-progress", f"--results={args.results}"]
     seeds = 1 if row.method == "dense" else args.seeds
     configs = [cfg for seed in range(seeds) for cfg in cli.parse([*argv, f"--seed={seed}"])]
-    run.check_devices(configs[0])
+    checks.check_devices(configs[0])
     return configs
 
 

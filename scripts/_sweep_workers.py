@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 from _sweep_index import stored
 
-from oneshot import environment, models, report, run
+from oneshot import checks, environment, models, report, run
 
 
 def attempt(cfg):
     """The record of one configuration: the stored one, a new one, or that of its failure."""
     began = time.perf_counter()
     try:
-        run.check([cfg])
+        checks.check([cfg])
         record = run.run(cfg, reuse=stored)
     except Exception as error:  # what the user can mend and what is a bug of ours alike: the other runs go on
         return fail(cfg, f"{'' if isinstance(error, ValueError) else type(error).__name__ + ': '}{run.one_line(error)}",

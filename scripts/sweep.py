@@ -34,7 +34,7 @@ import _sweep_index as index
 import yaml
 from _sweep_workers import attempts, failure_file
 
-from oneshot import cli, environment, report, run, tables, task_table
+from oneshot import checks, cli, environment, report, run, tables, task_table
 
 LISTS = {"methods": "method", "patterns": "pattern", "seeds": "seed"}
 OWN = {"results": "give --results to the sweep", "save": "a sweep keeps records; save a model with oneshot.run",
@@ -49,7 +49,7 @@ def main(argv=None):
         configs = share(expand(load(args.file), args.file, args.results), *args.shard)
         environment.check_writable(args.results, "--results")
         for cfg in configs:
-            run.check_devices(cfg)
+            checks.check_devices(cfg)
     except (ValueError, OSError) as error:
         return run.fail(run.one_line(error))
     try:

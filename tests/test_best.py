@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 
-from oneshot import data, page
+from oneshot import checks, data, page
 from oneshot.patterns import parse
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
@@ -126,4 +126,4 @@ def test_allocation_is_measured_where_there_is_something_to_allocate():
     args = types.SimpleNamespace(ways="ingredients")
     assert "sparsegpt, owl" in best.ways_of(args, "0.7") and best.ways_of(args, "0.5") == {}
     for flags in best.ways_of(args, "2:4").values():  # none is refused
-        best.run.check_target(best.cli.parse([*best.given(flags), "--pattern", "2:4", "--no-dense"])[0])
+        checks.check_target(best.cli.parse([*best.given(flags), "--pattern", "2:4", "--no-dense"])[0])

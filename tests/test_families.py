@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from oneshot import capture, loop, models, solvers
+from oneshot import capture, collect, loop, models, solvers
 from oneshot.evaluate import perplexity
 from oneshot.patterns import NM, parse
 from oneshot.solvers import magnitude
@@ -189,7 +189,7 @@ def collected(model, ids, mask, size=B, needs=ALL, budget=None, one_stage=False)
         for b, block in enumerate(models.blocks(model)[1]):
             remaining, passes = models.linears(block)[0], []
             while remaining:
-                moments, remaining, _ = capture.collect(block, stream, b, remaining, needs, budget=budget,
+                moments, remaining, _ = collect.collect(block, stream, b, remaining, needs, budget=budget,
                                                         one_stage=one_stage)
                 passes.append((moments, [v.name for v in remaining]))
                 assert len(passes) < 40
@@ -395,7 +395,7 @@ def test_experts_that_idled_together_share_nothing_later():
     """Empty tensors may share an address, which elsewhere says that two linears are fed by the same tensor."""
     views = [v for v in models.linears(models.blocks(tiny("mixtral"))[1][0])[0] if v.kind == "mlp.experts.down_proj"]
     one, other = views[:2]
-    collector = capture._Collector(views, {"outer"}, types.SimpleNamespace(device="cpu"), None, False)
+    collector = collect.Collector(views, {"outer"}, types.SimpleNamespace(device="cpu"), None, False)
     C = one.shape[1]
     for batch in ([torch.empty(0, C)] * 2, [torch.ones(3, C), 2 * torch.ones(5, C)]):
         collector.start(None, len(batch[0]))

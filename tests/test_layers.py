@@ -14,11 +14,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 BASE = {"patterns", "moments", "environment", "config", "perturb"}  # 0
 MATHS = {"linalg", "solvers", "allocate"}  # 1
-DATA = {"models", "data", "sources", "capture", "texts"}  # 2
+DATA = {"models", "data", "sources", "capture", "collect", "texts"}  # 2
 PRUNE = {"loop", "health", "structured", "recovery"}  # 3
 SHOW = {"accuracy", "evaluate", "export", "packed", "report", "tables", "task_table", "page", "drawing",  # 4
         "figures", "frontier"}
-STORY = {"__init__", "__main__", "cli", "run", "measure", "summary", "presets", "verify", "generate", "compare"}  # 5
+STORY = {"__init__", "__main__", "api", "checks", "cli", "run", "measure", "summary", "presets", "verify",  # 5
+         "generate", "compare"}
 FOR_SOLVERS = frozenset({"patterns", "moments", "linalg"})
 ALL = BASE | MATHS | DATA | PRUNE | SHOW | STORY | {"demo"}
 

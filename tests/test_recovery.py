@@ -12,7 +12,7 @@ from families import FAMILIES, VOCAB, T
 from safetensors.torch import load_file
 from torch.nn.functional import kl_div
 
-from oneshot import capture, cli, export, loop, models, page, recovery, run, solvers
+from oneshot import api, capture, cli, collect, export, loop, models, page, recovery, solvers
 from oneshot.patterns import parse
 from oneshot.recovery import Trainable, fit
 from oneshot.recovery import block as block_way
@@ -127,7 +127,7 @@ def test_block_and_distil_hold_out_the_same_windows_and_train_on_all_others(monk
         return forward(block, stream, b, i)
     monkeypatch.setattr(capture, "forward", spy)
     model.register_forward_pre_hook(lambda _, args, kwargs: see("distil", kwargs["input_ids"]), with_kwargs=True)
-    run.prune(model, method="wanda", pattern="2:4", calibration=ids, recover="block,distil", batch_size=4, seed=5,
+    api.prune(model, method="wanda", pattern="2:4", calibration=ids, recover="block,distil", batch_size=4, seed=5,
               progress=False, parts={"block.steps": 20, "distil.steps": 20, "block.lr": 1e-3, "distil.lr": 1e-3})
     want = set(range(13)) - set(recovery.held_out_windows(13, 5))
     assert len(want) == 11 and trained == {0: want, 1: want, "distil": want}
@@ -145,7 +145,7 @@ def test_solvers_see_all_windows_and_padding_follows_its_window():
         assert torch.equal(inputs["attention_mask"].bool(), mask[at])
         assert torch.equal(stream.rows[i].view(len(at), T) if stream.rows[i] is not None else mask[at], mask[at])
     block = models.blocks(model)[1][0]
-    plain, apart = (capture.collect(block, s, 0, models.linears(block)[0], {"outer"})[0] for s in streams)
+    plain, apart = (collect.collect(block, s, 0, models.linears(block)[0], {"outer"})[0] for s in streams)
     for name, moments in plain.items():
         assert moments.n == apart[name].n == int(mask.sum())
         torch.testing.assert_close(moments.G, apart[name].G)
@@ -501,7 +501,7 @@ def test_a_family_without_parts_is_refused_before_anything_is_pruned():
     model = families.tiny("llama4")
     before = [p.clone() for p in model.parameters()]
     with pytest.raises(ValueError, match=r"--block\.unit parts: block 1: attention and MLP of Llama4TextDecoderLayer"):
-        run.prune(model, method="wanda", calibration=tokens(4), recover="block", progress=False,
+        api.prune(model, method="wanda", calibration=tokens(4), recover="block", progress=False,
                   parts={"block.unit": "parts"})
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     with pytest.raises(ValueError, match="its linears are fc"):

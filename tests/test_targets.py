@@ -8,7 +8,7 @@ import tiny
 import torch
 from families import VOCAB, T
 
-from oneshot import capture, health, linalg, loop, models, page, presets, report, solvers
+from oneshot import capture, collect, health, linalg, loop, models, page, presets, report, solvers
 from oneshot.moments import Moments
 from oneshot.patterns import NM, Unstructured, parse
 
@@ -84,7 +84,7 @@ def test_cross_moments_compare_the_same_tokens_of_both_models():
         for i in range(len(s)):
             capture.forward(b, s, 0, i)
         handle.remove()
-    moments, _, _ = capture.collect(block, stream, 0, views, {"outer", "cross"}, dense=(teacher, dense))
+    moments, _, _ = collect.collect(block, stream, 0, views, {"outer", "cross"}, dense=(teacher, dense))
     x, d = (torch.cat(seen[key]).reshape(-1, 48) for key in ("pruned", "dense"))
     torch.testing.assert_close(moments["mlp.down_proj"].cross, (d - x).T @ x, rtol=1e-4, atol=1e-3)
 
@@ -206,7 +206,7 @@ def test_shared_targets_share_the_pass_and_the_factorisations(monkeypatch):
     targets = [(loop.make_plan(model, parse(p), steps_of(m)), steps_of(m)) for m, p in ways]
     for n in (1, len(ways)):
         with monkeypatch.context() as patch:
-            captured, collected = Calls(patch, capture, "capture"), Calls(patch, capture, "collect")
+            captured, collected = Calls(patch, capture, "capture"), Calls(patch, collect, "collect")
             passed, factored = Calls(patch, capture, "forward"), Calls(patch, linalg, "_upper_factor")
             scaled = Calls(patch, linalg, "_unit_gram")
             loop.prune_shared(model, tokens(), None, targets[:n], loop.Options(batch_size=4, progress=False))
@@ -313,7 +313,7 @@ def test_survey_sees_the_dense_model():
     first = capture.capture(model, tokens(), batch_size=4)
     want = {}
     for b, block in enumerate(block_list):
-        moments, _, _ = capture.collect(block, first, b, models.linears(block)[0], {"outer"})
+        moments, _, _ = collect.collect(block, first, b, models.linears(block)[0], {"outer"})
         want |= {(b, n): m.outer.clone() for n, m in moments.items()}
         capture.replay(block, first, b)
     tight = loop.Options(batch_size=4, progress=False, gram_budget=1)  # one Gram matrix at a time
