@@ -1,4 +1,4 @@
-"""What best.py writes: best.md, best.svg and the numbers in them, from the rows of its JSON."""
+"""best.md, best.svg, the README's table and the numbers in them, from the rows of best.py's JSON."""
 
 import itertools
 import json
@@ -19,6 +19,11 @@ SHOWN = ("2:4", "0.7")  # where the ingredients are measured one by one
 
 def read(path):
     return json.loads(path.read_text())["rows"] if path.is_file() else []
+
+
+def shown(folder, recipes):
+    """The rows of all models, without those measured with other flags, before a preset was changed."""
+    return [r for path in sorted(folder.glob("*.json")) for r in read(path) if r["recipe"] == recipes[r["way"]]]
 
 
 def excess(row):
@@ -42,11 +47,8 @@ def spread(values, digits):
 
 
 def write(folder, recipes):
-    """best.md and best.svg beside the models' JSON; recipes: {way: its flags}, as the tables list them.
-
-    Rows measured with other flags, before a preset was changed, are left out.
-    """
-    rows = [r for path in sorted(folder.glob("*.json")) for r in read(path) if r["recipe"] == recipes[r["way"]]]
+    """best.md and best.svg beside the models' JSON; recipes: {way: its flags}, as the tables list them."""
+    rows = shown(folder, recipes)
     if not rows:
         raise SystemExit(f"error: --out {folder}: nothing measured yet")
     found = shares(rows)
@@ -62,6 +64,27 @@ def write(folder, recipes):
         lines += error_table(rows, text)
     report.write_text("\n".join(lines), folder / "best.md")
     drawing.save(picture(found), folder / "best.svg")
+
+
+def headline(rows):
+    """The README's table: what `best` gains and costs at the two efforts with a target."""
+    ways = [way for way, _, _ in TARGETS]
+    rows = [r for r in rows if r["way"] in ("sparsegpt", *ways)]
+    found = shares(rows)
+    lines = ["Share of SparseGPT's excess over the dense model in log-perplexity that `best` removes, mean ± standard "
+             "deviation over calibration seeds (n: how many, where fewer than three), and its cost in multiples of "
+             f"SparseGPT done the published way. `scripts/best.py` on {described(rows)}.", "",
+             f"| model | effort | {' | '.join(PATTERNS)} |", "|---|---|" + "--:|" * len(PATTERNS)]
+    for model, way in itertools.product(dict.fromkeys(m for m, _, _ in found), ways):
+        cells = []
+        for p in PATTERNS:
+            got = found.get((model, p, way), [])
+            n = f"; n={len(got)}" if len(got) < 3 else ""
+            cells.append(f"{spread([s for s, _, _ in got], 2)} at {statistics.fmean(c for _, c, _ in got):.1f}x{n}"
+                         if got else "-")
+        if any(cell != "-" for cell in cells):
+            lines.append(f"| {model} | {way[-1]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def share_table(rows, found, model, order):

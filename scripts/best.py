@@ -4,6 +4,7 @@ best.svg.
     python scripts/best.py --shared ../shared                    # all; continues where it was stopped
     python scripts/best.py --shared ../shared --only stories260k --seeds 0
     python scripts/best.py --table                               # best.md and best.svg from the JSON
+    python scripts/tables.py                                     # the README's table from the JSON
 
     excess   log ppl pruned - log ppl dense, on held-out text
     share    of the excess of SparseGPT (this program's, same calibration) that a way removes
@@ -72,7 +73,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     if not args.table:
         measure_all(args)
-    _best_table.write(args.out, {way: recipe((MAIN | INGREDIENTS)[way]) for way in ORDER})
+    _best_table.write(args.out, recipes())
 
 
 def measure_all(args):
@@ -110,6 +111,11 @@ def missing(args, name, seed, text):
     done = {r["way"]: r["recipe"] for r in _best_table.read(args.out / f"{name}.json")
             if (r["seed"], r["pattern"]) == (int(seed), text)}
     return {way: flags for way, flags in ways_of(args, text).items() if done.get(way) != recipe(flags)}
+
+
+def recipes():
+    """{way: its flags} in the order of the tables."""
+    return {way: recipe((MAIN | INGREDIENTS)[way]) for way in ORDER}
 
 
 def recipe(own):

@@ -1,4 +1,4 @@
-"""Tables from the run records: results/tables.md, tables.csv and runs.csv, and the one in the README.
+"""Tables from the run records: results/tables.md, tables.csv and runs.csv, and those in the README.
 
     python scripts/tables.py            # write them
     python scripts/tables.py --check    # exit 1 if they are stale
@@ -6,7 +6,8 @@
     tables.csv    a line per model, calibration text, metric, method and pattern: mean, standard deviation over seeds
     runs.csv      a line per run, numbers in full
 
-A pure function of results/runs/*.json and results/packed.json. Text outside the markers is left alone.
+A pure function of results/runs/*.json, results/best/*.json and results/packed.json. Text outside the markers is left
+alone.
 """
 
 import argparse
@@ -16,6 +17,9 @@ import json
 import statistics
 import sys
 from pathlib import Path
+
+import _best_table
+import best
 
 from oneshot import cli, report, run, tables, task_table
 
@@ -42,7 +46,7 @@ def main(argv=None):
 def write_all(records, root, check):
     """Write what is stale, or only find it if `check`. The stale files."""
     stale = []
-    texts = {"README.md": lambda old: between(old, "pruning", readme_table(records)),
+    texts = {"README.md": lambda old: with_best(between(old, "pruning", readme_table(records)), root),
              "results/tables.md": lambda old: with_packed(between(old, "pruning", all_tables(records)), root),
              "results/tables.csv": lambda old: tables_csv(records),
              "results/runs.csv": lambda old: tables.table(records, "csv")}
@@ -130,6 +134,12 @@ def tasks_section(records):
     told = [f"lm-eval {', '.join(sorted(versions))}, model in memory", f"calibrated on {', '.join(sorted(texts))}"]
     told += [f"at most the first {', '.join(map(str, sorted(limits)))} documents of a task"] * bool(limits)
     return ["## Tasks", f"{'; '.join(told)}. {where(measured)}", task_table.table(measured, "markdown")]
+
+
+def with_best(text, root):
+    """`text` with the section of what best.py measured, where that has run."""
+    rows = _best_table.shown(root / "results" / "best", best.recipes())
+    return between(text, "best", _best_table.headline(rows)) if rows else text
 
 
 def with_packed(text, root):

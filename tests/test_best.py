@@ -18,6 +18,7 @@ from oneshot.patterns import parse
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import _best_table
 import best
+import tables
 
 
 def test_conv1d_as_linear_is_the_same_model():
@@ -64,6 +65,21 @@ def test_share_and_cost():
 def test_layer_errors_stand_beside_sparsegpts():
     text = "\n".join(_best_table.error_table([row("sparsegpt", 9.0), row("alps", 8.0), row("best-3", 7.0)], "2:4"))
     assert "| o | 0.5000 | 0.40x |" in text and "best-3" not in text
+
+
+def test_the_readme_shows_what_best_gains_and_costs(tmp_path):
+    rows = [row("sparsegpt", math.e**3, seed) for seed in range(3)]
+    rows += [*(row("best-3", math.e**2.5, seed, seconds=8.0) for seed in range(3)), row("best-5", math.e**2)]
+    for r in rows:
+        r |= {"recipe": best.recipes()[r["way"]], "environment": {
+            "device": "cpu", "threads": 1, "torch": "2", "transformers": "5", "commit": "abc", "dirty": False}}
+    rows[-1] |= {"recipe": {"method": "another"}}  # from before the preset was changed
+    for r in rows:
+        best.store(tmp_path / "results" / "best" / "stories260k.json", r)
+    text = tables.with_best("before\n", tmp_path)
+    assert "| stories260k | 3 | - | - | - | 0.25 ± 0.00 at 4.0x | - |" in text and text.startswith("before\n")
+    assert "| stories260k | 5 |" not in text and "commit abc" in text
+    assert tables.with_best(text, tmp_path) == text and tables.with_best("before\n", tmp_path / "results") == "before\n"
 
 
 @pytest.mark.parametrize("ppl, seconds, verdict", [(math.e**1.5, 8.0, "kept"), (math.e**2.9, 8.0, "MISSED"),
