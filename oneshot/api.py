@@ -1,10 +1,12 @@
 """`python -m oneshot.run` in Python: `oneshot.prune(model, ...)` on a model that is loaded already."""
 
+import contextlib
 import dataclasses
+from pathlib import Path
 
 import torch
 
-from . import checks, cli, presets, report, run, texts
+from . import checks, cli, models, presets, report, run, texts
 from .config import RunConfig
 from .data import given as given_tokens
 
@@ -19,6 +21,7 @@ def prune(model, tokenizer=None, *, method="sparsegpt", pattern="2:4", calibrati
     Raises ValueError naming the setting as the command line would.
     """
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    name = "demo" if Path(name) == models.DEMO else name
     given = isinstance(calibration, torch.Tensor)
     if not given and tokenizer is None:
         raise ValueError("tokenizer: needed to read --calibration; or give token ids as `calibration`")
@@ -27,21 +30,39 @@ def prune(model, tokenizer=None, *, method="sparsegpt", pattern="2:4", calibrati
     refuse_unknown(parts or {}, [a.dest for a in cli.parser()._actions if "." in a.dest], "no such setting of a part")
     flags = {**settings, **(parts or {}), "model": name, "pattern": str(pattern), "evaluate": "none",
              "calibration": "given" if given else calibration}
+    presets.check_effort([method], flags)
     asked = presets.expand(method, flags)
     cli.check_parts({method: asked}, flags)
     cfg = cli.build(asked)
     checks.check_devices(cfg)
     checks.check_target(cfg)
     checks.check_model(model)
+    checks.check_recovery(cfg, model)
     plan = run.make_plan(cfg, model)
-    if given:
-        tokens = given_tokens(calibration)
-        texts.window(model, tokens.ids.shape[1], "calibration: windows of")
-    else:
-        tokens = run.calibrate(cfg, model, tokenizer)
-    weights, run_id = run.identify(cfg, model, tokens, {})
-    record = run.work(cfg, model, tokenizer, plan, tokens, {})
+    with at_rest(model):
+        if given:
+            tokens = given_tokens(calibration)
+            texts.window(model, tokens.ids.shape[1], "calibration: windows of")
+        else:
+            tokens = run.calibrate(cfg, model, tokenizer)
+        weights, run_id = run.identify(cfg, model, tokens, {})
+        record = run.work(cfg, model, tokenizer, plan, tokens, {})
     return report.storable(record | {"run_id": run_id, "model": run.describe(cfg, model, weights)})
+
+
+@contextlib.contextmanager
+def at_rest(model):
+    """The model as `models.load` gives it: no dropout, nothing but what is trained here asks for gradients."""
+    training = [m for m in model.modules() if m.training]
+    asking = [p for p in model.parameters() if p.requires_grad]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for p in asking:
+            p.requires_grad_(True)
 
 
 PYTHON_SETTINGS = {f.name for f in dataclasses.fields(RunConfig)} - {  # the rest: arguments of its own, or the caller's

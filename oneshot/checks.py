@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from . import environment, export, models
+from . import environment, export, models, patterns, recovery
 from .evaluate import prompts, tasks
 from .solvers import chain
 
@@ -38,7 +38,8 @@ def check_target(cfg):
     if cfg.prunes and cfg.dense_target and not any(module.updates for module in chain(cfg.method)):
         raise ValueError(f"--dense-target {cfg.dense_target:g}: --method {cfg.method} leaves the weights it keeps as "
                          f"they are, so it cannot aim anywhere; use {cfg.method}+refit or sparsegpt")
-    if cfg.prunes and cfg.allocate not in ("uniform", "mix") and ":" in cfg.pattern:
+    spreads = isinstance(patterns.parse(cfg.pattern), patterns.Unstructured) if cfg.prunes else True
+    if not spreads and cfg.allocate not in ("uniform", "mix"):
         raise ValueError(f"--allocate {cfg.allocate}: spreads a sparsity such as --pattern 0.5; {cfg.pattern} is the "
                          "same everywhere (--allocate mix mixes patterns)")
     own = {"--dense-target": cfg.dense_target, "--recover": cfg.recoveries, "--true-sequential": cfg.true_sequential,
@@ -54,6 +55,12 @@ def check_devices(cfg):
     environment.check_device(cfg.device)
     if cfg.activations:
         environment.check_device(cfg.activations, "--activations")
+
+
+def check_recovery(cfg, model):
+    """Raise ValueError where a way to repair cannot be gone with this model on this device."""
+    for name, own in cfg.recovery.items():
+        recovery.module(name).check_model(model, own, cfg.device)
 
 
 def check_model(model):

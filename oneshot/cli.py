@@ -1,6 +1,7 @@
-"""The command line: flags made from RunConfig and every solver's Config, and wanda's own flags translated.
+"""The command line: flags made from RunConfig and every part's Config, and wanda's own flags translated.
 
-`--a-b` and `--a_b` are the same flag. A solver's flags carry its name: `--sparsegpt.damping 0.1`.
+`--a-b` and `--a_b` are the same flag. The flags of a part (solver, refiner, allocation, recovery) carry its name:
+`--sparsegpt.damping 0.1`.
 """
 
 import argparse
@@ -46,7 +47,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser():
-    """The argument parser: RunConfig's fields, every solver's, and wanda's names."""
+    """The argument parser: RunConfig's fields, every part's, and wanda's names."""
     p = Parser(prog="python -m oneshot.run", usage="python -m oneshot.run [flags]", formatter_class=Formatter,
                epilog=EXAMPLES, allow_abbrev=False,
                description="Prune a pretrained language model once, from a few calibration samples, without training; "
@@ -120,9 +121,9 @@ def parse(argv=None):
     dense = [dense_run(chosen)] if given.get("dense", True) or "dense" in methods else []
     methods = [m for m in methods if m != "dense"]
     if "save" in chosen and not methods:
-        raise ValueError(f"--save {chosen['save']}: nothing is pruned, so there is nothing to write; give a --method")
-    if "effort" in given and not set(methods) & set(presets.NAMES):
-        raise ValueError(f"--effort {given['effort']}: goes with --method best")
+        flag = "--save_model" if "prune_method" in read and read["prune_method"] is not UNSET else "--save"
+        raise ValueError(f"{flag} {chosen['save']}: nothing is pruned, so there is nothing to write; give a --method")
+    presets.check_effort(methods, given)
     asked = {method: presets.expand(method, given) for method in methods}
     check_parts(asked, given)
     runs = []

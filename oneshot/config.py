@@ -51,7 +51,8 @@ class RunConfig:
                                   group="what")
     shared_inputs: bool = flag(False, "solve all methods and patterns of the command from the DENSE model's inputs: "
                                       "one pass over the data (one more to allocate); every Gram matrix is "
-                                      "factored once for all (alps: once for each of its penalties)", group="what")
+                                      "factored once for all (alps: once for each of its penalties); blocks that fall "
+                                      "apart are not looked for, and a killed run begins anew", group="what")
 
     calibration: str = flag("builtin", "builtin, self (sampled from the model), wikitext2, c4, ptb, a hub data set, or "
                                        "a .txt .jsonl .json .parquet .csv file", group="data")

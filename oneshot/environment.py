@@ -79,6 +79,11 @@ def check_writable(path, flag):
         raise ValueError(f"{flag} {path}: no permission to write into {there}; choose another folder")
 
 
+def total_memory(device):
+    """Bytes of the GPU's memory; None for the CPU's, which may swap."""
+    return torch.cuda.get_device_properties(device).total_memory if torch.device(device).type == "cuda" else None
+
+
 def reset_peak_memory(device):
     """Begin a new measurement of peak memory, where the system can."""
     if torch.device(device).type == "cuda":

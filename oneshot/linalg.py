@@ -67,14 +67,32 @@ def _upper_factor(G, damping, dtype):
     require_finite(diag)  # |G_ij|² <= G_ii G_jj: the diagonal speaks for all
     dead = diag == 0
     mean = diag[~dead].mean() if not dead.all() else torch.ones((), dtype=G.dtype, device=G.device)
+
+    def damped(used, precision):
+        A = G.flip(0, 1).to(precision)  # A = L Lᵀ reversed in both directions is G = V Vᵀ
+        A.diagonal().add_(used * mean).add_(dead.flip(0) * mean)
+        return A
+
+    L, info = damped_cholesky(damped, damping, dtype, dead)
+    return L.flip(0, 1).to(dtype), dead, info
+
+
+def damped_cholesky(matrix, damping, dtype, dead):
+    """(L, what the record says of it) of matrix(damping, precision), symmetric, whose diagonal the damping raises.
+
+    Where that fails the damping is raised tenfold up to 1, then all is tried again in float64; each is a warning.
+
+    Raises NumericalError when nothing helps.
+    """
     for precision in (dtype, torch.float64):
         for used in damping_ladder(damping):
-            A = G.flip(0, 1).to(precision)  # A = L Lᵀ reversed in both directions is G = V Vᵀ
-            A.diagonal().add_(used * mean).add_(dead.flip(0) * mean)
-            L, failed = torch.linalg.cholesky_ex(A)
-            del A
-            if not failed and torch.isfinite(L.diagonal()).all():  # an overflow to Inf is no failure to LAPACK
-                return L.flip(0, 1).to(dtype), dead, factor_info(damping, used, precision, dtype, dead)
+            L, failed = torch.linalg.cholesky_ex(matrix(used, precision))
+            if failed or not torch.isfinite(L.diagonal()).all():  # an overflow to Inf is no failure to LAPACK
+                continue
+            warnings = [f"damping raised from {damping:g} to {used:g}: the Gram matrix is nearly singular"
+                        ] if used != damping else []
+            warnings += ["factored in float64: float32 failed"] if precision != dtype else []
+            return L, {"damping": used, "warnings": warnings} | ({"dead_inputs": int(dead.sum())} if dead.any() else {})
     raise NumericalError(f"its Gram matrix is not positive definite even with damping {used:g} in float64")
 
 
@@ -84,17 +102,6 @@ def damping_ladder(damping):
     while ladder[-1] < 1:
         ladder.append(min(ladder[-1] * 10, 1.0) if ladder[-1] else 0.01)
     return ladder
-
-
-def factor_info(asked, used, precision, dtype, dead):
-    info = {"damping": used, "warnings": []}
-    if dead.any():
-        info["dead_inputs"] = int(dead.sum())
-    if used != asked:
-        info["warnings"].append(f"damping raised from {asked:g} to {used:g}: the Gram matrix is nearly singular")
-    if precision != dtype:
-        info["warnings"].append("factored in float64: float32 failed")
-    return info
 
 
 def unit_gram(moments, dtype):

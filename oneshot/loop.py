@@ -3,7 +3,8 @@
 Every block is pruned on what the already pruned blocks before it produce, as in SparseGPT and Wanda. Two passes over
 the data a block: one to collect statistics with the block still dense, one to carry the data through the pruned block.
 Where something aims at the dense model (`dense_target`, recovery), a second stream of hidden states passes through the
-blocks as they were: one more pass, and the activations twice.
+blocks as they were: one more pass, and the activations twice. `dense_target` takes another pass for each time that
+statistics are collected, whose outputs it does not keep: they would be the activations a third time.
 """
 
 import contextlib
@@ -201,6 +202,7 @@ def prune_shared(model, ids, mask, targets, options=Options()):
                 solve(view, own, full, plan, steps, rows)()
                 weights[full] = view.get().to("cpu", view.stored, copy=True)
                 view.set(W)
+        own = None
     return solved
 
 
@@ -279,6 +281,7 @@ def solve_block(block, stream, b, views, prefix, plan, steps, needs, options, ro
                     waiting.append(write)
                 else:
                     write()
+            own = None  # nor does the last one outlast its portion
         remaining = deferred
     for write in waiting:
         write()

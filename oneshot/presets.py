@@ -9,7 +9,7 @@ from .config import listed
 EFFORTS = {  # effort: (what it is, the flags); each adds to what the one before it costs
     1: ("SparseGPT's mask with the best values for it", {"method": "sparsegpt+refit"}),
     2: ("ALPS aimed at the dense model", {"method": "alps", "dense_target": 0.5}),
-    3: ("ALPS, each block repaired, then a distillation, both short", {
+    3: ("ALPS, each block repaired, then a distillation (the whole model on the device), both short", {
         "method": "alps", "recover": "block,distil", "block.steps": 25, "distil.steps": 25}),
     4: ("the same, longer", {
         "method": "alps", "recover": "block,distil", "block.steps": 60, "distil.steps": 60}),
@@ -40,6 +40,12 @@ def expand(method, given):
     own = {name for name in given if "." in name and name.partition(".")[0] in parts}
     changed = "*" if own or set(given) & (QUALITY | set(flags)) - {"method"} else ""
     return asked | {"preset": f"{method}-{effort}{changed}"}
+
+
+def check_effort(methods, given):
+    """Raise ValueError where `--effort` is given and no method is a preset."""
+    if "effort" in given and not set(methods) & set(NAMES):
+        raise ValueError(f"--effort {given['effort']}: goes with --method best")
 
 
 def explain():

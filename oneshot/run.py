@@ -35,23 +35,27 @@ from .solvers import chain, short
 
 def main(argv=None):
     """Run what the command line asks for. Exit code: 0 done, 2 the user can mend it (one line on stderr says what)."""
+    configs = []
     try:
         configs = cli.parse(argv)
         checks.check(configs)
         models.quiet()
-        records, shared = [], functools.cache(lambda: solve_shared(configs))  # solved when the first run needs it
+        records, sampled = [], {}
+        shared = functools.cache(lambda: solve_shared(configs, sampled))  # solved when the first run needs it
         for i, cfg in enumerate(configs):
             solved = (lambda i=i: shared()[i]) if cfg.prunes and cfg.shared_inputs else None
-            records.append(run(cfg, configs, solved))
+            records.append(run(cfg, configs, solved, sampled=sampled))
             if len(configs) > 1:
                 print(summary.line(records[-1]), file=sys.stderr, flush=True)
         print(summary.text(records, Path(configs[0].results)))
     except torch.OutOfMemoryError as error:
-        return fail(f"out of memory ({one_line(error)}); lower --batch-size, --gram-budget or --seqlen")
+        return fail(f"out of memory ({one_line(error)}); lower --batch-size, --gram-budget or --seqlen, or do without "
+                    "--recover distil")
     except (ValueError, OSError) as error:
         return fail(one_line(error))
     except KeyboardInterrupt:
-        fail("interrupted; with --save the same command continues behind the last finished block")
+        goes_on = any(cfg.save and not cfg.shared_inputs for cfg in configs)
+        fail("interrupted" + "; the same command continues behind the last finished block" * goes_on)
         return 130
     return 0
 
@@ -65,25 +69,28 @@ def one_line(error):
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def run(cfg, together=(), solved=None, reuse=None):
+def run(cfg, together=(), solved=None, reuse=None, sampled=None):
     """One run: its record. With `--save`, the pruned checkpoint as well; a finished one is not computed again.
 
     together: all runs of the command. Where one of them is saved, the dense row is not computed again either. solved:
     gives (Result, weights) of `solve_shared`; without it the model is pruned here. reuse: called with the record's file
-    as soon as the run_id is known; a record that it returns is taken.
+    as soon as the run_id is known; a record that it returns is taken. sampled: a dict for the runs of one command,
+    which keeps what `--calibration self` has sampled.
     """
     began = time.perf_counter()
     model, tokenizer = load(cfg)
     checks.check_model(model)
     loaded = time.perf_counter()
     plan = make_plan(cfg, model)
-    for other in together:
-        make_plan(other, model)  # a pattern that does not fit is refused before the first row is computed
+    checks.check_recovery(cfg, model)
+    for other in together:  # what does not fit is refused before the first row is computed
+        make_plan(other, model)
+        checks.check_recovery(other, model)
     evaluations = texts.evaluation(cfg, model, tokenizer)
     if cfg.prompts:
         prompts.prepare(cfg.prompts, model, tokenizer)
-    sampled = cfg.calibration == "self"  # follows from the weights and the settings, and takes long
-    calibration = None if sampled else calibrate(cfg, model, tokenizer)
+    late = cfg.calibration == "self"  # follows from the weights and the settings, and takes long
+    calibration = None if late else calibrate(cfg, model, tokenizer)
     weights, run_id = identify(cfg, model, calibration, evaluations)
     file = Path(cfg.results) / f"{run_id}.json"
     folder = export.Folder(cfg.save, run_id, cfg.overwrite) if cfg.save else None
@@ -94,8 +101,8 @@ def run(cfg, together=(), solved=None, reuse=None):
         return report.read(file)
     if reuse and (record := reuse(file)):
         return record
-    if sampled:
-        calibration = calibrate(cfg, model, tokenizer)
+    if late:
+        calibration = calibrate(cfg, model, tokenizer, sampled)
 
     prepared = time.perf_counter()
     record = work(cfg, model, tokenizer, plan, calibration, evaluations, folder, solved)
@@ -112,16 +119,17 @@ def load(cfg):
                        trust_remote_code=cfg.trust_remote_code)
 
 
-def solve_shared(configs):
+def solve_shared(configs, sampled=None):
     """{place of the run: (Result, weights)} for the runs with `--shared-inputs`, solved in one pass over the data.
 
     An allocation that looks at data takes one more, for all runs.
     """
     runs = {i: cfg for i, cfg in enumerate(configs) if cfg.prunes and cfg.shared_inputs}
-    cfg, began = next(iter(runs.values())), time.perf_counter()
+    cfg = next(iter(runs.values()))
     model, tokenizer = load(cfg)
     checks.check_model(model)
-    calibration = calibrate(next((c for c in runs.values() if needs_data(c)), cfg), model, tokenizer)
+    calibration = calibrate(next((c for c in runs.values() if needs_data(c)), cfg), model, tokenizer, sampled)
+    began = time.perf_counter()
     plans = allocated(list(runs.values()), model, [make_plan(c, model) for c in runs.values()], calibration)
     ids, mask = (calibration.ids, calibration.mask) if calibration else (None, None)
     solved = loop.prune_shared(model, ids, mask, [(p, steps(c)) for p, c in zip(plans, runs.values(), strict=True)],
@@ -203,9 +211,15 @@ def prove(model, plan, rows):
             row["surplus"] = row["zeros"] - row["target_zeros"]
 
 
-def calibrate(cfg, model, tokenizer):
-    """Calibration Tokens, or None when nothing needs them."""
-    return texts.calibration(cfg, model, tokenizer) if needs_data(cfg) else None
+def calibrate(cfg, model, tokenizer, sampled=None):
+    """Calibration Tokens, or None when nothing needs them. sampled: see `run`."""
+    if not needs_data(cfg):
+        return None
+    if sampled is None or cfg.calibration != "self":
+        return texts.calibration(cfg, model, tokenizer)
+    if not sampled:
+        sampled["self"] = texts.calibration(cfg, model, tokenizer)
+    return sampled["self"]
 
 
 def needs_data(cfg):
@@ -274,7 +288,6 @@ def prune_model(cfg, model, plan, calibration, folder=None):
     if cfg.recovery:
         options = dataclasses.replace(options, held_out=recovery.held_out_windows(len(ids), cfg.seed))
     if "block" in cfg.recovery:
-        recovery.module("block").check_model(model, cfg.recovery["block"])
         repair = functools.partial(recovery.module("block").repair, cfg=cfg.recovery["block"], seed=cfg.seed)
     done, on_block = (folder.blocks(), folder.save_block) if folder else ((), None)
     result = loop.prune_model(model, ids, mask, plan, steps(cfg), options, repair=repair, finished=done,

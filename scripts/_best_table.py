@@ -14,6 +14,7 @@ PUBLISHED = reproduce_alps.PAPER.perplexity["meta-llama/Llama-2-7b-hf"]
 ALPS_PAPER = {p: 1 - PUBLISHED["alps"][p][0] / PUBLISHED["sparsegpt"][p][0] for p in ("2:4", "0.6", "0.7")}
 ASKED = ("0.6", "0.7", "2:4")  # where the targets are set
 TARGETS = (("best-3", 0.4, 5.0), ("best-5", 0.6, math.inf))  # way, least share, most cost
+VERSION = 2  # of the recovery: rows of an older one are measured anew. 2: a run's held-out windows are drawn once
 SHOWN = ("2:4", "0.7")  # where the ingredients are measured one by one
 
 
@@ -23,7 +24,23 @@ def read(path):
 
 def shown(folder, recipes):
     """The rows of all models, without those measured with other flags, before a preset was changed."""
-    return [r for path in sorted(folder.glob("*.json")) for r in read(path) if r["recipe"] == recipes[r["way"]]]
+    return [r for path in sorted(folder.glob("*.json")) for r in read(path) if r["recipe"] == recipes.get(r["way"])]
+
+
+def is_old(row):
+    """Whether a row's recovery is an older one; all else has not changed since version 1."""
+    return "recover" in row["recipe"] and row.get("version", 1) < VERSION
+
+
+def said_old(rows):
+    """[a paragraph on the rows that are old, an empty line]; [] where none is."""
+    found = {}
+    for r in filter(is_old, rows):
+        found.setdefault((r["model"], r["way"]), {}).setdefault(r["pattern"], []).append(r["seed"])
+    told = [f"{model} {way} " + ", ".join(f"{p} (seed {', '.join(map(str, sorted(seeds)))})" for p, seeds in of.items())
+            for (model, way), of in found.items()]
+    return [f"Measured with an older recovery, whose ways each drew their own held-out windows: {'; '.join(told)}.",
+            ""] if told else []
 
 
 def excess(row):
@@ -52,10 +69,12 @@ def write(folder, recipes):
     if not rows:
         raise SystemExit(f"error: --out {folder}: nothing measured yet")
     found = shares(rows)
+    if not found:
+        raise SystemExit(f"error: --out {folder}: no sparsegpt to compare with; measure it, too (--ways)")
     lines = ["# What each ingredient gains", "", f"`scripts/best.py` on {described(rows)}. Share of SparseGPT's "
              "excess log-perplexity removed, mean ± standard deviation over calibration seeds; in brackets perplexity, "
              "cost in multiples of SparseGPT done the published way, and n where it is fewer seeds than the model's.",
-             "", "![share of SparseGPT's excess removed against cost](best.svg)", ""]
+             "", *said_old(rows), "![share of SparseGPT's excess removed against cost](best.svg)", ""]
     for model in dict.fromkeys(m for m, _, _ in found):
         lines += share_table(rows, found, model, list(recipes))
     lines += ["## Targets", "", *targets(found), "", "## Beside the papers", "", *against_sparsegpt(found),
@@ -73,7 +92,7 @@ def headline(rows):
     found = shares(rows)
     lines = ["Share of SparseGPT's excess over the dense model in log-perplexity that `best` removes, mean ± standard "
              "deviation over calibration seeds (n: how many, where fewer than three), and its cost in multiples of "
-             f"SparseGPT done the published way. `scripts/best.py` on {described(rows)}.", "",
+             f"SparseGPT done the published way. `scripts/best.py` on {described(rows)}.", "", *said_old(rows),
              f"| model | effort | {' | '.join(PATTERNS)} |", "|---|---|" + "--:|" * len(PATTERNS)]
     for model, way in itertools.product(dict.fromkeys(m for m, _, _ in found), ways):
         cells = []
@@ -129,6 +148,7 @@ def error_table(rows, text):
              "inputs that its own pruned blocks produce; SparseGPT's in full, the others as multiples of it.", ""]
     for model in dict.fromkeys(r["model"] for r in rows):
         found = layer_errors(rows, model, text)
+        found = {kind: of for kind, of in found.items() if "sparsegpt" in of}
         if not found:
             continue
         ways = [w for w in LAYERWISE if any(w in of for of in found.values())]

@@ -107,9 +107,9 @@ def ways_of(args, text):
 
 
 def missing(args, name, seed, text):
-    """The ways without a row yet, or whose row is of another recipe (a preset that was changed since)."""
+    """The ways without a row yet, or whose row is of another recipe (a preset that was changed since) or version."""
     done = {r["way"]: r["recipe"] for r in _best_table.read(args.out / f"{name}.json")
-            if (r["seed"], r["pattern"]) == (int(seed), text)}
+            if (r["seed"], r["pattern"]) == (int(seed), text) and not _best_table.is_old(r)}
     return {way: flags for way, flags in ways_of(args, text).items() if done.get(way) != recipe(flags)}
 
 
@@ -140,7 +140,8 @@ def cell(args, name, seed, text, flags):
         cfg = cli.parse([*flags, "--pattern", text, "--no-dense", *given(own)])[0]
         row = measured(cfg, model, tokenizer, calibration, evaluations)
         store(args.out / f"{name}.json", {"model": name, "seed": seed, "pattern": text, "way": way,
-                                          "recipe": recipe(own), "dense_ppl": dense, **yardstick, **row})
+                                          "recipe": recipe(own), "version": _best_table.VERSION, "dense_ppl": dense,
+                                          **yardstick, **row})
 
 
 def given(own):

@@ -34,13 +34,6 @@ from torch import nn
 PARTS = ("forward", "statistics", "factor", "columns", "other")
 
 
-def prune_blocks(blocks, inputs, call, method, sparsity=0.5, prune_n=0, prune_m=0, seconds=None):
-    """Prune all `blocks` in order, in place; returns the last one's outputs. Arguments: `prune_block`."""
-    for block in blocks:
-        inputs = prune_block(block, inputs, call, method, sparsity, prune_n, prune_m, seconds)
-    return inputs
-
-
 @torch.no_grad()
 def prune_block(block, inputs, call, method, sparsity=0.5, prune_n=0, prune_m=0, seconds=None):
     """Prune every nn.Linear of `block` in place and return the pruned block's outputs: the next one's inputs.

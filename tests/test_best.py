@@ -65,6 +65,7 @@ def test_share_and_cost():
 def test_layer_errors_stand_beside_sparsegpts():
     text = "\n".join(_best_table.error_table([row("sparsegpt", 9.0), row("alps", 8.0), row("best-3", 7.0)], "2:4"))
     assert "| o | 0.5000 | 0.40x |" in text and "best-3" not in text
+    assert not any("| o |" in line for line in _best_table.error_table([row("alps", 8.0)], "2:4"))
 
 
 def test_the_readme_shows_what_best_gains_and_costs(tmp_path):
@@ -74,11 +75,14 @@ def test_the_readme_shows_what_best_gains_and_costs(tmp_path):
         r |= {"recipe": best.recipes()[r["way"]], "environment": {
             "device": "cpu", "threads": 1, "torch": "2", "transformers": "5", "commit": "abc", "dirty": False}}
     rows[-1] |= {"recipe": {"method": "another"}}  # from before the preset was changed
+    rows.append({**rows[0], "way": "a way of old"})
+    rows[3]["version"] = rows[4]["version"] = _best_table.VERSION
     for r in rows:
         best.store(tmp_path / "results" / "best" / "stories260k.json", r)
     text = tables.with_best("before\n", tmp_path)
     assert "| stories260k | 3 | - | - | - | 0.25 ± 0.00 at 4.0x | - |" in text and text.startswith("before\n")
     assert "| stories260k | 5 |" not in text and "commit abc" in text
+    assert "older recovery, whose ways each drew their own held-out windows: stories260k best-3 2:4 (seed 2)." in text
     assert tables.with_best(text, tmp_path) == text and tables.with_best("before\n", tmp_path / "results") == "before\n"
 
 
@@ -109,6 +113,12 @@ def test_a_run_from_end_to_end_and_its_continuation(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(best, "cell", lambda *args: pytest.fail("measured again"))
         best.main(argv)
+    with monkeypatch.context() as patch:  # another recovery: what used it is measured anew, the rest is not
+        patch.setattr(_best_table, "VERSION", _best_table.VERSION + 1)
+        args = types.SimpleNamespace(out=tmp_path / "best", ways="sparsegpt;alps, distil")
+        assert list(best.missing(args, "tiny", "0", "2:4")) == ["alps, distil"]
+    with pytest.raises(SystemExit, match="no sparsegpt to compare with"):
+        best.main([*argv[:-3], "wanda", "--out", str(tmp_path / "alone"), "--seeds", "0"])
     monkeypatch.setitem(best.INGREDIENTS, "alps, distil", {"method": "alps", "recover": "distil", "distil.steps": 2})
     best.main([*argv, "--table"])  # a changed recipe: its old rows are not shown under the name
     assert "| alps, distil |" not in (tmp_path / "best" / "best.md").read_text()

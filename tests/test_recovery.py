@@ -1,6 +1,5 @@
 """Recovery: training what pruning kept brings a model nearer to the dense one and never back a single zero."""
 
-import copy
 import functools
 import math
 
@@ -12,7 +11,7 @@ from families import FAMILIES, VOCAB, T
 from safetensors.torch import load_file
 from torch.nn.functional import kl_div
 
-from oneshot import api, capture, cli, collect, export, loop, models, page, recovery, solvers
+from oneshot import api, capture, cli, collect, environment, export, loop, models, page, recovery, solvers
 from oneshot.patterns import parse
 from oneshot.recovery import Trainable, fit
 from oneshot.recovery import block as block_way
@@ -350,7 +349,6 @@ def test_unknown_way():
 
 def test_families_named_here_exist():
     assert set(SAMPLE) <= set(FAMILIES) - set(REFUSED)
-    assert copy.deepcopy(models.linears(families.tiny("llama").model.layers[0])[0])
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gemma2", "gemma3", "gpt_neox", "bloom", "falcon", "mixtral",
@@ -360,8 +358,14 @@ def test_families_named_here_exist():
 def test_sixteen_bit_blocks_are_trained_in_float32(monkeypatch, name, recover, own):
     """As on a GPU, where blocks and hidden states keep the stored dtype."""
     monkeypatch.setattr(models, "compute_dtype", lambda device, stored: stored)
-    model = families.tiny(name, dtype=torch.bfloat16)
+    model, trained, real = families.tiny(name, dtype=torch.bfloat16), set(), recovery.descend
+
+    def descend(trainable, *args, **kwargs):
+        trained.update(p.dtype for p in trainable.parameters.values())
+        return real(trainable, *args, **kwargs)
+    monkeypatch.setattr(recovery, "descend", descend)
     prune(model, recover, **{f"{recover}.steps": 2}, **own)
+    assert trained == {torch.float32}
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
@@ -370,10 +374,20 @@ def test_held_out_positions_are_always_the_same_and_hold_a_token(monkeypatch):
     from oneshot.recovery import distil
     model, mask = families.tiny("llama"), torch.ones(8, T, dtype=torch.bool)
     mask[:, 10:] = False
-    dense = loop.start(model, tokens(8), mask, loop.Options(batch_size=4))
-    monkeypatch.setattr(distil, "LOGITS", 4 * VOCAB * 3)
-    first, second = (distil.positions(model, dense, 0, torch.Generator().manual_seed(5)) for _ in range(2))
-    assert torch.equal(first, second) and len(first) == 3 and int(first.max()) < 10
+    monkeypatch.setattr(distil, "LOGITS", VOCAB * 8)  # the held-out window's: 8; batches of 3 and 4 windows: 2 each
+    looked, real = {True: {}, False: {}}, distil.positions
+
+    def positions(model, stream, i, gen):
+        at = real(model, stream, i, gen)
+        looked[torch.is_grad_enabled()].setdefault(i, []).append(at.tolist())
+        return at
+    monkeypatch.setattr(distil, "positions", positions)
+    prune(model, "distil", ids=tokens(8), mask=mask, **{"distil.steps": 16})
+    (held,), trained = looked[False].values(), [at for found in looked[True].values() for at in found]
+    assert len(held) > 3 and all(at == held[0] for at in held)
+    assert len(trained) > 4 and any(at != trained[0] for at in trained)
+    assert {len(at) for at in held} == {8} and {len(at) for at in trained} == {2}
+    assert all(max(at) < 10 for at in (*held, *trained))
 
 
 def test_no_negative_zero_is_stored():
@@ -508,3 +522,16 @@ def test_a_family_without_parts_is_refused_before_anything_is_pruned():
         models.mlp(torch.nn.ModuleDict({"fc": torch.nn.Linear(2, 2)}))
     with pytest.raises(ValueError, match=r"--block\.unit layer: give block or parts"):
         cli.build({"method": "wanda", "pattern": "0.5", "recover": "block", "block.unit": "layer"})
+
+
+@pytest.mark.parametrize("recover, words", [("distil", "--recover distil: trains the whole model"),
+                                            ("block", "--block.unit parts: block 0")])
+def test_a_repair_that_cannot_be_is_refused_before_the_first_row(tmp_path, capsys, monkeypatch, recover, words):
+    def no_parts(block):
+        raise ValueError("nothing here")
+    monkeypatch.setattr(environment, "total_memory", lambda device: 1000)
+    monkeypatch.setattr(models, "mlp", no_parts)
+    place, own = tiny.make(tmp_path), {"block": {"block.unit": "parts"}, "distil": {}}[recover]
+    argv = tiny.flags(place, "--no-dense", "--recover", recover, method="magnitude,wanda", **own)
+    assert tiny.main(*argv) == 2
+    assert words in capsys.readouterr().err and not list((place / "runs").glob("*.json"))

@@ -11,7 +11,7 @@ from tiny import place, plain_pages  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import oneshot
-from oneshot import data, measure, models, page, report, run
+from oneshot import data, measure, models, page, report, run, texts
 from oneshot.patterns import parse
 
 
@@ -220,7 +220,60 @@ def test_python_takes_token_ids_and_solver_settings(place):  # noqa: F811
     assert record["sparsity"] == 0.25
 
 
+def test_python_on_a_model_that_asks_for_gradients_and_drops_out():
+    """As `from_pretrained` and a training loop leave it; models.load gives neither."""
+    frozen, model = families.tiny("gpt2"), families.tiny("gpt2")
+    model.train().requires_grad_(True)
+    model.transformer.drop.eval()
+    modes, ids = [m.training for m in model.modules()], torch.randint(3, 20, (12, 16))
+    for one in (frozen, model):
+        oneshot.prune(one, method="wanda", pattern="2:4", calibration=ids, recover="block,distil", progress=False,
+                      batch_size=4, parts={"block.steps": 2, "distil.steps": 2})
+    assert all(torch.equal(p, q) for p, q in zip(frozen.parameters(), model.parameters(), strict=True))
+    assert [m.training for m in model.modules()] == modes
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert not any(p.requires_grad for p in frozen.parameters())
+
+
+def test_python_knows_the_demo_model():
+    model, tokenizer = oneshot.load("demo")
+    record = oneshot.prune(model, tokenizer, method="magnitude", pattern="2:4", progress=False, layer_errors=False,
+                           nsamples=1, seqlen=16)
+    assert record["model"]["name"] == "demo" == record["settings"]["model"]
+    assert not [w for w in record["warnings"] if "suits the demo model" in w]
+
+
+def test_one_sampling_serves_all_runs_of_a_command(place, tmp_path, monkeypatch):  # noqa: F811
+    taken, real = [], texts.calibration
+    monkeypatch.setattr(texts, "calibration", lambda *args: taken.append(real(*args)) or taken[-1])
+    argv = tiny.flags(place, "--no-dense", method="magnitude,wanda,sparsegpt", calibration="self", evaluate="none",
+                      results=tmp_path)
+    assert tiny.main(*argv) == 0
+    assert len(taken) == 1
+    found = {r["data"]["calibration"]["sha256"] for r in tiny.records(tmp_path).values() if r["data"]["calibration"]}
+    assert found == {taken[0].sha256}
+
+
+@pytest.mark.parametrize("more, words", [([], "goes on"), (["--shared-inputs"], "begins anew"), (["--save"], "")])
+def test_an_interrupted_command_says_what_the_next_one_will_do(place, tmp_path, monkeypatch, capsys, more, words):  # noqa: F811
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(run, "prune_model", stop)
+    monkeypatch.setattr(run, "solve_shared", stop)
+    save = None if more == ["--save"] else tmp_path / "out"
+    argv = tiny.flags(place, "--no-dense", *(m for m in more if m != "--save"), results=tmp_path / "runs", save=save)
+    assert tiny.main(*argv) == 130
+    assert ("continues" in capsys.readouterr().err) == (words == "goes on")
+
+
+@pytest.mark.parametrize("allocate", ["owl", "error"])
+def test_nothing_is_spread_where_nothing_is_removed(place, capsys, allocate):  # noqa: F811
+    assert tiny.main(*tiny.flags(place, "--no-dense", pattern="dense", allocate=allocate)) == 2
+    assert f"--allocate {allocate}: spreads a sparsity" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("words", "settings"), [
+    ("--effort 5: goes with --method best", {"effort": 5}),
     ("nsample", {"nsample": 3}), ("save", {"save": "out"}), ("tokenizer", {}), ("--pattern", {"pattern": "2:5"}),
     ("wanda.dampin", {"parts": {"wanda.dampin": 1}}), ("--method", {"method": "wander"}),
     ("64 positions", {"calibration": torch.ones(1, 65, dtype=torch.long)}),

@@ -273,6 +273,7 @@ def test_mix_by_command_stays_within_its_bytes(tmp_path):
     [record] = records_of(place)
     found = {r["pattern"] for r in record["layers"]}
     assert found == {"2:4", "dense"}
+    assert 0.6 < record["bytes"]["stored"] / record["bytes"]["dense"] <= 0.75
 
 
 @pytest.mark.parametrize("dtype, budget", [("float32", 0.54), ("bfloat16", 0.57)])

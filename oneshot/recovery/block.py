@@ -40,7 +40,7 @@ class Config:
             raise ValueError(f"--block.unit {self.unit}: give {' or '.join(UNITS)}")
 
 
-def check_model(model, cfg):
+def check_model(model, cfg, device):
     """Raise ValueError naming `--block.unit` where a block of the model has no such parts."""
     if cfg.unit == "parts":
         for b, block in enumerate(models.blocks(model)[1]):
@@ -91,7 +91,8 @@ def train(block, stream, b, targets, stored, cfg, seed, leave):
 
 def train_parts(block, stream, b, middle, targets, stored, cfg, seed):
     """Train attention, then the MLP; both are undone where the whole block got worse."""
-    leave, whole = models.untouched(block), Trainable(block, stored, models.untouched(block))
+    leave = models.untouched(block)
+    whole = Trainable(block, stored, leave)
     loss, held = distance(block, stream, b, targets), [i for i, apart in enumerate(stream.held) if apart]
     before, start = mean(loss, held), whole.snapshot()
     with models.silent(models.mlp(block)):

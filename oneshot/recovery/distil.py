@@ -14,10 +14,11 @@ import torch
 from torch.nn.functional import kl_div
 from tqdm import tqdm
 
-from .. import capture, models
+from .. import capture, environment, models
 from . import Trainable, check, fit
 
 LOGITS = 2**26
+TRAINED = 17  # bytes a weight on the device, see above
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,17 @@ class Config:
 
     def __post_init__(self):
         check(self, "distil")
+
+
+def check_model(model, cfg, device):
+    """Raise ValueError naming `--recover` where the device cannot hold the whole model and what its training takes."""
+    blocks = sum(p.numel() for p in models.blocks(model)[1].parameters() if p.is_floating_point())
+    rest = sum(p.numel() for p in model.parameters()) - blocks
+    needed, there = TRAINED * blocks + 4 * rest, environment.total_memory(device)
+    if there is not None and needed > there:
+        raise ValueError(f"--recover distil: trains the whole model, which takes {needed / 2**30:.0f} GiB and more on "
+                         f"{device}, which has {there / 2**30:.0f}; use --recover block alone, or --effort 2 with "
+                         "--method best")
 
 
 def repair(model, dense, cfg, seed, progress=False):

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..linalg import NumericalError, damping_ladder, factor_info, require_finite
+from ..linalg import damped_cholesky, require_finite
 from ..patterns import NM, Unstructured
 from . import Solution
 
@@ -88,19 +88,16 @@ def scaled_inverse(moments, damping, rho, dtype):
 
 
 def _scaled_inverse(G, damping, rho, dtype):
-    """Damping is raised tenfold up to 1 when the factorisation fails, then all is tried again in float64."""
     require_finite(G.diagonal())
     d = G.diagonal().sqrt()
     dead = d == 0
-    for precision in (dtype, torch.float64):
+
+    def damped(used, precision):
         by = torch.where(dead, 1, d).to(precision)
-        for used in damping_ladder(damping):
-            A = G.to(precision) / by
-            A /= by.unsqueeze(1)
-            A.diagonal().add_(used + rho)
-            L, failed = torch.linalg.cholesky_ex(A)
-            del A
-            if not failed and torch.isfinite(L.diagonal()).all():
-                inverse = torch.cholesky_inverse(L).to(dtype)
-                return inverse, d.to(dtype), dead, factor_info(damping, used, precision, dtype, dead)
-    raise NumericalError(f"its Gram matrix is not positive definite even with damping {used:g} in float64")
+        A = G.to(precision) / by
+        A /= by.unsqueeze(1)
+        A.diagonal().add_(used + rho)
+        return A
+
+    L, info = damped_cholesky(damped, damping, dtype, dead)
+    return torch.cholesky_inverse(L).to(dtype), d.to(dtype), dead, info
