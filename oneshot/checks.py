@@ -58,7 +58,7 @@ def check_devices(cfg):
 
 
 def check_recovery(cfg, model):
-    """Raise ValueError where a way to repair cannot be gone with this model on this device."""
+    """Raise ValueError where this model cannot be repaired on this device in the way asked for."""
     for name, own in cfg.recovery.items():
         recovery.module(name).check_model(model, own, cfg.device)
 

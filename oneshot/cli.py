@@ -121,7 +121,7 @@ def parse(argv=None):
     dense = [dense_run(chosen)] if given.get("dense", True) or "dense" in methods else []
     methods = [m for m in methods if m != "dense"]
     if "save" in chosen and not methods:
-        flag = "--save_model" if "prune_method" in read and read["prune_method"] is not UNSET else "--save"
+        flag = "--save_model" if read["prune_method"] is not UNSET else "--save"
         raise ValueError(f"{flag} {chosen['save']}: nothing is pruned, so there is nothing to write; give a --method")
     presets.check_effort(methods, given)
     asked = {method: presets.expand(method, given) for method in methods}

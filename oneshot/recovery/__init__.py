@@ -3,7 +3,7 @@
 A way is a module with
 
     Config      a frozen dataclass: its flags, with `metadata={"help": ...}` each
-    check_model (model, cfg, device): raise ValueError naming the flag where it cannot be done
+    check_model (model, cfg, device): raise ValueError naming the flag where the model or the device does not allow it
     repair      what run.py calls; block.py: for each block, around its pruning, through the loop; distil.py: for the
                 whole pruned model at the end. Ends in plain values for the record.
 
