@@ -28,7 +28,7 @@ def shown(folder, recipes):
 
 
 def is_old(row):
-    """Whether a row's recovery is an older one; all else has not changed since version 1."""
+    """Whether a row was measured with an older recovery; VERSION counts nothing else."""
     return "recover" in row["recipe"] and row.get("version", 1) < VERSION
 
 
