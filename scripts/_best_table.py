@@ -7,7 +7,8 @@ import statistics
 
 import reproduce_alps
 
-from oneshot import drawing, report
+from oneshot import report
+from oneshot.report.figures import drawing
 
 PATTERNS = ("0.5", "0.6", "0.7", "2:4", "4:8")
 PUBLISHED = reproduce_alps.PAPER.perplexity["meta-llama/Llama-2-7b-hf"]

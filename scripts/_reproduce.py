@@ -21,7 +21,13 @@ from pathlib import Path
 import torch
 from _sweep_workers import attempt
 
-from oneshot import checks, cli, environment, models, report, run, solvers, sources, tables
+from oneshot import models, report
+from oneshot.data import sources
+from oneshot.pipeline import checks, run
+from oneshot.prune import solvers
+from oneshot.report import tables
+from oneshot.runtime import environment
+from oneshot.settings import flags
 
 SLOW = 1e9  # parameters from which a model takes hours on a CPU
 GIB = 2**30
@@ -104,7 +110,7 @@ def main(paper, argv=None):
 
 def arguments(paper, argv):
     """(our flags, those for oneshot.run as a list)."""
-    p = cli.Parser(description=f"{paper.title} ({paper.source})\n\n{__doc__}", allow_abbrev=False,
+    p = flags.Parser(description=f"{paper.title} ({paper.source})\n\n{__doc__}", allow_abbrev=False,
                    formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--only", nargs="+", metavar="WORD", default=[], help="rows whose name has all of these words")
     p.add_argument("--list", action="store_true", help="run nothing, say what would be")
@@ -145,7 +151,7 @@ def configure(paper, row, args, flags):
     argv = [f"--{name}={value}" for name, value in ours.items()]
     argv += [*flags, "--no-dense", "--no-progress", f"--results={args.results}"]
     seeds = 1 if row.method == "dense" else args.seeds
-    configs = [cfg for seed in range(seeds) for cfg in cli.parse([*argv, f"--seed={seed}"])]
+    configs = [cfg for seed in range(seeds) for cfg in flags.parse([*argv, f"--seed={seed}"])]
     checks.check_devices(configs[0])
     return configs
 

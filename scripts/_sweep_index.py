@@ -16,7 +16,9 @@ import re
 from pathlib import Path
 
 import oneshot
-from oneshot import environment, report, sources
+from oneshot import report
+from oneshot.data import sources
+from oneshot.runtime import environment
 
 FOLDER = ".sweep"
 READERS = ("torch", "transformers", "tokenizers", "datasets", "pyarrow")  # what turns files into weights and tokens

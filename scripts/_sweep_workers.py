@@ -17,7 +17,9 @@ from pathlib import Path
 import torch
 from _sweep_index import stored
 
-from oneshot import checks, environment, models, report, run
+from oneshot import models, report
+from oneshot.pipeline import checks, run
+from oneshot.runtime import environment
 
 
 def attempt(cfg):

@@ -28,9 +28,11 @@ import published
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from oneshot import capture, environment, linalg, loop, models, patterns, report, solvers
-from oneshot.moments import Moments
-from oneshot.solvers import sparsegpt
+from oneshot import calibrate, models, report
+from oneshot.prune import linalg, loop, patterns, solvers
+from oneshot.runtime import environment
+from oneshot.calibrate.statistics import Statistics
+from oneshot.prune.solvers import sparsegpt
 
 PARTS = published.PARTS
 
@@ -99,8 +101,8 @@ def compare(model, ids, method, text, args):
     pattern = patterns.parse(text)
     steps = [(m, m.Config()) for m in solvers.chain(method)]
     _, block_list = models.blocks(model)
-    stream = capture.capture(model, ids, batch_size=args.batch_size)
-    single = capture.capture(model, ids, batch_size=1)
+    activations = calibrate.capture(model, ids, batch_size=args.batch_size)
+    single = calibrate.capture(model, ids, batch_size=1)
     theirs, ours = dict.fromkeys(PARTS, 0.0), dict.fromkeys(PARTS, 0.0)
     memory = {"published": 0, "oneshot": 0}
     for b, dense in enumerate(block_list):
@@ -111,32 +113,32 @@ def compare(model, ids, method, text, args):
                 *((pattern.m - pattern.n, pattern.m) if isinstance(pattern, patterns.NM) else ()), seconds=theirs)
         block = copy.deepcopy(dense)
         with peak_memory(memory, "oneshot"):
-            ours_block(block, stream, b, pattern, steps, ours)
+            ours_block(block, activations, b, pattern, steps, ours)
         del block
     return {"published": theirs, "oneshot": ours, "peak_above_model_bytes": memory,
             "allowed_bytes": allowed(args, method), "floor_flops": floor(args, method)}
 
 
-def caller(stream, b):
+def caller(activations, b):
     """The published loop's call(block, x), with the captured arguments of block b (equal for all windows)."""
     def call(block, x):
-        args, kwargs = capture.tree_map(lambda t: x if t is capture.HIDDEN else t, stream.calls[b][0])
+        args, kwargs = calibrate.tree_map(lambda t: x if t is calibrate.HIDDEN else t, activations.calls[b][0])
         out = block(*args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
     return call
 
 
-def ours_block(block, stream, b, pattern, steps, seconds):
+def ours_block(block, activations, b, pattern, steps, seconds):
     """One block through this program's own loop, with its parts timed."""
-    views, _ = models.linears(block)
-    plan = {v.name: pattern.with_default_group(steps[0][1].group) for v in views}
+    weights, _ = models.linears(block)
+    plan = {v.name: pattern.with_default_group(steps[0][1].group) for v in weights}
     needs = steps[0][0].needs | {"sample"}
     rows = {"layers": [], "block": {"block": b, "seconds": {}}, "warnings": []}
     spent = dict.fromkeys(("statistics", "factor", "solver"), 0.0)
     began = time.perf_counter()
-    with timing(Moments, "update", spent, "statistics"), timing(sparsegpt, "upper_factor", spent, "factor"), \
+    with timing(Statistics, "update", spent, "statistics"), timing(sparsegpt, "upper_factor", spent, "factor"), \
             timing(solvers, "solve", spent, "solver"):
-        loop.prune_block(block, stream, b, views, "", plan, steps, needs, loop.Options(progress=False), rows)
+        loop.prune_block(block, activations, b, weights, "", plan, steps, needs, loop.Options(progress=False), rows)
     whole, of = time.perf_counter() - began, rows["block"]["seconds"]
     parts = {"forward": of["collect"] + of["replay"] - spent["statistics"], "statistics": spent["statistics"],
              "factor": spent["factor"], "columns": spent["solver"] - spent["factor"]}
@@ -203,9 +205,9 @@ def columns_alone(R, C, text, args):
     pattern = patterns.parse(text)
     X = torch.randn(C + 64, C) @ (torch.randn(C, C) / C**0.5)
     W = torch.randn(R, C)
-    moments = Moments(C, {"outer"})
-    moments.update(X)
-    V, _, _ = linalg.upper_factor(moments, 0.01, torch.float32)
+    statistics = Statistics(C, {"outer"})
+    statistics.update(X)
+    V, _, _ = linalg.upper_factor(statistics, 0.01, torch.float32)
     U = torch.linalg.solve_triangular(V, torch.eye(C), upper=True)
     removed = (pattern.m - pattern.n, pattern.m) if isinstance(pattern, patterns.NM) else (0, 0)
     theirs, ours = [], []
@@ -215,7 +217,7 @@ def columns_alone(R, C, text, args):
         published.prune_columns(copy_of_W, U, pattern.sparsity, *removed, 128)
         theirs.append(time.perf_counter() - began)
         began = time.perf_counter()
-        sparsegpt.prune(W, moments, pattern, sparsegpt.Config())
+        sparsegpt.prune(W, statistics, pattern, sparsegpt.Config())
         ours.append(time.perf_counter() - began)
     a, b = statistics.median(theirs), statistics.median(ours)
     return {"shape": [R, C], "pattern": text, "published_s": a, "oneshot_s": b, "ratio": a / b,

@@ -21,8 +21,10 @@ from pathlib import Path
 import torch
 from bench_prune import matmul_rate
 
-from oneshot import environment, patterns, report, solvers
-from oneshot.moments import NEEDS, Moments
+from oneshot import report
+from oneshot.prune import patterns, solvers
+from oneshot.runtime import environment
+from oneshot.calibrate.statistics import NEEDS, Statistics
 
 FLOORS = {  # operations of one linear (R, C), given what the solver notes about its steps
     "sparsegpt": lambda R, C, info: C**3 / 3 + R * C**2,
@@ -39,11 +41,11 @@ def main(argv=None):
            "environment": environment.environment(args.device), "matmul_flops_per_s": matmul_rate(args.product),
            "rows": []}
     for R, C in args.shapes:
-        W, moments = problem(R, C, args)
+        W, statistics = problem(R, C, args)
         for text in args.patterns:
             base = None
             for method in ["sparsegpt", *(m for m in args.methods if m != "sparsegpt")]:
-                row = measure(W, moments, patterns.parse(text), method, args)
+                row = measure(W, statistics, patterns.parse(text), method, args)
                 base = base or row["error"]
                 out["rows"].append(row | {"shape": [R, C], "pattern": text, "error": row["error"] / base})
                 print(json.dumps(out["rows"][-1]), flush=True)
@@ -74,36 +76,36 @@ def parse_args(argv):
 
 
 def problem(R, C, args):
-    """W (R, C) and the Moments of its inputs."""
+    """W (R, C) and the Statistics of its inputs."""
     gen = torch.Generator(args.device).manual_seed(args.seed)
 
     def randn(*shape):
         return torch.randn(*shape, generator=gen, device=args.device)
 
     few = max(1, C // 8)
-    mix, size, moments = 2 * randn(few, C) / few**0.5, (0.7 * randn(C)).exp(), Moments(C, NEEDS, args.device)
+    mix, size, statistics = 2 * randn(few, C) / few**0.5, (0.7 * randn(C)).exp(), Statistics(C, NEEDS, args.device)
     for n in [min(2048, args.tokens - i) for i in range(0, args.tokens, 2048)]:
-        moments.update((randn(n, C) + randn(n, few) @ mix) * size)
-    _ = moments.G  # the mean itself is no solver's work
-    return randn(R, C) / C**0.5, moments
+        statistics.update((randn(n, C) + randn(n, few) @ mix) * size)
+    _ = statistics.G  # the mean itself is no solver's work
+    return randn(R, C) / C**0.5, statistics
 
 
-def measure(W, moments, pattern, method, args):
+def measure(W, statistics, pattern, method, args):
     """Seconds of the method's last part (median), the error of the whole, the floor in operations."""
     *before, (last, cfg) = ((module, module.Config()) for module in solvers.chain(method))
     pattern = pattern.with_default_group((before or [(last, cfg)])[0][1].group)
-    start, times = solvers.solve(W, moments, pattern, before) if before else None, []
+    start, times = solvers.solve(W, statistics, pattern, before) if before else None, []
     for _ in range(args.repeats):
-        moments._derived.clear()
+        statistics._derived.clear()
         began = time.perf_counter()
-        solution = (last.refine(W, start, moments, pattern, cfg) if before else last.prune(W, moments, pattern, cfg))
+        solution = (last.refine(W, start, statistics, pattern, cfg) if before else last.prune(W, statistics, pattern, cfg))
         if W.is_cuda:
             torch.cuda.synchronize(W.device)
         times.append(time.perf_counter() - began)
     D, info = W - solution.W_hat, solution.info
     floor = FLOORS.get(solvers.short(last))
     return {"method": method, "group": pattern.group, "seconds": statistics.median(times),
-            "floor_flops": floor(*W.shape, info) if floor else None, "error": ((D @ moments.G) * D).sum().item(),
+            "floor_flops": floor(*W.shape, info) if floor else None, "error": ((D @ statistics.G) * D).sum().item(),
             "zeros": int((~solution.mask).sum()), "info": info}
 
 

@@ -30,7 +30,12 @@ from torch import nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from oneshot import capture, cli, environment, measure, models, patterns, presets, report, run, texts
+from oneshot import calibrate, measure, models, report
+from oneshot.data import choose
+from oneshot.pipeline import run
+from oneshot.prune import patterns
+from oneshot.runtime import environment
+from oneshot.settings import flags, presets
 
 MODELS = ("stories260k", "craftgpt-5m", "demo-wikitext2")
 MAIN = {"sparsegpt": {"method": "sparsegpt"}, "alps": {"method": "alps"},
@@ -125,19 +130,19 @@ def recipe(own):
 
 def cell(args, name, seed, text, flags):
     """All missing ways at one model, seed and pattern, SparseGPT the published way first."""
-    base = cli.parse([*flags, "--method", "sparsegpt", "--pattern", text, "--no-dense"])[0]
+    base = flags.parse([*flags, "--method", "sparsegpt", "--pattern", text, "--no-dense"])[0]
     model, tokenizer = run.load(base)
     try:
         run.make_plan(base, model)
     except ValueError:
         return  # widths that 4:8 does not divide
-    calibration = texts.calibration(base, model, tokenizer)
-    evaluations = texts.evaluation(base, model, tokenizer)
+    calibration = choose.calibration(base, model, tokenizer)
+    evaluations = choose.evaluation(base, model, tokenizer)
     dense = quality(base, model, tokenizer, evaluations)["ppl"]
     wall, cpu = published_seconds(model, calibration, patterns.parse(text))
     yardstick = {"published_seconds": wall, "published_cpu_seconds": cpu}
     for way, own in missing(args, name, seed, text).items():
-        cfg = cli.parse([*flags, "--pattern", text, "--no-dense", *given(own)])[0]
+        cfg = flags.parse([*flags, "--pattern", text, "--no-dense", *given(own)])[0]
         row = measured(cfg, model, tokenizer, calibration, evaluations)
         store(args.out / f"{name}.json", {"model": name, "seed": seed, "pattern": text, "way": way,
                                           "recipe": recipe(own), "version": _best_table.VERSION, "dense_ppl": dense,
@@ -179,15 +184,15 @@ def published_seconds(model, calibration, pattern):
     _, block_list = models.blocks(theirs)
     n_m = (pattern.m - pattern.n, pattern.m) if isinstance(pattern, patterns.NM) else ()
     began, used = time.perf_counter(), time.process_time()
-    stream = capture.capture(theirs, calibration.ids, calibration.mask, batch_size=1)
+    activations = calibrate.capture(theirs, calibration.ids, calibration.mask, batch_size=1)
     for b, block in enumerate(block_list):
-        calls = iter(2 * list(range(len(stream))))  # each window passes twice
+        calls = iter(2 * list(range(len(activations))))  # each window passes twice
 
         def call(block, x, b=b, calls=calls):
             i = next(calls)
-            stream.hidden[i] = x
-            return capture.forward(block, stream, b, i)
-        stream.hidden = published.prune_block(block, list(stream.hidden), call, "sparsegpt", pattern.sparsity, *n_m)
+            activations.hidden[i] = x
+            return calibrate.forward(block, activations, b, i)
+        activations.hidden = published.prune_block(block, list(activations.hidden), call, "sparsegpt", pattern.sparsity, *n_m)
     return time.perf_counter() - began, time.process_time() - used
 
 

@@ -21,13 +21,19 @@ from pathlib import Path
 
 from tables import ROOT, groups, read
 
-from oneshot import accuracy, cli, drawing, environment, figures, frontier, perturb, report, run
+from oneshot import report
+from oneshot.data import perturb
+from oneshot.pipeline import run
+from oneshot.report import accuracy, figures
+from oneshot.report.figures import drawing, frontier
+from oneshot.runtime import environment
+from oneshot.settings import flags
 
 ITEM_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def main(argv=None):
-    p = cli.Parser(prog="python scripts/figures.py", description=__doc__, allow_abbrev=False,
+    p = flags.Parser(prog="python scripts/figures.py", description=__doc__, allow_abbrev=False,
                    formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--runs", type=Path, default=ROOT / "results" / "runs")
     p.add_argument("--out", type=Path, default=ROOT / "results" / "figures")

@@ -17,7 +17,9 @@ import json
 import sys
 from pathlib import Path
 
-from oneshot import cli, report, run
+from oneshot import report
+from oneshot.pipeline import run
+from oneshot.settings import flags
 
 ANSWER = {"arc_challenge", "arc_easy", "piqa"}  # their queries are "Question: ...", in lm-eval "\nAnswer:" follows
 LAMBADA = {"output_type": "loglikelihood", "doc_to_text": "{{text.split(' ')[:-1]|join(' ')}}",
@@ -27,7 +29,7 @@ WINOGRANDE = {"output_type": "multiple_choice", "doc_to_text": "{{gold}}", "doc_
 
 
 def main(argv=None):
-    p = cli.Parser(prog="python scripts/local_tasks.py", description=__doc__, allow_abbrev=False,
+    p = flags.Parser(prog="python scripts/local_tasks.py", description=__doc__, allow_abbrev=False,
                    formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--shared", type=Path, default=Path("../shared"), help="folder of data/")
     p.add_argument("--out", type=Path, default=Path("build/tasks"), help="folder for the YAMLs")

@@ -21,8 +21,13 @@ import small_models
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import oneshot  # noqa: F401 - teaches from_pretrained the packed format
-from oneshot import cli, environment, export, models, packed, report, run, texts, verify
-from oneshot.evaluate.perplexity import perplexity
+from oneshot import checkpoint, models, report
+from oneshot.checkpoint import packed, verify
+from oneshot.data import choose
+from oneshot.pipeline import run
+from oneshot.runtime import environment
+from oneshot.settings import flags
+from oneshot.measure.perplexity import perplexity
 
 MODELS = ("stories260k", "craftgpt-5m", "demo")
 FLAGS = ["--pattern", "2:4", "--seed", "0", "--no-dense", "--no-progress", "--no-layer-errors"]
@@ -70,10 +75,10 @@ def twins(name, dtype, flags, work):
                              "--results", str(work)])
         if code:
             raise SystemExit(code)
-    cfg, = cli.parse(flags)
+    cfg, = flags.parse(flags)
     loaded = {form: AutoModelForCausalLM.from_pretrained(folder) for form, folder in folders.items()}
     tokenizer = AutoTokenizer.from_pretrained(folders["packed"])
-    manifest = export.read_manifest(folders["packed"])
+    manifest = checkpoint.read_manifest(folders["packed"])
     sizes = {form: pruned_bytes(folder, manifest["tensors"]) for form, folder in folders.items()}
     compared, different = verify.compare(folders["packed"], folders["dense"])
     return {
@@ -83,7 +88,7 @@ def twins(name, dtype, flags, work):
         "ratio": sizes["packed"] / sizes["dense"],
         "calibration": (manifest["record"]["data"]["calibration"] or {}).get("source"),
         "perplexity": [{"text": text, **measured(loaded, tokens)}
-                       for text, tokens in texts.evaluation(cfg, loaded["dense"], tokenizer).items()],
+                       for text, tokens in choose.evaluation(cfg, loaded["dense"], tokenizer).items()],
         "faults": {**{form: verify.verify(folder)[1] for form, folder in folders.items()}, "twin": different},
         "tensors_compared": compared,
     }

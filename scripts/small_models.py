@@ -12,7 +12,7 @@ import argparse
 import json
 from pathlib import Path
 
-from oneshot import run
+from oneshot.pipeline import run
 
 WORK = Path("build/small_models")  # relative: records hold it
 PATTERNS = "0.5,0.6,0.7,2:4,4:8"

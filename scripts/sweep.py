@@ -34,7 +34,11 @@ import _sweep_index as index
 import yaml
 from _sweep_workers import attempts, failure_file
 
-from oneshot import checks, cli, environment, report, run, tables, task_table
+from oneshot import report
+from oneshot.pipeline import checks, run
+from oneshot.report import tables, task_table
+from oneshot.runtime import environment
+from oneshot.settings import flags
 
 LISTS = {"methods": "method", "patterns": "pattern", "seeds": "seed"}
 OWN = {"results": "give --results to the sweep", "save": "a sweep keeps records; save a model with oneshot.run",
@@ -60,7 +64,7 @@ def main(argv=None):
 
 
 def arguments(argv):
-    p = cli.Parser(prog="python scripts/sweep.py", description=__doc__, allow_abbrev=False,
+    p = flags.Parser(prog="python scripts/sweep.py", description=__doc__, allow_abbrev=False,
                    formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("file", type=Path, help="the sweep, as YAML")
     p.add_argument("--workers", type=int, default=1, help="runs at a time; 0: in this process (default: 1)")
@@ -133,13 +137,13 @@ def configs_of(settings, results):
         raise ValueError(f"{key}: {OWN[key]}")
     seeds = several("seeds", own.pop("seeds", ["0"]))
     argv = ["--results", str(results), "--no-progress"]
-    switches = {a.dest: a for a in cli.parser()._actions if a.nargs == 0}
+    switches = {a.dest: a for a in flags.parser()._actions if a.nargs == 0}
     for key, value in own.items():
         if key in LISTS:
             argv += [f"--{LISTS[key]}", ",".join(several(key, value))]
         else:
             argv += flag(key, value, switches.get(key))
-    return [cfg for seed in seeds for cfg in cli.parse([*argv, "--seed", seed])]
+    return [cfg for seed in seeds for cfg in flags.parse([*argv, "--seed", seed])]
 
 
 def several(name, value):

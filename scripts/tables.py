@@ -21,14 +21,17 @@ from pathlib import Path
 import _best_table
 import best
 
-from oneshot import cli, report, run, tables, task_table
+from oneshot import report
+from oneshot.pipeline import run
+from oneshot.report import tables, task_table
+from oneshot.settings import flags
 
 ROOT = Path(__file__).parent.parent
 START, END = "<!-- {}: written by scripts/tables.py -->", "<!-- {}: end -->"
 
 
 def main(argv=None):
-    p = cli.Parser(prog="python scripts/tables.py", description=__doc__, allow_abbrev=False,
+    p = flags.Parser(prog="python scripts/tables.py", description=__doc__, allow_abbrev=False,
                    formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--runs", type=Path, default=ROOT / "results" / "runs")
     p.add_argument("--root", type=Path, default=ROOT, help="where README.md and results/tables.md are")

@@ -13,14 +13,15 @@ from pathlib import Path
 
 import local_tasks
 
-from oneshot import cli, run
+from oneshot.pipeline import run
+from oneshot.settings import flags
 
 TASKS = Path("build/tasks")  # relative: the records hold it
 LONGEST = 700  # characters of a choice: more is more than the demo model's 256 tokens
 
 
 def main(argv=None):
-    p = cli.Parser(prog="python scripts/task_runs.py", description=__doc__, allow_abbrev=False,
+    p = flags.Parser(prog="python scripts/task_runs.py", description=__doc__, allow_abbrev=False,
                    formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--shared", type=Path, default=Path("../shared"), help="folder of data/")
     p.add_argument("--results", type=Path, default=Path("results/runs"))

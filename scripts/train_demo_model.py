@@ -129,8 +129,8 @@ def schedule(step, args):
     return min((step + 1) / args.warmup, 1.0) * (1 - step / args.steps)
 
 
-def windows(stream, starts, seqlen, device):
-    return torch.from_numpy(np.stack([stream[s : s + seqlen] for s in starts]).astype(np.int64)).to(device)
+def windows(activations, starts, seqlen, device):
+    return torch.from_numpy(np.stack([activations[s : s + seqlen] for s in starts]).astype(np.int64)).to(device)
 
 
 def fit(model, train, held_out, args):
@@ -178,9 +178,9 @@ def fit(model, train, held_out, args):
 
 
 @torch.no_grad()
-def held_out_loss(model, stream, args):
-    starts = range(0, min(stream.size - args.seqlen, 200 * args.seqlen), args.seqlen)
-    ids = windows(stream, starts, args.seqlen, args.device)
+def held_out_loss(model, activations, args):
+    starts = range(0, min(activations.size - args.seqlen, 200 * args.seqlen), args.seqlen)
+    ids = windows(activations, starts, args.seqlen, args.device)
     return float(np.mean([model(input_ids=b, labels=b).loss.item() for b in ids.split(20)]))
 
 

@@ -1,4 +1,4 @@
-"""Not a test: runs the program in forked children that SIGKILL themselves at chosen moments, then lets each continue.
+"""Not a test: runs the program in forked children that SIGKILL themselves at chosen statistics, then lets each continue.
 
     python tests/killed_runs.py PLACE        PLACE as tiny.make leaves it; prints {moment: [exit codes, blocks pruned]}
 
@@ -16,7 +16,9 @@ from pathlib import Path
 import tiny
 import torch
 
-from oneshot import export, loop, page
+from oneshot import checkpoint
+from oneshot.prune import loop
+from oneshot.report import page
 
 
 def kill():
@@ -35,18 +37,18 @@ def before(owner, name, when=lambda *args: True):
 
 
 def after_block(last):
-    real = export.Folder.save_block
+    real = checkpoint.Folder.save_block
 
     def dying(self, b, block, rows):
         real(self, b, block, rows)
         if b == last:
             kill()
-    export.Folder.save_block = dying
+    checkpoint.Folder.save_block = dying
 
 
 def within_a_block():
     """Half of the second block's file is written."""
-    real, calls = export.save_file, []
+    real, calls = checkpoint.save_file, []
 
     def dying(state, path, metadata):
         real(state, path, metadata=metadata)
@@ -54,7 +56,7 @@ def within_a_block():
         if len(calls) == 2:
             os.truncate(path, Path(path).stat().st_size // 2)
             kill()
-    export.save_file = dying
+    checkpoint.save_file = dying
 
 
 def moved(name):
@@ -63,11 +65,11 @@ def moved(name):
 
 
 MOMENTS = {
-    "claimed": lambda: before(export, "save_file"),
+    "claimed": lambda: before(checkpoint, "save_file"),
     "first-block": lambda: after_block(0),
     "within-a-block": within_a_block,
     "last-block": lambda: after_block(tiny.BLOCKS - 1),
-    "final-half-written": lambda: before(export, "manifest"),
+    "final-half-written": lambda: before(checkpoint, "manifest"),
     "before-config": lambda: before(os, "replace", moved("config.json")),
     "before-manifest": lambda: before(os, "replace", moved("oneshot.json")),
     "cleaning": lambda: before(shutil, "rmtree", lambda path, *_: Path(path).name == ".oneshot"),

@@ -6,8 +6,8 @@
 import reference as ref
 import torch
 
-from oneshot.moments import Moments
-from oneshot.patterns import NM
+from oneshot.calibrate.statistics import Statistics
+from oneshot.prune.patterns import NM
 
 
 def layer(R, C, T, *, seed=0, dead=()):
@@ -30,11 +30,11 @@ def white(C, variance=4.0):
 
 
 def moments_of(X, needs, dtype=None, batch=None):
-    """Moments of the tokens X (T, C), in batches of `batch`."""
-    moments = Moments(X.shape[1], needs, dtype=dtype or X.dtype)
+    """Statistics of the tokens X (T, C), in batches of `batch`."""
+    statistics = Statistics(X.shape[1], needs, dtype=dtype or X.dtype)
     for x in X.split(batch or max(len(X), 1)):
-        moments.update(x)
-    return moments
+        statistics.update(x)
+    return statistics
 
 
 def ref_pattern(pattern):

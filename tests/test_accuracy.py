@@ -11,8 +11,8 @@ import test_report
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oneshot import accuracy, figures, tables, task_table
-from oneshot.page import html
+from oneshot.report import accuracy, figures, tables, task_table
+from oneshot.report.page import html
 
 
 def hexed(answers):

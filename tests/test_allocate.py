@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import layer, moments_of
 
-from oneshot import allocate
-from oneshot.moments import NEEDS
-from oneshot.patterns import NM, Dense, Unstructured, count
+from oneshot.prune import allocate
+from oneshot.calibrate.statistics import NEEDS
+from oneshot.prune.patterns import Dense, NM, Unstructured, count
 
 EXAMPLES = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 UNSTRUCTURED = ["uniform", "arithmetic", "owl", "error"]
@@ -329,10 +329,10 @@ def test_error_curve_is_the_reference_error():
     """On the tokens of the sample, by Wanda's mask in the pattern's group."""
     W, X = layer(6, 40, 90)
     module, cfg = way("error", points=3, spread=0.1)
-    moments = moments_of(X, module.needs)
-    measured = module.measure({"x": (lambda: W, moments)}, Unstructured(0.5, "row"), cfg)["x"]
+    statistics = moments_of(X, module.needs)
+    measured = module.measure({"x": (lambda: W, statistics)}, Unstructured(0.5, "row"), cfg)["x"]
     assert measured["sparsity"] == [0.4, 0.5, 0.6]
-    G = ref.gram(moments.sample)
+    G = ref.gram(statistics.sample)
     want = [ref.layer_error(W, ref.wanda(W, X, s)[0], G) / ref.layer_error(W, 0 * W, G) for s in (0.4, 0.5, 0.6)]
     assert measured["error"] == pytest.approx(want)
 

@@ -12,8 +12,10 @@ import pytest
 import tiny
 import torch
 
-from oneshot import checks, data, page
-from oneshot.patterns import parse
+from oneshot import data
+from oneshot.pipeline import checks
+from oneshot.report import page
+from oneshot.prune.patterns import parse
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import _best_table

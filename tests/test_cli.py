@@ -5,27 +5,28 @@ import dataclasses
 import pytest
 import tiny
 
-from oneshot import cli, solvers
-from oneshot.config import RunConfig
+from oneshot.prune import solvers
+from oneshot.settings import flags
+from oneshot.settings.config import RunConfig
 
 
 def one(*argv):
     """The only pruned run of a command line."""
-    runs = [cfg for cfg in cli.parse([str(a) for a in argv]) if cfg.method != "dense"]
+    runs = [cfg for cfg in flags.parse([str(a) for a in argv]) if cfg.method != "dense"]
     assert len(runs) == 1
     return runs[0]
 
 
 def wanda(*argv):
     """The only run of a command line in wanda's flags."""
-    [cfg] = cli.parse(["--model", "m", "--prune_method", "wanda", *map(str, argv)])
+    [cfg] = flags.parse(["--model", "m", "--prune_method", "wanda", *map(str, argv)])
     return cfg
 
 
 # ---------------------------------------------------------------- our flags
 
 def test_no_flags_is_the_demo():
-    runs = cli.parse([])
+    runs = flags.parse([])
     assert [(r.method, r.pattern) for r in runs] == [
         ("magnitude", "0.5"), ("wanda", "0.5"), ("sparsegpt", "0.5"),
         ("magnitude", "2:4"), ("wanda", "2:4"), ("sparsegpt", "2:4"), ("dense", "dense")]
@@ -48,7 +49,7 @@ def test_every_setting_has_its_flag(field):
     method = "best" if field.name == "effort" else "wanda"
     base = [] if field.name in ("method", "pattern") else ["--method", method, "--pattern", "0.5"]
     for spelling in (argv, [argv[0].replace("-", "_").replace("__", "--", 1), *argv[1:]]):
-        runs = cli.parse([*base, *spelling])
+        runs = flags.parse([*base, *spelling])
         if field.name == "dense":  # the row is there or not, and its flag has done its work
             assert [r.method for r in runs] == ["wanda"]
         else:
@@ -69,7 +70,7 @@ def test_equals_sign_and_values_with_underscores():
 
 
 def test_several_methods_and_patterns_get_a_folder_each():
-    runs = cli.parse(["--method", "wanda, sparsegpt,wanda", "--pattern", "0.5,2:4", "--save", "out"])
+    runs = flags.parse(["--method", "wanda, sparsegpt,wanda", "--pattern", "0.5,2:4", "--save", "out"])
     folders = ["out/wanda-0.5", "out/sparsegpt-0.5", "out/wanda-2of4", "out/sparsegpt-2of4"]
     assert [r.save for r in runs] == [*folders, None]
     assert one("--method", "wanda", "--pattern", "2:4", "--save", "out").save == "out"
@@ -77,15 +78,15 @@ def test_several_methods_and_patterns_get_a_folder_each():
 
 def test_dense_row():
     both = ["--method", "wanda", "--pattern", "2:4"]
-    assert [r.method for r in cli.parse(both)] == ["wanda", "dense"]
-    assert [r.method for r in cli.parse([*both, "--no-dense"])] == ["wanda"]
-    assert [r.method for r in cli.parse(["--method", "dense"])] == ["dense"]
-    assert [r.method for r in cli.parse(["--method", "dense,wanda", "--pattern", "2:4", "--no-dense"])] == \
+    assert [r.method for r in flags.parse(both)] == ["wanda", "dense"]
+    assert [r.method for r in flags.parse([*both, "--no-dense"])] == ["wanda"]
+    assert [r.method for r in flags.parse(["--method", "dense"])] == ["dense"]
+    assert [r.method for r in flags.parse(["--method", "dense,wanda", "--pattern", "2:4", "--no-dense"])] == \
         ["wanda", "dense"]
 
 
 def test_quantised_rows():
-    runs = cli.parse(["--method", "wanda", "--pattern", "2:4,0.6", "--quantised", "--save", "out", "--damage"])
+    runs = flags.parse(["--method", "wanda", "--pattern", "2:4,0.6", "--quantised", "--save", "out", "--damage"])
     assert [(r.method, r.pattern, r.save is None) for r in runs] == [
         ("wanda", "2:4", False), ("wanda", "0.6", False), ("rtn", "int8", True), ("rtn", "int7", True),
         ("rtn", "int4", True), ("dense", "dense", True)]
@@ -113,7 +114,7 @@ def test_wanda_script_line():
     """scripts/llama_7b.sh of wanda's repository, with `python main.py` replaced."""
     line = ("--model huggyllama/llama-7b --prune_method sparsegpt --sparsity_ratio 0.5 --sparsity_type unstructured "
             "--save out/llama_7b/unstructured/sparsegpt/")
-    [cfg] = cli.parse(line.split())
+    [cfg] = flags.parse(line.split())
     assert (cfg.model, cfg.method, cfg.pattern) == ("huggyllama/llama-7b", "sparsegpt", "0.5")
     assert (cfg.results, cfg.save) == ("out/llama_7b/unstructured/sparsegpt/", None), "--save is the results folder"
     assert (cfg.calibration, cfg.evaluate, cfg.nsamples, cfg.seed) == ("c4", "wikitext2", 128, 0)
@@ -138,7 +139,7 @@ def test_wanda_prunes_nothing_at_ratio_0():
 
 
 def test_variant_is_overlooked_with_other_methods_as_there():
-    [cfg] = cli.parse(["--prune_method", "magnitude", "--sparsity_ratio", "0.5", "--use_variant"])
+    [cfg] = flags.parse(["--prune_method", "magnitude", "--sparsity_ratio", "0.5", "--use_variant"])
     assert set(cfg.solver) == {"magnitude"}
 
 
@@ -158,7 +159,7 @@ def test_zero_shot_means_the_seven_tasks():
     (["--save_model", "out"], "--save_model")])
 def test_wanda_flags_that_do_not_fit(argv, named):
     with pytest.raises(ValueError, match=f"^{named}"):
-        cli.parse(argv)
+        flags.parse(argv)
 
 
 # ---------------------------------------------------------------- run_id
@@ -191,7 +192,7 @@ def test_run_id_changes_with_weights_data_and_solver_settings():
 
 def test_run_id_of_the_dense_row_heeds_only_what_bears_on_it():
     def dense(*argv):
-        return cli.parse(["--method", "dense", *argv])[0].run_id("w")
+        return flags.parse(["--method", "dense", *argv])[0].run_id("w")
     assert dense() == dense("--nsamples", "4", "--pattern", "0.1", "--calibration", "c4")
     assert len({dense(), dense("--eval-seqlen", "8"), dense("--evaluate", "c4"), dense("--dtype", "float16")}) == 4
 
@@ -200,7 +201,7 @@ def test_run_id_of_the_dense_row_heeds_only_what_bears_on_it():
 
 def test_help_teaches(capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.parse(["--help"])
+        flags.parse(["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0
     for field in dataclasses.fields(RunConfig):
@@ -211,7 +212,7 @@ def test_help_teaches(capsys):
                   "2 of 4 are KEPT", "do not measure the dense model", "do not show progress bars"):
         assert words in " ".join(text.split()), words
     assert "not: " not in text and "None)" not in text
-    assert max(map(len, cli.EXAMPLES.splitlines())) <= 120
+    assert max(map(len, flags.EXAMPLES.splitlines())) <= 120
 
 
 def test_help_starts_without_what_it_does_not_need():
@@ -230,7 +231,7 @@ def test_help_starts_without_what_it_does_not_need():
 def test_flags_reach_their_own_part():
     given = {"method": "wanda", "pattern": "0.5", "wanda.use_variant": True, "sparsegpt.damping": 3.0,
              "recover": "block", "block.steps": 7, "distil.steps": 9, "allocate": "owl", "owl.spread": 0.1}
-    cfg = cli.build(given)
+    cfg = flags.build(given)
     assert list(cfg.solver) == ["wanda"] and cfg.solver["wanda"].use_variant
     assert list(cfg.recovery) == ["block"] and cfg.recovery["block"].steps == 7
     assert list(cfg.allocation) == ["owl"] and cfg.allocation["owl"].spread == 0.1

@@ -7,7 +7,8 @@ import test_report
 import tiny
 from tiny import place, plain_pages  # noqa: F401
 
-from oneshot import compare, report
+from oneshot import report
+from oneshot.report import compare
 
 pytestmark = pytest.mark.usefixtures("plain_pages")
 

@@ -7,11 +7,13 @@ import tiny
 import torch
 from tiny import plain_pages  # noqa: F401
 
-from oneshot import data, drawing, figures, models, page
-from oneshot.evaluate import damage as module
-from oneshot.evaluate import divergence
-from oneshot.evaluate.damage import damage
-from oneshot.evaluate.divergence import Compared
+from oneshot import data, models
+from oneshot.report import figures, page
+from oneshot.report.figures import drawing
+from oneshot.measure import damage as module
+from oneshot.measure import divergence
+from oneshot.measure.damage import damage
+from oneshot.measure.divergence import Compared
 
 WORDS = ["the", "river", "of", "Paris", "held", "12", "boats", ".", "Then", ",", "mills", "1940"]
 

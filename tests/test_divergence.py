@@ -8,8 +8,8 @@ import torch
 from tiny import plain_pages  # noqa: F401
 
 from oneshot import models
-from oneshot.evaluate import divergence
-from oneshot.evaluate.perplexity import token_losses
+from oneshot.measure import divergence
+from oneshot.measure.perplexity import token_losses
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,10 @@ from safetensors import SafetensorError
 from tiny import place, plain_pages  # noqa: F401
 from transformers import AutoModelForCausalLM
 
-from oneshot import cli, data, export, loop, measure, models, verify
+from oneshot import checkpoint, data, measure, models
+from oneshot.checkpoint import verify
+from oneshot.prune import loop
+from oneshot.settings import flags
 
 pytestmark = pytest.mark.usefixtures("plain_pages")
 HERE = Path(__file__).parent
@@ -72,7 +75,7 @@ def test_killed_run_looks_unfinished(killed, moment, capfd):
         with pytest.raises((OSError, ValueError)):
             AutoModelForCausalLM.from_pretrained(folder)
     for file in (folder / ".oneshot").glob("block_*.safetensors"):
-        export.safe_open(file, "pt")  # a file under its final name is whole
+        checkpoint.safe_open(file, "pt")  # a file under its final name is whole
 
 
 def test_whole_run_leaves_no_work_files(killed):
@@ -149,11 +152,11 @@ def test_interrupted_overwriting_belongs_to_the_new_command(finished, place, mon
     folder, argv = finished
     other = [*argv, "--method", "magnitude", "--overwrite"]
     with monkeypatch.context() as patch:
-        patch.setattr(export.Folder, "finish", interrupt)
+        patch.setattr(checkpoint.Folder, "finish", interrupt)
         assert tiny.main(*argv, "--pattern", "4:8", "--overwrite") == 130  # all of its blocks are there
     assert len(list((folder / ".oneshot").glob("block_*"))) == tiny.BLOCKS
     with monkeypatch.context() as patch:
-        patch.setattr(export, "clear", interrupt)
+        patch.setattr(checkpoint, "clear", interrupt)
         assert tiny.main(*other) == 130
     assert looks_unfinished(folder)
     assert tiny.main(*argv) == 2
@@ -183,9 +186,9 @@ def full_in_rust(*args, **kwargs):
 
 
 @pytest.mark.parametrize(("owner", "name", "failure", "allowed"), [
-    (export, "save_file", full_in_rust, 1), (export, "save_file", full, 0), (export, "sync", full, 2),
-    (export, "manifest", full, 0), (models.nn.Module, "save_pretrained", full_in_rust, 0),
-    (export, "write_json", full, 1), (export.os, "replace", full, 6)], ids=lambda x: getattr(x, "__name__", x))
+    (checkpoint, "save_file", full_in_rust, 1), (checkpoint, "save_file", full, 0), (checkpoint, "sync", full, 2),
+    (checkpoint, "manifest", full, 0), (models.nn.Module, "save_pretrained", full_in_rust, 0),
+    (checkpoint, "write_json", full, 1), (checkpoint.os, "replace", full, 6)], ids=lambda x: getattr(x, "__name__", x))
 def test_full_disk(place, tmp_path, monkeypatch, capfd, owner, name, failure, allowed):  # noqa: F811
     argv = tiny.flags(place, "--no-dense", save=tmp_path / "out", results=tmp_path / "runs")
     if owner is models.nn.Module:
@@ -208,21 +211,21 @@ def test_full_disk(place, tmp_path, monkeypatch, capfd, owner, name, failure, al
 
 
 def test_folder_is_owned_from_its_first_block_on(tmp_path):
-    folder = export.Folder(tmp_path / "out", "a")
+    folder = checkpoint.Folder(tmp_path / "out", "a")
     assert not (tmp_path / "out").exists() and not folder.finished and list(folder.blocks()) == []
     block = torch.nn.Linear(4, 4)
     folder.save_block(0, block, {"layers": [], "warnings": []})
-    [(state, rows)] = export.Folder(tmp_path / "out", "a").blocks()
+    [(state, rows)] = checkpoint.Folder(tmp_path / "out", "a").blocks()
     assert torch.equal(state["weight"], block.weight) and rows == {"layers": [], "warnings": []}
     with pytest.raises(ValueError, match=r"holds another run \(a\)"):
-        export.Folder(tmp_path / "out", "b")
+        checkpoint.Folder(tmp_path / "out", "b")
 
 
 def test_run_id_is_in_the_manifest(finished):
     folder, argv = finished
     record = manifest(folder)["record"]
-    assert export.owner_of(folder) == record["run_id"]
-    cfg = cli.parse(argv)[0]
+    assert checkpoint.owner_of(folder) == record["run_id"]
+    cfg = flags.parse(argv)[0]
     calibration, evaluation = (t["sha256"] for t in (record["data"]["calibration"],
                                                      record["data"]["evaluation"]["evaluation"]))
     assert cfg.run_id(record["model"]["fingerprint"], calibration, evaluation) == record["run_id"]

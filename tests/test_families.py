@@ -14,10 +14,11 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from oneshot import capture, collect, loop, models, solvers
-from oneshot.evaluate import perplexity
-from oneshot.patterns import NM, parse
-from oneshot.solvers import magnitude
+from oneshot import calibrate, models
+from oneshot.prune import loop, solvers
+from oneshot.measure import perplexity
+from oneshot.prune.patterns import NM, parse
+from oneshot.prune.solvers import magnitude
 
 FAMILIES = [n for n in families.FAMILIES if n not in families.REFUSED]
 ALL = frozenset({"sum", "sum_sq", "outer"})
@@ -66,10 +67,10 @@ def test_replay_equals_the_models_own_forward(name):
     for mask in (None, padding()):
         real = torch.ones(len(ids), T, dtype=torch.bool) if mask is None else mask
         want = torch.cat([model(**inputs).logits for inputs in batches(ids, mask)])
-        stream = capture.capture(model, ids, mask, batch_size=B)
+        activations = calibrate.capture(model, ids, mask, batch_size=B)
         for b, block in enumerate(block_list):
-            capture.replay(block, stream, b)
-        parts = [list(capture.logits(model, stream, i, elements=700)) for i in range(len(stream))]
+            calibrate.replay(block, activations, b)
+        parts = [list(calibrate.logits(model, activations, i, elements=700)) for i in range(len(activations))]
         assert all(torch.equal(torch.cat([p for p, _ in part]), torch.arange(T)) for part in parts)
         got = torch.cat([torch.cat([x for _, x in part], dim=1) for part in parts])
         torch.testing.assert_close(got[real], want[real], rtol=0, atol=1e-5)
@@ -88,7 +89,7 @@ def test_model_that_works_between_its_blocks_is_refused(name):
     block_list = models.blocks(model)[1]
     before = [*block_list]
     with pytest.raises(ValueError, match=f"--model: {type(model).__name__} cannot be run block by block: "):
-        capture.capture(model, tokens(), batch_size=B)
+        calibrate.capture(model, tokens(), batch_size=B)
     assert [*block_list] == before
 
 
@@ -98,11 +99,11 @@ def test_model_that_works_between_its_blocks_is_refused(name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_matrix_of_a_block_is_a_view_or_listed(name):
     for b, block in enumerate(models.blocks(tiny(name))[1]):
-        views, skipped = models.linears(block)
+        weights, skipped = models.linears(block)
         left = dict(skipped)
         matrices = {n: p for n, p in block.named_parameters() if p.ndim >= 2}
         seen = dict.fromkeys(matrices, 0)
-        for v in views:
+        for v in weights:
             full = next(n for n, p in matrices.items() if p is v.parameter)
             assert full in (f"{v.kind}.weight", v.kind) and v.get().shape == v.shape
             seen[full] += v.shape[0] * v.shape[1]
@@ -111,10 +112,10 @@ def test_every_matrix_of_a_block_is_a_view_or_listed(name):
         reasons = {n: why for n, why in left.items() if why not in ("router", "bias")}
         reasons = {n: why for n, why in reasons.items() if why != "mixing coefficients"}
         assert set(reasons) <= set(NOT_REACHED.get(name, ())), reasons
-        assert len({v.name for v in views}) == len(views)
-        assert not any("router" in v.name or "gate" in v.name.split(".") for v in views)
+        assert len({v.name for v in weights}) == len(weights)
+        assert not any("router" in v.name or "gate" in v.name.split(".") for v in weights)
         if b == 1:
-            assert any(v.expert is not None for v in views) == (name in MOE)
+            assert any(v.expert is not None for v in weights) == (name in MOE)
     if name in NOT_REACHED:
         assert {n for block in models.blocks(tiny(name))[1] for n, _ in models.linears(block)[1]} >= \
             set(NOT_REACHED[name])
@@ -182,35 +183,35 @@ def gated(module, up_name, e, x):
 
 
 def collected(model, ids, mask, size=B, needs=ALL, budget=None, one_stage=False):
-    """[[(moments, deferred names) per pass] for every block], the model staying dense."""
+    """[[(statistics, deferred names) per pass] for every block], the model staying dense."""
     out = []
     with models.experts_one_by_one(model):
-        stream = capture.capture(model, ids, mask, batch_size=size)
+        activations = calibrate.capture(model, ids, mask, batch_size=size)
         for b, block in enumerate(models.blocks(model)[1]):
             remaining, passes = models.linears(block)[0], []
             while remaining:
-                moments, remaining, _ = collect.collect(block, stream, b, remaining, needs, budget=budget,
+                statistics, remaining, _ = calibrate.collect(block, activations, b, remaining, needs, budget=budget,
                                                         one_stage=one_stage)
-                passes.append((moments, [v.name for v in remaining]))
+                passes.append((statistics, [v.name for v in remaining]))
                 assert len(passes) < 40
             out.append(passes)
-            capture.replay(block, stream, b)
+            calibrate.replay(block, activations, b)
     return out
 
 
 def merged(passes):
-    """Moments of all passes by name; no linear is collected twice."""
+    """Statistics of all passes by name; no linear is collected twice."""
     assert len({n for m, _ in passes for n in m}) == sum(len(m) for m, _ in passes)
-    return {n: m for moments, _ in passes for n, m in moments.items()}
+    return {n: m for statistics, _ in passes for n, m in statistics.items()}
 
 
-def assert_moments(moments, x):
-    """Moments are those of the rows x (T, C), summed in float64."""
+def assert_moments(statistics, x):
+    """Statistics are those of the rows x (T, C), summed in float64."""
     x = x.double()
-    assert moments.n == len(x)
-    torch.testing.assert_close(moments.sum.double(), x.sum(0), **CLOSE)
-    torch.testing.assert_close(moments.mean_sq.double(), x.square().mean(0), **CLOSE)
-    torch.testing.assert_close(moments.G.double(), x.T @ x / max(len(x), 1), **CLOSE)
+    assert statistics.n == len(x)
+    torch.testing.assert_close(statistics.sum.double(), x.sum(0), **CLOSE)
+    torch.testing.assert_close(statistics.mean_sq.double(), x.square().mean(0), **CLOSE)
+    torch.testing.assert_close(statistics.G.double(), x.T @ x / max(len(x), 1), **CLOSE)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -218,23 +219,23 @@ def test_statistics_are_those_of_the_plain_model(name):
     model, ids, mask = tiny(name), tokens(), padding()
     every = zip(collected(model, ids, mask), independent_inputs(model, ids, mask), strict=True)
     for b, (passes, seen) in enumerate(every):
-        (moments, deferred), = passes
-        views = {v.name: v for v in models.linears(models.blocks(model)[1][b])[0]}
-        seen = {n: torch.cat(parts) for n, parts in seen.items() if n in views}
-        assert not deferred and set(moments) == set(seen)
-        idle = {n for n, v in views.items() if v.expert is not None} | families.UNSEEN.get(name, set())
-        assert set(views) - set(seen) <= idle
+        (statistics, deferred), = passes
+        weights = {v.name: v for v in models.linears(models.blocks(model)[1][b])[0]}
+        seen = {n: torch.cat(parts) for n, parts in seen.items() if n in weights}
+        assert not deferred and set(statistics) == set(seen)
+        idle = {n for n, v in weights.items() if v.expert is not None} | families.UNSEEN.get(name, set())
+        assert set(weights) - set(seen) <= idle
         for n, x in seen.items():
-            assert_moments(moments[n], x)
-        dense = [n for n in seen if views[n].expert is None]
+            assert_moments(statistics[n], x)
+        dense = [n for n in seen if weights[n].expert is None]
         for n in dense:
             twins = {m for m in dense if seen[m].shape == seen[n].shape and torch.equal(seen[m], seen[n])}
-            assert twins == {m for m in dense if moments[m] is moments[n]}, n
+            assert twins == {m for m in dense if statistics[m] is statistics[n]}, n
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_passes_batches_and_order_do_not_matter(name):
-    """A budget of one Gram, one stage at a time, other batch sizes and another order: the same Moments."""
+    """A budget of one Gram, one stage at a time, other batch sizes and another order: the same Statistics."""
     model, ids, mask = tiny(name), tokens(), padding()
     order = torch.tensor([3, 0, 4, 2, 1])
     whole = collected(model, ids, mask)
@@ -249,7 +250,7 @@ def test_passes_batches_and_order_do_not_matter(name):
                 torch.testing.assert_close(m.G, expected[n].G, **CLOSE)
                 torch.testing.assert_close(m.sum, expected[n].sum, **CLOSE)
     for passes in ways[0]:
-        assert all(len({id(m) for m in moments.values()}) == 1 for moments, _ in passes)
+        assert all(len({id(m) for m in statistics.values()}) == 1 for statistics, _ in passes)
 
 
 @pytest.mark.parametrize(("name", "stages"), [
@@ -263,7 +264,7 @@ def test_stages_follow_the_data(name, stages):
     model = tiny(name)
     for b, passes in enumerate(collected(model, tokens(), None, one_stage=True)):
         kinds = {v.name: v.kind for v in models.linears(models.blocks(model)[1][b])[0]}
-        assert [{kinds[n] for n in moments} for moments, _ in passes] == [set(s.split()) for s in stages]
+        assert [{kinds[n] for n in statistics} for statistics, _ in passes] == [set(s.split()) for s in stages]
 
 
 @pytest.mark.parametrize("name", MOE)
@@ -393,15 +394,15 @@ def test_expert_with_nothing_but_padding_is_idle():
 
 def test_experts_that_idled_together_share_nothing_later():
     """Empty tensors may share an address, which elsewhere says that two linears are fed by the same tensor."""
-    views = [v for v in models.linears(models.blocks(tiny("mixtral"))[1][0])[0] if v.kind == "mlp.experts.down_proj"]
-    one, other = views[:2]
-    collector = collect.Collector(views, {"outer"}, types.SimpleNamespace(device="cpu"), None, False)
+    weights = [v for v in models.linears(models.blocks(tiny("mixtral"))[1][0])[0] if v.kind == "mlp.experts.down_proj"]
+    one, other = weights[:2]
+    collector = calibrate.Collector(weights, {"outer"}, types.SimpleNamespace(device="cpu"), None, False)
     C = one.shape[1]
     for batch in ([torch.empty(0, C)] * 2, [torch.ones(3, C), 2 * torch.ones(5, C)]):
         collector.start(None, len(batch[0]))
-        for view, x in zip((one, other), batch, strict=True):
-            collector.see(view, x)
-    assert [collector.moments[v.name].n for v in (one, other)] == [3, 5]
+        for weight, x in zip((one, other), batch, strict=True):
+            collector.see(weight, x)
+    assert [collector.statistics[v.name].n for v in (one, other)] == [3, 5]
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
@@ -409,9 +410,9 @@ def test_true_sequential_sees_what_is_already_pruned(name):
     """Each stage's Gram is that of the model with all earlier stages pruned, no later one."""
     grams = {}
 
-    def spy_prune(W, moments, pattern, cfg):
-        grams.setdefault("order", []).append((moments.G.clone(), moments.n))
-        return magnitude.prune(W, moments, pattern, cfg)
+    def spy_prune(W, statistics, pattern, cfg):
+        grams.setdefault("order", []).append((statistics.G.clone(), statistics.n))
+        return magnitude.prune(W, statistics, pattern, cfg)
 
     spy = types.SimpleNamespace(__name__="spy", needs=frozenset({"outer"}), updates=False, prune=spy_prune)
     steps = [(spy, magnitude.Config())]
@@ -421,11 +422,11 @@ def test_true_sequential_sees_what_is_already_pruned(name):
         result = prune(model, steps, "0.5", true_sequential=sequential)
         rows = [r for r in result.layers if r["block"] == 0]
         new = {v.name: v.get().clone() for v in models.linears(models.blocks(model)[1][0])[0]}
-        views = {v.name: v for v in models.linears(models.blocks(twin)[1][0])[0]}
+        weights = {v.name: v for v in models.linears(models.blocks(twin)[1][0])[0]}
         inputs = independent_inputs(twin, tokens(), None)[0]
         stage = None
         for r, (G, n) in zip(rows, grams["order"], strict=False):
-            kind = views[r["linear"]].kind.replace("k_proj", "q_proj").replace("v_proj", "q_proj") \
+            kind = weights[r["linear"]].kind.replace("k_proj", "q_proj").replace("v_proj", "q_proj") \
                 .replace("gate_proj", "up_proj")
             if sequential and stage not in (None, kind):
                 inputs = independent_inputs(twin, tokens(), None)[0]
@@ -433,7 +434,7 @@ def test_true_sequential_sees_what_is_already_pruned(name):
             x = torch.cat(inputs[r["linear"]])
             assert n == len(x)
             torch.testing.assert_close(G, x.T @ x / n, **CLOSE)
-            views[r["linear"]].set(new[r["linear"]])
+            weights[r["linear"]].set(new[r["linear"]])
 
 
 def test_budget_and_batch_size_give_the_same_model():

@@ -8,7 +8,8 @@ import test_report
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oneshot import drawing, frontier, page
+from oneshot.report import page
+from oneshot.report.figures import drawing, frontier
 
 POINTS = st.dictionaries(st.integers(), st.tuples(st.floats(1, 100), st.floats(1, 100).map(lambda x: [x])), min_size=1)
 

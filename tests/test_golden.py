@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from oneshot import loop, models, patterns, solvers
-from oneshot.evaluate.perplexity import perplexity
+from oneshot import models
+from oneshot.prune import loop, patterns, solvers
+from oneshot.measure.perplexity import perplexity
 
 CASES = [("magnitude-exact", "0.5"), ("magnitude-exact", "2:4"),
          ("wanda", "0.5"), ("wanda", "0.6"), ("wanda", "2:4"),

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-BASE = {"patterns", "moments", "environment", "config", "perturb"}  # 0
+BASE = {"patterns", "statistics", "environment", "config", "perturb"}  # 0
 MATHS = {"linalg", "solvers", "allocate"}  # 1
 DATA = {"models", "data", "sources", "capture", "collect", "texts"}  # 2
 PRUNE = {"loop", "health", "structured", "recovery"}  # 3
@@ -20,7 +20,7 @@ SHOW = {"accuracy", "evaluate", "export", "packed", "report", "tables", "task_ta
         "figures", "frontier"}
 STORY = {"__init__", "__main__", "api", "checks", "cli", "run", "measure", "summary", "presets", "verify",  # 5
          "generate", "compare"}
-FOR_SOLVERS = frozenset({"patterns", "moments", "linalg"})
+FOR_SOLVERS = frozenset({"patterns", "statistics", "linalg"})
 ALL = BASE | MATHS | DATA | PRUNE | SHOW | STORY | {"demo"}
 
 MAY = {  # part of oneshot: the parts it may import, itself always included
@@ -163,7 +163,7 @@ def test_reports_can_be_made_where_torch_is_not_installed():
 @pytest.mark.parametrize("name, source, why", [
     ("oneshot.patterns", "from .config import RunConfig", "no part of oneshot"),
     ("oneshot.patterns", "import scipy", "standard library only"),
-    ("oneshot.moments", "from . import patterns", "no part of oneshot"),
+    ("oneshot.statistics", "from . import patterns", "no part of oneshot"),
     ("oneshot.linalg", "from .solvers import Solution, wanda", "linalg may import"),
     ("oneshot.solvers.wanda", "from . import magnitude", "do not import each other"),
     ("oneshot.solvers.wanda", "from .magnitude import prune", "do not import each other"),

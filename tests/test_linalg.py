@@ -5,14 +5,14 @@ import reference as ref
 import torch
 from problems import layer, moments_of
 
-from oneshot import linalg
-from oneshot.linalg import NumericalError, upper_factor
+from oneshot.prune import linalg
+from oneshot.prune.linalg import NumericalError, upper_factor
 
 NEEDS = {"outer"}
 
 
 def gram_of(G):
-    """Moments (of one token) whose G is the given matrix."""
+    """Statistics (of one token) whose G is the given matrix."""
     m = moments_of(torch.zeros(1, len(G), dtype=G.dtype), NEEDS)
     m.outer.copy_(G)
     return m

@@ -8,7 +8,7 @@ import tiny
 import torch
 
 from oneshot import models
-from oneshot.evaluate import tasks
+from oneshot.measure import tasks
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install lm-eval)")
 QUERIES = ["the cat", "a dog sat", "we go", "on it", "he is", "no one", "old men", "an ant"]

@@ -1,11 +1,11 @@
-"""Moments: sums that add, a Gram matrix made in place, against the naive float64 mean."""
+"""Statistics: sums that add, a Gram matrix made in place, against the naive float64 mean."""
 
 import pytest
 import reference as ref
 import torch
 from problems import layer, moments_of
 
-from oneshot.moments import NEEDS, SAMPLE, Moments
+from oneshot.calibrate.statistics import NEEDS, SAMPLE, Statistics
 
 WIDTHS = [1, 2, 63, 64, 65, 130, 521, 700]  # strips of max(C/8, 64) in `update`, of 512 in `G`
 F64 = {"rtol": 1e-12, "atol": 1e-12}
@@ -16,7 +16,7 @@ def tokens(T, C, seed=0, dtype=torch.float64):
 
 
 def assert_same(a, b, **tolerance):
-    """Two Moments say the same of all but the sample."""
+    """Two Statistics say the same of all but the sample."""
     assert a.n == b.n
     for what in ("mean", "mean_sq", "G"):
         torch.testing.assert_close(getattr(a, what), getattr(b, what), **(tolerance or F64))
@@ -96,7 +96,7 @@ def test_only_what_is_needed_is_kept(needs):
 
 def test_unknown_need():
     with pytest.raises(AssertionError, match="median"):
-        Moments(4, {"median"})
+        Statistics(4, {"median"})
 
 
 def test_mean_sq_comes_from_either_statistic():
@@ -105,7 +105,7 @@ def test_mean_sq_comes_from_either_statistic():
 
 
 def test_no_tokens():
-    m = Moments(3, NEEDS)
+    m = Statistics(3, NEEDS)
     assert m.n == 0 and not m.G.any() and not m.mean.any() and not m.mean_sq.any()
     assert m.relative_error(torch.ones(2, 3), torch.zeros(2, 3)) is None
     m.update(torch.ones(2, 3))

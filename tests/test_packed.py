@@ -10,7 +10,9 @@ import torch
 from oneshot_kernels import Sparse24Linear, sparsify
 from transformers import AutoModelForCausalLM, CompileConfig, StaticCache
 
-from oneshot import export, generate, models, packed, run, verify
+from oneshot import checkpoint, models
+from oneshot.checkpoint import packed, verify
+from oneshot.pipeline import generate, run
 
 PROMPT = "the rain"
 
@@ -53,7 +55,7 @@ def test_dtype_as_stored(twins):
 
 def test_size(twins):
     _, small = twins
-    entry = json.loads((small / export.MANIFEST).read_text())["packed"]
+    entry = json.loads((small / checkpoint.MANIFEST).read_text())["packed"]
     model = load(small)
     assert (entry["bytes"], entry["dense_bytes"]) == packed.bytes_of(model)
     assert 0.5 < entry["bytes"] / entry["dense_bytes"] <= 0.57
@@ -221,7 +223,7 @@ def test_a_config_that_does_not_fit_is_refused(twins, tmp_path):
 
 def test_packing_refuses_what_is_not_2of4(tmp_path):
     model = load(tiny.save_model(tmp_path, "llama", torch.float32))
-    name = next(n for n, _ in models.all_views(model))
+    name = next(n for n, _ in models.all_weights(model))
     with pytest.raises(ValueError, match=f"{name}: not 2:4: row 0"):
         packed.pack_model(model, [name])
 

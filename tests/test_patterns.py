@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import groups, removed_of
 
-from oneshot import patterns
-from oneshot.patterns import NM, Dense, Unstructured
+from oneshot.prune import patterns
+from oneshot.prune.patterns import Dense, NM, Unstructured
 
 EXAMPLES = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 SHARES = st.integers(0, 100).map(lambda k: k / 100)

@@ -7,7 +7,7 @@ import pytest
 import tiny
 from tiny import plain_pages  # noqa: F401
 
-from oneshot.perturb import KINDS, SHARE, perturbed
+from oneshot.data.perturb import KINDS, SHARE, perturbed
 
 TEXT = " ".join(random.Random(0).choices(["The", "great", "river", "of", "Paris", "1940", "ran", "deep"], k=4000))
 

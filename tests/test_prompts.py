@@ -8,7 +8,7 @@ import torch
 from tiny import place, plain_pages  # noqa: F401
 
 from oneshot import models
-from oneshot.evaluate import prompts
+from oneshot.measure import prompts
 
 
 def save(path, *rows):

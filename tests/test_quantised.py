@@ -8,9 +8,9 @@ import torch
 from tiny import place, plain_pages  # noqa: F401
 
 from oneshot import models
-from oneshot.evaluate import quantised
-from oneshot.evaluate.quantised import equal_bits, round_to_nearest, stored_bytes, widths
-from oneshot.patterns import parse
+from oneshot.quantise import rtn
+from oneshot.quantise.rtn import equal_bits, round_to_nearest, stored_bytes, widths
+from oneshot.prune.patterns import parse
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -56,11 +56,11 @@ def test_only_the_prunable_linears_change(tmp_path, kind):
     """Along the inputs, whichever way they are stored."""
     model, _ = models.load(tiny.save_model(tmp_path, kind, torch.bfloat16))
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    views = [v for block in models.blocks(model)[1] for v in models.linears(block)[0]]
-    want = [round_to_nearest(v.get(), 4)[0].bfloat16() for v in views]
-    assert quantised.quantise(model, "int4") == []
-    assert all(torch.equal(v.get().bfloat16(), W) for v, W in zip(views, want, strict=True))
-    touched = {id(v.parameter) for v in views}
+    weights = [v for block in models.blocks(model)[1] for v in models.linears(block)[0]]
+    want = [round_to_nearest(v.get(), 4)[0].bfloat16() for v in weights]
+    assert rtn.quantise(model, "int4") == []
+    assert all(torch.equal(v.get().bfloat16(), W) for v, W in zip(weights, want, strict=True))
+    touched = {id(v.parameter) for v in weights}
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) == (id(p) not in touched), name
 
@@ -69,10 +69,10 @@ def test_too_large_and_too_small_weights_are_said(tmp_path):
     model, _ = models.load(tiny.save_model(tmp_path))
     [first, second] = models.linears(models.blocks(model)[1][0])[0][:2]
     first.set(first.get() * 1e-12)
-    assert [first.name in w and "vanished" in w for w in quantised.quantise(model, "int8")] == [True]
+    assert [first.name in w and "vanished" in w for w in rtn.quantise(model, "int8")] == [True]
     second.set(second.get() + 1e8)
     with pytest.raises(ValueError, match=second.name):
-        quantised.quantise(model, "int8")
+        rtn.quantise(model, "int8")
 
 
 @pytest.mark.usefixtures("plain_pages")

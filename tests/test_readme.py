@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from oneshot import generate, run, verify
+from oneshot.checkpoint import verify
+from oneshot.pipeline import generate, run
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 HERE = {"meta-llama/Llama-3.1-8B": "demo", "c4": "builtin", "wikitext2": "builtin:prose", "cuda": "cpu"}
@@ -39,9 +40,9 @@ def test_python_lines():
 
 
 def test_no_arguments_is_three_methods_and_two_patterns():
-    from oneshot import cli
+    from oneshot.settings import flags
 
-    asked = [(c.model, c.method, c.pattern) for c in cli.parse([])]
+    asked = [(c.model, c.method, c.pattern) for c in flags.parse([])]
     assert set(asked) == {("demo", "dense", "dense"), *(("demo", m, p) for p in ("0.5", "2:4")
                                                        for m in ("magnitude", "wanda", "sparsegpt"))}
 

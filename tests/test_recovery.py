@@ -11,10 +11,15 @@ from families import FAMILIES, VOCAB, T
 from safetensors.torch import load_file
 from torch.nn.functional import kl_div
 
-from oneshot import api, capture, cli, collect, environment, export, loop, models, page, recovery, solvers
-from oneshot.patterns import parse
-from oneshot.recovery import Trainable, fit
-from oneshot.recovery import block as block_way
+from oneshot import calibrate, checkpoint, heal, models
+from oneshot.pipeline import api
+from oneshot.prune import loop, solvers
+from oneshot.report import page
+from oneshot.runtime import environment
+from oneshot.settings import flags
+from oneshot.prune.patterns import parse
+from oneshot.heal import Trainable, fit
+from oneshot.heal import block as block_way
 
 REFUSED = families.REFUSED
 SAMPLE = ("llama", "gpt2", "gemma3", "bloom", "falcon", "phi3", "mixtral", "gpt_oss", "qwen3_next")
@@ -31,16 +36,16 @@ def tokens(n=16, seed=3):
 
 def prune(model, recover="block", method="wanda", pattern="2:4", mask=None, ids=None, **given):
     """(Result, what distil says) of the loop with the named repairs."""
-    cfg = cli.build({"method": method, "pattern": pattern, "recover": recover, **given})
+    cfg = flags.build({"method": method, "pattern": pattern, "recover": recover, **given})
     steps = [(module, cfg.solver[name]) for name, module in
              zip(method.split("+"), solvers.chain(method), strict=True)]
-    repair = functools.partial(recovery.module("block").repair, cfg=cfg.recovery["block"], seed=0) \
+    repair = functools.partial(heal.module("block").repair, cfg=cfg.recovery["block"], seed=0) \
         if "block" in cfg.recovery else None
     ids = tokens() if ids is None else ids
     result = loop.prune_model(model, ids, mask, loop.make_plan(model, parse(pattern), steps), steps,
                               loop.Options(batch_size=4, dense_stream=True, progress=False,
-                                           held_out=recovery.held_out_windows(len(ids), 0)), repair=repair)
-    told = recovery.module("distil").repair(model, result.dense, cfg.recovery["distil"], 0) \
+                                           held_out=heal.held_out_windows(len(ids), 0)), repair=repair)
+    told = heal.module("distil").repair(model, result.dense, cfg.recovery["distil"], 0) \
         if "distil" in cfg.recovery else None
     return result, told
 
@@ -55,14 +60,14 @@ def kl(dense, pruned, ids, mask=None):
 
 
 @pytest.mark.parametrize("name", SAMPLE)
-@pytest.mark.parametrize("recover", recovery.names())
+@pytest.mark.parametrize("recover", heal.names())
 def test_a_repair_helps_and_loses_no_zero(name, recover):
     dense, plain, repaired = (families.tiny(name) for _ in range(3))
     prune(plain, "none")
     prune(repaired, recover, **{f"{recover}.steps": 30})
     for block in models.blocks(repaired)[1]:
-        for view in models.linears(block)[0]:
-            assert parse("2:4").holds(view.get()), view.name
+        for weight in models.linears(block)[0]:
+            assert parse("2:4").holds(weight.get()), weight.name
     for (full, p), q in zip(plain.named_parameters(), repaired.named_parameters(), strict=True):
         if recover == "distil" and p.ndim > 1:  # a repaired block feeds the next one other inputs, so other masks
             assert not q[1][p == 0].any(), full
@@ -70,7 +75,7 @@ def test_a_repair_helps_and_loses_no_zero(name, recover):
     assert kl(dense, repaired, tokens()) < 0.9 * kl(dense, plain, tokens())
 
 
-@pytest.mark.parametrize("recover", recovery.names())
+@pytest.mark.parametrize("recover", heal.names())
 @pytest.mark.parametrize("name", ["gpt_oss", "mixtral"])
 def test_routers_and_what_is_outside_the_blocks_stay_as_they_were(name, recover):
     before, model = families.tiny(name), families.tiny(name)
@@ -81,7 +86,7 @@ def test_routers_and_what_is_outside_the_blocks_stay_as_they_were(name, recover)
     assert not [n for n in changed if models.left_alone(n.rpartition(".")[0])]
 
 
-@pytest.mark.parametrize("recover", recovery.names())
+@pytest.mark.parametrize("recover", heal.names())
 def test_padding_teaches_nothing(recover):
     """Whatever stands in the padding, the same model comes out."""
     mask = torch.ones(16, T, dtype=torch.bool)
@@ -96,58 +101,58 @@ def test_padding_teaches_nothing(recover):
 
 @pytest.mark.parametrize("n, size", [(128, 8), (16, 8), (8, 8), (2, 8), (11, 1), (37, 5)])
 def test_a_tenth_of_the_windows_is_held_out_in_batches_of_their_own(n, size):
-    held = recovery.held_out_windows(n, 0)
-    assert len(set(held)) == math.ceil(n / 10) and held == recovery.held_out_windows(n, 0)
-    parts = capture.batches(n, size, held)
+    held = heal.held_out_windows(n, 0)
+    assert len(set(held)) == math.ceil(n / 10) and held == heal.held_out_windows(n, 0)
+    parts = calibrate.batches(n, size, held)
     assert sorted(torch.cat([part for part, _ in parts]).tolist()) == list(range(n))
     for kind in (False, True):
         sizes = [len(part) for part, apart in parts if apart == kind]
         assert {w in held for part, apart in parts if apart == kind for w in part.tolist()} == {kind}
         assert 1 <= max(sizes) <= size and max(sizes) - min(sizes) <= 1
     if n > 20:
-        assert held != recovery.held_out_windows(n, 1)
+        assert held != heal.held_out_windows(n, 1)
 
 
 def test_without_recovery_the_batches_are_the_windows_in_order():
-    assert recovery.held_out_windows(1, 0) == ()
-    assert [part.tolist() for part, held in capture.batches(5, 2) if not held] == [[0, 1], [2, 3], [4]]
+    assert heal.held_out_windows(1, 0) == ()
+    assert [part.tolist() for part, held in calibrate.batches(5, 2) if not held] == [[0, 1], [2, 3], [4]]
 
 
 def test_block_and_distil_hold_out_the_same_windows_and_train_on_all_others(monkeypatch):
     """Who trains on which windows is seen in the forwards that gradients flow through."""
-    model, ids, trained, forward = families.tiny("llama"), tokens(13), {}, capture.forward
+    model, ids, trained, forward = families.tiny("llama"), tokens(13), {}, calibrate.forward
 
     def see(who, batch):
         if torch.is_grad_enabled():
             trained.setdefault(who, set()).update(ids.tolist().index(row) for row in batch.tolist())
 
-    def spy(block, stream, b, i):
-        see(b, stream.inputs[i]["input_ids"])
-        return forward(block, stream, b, i)
-    monkeypatch.setattr(capture, "forward", spy)
+    def spy(block, activations, b, i):
+        see(b, activations.inputs[i]["input_ids"])
+        return forward(block, activations, b, i)
+    monkeypatch.setattr(calibrate, "forward", spy)
     model.register_forward_pre_hook(lambda _, args, kwargs: see("distil", kwargs["input_ids"]), with_kwargs=True)
     api.prune(model, method="wanda", pattern="2:4", calibration=ids, recover="block,distil", batch_size=4, seed=5,
               progress=False, parts={"block.steps": 20, "distil.steps": 20, "block.lr": 1e-3, "distil.lr": 1e-3})
-    want = set(range(13)) - set(recovery.held_out_windows(13, 5))
+    want = set(range(13)) - set(heal.held_out_windows(13, 5))
     assert len(want) == 11 and trained == {0: want, 1: want, "distil": want}
 
 
 def test_solvers_see_all_windows_and_padding_follows_its_window():
     model, ids, mask = families.tiny("llama"), tokens(), torch.ones(16, T, dtype=torch.bool)
     mask[::3, 15:] = False
-    held = recovery.held_out_windows(16, 0)
-    streams = [capture.capture(model, ids, mask, batch_size=4, held_out=h) for h in ((), held)]
-    stream, rows = streams[1], ids.tolist()
-    for i, inputs in enumerate(stream.inputs):
+    held = heal.held_out_windows(16, 0)
+    streams = [calibrate.capture(model, ids, mask, batch_size=4, held_out=h) for h in ((), held)]
+    activations, rows = streams[1], ids.tolist()
+    for i, inputs in enumerate(activations.inputs):
         at = [rows.index(row) for row in inputs["input_ids"].tolist()]
-        assert {w in held for w in at} == {stream.held[i]}
+        assert {w in held for w in at} == {activations.held[i]}
         assert torch.equal(inputs["attention_mask"].bool(), mask[at])
-        assert torch.equal(stream.rows[i].view(len(at), T) if stream.rows[i] is not None else mask[at], mask[at])
+        assert torch.equal(activations.rows[i].view(len(at), T) if activations.rows[i] is not None else mask[at], mask[at])
     block = models.blocks(model)[1][0]
-    plain, apart = (collect.collect(block, s, 0, models.linears(block)[0], {"outer"})[0] for s in streams)
-    for name, moments in plain.items():
-        assert moments.n == apart[name].n == int(mask.sum())
-        torch.testing.assert_close(moments.G, apart[name].G)
+    plain, apart = (calibrate.collect(block, s, 0, models.linears(block)[0], {"outer"})[0] for s in streams)
+    for name, statistics in plain.items():
+        assert statistics.n == apart[name].n == int(mask.sum())
+        torch.testing.assert_close(statistics.G, apart[name].G)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3n", "gemma4"])  # Gemma: blocks share keys and values
@@ -156,13 +161,13 @@ def test_the_teacher_is_the_dense_model_on_dense_inputs(name):
     model, aimed, passed = families.tiny(name), [], []
 
     def look(block, dense, b, stored):
-        return lambda stream, targets: aimed.append(list(targets)) or {}
+        return lambda activations, targets: aimed.append(list(targets)) or {}
     steps = [(m, m.Config()) for m in solvers.chain("wanda")]
     _, block_list = models.blocks(model)
-    stream = capture.capture(model, tokens(), batch_size=4)
+    activations = calibrate.capture(model, tokens(), batch_size=4)
     for b, block in enumerate(block_list):
-        capture.replay(block, stream, b)
-        passed.append(list(stream.hidden))
+        calibrate.replay(block, activations, b)
+        passed.append(list(activations.hidden))
     loop.prune_model(model, tokens(), None, loop.make_plan(model, parse("2:4"), steps), steps,
                      loop.Options(batch_size=4, dense_stream=True, progress=False), repair=look)
     for targets, want in zip(aimed, passed, strict=True):
@@ -174,9 +179,9 @@ def test_what_is_trained_is_rounded_to_the_stored_dtype_before_the_next_block_se
     model, replayed = families.tiny("llama", dtype=dtype), []
     real = loop.capture.replay
 
-    def replay(block, stream, b):
+    def replay(block, activations, b):
         replayed.append([p.detach().clone() for p in block.parameters()])
-        return real(block, stream, b)
+        return real(block, activations, b)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop.capture, "replay", replay)
         prune(model, "block", **{"block.steps": 4})
@@ -246,9 +251,9 @@ def test_where_nothing_is_gained_the_weights_are_left_as_they_were():
 def test_a_model_whose_held_out_windows_ask_for_the_opposite_is_left_as_it_was(monkeypatch):
     real = block_way.distance
 
-    def opposed(block, stream, b, targets):
-        loss = real(block, stream, b, targets)
-        return lambda i: -loss(i) if stream.held[i] else loss(i)
+    def opposed(block, activations, b, targets):
+        loss = real(block, activations, b, targets)
+        return lambda i: -loss(i) if activations.held[i] else loss(i)
     monkeypatch.setattr(block_way, "distance", opposed)
     plain, repaired = families.tiny("llama"), families.tiny("llama")
     prune(plain, "none")
@@ -301,7 +306,7 @@ def test_a_command_repairs_and_the_record_says_so(tmp_path):
     place = tiny.make(tmp_path)
     assert tiny.main(*tiny.flags(place, "--no-dense", recover="block,distil", save=place / "out",
                                  **{"block.steps": 3, "distil.steps": 3})) == 0
-    record = export.read_manifest(place / "out")["record"]
+    record = checkpoint.read_manifest(place / "out")["record"]
     assert record["recovery"]["distil"]["steps"] == 3
     assert all(b["repair"]["steps"] == 3 for b in record["blocks"])
     assert record["settings"]["recovery"] == {"block": {"unit": "block", "steps": 3, "lr": 0.03}, "distil": {
@@ -333,18 +338,18 @@ def test_an_interrupted_run_with_repairs_ends_with_the_same_bits(tmp_path, monke
 @pytest.mark.parametrize("flag, value", [("block.steps", 0), ("distil.lr", 0.0), ("block.lr", 1.0)])
 def test_useless_settings_are_refused(flag, value):
     with pytest.raises(ValueError, match=f"--{flag}"):
-        cli.build({"method": "wanda", "pattern": "0.5", "recover": flag.split(".")[0], flag: value})
+        flags.build({"method": "wanda", "pattern": "0.5", "recover": flag.split(".")[0], flag: value})
 
 
 @pytest.mark.parametrize("recover", ["distil,block", "block,block"])
 def test_block_behind_another_way_is_refused(recover):
     with pytest.raises(ValueError, match=f"--recover {recover}: block comes first: --recover block,distil"):
-        cli.build({"method": "wanda", "pattern": "0.5", "recover": recover})
+        flags.build({"method": "wanda", "pattern": "0.5", "recover": recover})
 
 
 def test_unknown_way():
     with pytest.raises(ValueError, match="--recover magic: no such way; there are block, distil"):
-        cli.build({"method": "wanda", "pattern": "0.5", "recover": "magic"})
+        flags.build({"method": "wanda", "pattern": "0.5", "recover": "magic"})
 
 
 def test_families_named_here_exist():
@@ -358,12 +363,12 @@ def test_families_named_here_exist():
 def test_sixteen_bit_blocks_are_trained_in_float32(monkeypatch, name, recover, own):
     """As on a GPU, where blocks and hidden states keep the stored dtype."""
     monkeypatch.setattr(models, "compute_dtype", lambda device, stored: stored)
-    model, trained, real = families.tiny(name, dtype=torch.bfloat16), set(), recovery.descend
+    model, trained, real = families.tiny(name, dtype=torch.bfloat16), set(), heal.descend
 
     def descend(trainable, *args, **kwargs):
         trained.update(p.dtype for p in trainable.parameters.values())
         return real(trainable, *args, **kwargs)
-    monkeypatch.setattr(recovery, "descend", descend)
+    monkeypatch.setattr(heal, "descend", descend)
     prune(model, recover, **{f"{recover}.steps": 2}, **own)
     assert trained == {torch.float32}
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -371,14 +376,14 @@ def test_sixteen_bit_blocks_are_trained_in_float32(monkeypatch, name, recover, o
 
 
 def test_held_out_positions_are_always_the_same_and_hold_a_token(monkeypatch):
-    from oneshot.recovery import distil
+    from oneshot.heal import distil
     model, mask = families.tiny("llama"), torch.ones(8, T, dtype=torch.bool)
     mask[:, 10:] = False
     monkeypatch.setattr(distil, "LOGITS", VOCAB * 8)  # the held-out window's: 8; batches of 3 and 4 windows: 2 each
     looked, real = {True: {}, False: {}}, distil.positions
 
-    def positions(model, stream, i, gen):
-        at = real(model, stream, i, gen)
+    def positions(model, activations, i, gen):
+        at = real(model, activations, i, gen)
         looked[torch.is_grad_enabled()].setdefault(i, []).append(at.tolist())
         return at
     monkeypatch.setattr(distil, "positions", positions)
@@ -407,34 +412,34 @@ def first_block(name):
     """(block 0, the stream of some padded tokens at it)."""
     model, mask = families.tiny(name), torch.ones(8, T, dtype=torch.bool)
     mask[::2, 15:] = False
-    stream = capture.capture(model, tokens(8), mask, batch_size=4)
-    return models.blocks(model)[1][0], stream
+    activations = calibrate.capture(model, tokens(8), mask, batch_size=4)
+    return models.blocks(model)[1][0], activations
 
 
 @pytest.mark.parametrize("name", PARTED)
 def test_attention_and_mlp_are_told_apart_in_every_family(name):
     """A silent MLP: its weights do not matter, attention's do; each parameter belongs to one part, by its name too."""
-    block, stream = first_block(name)
-    rest = {view.name for view in models.mlp(block)}
+    block, activations = first_block(name)
+    rest = {weight.name for weight in models.mlp(block)}
     attention = [v for v in models.linears(block)[0] if v.name not in rest]
 
     def out():
         with torch.no_grad():
-            return capture.forward(block, stream, 0, 0)
+            return calibrate.forward(block, activations, 0, 0)
     whole = out()
     with models.silent(models.mlp(block)):
-        ahead = block_way.reached(Trainable(block, {}), block, stream, 0)
+        ahead = block_way.reached(Trainable(block, {}), block, activations, 0)
         half = out()
-        for view in models.mlp(block):
-            view.set(3 * view.get())
+        for weight in models.mlp(block):
+            weight.set(3 * weight.get())
         assert torch.equal(out(), half)
-        for view in attention:
-            view.set(3 * view.get())
+        for weight in attention:
+            weight.set(3 * weight.get())
         assert not torch.allclose(out(), half)
-        for view in attention:
-            view.set(view.get() / 3)
-    for view in models.mlp(block):
-        view.set(view.get() / 3)
+        for weight in attention:
+            weight.set(weight.get() / 3)
+    for weight in models.mlp(block):
+        weight.set(weight.get() / 3)
     torch.testing.assert_close(out(), whole)  # silence ends
     assert not torch.allclose(whole, half)
     parameters = {id(p): n for n, p in block.named_parameters()}
@@ -445,7 +450,7 @@ def test_attention_and_mlp_are_told_apart_in_every_family(name):
 def test_attention_aims_at_the_dense_hidden_state_behind_its_residual_addition():
     """Written out for llama: norms on either side, the residual, the ratio of squares over real tokens."""
     dense, seen = families.tiny("llama"), {}
-    mask, held = torch.ones(16, T, dtype=torch.bool), recovery.held_out_windows(16, 0)
+    mask, held = torch.ones(16, T, dtype=torch.bool), heal.held_out_windows(16, 0)
     mask[1::2, 12:] = False
     layer = dense.model.layers[0]
     layer.register_forward_pre_hook(lambda _, args: seen.update(X=args[0]))
@@ -457,12 +462,12 @@ def test_attention_aims_at_the_dense_hidden_state_behind_its_residual_addition()
     want = float((wrong - right).square().sum() / right.square().sum())
 
     block, stored = layer, {n: p.dtype for n, p in layer.named_parameters()}
-    stream = capture.capture(dense, tokens(), mask, batch_size=4, held_out=held)
-    mend = block_way.repair(block, stream.fork(), 0, stored, block_way.Config(unit="parts", steps=4), 0)
-    targets = stream.fork()
-    capture.replay(block, targets, 0)
+    activations = calibrate.capture(dense, tokens(), mask, batch_size=4, held_out=held)
+    mend = block_way.repair(block, activations.fork(), 0, stored, block_way.Config(unit="parts", steps=4), 0)
+    targets = activations.fork()
+    calibrate.replay(block, targets, 0)
     block.self_attn.o_proj.weight.data.mul_(0.9)
-    info = mend(stream, targets.hidden)
+    info = mend(activations, targets.hidden)
     assert info["parts"]["attention"]["held_out_before"] == pytest.approx(want, rel=1e-4) == pytest.approx(0.01)
     assert info["held_out_after"] == info["parts"]["mlp"]["held_out_after"] <= info["held_out_before"]
 
@@ -473,8 +478,8 @@ def test_parts_help_and_lose_no_zero(name):
     prune(plain, "none")
     result, _ = prune(repaired, "block", **{"block.steps": 15, "block.unit": "parts"})
     for block in models.blocks(repaired)[1]:
-        for view in models.linears(block)[0]:
-            assert parse("2:4").holds(view.get()), view.name
+        for weight in models.linears(block)[0]:
+            assert parse("2:4").holds(weight.get()), weight.name
     for row in result.blocks:
         assert set(row["repair"]["parts"]) == {"attention", "mlp"} and row["repair"]["steps"] <= 30
         assert row["repair"]["held_out_after"] < row["repair"]["held_out_before"]
@@ -498,7 +503,7 @@ def test_each_part_trains_its_own_parameters(monkeypatch):
 
 
 def test_parts_that_harm_the_block_together_are_undone(monkeypatch):
-    def spoil(block, stream, b, targets, stored, cfg, seed, leave):
+    def spoil(block, activations, b, targets, stored, cfg, seed, leave):
         for p in block.parameters():
             p.data.mul_(2)
         return {"steps": 1, "lr": cfg.lr, "warnings": []}
@@ -521,7 +526,7 @@ def test_a_family_without_parts_is_refused_before_anything_is_pruned():
     with pytest.raises(ValueError, match="its linears are fc"):
         models.mlp(torch.nn.ModuleDict({"fc": torch.nn.Linear(2, 2)}))
     with pytest.raises(ValueError, match=r"--block\.unit layer: give block or parts"):
-        cli.build({"method": "wanda", "pattern": "0.5", "recover": "block", "block.unit": "layer"})
+        flags.build({"method": "wanda", "pattern": "0.5", "recover": "block", "block.unit": "layer"})
 
 
 @pytest.mark.parametrize("recover, words", [("distil", "--recover distil: trains the whole model"),

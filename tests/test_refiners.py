@@ -7,10 +7,11 @@ import reference as ref
 import torch
 from problems import layer, moments_of
 
-from oneshot import cli, linalg, solvers
-from oneshot.moments import Moments
-from oneshot.patterns import NM, Unstructured
-from oneshot.solvers import Solution, alps, swaps
+from oneshot.prune import linalg, solvers
+from oneshot.settings import flags
+from oneshot.calibrate.statistics import Statistics
+from oneshot.prune.patterns import NM, Unstructured
+from oneshot.prune.solvers import Solution, alps, swaps
 
 PATTERNS = [Unstructured(0.5), Unstructured(0.7, "row"), Unstructured(0.5, "matrix"), Unstructured(0.7, 10), NM(2, 4),
             NM(3, 5)]
@@ -19,9 +20,9 @@ PATTERNS = [Unstructured(0.5), Unstructured(0.7, "row"), Unstructured(0.5, "matr
 def prune(method, W, X, pattern, **given):
     """The solution of `method`, flags as in refit__steps=3."""
     flags = {k.replace("__", "."): v for k, v in given.items()}
-    steps = [(module, cli.configured(module, flags)) for module in solvers.chain(method)]
-    moments = moments_of(X, {"outer", "sum", "sum_sq"}, W.dtype)
-    return solvers.solve(W, moments, pattern.with_default_group(steps[0][1].group), steps)
+    steps = [(module, flags.configured(module, flags)) for module in solvers.chain(method)]
+    statistics = moments_of(X, {"outer", "sum", "sum_sq"}, W.dtype)
+    return solvers.solve(W, statistics, pattern.with_default_group(steps[0][1].group), steps)
 
 
 def supports(pattern, C):
@@ -121,11 +122,11 @@ def test_refit_by_default_is_near_the_optimum():
 def test_refit_leaves_a_row_that_is_at_its_best():
     """Bit by bit, while the others move."""
     W, X = (t.float() for t in layer(4, 40, 300))
-    moments, mask = moments_of(X, {"outer"}), torch.rand(4, 40, generator=torch.Generator().manual_seed(0)) < 0.5
+    statistics, mask = moments_of(X, {"outer"}), torch.rand(4, 40, generator=torch.Generator().manual_seed(0)) < 0.5
     W_hat = W * mask
-    W_hat[2] = ref.refit(W, mask, moments.G)[2].float()
-    found, _ = linalg.refit(W, W_hat, mask, moments, 20, 0.0)
-    error = [((W - V).double() @ moments.G.double() * (W - V).double()).sum(1) for V in (W_hat, found)]
+    W_hat[2] = ref.refit(W, mask, statistics.G)[2].float()
+    found, _ = linalg.refit(W, W_hat, mask, statistics, 20, 0.0)
+    error = [((W - V).double() @ statistics.G.double() * (W - V).double()).sum(1) for V in (W_hat, found)]
     assert (error[1] <= error[0] * (1 + 1e-6)).all() and (error[1][[0, 1, 3]] < 0.9 * error[0][[0, 1, 3]]).all()
 
 
@@ -140,9 +141,9 @@ def test_refit_ends_when_a_step_gains_little():
 def test_no_part_of_a_chain_overwrites_what_another_noted(solver):
     """DSnoT's own swaps, ALPS' own refit steps; a refiner that stands twice in the chain; warnings of all."""
     W, X = layer(6, 40, 39)
-    moments, modules = moments_of(X, {"outer", "sum", "sum_sq"}), solvers.chain(f"{solver}+swaps+refit+swaps+refit")
+    statistics, modules = moments_of(X, {"outer", "sum", "sum_sq"}), solvers.chain(f"{solver}+swaps+refit+swaps+refit")
     steps, pattern = [(m, m.Config()) for m in modules], Unstructured(0.5, "row")
-    alone, info = (solvers.solve(W, moments, pattern, s).info for s in (steps[:1], steps))
+    alone, info = (solvers.solve(W, statistics, pattern, s).info for s in (steps[:1], steps))
     warnings = info.pop("warnings")
     assert len(warnings) == 1 and alone.pop("warnings", warnings) == warnings
     assert info == alone | {k: v for k, v in info.items() if "." in k}
@@ -157,8 +158,8 @@ def test_worth_of_an_exchange_is_the_change_of_the_least_error():
     """The tableau's table against two least-squares problems, for every pair, before and after exchanges."""
     W, X = layer(3, 9, 50)
     G = ref.gram(X)
-    moments = moments_of(X, {"outer"})
-    unit, s, _ = linalg.unit_gram(moments, torch.float64)
+    statistics = moments_of(X, {"outer"})
+    unit, s, _ = linalg.unit_gram(statistics, torch.float64)
     keep = torch.arange(9).repeat(3, 1) < 4
     start = ref.refit(W, keep, G) * s
     A = swaps.tableau(start, (W * s - start) @ unit, unit.repeat(3, 1, 1), 4, 6e-8)
@@ -174,8 +175,8 @@ def test_worth_of_an_exchange_is_the_change_of_the_least_error():
         at = torch.tensor([p] * 3), torch.tensor([u] * 3)
         swaps.pivot(A, at[0], -1)
         swaps.pivot(A, at[1], 1)
-        for view in (A, A.transpose(1, 2), order):
-            view[:, p], view[:, u] = view[:, u].clone(), view[:, p].clone()
+        for weight in (A, A.transpose(1, 2), order):
+            weight[:, p], weight[:, u] = weight[:, u].clone(), weight[:, p].clone()
         keep = torch.zeros_like(keep).scatter_(1, order[:, :4], True)
 
 
@@ -183,9 +184,9 @@ def test_worth_of_an_exchange_is_the_change_of_the_least_error():
 def test_swaps_leave_no_exchange_that_pays(pattern):
     """From a mask at random, all columns candidates: what is left is a local optimum, by direct solves."""
     W, X = layer(6, 12, 60)
-    G, moments = ref.gram(X), moments_of(X, {"outer"})
+    G, statistics = ref.gram(X), moments_of(X, {"outer"})
     mask = pattern.keep(torch.rand(6, 12, generator=torch.Generator().manual_seed(0)))
-    solution = swaps.refine(W, Solution(W * mask, mask), moments, pattern, swaps.Config(depth=1))
+    solution = swaps.refine(W, Solution(W * mask, mask), statistics, pattern, swaps.Config(depth=1))
     assert solution.info["exchanges"] > 6
     for i in range(6):
         keep, w = solution.mask[i:i + 1], W[i:i + 1]
@@ -345,10 +346,10 @@ def test_alps_slower_growth_is_no_worse():
 
 
 def test_alps_refuses_what_is_no_gram_matrix():
-    moments = moments_of(torch.eye(2), {"outer"})
-    moments.G.copy_(torch.tensor([[1.0, 9.0], [9.0, 1.0]]))
+    statistics = moments_of(torch.eye(2), {"outer"})
+    statistics.G.copy_(torch.tensor([[1.0, 9.0], [9.0, 1.0]]))
     with pytest.raises(linalg.NumericalError, match="not positive definite"):
-        alps.prune(torch.randn(3, 2), moments, Unstructured(0.5), alps.Config())
+        alps.prune(torch.randn(3, 2), statistics, Unstructured(0.5), alps.Config())
 
 
 def test_alps_in_float64_says_so():
@@ -365,26 +366,26 @@ def test_alps_factors_a_gram_matrix_once_for_all_it_feeds(monkeypatch):
     x, W = torch.randn(64, 16, generator=gen), torch.randn(2, 8, 16, generator=gen)
 
     def alone(W, pattern):
-        moments = Moments(16, frozenset({"outer"}))
-        moments.update(x)
-        return alps.prune(W, moments, pattern, alps.Config()).W_hat
+        statistics = Statistics(16, frozenset({"outer"}))
+        statistics.update(x)
+        return alps.prune(W, statistics, pattern, alps.Config()).W_hat
     want = [alone(w, p) for w in W for p in (Unstructured(0.5), Unstructured(0.7))]
     monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda A: made.append(A.shape) or real(A))
-    moments = Moments(16, frozenset({"outer"}))
-    moments.update(x)
+    statistics = Statistics(16, frozenset({"outer"}))
+    statistics.update(x)
     steps, got = [], []
     for w in W:
         for pattern in (Unstructured(0.5), Unstructured(0.7)):
-            solution = alps.prune(w, moments, pattern, alps.Config())
+            solution = alps.prune(w, statistics, pattern, alps.Config())
             steps.append(solution.info["steps"])
             got.append(solution.W_hat)
     assert len(made) == max(steps) < sum(steps)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     made.clear()
     monkeypatch.setattr(alps, "SHARED", 3 * 4 * 16 * 16)  # room for three factors
-    moments._derived.clear()
+    statistics._derived.clear()
     for w in W:
-        alps.prune(w, moments, Unstructured(0.5), alps.Config())
+        alps.prune(w, statistics, Unstructured(0.5), alps.Config())
     assert len(made) == steps[0] + steps[2] - 3
 
 

@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from oneshot import drawing, figures, report, tables
-from oneshot.page import html, write_html
+from oneshot import report
+from oneshot.report import figures, tables
+from oneshot.report.figures import drawing
+from oneshot.report.page import html, write_html
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")

@@ -11,8 +11,11 @@ from tiny import place, plain_pages  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import oneshot
-from oneshot import data, measure, models, page, report, run, texts
-from oneshot.patterns import parse
+from oneshot import data, measure, models, report
+from oneshot.data import choose
+from oneshot.pipeline import run
+from oneshot.report import page
+from oneshot.prune.patterns import parse
 
 
 @pytest.fixture(scope="module")
@@ -244,8 +247,8 @@ def test_python_knows_the_demo_model():
 
 
 def test_one_sampling_serves_all_runs_of_a_command(place, tmp_path, monkeypatch):  # noqa: F811
-    taken, real = [], texts.calibration
-    monkeypatch.setattr(texts, "calibration", lambda *args: taken.append(real(*args)) or taken[-1])
+    taken, real = [], choose.calibration
+    monkeypatch.setattr(choose, "calibration", lambda *args: taken.append(real(*args)) or taken[-1])
     argv = tiny.flags(place, "--no-dense", method="magnitude,wanda,sparsegpt", calibration="self", evaluate="none",
                       results=tmp_path)
     assert tiny.main(*argv) == 0
@@ -300,10 +303,10 @@ def test_zeros_are_counted_on_what_is_there_after_all_repairs():
     model = families.tiny("llama")
     record = oneshot.prune(model, calibration=torch.randint(3, families.VOCAB, (8, families.T)), method="wanda",
                            progress=False, batch_size=4)
-    row, (name, view) = record["layers"][0], next(models.all_views(model))
-    W = view.get()
+    row, (name, weight) = record["layers"][0], next(models.all_weights(model))
+    W = weight.get()
     W[tuple(W.nonzero()[0])] = 0  # what training or rounding may do
-    view.set(W)
+    weight.set(W)
     plan = {row["name"]: parse("2:4")}
     run.prove(model, plan, record["layers"])
     assert name == row["name"] and row["zeros"] == row["target_zeros"] + 1 and row["surplus"] == 1

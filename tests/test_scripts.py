@@ -156,7 +156,7 @@ def test_packed_runs_says_which_claim_is_broken():
 def test_bench_solvers(tmp_path):
     import bench_solvers
 
-    from oneshot import solvers
+    from oneshot.prune import solvers
 
     bench_solvers.main(["--toy", "--out", str(tmp_path)])
     rows = json.loads((tmp_path / "bench_solvers.json").read_text())["rows"]

@@ -9,12 +9,14 @@ import tiny
 import torch
 from families import VOCAB, T
 
-from oneshot import loop, models, page, report, solvers
-from oneshot.allocate import Linear
-from oneshot.allocate import sensitivity as way
+from oneshot import models, report
+from oneshot.prune import loop, solvers
+from oneshot.report import page
+from oneshot.prune.allocate import Linear
+from oneshot.prune.allocate import sensitivity as way
 from oneshot.data import given
-from oneshot.evaluate.sensitivity import sensitivity
-from oneshot.patterns import Unstructured, parse
+from oneshot.measure.sensitivity import sensitivity
+from oneshot.prune.patterns import Unstructured, parse
 
 QUIET = loop.Options(batch_size=4, progress=False)
 
@@ -52,9 +54,9 @@ def test_a_linear_alone_costs_what_a_plain_forward_says(name):
     dense = plain_loss(model)
     for row in rows[:3] + rows[-2:]:
         other = families.tiny(name)
-        for view in models.linears(models.blocks(other)[1][row["block"]])[0]:
-            if f"{path}.{row['block']}.{view.kind}" == row["name"]:
-                view.set(weights[f"{path}.{row['block']}.{view.name}"])
+        for weight in models.linears(models.blocks(other)[1][row["block"]])[0]:
+            if f"{path}.{row['block']}.{weight.kind}" == row["name"]:
+                weight.set(weights[f"{path}.{row['block']}.{weight.name}"])
         assert row["loss_increase"] == pytest.approx(plain_loss(other) - dense, abs=2e-5)
 
 

@@ -13,10 +13,10 @@ import reference as ref
 import torch
 from problems import groups, layer, moments_of, ref_pattern, removed_of, white
 
-from oneshot import solvers
-from oneshot.linalg import NumericalError
-from oneshot.moments import NEEDS
-from oneshot.patterns import NM, Dense, Unstructured
+from oneshot.prune import solvers
+from oneshot.prune.linalg import NumericalError
+from oneshot.calibrate.statistics import NEEDS
+from oneshot.prune.patterns import Dense, NM, Unstructured
 
 NAMES = solvers.names()
 F64 = {"rtol": 1e-8, "atol": 1e-10}
@@ -57,10 +57,10 @@ FITTING = [pytest.param(shape, p, id=f"{shape[0]}x{shape[1]}-{p!r}") for shape i
 NOTHING_GOES = [Unstructured(0.0), NM(4, 4), Dense()]
 
 
-def run(c, W, X, pattern, moments=None):
-    """The chain's solution with exactly the Moments it says it needs, in W's precision."""
-    moments = moments or moments_of(X, c.needs, W.dtype)
-    return solvers.solve(W, moments, resolved(c, pattern), c.steps)
+def run(c, W, X, pattern, statistics=None):
+    """The chain's solution with exactly the Statistics it says it needs, in W's precision."""
+    statistics = statistics or moments_of(X, c.needs, W.dtype)
+    return solvers.solve(W, statistics, resolved(c, pattern), c.steps)
 
 
 def resolved(c, pattern):
@@ -127,15 +127,15 @@ def test_solution_is_sound(c, shape, pattern):
 def test_pure(c, pattern):
     """Arguments and random state untouched, nothing random; a transposed view (Conv1D) will do as well."""
     W, X = layer(6, 40, 90)
-    moments, fresh = moments_of(X, NEEDS), moments_of(X, NEEDS)
-    W_0, G, state = W.clone(), moments.G.clone(), torch.get_rng_state()
-    first = run(c, W, None, pattern, moments)
+    statistics, fresh = moments_of(X, NEEDS), moments_of(X, NEEDS)
+    W_0, G, state = W.clone(), statistics.G.clone(), torch.get_rng_state()
+    first = run(c, W, None, pattern, statistics)
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(W, W_0) and torch.equal(moments.G, G) and moments.n == fresh.n
+    assert torch.equal(W, W_0) and torch.equal(statistics.G, G) and statistics.n == fresh.n
     for name in ("sum", "sum_sq", "sample"):
-        assert torch.equal(getattr(moments, name), getattr(fresh, name))
+        assert torch.equal(getattr(statistics, name), getattr(fresh, name))
     torch.manual_seed(int(state[0]) + 1)
-    for again in (run(c, W, None, pattern, moments), run(c, W.T.contiguous().T, None, pattern, fresh)):
+    for again in (run(c, W, None, pattern, statistics), run(c, W.T.contiguous().T, None, pattern, fresh)):
         assert torch.equal(again.mask, first.mask) and torch.equal(again.W_hat, first.W_hat)
         assert again.W_hat.data_ptr() != W.data_ptr()
     torch.set_rng_state(state)
@@ -146,15 +146,15 @@ def test_pure(c, pattern):
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
 def test_negative_zero_is_never_stored(c, stored, transposed):
     """Nor for a removed weight, nor for one that was -0.0, nor for one that underflows."""
-    from oneshot.models import View
+    from oneshot.models import Weight
 
     W, X = (t.float() for t in layer(6, 40, 90))
     W[0, :3], W[1] = -0.0, W[1] * 1e-30
     parameter = torch.nn.Parameter((W.T if transposed else W).to(stored).contiguous(), requires_grad=False)
-    view = View("x", "x", torch.nn.Identity(), parameter, None, transposed, stored)
+    weight = Weight("x", "x", torch.nn.Identity(), parameter, None, transposed, stored)
     pattern = resolved(c, NM(2, 4))
-    view.set(run(c, view.get(), X, pattern).W_hat)
-    assert pattern.holds(view.get()) and not (torch.signbit(parameter) & (parameter == 0)).any()
+    weight.set(run(c, weight.get(), X, pattern).W_hat)
+    assert pattern.holds(weight.get()) and not (torch.signbit(parameter) & (parameter == 0)).any()
 
 
 # --- the laws of all ----------------------------------------------------------------------------------------
@@ -184,8 +184,8 @@ def test_order_and_batching_of_tokens_do_not_matter(c, pattern):
     W, X = layer(5, 40, 90)
     whole = run(c, W, X, pattern)
     half = moments_of(X[50:], c.needs) + moments_of(X[:50], c.needs)
-    for moments in (moments_of(X.flip(0), c.needs, batch=11), half):
-        other = run(c, W, None, pattern, moments)
+    for statistics in (moments_of(X.flip(0), c.needs, batch=11), half):
+        other = run(c, W, None, pattern, statistics)
         assert torch.equal(other.mask, whole.mask)
         torch.testing.assert_close(other.W_hat, whole.W_hat, **F64)
 
@@ -284,8 +284,8 @@ def test_refiners_never_add_error(method, dtype, rounding):
                         NM(3, 5)):
             before = run(base, W, X, pattern)
             kept = (before.W_hat.clone(), before.mask.clone())
-            (refiner, cfg), moments = c.steps[-1], moments_of(X, c.needs, dtype)
-            after = refiner.refine(W, before, moments, resolved(c, pattern), cfg)
+            (refiner, cfg), statistics = c.steps[-1], moments_of(X, c.needs, dtype)
+            after = refiner.refine(W, before, statistics, resolved(c, pattern), cfg)
             assert torch.equal(before.W_hat, kept[0]) and torch.equal(before.mask, kept[1])
             assert_sound(after, W, resolved(c, pattern))
             assert ref.layer_error(W, after.W_hat, G) <= ref.layer_error(W, before.W_hat, G) + slack
@@ -413,12 +413,12 @@ def test_sparsegpt_block_is_the_group_unless_named():
 
 
 def test_sparsegpt_singular_gram_says_so_for_every_linear_that_shares_it():
-    moments = moments_of(torch.ones(9, 8), {"outer"})
+    statistics = moments_of(torch.ones(9, 8), {"outer"})
     W = layer(4, 8, 1)[0].float()
     for _ in range(2):
-        info = run(case("sparsegpt", damping=0.0), W, None, NM(2, 4), moments).info
+        info = run(case("sparsegpt", damping=0.0), W, None, NM(2, 4), statistics).info
         assert info["damping"] == 0.01 and "damping raised from 0 to 0.01" in info.pop("warnings")[0]
-    assert run(case("sparsegpt"), W, None, NM(2, 4), moments).info == {"damping": 0.01, "warnings": []}
+    assert run(case("sparsegpt"), W, None, NM(2, 4), statistics).info == {"damping": 0.01, "warnings": []}
 
 
 def test_sparsegpt_counts_dead_inputs_and_clears_their_weights():
@@ -542,16 +542,16 @@ def test_admm_goes_down_the_cubic_schedule():
 
 def test_admm_singular_gram_says_so():
     """Indefinite by rounding: damping is raised up to 1 and the record says so; beyond that it is refused."""
-    moments = moments_of(torch.zeros(1, 2), {"outer"})
+    statistics = moments_of(torch.zeros(1, 2), {"outer"})
     for corner, used in ((1.05, 0.1), (1.5, 1.0), (9.0, None)):
-        moments.outer.copy_(torch.tensor([[1.0, corner], [corner, 1.0]]))
-        moments._derived.clear()
+        statistics.outer.copy_(torch.tensor([[1.0, corner], [corner, 1.0]]))
+        statistics._derived.clear()
         c = case("admm", rho=0.2)
         if used is None:
             with pytest.raises(NumericalError, match="not positive definite"):
-                run(c, torch.ones(3, 2), None, NM(1, 2), moments)
+                run(c, torch.ones(3, 2), None, NM(1, 2), statistics)
             continue
-        info = run(c, torch.ones(3, 2), None, NM(1, 2), moments).info
+        info = run(c, torch.ones(3, 2), None, NM(1, 2), statistics).info
         assert info["damping"] == used and any("raised" in w for w in info["warnings"]) == (used != 0.1)
 
 

@@ -3,7 +3,8 @@
 import pytest
 from test_report import record
 
-from oneshot import report, summary, tables
+from oneshot import report
+from oneshot.report import summary, tables
 
 
 def test_damage_and_sensitivity_are_told():

@@ -10,7 +10,9 @@ import sweep
 import tiny
 from tiny import place  # noqa: F401
 
-from oneshot import report, run, tables
+from oneshot import report
+from oneshot.pipeline import run
+from oneshot.report import tables
 
 
 def write(folder, place, *, models=None, **top):  # noqa: F811

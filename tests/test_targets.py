@@ -8,9 +8,13 @@ import tiny
 import torch
 from families import VOCAB, T
 
-from oneshot import capture, collect, health, linalg, loop, models, page, presets, report, solvers
-from oneshot.moments import Moments
-from oneshot.patterns import NM, Unstructured, parse
+from oneshot import calibrate, models, report
+from oneshot.calibrate import health
+from oneshot.prune import linalg, loop, solvers
+from oneshot.report import page
+from oneshot.settings import presets
+from oneshot.calibrate.statistics import Statistics
+from oneshot.prune.patterns import NM, Unstructured, parse
 
 
 def tokens(n=12, seed=3):
@@ -42,21 +46,21 @@ def prune(model, method="sparsegpt", pattern="2:4", **options):
 def test_target_is_the_ridge_regression_on_the_dense_output():
     gen = torch.Generator().manual_seed(0)
     W, X, X_dense = (torch.randn(*shape, generator=gen, dtype=torch.float64) for shape in ((5, 8), (200, 8), (200, 8)))
-    moments = Moments(8, {"outer", "cross"}, dtype=torch.float64)
+    statistics = Statistics(8, {"outer", "cross"}, dtype=torch.float64)
     for x, d in zip(X.split(60), X_dense.split(60), strict=True):
-        moments.update(x, d)
+        statistics.update(x, d)
     G = X.T @ X / 200
     A = G + 0.01 * G.diagonal().mean() * torch.eye(8, dtype=torch.float64)
     for share in (0.5, 1.0):
         want = W + share * W @ ((X_dense - X).T @ X / 200) @ torch.linalg.inv(A)
-        torch.testing.assert_close(linalg.towards_dense(W, moments, share)[0], want, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(linalg.towards_dense(W, statistics, share)[0], want, rtol=1e-9, atol=1e-9)
 
 
 def test_equal_inputs_leave_the_target_alone():
     W, X = torch.randn(3, 6), torch.randn(50, 6)
-    moments = Moments(6, {"outer", "cross"})
-    moments.update(X, X)
-    assert torch.equal(linalg.towards_dense(W, moments, 1.0)[0], W)
+    statistics = Statistics(6, {"outer", "cross"})
+    statistics.update(X, X)
+    assert torch.equal(linalg.towards_dense(W, statistics, 1.0)[0], W)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "bloom", "falcon-new"])
@@ -74,19 +78,19 @@ def test_aiming_at_the_dense_model_brings_its_outputs_nearer(name, sequential):
 def test_cross_moments_compare_the_same_tokens_of_both_models():
     model = families.tiny("llama")
     _, block_list = models.blocks(model)
-    stream = capture.capture(model, tokens(), batch_size=4)
-    dense, block, teacher = stream.fork(), block_list[0], copy.deepcopy(block_list[0])
-    stream.hidden = [h + 0.1 * torch.randn_like(h) for h in stream.hidden]
-    views, _ = models.linears(block)
+    activations = calibrate.capture(model, tokens(), batch_size=4)
+    dense, block, teacher = activations.fork(), block_list[0], copy.deepcopy(block_list[0])
+    activations.hidden = [h + 0.1 * torch.randn_like(h) for h in activations.hidden]
+    weights, _ = models.linears(block)
     seen = {"pruned": [], "dense": []}
-    for key, b, s in (("pruned", block, stream), ("dense", teacher, dense)):
+    for key, b, s in (("pruned", block, activations), ("dense", teacher, dense)):
         handle = b.mlp.down_proj.register_forward_pre_hook(lambda _, args, key=key: seen[key].append(args[0].clone()))
         for i in range(len(s)):
-            capture.forward(b, s, 0, i)
+            calibrate.forward(b, s, 0, i)
         handle.remove()
-    moments, _, _ = collect.collect(block, stream, 0, views, {"outer", "cross"}, dense=(teacher, dense))
+    statistics, _, _ = calibrate.collect(block, activations, 0, weights, {"outer", "cross"}, dense=(teacher, dense))
     x, d = (torch.cat(seen[key]).reshape(-1, 48) for key in ("pruned", "dense"))
-    torch.testing.assert_close(moments["mlp.down_proj"].cross, (d - x).T @ x, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(statistics["mlp.down_proj"].cross, (d - x).T @ x, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("name, experts", [("mixtral", 2), ("deepseek_v3", 1), ("qwen2_moe", 2), ("gpt_oss", 2)])
@@ -99,14 +103,14 @@ def test_experts_keep_their_own_target_and_the_rest_aims(name, experts):
                               on_block=lambda b, *_: done.append(b))
     prune(plain)
     own = {row["name"] for row in result.layers if row["info"].get("dense_target") == 0.0}
-    fused = {n for n, v in models.all_views(aimed) if v.expert is not None}
+    fused = {n for n, v in models.all_weights(aimed) if v.expert is not None}
     idle = {n for n in fused if any(n in w and "no calibration token" in w for w in result.warnings)}
     assert done == [0, 1] and own == fused - idle and len({n.split(".")[2] for n in own}) == experts
     [warning] = [w for w in result.warnings if w.startswith("dense target 0.5")]
     assert f"{len(own)} of {len(result.layers)} linears" in warning
-    moved = {n for (n, v), (_, u) in zip(models.all_views(aimed), models.all_views(plain), strict=True)
+    moved = {n for (n, v), (_, u) in zip(models.all_weights(aimed), models.all_weights(plain), strict=True)
              if not torch.equal(v.get(), u.get())}
-    attention = {n for n, _ in models.all_views(aimed) if "attn" in n and n.split(".")[2] == "1"}
+    attention = {n for n, _ in models.all_weights(aimed) if "attn" in n and n.split(".")[2] == "1"}
     assert attention and attention <= moved  # block 0's inputs are the dense model's
 
 
@@ -141,7 +145,7 @@ def test_experts_made_of_linears_are_not_compared_either():
         block.mlp = Routed(block.mlp)
     result = prune(model, dense_target=0.5)
     own = {row["name"] for row in result.layers if row["info"].get("dense_target") == 0.0}
-    assert own == {n for n, _ in models.all_views(model) if ".experts." in n}
+    assert own == {n for n, _ in models.all_weights(model) if ".experts." in n}
     assert sum("12 of 20 linears" in w for w in result.warnings) == 1
 
 
@@ -180,11 +184,11 @@ def test_shared_inputs_solve_each_linear_on_the_dense_models_inputs(name):
         path, block_list = models.blocks(own)
         assert len(result.layers) == len(weights) == sum(len(models.linears(b)[0]) for b in block_list)
         for b, block in enumerate(block_list):
-            for view in models.linears(block)[0]:
-                full = f"{path}.{b}.{view.name}"
+            for weight in models.linears(block)[0]:
+                full = f"{path}.{b}.{weight.name}"
                 assert torch.equal(weights[full], alone[full])
                 if b == 0:
-                    torch.testing.assert_close(weights[full], view.get(), rtol=1e-4, atol=1e-5)
+                    torch.testing.assert_close(weights[full], weight.get(), rtol=1e-4, atol=1e-5)
 
 
 class Calls:
@@ -206,8 +210,8 @@ def test_shared_targets_share_the_pass_and_the_factorisations(monkeypatch):
     targets = [(loop.make_plan(model, parse(p), steps_of(m)), steps_of(m)) for m, p in ways]
     for n in (1, len(ways)):
         with monkeypatch.context() as patch:
-            captured, collected = Calls(patch, capture, "capture"), Calls(patch, collect, "collect")
-            passed, factored = Calls(patch, capture, "forward"), Calls(patch, linalg, "_upper_factor")
+            captured, collected = Calls(patch, calibrate, "capture"), Calls(patch, calibrate, "collect")
+            passed, factored = Calls(patch, calibrate, "forward"), Calls(patch, linalg, "_upper_factor")
             scaled = Calls(patch, linalg, "_unit_gram")
             loop.prune_shared(model, tokens(), None, targets[:n], loop.Options(batch_size=4, progress=False))
         assert (captured.n, collected.n, passed.n) == (1, 2, 2 * 2 * 3)  # to collect, to carry on
@@ -311,16 +315,16 @@ def test_mix_is_refused_before_any_work(tmp_path, capsys, monkeypatch):
 def test_survey_sees_the_dense_model():
     model = families.tiny("llama")
     _, block_list = models.blocks(model)
-    first = capture.capture(model, tokens(), batch_size=4)
+    first = calibrate.capture(model, tokens(), batch_size=4)
     want = {}
     for b, block in enumerate(block_list):
-        moments, _, _ = collect.collect(block, first, b, models.linears(block)[0], {"outer"})
-        want |= {(b, n): m.outer.clone() for n, m in moments.items()}
-        capture.replay(block, first, b)
+        statistics, _, _ = calibrate.collect(block, first, b, models.linears(block)[0], {"outer"})
+        want |= {(b, n): m.outer.clone() for n, m in statistics.items()}
+        calibrate.replay(block, first, b)
     tight = loop.Options(batch_size=4, progress=False, gram_budget=1)  # one Gram matrix at a time
     found = {}
-    for b, _, views, moments in loop.survey(model, tokens(), None, {"outer"}, tight):
-        found |= {(b, v.name): moments[v.name].outer.clone() for v in views}
+    for b, _, weights, statistics in loop.survey(model, tokens(), None, {"outer"}, tight):
+        found |= {(b, v.name): statistics[v.name].outer.clone() for v in weights}
     assert found.keys() == want.keys()
     for key in want:
         torch.testing.assert_close(found[key], want[key])
@@ -328,8 +332,8 @@ def test_survey_sees_the_dense_model():
 
 @pytest.mark.parametrize("effort", presets.EFFORTS)
 def test_every_effort_is_made_of_flags_that_exist(effort):
-    from oneshot import cli
-    [cfg] = [c for c in cli.parse(["--method", "best", "--effort", str(effort), "--pattern", "2:4"]) if c.prunes]
+    from oneshot.settings import flags
+    [cfg] = [c for c in flags.parse(["--method", "best", "--effort", str(effort), "--pattern", "2:4"]) if c.prunes]
     flags = presets.EFFORTS[effort][1]
     assert cfg.preset == f"best-{effort}" and cfg.method == flags["method"]
     for name, value in flags.items():
@@ -339,15 +343,15 @@ def test_every_effort_is_made_of_flags_that_exist(effort):
 
 
 def test_what_is_given_beside_a_preset_wins():
-    from oneshot import cli
-    [cfg] = [c for c in cli.parse(["--method", "best", "--pattern", "2:4", "--recover", "block", "--block.steps", "7"])
+    from oneshot.settings import flags
+    [cfg] = [c for c in flags.parse(["--method", "best", "--pattern", "2:4", "--recover", "block", "--block.steps", "7"])
              if c.prunes]
     assert list(cfg.recovery) == ["block"] and cfg.recovery["block"].steps == 7
 
 
 @pytest.mark.parametrize("effort", [0, 6])
 def test_unknown_effort(effort, capsys):
-    from oneshot import run
+    from oneshot.pipeline import run
     assert run.main(["--method", "best", "--effort", str(effort)]) == 2
     assert f"--effort {effort}: give 1 to 5" in capsys.readouterr().err
 
@@ -451,8 +455,8 @@ def test_a_changed_preset_has_a_star():
 
 
 def test_a_flag_for_another_methods_part_is_no_star():
-    from oneshot import cli
-    runs = cli.parse(["--method", "best,sparsegpt", "--pattern", "2:4", "--sparsegpt.damping", "0.1", "--no-dense"])
+    from oneshot.settings import flags
+    runs = flags.parse(["--method", "best,sparsegpt", "--pattern", "2:4", "--sparsegpt.damping", "0.1", "--no-dense"])
     assert [r.preset for r in runs] == ["best-3", None]
-    runs = cli.parse(["--method", "best", "--effort", "1", "--pattern", "2:4", "--sparsegpt.damping", "0.1"])
+    runs = flags.parse(["--method", "best", "--effort", "1", "--pattern", "2:4", "--sparsegpt.damping", "0.1"])
     assert runs[0].preset == "best-1*"

@@ -8,8 +8,9 @@ import sys
 import pytest
 import tiny
 
-from oneshot import accuracy, models
-from oneshot.evaluate import tasks
+from oneshot import models
+from oneshot.report import accuracy
+from oneshot.measure import tasks
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install lm-eval)")
 YAML = """task: letters

@@ -7,7 +7,7 @@ import tiny
 import torch
 from tiny import place, plain_pages  # noqa: F401
 
-from oneshot import verify
+from oneshot.checkpoint import verify
 
 pytestmark = pytest.mark.usefixtures("plain_pages")
 UP = "model.layers.1.mlp.up_proj"

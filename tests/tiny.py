@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from oneshot import page, run
+from oneshot.pipeline import run
+from oneshot.report import page
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 ALPHABET = "abcdefghijklmnopqrstuvwxyz .\n"

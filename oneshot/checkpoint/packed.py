@@ -1,0 +1,172 @@
+"""Packed checkpoints: every 2:4 linear at 0.5625x of its dense bytes, loaded by plain `from_pretrained`.
+
+    import oneshot                                                    # registers the format with transformers
+    model = AutoModelForCausalLM.from_pretrained("llama-2of4-packed")   # linears are oneshot_kernels.Sparse24Linear
+
+On disk a packed linear has its own key with the packed shape, `...weight` (R, C/2), and `...metadata` (R, ceil(C/8))
+uint8 beside it, as oneshot_kernels/reference.py defines them. A transformers that was not told of the format only warns
+of an unknown quantisation method, builds dense linears and meets tensors of another shape: it raises, and can never run
+with weights made up. The config names linears, never code.
+"""
+
+from oneshot_kernels import Sparse24Linear, pack, reference
+from safetensors import safe_open
+from torch import nn
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .. import models
+
+METHOD = "oneshot_2of4"
+HINT = "run `import oneshot` before from_pretrained"
+
+
+@register_quantization_config(METHOD)
+class PackedConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a packed checkpoint: which linears are packed."""
+
+    def __init__(self, linears=(), to_load=HINT, **kwargs):
+        self.quant_method = METHOD
+        self.linears, self.to_load = list(linears), to_load
+        unknown = set(kwargs) - {"quant_method"}
+        if unknown:
+            raise ValueError(f"quantization_config of {METHOD}: unknown entries {', '.join(sorted(unknown))}")
+
+
+@register_quantizer(METHOD)
+class PackedQuantizer(HfQuantizer):
+    """Puts packed linears in place of dense ones before transformers fills them from the files."""
+
+    requires_calibration = True  # transformers' word for: dense checkpoints are not packed while they load
+
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+        for name in self.quantization_config.linears:
+            replace(model, name, empty_like(linear_named(model, name)))
+        check_files(checkpoint_files or (), len(self.quantization_config.linears))
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        for name in self.quantization_config.linears:
+            linear = model.get_submodule(name)
+            try:
+                reference.check(*linear.packed[:2])  # the GPU kernels trust what they are given
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+            linear.prepare()
+        return model
+
+    def is_serializable(self, *args, **kwargs):
+        return True
+
+    @property
+    def is_trainable(self):
+        return False
+
+    @property
+    def is_compileable(self):
+        return True  # else `generate` with a static cache would run uncompiled, without a word
+
+
+def check_files(files, n):
+    """Raise ValueError unless the files hold `n` packed weights: transformers would only report what is missing."""
+    keys = set()
+    for file in files:
+        with safe_open(file, "pt") as f:
+            keys.update(f.keys())
+    stems = {key.removesuffix("metadata") for key in keys if key.endswith(".metadata")}
+    whole = sum(f"{stem}weight" in keys for stem in stems)
+    if files and not n == whole == len(stems):
+        raise ValueError(f"the config names {n} packed linears, the files hold {whole} whole ones and "
+                         f"{len(stems) - whole} without their weight: the folder is incomplete, fetch it again")
+
+
+def pack_model(model, names):
+    """Pack the linears called `names` in place; the model then saves as a packed checkpoint.
+
+    Raises ValueError naming the linear that is not 2:4.
+    """
+    for name in names:
+        linear = linear_named(model, name)
+        weight = linear.weight.data.T if is_conv1d(linear) else linear.weight.data
+        try:
+            values, metadata, _ = pack(weight.contiguous())
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        replace(model, name, Sparse24Linear.from_packed(values, metadata, linear.bias))
+    model.config.quantization_config = PackedConfig(names)
+    model.hf_quantizer = PackedQuantizer(model.config.quantization_config, pre_quantized=True)
+    return model
+
+
+def pack_checkpoint(model, tensors):
+    """Pack every linear of a manifest's `tensors` that can be, in place; what the manifest should say of it.
+
+    Raises ValueError naming `--format` when there is none.
+    """
+    names, left = [], {}
+    modules = dict(model.named_modules())
+    for name, entry in tensors.items():
+        if entry["pattern"] != "2:4":
+            left[name] = f"pattern {entry['pattern']}, the packed format is for 2:4"
+        elif name not in modules:
+            left[name] = "a fused expert, the packed format is for single linears"
+        else:
+            names.append(name)
+    if not names:
+        raise ValueError("--format packed: this model has no single linear pruned to 2:4")
+    pack_model(model, names)
+    packed, dense = bytes_of(model)
+    return {"format": "packed", "left_dense": left,
+            "packed": {"linears": len(names), "bytes": packed, "dense_bytes": dense}}
+
+
+def linear_named(model, name):
+    """The linear of that name. Raises ValueError when the model has none: config and architecture do not fit."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        module = None
+    if not isinstance(module, (nn.Linear, models.Conv1D)):
+        raise ValueError(f"quantization_config names {name}, which is no linear of {type(model).__name__}")
+    return module
+
+
+def is_conv1d(linear):
+    return isinstance(linear, models.Conv1D)
+
+
+def empty_like(linear):
+    """A packed linear of the same shape, dtype and bias, for a checkpoint to fill."""
+    R, C = linear.weight.shape[::-1] if is_conv1d(linear) else linear.weight.shape
+    return Sparse24Linear(C, R, linear.bias is not None, device=linear.weight.device, dtype=linear.weight.dtype)
+
+
+def replace(model, name, module):
+    """Put a module where the one called `name` is."""
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
+
+
+def linears(model):
+    """The packed linears of a model."""
+    return [m for m in model.modules() if isinstance(m, Sparse24Linear)]
+
+
+def bytes_of(model):
+    """(packed bytes, what the same weights take dense)."""
+    packed = dense = 0
+    for m in linears(model):
+        values, metadata, (R, C) = m.packed
+        packed += values.numel() * values.element_size() + metadata.numel()
+        dense += R * C * values.element_size()
+    return packed, dense
+
+
+def to_dense(model):
+    """Packed linears replaced by nn.Linear holding the same weights; for checks and for what needs dense modules."""
+    for name, m in list(model.named_modules()):
+        if isinstance(m, Sparse24Linear):
+            linear = nn.Linear(m.in_features, m.rows, m.bias is not None, device="meta")
+            linear.weight = nn.Parameter(m.dense(), requires_grad=False)
+            linear.bias = m.bias
+            replace(model, name, linear)
+    return model

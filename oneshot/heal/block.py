@@ -1,0 +1,124 @@
+"""Block: train a pruned block's kept weights to give the dense block's outputs (reconstruction, arXiv 2510.14444).
+
+    X     the block's input in the pruned model, (B, T, H)
+    Y     the dense block's output on the dense model's input, (B, T, H)
+    loss  ‖block(X) - Y‖² / ‖Y - X‖², over the tokens that are no padding
+
+The teacher runs on DENSE inputs, so a block makes up for what the blocks before it have lost. Memory: one block, its
+gradients, Adam's two averages, two snapshots, and the dense model's hidden states beside the pruned one's.
+
+`unit parts` trains attention first, then the MLP. A block whose MLP gives zeros, block₀, ends with the hidden state
+behind attention's residual addition, X + attention(norm(X)), in whatever way the family writes its block:
+
+    attention   ‖block₀(X) - Y₀‖² / ‖Y₀ - X‖² over the parameters that reach block₀'s output; Y₀ is the dense block₀'s
+    MLP         the loss above over all others: where both read one norm (parallel blocks), the norm is attention's
+
+Either takes `steps` updates. Y₀ is one more set of hidden states. What stands beside attention and MLP (experts, Gemma
+3n's and 4's per-layer inputs) counts as MLP.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from .. import calibrate, models
+from . import Trainable, check, fit, mean
+
+UNITS = ("block", "parts")
+
+
+@dataclass(frozen=True)
+class Config:
+    unit: str = field(default="block", metadata={
+        "help": "what is trained at once: the whole block, or its parts: attention, then the MLP", "choices": UNITS})
+    steps: int = field(default=200, metadata={"help": "updates a unit, one batch of windows each"})
+    lr: float = field(default=0.03, metadata={"help": "learning rate as a share of each tensor's root mean square"})
+
+    def __post_init__(self):
+        check(self, "block")
+        if self.unit not in UNITS:
+            raise ValueError(f"--block.unit {self.unit}: give {' or '.join(UNITS)}")
+
+
+def check_model(model, cfg, device):
+    """Raise ValueError naming `--block.unit` where a block of the model has no such parts."""
+    if cfg.unit == "parts":
+        for b, block in enumerate(models.blocks(model)[1]):
+            try:
+                models.mlp(block)
+            except ValueError as error:
+                raise ValueError(f"--block.unit parts: block {b}: {error}; use --block.unit block") from None
+
+
+def repair(block, dense, b, stored, cfg, seed):
+    """Look at the resident dense `block`, number b; a function that trains the pruned one in place.
+
+    dense: the dense model's stream at this block. stored: {parameter: dtype to save in}. The function takes the pruned
+    model's stream at this block and the dense block's outputs, one (B, T, H) a batch; plain values for the record.
+    """
+    middle = None
+    if cfg.unit == "parts":
+        to_middle = dense.fork()
+        with models.silent(models.mlp(block)):
+            calibrate.replay(block, to_middle, b)
+        middle = to_middle.hidden
+
+    def mend(activations, targets):
+        with models.resident(models.tensors_of(block), activations.device, write_back=True, dtype=torch.float32):
+            if middle is None:
+                return train(block, activations, b, targets, stored, cfg, seed, models.untouched(block))
+            return train_parts(block, activations, b, middle, targets, stored, cfg, seed)
+    return mend
+
+
+def distance(block, activations, b, targets):
+    """The loss: its value on batch i."""
+    def loss(i):
+        out = calibrate.forward(block, activations, b, i).float()
+        Y, X = (t.to(activations.device).float() for t in (targets[i], activations.hidden[i]))
+        if activations.rows[i] is not None:
+            out, Y, X = (t.reshape(-1, t.shape[-1])[activations.rows[i]] for t in (out, Y, X))
+        return (out - Y).square().sum() / (Y - X).square().sum()
+    return loss
+
+
+def train(block, activations, b, targets, stored, cfg, seed, leave):
+    """Train all but the parameters named in `leave`."""
+    with Trainable(block, stored, leave) as trainable:
+        return fit(trainable, distance(block, activations, b, targets), activations.held, steps=cfg.steps, lr=cfg.lr,
+                   seed=seed + b)
+
+
+def train_parts(block, activations, b, middle, targets, stored, cfg, seed):
+    """Train attention, then the MLP; both are undone where the whole block got worse."""
+    leave = models.untouched(block)
+    whole = Trainable(block, stored, leave)
+    loss, held = distance(block, activations, b, targets), [i for i, apart in enumerate(activations.held) if apart]
+    before, start = mean(loss, held), whole.snapshot()
+    with models.silent(models.mlp(block)):
+        ahead = reached(whole, block, activations, b)
+        attention = train(block, activations, b, middle, stored, cfg, seed, leave | (set(whole.parameters) - ahead))
+    mlp = train(block, activations, b, targets, stored, cfg, seed, leave | ahead)
+    parts = {"attention": attention, "mlp": mlp}
+    warnings = [f"{part}: {w}" for part, info in parts.items() for w in info.pop("warnings")]
+    after = mean(loss, held)
+    if held and after > before:
+        whole.restore(start)
+        warnings.append(f"attention and MLP one by one made the held-out loss worse, {before:.3g} to {after:.3g}: "
+                        "left as it was")
+        after = before
+    return {"steps": attention["steps"] + mlp["steps"], "held_out_before": before, "held_out_after": after,
+            "parts": parts, "warnings": warnings}
+
+
+@torch.enable_grad()
+def reached(trainable, block, activations, b):
+    """Names of the parameters that bear on the block's output, seen on the first batch."""
+    for p in trainable.parameters.values():
+        p.requires_grad_(True)
+    out = calibrate.forward(block, activations, b, 0)
+    at_random = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
+    gradients = torch.autograd.grad(out, list(trainable.parameters.values()), at_random, allow_unused=True)
+    for p in trainable.parameters.values():
+        p.requires_grad_(False)
+    return {name for name, g in zip(trainable.parameters, gradients, strict=True) if g is not None and bool(g.any())}

@@ -1,0 +1,158 @@
+"""Transformer blocks: find them, bring tensors to the device, go over a model one block at a time.
+
+    block       one transformer layer, whatever its family calls it
+    offloaded   where and as a tensor is kept while nothing computes with it (here: in CPU memory, in its stored dtype)
+    resident    on the device, in the dtype that is computed in
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from .weights import Weight, weights_of
+
+
+def config_of(model: nn.Module):
+    """The text part of a model's configuration."""
+    return model.config.get_text_config(decoder=True)
+
+
+def max_positions(model: nn.Module) -> int | None:
+    """Longest sequence the model was made for, or None when it does not say."""
+    return getattr(config_of(model), "max_position_embeddings", None)
+
+
+def decoder(model: nn.Module) -> nn.Module:
+    """The part of the model that embeds and runs the blocks, without the output head."""
+    inner = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if inner is None or inner is model or isinstance(inner, nn.Linear):  # ModernBERT calls its output head so
+        inner = model.base_model
+    return inner
+
+
+def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """(name of the list, ModuleList of the transformer blocks).
+
+    Raises ValueError when no ModuleList has the configuration's number of layers.
+    """
+    n = config_of(model).num_hidden_layers
+    inner = decoder(model)
+    classes = set(getattr(model, "_no_split_modules", None) or ())
+    lists = [(name, m) for name, m in model.named_modules()
+             if isinstance(m, nn.ModuleList) and len(m) == n and any(m is part for part in inner.modules())]
+    named = [(name, m) for name, m in lists if type(m[0]).__name__ in classes]
+    if not lists:
+        raise ValueError(f"--model: {type(model).__name__} has no list of {n} transformer blocks; "
+                         "only decoder-only transformers models can be pruned")
+    return (named or lists)[0]
+
+
+@dataclass
+class Block:
+    """One transformer block on the way through a model.
+
+    name: in the model, "model.layers.3". weights: all that can be pruned, fully named. skipped: [(full parameter name,
+    why it is left alone)]. stored: {parameter name within the block: dtype it is saved in}. changed: set it to True
+    before the next block to carry what was written to the resident parameters back to the offloaded ones.
+    """
+
+    number: int
+    name: str
+    module: nn.Module
+    weights: list[Weight]
+    skipped: list[tuple[str, str]]
+    stored: dict[str, torch.dtype]
+    changed: bool = False
+
+
+def walk(model: nn.Module, device: str | torch.device | None = None, *, start: int = 0,
+         bar: tqdm | None = None) -> Iterator[Block]:
+    """Yield the model's blocks from number `start` on, one at a time, each resident on `device`.
+
+    device: None leaves the blocks offloaded, to look at or to change as they are stored. bar: moves on by one a block.
+
+    The only place that goes over a model: what streams one from disk, or divides it among processes, changes this.
+    """
+    path, block_list = blocks(model)
+    for number, module in enumerate(block_list):
+        if number < start:
+            continue
+        name = f"{path}.{number}"
+        weights, skipped = weights_of(module, name)
+        block = Block(number, name, module, weights, skipped, {n: p.dtype for n, p in module.named_parameters()})
+        if device is None:
+            yield block
+        else:
+            with resident(tensors_of(module), device, write_back=lambda block=block: block.changed):
+                yield block
+        if bar is not None:
+            bar.update()
+
+
+def all_weights(model: nn.Module) -> Iterator[Weight]:
+    """Every prunable weight of an offloaded model, fully named."""
+    for block in walk(model):
+        yield from block.weights
+
+
+def skipped(model: nn.Module) -> list[tuple[str, str]]:
+    """[(parameter name, why)] of every matrix that is not pruned, outside the blocks and within them."""
+    return outside(model) + [entry for block in walk(model) for entry in block.skipped]
+
+
+def outside(model: nn.Module) -> list[tuple[str, str]]:
+    """[(parameter name, why)] of the matrices outside the blocks: they are never pruned."""
+    inside = {id(p) for p in blocks(model)[1].parameters()}
+    embedding, head = (getattr(m, "weight", None) for m in (model.get_input_embeddings(),
+                                                            model.get_output_embeddings()))
+    def why(p):
+        tied = p is embedding and p is head
+        return "embedding, tied to the output head" if tied else "embedding" if p is embedding else \
+            "output head" if p is head else "outside the transformer blocks"
+    return [(name, why(p)) for name, p in model.named_parameters() if p.ndim >= 2 and id(p) not in inside]
+
+
+def compute_dtype(device: str | torch.device, stored: torch.dtype) -> torch.dtype:
+    """float32 on a CPU (half precision is emulated or crippled there), else the stored dtype."""
+    return torch.float32 if torch.device(device).type == "cpu" and stored != torch.float64 else stored
+
+
+@contextlib.contextmanager
+def resident(tensors: Iterable[torch.Tensor], device, *, write_back=False, dtype: torch.dtype | None = None):
+    """Bring parameters and buffers to `device` in their compute dtype; at the end put them where and as they were.
+
+    write_back: whether parameters may have changed and are carried back; or a function that says so at the end. dtype:
+    to compute in (default: `compute_dtype`). Buffers keep theirs (rotary frequencies are float32 on purpose). Nothing
+    is copied where nothing changes.
+    """
+    away = []
+    try:
+        for t in {id(t): t for t in tensors}.values():
+            kept = t.data
+            weight = isinstance(t, nn.Parameter) and t.is_floating_point()
+            there = kept.to(device, (dtype or compute_dtype(device, t.dtype)) if weight else t.dtype)
+            if there is not kept:
+                away.append((t, kept, weight))
+                t.data = there
+        yield
+    finally:
+        carry = write_back() if callable(write_back) else write_back
+        for t, kept, weight in away:
+            if carry and weight:
+                kept.copy_(t.data)
+            t.data = kept
+
+
+def tensors_of(module: nn.Module) -> list[torch.Tensor]:
+    """Parameters and buffers of a module."""
+    return [*module.parameters(), *module.buffers()]
+
+
+def rest_of(module: nn.Module, block_list: nn.ModuleList) -> list[torch.Tensor]:
+    """Parameters and buffers of `module` outside the blocks."""
+    inside = {id(t) for t in tensors_of(block_list)}
+    return [t for t in tensors_of(module) if id(t) not in inside]

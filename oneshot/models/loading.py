@@ -1,0 +1,69 @@
+"""Load a model and its tokenizer; know its weights again by their fingerprint."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+DEMO = Path(__file__).parent.parent / "demo" / "model"
+
+
+def load(name: str | Path, *, dtype: str = "auto", revision: str | None = None, cache_dir: str | None = None,
+         trust_remote_code: bool = False, attn_implementation: str | None = None, flag: str = "--model"):
+    """(model, tokenizer) of a local folder, a hub name or "demo", on the CPU, weights in `dtype` ("auto": as stored).
+
+    Only safetensors are read. Raises ValueError naming `flag` when there is nothing loadable.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = DEMO if str(name) == "demo" else Path(name)
+    local, said = path.is_dir(), f"{flag} {name}".strip()
+    if local:
+        check_folder(path, said)
+    elif str(name).count("/") > 1 or str(name).startswith((".", "/", "~")) or path.exists():
+        raise ValueError(f"{said}: no such folder")
+    options = {"revision": revision, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
+    source = str(path) if local else str(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, attn_implementation=attn_implementation,
+            output_loading_info=True, **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        where = "" if local else "no such folder here, and as a hub name it "
+        raise ValueError(f"{said}: {where}cannot be loaded ({first_line})") from error
+    if info["missing_keys"]:  # transformers would go on with random numbers
+        missing = sorted(info["missing_keys"])
+        raise ValueError(f"{said}: its files lack {len(missing)} tensors, such as {missing[0]}; fetch it again")
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def quiet() -> None:
+    """Keep transformers' bars and remarks off stderr: what matters in them is an error or a warning of ours."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def check_folder(path: Path, said: str) -> None:
+    """Raise ValueError unless `path` holds a config and safetensors weights."""
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{said}: no config.json in this folder, so it is no Hugging Face model")
+    if not any(path.glob("*.safetensors")):
+        pickles = any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth"))
+        raise ValueError(f"{said}: " + (
+            "its weights are pickle files, which can run code when loaded; save it as safetensors first"
+            if pickles else "no safetensors weights in this folder"))
+
+
+def fingerprint(model: nn.Module) -> str:
+    """sha256 of every parameter's name, dtype, shape and bytes: which weights a run started from."""
+    digest = hashlib.sha256()
+    for name, p in model.named_parameters():
+        digest.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
+        digest.update(p.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy())
+    return digest.hexdigest()

@@ -1,0 +1,78 @@
+"""What is refused before anything is computed: settings that mean nothing together, places that cannot be written,
+devices and models that cannot be used. Each raises ValueError naming the flag.
+"""
+
+from pathlib import Path
+
+import torch
+
+from .. import checkpoint, heal, models
+from ..prune import patterns
+from ..runtime import environment
+from ..measure import prompts, tasks
+from ..prune.solvers import chain
+
+
+def check(configs):
+    """Refuse what can be refused before a model is loaded. Raises ValueError naming the flag."""
+    for cfg in configs:
+        check_devices(cfg)
+        check_target(cfg)
+        if cfg.format == "packed" and cfg.prunes and (cfg.pattern != "2:4" or not cfg.save):
+            raise ValueError("--format packed: goes with --pattern 2:4 and --save")
+        if cfg.save:
+            checkpoint.owner_of(cfg.save)
+            environment.check_writable(cfg.save, "--save")
+            if Path(cfg.save).resolve() == Path(cfg.model).resolve():
+                raise ValueError(f"--save {cfg.save}: is the model's own folder; choose another")
+        environment.check_writable(cfg.results, "--results")
+    if configs[0].task_names:
+        tasks.check(configs[0].task_names, configs[0].task_path, configs[0].task_limit)
+    if configs[0].prompts:
+        prompts.read(configs[0].prompts)
+    first = configs[0]
+    if (first.divergence or first.damage or first.sensitivity != "none") and not first.evaluations:
+        raise ValueError("--divergence, --damage, --sensitivity: need a text to compare on; give --evaluate")
+
+
+def check_target(cfg):
+    """Refuse combinations of what to aim at that mean nothing."""
+    if cfg.prunes and cfg.dense_target and not any(module.updates for module in chain(cfg.method)):
+        raise ValueError(f"--dense-target {cfg.dense_target:g}: --method {cfg.method} leaves the weights it keeps as "
+                         f"they are, so it cannot aim anywhere; use {cfg.method}+refit or sparsegpt")
+    spreads = isinstance(patterns.parse(cfg.pattern), patterns.Unstructured) if cfg.prunes else True
+    if not spreads and cfg.allocate not in ("uniform", "mix"):
+        raise ValueError(f"--allocate {cfg.allocate}: spreads a sparsity such as --pattern 0.5; {cfg.pattern} is the "
+                         "same everywhere (--allocate mix mixes patterns)")
+    own = {"--dense-target": cfg.dense_target, "--recover": cfg.recoveries, "--true-sequential": cfg.true_sequential,
+           "--stop-on-collapse": cfg.stop_on_collapse}
+    for flag, value in own.items():
+        if cfg.prunes and cfg.shared_inputs and value:
+            whole = f" (part of {cfg.preset})" if cfg.preset else ""
+            raise ValueError(f"{flag}{whole}: needs each run's own pruned inputs, so it does not go with "
+                             "--shared-inputs")
+
+
+def check_devices(cfg):
+    environment.check_device(cfg.device)
+    if cfg.activations:
+        environment.check_device(cfg.activations, "--activations")
+
+
+def check_recovery(cfg, model):
+    """Raise ValueError where this model cannot be repaired on this device in the way asked for."""
+    for name, own in cfg.recovery.items():
+        heal.module(name).check_model(model, own, cfg.device)
+
+
+def check_model(model):
+    """Raise ValueError for a model that does not predict the next token, or naming a parameter that is not finite."""
+    _, block_list = models.blocks(model)
+    causal = [m.is_causal for m in block_list.modules() if isinstance(getattr(m, "is_causal", None), bool)]
+    if causal and not any(causal):  # AutoModelForCausalLM loads BERT without a word
+        raise ValueError(f"--model: {type(model).__name__} looks at the tokens to come, so it is an encoder; only "
+                         "decoder-only models can be pruned")
+    for name, p in model.named_parameters():
+        if p.is_floating_point() and not torch.isfinite(p).all():
+            raise ValueError(f"--model: {name} holds weights that are not finite; the checkpoint is damaged, "
+                             "fetch or convert it again")

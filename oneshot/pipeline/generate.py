@@ -1,0 +1,123 @@
+"""`python -m oneshot.generate DIR --prompt "..."`: continue a text with a model, dense or packed, and say how fast.
+
+With `--compare OTHER_DIR` the other model continues the same prompt, and both stand side by side: text, time to the
+first token, tokens a second after it, peak memory. Greedy unless `--temperature` is given.
+"""
+
+import argparse
+import gc
+import sys
+import time
+
+import torch
+
+from .. import models
+from ..runtime import environment
+from ..settings import flags
+from ..settings.config import DTYPES
+from ..checkpoint.packed import linears
+from .run import one_line
+
+
+class Clock:
+    """A streamer for `generate` that notes when each token came."""
+
+    def __init__(self, device):
+        self.device, self.times = torch.device(device), []
+
+    def put(self, value):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.times.append(time.perf_counter())
+
+    def end(self):
+        """Nothing is left to note."""
+
+
+def measure(name, flag, prompt, args):
+    """Continue `prompt` with the model `name`: its text, seconds to the first token, tokens a second, bytes.
+
+    The first generation warms up and is not timed.
+    """
+    gc.collect()
+    environment.reset_peak_memory(args.device)
+    on_cpu = torch.device(args.device).type == "cpu"
+    model, tokenizer = models.load(name, flag=flag,
+                                   dtype="float32" if on_cpu and args.dtype == "auto" else args.dtype)
+    model.to(args.device)
+    packed = bool(linears(model))
+    if packed and not on_cpu:  # q, k, v and gate, up in one launch each
+        from oneshot_kernels import sparsify
+
+        sparsify(model)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(args.device)
+    length = inputs["input_ids"].shape[1]
+    if not length:
+        raise ValueError("--prompt: not a single token; give some text")
+    most = models.max_positions(model)
+    if most and length + args.max_new_tokens > most:
+        raise ValueError(f"--max-new-tokens {args.max_new_tokens}: with a prompt of {length} tokens that is more than "
+                         f"the {most} positions of {name}")
+    sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
+    options = {"max_new_tokens": args.max_new_tokens, "min_new_tokens": args.max_new_tokens, **sampling,
+               "pad_token_id": tokenizer.pad_token_id or tokenizer.eos_token_id or 0}
+    if args.static:
+        options["cache_implementation"] = "static"
+    for _ in range(2):
+        torch.manual_seed(args.seed)
+        clock = Clock(args.device)
+        began = time.perf_counter()
+        out = model.generate(**inputs, **options, streamer=clock)
+    times = clock.times[1:]  # the first call brings the prompt
+    return {"model": str(name) + (" (packed)" if packed else ""),
+            "text": tokenizer.decode(out[0, length:], skip_special_tokens=True), "tokens": len(times),
+            "first_s": times[0] - began,
+            "tokens_per_s": (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else float("nan"),
+            "peak_bytes": environment.peak_memory(args.device),
+            "weights_bytes": sum(t.numel() * t.element_size() for t in models.tensors_of(model))}
+
+
+def show(rows, prompt):
+    """Continuations, then one line a model."""
+    lines = []
+    for row in rows:
+        lines += [f"--- {row['model']}", prompt + row["text"], ""]
+    width = max(len(row["model"]) for row in rows)
+    lines.append(f"{'model':<{width}}  first token s  tokens/s  weights MiB  peak MiB")
+    for row in rows:
+        lines.append(f"{row['model']:<{width}}  {row['first_s']:13.3f}  {row['tokens_per_s']:8.1f}  "
+                     f"{row['weights_bytes'] / 2**20:11.1f}  {row['peak_bytes'] / 2**20:8.0f}")
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    p = flags.Parser(prog="python -m oneshot.generate", description=__doc__,
+                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("model", help="folder, hub name, or demo")
+    p.add_argument("--prompt", default="The history of science", help="text to continue (default: %(default)r)")
+    p.add_argument("--compare", metavar="MODEL", help="a second model, for instance the dense one")
+    p.add_argument("--max-new-tokens", type=int, default=64)
+    p.add_argument("--temperature", type=float, help="sample at this temperature (default: greedy)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: as stored on a GPU, float32 on a CPU")
+    p.add_argument("--static", action="store_true", help="static cache, compiled decoding (GPU)")
+    try:
+        args = p.parse_args(argv)
+        models.quiet()
+        environment.check_device(args.device)
+        if args.max_new_tokens < 1:
+            raise ValueError("--max-new-tokens: must be at least 1")
+        if args.temperature is not None and not args.temperature > 0:
+            raise ValueError(f"--temperature {args.temperature:g}: must be above 0; leave it out for greedy")
+        rows = [measure(name, flag, args.prompt, args) for name, flag in ((args.model, ""), (args.compare, "--compare"))
+                if name]
+    except (ValueError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+    print(show(rows, args.prompt))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

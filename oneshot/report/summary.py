@@ -1,0 +1,52 @@
+"""What a command says when it is done: the tables, what was found, the warnings, where the records and the page are."""
+
+import hashlib
+import re
+
+from .. import report
+from . import tables, task_table
+from .page import write_html
+
+
+def line(record):
+    metrics = ", ".join(f"{name} {value:.4g}" for name, value in record["metrics"].items())
+    return f"{asked(record)}: {metrics or 'done'} ({record['seconds']['total']:.0f} s)"
+
+
+def asked(record):
+    return "dense" if report.is_dense(record) else f"{report.method_of(record)} {report.pattern_of(record)}"
+
+
+def text(records, results):
+    """All of it; the page is written here."""
+    ids = [r["run_id"] for r in records]
+    name = ids[0] if len(ids) == 1 else f"compare-{hashlib.sha256(' '.join(ids).encode()).hexdigest()[:8]}"
+    page = results / f"{name}.html"
+    write_html(records, page)
+    lines = [t for t in (tables.table(records), task_table.table(records)) if t]
+    for record in records:
+        lines += [f"{asked(record)}: {text}" for text in findings(record)]
+    where = results / f"{ids[0]}.json" if len(ids) == 1 else f"{len(ids)} files in {results}"
+    return "\n".join([*lines, *warnings(records), f"records: {where}", f"report: {page}"])
+
+
+def findings(record):
+    """What the damage and the sensitivity of a run come to, a line each."""
+    worse = (record.get("damage") or {}).get("found") or []
+    most = [f"{row['name']} (+{row['loss_increase']:.3g})" for row in record.get("sensitivity") or []][:5]
+    return worse[:3] + [f"... and {len(worse) - 3} more slices of the text, in the report"] * (len(worse) > 3) + [
+        f"most sensitive, loss increase in nats: {', '.join(most)}"] * bool(most)
+
+
+def warnings(records):
+    """A line for each kind of warning: those that differ in numbers alone (block after block) stand as one."""
+    kinds = {}
+    for record in records:
+        for text in record["warnings"]:
+            kinds.setdefault(re.sub(r"\d[\d.]*", "#", text), []).append((text, asked(record)))
+    lines = []
+    for met in kinds.values():
+        texts, runs = (list(dict.fromkeys(part)) for part in zip(*met, strict=True))
+        like = f"; {len(texts) - 1} more like it, in the report" if len(texts) > 1 else ""
+        lines.append(f"warning: {texts[0]} ({'all' if len(runs) == len(records) else ', '.join(runs)}{like})")
+    return lines[:12] + [f"... and {len(lines) - 12} more kinds of warnings, in the report"] * (len(lines) > 12)
