@@ -113,6 +113,12 @@ class Statistics:
             self._derived[key] = make()
         return self._derived[key]
 
+    def finite(self) -> bool:
+        """Whether no sum has met an infinity or a NaN (a Gram matrix's diagonal speaks for all of it)."""
+        outer = None if self.outer is None else self.outer.diagonal()
+        sums = (self.sum, self.sum_sq, outer, self.cross, self.sample)
+        return self.derived("finite", lambda: all(bool(torch.isfinite(t).all()) for t in sums if t is not None))
+
     def relative_error(self, W: torch.Tensor, W_hat: torch.Tensor) -> float | None:
         """‖(W-Ŵ)x‖² / ‖Wx‖² over the sampled inputs, a float; None when there are none."""
         if self.sample is None or not len(self.sample):

@@ -10,22 +10,20 @@ under a name that counts.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
-from .. import models, report
+from ..runtime.files import sync, umask, write_json, write_text
 from . import packed
-from ..prune import patterns
-from ..report.page import write_html
-
-MANIFEST, WORK, SCHEMA = "oneshot.json", ".oneshot", 1
+from .manifest import MANIFEST, WORK, manifest, read_manifest
 
 
 class Folder:
@@ -34,7 +32,7 @@ class Folder:
     Raises ValueError naming `--save` when the folder belongs to something else.
     """
 
-    def __init__(self, path, run_id, overwrite=False):
+    def __init__(self, path: str | Path, run_id: str, overwrite: bool = False):
         self.path, self.run_id = Path(path), run_id
         self.work = self.path / WORK
         owner = owner_of(self.path)
@@ -43,15 +41,15 @@ class Folder:
         self.ours, self.claimed = owner == run_id, False
 
     @property
-    def finished(self):
+    def finished(self) -> bool:
         return self.ours and (self.path / MANIFEST).is_file()
 
     @property
-    def record(self):
+    def record(self) -> dict:
         """The record of the finished run."""
         return read_manifest(self.path)["record"]
 
-    def blocks(self):
+    def blocks(self) -> Iterator[tuple[dict[str, torch.Tensor], dict]]:
         """(state dict, rows) of the blocks finished so far, in order."""
         b = 0
         while self.ours and (file := self._block(b)).is_file():
@@ -64,7 +62,7 @@ class Folder:
     def _block(self, b):
         return self.work / f"block_{b:05d}.safetensors"
 
-    def claim(self):
+    def claim(self) -> None:
         """Make the folder this run's and remove what earlier ones left; killed in between, it still has an owner."""
         if not self.claimed:
             self.work.mkdir(parents=True, exist_ok=True)
@@ -72,20 +70,22 @@ class Folder:
             clear(self.path)
             self.ours = self.claimed = True
 
-    def save_block(self, b, block, rows):
-        """Keep a finished block, so that a killed run continues behind it."""
+    def save_block(self, b: int, state: dict[str, torch.Tensor], rows: dict) -> None:
+        """Keep a finished block: its state dict and its rows of the record; a killed run resumes after it."""
         with writing(self.path):
             self.claim()
-            state = {k: v.contiguous() for k, v in block.state_dict().items()}
+            state = {k: v.contiguous() for k, v in state.items()}
             part = self._block(b).with_suffix(".part")
             save_file(state, part, metadata={"run_id": self.run_id, "rows": json.dumps(rows)})
             sync(part)
             os.replace(part, self._block(b))
 
-    def finish(self, model, tokenizer, record, form="dense"):
+    def finish(self, model: nn.Module, tokenizer, record: dict, form: str = "dense",
+               page: Callable[[dict], str] | None = None) -> dict:
         """Write checkpoint, page and manifest, move them into place, drop the work files; the record as stored.
 
-        form: "dense" (zeros among the weights) or "packed" (2:4 linears replaced in the model, see packed.py).
+        form: "dense" (zeros among the weights) or "packed" (2:4 linears replaced in the model, see packed.py). page:
+        gives the text of report.html.
         """
         data = manifest(model, record)
         if form == "packed":
@@ -98,7 +98,8 @@ class Folder:
             shutil.rmtree(final, ignore_errors=True)
             model.save_pretrained(final)
             tokenizer.save_pretrained(final)
-            write_html([record], final / "report.html")
+            if page:
+                write_text(page(record), final / "report.html")
             write_json(data, final / MANIFEST)
             files = sorted(f.name for f in final.iterdir())
             last = ["config.json", MANIFEST]  # without the former nothing loads, without the latter nothing is finished
@@ -113,7 +114,7 @@ class Folder:
 
 
 @contextlib.contextmanager
-def writing(path):
+def writing(path: str | Path):
     """A write that fails, in whichever library, as one OSError that says what to do."""
     try:
         yield
@@ -123,7 +124,7 @@ def writing(path):
                       ) from error
 
 
-def owner_of(path):
+def owner_of(path: str | Path) -> str | None:
     """run_id of the run that a folder belongs to, finished or not; None when it is empty or absent.
 
     Raises ValueError when the path is a file, or the folder holds something else.
@@ -143,75 +144,10 @@ def owner_of(path):
     return None
 
 
-def clear(path):
+def clear(path: Path) -> None:
     """Remove the files of an earlier checkpoint, first what makes it look finished, then what makes it load."""
     for name in (MANIFEST, "config.json"):
         (path / name).unlink(missing_ok=True)
     for file in path.iterdir():
         if file.is_file() and file.suffix in (".json", ".safetensors", ".html", ".jinja", ".txt", ".model"):
             file.unlink()
-
-
-def manifest(model, record):
-    """What was done to which tensor, and proof: {"schema", "record", "tensors": {linear: {...}}}."""
-    weights = dict(models.all_weights(model))
-    tensors = {}
-    for row in record["layers"]:
-        weight = weights[row["name"]]
-        tensors[row["name"]] = {key: row[key] for key in ("shape", "pattern", "group", "target_zeros", "zeros")} | {
-            "dtype": str(weight.stored).removeprefix("torch."), "sha256": digest(weight)}
-    return {"schema": SCHEMA, "format": "dense", "record": record, "tensors": tensors}
-
-
-def digest(weight):
-    """sha256 of a linear's stored bytes, as (R, C) in row-major order."""
-    stored = weight.get().to(weight.stored).contiguous()
-    return hashlib.sha256(stored.view(-1).view(torch.uint8).numpy()).hexdigest()
-
-
-def read_manifest(path):
-    """The manifest of a finished folder.
-
-    Raises ValueError when there is none, it is damaged, or from another version.
-    """
-    file = Path(path) / MANIFEST
-    if not file.is_file():
-        inside = sorted(f.parent.name for f in Path(path).glob(f"*/{MANIFEST}"))
-        raise ValueError(f"{path}: no {MANIFEST}, so no finished oneshot checkpoint"
-                         + (" (a run was interrupted here; the same command continues it)"
-                            if (Path(path) / WORK).is_dir() else "")
-                         + (f"; it holds some: give one of {', '.join(inside)}" if inside else ""))
-    try:
-        data = json.loads(file.read_text())
-    except ValueError:
-        raise ValueError(f"{file}: not readable as JSON") from None
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        raise ValueError(f"{file}: written by another version of oneshot; prune again")
-    if not all(isinstance(data.get(key), dict) for key in ("record", "tensors")):
-        raise ValueError(f"{file}: is damaged; prune again")
-    return data
-
-
-def pattern_of(entry):
-    """The Pattern that a manifest's entry names."""
-    return patterns.parse(entry["pattern"], entry.get("group"))
-
-
-def write_json(data, path):
-    """Write plain values as JSON, whole or not at all."""
-    report.write_text(json.dumps(data, indent=1) + "\n", path)
-
-
-def sync(path):
-    """Make a file or folder survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -66,7 +66,7 @@ class PackedQuantizer(HfQuantizer):
         return True  # else `generate` with a static cache would run uncompiled, without a word
 
 
-def check_files(files, n):
+def check_files(files: list[str], n: int) -> None:
     """Raise ValueError unless the files hold `n` packed weights: transformers would only report what is missing."""
     keys = set()
     for file in files:
@@ -79,7 +79,7 @@ def check_files(files, n):
                          f"{len(stems) - whole} without their weight: the folder is incomplete, fetch it again")
 
 
-def pack_model(model, names):
+def pack_model(model: nn.Module, names: list[str]) -> nn.Module:
     """Pack the linears called `names` in place; the model then saves as a packed checkpoint.
 
     Raises ValueError naming the linear that is not 2:4.
@@ -97,7 +97,7 @@ def pack_model(model, names):
     return model
 
 
-def pack_checkpoint(model, tensors):
+def pack_checkpoint(model: nn.Module, tensors: dict[str, dict]) -> dict:
     """Pack every linear of a manifest's `tensors` that can be, in place; what the manifest should say of it.
 
     Raises ValueError naming `--format` when there is none.
@@ -119,7 +119,7 @@ def pack_checkpoint(model, tensors):
             "packed": {"linears": len(names), "bytes": packed, "dense_bytes": dense}}
 
 
-def linear_named(model, name):
+def linear_named(model: nn.Module, name: str) -> nn.Module:
     """The linear of that name. Raises ValueError when the model has none: config and architecture do not fit."""
     try:
         module = model.get_submodule(name)
@@ -130,28 +130,29 @@ def linear_named(model, name):
     return module
 
 
-def is_conv1d(linear):
+def is_conv1d(linear: nn.Module) -> bool:
+    """Whether a linear keeps its weight transposed."""
     return isinstance(linear, models.Conv1D)
 
 
-def empty_like(linear):
+def empty_like(linear: nn.Module) -> Sparse24Linear:
     """A packed linear of the same shape, dtype and bias, for a checkpoint to fill."""
     R, C = linear.weight.shape[::-1] if is_conv1d(linear) else linear.weight.shape
     return Sparse24Linear(C, R, linear.bias is not None, device=linear.weight.device, dtype=linear.weight.dtype)
 
 
-def replace(model, name, module):
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put a module where the one called `name` is."""
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, module)
 
 
-def linears(model):
+def linears(model: nn.Module) -> list[Sparse24Linear]:
     """The packed linears of a model."""
     return [m for m in model.modules() if isinstance(m, Sparse24Linear)]
 
 
-def bytes_of(model):
+def bytes_of(model: nn.Module) -> tuple[int, int]:
     """(packed bytes, what the same weights take dense)."""
     packed = dense = 0
     for m in linears(model):
@@ -161,7 +162,7 @@ def bytes_of(model):
     return packed, dense
 
 
-def to_dense(model):
+def to_dense(model: nn.Module) -> nn.Module:
     """Packed linears replaced by nn.Linear holding the same weights; for checks and for what needs dense modules."""
     for name, m in list(model.named_modules()):
         if isinstance(m, Sparse24Linear):

@@ -1,4 +1,4 @@
-"""`python -m oneshot.verify DIR`: prove that a checkpoint is what its manifest says.
+"""`oneshot verify DIR`: prove that a checkpoint is what its manifest says.
 
 Loads the folder as anyone would and checks, on the stored dtype and linear by linear: the pattern holds, the number of
 zeros is the recorded one, the bytes are the recorded ones; that no prunable linear is missing from the manifest; and
@@ -9,28 +9,30 @@ dense matrices they stand for.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 
-from .. import checkpoint, models
+from .. import models
+from ..models import Weight
+from ..runtime.command import Parser, exit_code
 from . import packed
-from ..settings import flags
+from .manifest import digest, pattern_of, read_manifest
 
 
-def verify(path):
+def verify(path: str | Path) -> tuple[list[dict], list[str], list[tuple[str, str]]]:
     """(rows, faults, skipped): one dict per linear, one line per fault, what was left alone and why."""
     if not Path(path).is_dir():
         raise ValueError(f"{path}: no such folder; give one that oneshot.run --save wrote")
-    data = checkpoint.read_manifest(path)
+    data = read_manifest(path)
     model, _ = models.load(str(path), flag="")
     entries, rows, faults = dict(data["tensors"]), [], []
     found = len(packed.linears(model))
     if found != data.get("packed", {}).get("linears", 0):
         faults.append(f"{found} packed linears, recorded {data.get('packed', {}).get('linears', 0)}")
     packed.to_dense(model)  # the recorded bytes are those of the dense weights: equal to them, packed lost nothing
-    for name, weight in models.all_weights(model):
+    for weight in models.all_weights(model):
+        name = weight.name
         entry = entries.pop(name, None)
         if entry is None:
             faults.append(f"{name}: can be pruned but is not in the manifest")
@@ -44,10 +46,10 @@ def verify(path):
         rows.append({"name": name, "pattern": entry["pattern"], "shape": weight.shape, "dtype": entry["dtype"],
                      "zeros": int((weight.get() == 0).sum()), "proved": not wrong})
     faults += [f"{name}: in the manifest but not in the model" for name in entries]
-    return rows, faults, skipped(model)
+    return rows, faults, models.skipped(model)
 
 
-def compare(path, twin):
+def compare(path: str | Path, twin: str | Path) -> tuple[int, list[str]]:
     """(tensors compared, one line per difference) between two checkpoints of the same model, packed or dense.
 
     Exact: same names, shapes, dtypes and values; what a packed linear stands for is compared, not its packed bytes.
@@ -65,22 +67,15 @@ def compare(path, twin):
     return len(shared), faults
 
 
-def dense_tensors(path, flag=""):
+def dense_tensors(path: str | Path, flag: str = "") -> dict[str, torch.Tensor]:
     """{name: tensor} of a checkpoint; linears as (R, C), whether they are stored packed, dense or transposed."""
     model, _ = models.load(str(path), flag=flag)
     packed.to_dense(model)
-    transposed = {f"{name}.weight" for name, weight in models.all_weights(model) if weight.transposed}
+    transposed = {f"{weight.name}.weight" for weight in models.all_weights(model) if weight.transposed}
     return {name: t.T if name in transposed else t for name, t in model.state_dict().items()}
 
 
-def skipped(model):
-    """[(name, reason)] of every matrix that is not pruned, read off the model and not off the manifest."""
-    name, block_list = models.blocks(model)
-    return models.outside(model, block_list) + [
-        (f"{name}.{b}.{n}", why) for b, block in enumerate(block_list) for n, why in models.linears(block)[1]]
-
-
-def check(weight, entry):
+def check(weight: Weight, entry: dict) -> list[str]:
     """What is wrong with one linear, as texts."""
     W, wrong = weight.get(), []
     dtype = str(weight.stored).removeprefix("torch.")
@@ -88,39 +83,34 @@ def check(weight, entry):
         return [f"shape {tuple(weight.shape)}, recorded {tuple(entry['shape'])}"]
     if dtype != entry["dtype"]:
         wrong.append(f"stored as {dtype}, recorded {entry['dtype']}")
-    if not checkpoint.pattern_of(entry).holds(W):
+    if not pattern_of(entry).holds(W):
         wrong.append(f"pattern {entry['pattern']} does not hold")
     zeros = int((W == 0).sum())
     if zeros != entry["zeros"]:
         wrong.append(f"{zeros} zeros, recorded {entry['zeros']}")
-    if checkpoint.digest(weight) != entry["sha256"]:
+    if digest(weight) != entry["sha256"]:
         wrong.append("its bytes are not the recorded ones")
     return wrong
 
 
-def main(argv=None):
-    parser = flags.Parser(prog="python -m oneshot.verify", description=__doc__,
-                        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", help="a folder that oneshot.run --save wrote")
+def main(argv: list[str] | None = None) -> int:
+    """The command; exit code: see above."""
+    return exit_code(lambda: run(argv))
+
+
+def run(argv: list[str] | None) -> int:
+    """Verify, print what was found; exit code 0 or 1."""
+    parser = Parser(prog="oneshot verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="a folder that oneshot prune --save wrote")
     parser.add_argument("--twin", metavar="OTHER", help="another folder that must hold the same model, tensor by "
                                                         "tensor: the dense one of a packed checkpoint")
     parser.add_argument("--quiet", action="store_true", help="print faults and the verdict only")
-    try:
-        args = parser.parse_args(argv)
-        models.quiet()
-        rows, faults, left = verify(args.folder)
-        equal, different = compare(args.folder, args.twin) if args.twin else (0, [])
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    args = parser.parse_args(argv)
+    models.quiet()
+    rows, faults, left = verify(args.folder)
+    equal, different = compare(args.folder, args.twin) if args.twin else (0, [])
     if not args.quiet:
-        width = max((len(r["name"]) for r in rows), default=0)
-        for r in rows:
-            R, C = r["shape"]
-            print(f"{'ok  ' if r['proved'] else 'BAD '} {r['name']:<{width}}  {r['pattern']:>6}  "
-                  f"{R:>6} x {C:<6} {r['zeros'] / (R * C):8.4%} zero  {r['dtype']}")
-        for name, reason in left:
-            print(f"not pruned  {name}: {reason}")
+        show(rows, left)
     for fault in faults + different:
         print(f"FAULT {fault}")
     print(f"{len(rows)} linears checked, {len(left)} tensors not pruned: {verdict(faults, 'all proved')}")
@@ -129,9 +119,17 @@ def main(argv=None):
     return 1 if faults or different else 0
 
 
-def verdict(faults, good):
+def show(rows: list[dict], left: list[tuple[str, str]]) -> None:
+    """Print a line a linear, then what was left alone."""
+    width = max((len(r["name"]) for r in rows), default=0)
+    for r in rows:
+        R, C = r["shape"]
+        print(f"{'ok  ' if r['proved'] else 'BAD '} {r['name']:<{width}}  {r['pattern']:>6}  "
+              f"{R:>6} x {C:<6} {r['zeros'] / (R * C):8.4%} zero  {r['dtype']}")
+    for name, reason in left:
+        print(f"not pruned  {name}: {reason}")
+
+
+def verdict(faults: list[str], good: str) -> str:
+    """How many faults, or what is `good` without any."""
     return good if not faults else f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

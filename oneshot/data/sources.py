@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-DEMO = Path(__file__).parent / "demo"
+DEMO = Path(__file__).parent.parent / "demo"
 CALIBRATION_TEXT = {"builtin": ["calibration.txt"]}
 EVALUATION_TEXT = {
     "builtin": ["evaluation_sampled.txt", "evaluation_prose.txt"],

@@ -17,22 +17,27 @@ Either takes `steps` updates. Y₀ is one more set of hidden states. What stands
 3n's and 4's per-layer inputs) counts as MLP.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from .. import calibrate, models
-from . import Trainable, check, fit, mean
+from ..calibrate import Activations
+from ..models import Block
+from ..runtime.flag import flag
+from . import Heal as Base
+from .train import Trainable, check, fit, mean
 
 UNITS = ("block", "parts")
 
 
 @dataclass(frozen=True)
 class Config:
-    unit: str = field(default="block", metadata={
-        "help": "what is trained at once: the whole block, or its parts: attention, then the MLP", "choices": UNITS})
-    steps: int = field(default=200, metadata={"help": "updates a unit, one batch of windows each"})
-    lr: float = field(default=0.03, metadata={"help": "learning rate as a share of each tensor's root mean square"})
+    unit: str = flag("block", "what is trained at once: the whole block, or its parts: attention, then the MLP",
+                     choices=UNITS)
+    steps: int = flag(200, "updates a unit, one batch of windows each")
+    lr: float = flag(0.03, "learning rate as a share of each tensor's root mean square")
 
     def __post_init__(self):
         check(self, "block")
@@ -40,7 +45,7 @@ class Config:
             raise ValueError(f"--block.unit {self.unit}: give {' or '.join(UNITS)}")
 
 
-def check_model(model, cfg, device):
+def check_model(model: nn.Module, cfg: Config, device: str) -> None:
     """Raise ValueError naming `--block.unit` where a block of the model has no such parts."""
     if cfg.unit == "parts":
         for b, block in enumerate(models.blocks(model)[1]):
@@ -50,31 +55,58 @@ def check_model(model, cfg, device):
                 raise ValueError(f"--block.unit parts: block {b}: {error}; use --block.unit block") from None
 
 
-def repair(block, dense, b, stored, cfg, seed):
-    """Look at the resident dense `block`, number b; a function that trains the pruned one in place.
+class Heal(Base):
+    """See above."""
 
-    dense: the dense model's stream at this block. stored: {parameter: dtype to save in}. The function takes the pruned
-    model's stream at this block and the dense block's outputs, one (B, T, H) a batch; plain values for the record.
-    """
-    middle = None
-    if cfg.unit == "parts":
-        to_middle = dense.fork()
-        with models.silent(models.mlp(block)):
-            calibrate.replay(block, to_middle, b)
-        middle = to_middle.hidden
+    def before_block(self, block: Block, dense: Activations) -> None:
+        """Keep Y₀, the hidden states behind the dense block's attention, where it is trained by itself."""
+        self.middle = None
+        if self.cfg.unit == "parts":
+            to_middle = dense.fork()
+            with models.silent(models.mlp(block.module)):
+                calibrate.replay(block.module, to_middle, block.number)
+            self.middle = to_middle.hidden
 
-    def mend(activations, targets):
-        with models.resident(models.tensors_of(block), activations.device, write_back=True, dtype=torch.float32):
-            if middle is None:
-                return train(block, activations, b, targets, stored, cfg, seed, models.untouched(block))
-            return train_parts(block, activations, b, middle, targets, stored, cfg, seed)
-    return mend
+    def after_block(self, block: Block, activations: Activations, targets: list[torch.Tensor]) -> dict:
+        """Train the whole block, or attention and then the MLP."""
+        tensors, leave = models.tensors_of(block.module), models.untouched(block.module)
+        with models.resident(tensors, activations.device, write_back=True, dtype=torch.float32):
+            if self.middle is None:
+                return self.train(block, activations, targets, leave)
+            return self.train_parts(block, activations, targets, leave)
+
+    def train(self, block: Block, activations: Activations, targets: list[torch.Tensor], leave: set[str]) -> dict:
+        """Train all but the parameters named in `leave`."""
+        with Trainable(block.module, block.stored, leave) as trainable:
+            return fit(trainable, distance(block, activations, targets), activations.held, steps=self.cfg.steps,
+                       lr=self.cfg.lr, seed=self.seed + block.number)
+
+    def train_parts(self, block: Block, activations: Activations, targets: list[torch.Tensor],
+                    leave: set[str]) -> dict:
+        """Train attention, then the MLP; both are undone where the whole block got worse."""
+        whole = Trainable(block.module, block.stored, leave)
+        loss, held = distance(block, activations, targets), [i for i, apart in enumerate(activations.held) if apart]
+        before, start = mean(loss, held), whole.snapshot()
+        with models.silent(models.mlp(block.module)):
+            ahead = reached(whole, block, activations)
+            attention = self.train(block, activations, self.middle, leave | (set(whole.parameters) - ahead))
+        mlp = self.train(block, activations, targets, leave | ahead)
+        parts = {"attention": attention, "mlp": mlp}
+        warnings = [f"{part}: {w}" for part, info in parts.items() for w in info.pop("warnings")]
+        after = mean(loss, held)
+        if held and after > before:
+            whole.restore(start)
+            warnings.append(f"attention and MLP one by one made the held-out loss worse, {before:.3g} to {after:.3g}: "
+                            "left as it was")
+            after = before
+        return {"steps": attention["steps"] + mlp["steps"], "held_out_before": before, "held_out_after": after,
+                "parts": parts, "warnings": warnings}
 
 
-def distance(block, activations, b, targets):
-    """The loss: its value on batch i."""
+def distance(block: Block, activations: Activations, targets: list[torch.Tensor]):
+    """The loss: a function that gives its value on batch i."""
     def loss(i):
-        out = calibrate.forward(block, activations, b, i).float()
+        out = calibrate.forward(block.module, activations, block.number, i).float()
         Y, X = (t.to(activations.device).float() for t in (targets[i], activations.hidden[i]))
         if activations.rows[i] is not None:
             out, Y, X = (t.reshape(-1, t.shape[-1])[activations.rows[i]] for t in (out, Y, X))
@@ -82,41 +114,12 @@ def distance(block, activations, b, targets):
     return loss
 
 
-def train(block, activations, b, targets, stored, cfg, seed, leave):
-    """Train all but the parameters named in `leave`."""
-    with Trainable(block, stored, leave) as trainable:
-        return fit(trainable, distance(block, activations, b, targets), activations.held, steps=cfg.steps, lr=cfg.lr,
-                   seed=seed + b)
-
-
-def train_parts(block, activations, b, middle, targets, stored, cfg, seed):
-    """Train attention, then the MLP; both are undone where the whole block got worse."""
-    leave = models.untouched(block)
-    whole = Trainable(block, stored, leave)
-    loss, held = distance(block, activations, b, targets), [i for i, apart in enumerate(activations.held) if apart]
-    before, start = mean(loss, held), whole.snapshot()
-    with models.silent(models.mlp(block)):
-        ahead = reached(whole, block, activations, b)
-        attention = train(block, activations, b, middle, stored, cfg, seed, leave | (set(whole.parameters) - ahead))
-    mlp = train(block, activations, b, targets, stored, cfg, seed, leave | ahead)
-    parts = {"attention": attention, "mlp": mlp}
-    warnings = [f"{part}: {w}" for part, info in parts.items() for w in info.pop("warnings")]
-    after = mean(loss, held)
-    if held and after > before:
-        whole.restore(start)
-        warnings.append(f"attention and MLP one by one made the held-out loss worse, {before:.3g} to {after:.3g}: "
-                        "left as it was")
-        after = before
-    return {"steps": attention["steps"] + mlp["steps"], "held_out_before": before, "held_out_after": after,
-            "parts": parts, "warnings": warnings}
-
-
 @torch.enable_grad()
-def reached(trainable, block, activations, b):
+def reached(trainable: Trainable, block: Block, activations: Activations) -> set[str]:
     """Names of the parameters that bear on the block's output, seen on the first batch."""
     for p in trainable.parameters.values():
         p.requires_grad_(True)
-    out = calibrate.forward(block, activations, b, 0)
+    out = calibrate.forward(block.module, activations, block.number, 0)
     at_random = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
     gradients = torch.autograd.grad(out, list(trainable.parameters.values()), at_random, allow_unused=True)
     for p in trainable.parameters.values():

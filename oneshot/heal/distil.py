@@ -8,15 +8,19 @@ averages and the mask (17 bytes a weight), and one batch's activations; two snap
 Where a batch's logits would be more than LOGITS numbers, each step looks at some positions only, drawn at random.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.nn.functional import kl_div
 from tqdm import tqdm
 
 from .. import calibrate, models
+from ..calibrate import Activations
 from ..runtime import environment
-from . import Trainable, check, fit
+from ..runtime.flag import flag
+from . import Heal as Base
+from .train import Trainable, check, fit
 
 LOGITS = 2**26
 TRAINED = 17  # bytes a weight on the device, see above
@@ -24,34 +28,43 @@ TRAINED = 17  # bytes a weight on the device, see above
 
 @dataclass(frozen=True)
 class Config:
-    steps: int = field(default=200, metadata={"help": "updates of the whole model, one batch of windows each"})
-    lr: float = field(default=0.01, metadata={"help": "learning rate as a share of each tensor's root mean square"})
+    steps: int = flag(200, "updates of the whole model, one batch of windows each")
+    lr: float = flag(0.01, "learning rate as a share of each tensor's root mean square")
 
     def __post_init__(self):
         check(self, "distil")
 
 
-def check_model(model, cfg, device):
-    """Raise ValueError naming `--recover` where the device cannot hold the whole model and what its training takes."""
+def check_model(model: nn.Module, cfg: Config, device: str) -> None:
+    """Raise ValueError naming `--heal` where the device cannot hold the whole model and what its training takes."""
     blocks = sum(p.numel() for p in models.blocks(model)[1].parameters() if p.is_floating_point())
     rest = sum(p.numel() for p in model.parameters()) - blocks
     needed, there = TRAINED * blocks + 4 * rest, environment.total_memory(device)
     if there is not None and needed > there:
-        raise ValueError(f"--recover distil: trains the whole model, which takes {needed / 2**30:.0f} GiB and more on "
-                         f"{device}, which has {there / 2**30:.0f}; use --recover block alone, or --effort 2 with "
+        raise ValueError(f"--heal distil: trains the whole model, which takes {needed / 2**30:.0f} GiB and more on "
+                         f"{device}, which has {there / 2**30:.0f}; use --heal block alone, or --effort 2 with "
                          "--method best")
 
 
-def repair(model, dense, cfg, seed, progress=False):
-    """Train the pruned `model` in place; plain values for the record.
+class Heal(Base):
+    """See above."""
 
-    dense: the dense model's stream behind its last block (see loop.prune_model), whose batches are trained on.
-    """
-    _, block_list = models.blocks(model)
-    stored = {name: p.dtype for name, p in block_list.named_parameters()}
-    leave = {f"{b}.{name}" for b, block in enumerate(block_list) for name in models.untouched(block)}
+    def after_model(self, model: nn.Module, dense: Activations) -> dict:
+        """Train the pruned model on the batches of `dense`."""
+        _, block_list = models.blocks(model)
+        stored = {name: p.dtype for name, p in block_list.named_parameters()}
+        leave = {f"{b}.{name}" for b, block in enumerate(block_list) for name in models.untouched(block)}
+        whole = models.tensors_of(model)
+        bar = tqdm(total=self.cfg.steps, desc="distil", unit="step", disable=not self.progress, leave=False)
+        with models.resident(whole, dense.device, write_back=True, dtype=torch.float32), bar, \
+                Trainable(block_list, stored, leave) as trainable:
+            return fit(trainable, divergence(model, dense, self.seed), dense.held, steps=self.cfg.steps,
+                       lr=self.cfg.lr, seed=self.seed, progress=bar.update)
+
+
+def divergence(model: nn.Module, dense: Activations, seed: int):
+    """The loss: a function that gives its value on batch i."""
     gen = torch.Generator().manual_seed(seed)
-    whole = models.tensors_of(model)
 
     def loss(i):
         held_out = not torch.is_grad_enabled()  # always judged on the same positions
@@ -59,24 +72,20 @@ def repair(model, dense, cfg, seed, progress=False):
         with torch.no_grad():
             teacher = calibrate.tail(model, dense, i, at).float().log_softmax(-1)
         inputs = dense.inputs[i]
-        pruned = model(**inputs, use_cache=False, **calibrate.keep(model, at)).logits.float().log_softmax(-1)
+        pruned = model(**inputs, use_cache=False, **calibrate.logits_to_keep(model, at)).logits.float().log_softmax(-1)
         kl = kl_div(pruned, teacher, reduction="none", log_target=True).sum(-1)
         if dense.rows[i] is None:
             return kl.mean()
         real = dense.rows[i].view(inputs["input_ids"].shape)[:, at]
         return kl[real].mean()
-
-    bar = tqdm(total=cfg.steps, desc="distil", unit="step", disable=not progress, leave=False)
-    with models.resident(whole, dense.device, write_back=True, dtype=torch.float32), bar, \
-            Trainable(block_list, stored, leave) as trainable:
-        return fit(trainable, loss, dense.held, steps=cfg.steps, lr=cfg.lr, seed=seed, progress=bar.update)
+    return loss
 
 
-def positions(model, activations, i, gen):
+def positions(model: nn.Module, activations: Activations, i: int, gen: torch.Generator) -> torch.Tensor:
     """Which positions of batch i a step looks at: all that hold a token, or as many of them as LOGITS allows."""
     B, T = activations.inputs[i]["input_ids"].shape
     most = max(1, LOGITS // (B * models.config_of(model).vocab_size))
-    if most >= T or not calibrate.slices(model):
+    if most >= T or not calibrate.slices_logits(model):
         return torch.arange(T, device=activations.device)
     rows = activations.rows[i]
     real = torch.arange(T) if rows is None else rows.view(B, T).any(0).nonzero()[:, 0].cpu()

@@ -1,28 +1,16 @@
-"""Recovery: ways to repair a pruned model without losing a zero. One file, one way; its name is the `--recover` name.
-
-A way is a module with
-
-    Config      a frozen dataclass: its flags, with `metadata={"help": ...}` each
-    check_model (model, cfg, device): raise ValueError naming the flag where the model or the device does not allow it
-    repair      what run.py calls; block.py: for each block, around its pruning, through the loop; distil.py: for the
-                whole pruned model at the end. Ends in plain values for the record.
-
-Every way trains the weights that pruning kept, with their mask fixed: a weight that is zero stays zero, bit by bit.
-What is trained lives in float32 and is rounded to the stored dtype at the end. The calibration windows are all the
-data. A tenth of the windows, rounded up, is held out: drawn once a run by its seed, in batches of its own, the same for
-every block and every way, so none judges by windows that another has trained on (solvers and their statistics do see
-them). What did best there is kept, so, but for that rounding, no repair makes its own held-out loss worse. A run with
-one window holds out nothing, keeps the last state and warns.
+"""Training with a fixed mask: which parameters may change, and how they are fitted.
 
     steps   updates, one batch of windows each
     lr      learning rate as a share of each tensor's root mean square: absolute rates do not carry over between models
 """
 
-import importlib
 import math
-import pkgutil
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
+from torch import nn
+
+from ..runtime.proof import prove
 
 SHARE = 10  # one window in so many is held out
 WARM_UP = 0.05  # of the steps
@@ -32,20 +20,8 @@ LOOKS = 8  # how often the held-out batches are looked at
 ATTEMPTS, FALL = 3, 4
 
 
-def names():
-    """All `--recover` ways there are."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__))
-
-
-def module(name):
-    """The module of one way. Raises ValueError naming `--recover` when there is none."""
-    if name not in names():
-        raise ValueError(f"--recover {name}: no such way; there are {', '.join(names())}")
-    return importlib.import_module(f"{__name__}.{name}")
-
-
-def check(cfg, name):
-    """Refuse settings that no way can use."""
+def check(cfg, name: str) -> None:
+    """Raise ValueError naming the flag of the method `name` whose value cannot be used."""
     if cfg.steps < 1:
         raise ValueError(f"--{name}.steps {cfg.steps}: must be at least 1")
     if not 0 < cfg.lr < 1:
@@ -59,7 +35,7 @@ class Trainable:
     that are never pruned, so never touched (routers, embeddings).
     """
 
-    def __init__(self, module, stored, leave=()):
+    def __init__(self, module: nn.Module, stored: dict[str, torch.dtype], leave: Iterable[str] = ()):
         self.stored, self.parameters, self.masks = stored, {}, {}
         for name, p in module.named_parameters():
             if p.is_floating_point() and name not in leave:
@@ -80,9 +56,9 @@ class Trainable:
             p.grad = None
             p.data = p.data.to(self.stored[name]).add_(0.0).to(self.dtypes[name])  # no -0.0, as View.set has it
         for name, mask in self.masks.items():
-            assert not self.parameters[name].data[~mask].any(), f"{name}: a pruned weight came back"
+            prove(not self.parameters[name].data[~mask].any(), f"{name}: a pruned weight came back")
 
-    def groups(self, lr):
+    def groups(self, lr: float) -> list[dict]:
         """Adam's parameter groups: each tensor its own rate. A bias that is all zero takes the matrices' scale."""
         sizes = {name: rms(p.data, self.masks.get(name)) for name, p in self.parameters.items()}
         matrices = [sizes[name] for name in self.masks if sizes[name]]
@@ -90,34 +66,35 @@ class Trainable:
         return [{"params": [p], "lr": lr * (sizes[name] or usual) * (1 if p.ndim > 1 else VECTORS)}
                 for name, p in self.parameters.items()]
 
-    def mask_gradients(self):
+    def mask_gradients(self) -> None:
         """Zero gradients keep Adam's averages, and so the weights, at exactly zero."""
         for name, mask in self.masks.items():
             if self.parameters[name].grad is not None:  # an expert without tokens has none
                 self.parameters[name].grad.mul_(mask)
 
-    def snapshot(self):
+    def snapshot(self) -> dict[str, torch.Tensor]:
         """A copy in CPU memory: it is seldom needed, and a device has none to spare."""
         return {name: p.data.to("cpu", copy=True) for name, p in self.parameters.items()}
 
-    def restore(self, snapshot):
+    def restore(self, snapshot: dict[str, torch.Tensor]) -> None:
         for name, p in self.parameters.items():
             p.data.copy_(snapshot[name])
 
 
-def rms(t, mask=None):
+def rms(t: torch.Tensor, mask: torch.Tensor | None = None) -> float:
     """Root mean square of what may change."""
     n = t.numel() if mask is None else int(mask.count_nonzero())
     return float(torch.linalg.vector_norm(t) / max(n, 1) ** 0.5)
 
 
-def held_out_windows(n, seed):
-    """Numbers of the windows, of n, that no repair of a run trains on: a tenth, rounded up; none of a single one."""
+def held_out_windows(n: int, seed: int) -> tuple[int, ...]:
+    """Numbers of the windows, of n, that no healer of a run trains on: a tenth, rounded up; none of a single one."""
     count = -(-n // SHARE) if n > 1 else 0
     return tuple(sorted(torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:count].tolist()))
 
 
-def fit(trainable, loss, held, *, steps, lr, seed, progress=None):
+def fit(trainable: Trainable, loss: Callable[[int], torch.Tensor], held: Sequence[bool], *, steps: int, lr: float,
+        seed: int, progress: Callable[[], object] | None = None) -> dict:
     """Adam with warm-up and cosine on the mean of loss(i) over the batches i; plain values for the record.
 
     loss(i): a scalar tensor for batch i. held: one bool a batch, whether it is held out. The state that does best on
@@ -125,51 +102,67 @@ def fit(trainable, loss, held, *, steps, lr, seed, progress=None):
     was too high for this model: it is divided by FALL and all begins anew. seed: of the batches' order. progress():
     called every step.
     """
-    gen = torch.Generator().manual_seed(seed)
-    train, held = ([i for i, apart in enumerate(held) if apart == kind] for kind in (False, True))
-    before, start, warnings = mean(loss, held), trainable.snapshot(), []
+    fitting = Fitting(trainable, loss, held, steps, seed, progress)
+    before, start, warnings = fitting.held_out_loss(), trainable.snapshot(), []
     for attempt in range(ATTEMPTS):
         rate = lr / FALL**attempt
-        done, best = descend(trainable, loss, train, held, steps=steps, lr=rate, gen=gen, before=before, state=start,
-                             progress=progress)
-        if not held or best < before:
+        done, best = fitting.descend(rate, before, start)
+        if before is None or best < before:
             break
     if attempt:
         warnings.append(f"learning rate lowered from {lr:g} to {rate:g}" if best < before else
                         f"nothing gained at learning rates from {lr:g} down to {rate:g}: left as it was")
-    if not held:
+    if before is None:
         warnings.append("one window only: nothing held out, no early stop; raise --nsamples")
     return {"steps": done, "lr": rate, "held_out_before": before, "held_out_after": best, "warnings": warnings}
 
 
-@torch.enable_grad()
-def descend(trainable, loss, train, held, *, steps, lr, gen, before, state, progress):
-    """One training; leaves the best state on `held` in place. Returns (steps done, its held-out loss)."""
-    optimizer = torch.optim.Adam(trainable.groups(lr), betas=BETAS, foreach=True)
-    warm = max(1, round(steps * WARM_UP))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min((t + 1) / warm, 1) * (
-        0.5 + 0.5 * math.cos(math.pi * min(t / steps, 1))))
-    best, worse, queue, done = before, 0, [], 0
-    for done in range(1, steps + 1):
-        queue = queue or [train[i] for i in torch.randperm(len(train), generator=gen).tolist()]
-        optimizer.zero_grad(set_to_none=True)
-        loss(queue.pop()).backward()
-        trainable.mask_gradients()
-        optimizer.step()
-        schedule.step()
-        if progress:
-            progress()
-        if held and (done % max(1, steps // LOOKS) == 0 or done == steps):
-            now = mean(loss, held)
-            best, state, worse = (now, trainable.snapshot(), 0) if now < best else (best, state, worse + 1)
-            if worse == 2:
-                break
-    if held:
-        trainable.restore(state)
-    return done, best
+class Fitting:
+    """What one `fit` works on; the order of the batches goes on from one descent to the next."""
+
+    def __init__(self, trainable, loss, held, steps, seed, progress):
+        self.trainable, self.loss, self.steps, self.progress = trainable, loss, steps, progress
+        self.train, self.held = ([i for i, apart in enumerate(held) if apart == kind] for kind in (False, True))
+        self.gen = torch.Generator().manual_seed(seed)
+
+    def held_out_loss(self) -> float | None:
+        """Mean loss over the held-out batches; None without any."""
+        return mean(self.loss, self.held)
+
+    @torch.enable_grad()
+    def descend(self, lr: float, best: float | None, state: dict[str, torch.Tensor]) -> tuple[int, float | None]:
+        """One training from the parameters as they are, whose held-out loss is `best` and which `state` holds.
+
+        Leaves the state that did best in place. Returns (steps done, its held-out loss).
+        """
+        optimizer = torch.optim.Adam(self.trainable.groups(lr), betas=BETAS, foreach=True)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate_at)
+        worse, queue, done = 0, [], 0
+        for done in range(1, self.steps + 1):
+            queue = queue or [self.train[i] for i in torch.randperm(len(self.train), generator=self.gen).tolist()]
+            optimizer.zero_grad(set_to_none=True)
+            self.loss(queue.pop()).backward()
+            self.trainable.mask_gradients()
+            optimizer.step()
+            schedule.step()
+            if self.progress:
+                self.progress()
+            if self.held and (done % max(1, self.steps // LOOKS) == 0 or done == self.steps):
+                now = self.held_out_loss()
+                best, state, worse = (now, self.trainable.snapshot(), 0) if now < best else (best, state, worse + 1)
+                if worse == 2:
+                    break
+        if self.held:
+            self.trainable.restore(state)
+        return done, best
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate's share at a step: up in a line, down in half a cosine."""
+        warm = max(1, round(self.steps * WARM_UP))
+        return min((step + 1) / warm, 1) * (0.5 + 0.5 * math.cos(math.pi * min(step / self.steps, 1)))
 
 
-def mean(loss, batches):
+def mean(loss: Callable[[int], torch.Tensor], batches: Sequence[int]) -> float | None:
     """Mean loss over batches, a float; None of nothing."""
     with torch.no_grad():
         return sum(float(loss(i)) for i in batches) / len(batches) if batches else None

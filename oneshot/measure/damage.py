@@ -13,10 +13,16 @@ window; `text` by the named text. Twenty slices compared at 95 % show about one 
 
 import re
 from collections import Counter
+from dataclasses import dataclass
 
 import torch
 
-from .divergence import mean_over_windows
+from ..data import Tokens
+from ..runtime.flag import flag
+from . import Found, Subject
+from .compared import Compared, mean_over_windows
+
+compares = True
 
 MIN_WINDOWS = 5  # with fewer the interval would say nothing
 TOKENS, PASSAGES, PASSAGE = 20, 5, 32  # shown; length of a passage
@@ -27,7 +33,34 @@ TENTHS = ("rarest tenth of the tokens", "2nd rarest tenth", "3rd rarest tenth",
           *(f"{i}th rarest tenth" for i in range(4, 10)), "commonest tenth")
 
 
-def damage(tokenizer, texts, compared, calibration=None):
+@dataclass(frozen=True)
+class Config:
+    damage: bool = flag(False, "find the tokens and passages that lost most against the dense model; the record quotes "
+                               "them", section="evaluation", bears_on="measuring", rows=("pruned", "rounded"))
+
+
+def asked(cfg) -> bool:
+    """Not of the dense model, which would be compared with itself."""
+    return cfg.damage and cfg.method != "dense"
+
+
+def refuse(cfg) -> None:
+    """Raise ValueError without a text to compare on."""
+    if not cfg.evaluations:
+        raise ValueError("--damage: needs a text to compare on; give --evaluate")
+
+
+def measure(subject: Subject) -> Found:
+    """The record's `damage`."""
+    names = subject.beside_dense
+    if not names:
+        return Found()
+    return Found(parts={"damage": damage(subject.tokenizer, {name: subject.texts[name] for name in names},
+                                         {name: subject.compare(name) for name in names}, subject.calibration)})
+
+
+def damage(tokenizer, texts: dict[str, Tokens], compared: dict[str, Compared],
+           calibration: Tokens | None = None) -> dict:
     """The record's `damage`, plain values.
 
     texts: {name: data.Tokens}, all of one window length; compared: {name: Compared} of the same. calibration:
@@ -52,8 +85,8 @@ def damage(tokenizer, texts, compared, calibration=None):
     pieces = Pieces(tokenizer)
     parts = {"text": by_text(texts) if len(texts) > 1 else {}, "content": by_content(ids, real, known, pieces),
              "frequency": by_frequency(ids, real, known), "position": by_position(ids)}
-    overall = measure(increase, real)
-    slices = [{"kind": kind, "name": name} | measure(increase, real & member, overall["increase"])
+    overall = mean_increase(increase, real)
+    slices = [{"kind": kind, "name": name} | mean_increase(increase, real & member, overall["increase"])
               for kind, members in parts.items() for name, member in members.items()]
     empty = {kind: [s["name"] for s in slices if s["kind"] == kind and not s["tokens"]] for kind in parts}
     slices = [s for s in slices if s["tokens"]]
@@ -63,7 +96,7 @@ def damage(tokenizer, texts, compared, calibration=None):
         "passages": worst_passages(tokenizer, texts, increase, real)}
 
 
-def measure(increase, member, overall=None):
+def mean_increase(increase, member, overall=None):
     """{tokens, windows, increase, half, verdict} of the slice `member`, bool (n, T-1); the last where `overall` is
     given."""
     tokens, windows = int(member.sum()), int(member.any(1).sum())

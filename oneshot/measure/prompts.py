@@ -20,8 +20,43 @@ from pathlib import Path
 import torch
 
 from .. import models
+from ..runtime.flag import flag
+from . import Found, Subject
 
 NEW_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Config:
+    prompts: str | None = flag(None, "file with a line {\"prompt\": ..., \"expected\": ...} each, if you like with "
+                                     "\"choices\": [...]: how often the model says it", section="evaluation",
+                               bears_on="measuring")
+
+
+def asked(cfg) -> bool:
+    """Whether there is a file."""
+    return bool(cfg.prompts)
+
+
+def refuse(cfg) -> None:
+    """Raise ValueError naming the line that is wrong."""
+    read(cfg.prompts)
+
+
+def prepare(cfg, model, tokenizer) -> None:
+    """Raise ValueError naming the line that does not fit the model."""
+    encoded(cfg.prompts, model, tokenizer)
+
+
+def identity(cfg, texts) -> list[str]:
+    """The hash of the prompts."""
+    return [digest(cfg.prompts)]
+
+
+def measure(subject: Subject) -> Found:
+    """What `evaluate` says; the answers are the record's `prompts`."""
+    shares, how, answers = evaluate(subject.model, subject.tokenizer, subject.cfg.prompts, device=subject.cfg.device)
+    return Found(shares, how, {"prompts": answers})
 
 
 @dataclass(frozen=True)
@@ -31,10 +66,10 @@ class Prompt:
     line: int
     prompt: str
     expected: str
-    choices: tuple = ()
+    choices: tuple[str, ...] = ()
 
 
-def read(path):
+def read(path: str) -> list[Prompt]:
     """[Prompt] of a file.
 
     Raises ValueError naming `--prompts` and the line that is wrong.
@@ -50,7 +85,7 @@ def read(path):
     return suite
 
 
-def parse(line, number, where):
+def parse(line: str, number: int, where: str) -> Prompt:
     """The Prompt on one line; `where` begins the error."""
     try:
         row = json.loads(line)
@@ -71,12 +106,12 @@ def parse(line, number, where):
     return Prompt(number, row["prompt"], row["expected"], tuple(choices))
 
 
-def digest(path):
+def digest(path: str) -> str:
     """sha256 of the prompts."""
     return hashlib.sha256(repr(read(path)).encode()).hexdigest()
 
 
-def prepare(path, model, tokenizer):
+def encoded(path, model, tokenizer):
     """([(Prompt, its ids)], tokens to write), refused before any long work where they do not fit the model.
 
     Raises ValueError naming `--prompts` and the line.
@@ -104,7 +139,7 @@ def evaluate(model, tokenizer, path, *, device="cpu"):
 
     right: begins with `expected`, or chose it.
     """
-    made, new = prepare(path, model, tokenizer)
+    made, new = encoded(path, model, tokenizer)
     marks, answers = {"starts_with": [], "contains": [], "chosen": []}, []
     with models.resident(models.tensors_of(model), device):
         for p, ids in made:

@@ -5,67 +5,103 @@ its dense ones back; the windows start from the dense hidden states in front of 
 """
 
 import dataclasses
+from dataclasses import dataclass
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from .. import calibrate, models
-from ..prune import loop
-from .perplexity import at_head, batch_losses, predicted
+from ..calibrate import Activations
+from ..data import Tokens
+from ..models import Weight
+from ..prune import loop, shared_inputs
+from ..prune.job import Job
+from ..runtime.flag import flag
+from . import Found, Subject
+from .losses import at_head, batch_losses, predicted
+
+when = "before"  # what is pruned alone is pruned on the dense model
+
+
+@dataclass(frozen=True)
+class Config:
+    sensitivity: str = flag("none", "first prune one linear, or one kind of linear, at a time and measure the loss: "
+                                    "what must not be touched", section="evaluation", bears_on="measuring",
+                            choices=("none", "linear", "kind"), rows=("pruned",))
+
+
+def asked(cfg) -> bool:
+    """Only where something is pruned."""
+    return cfg.sensitivity != "none" and cfg.prunes
+
+
+def refuse(cfg) -> None:
+    """Raise ValueError without a text to measure on."""
+    if not cfg.evaluations:
+        raise ValueError("--sensitivity: needs a text to compare on; give --evaluate")
+
+
+def measure(subject: Subject) -> Found:
+    """The record's `sensitivity`, measured on the first text."""
+    rows = sensitivity(subject.model, subject.calibration, subject.job, next(iter(subject.texts.values())),
+                       subject.cfg.sensitivity, subject.cfg.eval_batch_size)
+    return Found(parts={"sensitivity": rows})
 
 
 @torch.no_grad()
-def sensitivity(model, calibration, plan, steps, evaluation, unit="linear", options=None,
-                eval_batch_size=None):
+def sensitivity(model: nn.Module, calibration: Tokens | None, job: Job, evaluation: Tokens, unit: str = "linear",
+                eval_batch_size: int | None = None) -> list[dict]:
     """Rows for the record, the most sensitive first; the model is left as it was.
 
-    calibration, evaluation: Tokens. plan, steps: as for loop.prune_model. Each row: name; block (its first) and linear;
-    loss_increase in nats a token against the dense model; relative_error, the mean over the unit's linears; weights.
+    job: what each linear is pruned to. unit: "linear", or "kind", in all blocks. Each row: name; block (its first) and
+    linear; loss_increase in nats a token against the dense model; relative_error, the mean over the unit's linears;
+    weights.
     """
-    options = options or loop.Options()
+    options = job.options
     measuring = dataclasses.replace(options, batch_size=eval_batch_size or options.batch_size)
     ids, mask = (calibration.ids, calibration.mask) if calibration else (None, None)
-    [(result, weights)] = loop.prune_shared(model, ids, mask, [(plan, steps)], options)
+    [(result, new)] = shared_inputs.prune_shared(model, ids, mask, [job])
     errors = {row["name"]: row["relative_error"] for row in result.layers}
-    path, block_list = models.blocks(model)
+    _, block_list = models.blocks(model)
     activations, at, rows = loop.start(model, evaluation.ids, evaluation.mask, measuring), 0, []
     real = predicted(evaluation.mask) if evaluation.mask is not None else None
     dense = mean_loss(model, activations.fork(), 0, real)
-    for name, parts in tqdm(units(path, block_list, unit), desc="sensitivity", unit=unit, leave=False,
+    for name, parts in tqdm(units(model, unit), desc="sensitivity", unit=unit, leave=False,
                             disable=not options.progress):
-        while at < parts[0][0]:
+        first = parts[0][0]
+        while at < first:
             with models.resident(models.tensors_of(block_list[at]), options.device):
                 calibrate.replay(block_list[at], activations, at)
             at += 1
         kept = [weight.get().to(weight.stored, copy=True) for _, weight in parts]
-        full = [f"{path}.{b}.{weight.name}" for b, weight in parts]
-        for (_, weight), n in zip(parts, full, strict=True):
-            weight.set(weights[n])
+        for _, weight in parts:
+            weight.set(new[weight.name])
         loss = mean_loss(model, activations.fork(), at, real)
         for (_, weight), W in zip(parts, kept, strict=True):
             weight.set(W)
-        known = [errors[n] for n in full if errors.get(n) is not None]
-        rows.append({"name": name, "block": parts[0][0], "linear": parts[0][1].kind, "loss_increase": loss - dense,
+        known = [errors[w.name] for _, w in parts if errors.get(w.name) is not None]
+        rows.append({"name": name, "block": first, "linear": parts[0][1].kind, "loss_increase": loss - dense,
                      "relative_error": sum(known) / len(known) if known else None,
-                     "weights": sum(weight.shape[0] * weight.shape[1] for _, weight in parts)})
+                     "weights": sum(weight.size for _, weight in parts)})
     return sorted(rows, key=lambda row: -row["loss_increase"])
 
 
-def units(path, block_list, unit):
-    """[(name, [(block number, view), ...])] of what is pruned together, by first block. Experts count as one linear."""
+def units(model: nn.Module, unit: str) -> list[tuple[str, list[tuple[int, Weight]]]]:
+    """[(name, [(block number, weight), ...])] of what is pruned together, by first block. Experts count as one linear.
+    """
     found = {}
-    for b, block in enumerate(block_list):
-        for weight in models.linears(block)[0]:
-            found.setdefault(weight.kind if unit == "kind" else f"{path}.{b}.{weight.kind}", []).append((b, weight))
+    for block in models.walk(model):
+        for weight in block.weights:
+            name = weight.kind if unit == "kind" else f"{block.name}.{weight.kind}"
+            found.setdefault(name, []).append((block.number, weight))
     return list(found.items())
 
 
-def mean_loss(model, activations, b, real):
-    """Mean loss (nats a token) of a stream in front of block b; real: bool (n, T-1), what counts, or None."""
-    _, block_list = models.blocks(model)
-    for i in range(b, len(block_list)):
-        with models.resident(models.tensors_of(block_list[i]), activations.device):
-            calibrate.replay(block_list[i], activations, i)
+def mean_loss(model: nn.Module, activations: Activations, b: int, real: torch.Tensor | None) -> float:
+    """Mean loss (nats a token) of activations in front of block b; real: bool (n, T-1), what counts, or None."""
+    for block in models.walk(model, activations.device, start=b):
+        calibrate.replay(block.module, activations, block.number)
     with at_head(model, activations.device):
         losses = torch.cat([batch_losses(model, activations, i) for i in range(len(activations))]).double()
     return float(losses[real].mean() if real is not None else losses.mean())

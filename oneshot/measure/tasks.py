@@ -1,213 +1,65 @@
 """Zero-shot tasks through lm-eval (EleutherAI), on the model in memory: no second copy, standard errors kept.
 
 What lm-eval says of a metric stands in `metric_info`, and with it what pairing two runs document by document takes
-(accuracy.py): which documents were right, one bit each.
+(report/accuracy.py): which documents were right, one bit each.
 """
 
-import functools
 import hashlib
-import itertools
 import json
-import logging
 import math
-import os
-from pathlib import Path
+from dataclasses import dataclass
 
 from .. import models
-from ..data import sources
-from ..runtime import environment
+from ..data.choose import check_least
+from ..runtime.flag import flag, listed
+from . import Found, Subject
+from .task_list import GROUPS, check, digest, fetch, quiet
+from .task_list import prepare as prepared
 
-ZEROSHOT7 = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")  # wanda, sparsegpt
-GROUPS = {"zeroshot7": ZEROSHOT7}
 SCORED = ("multiple_choice", "loglikelihood")  # tasks of given continuations, scored by their log-probability
 
 
-# ---------------------------------------------------------------- which tasks
+@dataclass(frozen=True)
+class Config:
+    tasks: str = flag("none", "lm-eval tasks to measure, separated by commas; zeroshot7: the papers' seven",
+                      section="evaluation", bears_on="measuring")
+    task_path: str | None = flag(None, "folder of task YAMLs of your own, instead of lm-eval's", section="evaluation",
+                                 bears_on="measuring")
+    task_limit: int | None = flag(None, "measure on the first so many documents of each task", section="evaluation",
+                                  bears_on="measuring")
 
-def check(names, task_path=None, limit=None):
-    """`prepare`, and every document of local tasks looked at that a run with `limit` will ask.
+    def check(self):
+        """Raise ValueError naming the flag whose value cannot be used."""
+        check_least(self, {"task_limit": 1})
 
-    Raises ValueError naming `--tasks` and the document.
-    """
-    names, manager = prepare(names, task_path)
-    if task_path:
-        for name, task in fetch(names, manager)["tasks"].items():
-            check_documents(name, task, limit)
-
-
-def prepare(names, task_path=None):
-    """(task names, lm-eval's task manager), after what can be refused without their data was refused.
-
-    names: lm-eval's task or group names, or "zeroshot7" for the papers' seven. task_path: a folder of task YAMLs of
-    your own, used instead of lm-eval's; the .jsonl files they name are read.
-
-    Raises ValueError naming `--tasks` or `--task-path` when lm-eval is missing, a task is unknown, a line of a file is
-    no JSON object, or the hub cannot be reached.
-    """
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError:
-        raise ValueError("--tasks: needs lm-eval; pip install lm-eval") from None
-    if task_path and not Path(task_path).is_dir():
-        raise ValueError(f"--task-path {task_path}: no such folder")
-    names = list(dict.fromkeys(task for name in names for task in GROUPS.get(name, (name,))))
-    if not task_path and not offline() and (why := sources.hub_away()):
-        raise ValueError(f"--tasks {','.join(names)}: the hub with their data cannot be reached ({why}); use "
-                         "--task-path with local files, or HF_HUB_OFFLINE=1 if they are in the cache")
-    manager = local_manager(task_path) if task_path else lm_evals_manager()
-    check_known(names, manager, task_path)
-    for name, config in configs(names, manager.task_index) if task_path else ():
-        for file in local_files(config):
-            check_lines(file, f"--tasks {name}: {file}: ")
-    return names, manager
+    @property
+    def task_names(self) -> list[str]:
+        """The lm-eval tasks to measure."""
+        return listed(self.tasks)
 
 
-def local_manager(task_path):
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_path=task_path, include_defaults=False)
-
-
-@functools.cache
-def lm_evals_manager():
-    """lm-eval's own tasks: ten thousand YAMLs, read once."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager()
+def asked(cfg) -> bool:
+    """Whether there is a task."""
+    return bool(cfg.task_names)
 
 
-def offline():
-    """Whether the user has told the Hugging Face libraries to stay with their cache."""
-    return os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on")
+def refuse(cfg) -> None:
+    """Raise ValueError for tasks that cannot be measured."""
+    check(cfg.task_names, cfg.task_path, cfg.task_limit)
 
 
-def check_known(names, manager, task_path):
-    """Raise ValueError for names that lm-eval does not know; in a folder of one's own, saying what it has."""
-    if task_path and not manager.all_tasks:
-        raise ValueError(f"--task-path {task_path}: holds no task YAML that lm-eval can read (task: or group: at its "
-                         "top)")
-    unknown = [name for name in names if name not in manager.all_tasks]
-    if not unknown:
-        return
-    if not task_path:
-        raise ValueError(f"--tasks {','.join(unknown)}: lm-eval knows no such task; `lm-eval ls tasks` lists them")
-    read = {Path(entry.yaml_path) for entry in manager.task_index.values() if entry.yaml_path}
-    unread = sorted(f.name for f in Path(task_path).glob("**/*.yaml") if f not in read)
-    more = f"; lm-eval cannot read {', '.join(unread)}" if unread else ""
-    raise ValueError(f"--tasks {','.join(unknown)}: no such task in --task-path {task_path}, which has "
-                     f"{', '.join(sorted(manager.all_tasks))}{more}")
+def identity(cfg, texts) -> list[str]:
+    """The hash of local tasks, the version of lm-eval's own."""
+    return [digest(cfg.task_names, cfg.task_path)]
 
 
-def configs(names, index):
-    """(name, YAML) of each task that the names stand for; groups and tags are followed."""
-    for name in names:
-        config = index[name].cfg or {}
-        parts = index[name].tags if index[name].yaml_path is None else config.get("task")
-        if isinstance(parts, str) or not parts:
-            yield name, config
-        else:
-            yield from configs(sorted(part for part in parts if isinstance(part, str) and part in index), index)
+def measure(subject: Subject) -> Found:
+    """What lm-eval says of every task."""
+    cfg = subject.cfg
+    values, how, warnings = evaluate(subject.model, subject.tokenizer, cfg.task_names, task_path=cfg.task_path,
+                                     limit=cfg.task_limit, **subject.options)
+    return Found(values, how, warnings=warnings)
 
-
-def fetch(names, manager):
-    """lm-eval's tasks with their data. Raises ValueError naming `--tasks`, whatever a YAML or its data has caused."""
-    try:
-        with quiet():
-            return manager.load(names)
-    except Exception as error:
-        what = "their data cannot be had" if isinstance(error, OSError) else "lm-eval cannot load them"
-        raise ValueError(f"--tasks {','.join(names)}: {what} ({first_line(error)}); --task-path takes tasks with "
-                         "local files") from error
-
-
-def local_files(config):
-    """The .jsonl files that a task's YAML names."""
-    def walk(value):
-        for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-            yield from walk(item)
-        if isinstance(value, str):
-            yield value
-
-    files = walk((config.get("dataset_kwargs") or {}).get("data_files"))
-    return [f for f in files if f.endswith(".jsonl") and "://" not in f and "*" not in f]
-
-
-def check_lines(file, where):
-    """Raise ValueError for the first line of a .jsonl that is no JSON object; `where` begins the error."""
-    try:
-        lines = Path(file).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{where}cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    if not any(line.strip() for line in lines):
-        raise ValueError(f"{where}holds no document")
-    for n, line in enumerate(lines, 1):
-        try:
-            good = not line.strip() or isinstance(json.loads(line), dict)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}line {n}: not JSON ({error.msg} at column {error.colno})") from None
-        if not good:
-            raise ValueError(f"{where}line {n}: must be a JSON object")
-
-
-def check_documents(name, task, limit=None):
-    """Raise ValueError for the first document that the task cannot ask: a field missing, an answer not offered."""
-    for n, doc in enumerate(itertools.islice(task.eval_docs, limit), 1):
-        there = {k: v for k, v in doc.items() if v is not None}  # datasets fills in what a line lacks with None
-        try:
-            text, target = task.doc_to_text(there), task.doc_to_target(there)
-            choices = None if task.config.doc_to_choice is None else task.doc_to_choice(there)
-        except Exception as error:  # a template of the user's, on data of the user's
-            raise ValueError(f"--tasks {name}: document {n} does not fit its YAML ({first_line(error)})") from error
-        if task.OUTPUT_TYPE == "multiple_choice":
-            if not (isinstance(choices, list) and choices):
-                raise ValueError(f"--tasks {name}: document {n}: its choices must be a list that is not empty")
-            gold = text if task.multiple_input else target  # WinoGrande's way: the contexts are the choices
-            if not all(pick in (range(len(choices)) if isinstance(pick, int) else choices)
-                       for pick in (gold if isinstance(gold, list) else [gold])):
-                raise ValueError(f"--tasks {name}: document {n}: its answer {gold!r} is none of its choices, which are "
-                                 f"0 to {len(choices) - 1}")  # lm-eval would count it as wrong, always
-
-
-def digest(names, task_path=None):
-    """What a run's identity says of its tasks: sha256 of local ones, YAML and data; of lm-eval's its version."""
-    names, manager = prepare(names, task_path)
-    if not task_path:
-        return f"lm_eval {environment.version('lm_eval')}"
-    whole = hashlib.sha256()
-    for name, task in sorted(fetch(names, manager)["tasks"].items()):
-        config = {k: v for k, v in task.dump_config().items() if k not in ("dataset_kwargs", "metadata")}  # no paths
-        whole.update(json.dumps([name, config], sort_keys=True, default=str).encode())
-        for split in sorted(task.dataset):
-            whole.update(json.dumps([split, list(task.dataset[split])], default=str).encode())
-    return whole.hexdigest()
-
-
-def quiet():
-    """lm-eval's and datasets' chatter off: what a user must know is refused, or warned of in the record."""
-    return Levels("lm_eval", "datasets")
-
-
-class Levels:
-    """Only the errors of these loggers, while it lasts."""
-
-    def __init__(self, *names):
-        self.loggers = [logging.getLogger(name) for name in names]
-
-    def __enter__(self):
-        self.before = [logger.level for logger in self.loggers]
-        for logger in self.loggers:
-            logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *_):
-        for logger, level in zip(self.loggers, self.before, strict=True):
-            logger.setLevel(level)
-
-
-def first_line(error):
-    return next((line.strip() for line in str(error).split("\n") if line.strip()), type(error).__name__)
-
-
-# ---------------------------------------------------------------- what they say
 
 def evaluate(model, tokenizer, names, *, task_path=None, batch_size=8, device="cpu", limit=None):
     """({"task/metric": value}, {"task/metric": how}, [warning]) of lm-eval tasks.
@@ -217,7 +69,7 @@ def evaluate(model, tokenizer, names, *, task_path=None, batch_size=8, device="c
 
     Raises ValueError naming `--tasks` when a task's data cannot be had or a choice is longer than the model's window.
     """
-    asked, (names, manager) = names, prepare(names, task_path)
+    asked, (names, manager) = names, prepared(names, task_path)
     from lm_eval.evaluator import evaluate as lm_evaluate  # simple_evaluate would ask pip for every package first
     from lm_eval.models.huggingface import HFLM
 

@@ -68,6 +68,10 @@ class Block:
     stored: dict[str, torch.dtype]
     changed: bool = False
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """The block's state dict as it will be stored: on the CPU, parameters in their stored dtype."""
+        return {n: t.to("cpu", self.stored.get(n, t.dtype)) for n, t in self.module.state_dict().items()}
+
 
 def walk(model: nn.Module, device: str | torch.device | None = None, *, start: int = 0,
          bar: tqdm | None = None) -> Iterator[Block]:
@@ -83,7 +87,8 @@ def walk(model: nn.Module, device: str | torch.device | None = None, *, start: i
             continue
         name = f"{path}.{number}"
         weights, skipped = weights_of(module, name)
-        block = Block(number, name, module, weights, skipped, {n: p.dtype for n, p in module.named_parameters()})
+        block = Block(number, name, module, weights, skipped,
+                      {n: p.dtype for n, p in module.named_parameters(remove_duplicate=False)})
         if device is None:
             yield block
         else:

@@ -1,13 +1,38 @@
 """Load a model and its tokenizer; know its weights again by their fingerprint."""
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from ..runtime.flag import flag as new_flag
+
 DEMO = Path(__file__).parent.parent / "demo" / "model"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Flags of loading a model."""
+
+    model: str = new_flag("demo", "local folder, hub name, or demo (the small model shipped with oneshot)",
+                          section="what", bears_on="loading", shown=False, python=False)
+    dtype: str = new_flag("auto", "dtype the weights are kept and saved in; on a CPU all computing is float32",
+                          section="machine", bears_on="loading", python=False, choices=DTYPES)
+    model_revision: str | None = new_flag(None, "revision of a hub model", section="machine", bears_on="loading",
+                                          python=False)
+    cache_dir: str | None = new_flag(None, "Hugging Face cache folder", section="machine", bears_on="output",
+                                     python=True)
+    trust_remote_code: bool = new_flag(False, "run code that the model's repository brings; off for a reason",
+                                       section="machine", bears_on="loading", python=False, rows=("pruned",))
+
+    def check(self):
+        """Raise ValueError naming the flag whose value cannot be used."""
+        if not self.model:
+            raise ValueError("--model: is empty")
 
 
 def load(name: str | Path, *, dtype: str = "auto", revision: str | None = None, cache_dir: str | None = None,

@@ -1,25 +1,30 @@
-"""`python -m oneshot.run` in Python: `oneshot.prune(model, ...)` on a model that is loaded already."""
+"""`oneshot prune` in Python: `oneshot.prune(model, ...)` on a model that is loaded already."""
 
 import contextlib
-import dataclasses
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from .. import models, report
 from ..data import choose
-from . import checks, run
-from ..settings import flags, presets
-from ..settings.config import RunConfig
 from ..data import given as given_tokens
+from ..measure import Subject
+from ..settings import flags, presets
+from ..settings.known import part_names, python_names, todays_names
+from . import checks, run
+from .command import Command
+from .plan import make_plan
 
 
-def prune(model, tokenizer=None, *, method="sparsegpt", pattern="2:4", calibration="builtin", parts=None, **settings):
-    """Prune a loaded transformers model in place; the record of what was done, as `python -m oneshot.run` writes it.
+def prune(model: nn.Module, tokenizer=None, *, method: str = "sparsegpt", pattern: str | float = "2:4",
+          calibration: str | torch.Tensor = "builtin", parts: dict | None = None, **settings) -> dict:
+    """Prune a loaded transformers model in place; the record of what was done, as `oneshot prune` writes it.
 
     calibration: as `--calibration`, or token ids, int64 (n, seqlen). parts: settings of the method's, the
-    allocation's and the recovery's parts, such as {"sparsegpt.damping": 0.1, "block.steps": 100}. settings: RunConfig's
-    other fields, e.g. nsamples=64, device="cuda".
+    allocation's and the healing methods' parts, such as {"sparsegpt.damping": 0.1, "block.steps": 100}. settings: the
+    other flags by their names, e.g. nsamples=64, device="cuda", keep_dense="*.down_proj".
 
     Raises ValueError naming the setting as the command line would.
     """
@@ -28,33 +33,33 @@ def prune(model, tokenizer=None, *, method="sparsegpt", pattern="2:4", calibrati
     given = isinstance(calibration, torch.Tensor)
     if not given and tokenizer is None:
         raise ValueError("tokenizer: needed to read --calibration; or give token ids as `calibration`")
-    known = [f.name for f in dataclasses.fields(RunConfig) if f.name in PYTHON_SETTINGS]
-    refuse_unknown(settings, known, "no such setting here")
-    refuse_unknown(parts or {}, [a.dest for a in flags.parser()._actions if "." in a.dest], "no such setting of a part")
-    flags = {**settings, **(parts or {}), "model": name, "pattern": str(pattern), "evaluate": "none",
+    settings = todays_names(settings)
+    refuse_unknown(settings, python_names(), "no such setting here")
+    refuse_unknown(parts or {}, part_names(), "no such setting of a part")
+    asked = {**settings, **(parts or {}), "model": name, "pattern": str(pattern), "evaluate": "none",
              "calibration": "given" if given else calibration}
-    presets.check_effort([method], flags)
-    asked = presets.expand(method, flags)
-    flags.check_parts({method: asked}, flags)
-    cfg = flags.build(asked)
+    presets.check_effort([method], asked)
+    whole = presets.expand(method, asked)
+    flags.check_parts({method: whole}, asked)
+    cfg = flags.build(whole)
     checks.check_devices(cfg)
     checks.check_target(cfg)
     checks.check_model(model)
-    checks.check_recovery(cfg, model)
-    plan = run.make_plan(cfg, model)
+    checks.check_heal(cfg, model)
+    plan = make_plan(cfg, model)
     with at_rest(model):
         if given:
             tokens = given_tokens(calibration)
             choose.window(model, tokens.ids.shape[1], "calibration: windows of")
         else:
-            tokens = run.calibrate(cfg, model, tokenizer)
+            tokens = Command([cfg]).calibration(cfg, model, tokenizer)
         weights, run_id = run.identify(cfg, model, tokens, {})
-        record = run.work(cfg, model, tokenizer, plan, tokens, {})
+        record = run.work(Subject(model, tokenizer, cfg, {}, tokens), plan)
     return report.storable(record | {"run_id": run_id, "model": run.describe(cfg, model, weights)})
 
 
 @contextlib.contextmanager
-def at_rest(model):
+def at_rest(model: nn.Module) -> Iterator[None]:
     """The model as `models.load` gives it: no dropout, nothing but what is trained here asks for gradients."""
     training = [m for m in model.modules() if m.training]
     asking = [p for p in model.parameters() if p.requires_grad]
@@ -68,13 +73,7 @@ def at_rest(model):
             p.requires_grad_(True)
 
 
-PYTHON_SETTINGS = {f.name for f in dataclasses.fields(RunConfig)} - {  # the rest: arguments of its own, or the caller's
-    "model", "method", "pattern", "calibration", "solver", "recovery", "allocation", "preset", "evaluate",
-    "eval_seqlen", "eval_windows", "eval_batch_size", "prompts", "robustness", "divergence", "damage", "sensitivity",
-    "quantised", "dtype", "model_revision", "trust_remote_code", "save", "overwrite", "format", "results", "dense",
-    "shared_inputs", "tasks", "task_path", "task_limit"}
-
-
-def refuse_unknown(given, known, what):
+def refuse_unknown(given: dict, known: Iterable[str], what: str) -> None:
+    """Raise ValueError for settings that are not known."""
     if unknown := sorted(set(given) - set(known)):
         raise ValueError(f"{', '.join(unknown)}: {what}; there are {', '.join(known) or 'none'}")

@@ -2,18 +2,20 @@
 devices and models that cannot be used. Each raises ValueError naming the flag.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from .. import checkpoint, heal, models
+from .. import checkpoint, heal, measure, models
 from ..prune import patterns
-from ..runtime import environment
-from ..measure import prompts, tasks
 from ..prune.solvers import chain
+from ..runtime import environment
+from ..settings import RunConfig
 
 
-def check(configs):
+def check(configs: Sequence[RunConfig]) -> None:
     """Refuse what can be refused before a model is loaded. Raises ValueError naming the flag."""
     for cfg in configs:
         check_devices(cfg)
@@ -26,16 +28,10 @@ def check(configs):
             if Path(cfg.save).resolve() == Path(cfg.model).resolve():
                 raise ValueError(f"--save {cfg.save}: is the model's own folder; choose another")
         environment.check_writable(cfg.results, "--results")
-    if configs[0].task_names:
-        tasks.check(configs[0].task_names, configs[0].task_path, configs[0].task_limit)
-    if configs[0].prompts:
-        prompts.read(configs[0].prompts)
-    first = configs[0]
-    if (first.divergence or first.damage or first.sensitivity != "none") and not first.evaluations:
-        raise ValueError("--divergence, --damage, --sensitivity: need a text to compare on; give --evaluate")
+    measure.refuse(configs[0])
 
 
-def check_target(cfg):
+def check_target(cfg: RunConfig) -> None:
     """Refuse combinations of what to aim at that mean nothing."""
     if cfg.prunes and cfg.dense_target and not any(module.updates for module in chain(cfg.method)):
         raise ValueError(f"--dense-target {cfg.dense_target:g}: --method {cfg.method} leaves the weights it keeps as "
@@ -44,7 +40,7 @@ def check_target(cfg):
     if not spreads and cfg.allocate not in ("uniform", "mix"):
         raise ValueError(f"--allocate {cfg.allocate}: spreads a sparsity such as --pattern 0.5; {cfg.pattern} is the "
                          "same everywhere (--allocate mix mixes patterns)")
-    own = {"--dense-target": cfg.dense_target, "--recover": cfg.recoveries, "--true-sequential": cfg.true_sequential,
+    own = {"--dense-target": cfg.dense_target, "--heal": cfg.heals, "--true-sequential": cfg.true_sequential,
            "--stop-on-collapse": cfg.stop_on_collapse}
     for flag, value in own.items():
         if cfg.prunes and cfg.shared_inputs and value:
@@ -53,19 +49,20 @@ def check_target(cfg):
                              "--shared-inputs")
 
 
-def check_devices(cfg):
+def check_devices(cfg: RunConfig) -> None:
+    """Raise ValueError naming the flag when a device is not there."""
     environment.check_device(cfg.device)
     if cfg.activations:
         environment.check_device(cfg.activations, "--activations")
 
 
-def check_recovery(cfg, model):
-    """Raise ValueError where this model cannot be repaired on this device in the way asked for."""
-    for name, own in cfg.recovery.items():
+def check_heal(cfg: RunConfig, model: nn.Module) -> None:
+    """Raise ValueError where this model cannot be healed on this device by the methods asked for."""
+    for name, own in cfg.healing.items():
         heal.module(name).check_model(model, own, cfg.device)
 
 
-def check_model(model):
+def check_model(model: nn.Module) -> None:
     """Raise ValueError for a model that does not predict the next token, or naming a parameter that is not finite."""
     _, block_list = models.blocks(model)
     causal = [m.is_causal for m in block_list.modules() if isinstance(getattr(m, "is_causal", None), bool)]

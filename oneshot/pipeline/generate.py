@@ -1,4 +1,4 @@
-"""`python -m oneshot.generate DIR --prompt "..."`: continue a text with a model, dense or packed, and say how fast.
+"""`oneshot generate DIR --prompt "..."`: continue a text with a model, dense or packed, and say how fast.
 
 With `--compare OTHER_DIR` the other model continues the same prompt, and both stand side by side: text, time to the
 first token, tokens a second after it, peak memory. Greedy unless `--temperature` is given.
@@ -6,17 +6,16 @@ first token, tokens a second after it, peak memory. Greedy unless `--temperature
 
 import argparse
 import gc
-import sys
 import time
+from typing import Any
 
 import torch
 
 from .. import models
-from ..runtime import environment
-from ..settings import flags
-from ..settings.config import DTYPES
 from ..checkpoint.packed import linears
-from .run import one_line
+from ..models.loading import DTYPES
+from ..runtime import environment
+from ..runtime.command import Parser, exit_code
 
 
 class Clock:
@@ -34,7 +33,7 @@ class Clock:
         """Nothing is left to note."""
 
 
-def measure(name, flag, prompt, args):
+def measure(name: str, flag: str, prompt: str, args: argparse.Namespace) -> dict[str, Any]:
     """Continue `prompt` with the model `name`: its text, seconds to the first token, tokens a second, bytes.
 
     The first generation warms up and is not timed.
@@ -77,7 +76,7 @@ def measure(name, flag, prompt, args):
             "weights_bytes": sum(t.numel() * t.element_size() for t in models.tensors_of(model))}
 
 
-def show(rows, prompt):
+def show(rows: list[dict], prompt: str) -> str:
     """Continuations, then one line a model."""
     lines = []
     for row in rows:
@@ -90,34 +89,37 @@ def show(rows, prompt):
     return "\n".join(lines)
 
 
-def main(argv=None):
-    p = flags.Parser(prog="python -m oneshot.generate", description=__doc__,
-                   formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> int:
+    """The command."""
+    return exit_code(lambda: run(argv))
+
+
+def run(argv: list[str] | None) -> None:
+    """Generate with one model or two, print what they say and how fast."""
+    args = arguments(argv)
+    models.quiet()
+    environment.check_device(args.device)
+    if args.max_new_tokens < 1:
+        raise ValueError("--max-new-tokens: must be at least 1")
+    if args.temperature is not None and not args.temperature > 0:
+        raise ValueError(f"--temperature {args.temperature:g}: must be above 0; leave it out for greedy")
+    rows = [measure(name, flag, args.prompt, args) for name, flag in ((args.model, ""), (args.compare, "--compare"))
+            if name]
+    print(show(rows, args.prompt))
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    """What the command line says."""
+    p = Parser(prog="oneshot generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("model", help="folder, hub name, or demo")
     p.add_argument("--prompt", default="The history of science", help="text to continue (default: %(default)r)")
     p.add_argument("--compare", metavar="MODEL", help="a second model, for instance the dense one")
     p.add_argument("--max-new-tokens", type=int, default=64)
     p.add_argument("--temperature", type=float, help="sample at this temperature (default: greedy)")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", default="cpu")
+    p.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1")
     p.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: as stored on a GPU, float32 on a CPU")
     p.add_argument("--static", action="store_true", help="static cache, compiled decoding (GPU)")
-    try:
-        args = p.parse_args(argv)
-        models.quiet()
-        environment.check_device(args.device)
-        if args.max_new_tokens < 1:
-            raise ValueError("--max-new-tokens: must be at least 1")
-        if args.temperature is not None and not args.temperature > 0:
-            raise ValueError(f"--temperature {args.temperature:g}: must be above 0; leave it out for greedy")
-        rows = [measure(name, flag, args.prompt, args) for name, flag in ((args.model, ""), (args.compare, "--compare"))
-                if name]
-    except (ValueError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
-    print(show(rows, args.prompt))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    args = p.parse_args(argv)
+    args.device = environment.resolve_device(args.device)
+    return args

@@ -13,7 +13,7 @@ from pathlib import Path
 from .. import report
 from . import tables, task_table
 from ..runtime import environment
-from ..settings import flags
+from ..runtime import command as flags
 from .page import write_html
 
 MANIFEST, WORK = "oneshot.json", ".oneshot"  # as export.py names them; importing it would load transformers

@@ -89,6 +89,11 @@ def html(records, title=None):
             f"<style>{CSS}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n")
 
 
+def of_one(record):
+    """The page of a single run."""
+    return html([record])
+
+
 def write_html(records, path, title=None):
     """Write the page of `html` to `path`: whole or not at all."""
     write_text(html(records, title), path)
@@ -166,6 +171,7 @@ def _pivots(records):
 
 def _pictures(records):
     """The pictures of the page with their headings; one loud line instead where matplotlib is absent."""
+    from . import figures
     from . import figures
     from .figures import drawing, frontier
 

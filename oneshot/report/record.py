@@ -20,7 +20,7 @@ from . import accuracy
 SCHEMA = 1
 # the order in the file: what is short comes first
 KEYS = ("schema", "run_id", "status", "settings", "model", "data", "environment", "metrics", "metric_info",
-        "sparsity", "bytes", "warnings", "damage", "sensitivity", "prompts", "recovery", "peak_memory_bytes", "seconds",
+        "sparsity", "bytes", "warnings", "damage", "sensitivity", "prompts", "heal", "peak_memory_bytes", "seconds",
         "skipped", "blocks", "layers")
 # Settings that say where a run goes or what is measured after it, not what was done to the model.
 ELSEWHERE = {"model", "method", "preset", "pattern", "save", "overwrite", "results", "cache_dir", "device", "format",

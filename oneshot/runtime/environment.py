@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 
-def environment(device):
+def environment(device: str) -> dict:
     """What a reader needs to judge or repeat a number: versions, device, threads, commit (None outside a checkout)."""
     commit = git("rev-parse", "--short=10", "HEAD")
     changed = git("status", "--porcelain", "--", ":/", ":(top,exclude)results")  # results/ is what runs write
@@ -25,7 +25,7 @@ def environment(device):
     }
 
 
-def version(package):
+def version(package: str) -> str | None:
     """Installed version, or None."""
     try:
         return importlib.metadata.version(package)
@@ -33,7 +33,7 @@ def version(package):
         return None
 
 
-def git(*args):
+def git(*args: str) -> str | None:
     """Output of a git command in this package's checkout; None when there is none."""
     here = Path(__file__).parent
     try:
@@ -45,7 +45,7 @@ def git(*args):
     return done.stdout.strip() if done.returncode == 0 and tracked.returncode == 0 else None
 
 
-def device_name(device):
+def device_name(device: str) -> str:
     """"NVIDIA H200", or the processor's name."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -56,12 +56,17 @@ def device_name(device):
     return f"cpu ({name})"
 
 
-def check_device(device, flag="--device"):
+def resolve_device(device: str) -> str:
+    """"auto" as a device: a GPU where this torch sees one, else the CPU; others as they are."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def check_device(device: str, flag: str = "--device") -> None:
     """Raise ValueError naming the flag when the device is not there."""
     try:
         kind = torch.device(device).type
     except RuntimeError:
-        raise ValueError(f"{flag} {device}: give cpu, cuda or cuda:N") from None
+        raise ValueError(f"{flag} {device}: give auto, cpu, cuda or cuda:N") from None
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"{flag} {device}: this torch ({torch.__version__}) sees no CUDA device; use cpu")
     if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
@@ -70,7 +75,7 @@ def check_device(device, flag="--device"):
         raise ValueError(f"{flag} {device}: only cpu and cuda are supported")
 
 
-def check_writable(path, flag):
+def check_writable(path: str | Path, flag: str) -> None:
     """Raise ValueError naming the flag unless files can be written into `path`, which need not exist yet."""
     there = next(p for p in (Path(path), *Path(path).parents) if p.exists())
     if not there.is_dir():
@@ -79,12 +84,12 @@ def check_writable(path, flag):
         raise ValueError(f"{flag} {path}: no permission to write into {there}; choose another folder")
 
 
-def total_memory(device):
+def total_memory(device: str) -> int | None:
     """Bytes of the GPU's memory; None for the CPU's, which may swap."""
     return torch.cuda.get_device_properties(device).total_memory if torch.device(device).type == "cuda" else None
 
 
-def reset_peak_memory(device):
+def reset_peak_memory(device: str) -> None:
     """Begin a new measurement of peak memory, where the system can."""
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -93,7 +98,7 @@ def reset_peak_memory(device):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_memory(device):
+def peak_memory(device: str) -> int:
     """Bytes: the GPU's peak allocation, or the process's peak resident size."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -1,74 +1,59 @@
-"""The command line: flags made from RunConfig and every part's Config, and wanda's own flags translated.
+"""The command line: flags made from what the stages declare (known.py), and wanda's own flags translated.
 
-`--a-b` and `--a_b` are the same flag. The flags of a part (solver, refiner, allocation, recovery) carry its name:
+`--a-b` and `--a_b` are the same flag. The flags of a part (solver, refiner, allocation, healing method) carry its name:
 `--sparsegpt.damping 0.1`.
 """
 
 import argparse
-import difflib
-import re
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
 from .. import heal
 from ..prune import allocate, solvers
+from ..quantise.grids import widths
+from ..runtime.command import Parser
+from ..runtime.flag import listed
 from . import presets
-from .config import RunConfig, listed
-from ..quantise.rtn import widths
+from .config import RunConfig
+from .known import PACKAGES, Known, known, parts, todays_names
+from .wanda_flags import WANDA, apply_wanda
 
 EXAMPLES = """examples:
-  python -m oneshot.run
+  oneshot prune
       the built-in model, three methods, two patterns: a table in minutes
-  python -m oneshot.run --model meta-llama/Llama-3.1-8B --method sparsegpt --pattern 2:4 --calibration c4 \\
-      --evaluate wikitext2 --save llama-2of4 --device cuda
-      a checkpoint that from_pretrained loads, and oneshot.verify proves
-  python -m oneshot.run --model ./my-model --calibration my.jsonl --column text --evaluate held_out.txt
+  oneshot prune --model meta-llama/Llama-3.1-8B --method sparsegpt --pattern 2:4 --calibration c4 \\
+      --evaluate wikitext2 --save llama-2of4
+      a checkpoint that from_pretrained loads, and `oneshot verify` proves
+  oneshot prune --model ./my-model --calibration my.jsonl --column text --evaluate held_out.txt
 
 The flags of wanda's main.py (--prune_method --sparsity_ratio --sparsity_type --save --save_model --use_variant ...)
 work with their meaning there.
 """
 
-WANDA = {  # flag of wanda's main.py: what it does there
-    "prune_method": "magnitude, wanda, sparsegpt",
-    "sparsity_ratio": "share of zeros (default: 0, nothing is pruned)",
-    "sparsity_type": "unstructured, 2:4, 4:8",
-    "save_model": "folder for the pruned model (--save is then the folder for results)",
-}
 UNSET = object()
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as the rest of the program does. Raises ValueError."""
-
-    def error(self, message):
-        if unknown := re.match(r"unrecognized arguments: (\S+)", message):
-            close = difflib.get_close_matches(unknown[1].partition("=")[0], self._option_string_actions, 1)
-            message = f"{unknown[1]}: no such flag" + (f", did you mean {close[0]}?" if close else "")
-        raise ValueError(f"{message.removeprefix('argument ')} (--help lists the flags)")
-
-
-def parser():
+def parser() -> Parser:
     """The argument parser: RunConfig's fields, every part's, and wanda's names."""
-    p = Parser(prog="python -m oneshot.run", usage="python -m oneshot.run [flags]", formatter_class=Formatter,
-               epilog=EXAMPLES, allow_abbrev=False,
+    p = Parser(prog="oneshot prune", usage="oneshot prune [flags]", formatter_class=Formatter, epilog=EXAMPLES,
+               allow_abbrev=False,
                description="Prune a pretrained language model once, from a few calibration samples, without training; "
-                           "measure what that cost.")
-    groups = {}
-    for f in fields(RunConfig):
-        if f.metadata:
-            title = f.metadata["group"]
-            groups.setdefault(title, p.add_argument_group(title))
-            add_flag(groups[title], f.name, f)
-    found = solvers.names()
+                           "measure what that cost. (The same as python -m oneshot.run.)")
+    sections = {}
+    for flag in known().values():
+        if not flag.chosen_by:
+            title = flag.metadata["section"]
+            sections.setdefault(title, p.add_argument_group(title))
+            add_flag(sections[title], flag)
     p.add_argument_group("--method best", presets.explain())
-    for flag, package, names in (("method", solvers, found["solver"] + found["refiner"]),
-                                 ("allocate", allocate, allocate.names()), ("recover", heal, heal.names())):
-        for name in names:
-            module = package.module(name)
-            group = p.add_argument_group(f"--{flag} {name}", module.__doc__.strip().split("\n")[0])
-            for f in fields(module.Config):
-                add_flag(group, f"{name}.{f.name}", f)
+    for chosen_by, package in PACKAGES.items():
+        for name in parts(package):
+            group = p.add_argument_group(f"--{chosen_by} {name}", package.module(name).__doc__.strip().split("\n")[0])
+            for flag in known().values():
+                if flag.chosen_by and flag.name.partition(".")[0] == name:
+                    add_flag(group, flag)
     wanda = p.add_argument_group("wanda's main.py")
     for name, text in WANDA.items():
         wanda.add_argument(f"--{name}", help=text, type=float if name == "sparsity_ratio" else str)
@@ -85,46 +70,63 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
         return (action.help or "") + (" (default: %(default)s)" if shown else "")
 
 
-def add_flag(group, name, f):
-    """One dataclass field as a flag; a bool's flag turns it from its default."""
-    option, help_text = name.replace("_", "-"), f.metadata["help"]
-    if isinstance(f.default, bool):
-        if f.default:
-            option, help_text = f"no-{option}", f"do not {help_text}"
-        group.add_argument(f"--{option}", dest=name, default=f.default, help=help_text,
-                           action="store_false" if f.default else "store_true")
+def add_flag(group, flag: Known) -> None:
+    """Add one flag to a group of the parser; a switch turns its default."""
+    help_text, choices = flag.metadata["help"], flag.metadata.get("choices")
+    if flag.is_switch:
+        group.add_argument(*flag.options, dest=flag.name, default=flag.default,
+                           help=f"do not {help_text}" if flag.default else help_text,
+                           action="store_false" if flag.default else "store_true")
         return
-    kind = next((k for k in (int, float) if f.type == k or f.type == k | None), str)
-    choices = f.metadata.get("choices")
-    group.add_argument(f"--{option}", dest=name, default=f.default, type=kind, choices=choices, help=help_text,
-                       metavar=None if choices else option.rsplit(".", 1)[-1].upper())
+    metavar = None if choices else flag.option.removeprefix("--").rsplit(".", 1)[-1].upper()
+    group.add_argument(*flag.options, dest=flag.name, default=flag.default, type=flag.type, choices=choices,
+                       help=help_text, metavar=metavar)
 
 
-def normalise(argv, known):
-    """Flags as they are known, whether written with underscores or dashes."""
-    spelt = {name.replace("_", "-"): name for name in known}
-    parts = [arg.partition("=") for arg in argv]
+def normalise(argv: Sequence[str], options: Iterable[str]) -> list[str]:
+    """Flags as the parser knows them, whether written with underscores or dashes."""
+    spelt = {name.replace("_", "-"): name for name in options}
+    words = [arg.partition("=") for arg in argv]
     return [spelt.get(name.replace("_", "-"), name) + eq + value if name.startswith("--") else name + eq + value
-            for name, eq, value in parts]
+            for name, eq, value in words]
 
 
-def parse(argv=None):
-    """The runs a command line asks for: RunConfigs, the dense one last: what is wrong with the others shows at once.
+def read(argv: Sequence[str] | None = None) -> dict:
+    """{flag: value} of what a command line gives, wanda's said in ours. Raises ValueError naming the flag."""
+    p = parser()
+    argv = sys.argv[1:] if argv is None else list(argv)
+    options = [option for action in p._actions for option in action.option_strings]
+    dests = [action.dest for action in p._actions if action.dest != "help"]
+    found = vars(p.parse_args(normalise(argv, options), argparse.Namespace(**dict.fromkeys(dests, UNSET))))
+    given = {name: value for name, value in found.items() if value is not UNSET}
+    wanda = "prune_method" in given
+    given = apply_wanda(given)
+    if "save" in given and not prunes(given):
+        flag = "--save_model" if wanda else "--save"
+        raise ValueError(f"{flag} {given['save']}: nothing is pruned, so there is nothing to write; give a --method")
+    return given
+
+
+def prunes(given: dict) -> bool:
+    """Whether any of the methods given prunes."""
+    return any(method != "dense" for method in split(given, "method"))
+
+
+def parse(argv: Sequence[str] | None = None) -> list[RunConfig]:
+    """The runs a command line asks for, the dense one last: what is wrong with the others shows at once.
 
     Raises ValueError naming the flag.
     """
-    p = parser()
-    argv = sys.argv[1:] if argv is None else list(argv)
-    unset = argparse.Namespace(**{a.dest: UNSET for a in p._actions if a.dest != "help"})
-    read = vars(p.parse_args(normalise(argv, p._option_string_actions), unset))
-    given = apply_wanda({name: value for name, value in read.items() if value is not UNSET})
+    return expand(read(argv))
+
+
+def expand(given: dict) -> list[RunConfig]:
+    """The runs that flags and their values ask for; see `parse`."""
+    given = todays_names(given)
     chosen = {f.name: given[f.name] for f in fields(RunConfig) if f.name in given}
     methods, texts = split(given, "method"), split(given, "pattern")
-    dense = [dense_run(chosen)] if given.get("dense", True) or "dense" in methods else []
+    dense = [row(chosen, "dense", "dense")] if given.get("dense", True) or "dense" in methods else []
     methods = [m for m in methods if m != "dense"]
-    if "save" in chosen and not methods:
-        flag = "--save_model" if read["prune_method"] is not UNSET else "--save"
-        raise ValueError(f"{flag} {chosen['save']}: nothing is pruned, so there is nothing to write; give a --method")
     presets.check_effort(methods, given)
     asked = {method: presets.expand(method, given) for method in methods}
     check_parts(asked, given)
@@ -135,101 +137,48 @@ def parse(argv=None):
             if save and len(methods) * len(texts) > 1:
                 save = str(Path(save) / f"{method}-{text.replace(':', 'of')}")
             runs.append(build({**asked[method], "pattern": text, "save": save}))
-    quantised = [rtn_run(chosen, width) for width in widths(texts)] if given.get("quantised") else []
-    return runs + quantised + dense
+    rounded = [row(chosen, "rtn", width) for width in widths(texts)] if given.get("quantised") else []
+    return runs + rounded + dense
 
 
-def build(given):
+def row(chosen: dict, method: str, pattern: str) -> RunConfig:
+    """A row for comparison, the same road without pruning: the dense model, or all linears rounded to integers."""
+    return RunConfig(**{**chosen, "method": method, "pattern": pattern, "save": None})
+
+
+def build(given: dict) -> RunConfig:
     """RunConfig from flags and their values, each part's own ("sparsegpt.damping") put into that part's Config."""
     cfg = RunConfig(**{f.name: given[f.name] for f in fields(RunConfig) if f.name in given})
-    parts = {"solver": solvers.chain(cfg.method), "recovery": [heal.module(name) for name in cfg.recoveries],
-             "allocation": [allocate.module(cfg.allocate)]}
-    if "block" in cfg.recoveries[1:]:
-        raise ValueError(f"--recover {cfg.recover}: block comes first: --recover block,distil")
-    return replace(cfg, **{part: {solvers.short(m): configured(m, given) for m in modules}
-                           for part, modules in parts.items()})
+    modules = {"solver": solvers.chain(cfg.method), "healing": [heal.module(name) for name in cfg.heals],
+               "allocation": [allocate.module(cfg.allocate)]}
+    heal.check_order(modules["healing"], cfg.heal)
+    return replace(cfg, **{part: {solvers.short(m): configured(m, given) for m in found}
+                           for part, found in modules.items()})
 
 
-def configured(module, given):
+def configured(module, given: dict):
     """A part's Config with the values given for it as "part.field"."""
     name = solvers.short(module)
     return module.Config(**{f.name: given[f"{name}.{f.name}"] for f in fields(module.Config)
                             if f"{name}.{f.name}" in given})
 
 
-def dense_run(chosen):
-    """The dense model's row: the same road without pruning."""
-    return RunConfig(**{**chosen, "method": "dense", "pattern": "dense", "save": None})
-
-
-def rtn_run(chosen, width):
-    """A row for comparison: nothing pruned, all linears rounded to integers of this width."""
-    return RunConfig(**{**chosen, "method": "rtn", "pattern": width, "save": None})
-
-
-def check_parts(asked, given):
+def check_parts(asked: dict[str, dict], given: dict) -> None:
     """Refuse a part's flag when no run uses that part: it would do nothing. asked: {method: all its flags}."""
     used = {solvers.short(m) for own in asked.values() for m in solvers.chain(own["method"])}
-    used |= {name for own in asked.values() for name in (*listed(own.get("recover", "none")), own.get("allocate"))}
+    used |= {name for own in asked.values() for name in (*listed(own.get("heal", "none")), own.get("allocate"))}
     for name in given:
-        part, dot, field = name.partition(".")
+        part, dot, _ = name.partition(".")
         if dot and part not in used:
-            flag = next((flag for flag, package in (("recover", heal), ("allocate", allocate))
-                         if part in package.names()), f"method {','.join(asked) or 'dense'}")
-            raise ValueError(f"--{part}.{field.replace('_', '-')}: --{flag} does not use {part}; add it there or leave "
-                             "the flag out")
+            chosen_by = known()[name].chosen_by
+            flag = f"method {','.join(asked) or 'dense'}" if chosen_by == "method" else chosen_by
+            raise ValueError(f"{known()[name].option}: --{flag} does not use {part}; add it there or leave the flag "
+                             "out")
 
 
-def split(given, name):
-    parts = [part.strip() for part in given.get(name, getattr(RunConfig, name)).split(",") if part.strip()]
-    if not parts:
+def split(given: dict, name: str) -> list[str]:
+    """The entries of a comma list, each once."""
+    entries = [entry.strip() for entry in given.get(name, known()[name].default).split(",") if entry.strip()]
+    if not entries:
         raise ValueError(f"--{name}: nothing given")
-    return list(dict.fromkeys(parts))
-
-
-def apply_wanda(given):
-    """The flags given, those of wanda's main.py said in ours."""
-    wanda = {name: given.pop(name) for name in WANDA if name in given}
-    if given.pop("eval_zero_shot", False):
-        given.setdefault("tasks", "zeroshot7")
-    variant = given.pop("use_variant", False)
-    if variant and wanda.get("prune_method", "wanda") == "wanda":  # main.py overlooks it with other methods
-        given["wanda.use_variant"] = True
-    if "prune_method" not in wanda:
-        for name in wanda:
-            raise ValueError(f"--{name}: a flag of wanda's main.py, it goes with --prune_method; "
-                             "otherwise use --pattern and --save")
-        return given
-    for name in ("method", "pattern"):
-        if name in given:
-            raise ValueError(f"--{name}: not together with --prune_method, which is wanda's flag for the same")
-    method, pattern = wanda_method(wanda["prune_method"]), wanda_pattern(**wanda)
-    pruned = pattern is not None  # main.py prunes nothing at ratio 0
-    if not pruned:
-        given.pop("wanda.use_variant", None)
-    given |= {"method": method if pruned else "dense", "pattern": pattern or "dense", "dense": not pruned}
-    there = {"calibration": "c4", "evaluate": "wikitext2"}
-    if "save" in given:
-        there["results"] = given.pop("save")
-    if "save_model" in wanda:
-        given["save"] = wanda["save_model"]
-    return there | given
-
-
-def wanda_method(name):
-    if name not in ("magnitude", "wanda", "sparsegpt"):
-        raise ValueError(f"--prune_method {name}: oneshot knows magnitude, wanda and sparsegpt under this flag")
-    return name
-
-
-def wanda_pattern(*, sparsity_ratio=None, sparsity_type="unstructured", **others):
-    """The pattern as text; None when nothing is to be pruned."""
-    if sparsity_type not in ("unstructured", "2:4", "4:8"):
-        raise ValueError(f"--sparsity_type {sparsity_type}: give unstructured, 2:4 or 4:8; other N:M as --pattern")
-    if sparsity_type != "unstructured":
-        if sparsity_ratio not in (None, 0.5):
-            raise ValueError(f"--sparsity_ratio {sparsity_ratio:g}: with --sparsity_type {sparsity_type} it is 0.5")
-        return sparsity_type
-    if sparsity_ratio is not None and not 0 <= sparsity_ratio < 1:
-        raise ValueError(f"--sparsity_ratio {sparsity_ratio:g}: give a share in [0, 1)")
-    return str(sparsity_ratio) if sparsity_ratio else None
+    return list(dict.fromkeys(entries))

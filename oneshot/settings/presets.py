@@ -4,24 +4,23 @@ A preset is nothing but flags; whatever is given beside it on the command line w
 tables says so (best-3*).
 """
 
-from .config import listed
+from ..runtime.flag import listed
+from .known import changes_preset
 
 EFFORTS = {  # effort: (what it is, the flags); each adds to what the one before it costs
     1: ("SparseGPT's mask with the best values for it", {"method": "sparsegpt+refit"}),
     2: ("ALPS aimed at the dense model", {"method": "alps", "dense_target": 0.5}),
-    3: ("ALPS, each block repaired, then a distillation (the whole model on the device), both short", {
-        "method": "alps", "recover": "block,distil", "block.steps": 25, "distil.steps": 25}),
+    3: ("ALPS, each block healed, then a distillation (the whole model on the device), both short", {
+        "method": "alps", "heal": "block,distil", "block.steps": 25, "distil.steps": 25}),
     4: ("the same, longer", {
-        "method": "alps", "recover": "block,distil", "block.steps": 60, "distil.steps": 60}),
+        "method": "alps", "heal": "block,distil", "block.steps": 60, "distil.steps": 60}),
     5: ("the same, at leisure", {
-        "method": "alps", "recover": "block,distil", "block.steps": 100, "distil.steps": 300}),
+        "method": "alps", "heal": "block,distil", "block.steps": 100, "distil.steps": 300}),
 }
 NAMES = ("best",)
-QUALITY = {  # given beside a preset, they change it
-    "recover", "dense_target", "allocate", "true_sequential", "group", "shared_inputs"}
 
 
-def expand(method, given):
+def expand(method: str, given: dict) -> dict:
     """All flags of a run whose `--method` is `method`: a preset's own below those given, others as they are.
 
     Raises ValueError naming `--method` or `--effort`.
@@ -36,22 +35,23 @@ def expand(method, given):
         raise ValueError(f"--effort {effort}: give 1 to {max(EFFORTS)}")
     flags = EFFORTS[effort][1]
     asked = {**flags, **given, "method": flags["method"]}
-    parts = {*asked["method"].split("+"), *listed(asked.get("recover", "none")), asked.get("allocate")}
+    parts = {*asked["method"].split("+"), *listed(asked.get("heal", "none")), asked.get("allocate")}
     own = {name for name in given if "." in name and name.partition(".")[0] in parts}
-    changed = "*" if own or set(given) & (QUALITY | set(flags)) - {"method"} else ""
+    changed = "*" if own or set(given) & (changes_preset() | set(flags)) - {"method"} else ""
     return asked | {"preset": f"{method}-{effort}{changed}"}
 
 
-def check_effort(methods, given):
+def check_effort(methods: list[str], given: dict) -> None:
     """Raise ValueError where `--effort` is given and no method is a preset."""
     if "effort" in given and not set(methods) & set(NAMES):
         raise ValueError(f"--effort {given['effort']}: goes with --method best")
 
 
-def explain():
+def explain() -> str:
     """Two lines for each effort, for `--help`."""
     return "\n".join(f"--effort {k}   {text}\n             {said(flags)}" for k, (text, flags) in EFFORTS.items())
 
 
-def said(flags):
+def said(flags: dict) -> str:
+    """Flags as they are written on the command line."""
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in flags.items())

@@ -6,8 +6,9 @@ on their way through the model, so early blocks lose less. One number says all; 
 It is not searched here: the default spans as much as OWL's.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from ...runtime.flag import flag
 from . import meet
 
 needs = frozenset()
@@ -15,8 +16,7 @@ needs = frozenset()
 
 @dataclass(frozen=True)
 class Config:
-    slope: float = field(default=0.16, metadata={
-        "help": "sparsity of the last block minus that of the first; negative: later blocks lose less"})
+    slope: float = flag(0.16, "sparsity of the last block minus that of the first; negative: later blocks lose less")
 
     def __post_init__(self):
         if not -1 < self.slope < 1:

@@ -17,10 +17,11 @@ tokens; its slopes, made to rise by the lower convex hull, are taken to be linea
 that of the next, so that s_l(μ) is continuous, and μ is found by bisection.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ...runtime.flag import flag
 from ..linalg import input_weighted
 from . import meet, sizes
 
@@ -30,10 +31,9 @@ TILT = 1e-6  # share of the mean slope added over a sparsity of 1: where errors 
 
 @dataclass(frozen=True)
 class Config:
-    spread: float = field(default=0.08, metadata={"help": "a linear's sparsity differs from the mean by at most this"})
-    points: int = field(default=9, metadata={"help": "sparsities at which every linear's error is measured"})
-    early: float = field(default=15.0, metadata={
-        "help": "how much more an error counts in the first block than in the last"})
+    spread: float = flag(0.08, "a linear's sparsity differs from the mean by at most this")
+    points: int = flag(9, "sparsities at which every linear's error is measured")
+    early: float = flag(15.0, "how much more an error counts in the first block than in the last")
 
     def __post_init__(self):
         if not 0 <= self.spread <= 1:

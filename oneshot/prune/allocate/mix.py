@@ -10,9 +10,10 @@ The candidates are the run's `--pattern` and those of `also`: 2:4 and dense is w
 hull of (bytes, error) that saves most error for its bytes is taken, and so on, passing over those that do not fit.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 
+from ...runtime.flag import flag
 from .. import patterns
 from ..linalg import input_weighted
 from . import sizes
@@ -22,9 +23,8 @@ needs = frozenset({"sum_sq", "sample"})
 
 @dataclass(frozen=True)
 class Config:
-    budget: float = field(default=0.75, metadata={"help": "bytes of all linears, as a share of the dense ones"})
-    also: str = field(default="dense", metadata={
-        "help": "patterns to mix with --pattern: dense or N:M, separated by commas"})
+    budget: float = flag(0.75, "bytes of all linears, as a share of the dense ones")
+    also: str = flag("dense", "patterns to mix with --pattern: dense or N:M, separated by commas")
 
     def __post_init__(self):
         if not 0 < self.budget <= 1:

@@ -9,10 +9,11 @@ is s, not so that it is [s - λ, s + λ]. The code weighs blocks alike, which mi
 divides by zero when all D are equal: here that is the uniform plan. M and λ are the paper's for LLaMA-7B.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
+from ...runtime.flag import flag
 from ..linalg import input_weighted
 from . import meet
 
@@ -21,8 +22,8 @@ needs = frozenset({"sum_sq"})
 
 @dataclass(frozen=True)
 class Config:
-    spread: float = field(default=0.08, metadata={"help": "λ, half the difference between most and least pruned block"})
-    outlier: float = field(default=5.0, metadata={"help": "M, an outlier's score in multiples of its block's mean"})
+    spread: float = flag(0.08, "λ, half the difference between most and least pruned block")
+    outlier: float = flag(5.0, "M, an outlier's score in multiples of its block's mean")
 
     def __post_init__(self):
         if not 0 <= self.spread <= 0.5:

@@ -8,9 +8,10 @@ is measured at one sparsity is taken to hold at its neighbours.
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+from ...runtime.flag import flag
 from . import meet, sizes
 
 needs = frozenset()
@@ -18,8 +19,8 @@ needs = frozenset()
 
 @dataclass(frozen=True)
 class Config:
-    record: str = field(default="", metadata={"help": "the record (JSON) of a run with --sensitivity linear"})
-    spread: float = field(default=0.08, metadata={"help": "half the difference between most and least pruned linear"})
+    record: str = flag("", "the record (JSON) of a run with --sensitivity linear")
+    spread: float = flag(0.08, "half the difference between most and least pruned linear")
 
     def __post_init__(self):
         if not 0 <= self.spread <= 0.5:

@@ -18,10 +18,11 @@ share at once when unstructured; and any N:M is 2:4 there (it sorts groups of fo
 input that is always zero keeps its dense weights as far as the mask keeps them (there: score 1e-8).
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
+from ...runtime.flag import flag
 from ..linalg import damped_cholesky, require_finite
 from ..patterns import NM, Unstructured
 from . import Solution
@@ -32,10 +33,10 @@ updates = True
 
 @dataclass(frozen=True)
 class Config:
-    damping: float = field(default=0.1, metadata={"help": "δ, added to the scaled Gram matrix's diagonal of ones"})
-    rho: float = field(default=1.0, metadata={"help": "ρ, penalty on the distance to the pattern"})
-    iterations: int = field(default=20, metadata={"help": "iterations in all"})
-    mask_iterations: int = field(default=15, metadata={"help": "of these, how many choose the mask, ever sparser"})
+    damping: float = flag(0.1, "δ, added to the scaled Gram matrix's diagonal of ones")
+    rho: float = flag(1.0, "ρ, penalty on the distance to the pattern")
+    iterations: int = flag(20, "iterations in all")
+    mask_iterations: int = flag(15, "of these, how many choose the mask, ever sparser")
     group = "matrix"
 
     def __post_init__(self):

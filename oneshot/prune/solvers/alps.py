@@ -23,10 +23,11 @@ which is Wanda's score.
 Floor, operations a step: C³/3 for the factor, 2·R·C² for the solve; then those of `linalg.refit`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
+from ...runtime.flag import flag
 from .. import linalg
 from . import Solution
 
@@ -37,12 +38,12 @@ SHARED = 2**30  # bytes of factors kept beside a Gram matrix
 
 @dataclass(frozen=True)
 class Config:
-    rho: float = field(default=0.1, metadata={"help": "the penalty at the start; G has a unit diagonal"})
-    growth: float = field(default=1.1, metadata={"help": "the penalty grows by this factor each step; nearer to 1: "
-                                                         "slower and better"})
-    steps: int = field(default=100, metadata={"help": "steps at most"})
-    rest: float = field(default=1e-3, metadata={"help": "end when less than this share of the kept weights changes"})
-    refit_steps: int = field(default=10, metadata={"help": "conjugate gradient steps at most on the final mask"})
+    rho: float = flag(0.1, "the penalty at the start; G has a unit diagonal")
+    growth: float = flag(1.1, "the penalty grows by this factor each step; nearer to 1: "
+                                                         "slower and better")
+    steps: int = flag(100, "steps at most")
+    rest: float = flag(1e-3, "end when less than this share of the kept weights changes")
+    refit_steps: int = flag(10, "conjugate gradient steps at most on the final mask")
     group = "matrix"
 
     def __post_init__(self):

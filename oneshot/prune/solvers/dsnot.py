@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ...runtime.flag import flag
 from ..linalg import input_weighted
 from ..patterns import NM
 from . import Solution
@@ -36,9 +37,8 @@ STARTS = ("wanda", "magnitude")
 @dataclass(frozen=True)
 class Config:
     start: str = field(default="wanda", metadata={"help": "whose mask to start from", "choices": STARTS})
-    cycles: int = field(default=50, metadata={"help": "swaps a row may try"})
-    threshold: float = field(default=0.1, metadata={
-        "help": "share of its first expected error at which a row stops"})
+    cycles: int = flag(50, "swaps a row may try")
+    threshold: float = flag(0.1, "share of its first expected error at which a row stops")
     group = "row"
 
     def __post_init__(self):

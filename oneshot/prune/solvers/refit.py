@@ -10,8 +10,9 @@ Ten steps end 0-5 % above it, twenty 0-1.4 %.
 Floor: 2·R·C² operations a step, and as much for the residual and for the proof that no row got worse.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from ...runtime.flag import flag
 from .. import linalg
 from . import Solution
 
@@ -21,9 +22,8 @@ updates = True
 
 @dataclass(frozen=True)
 class Config:
-    steps: int = field(default=30, metadata={"help": "conjugate gradient steps at most"})
-    tolerance: float = field(default=1e-3, metadata={
-        "help": "end with a step that lowers the layer's error by less than this share of it"})
+    steps: int = flag(30, "conjugate gradient steps at most")
+    tolerance: float = flag(1e-3, "end with a step that lowers the layer's error by less than this share of it")
 
     def __post_init__(self):
         if self.steps < 0:

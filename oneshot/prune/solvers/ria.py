@@ -8,10 +8,11 @@ No weight is updated. Comparison group: the whole matrix, as in the authors' cod
 here: it reorders the inputs of a linear, which a solver of one linear cannot do.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
+from ...runtime.flag import flag
 from ..linalg import require_finite
 from . import Solution
 
@@ -21,7 +22,7 @@ updates = False
 
 @dataclass(frozen=True)
 class Config:
-    a: float = field(default=0.5, metadata={"help": "exponent of the inputs' norm; 0 looks at no data"})
+    a: float = flag(0.5, "exponent of the inputs' norm; 0 looks at no data")
     group = "matrix"
 
     def __post_init__(self):

@@ -17,10 +17,11 @@ column by column. Inside a block U_BB = V_BB⁻¹ is the paper's own, and its co
 columns are contiguous.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
+from ...runtime.flag import flag
 from ..linalg import upper_factor
 from ..patterns import NM
 from . import Solution
@@ -33,8 +34,8 @@ SPAN = 4  # blocks that take the compensation of everything before them in one p
 
 @dataclass(frozen=True)
 class Config:
-    damping: float = field(default=0.01, metadata={"help": "λ as a share of the mean of G's diagonal"})
-    block_size: int = field(default=128, metadata={"help": "b, columns whose mask is chosen at once (unstructured)"})
+    damping: float = flag(0.01, "λ as a share of the mean of G's diagonal")
+    block_size: int = flag(128, "b, columns whose mask is chosen at once (unstructured)")
 
     def __post_init__(self):
         if not self.damping >= 0:

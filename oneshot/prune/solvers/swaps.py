@@ -40,13 +40,14 @@ those of a row. Floor: 2·R·C² operations a round; the tableaux' work, R·q² 
 is bound by memory and mostly larger.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import pad
 
+from ...runtime.flag import flag
 from .. import linalg
-from ..patterns import Dense, NM
+from ..patterns import NM, Dense
 from . import Solution
 
 needs = frozenset({"outer"})
@@ -57,10 +58,10 @@ INF = float("inf")
 
 @dataclass(frozen=True)
 class Config:
-    candidates: int = field(default=64, metadata={"help": "columns of a row among which exchanges are weighed exactly"})
-    depth: int = field(default=3, metadata={"help": "exchanges that may pay together only; 1: each must pay by itself"})
-    beginnings: int = field(default=1, metadata={"help": "the lowest exchanges that are tried as the first of `depth`"})
-    rounds: int = field(default=6, metadata={"help": "times that the candidates are chosen anew, at most"})
+    candidates: int = flag(64, "columns of a row among which exchanges are weighed exactly")
+    depth: int = flag(3, "exchanges that may pay together only; 1: each must pay by itself")
+    beginnings: int = flag(1, "the lowest exchanges that are tried as the first of `depth`")
+    rounds: int = flag(6, "times that the candidates are chosen anew, at most")
 
     def __post_init__(self):
         if self.candidates < 2:

@@ -5,10 +5,11 @@
 No weight is updated.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
+from ...runtime.flag import flag
 from ..linalg import input_weighted
 from ..patterns import Unstructured
 from . import Solution
@@ -19,8 +20,7 @@ updates = False
 
 @dataclass(frozen=True)
 class Config:
-    use_variant: bool = field(default=False, metadata={
-        "help": "rows may differ in sparsity (unstructured): each loses its lowest scores up to one share of the sum"})
+    use_variant: bool = flag(False, "rows may differ in sparsity (unstructured): each loses its lowest scores up to one share of the sum")
 
     @property
     def group(self):

@@ -1,0 +1,8 @@
+"""`python -m oneshot.compare` is `oneshot compare`."""
+
+import sys
+
+from .report.compare import main
+
+if __name__ == "__main__":
+    sys.exit(main())

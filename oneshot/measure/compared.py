@@ -1,0 +1,93 @@
+"""The pruned and the dense model on the same windows, token by token: what `divergence` and `damage` look at.
+
+Both models walk over the windows block by block; only one slice of one batch's logits of both exists at a time.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from .. import calibrate
+from ..calibrate import Activations
+from .losses import GROUP_BYTES, at_head, block_bar, groups, predicted, through_blocks
+
+SLICE = 2**23  # logits of each model at a time; in float64, with their softmaxes, 256 MiB
+
+
+@dataclass
+class Compared:
+    """One walk's result: a row a window, a column a predicted token, (n, T-1) each; 0 and False where it is padding.
+
+    loss, dense_loss, kl: float32, nats. agree: bool, equal top-1. right, dense_right: bool. real: bool, not padding.
+    """
+
+    loss: torch.Tensor
+    dense_loss: torch.Tensor
+    kl: torch.Tensor
+    agree: torch.Tensor
+    right: torch.Tensor
+    dense_right: torch.Tensor
+    real: torch.Tensor
+
+
+@torch.no_grad()
+def compare(model: nn.Module, dense: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None, *,
+            batch_size: int = 8, device: str = "cpu", progress: str | None = None) -> Compared:
+    """Compared of two models with one vocabulary, on ids int64 (n, T) and mask bool (n, T) or None.
+
+    progress: text before a bar over the blocks of both, or None.
+
+    Raises ValueError when both are the same object, which cannot be held dense and pruned at once.
+    """
+    if model is dense:
+        raise ValueError("dense: is the pruned model itself; load it a second time")
+    parts, batches = groups(model, ids, batch_size, GROUP_BYTES // 2), []
+    with block_bar([model, dense], parts, progress) as bar:
+        for part in parts:
+            both = [(m, through_blocks(m, ids[part], None if mask is None else mask[part], batch_size, device, bar))
+                    for m in (model, dense)]
+            with at_head(model, device), at_head(dense, device):
+                batches += [compare_batch(*both, i) for i in range(len(both[0][1]))]
+    real = torch.ones_like(ids[:, 1:], dtype=torch.bool) if mask is None else predicted(mask)
+    return Compared(*(torch.cat(t).where(real, torch.zeros((), dtype=t[0].dtype))
+                      for t in zip(*batches, strict=True)), real)
+
+
+def compare_batch(pruned: tuple[nn.Module, Activations], dense: tuple[nn.Module, Activations],
+                  i: int) -> list[torch.Tensor]:
+    """The fields of Compared but the last, (B, T-1) on the CPU, of batch i. pruned, dense: (model, its Activations)."""
+    targets = pruned[1].inputs[i]["input_ids"][:, 1:]
+    out = [torch.zeros(targets.shape, dtype=dtype) for dtype in (torch.float32,) * 3 + (torch.bool,) * 3]
+    both = (calibrate.logits(*side, i, elements=SLICE) for side in (pruned, dense))
+    for (positions, q), (_, p) in zip(*both, strict=True):  # strict: both run to their end and put their blocks back
+        positions = positions[positions < targets.shape[1]]  # the last position predicts nothing
+        q, p, target = q[:, : len(positions)], p[:, : len(positions)], targets[:, positions]
+        for whole, part in zip(out, compare_logits(q, p, target), strict=True):
+            whole[:, positions.cpu()] = part.cpu()
+    return out
+
+
+def compare_logits(q: torch.Tensor, p: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(loss, dense loss, KL, agree, right, dense right), each (B, P), for logits (B, P, V) and target ids (B, P)."""
+    q, p = q.float(), p.float()
+    loss, dense_loss = (cross_entropy(x.transpose(1, 2), target, reduction="none") for x in (q, p))
+    top, dense_top = q.argmax(-1), p.argmax(-1)
+    q, p = q.double().log_softmax(-1), p.double().log_softmax(-1)  # float32 would blur a KL below 1e-6
+    kl = (p.exp() * (p - q)).sum(-1).float()
+    return loss, dense_loss, kl, top == dense_top, top == target, dense_top == target
+
+
+def mean_over_windows(values: torch.Tensor, member: torch.Tensor) -> tuple[float, float | None]:
+    """(mean, standard error) of values (n, T-1) where member bool (n, T-1) is set; None for fewer than two windows.
+
+    Tokens of one window hang together, so windows are what is drawn: the standard error of a ratio of two sums over
+    windows (Cochran, Sampling Techniques, 1977, section 6.4).
+    """
+    sums, counts = values.double().where(member, 0.0).sum(1), member.sum(1).double()
+    sums, counts = sums[counts > 0], counts[counts > 0]
+    n, W = counts.sum(), len(counts)
+    mean = sums.sum() / n
+    spread = (sums - mean * counts).square().sum() * (W / max(1, W - 1))
+    return mean.item(), (spread.sqrt() / n).item() if W > 1 else None

@@ -1,0 +1,9 @@
+"""Pipeline: the only stage that knows the order of the others.
+
+    run       the story of one run, and the command `oneshot prune`
+    plan      which linear gets which pattern, and the job that is made of it
+    compress  prune or round a model by its plan, and prove what it then is
+    checks    what is refused before anything is computed
+    api       the same from Python
+    generate  `oneshot generate`: continue a text, say how fast
+"""

@@ -1,0 +1,77 @@
+"""What the runs of one command share, each computed once: text sampled from the model, solutions from shared inputs."""
+
+import functools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .. import models
+from ..data import Tokens, choose
+from ..prune import shared_inputs
+from ..prune.job import Job, Result
+from ..settings import RunConfig
+from . import checks
+from .plan import allocated, chain_of, make_plan, needs_data
+
+Solution = tuple[Result, dict[str, torch.Tensor]]
+
+
+def load(cfg: RunConfig) -> tuple[nn.Module, object]:
+    """(model, tokenizer) as they are on disk."""
+    return models.load(cfg.model, dtype=cfg.dtype, revision=cfg.model_revision, cache_dir=cfg.cache_dir,
+                       trust_remote_code=cfg.trust_remote_code)
+
+
+@dataclass
+class Command:
+    """The runs of one command, in their order."""
+
+    configs: Sequence[RunConfig]
+    _sampled: Tokens | None = field(default=None, repr=False)
+
+    @property
+    def saves(self) -> bool:
+        """Whether any run writes a checkpoint: then the dense row is not computed again either."""
+        return any(cfg.save for cfg in self.configs)
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the same command, given again, resumes what was interrupted."""
+        return any(cfg.save and not cfg.shared_inputs for cfg in self.configs)
+
+    def calibration(self, cfg: RunConfig, model: nn.Module, tokenizer) -> Tokens | None:
+        """Calibration Tokens of a run; None when nothing needs them. What `--calibration self` samples is kept."""
+        if not needs_data(cfg):
+            return None
+        if cfg.calibration != "self":
+            return choose.calibration(cfg, model, tokenizer)
+        if self._sampled is None:
+            self._sampled = choose.calibration(cfg, model, tokenizer)
+        return self._sampled
+
+    def solved(self, cfg: RunConfig) -> Solution | None:
+        """What `--shared-inputs` has found for a run; None for a run that solves on its own inputs."""
+        return self._solutions[self.configs.index(cfg)] if cfg.prunes and cfg.shared_inputs else None
+
+    @functools.cached_property
+    def _solutions(self) -> dict[int, Solution]:
+        """{place of the run: its solution}, all from one pass over the data when the first run needs them.
+
+        An allocation that looks at data takes one more, for all runs.
+        """
+        runs = {i: cfg for i, cfg in enumerate(self.configs) if cfg.prunes and cfg.shared_inputs}
+        cfg = next(iter(runs.values()))
+        model, tokenizer = load(cfg)
+        checks.check_model(model)
+        calibration = self.calibration(next((c for c in runs.values() if needs_data(c)), cfg), model, tokenizer)
+        began = time.perf_counter()
+        plans = allocated(list(runs.values()), model, [make_plan(c, model) for c in runs.values()], calibration)
+        ids, mask = (calibration.ids, calibration.mask) if calibration else (None, None)
+        jobs = [Job(plan, chain_of(c), c) for plan, c in zip(plans, runs.values(), strict=True)]
+        solved = shared_inputs.prune_shared(model, ids, mask, jobs)
+        for result, _ in solved:
+            result.seconds = (time.perf_counter() - began) / len(runs)
+        return dict(zip(runs, solved, strict=True))

@@ -1,0 +1,73 @@
+"""Compress: prune a model by its plan, or round it, and prove what it then is."""
+
+import time
+
+from torch import nn
+
+from .. import heal
+from ..checkpoint import Folder, packed
+from ..data import Tokens
+from ..models import all_weights
+from ..prune import loop
+from ..prune.job import Result, skipped_rows
+from ..quantise import grids, rtn
+from ..runtime.proof import prove
+from ..settings import RunConfig
+from .plan import Plan, allocated, job_of
+
+
+def compress(cfg: RunConfig, model: nn.Module, plan: Plan, calibration: Tokens | None,
+             folder: Folder | None = None) -> Result:
+    """Do to the model, in place, what the settings ask for: prune, heal, or round; nothing for the dense model.
+
+    With a folder: keep each block, and resume after those kept before.
+    """
+    if cfg.row != "pruned":
+        warnings = rtn.quantise_model(model, grids.parse(cfg.pattern)) if cfg.row == "rounded" else []
+        return Result(skipped=skipped_rows(model), warnings=warnings)
+    [plan] = allocated([cfg], model, [plan], calibration)
+    job = job_of(cfg, plan, calibration)
+    ids, mask = (calibration.ids, calibration.mask) if calibration else (None, None)
+    finished, on_block = (folder.blocks(), folder.save_block) if folder else ((), None)
+    result = loop.prune_model(model, ids, mask, job, finished=finished, on_block=on_block)
+    heal_model(cfg, model, job.healers, result)
+    prove_patterns(model, plan, result.layers)
+    return result
+
+
+def heal_model(cfg: RunConfig, model: nn.Module, healers: tuple[heal.Heal, ...], result: Result) -> None:
+    """What heals the whole model at the end; what it says goes into the result."""
+    for name, healer in zip(cfg.heals, healers, strict=True):
+        began = time.perf_counter()
+        with loop.float32_products(cfg.tf32):
+            info = healer.after_model(model, result.dense)
+        if info is not None:
+            result.warnings += [f"--heal {name}: {w}" for w in info.pop("warnings", [])]
+            result.heal[name] = info | {"seconds": time.perf_counter() - began}
+    result.dense = None  # hidden states of the whole calibration set
+
+
+def prove_patterns(model: nn.Module, plan: Plan, rows: list[dict]) -> None:
+    """Every pattern on the stored weights once more, after all healing, and the zeros that are there now.
+
+    Raises ProofError naming the linear whose pattern is broken.
+    """
+    rows = {row["name"]: row for row in rows}
+    for weight in all_weights(model):
+        W, name = weight.get(), weight.name
+        prove(name not in plan or plan[name].holds(W), f"{name}: pattern {plan.get(name)} broken")
+        if row := rows.get(name):
+            row["zeros"] = W.numel() - int(W.count_nonzero())
+            row["surplus"] = row["zeros"] - row["target_zeros"]
+
+
+def sparsity(model: nn.Module) -> float:
+    """Share of zeros among the prunable weights, counted on what will be stored."""
+    zeros = total = 0
+    for weight in all_weights(model):
+        total += weight.size
+        zeros += weight.size - int(weight.get().count_nonzero())
+    for linear in packed.linears(model):
+        total += linear.rows * linear.in_features
+        zeros += linear.rows * linear.in_features - int(linear.weight.count_nonzero())
+    return zeros / total if total else 0.0

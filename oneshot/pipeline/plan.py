@@ -1,0 +1,131 @@
+"""Plan: which linear gets which pattern, and the job that is made of it."""
+
+import fnmatch
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from .. import heal, models
+from ..checkpoint import packed
+from ..data import Tokens
+from ..heal.train import held_out_windows
+from ..prune import allocate, patterns, solvers
+from ..prune import job as jobs
+from ..prune.job import Chain, Job
+from ..prune.patterns import Dense, Pattern
+from ..prune.shared_inputs import dense_pass
+from ..settings import RunConfig
+
+Plan = dict[str, Pattern]
+
+
+def chain_of(cfg: RunConfig) -> Chain:
+    """The solver chain with its settings."""
+    return [(module, cfg.solver[solvers.short(module)]) for module in solvers.chain(cfg.method)]
+
+
+def pattern_of(cfg: RunConfig) -> Pattern:
+    """What `--pattern` asks for, its comparison group named."""
+    return patterns.parse(cfg.pattern, cfg.group).with_default_group(chain_of(cfg)[0][1].group)
+
+
+def needs_data(cfg: RunConfig) -> bool:
+    """Whether the run looks at calibration data."""
+    looks = cfg.layer_errors or cfg.heals or cfg.dense_target or allocate.module(cfg.allocate).needs
+    return cfg.prunes and bool(looks or any(module.needs for module, _ in chain_of(cfg)))
+
+
+def make_plan(cfg: RunConfig, model: nn.Module) -> Plan:
+    """{linear: Pattern}, the same everywhere but for `--keep-dense` (`--allocate mix`: dense where it does not fit);
+    empty where nothing is pruned.
+
+    Raises ValueError naming the flag that cannot be kept.
+    """
+    if not cfg.prunes:
+        return {}
+    if packed.linears(model):
+        raise ValueError(f"--model {cfg.model}: is pruned and packed already; give the dense model, or --method dense "
+                         "to measure this one")
+    kept = kept_dense(cfg.keep_dense, [weight.name for weight in models.all_weights(model)])
+    method, elsewhere = allocate.module(cfg.allocate), None
+    if hasattr(method, "check"):
+        method.check(blocks_of(model, kept), pattern_of(cfg), cfg.allocation[cfg.allocate])
+        elsewhere = Dense()
+    return jobs.make_plan(model, pattern_of(cfg), chain_of(cfg), elsewhere, kept)
+
+
+def kept_dense(spec: str | None, names: Sequence[str]) -> set[str]:
+    """The linears among `names` that stay dense: globs of full names, or RECORD.json:N, the N most harmful to prune.
+
+    Raises ValueError naming `--keep-dense` and the entry that matches nothing.
+    """
+    kept = set()
+    for entry in filter(None, (part.strip() for part in (spec or "").split(","))):
+        file, colon, count = entry.rpartition(":")
+        if colon and file.endswith(".json") and count.isdecimal():
+            wanted = most_sensitive(file, int(count))
+            found = {name for name in names for unit in wanted if name == unit or name.startswith(f"{unit}.")
+                     or (f".{unit}" in name and name.endswith(f".{unit}"))}
+        else:
+            found = set(fnmatch.filter(names, entry))
+        if not found:
+            raise ValueError(f"--keep-dense {entry}: matches none of the model's {len(names)} linears, such as "
+                             f"{names[0]}")
+        kept |= found
+    if len(kept) == len(names):
+        raise ValueError(f"--keep-dense {spec}: keeps all linears dense, nothing is left to prune")
+    return kept
+
+
+def most_sensitive(file: str, count: int) -> list[str]:
+    """The `count` most harmful units of a record made with `--sensitivity`: linears, or kinds of linear."""
+    try:
+        rows = json.loads(Path(file).read_text(encoding="utf-8"))["sensitivity"]
+        return [row["name"] for row in rows[:count]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--keep-dense {file}: holds no sensitivities ({type(error).__name__}); give the record of a "
+                         "run with --sensitivity") from None
+
+
+def blocks_of(model: nn.Module, kept: set[str] = frozenset()) -> list[dict[str, allocate.Linear]]:
+    """[{linear: its shape and itemsize}], one dict a block, as allocations take them, without what stays dense."""
+    return [{w.name: allocate.Linear(*w.shape, w.stored.itemsize) for w in block.weights if w.name not in kept}
+            for block in models.walk(model)]
+
+
+def allocated(configs: Sequence[RunConfig], model: nn.Module, plans: Sequence[Plan],
+              calibration: Tokens | None) -> list[Plan]:
+    """The runs' plans with their zeros spread over the linears as `--allocate` says; one dense pass serves all runs."""
+    cfg = configs[0]  # the runs of a command differ in method and pattern
+    method, own = allocate.module(cfg.allocate), cfg.allocation.get(cfg.allocate)
+    if not plans[0] or cfg.allocate == "uniform":
+        return list(plans)
+    kept = kept_dense(cfg.keep_dense, list(plans[0]))
+    measured = {pattern_of(c): {} for c in configs}
+    if method.needs:
+        for _, weights, statistics in dense_pass(model, calibration.ids, calibration.mask, method.needs, cfg):
+            seen = {w.name: (w.get, statistics[w.name]) for w in weights
+                    if w.name in statistics and w.name not in kept}
+            for pattern, values in measured.items():
+                values |= method.measure(seen, pattern, own)
+    blocks, dense = blocks_of(model, kept), dict.fromkeys(kept, Dense())
+    return [method.plan(measured[pattern_of(c)], blocks, pattern_of(c), own) | dense for c in configs]
+
+
+def job_of(cfg: RunConfig, plan: Plan, calibration: Tokens | None = None) -> Job:
+    """The job that these settings make of a plan."""
+    healers = tuple(heal.module(name).Heal(cfg.healing[name], cfg.seed, cfg.progress) for name in cfg.heals)
+    held_out = held_out_windows(len(calibration.ids), cfg.seed) if healers and calibration else ()
+    return Job(plan, chain_of(cfg), cfg, healers, held_out)
+
+
+def keep_dense_warning(cfg: RunConfig, model: nn.Module) -> list[str]:
+    """What `--keep-dense` leaves dense, with its share of the prunable weights."""
+    if not (cfg.prunes and cfg.keep_dense):
+        return []
+    sizes = {weight.name: weight.size for weight in models.all_weights(model)}
+    kept = kept_dense(cfg.keep_dense, list(sizes))
+    share = sum(sizes[name] for name in kept) / sum(sizes.values())
+    return [f"--keep-dense: {len(kept)} of {len(sizes)} linears stay dense, {share:.1%} of the prunable weights"]

@@ -1,0 +1,120 @@
+"""A pruning job: what is to be done to a model, and the rows that say what was done."""
+
+import functools
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from .. import models
+from ..calibrate import Activations
+from ..models import Block
+from . import solvers
+from .options import Options
+from .patterns import Dense, Pattern
+
+Chain = Sequence[tuple[ModuleType, Any]]  # [(solver or refiner, its Config), ...]
+
+
+class Healer(Protocol):
+    """What the loop asks of a healing method at work; see heal/__init__.py."""
+
+    def before_block(self, block: Block, dense: Activations) -> None: ...
+
+    def after_block(self, block: Block, activations: Activations, targets: list[torch.Tensor]) -> dict | None: ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done to a model, the same for all of its blocks.
+
+    plan: {full linear name: Pattern}. chain: the solver, then its refiners, each with its Config. options: how it is
+    computed. healers: train what was kept, in this order; with any, the dense model's activations are kept beside the
+    pruned one's. held_out: numbers of the windows that no healer trains on; solvers use them all.
+    """
+
+    plan: dict[str, Pattern]
+    chain: Chain
+    options: Options = field(default_factory=Options)
+    healers: tuple[Healer, ...] = ()
+    held_out: tuple[int, ...] = ()
+
+    @functools.cached_property
+    def needs(self) -> frozenset[str]:
+        """Which calibration statistics are collected."""
+        needs = frozenset().union(*(module.needs for module, _ in self.chain))
+        needs |= {"sample"} if self.options.layer_errors else frozenset()
+        return needs | ({"outer", "cross"} if self.options.dense_target else frozenset())
+
+    @property
+    def follows_dense(self) -> bool:
+        """Whether the dense model's activations are kept beside the pruned one's."""
+        return bool(self.healers or self.options.dense_target)
+
+    @property
+    def label(self) -> str:
+        """The chain as the user writes it: "wanda+refit"."""
+        return "+".join(solvers.short(module) for module, _ in self.chain)
+
+
+@dataclass
+class Rows:
+    """One block's rows for the record: its linears, itself, and every weaker path taken."""
+
+    layers: list[dict] = field(default_factory=list)
+    block: dict = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Result:
+    """Rows for the record: one per linear, one per block, what was skipped, every weaker path taken.
+
+    heal: what healed the whole model afterwards. dense: the dense model's activations behind its last block, where
+    they were kept. seconds: this job's share of the time that solved many at once.
+    """
+
+    layers: list[dict] = field(default_factory=list)
+    blocks: list[dict] = field(default_factory=list)
+    skipped: list[dict] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    heal: dict = field(default_factory=dict)
+    dense: Activations | None = None
+    seconds: float = 0.0
+
+    def add(self, rows: Rows) -> None:
+        """Append a block's rows."""
+        self.layers += rows.layers
+        self.blocks.append(rows.block)
+        self.warnings += rows.warnings
+
+
+def skipped_rows(model: nn.Module) -> list[dict]:
+    """What is never pruned, as rows for the record."""
+    return [{"name": name, "reason": why} for name, why in models.skipped(model)]
+
+
+def make_plan(model: nn.Module, pattern: Pattern, chain: Chain, elsewhere: Pattern | None = None,
+              kept: Collection[str] = ()) -> dict[str, Pattern]:
+    """{full linear name: Pattern} with `pattern` everywhere, its comparison group the solver's own unless named.
+
+    elsewhere: the pattern of the linears whose shape cannot have it; without one, ValueError names the first. kept:
+    names of the linears that stay dense.
+    """
+    plan = {}
+    pattern = pattern.with_default_group(chain[0][1].group)
+    for weight in models.all_weights(model):
+        try:
+            pattern.check(*weight.shape)
+            plan[weight.name] = Dense() if weight.name in kept else pattern
+        except ValueError as error:
+            if elsewhere is None and weight.name not in kept:
+                R, C = weight.shape
+                raise ValueError(f"--pattern {pattern}: {error} ({weight.name}, {R}x{C})") from None
+            plan[weight.name] = Dense() if weight.name in kept else elsewhere
+    if not plan:
+        raise ValueError("--model: no block of this model holds a linear that can be pruned")
+    return plan

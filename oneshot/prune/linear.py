@@ -1,0 +1,75 @@
+"""One linear: find its new weight, write it, prove it on what is stored."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from ..calibrate import Statistics
+from ..models import Weight
+from ..runtime.proof import prove
+from . import solvers
+from .job import Job, Rows
+from .linalg import NumericalError, towards_dense
+from .patterns import Dense, Pattern
+from .solvers import Solution, magnitude
+
+
+@dataclass
+class Solved:
+    """One linear's new weight before it is written. seconds: spent on it. warnings: every weaker path taken."""
+
+    weight: Weight
+    pattern: Pattern
+    solution: Solution
+    error: float | None
+    seconds: float
+    warnings: list[str]
+
+
+def solve(job: Job, weight: Weight, statistics: Statistics | None) -> Solved:
+    """Find one linear's new weight. Dropping its statistics drops all that was derived of them, too, unless another
+    linear is fed by the same input.
+
+    Raises ValueError naming the linear when weight or statistics are not finite.
+    """
+    W, pattern, began = weight.get(), job.plan.get(weight.name, Dense()), time.perf_counter()
+    if not torch.isfinite(W.sum()):  # a sum is finite only if all its terms are, and needs no second matrix
+        raise ValueError(f"{weight.name}: its weights are not finite; the checkpoint is damaged")
+    if statistics is not None and not statistics.finite():
+        raise ValueError(f"{weight.name}: its inputs are not finite")
+    chain, note = job.chain, None
+    if any(module.needs for module, _ in chain) and (statistics is None or statistics.n == 0):
+        chain, note = [(magnitude, magnitude.Config())], "no calibration token reached it: pruned by magnitude instead"
+    if isinstance(pattern, Dense):
+        chain, note = [(magnitude, magnitude.Config())], None
+    try:
+        share = job.options.dense_target if chain is job.chain and statistics is not None else 0.0
+        aimed = share and statistics.cross is not None
+        target, warnings = towards_dense(W, statistics, share) if aimed else (W, [])
+        solution = solvers.solve(target, statistics, pattern, chain)
+    except NumericalError as error:
+        raise ValueError(f"{weight.name}: {error}") from None
+    solution.info |= {"dense_target": 0.0} if share and not aimed else {}
+    warnings = warnings + solution.info.pop("warnings", []) + ([note] if note else [])
+    error = statistics.relative_error(W, solution.W_hat) if statistics else None
+    return Solved(weight, pattern, solution, error, time.perf_counter() - began, warnings)
+
+
+def write(solved: Solved, rows: Rows) -> None:
+    """Write a linear's new weight into the model and its row into the record, after proof that the stored weight has
+    the pattern."""
+    weight, pattern, name = solved.weight, solved.pattern, solved.weight.name
+    weight.set(solved.solution.W_hat)
+    stored = weight.get()
+    if not torch.isfinite(stored.sum()):
+        raise ValueError(f"{name}: its new weights do not fit {weight.stored}; use --dtype bfloat16 or float32")
+    R, C = weight.shape
+    zeros, target = R * C - int(stored.count_nonzero()), pattern.zeros(R, C)
+    removed = R * C - int(solved.solution.mask.count_nonzero())
+    prove(removed == target and pattern.holds(stored), f"{name}: pattern {pattern} broken")
+    rows.layers.append({
+        "name": name, "block": rows.block["block"], "linear": weight.linear, "shape": [R, C], "pattern": str(pattern),
+        "group": pattern.group, "target_zeros": target, "zeros": zeros, "surplus": zeros - target,
+        "relative_error": solved.error, "seconds": solved.seconds, "info": solved.solution.info})
+    rows.warnings += [f"{name}: {w}" for w in solved.warnings]

@@ -1,0 +1,2 @@
+from .record import *
+from .record import SCHEMA, storable, checked, write, read

@@ -1,0 +1,8 @@
+"""`python -m oneshot.verify` is `oneshot verify`."""
+
+import sys
+
+from .checkpoint.verify import main
+
+if __name__ == "__main__":
+    sys.exit(main())
