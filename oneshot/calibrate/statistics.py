@@ -92,7 +92,7 @@ class Statistics:
         return self.outer
 
     def _to_sums(self):
-        self._derived.clear()
+        self.forget()
         if self._outer_is_mean:
             self.outer.mul_(self.n)
             self._outer_is_mean = False
@@ -112,6 +112,10 @@ class Statistics:
         if key not in self._derived:
             self._derived[key] = make()
         return self._derived[key]
+
+    def forget(self) -> None:
+        """Drop everything derived: it is computed anew when it is next asked for."""
+        self._derived.clear()
 
     def finite(self) -> bool:
         """Whether no sum has met an infinity or a NaN (a Gram matrix's diagonal speaks for all of it)."""

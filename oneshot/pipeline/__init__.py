@@ -5,5 +5,6 @@
     compress  prune or round a model by its plan, and prove what it then is
     checks    what is refused before anything is computed
     api       the same from Python
+    attempt   a run that ends in a record even where it fails: for sweeps
     generate  `oneshot generate`: continue a text, say how fast
 """

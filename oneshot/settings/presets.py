@@ -1,11 +1,12 @@
-"""Presets: what `--method best` stands for at each `--effort`, as measured by scripts/best.py (results/best/best.md).
+"""Presets: what `--method best` stands for at each `--effort`, as measured by scripts/bench/best.py
+(results/best/best.md).
 
 A preset is nothing but flags; whatever is given beside it on the command line wins, and a star behind the name in
 tables says so (best-3*).
 """
 
 from ..runtime.flag import listed
-from .known import changes_preset
+from .known import changes_preset, todays_names
 
 EFFORTS = {  # effort: (what it is, the flags); each adds to what the one before it costs
     1: ("SparseGPT's mask with the best values for it", {"method": "sparsegpt+refit"}),
@@ -39,6 +40,13 @@ def expand(method: str, given: dict) -> dict:
     own = {name for name in given if "." in name and name.partition(".")[0] in parts}
     changed = "*" if own or set(given) & (changes_preset() | set(flags)) - {"method"} else ""
     return asked | {"preset": f"{method}-{effort}{changed}"}
+
+
+def recipe(given: dict) -> dict:
+    """All that `given` asks for: in today's names, a preset written out. Equal recipes do the same to a model."""
+    given = todays_names(given)
+    whole = expand(given["method"], given)
+    return {name: value for name, value in whole.items() if name not in ("preset", "effort")}
 
 
 def check_effort(methods: list[str], given: dict) -> None:
