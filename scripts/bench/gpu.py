@@ -1,10 +1,11 @@
 """Measure the 2:4 kernels on this GPU: correctness first, then the tables, in slices that resume.
 
-    PYTHONPATH=.:kernels python scripts/gpu_bench.py --budget-s 540 --results results     repeat until it says "done"
-    PYTHONPATH=.:kernels TRITON_INTERPRET=1 python scripts/gpu_bench.py --toy             CPU: everything but the timing
+    python scripts/bench/gpu.py --budget-s 540                 repeat until it says "done"
+    TRITON_INTERPRET=1 python scripts/bench/gpu.py --toy       CPU: everything but the timing
 
-Writes kernels.csv, decode.csv, a section of tables.md, figures/kernels_speedup.png, the tuned table of this card, and
-gpu_bench_state.json, from which the next slice goes on. A wrong result stops it with exit code 1.
+Writes into --results: bench/kernels.csv, bench/decode.csv, bench/tuned (the tuned table of this card),
+bench/gpu_state.json, from which the next slice continues, a section of tables.md and figures/kernels_speedup.png. A
+wrong result stops it with exit code 1.
 """
 
 import argparse
@@ -12,7 +13,6 @@ import csv
 import json
 import math
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,12 +20,16 @@ from pathlib import Path
 
 import torch
 import triton
-from _gpu_bench_baselines import BYTES, baselines
-from _gpu_bench_checks import Wrong, fragment_map, paths, variants
-from _gpu_bench_measure import Bench, ceilings, decode_model, fused_mlp, sweep
-from _gpu_bench_report import write_report
+from gpu_baselines import BYTES, baselines
+from gpu_checks import Wrong, fragment_map, paths, variants
+from gpu_measure import Bench, ceilings, decode_model, fused_mlp, sweep
+from gpu_report import write_report
 from oneshot_kernels import decode, dispatch, expand, tune
 from oneshot_kernels.mma_sp import INTERPRET
+
+from oneshot.runtime import environment
+from oneshot.runtime.command import Parser, exit_code
+from oneshot.runtime.files import write_json
 
 SHAPES = {  # (outputs, inputs) of the fused layers
     "Llama-2-7B": {"qkv": (12288, 4096), "o": (4096, 4096), "gate_up": (22016, 4096), "down": (4096, 11008)},
@@ -39,20 +43,8 @@ SWEEP_TOKENS = (1, 8, 16, 32, 64, 256)
 KEEP = 3
 """How many of a sweep's best launch parameters are tried at every other shape."""
 FIELDS = {
-    "kernels": [
-        "stage",
-        "n",
-        "k",
-        "tokens",
-        "method",
-        "config",
-        "us",
-        "tb_per_s",
-        "tflop_per_s",
-        "percent_of_read",
-        "speedup",
-        "error",
-    ],
+    "kernels": ["stage", "n", "k", "tokens", "method", "config", "us", "tb_per_s", "tflop_per_s", "percent_of_read",
+                "speedup", "error"],
     "decode": ["stage", "method", "batch", "ms_per_step", "tokens_per_s", "speedup", "peak_gib", "error"],
 }
 STAMP = ("commit", "device", "torch", "triton", "dtype")
@@ -63,7 +55,7 @@ class Results:
 
     def __init__(self, folder: Path, stamp: dict, restart: bool):
         self.folder, self.stamp = folder, stamp
-        self.state_path = folder / "gpu_bench_state.json"
+        self.state_path = folder / "gpu_state.json"
         folder.mkdir(parents=True, exist_ok=True)
         state = json.loads(self.state_path.read_text()) if self.state_path.exists() and not restart else {}
         self.done = state.get("done", []) if state.get("stamp") == stamp else []  # other code or card: start over
@@ -75,7 +67,7 @@ class Results:
             return []
         with path.open(newline="") as file:
             mine = [row for row in csv.DictReader(file) if all(row[key] == self.stamp[key] for key in STAMP)]
-        return [{key: _number(value) for key, value in row.items()} for row in mine]
+        return [{key: number(value) for key, value in row.items()} for row in mine]
 
     def add(self, unit: str, rows: list[dict]) -> None:
         """Append a finished unit's rows and remember that it is done."""
@@ -84,7 +76,7 @@ class Results:
             if chosen:
                 self._append(name, chosen)
         self.done.append(unit)
-        self.state_path.write_text(json.dumps({"stamp": self.stamp, "done": self.done}, indent=1))
+        write_json({"stamp": self.stamp, "done": self.done}, self.state_path)
 
     def _append(self, name: str, rows: list[dict]) -> None:
         path = self.folder / f"{name}.csv"
@@ -93,17 +85,19 @@ class Results:
             writer = csv.DictWriter(file, [*STAMP, *FIELDS[name]])
             if new:
                 writer.writeheader()
-            writer.writerows({**self.stamp, **{k: _text(v) for k, v in row.items()}} for row in rows)
+            writer.writerows({**self.stamp, **{k: text(v) for k, v in row.items()}} for row in rows)
 
 
-def _number(text: str):
+def number(text: str) -> float | str:
+    """A cell as it was before it was written."""
     try:
         return float(text)
     except ValueError:
         return text
 
 
-def _text(value):
+def text(value):
+    """A value as a cell."""
     if isinstance(value, float):
         return "" if math.isnan(value) else f"{value:.6g}"
     return json.dumps(value) if isinstance(value, dict) else value
@@ -112,19 +106,9 @@ def _text(value):
 def stamp(commit: str | None, device: torch.device, dtype: torch.dtype) -> dict:
     """What every row carries."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu (toy run, no timing)"
-    versions = {"torch": torch.__version__, "triton": triton.__version__}
-    return {
-        "commit": commit or _git_commit(),
-        "device": name,
-        **versions,
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-
-
-def _git_commit() -> str:
-    describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    run = subprocess.run(describe, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
-    return run.stdout.strip() or "unknown"
+    commit = commit or environment.git("describe", "--always", "--dirty", "--exclude=*") or "unknown"
+    return {"commit": commit, "device": name, "torch": torch.__version__, "triton": triton.__version__,
+            "dtype": str(dtype).removeprefix("torch.")}
 
 
 Unit = tuple[str, Callable[[], list[dict]]]
@@ -178,15 +162,7 @@ def table_rows(bench: Bench, results: Results, n: int, k: int, tokens: int) -> l
             continue  # measured as a baseline
         error = max(row["error"] for row in ours if row["method"] == name)
         common = {"stage": "table", "n": n, "k": k, "tokens": tokens}
-        rows.append(
-            {
-                **common,
-                "method": f"ours: {name}",
-                "config": entry["config"],
-                "us": entry["us"],
-                "error": error,
-            }
-        )
+        rows.append({**common, "method": f"ours: {name}", "config": entry["config"], "us": entry["us"], "error": error})
     return rows
 
 
@@ -242,26 +218,37 @@ def run(bench: Bench, results: Results, budget_s: float) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, help="folder to write to (default: results; build/gpu_bench_toy for "
-                                                     "--toy, whose rows hold no times)")
-    parser.add_argument("--budget-s", type=float, default=540, help="stop before this many seconds; run again to go on")
-    parser.add_argument("--toy", action="store_true", help="CPU: toy sizes, no timing")
-    parser.add_argument("--restart", action="store_true", help="measure everything again")
-    parser.add_argument("--commit", help="commit to stamp the rows with, where there is no git")
-    args = parser.parse_args(argv)
+    """Exit code: see above."""
+    return exit_code(lambda: work(arguments(argv)), interrupted=lambda: "the same command continues")
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command line. Raises ValueError where it asks for what this machine does not have."""
+    p = Parser(prog="python scripts/bench/gpu.py", description=__doc__, allow_abbrev=False,
+               formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--results", type=Path, help="folder to write to (default: results; build/gpu_toy for --toy, whose "
+                                                "rows hold no times)")
+    p.add_argument("--budget-s", type=float, default=540, help="stop before this many seconds; run again to continue")
+    p.add_argument("--toy", action="store_true", help="CPU: toy sizes, no timing")
+    p.add_argument("--restart", action="store_true", help="measure everything again")
+    p.add_argument("--commit", help="commit to stamp the rows with, where there is no git")
+    args = p.parse_args(argv)
     if args.toy and not INTERPRET:
-        parser.error("--toy runs the kernels on CPU: set TRITON_INTERPRET=1")
+        raise ValueError("--toy: runs the kernels on CPU, set TRITON_INTERPRET=1")
     if not args.toy and not torch.cuda.is_available():
-        parser.error("no GPU here; --toy runs everything but the timing on CPU")
-    args.results = args.results or Path("build/gpu_bench_toy" if args.toy else "results")
+        raise ValueError("no GPU here; --toy runs everything but the timing on CPU")
+    args.results = args.results or Path("build/gpu_toy" if args.toy else "results")
+    return args
+
+
+def work(args: argparse.Namespace) -> int:
+    """One slice, then the report of all there is. Exit code 1 where something is wrong."""
     device = torch.device("cpu") if args.toy else torch.device("cuda", torch.cuda.current_device())
     dtype = torch.float16 if args.toy else torch.bfloat16  # the interpreter truncates bfloat16
-    os.environ.setdefault("ONESHOT_KERNELS_CACHE", str(args.results / "tuned"))
+    os.environ.setdefault("ONESHOT_KERNELS_CACHE", str(args.results / "bench" / "tuned"))
     torch.backends.cuda.matmul.allow_tf32 = False
     bench = Bench(device, dtype, args.toy)
-    results = Results(args.results, stamp(args.commit, device, dtype), args.restart)
+    results = Results(args.results / "bench", stamp(args.commit, device, dtype), args.restart)
     try:
         finished = run(bench, results, args.budget_s)
     except (Wrong, RuntimeError) as failure:

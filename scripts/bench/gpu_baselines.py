@@ -1,4 +1,4 @@
-"""gpu_bench, part four: what others offer for the same layer, as rows of the table.
+"""gpu.py, part four: what others offer for the same layer, as rows of the table.
 
     dense       F.linear on the bfloat16 weight                       int8   torch's weight-only product, a scale a row
     sparselt    cuSPARSELt, the best algorithm its search finds       int4   torch's tinygemm, groups of 128
@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from _gpu_bench_measure import Bench
+from gpu_measure import Bench
 from oneshot_kernels import prefill, tune
 from oneshot_kernels.selftest import relative_error
 

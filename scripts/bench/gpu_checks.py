@@ -1,4 +1,4 @@
-"""gpu_bench, part one: is everything right? Each function raises `Wrong` where it is not.
+"""gpu.py, part one: is everything right? Each function raises `Wrong` where it is not.
 
 M, N, K   tokens, outputs, inputs        T   token tiles of 8 in the decode kernel
 """
@@ -24,7 +24,8 @@ class Wrong(Exception):
 
 
 @triton.jit
-def _one_instruction(a_ptr, b_ptr, metadata_ptr, c_ptr, STEP: tl.constexpr, FP16: tl.constexpr, INTERP: tl.constexpr):
+def one_instruction(a_ptr, b_ptr, metadata_ptr, c_ptr, STEP: tl.constexpr, FP16: tl.constexpr, INTERP: tl.constexpr):
+    """One warp's mma.sp on registers given as they are."""
     i = tl.arange(0, 128)
     a, b, metadata = tl.load(a_ptr + i), tl.load(b_ptr + i), tl.load(metadata_ptr + i)
     tl.store(c_ptr + i, mma_sp(a, b, tl.zeros((128,), tl.float32), metadata, STEP, 1, FP16, INTERP))
@@ -45,7 +46,7 @@ def fragment_map(device: torch.device, dtype: torch.dtype) -> None:
         b = x[:, columns].reshape(8, 4, 4, 2).transpose(1, 2).contiguous().view(torch.int32)
         c = torch.full((8, 4, 2, 2), torch.nan, device=device)  # g, q, r, j
         a = values[0, step].contiguous().view(torch.int32)
-        _one_instruction[(1,)](a, b, metadata, c, STEP=step, FP16=dtype == torch.float16, INTERP=INTERPRET, num_warps=1)
+        one_instruction[(1,)](a, b, metadata, c, STEP=step, FP16=dtype == torch.float16, INTERP=INTERPRET, num_warps=1)
         got = c.permute(2, 0, 1, 3).reshape(16, 8)  # row g + 8r, token 2q + j
         want = weight[:, columns].float() @ x[:, columns].float().T
         if not torch.equal(got, want):

@@ -1,4 +1,4 @@
-"""gpu_bench, part two: how fast? Functions return rows for the CSV files; times in µs, NaN in a toy run.
+"""gpu.py, part two: how fast? Functions return rows for the CSV files; times in µs, NaN in a toy run.
 
 M, N, K   tokens, outputs, inputs
 """
@@ -47,7 +47,7 @@ class Bench:
 
 
 @triton.jit
-def _read(x_ptr, sum_ptr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+def read(x_ptr, sum_ptr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * BLOCK * BLOCKS
     total = tl.zeros((BLOCK,), tl.int32)
     for block in tl.static_range(BLOCKS):
@@ -56,7 +56,7 @@ def _read(x_ptr, sum_ptr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def _mma_sp_rate(a_ptr, c_ptr, ITERATIONS, WARPS: tl.constexpr, INTERP: tl.constexpr):
+def mma_sp_rate(a_ptr, c_ptr, ITERATIONS, WARPS: tl.constexpr, INTERP: tl.constexpr):
     i = tl.arange(0, WARPS * 128)
     a = tl.load(a_ptr + i)
     codes = tl.full((WARPS * 128,), 0x44444444, tl.int32)
@@ -76,7 +76,7 @@ def ceilings(bench: Bench) -> list[dict]:
     programs = 2 if bench.toy else 16384  # 2 GiB
     x = torch.randint(-100, 100, (programs * block * blocks,), dtype=torch.int32, device=bench.device)
     sums = torch.empty(programs, dtype=torch.int32, device=bench.device)
-    us = bench.time([lambda: _read[(programs,)](x, sums, BLOCK=block, BLOCKS=blocks, num_warps=8)])
+    us = bench.time([lambda: read[(programs,)](x, sums, BLOCK=block, BLOCKS=blocks, num_warps=8)])
     if int(sums.long().sum()) != int(x.long().sum()):
         raise RuntimeError("the read ceiling's kernel did not read everything")
     rows = [{"stage": "ceiling", "method": "read", "us": us, "tb_per_s": x.nbytes / us / 1e6}]
@@ -89,7 +89,7 @@ def ceilings(bench: Bench) -> list[dict]:
     warps, programs, iterations = (1, 1, 1) if bench.toy else (8, 132 * 8, 4096)
     words = torch.randint(0, 1 << 14, (warps * 128,), dtype=torch.int32, device=bench.device)
     out = torch.empty(programs, warps * 128, device=bench.device)
-    launch = functools.partial(_mma_sp_rate[(programs,)], words, out, iterations, num_warps=warps)
+    launch = functools.partial(mma_sp_rate[(programs,)], words, out, iterations, num_warps=warps)
     us = bench.time([lambda: launch(WARPS=warps, INTERP=INTERPRET)])
     flops = programs * warps * iterations * 4 * 2 * 16 * 32 * 8
     rows.append({"stage": "ceiling", "method": "mma.sp", "us": us, "tflop_per_s": flops / us / 1e6})

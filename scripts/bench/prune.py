@@ -1,10 +1,11 @@
 """Pruning time and memory: this program against the published way, side by side, block by block, in one run.
 
-    python scripts/bench_prune.py                    # results/bench_prune.json and .md: about ten minutes on two cores
-    python scripts/bench_prune.py --toy              # the same at toy size, for the tests
+    python scripts/bench/prune.py                    # results/bench/prune.json and .md: about ten minutes on two cores
+    python scripts/bench/prune.py --toy --out DIR    # the same at toy size, for the tests
+    python scripts/bench/prune.py --page             # only the page, from the JSON
 
-A random Llama (hidden 2048, intermediate 5504, 4 blocks), 32 windows of 512 random tokens. Both sides prune copies of
-the same block on the same inputs, one after the other, so a noisy machine hurts both. The published way stands in
+A random Llama (hidden 2048, intermediate 5504, 4 blocks), 32 windows of 512 random tokens, on the CPU. Both sides prune
+copies of the same block on the same inputs, one after the other, so a noisy machine hurts both. The published way is in
 published.py.
 
     forward      two passes of the samples through the block
@@ -17,49 +18,55 @@ published.py.
 import argparse
 import contextlib
 import copy
+import dataclasses
 import gc
 import json
+import math
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import published
 import torch
+from common import caller, matmul_rate, removed, written
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from oneshot import calibrate, models, report
+from oneshot import calibrate, models
+from oneshot.calibrate import Activations, Statistics
 from oneshot.prune import linalg, loop, patterns, solvers
-from oneshot.runtime import environment
-from oneshot.calibrate.statistics import Statistics
 from oneshot.prune.solvers import sparsegpt
+from oneshot.report import tables
+from oneshot.runtime import environment
+from oneshot.runtime.command import Parser, exit_code
+from oneshot.runtime.files import write_json, write_text
 
 PARTS = published.PARTS
+RUNS = (("sparsegpt", "0.5"), ("sparsegpt", "2:4"), ("wanda", "0.5"))
+SUMS = {"statistics + solving": ("statistics", "factor", "columns"),
+        "all but forward": tuple(part for part in PARTS if part != "forward"), "total": PARTS}
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    torch.manual_seed(args.seed)
-    model = LlamaForCausalLM(LlamaConfig(
-        hidden_size=args.hidden, intermediate_size=args.intermediate, num_hidden_layers=args.blocks,
-        num_attention_heads=max(1, args.hidden // 64), num_key_value_heads=max(1, args.hidden // 64), vocab_size=1024,
-        max_position_embeddings=args.seqlen)).eval().requires_grad_(False)
-    ids = torch.randint(0, 1024, (args.windows, args.seqlen))
-    peak = matmul_rate(args.hidden)
-    out = {"settings": {k: v for k, v in vars(args).items() if k not in ("out", "toy")},
-           "environment": environment.environment("cpu"), "matmul_flops_per_s": peak, "runs": {}}
-    for method, pattern in (("sparsegpt", "0.5"), ("sparsegpt", "2:4"), ("wanda", "0.5")):
-        out["runs"][f"{method} {pattern}"] = compare(model, ids, method, pattern, args)
-    out["columns_alone"] = [columns_alone(R, C, p, args) for R, C in shapes(args) for p in ("0.5", "2:4")]
-    args.out.mkdir(parents=True, exist_ok=True)
-    report.write_text(json.dumps(out, indent=1) + "\n", args.out / "bench_prune.json")
-    text = markdown(out)
-    report.write_text(text, args.out / "bench_prune.md")
-    print(text)
+def main(argv: list[str] | None = None) -> int:
+    """Exit code."""
+    return exit_code(lambda: work(parse_args(argv)))
 
 
-def parse_args(argv):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def work(args: argparse.Namespace) -> None:
+    """Measure, unless only the page is wanted; write both files and print the page."""
+    file = args.out / "prune.json"
+    if not args.page:
+        write_json(measure(args), file)
+    page = markdown(json.loads(file.read_text()))
+    write_text(page, args.out / "prune.md")
+    print(page, end="")
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    p = Parser(prog="python scripts/bench/prune.py", description=__doc__, allow_abbrev=False,
+               formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--hidden", type=int, default=2048)
     p.add_argument("--intermediate", type=int, default=5504)
     p.add_argument("--blocks", type=int, default=4)
@@ -68,7 +75,8 @@ def parse_args(argv):
     p.add_argument("--batch-size", type=int, default=4, help="ours; the published way runs one window at a time")
     p.add_argument("--repeats", type=int, default=3, help="of the column loop alone")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", type=Path, default=Path("results"))
+    p.add_argument("--out", type=Path, default=Path("results/bench"))
+    p.add_argument("--page", action="store_true", help="measure nothing: the page of the JSON in --out")
     p.add_argument("--toy", action="store_true", help="hidden 64, 1 block, 4 windows of 16")
     args = p.parse_args(argv)
     if args.toy:
@@ -76,70 +84,63 @@ def parse_args(argv):
     return args
 
 
-def shapes(args):
-    """(R, C) of the block's linears."""
+def measure(args: argparse.Namespace) -> dict:
+    """All numbers, as the JSON holds them."""
+    torch.manual_seed(args.seed)
+    heads = max(1, args.hidden // 64)
+    model = LlamaForCausalLM(LlamaConfig(
+        hidden_size=args.hidden, intermediate_size=args.intermediate, num_hidden_layers=args.blocks,
+        num_attention_heads=heads, num_key_value_heads=heads, vocab_size=1024,
+        max_position_embeddings=args.seqlen)).eval().requires_grad_(False)
+    ids = torch.randint(0, 1024, (args.windows, args.seqlen))
     h, i = args.hidden, args.intermediate
-    return [(h, h), (i, h), (h, i)]
-
-
-def matmul_rate(n):
-    """Floating-point operations a second of the best of five large float32 products: the ceiling of everything here."""
-    a, b = torch.randn(4 * n, n), torch.randn(n, n)
-    a @ b
-    times = []
-    for _ in range(5):
-        began = time.perf_counter()
-        a @ b
-        times.append(time.perf_counter() - began)
-    return 8 * n**3 / min(times)
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "toy", "page")}
+    return {"settings": settings, "environment": environment.environment("cpu"),
+            "matmul_flops_per_s": matmul_rate(args.hidden),
+            "runs": {f"{method} {text}": compare(model, ids, method, text, args) for method, text in RUNS},
+            "columns_alone": [columns_alone(R, C, text, args.repeats) for R, C in ((h, h), (i, h), (h, i))
+                              for text in ("0.5", "2:4")]}
 
 
 # ------------------------------------------------------------------ whole blocks
 
-def compare(model, ids, method, text, args):
+@torch.no_grad()
+def compare(model: LlamaForCausalLM, ids: torch.Tensor, method: str, text: str, args: argparse.Namespace) -> dict:
     """Seconds by part and peak memory of both ways over all blocks, and the floor in operations."""
-    pattern = patterns.parse(text)
-    steps = [(m, m.Config()) for m in solvers.chain(method)]
-    _, block_list = models.blocks(model)
+    pattern, chain = patterns.parse(text), [(m, m.Config()) for m in solvers.chain(method)]
+    job = loop.Job(loop.make_plan(model, pattern, chain), chain, loop.Options(device="cpu", progress=False))
     activations = calibrate.capture(model, ids, batch_size=args.batch_size)
     single = calibrate.capture(model, ids, batch_size=1)
     theirs, ours = dict.fromkeys(PARTS, 0.0), dict.fromkeys(PARTS, 0.0)
     memory = {"published": 0, "oneshot": 0}
-    for b, dense in enumerate(block_list):
-        block = copy.deepcopy(dense)
+    for block in models.walk(model):
+        module = copy.deepcopy(block.module)
         with peak_memory(memory, "published"):
-            single.hidden = published.prune_block(
-                block, single.hidden, caller(single, b), method, pattern.sparsity,
-                *((pattern.m - pattern.n, pattern.m) if isinstance(pattern, patterns.NM) else ()), seconds=theirs)
-        block = copy.deepcopy(dense)
+            single.hidden = published.prune_block(module, list(single.hidden), caller(single, block.number), method,
+                                                  removed(pattern), theirs)
+        mine = copy_of(block)
         with peak_memory(memory, "oneshot"):
-            ours_block(block, activations, b, pattern, steps, ours)
-        del block
+            ours_block(mine, activations, job, ours)
+        del module, mine
     return {"published": theirs, "oneshot": ours, "peak_above_model_bytes": memory,
             "allowed_bytes": allowed(args, method), "floor_flops": floor(args, method)}
 
 
-def caller(activations, b):
-    """The published loop's call(block, x), with the captured arguments of block b (equal for all windows)."""
-    def call(block, x):
-        args, kwargs = calibrate.tree_map(lambda t: x if t is calibrate.HIDDEN else t, activations.calls[b][0])
-        out = block(*args, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
-    return call
+def copy_of(block: models.Block) -> models.Block:
+    """The same block with weights of its own."""
+    module = copy.deepcopy(block.module)
+    weights, skipped = models.weights_of(module, block.name)
+    return dataclasses.replace(block, module=module, weights=weights, skipped=skipped)
 
 
-def ours_block(block, activations, b, pattern, steps, seconds):
+def ours_block(block: models.Block, activations: Activations, job: loop.Job, seconds: dict[str, float]) -> None:
     """One block through this program's own loop, with its parts timed."""
-    weights, _ = models.linears(block)
-    plan = {v.name: pattern.with_default_group(steps[0][1].group) for v in weights}
-    needs = steps[0][0].needs | {"sample"}
-    rows = {"layers": [], "block": {"block": b, "seconds": {}}, "warnings": []}
     spent = dict.fromkeys(("statistics", "factor", "solver"), 0.0)
     began = time.perf_counter()
     with timing(Statistics, "update", spent, "statistics"), timing(sparsegpt, "upper_factor", spent, "factor"), \
             timing(solvers, "solve", spent, "solver"):
-        loop.prune_block(block, activations, b, weights, "", plan, steps, needs, loop.Options(progress=False), rows)
-    whole, of = time.perf_counter() - began, rows["block"]["seconds"]
+        rows = loop.prune_block(job, block, activations)
+    whole, of = time.perf_counter() - began, rows.block["seconds"]
     parts = {"forward": of["collect"] + of["replay"] - spent["statistics"], "statistics": spent["statistics"],
              "factor": spent["factor"], "columns": spent["solver"] - spent["factor"]}
     parts["other"] = whole - sum(parts.values())
@@ -148,7 +149,7 @@ def ours_block(block, activations, b, pattern, steps, seconds):
 
 
 @contextlib.contextmanager
-def timing(owner, name, spent, key):
+def timing(owner, name: str, spent: dict[str, float], key: str) -> Iterator[None]:
     """Count the wall time inside owner.name."""
     real = getattr(owner, name)
 
@@ -166,7 +167,7 @@ def timing(owner, name, spent, key):
 
 
 @contextlib.contextmanager
-def peak_memory(memory, who):
+def peak_memory(memory: dict[str, int], who: str) -> Iterator[None]:
     """Peak resident bytes inside, above what was resident before; the largest so far."""
     gc.collect()
     environment.reset_peak_memory("cpu")
@@ -175,7 +176,7 @@ def peak_memory(memory, who):
     memory[who] = max(memory[who], environment.peak_memory("cpu") - before)
 
 
-def allowed(args, method):
+def allowed(args: argparse.Namespace, method: str) -> int:
     """The memory promised: activations in and out with one batch inside the block, the Grams gathered at once, three
     matrices of the widest C x C and three of the widest weight (bytes)."""
     h, i, tokens = args.hidden, args.intermediate, args.windows * args.seqlen
@@ -184,7 +185,7 @@ def allowed(args, method):
     return 4 * (2 * tokens * h + inside + grams + squares + 3 * h * i)
 
 
-def floor(args, method):
+def floor(args: argparse.Namespace, method: str) -> dict[str, float]:
     """Operations that the work needs at least, over all blocks: by part."""
     h, i, tokens = args.hidden, args.intermediate, args.windows * args.seqlen
     weights = 4 * h * h + 3 * h * i
@@ -200,24 +201,23 @@ def floor(args, method):
 
 # ------------------------------------------------------------------ the column loop alone
 
-def columns_alone(R, C, text, args):
+def columns_alone(R: int, C: int, text: str, repeats: int) -> dict:
     """Median seconds of masks, column loop and compensation of one linear, both ways in turn, the factor given."""
     pattern = patterns.parse(text)
     X = torch.randn(C + 64, C) @ (torch.randn(C, C) / C**0.5)
     W = torch.randn(R, C)
-    statistics = Statistics(C, {"outer"})
-    statistics.update(X)
-    V, _, _ = linalg.upper_factor(statistics, 0.01, torch.float32)
+    inputs = Statistics(C, {"outer"})
+    inputs.update(X)
+    V, _, _ = linalg.upper_factor(inputs, 0.01, torch.float32)
     U = torch.linalg.solve_triangular(V, torch.eye(C), upper=True)
-    removed = (pattern.m - pattern.n, pattern.m) if isinstance(pattern, patterns.NM) else (0, 0)
     theirs, ours = [], []
-    for _ in range(args.repeats):
+    for _ in range(repeats):
         copy_of_W = W.clone()
         began = time.perf_counter()
-        published.prune_columns(copy_of_W, U, pattern.sparsity, *removed, 128)
+        published.prune_columns(copy_of_W, U, *removed(pattern), 128)
         theirs.append(time.perf_counter() - began)
         began = time.perf_counter()
-        sparsegpt.prune(W, statistics, pattern, sparsegpt.Config())
+        sparsegpt.prune(W, inputs, pattern, sparsegpt.Config())
         ours.append(time.perf_counter() - began)
     a, b = statistics.median(theirs), statistics.median(ours)
     return {"shape": [R, C], "pattern": text, "published_s": a, "oneshot_s": b, "ratio": a / b,
@@ -226,40 +226,41 @@ def columns_alone(R, C, text, args):
 
 # ------------------------------------------------------------------ the page
 
-def markdown(out):
+def markdown(out: dict) -> str:
     """The results as a page."""
-    s, e = out["settings"], out["environment"]
-    lines = ["# Pruning: this program against the published way", "",
-             f"Written by `scripts/bench_prune.py`; commit {e['commit']}{' (dirty)' if e['dirty'] else ''}, "
-             f"{e['device']}, {e['threads']} threads, torch {e['torch']}, {e['date']}.", "",
+    s, rate = out["settings"], out["matmul_flops_per_s"]
+    lines = ["# Pruning: this program against the published way", "", written("prune.py", out["environment"]), "",
              f"Random Llama, hidden {s['hidden']}, intermediate {s['intermediate']}, {s['blocks']} blocks; "
              f"{s['windows']} windows of {s['seqlen']}; float32; seed {s['seed']}. Float32 product of {s['hidden']}: "
-             f"{out['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s. Floor: operations over that rate.", ""]
+             f"{rate / 1e9:.0f} GFLOP/s. Floor: operations over that rate.", ""]
     for name, run in out["runs"].items():
-        lines += [f"## {name}", "", "| seconds | published | oneshot | ratio | floor |", "|---|---|---|---|---|"]
-        a, b = run["published"], run["oneshot"]
-        for part in (*PARTS, "statistics + solving", "all but forward", "total"):
-            x, y = (total(t, part) for t in (a, b))
-            f = total({**dict.fromkeys(PARTS, 0.0), **run["floor_flops"]}, part) / out["matmul_flops_per_s"]
-            lines.append(f"| {part} | {x:.2f} | {y:.2f} | {x / y if y > 0.005 else float('nan'):.2f} | {f:.2f} |")
-        rest = total(b, "all but forward") / b["forward"]
-        m = run["peak_above_model_bytes"]
-        lines += ["", f"Beside the two forwards, oneshot spends {rest:.1%} of their time. Peak memory above model and "
-                  f"inputs: published {m['published'] / 2**20:.0f} MiB, oneshot {m['oneshot'] / 2**20:.0f} MiB "
-                  f"(promised at most {run['allowed_bytes'] / 2**20:.0f} MiB).", ""]
-    lines += ["## The column loop alone", "",
-              "Median seconds of one linear; masks, loop and compensation, the factor given.", "",
-              "| shape | pattern | published | oneshot | ratio | floor |", "|---|---|---|---|---|---|"]
-    for c in out["columns_alone"]:
-        lines.append(f"| {c['shape'][0]} x {c['shape'][1]} | {c['pattern']} | {c['published_s']:.2f} | "
-                     f"{c['oneshot_s']:.2f} | {c['ratio']:.2f} | {c['floor_flops'] / out['matmul_flops_per_s']:.2f} |")
-    return "\n".join(lines) + "\n"
+        lines += [f"## {name}", "", *run_section(run, rate)]
+    head = ["shape", "pattern", "published", "oneshot", "ratio", "floor"]
+    body = [["{} x {}".format(*c["shape"]), c["pattern"], f"{c['published_s']:.2f}", f"{c['oneshot_s']:.2f}",
+             f"{c['ratio']:.2f}", f"{c['floor_flops'] / rate:.2f}"] for c in out["columns_alone"]]
+    return "\n".join([*lines, "## The column loop alone", "",
+                      "Median seconds of one linear; masks, loop and compensation, the factor given.", "",
+                      tables.render(head, body, "markdown", text={"shape", "pattern"})])
 
 
-def total(t, part):
-    groups = {"statistics + solving": ("statistics", "factor", "columns"), "total": PARTS,
-              "all but forward": [p for p in PARTS if p != "forward"]}
-    return sum(t[p] for p in groups.get(part, (part,)))
+def run_section(run: dict, rate: float) -> list[str]:
+    """The table of one method and pattern, and a line on memory."""
+    a, b = run["published"], run["oneshot"]
+    floors = {**dict.fromkeys(PARTS, 0.0), **run["floor_flops"]}
+    body = []
+    for part in (*PARTS, *SUMS):
+        x, y, least = (total(t, part) for t in (a, b, floors))
+        body.append([part, f"{x:.2f}", f"{y:.2f}", f"{x / y if y > 0.005 else math.nan:.2f}", f"{least / rate:.2f}"])
+    rest, memory = total(b, "all but forward") / b["forward"], run["peak_above_model_bytes"]
+    return [tables.render(["seconds", "published", "oneshot", "ratio", "floor"], body, "markdown", text={"seconds"}),
+            f"Beside the two forwards, oneshot spends {rest:.1%} of their time. Peak memory above model and "
+            f"inputs: published {memory['published'] / 2**20:.0f} MiB, oneshot {memory['oneshot'] / 2**20:.0f} MiB "
+            f"(promised at most {run['allowed_bytes'] / 2**20:.0f} MiB).", ""]
+
+
+def total(seconds: dict[str, float], part: str) -> float:
+    """One part, or a sum of several."""
+    return sum(seconds[p] for p in SUMS.get(part, (part,)))
 
 
 if __name__ == "__main__":

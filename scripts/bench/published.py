@@ -1,4 +1,4 @@
-"""SparseGPT and Wanda the published way: the yardstick of `bench_prune.py`. Plain torch, any device.
+"""SparseGPT and Wanda the published way: the yardstick of `prune.py` and `best.py`. Plain torch, any device.
 
 Structure and order of operations are those of the public repositories, and nothing is slower than there:
 
@@ -26,6 +26,7 @@ On CUDA every measured part begins and ends with a synchronisation (a few per li
 
 import math
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -35,11 +36,14 @@ PARTS = ("forward", "statistics", "factor", "columns", "other")
 
 
 @torch.no_grad()
-def prune_block(block, inputs, call, method, sparsity=0.5, prune_n=0, prune_m=0, seconds=None):
+def prune_block(block: nn.Module, inputs: list[torch.Tensor], call: Callable[[nn.Module, torch.Tensor], torch.Tensor],
+                method: str, removed: tuple[float, int, int],
+                seconds: dict[str, float] | None = None) -> list[torch.Tensor]:
     """Prune every nn.Linear of `block` in place and return the pruned block's outputs: the next one's inputs.
 
-    inputs: list of samples, (1, T, H) each; call(block, x) -> Tensor runs the block on one of them (with
-    its masks and rotary tables); method: "sparsegpt" or "wanda"; sparsity: share removed (if prune_n is 0).
+    inputs: samples, (1, T, H) each. call(block, x): runs the block on one of them, with its masks and rotary tables.
+    method: "sparsegpt" or "wanda". removed: (sparsity, prune_n, prune_m); sparsity, the share removed, counts where
+    prune_n is 0.
     """
     seconds = {} if seconds is None else seconds
     for part in PARTS:
@@ -51,26 +55,26 @@ def prune_block(block, inputs, call, method, sparsity=0.5, prune_n=0, prune_m=0,
     for hook in hooks:
         hook.remove()
     for pruner in pruners.values():
-        pruner.fasterprune(sparsity, prune_n, prune_m)
+        pruner.fasterprune(*removed)
         pruner.free()
     outputs = forward_all(block, inputs, call, seconds)
     seconds["other"] += now(inputs[0]) - start - (sum(seconds.values()) - measured)
     return outputs
 
 
-def linears(block):
+def linears(block: nn.Module) -> list[nn.Linear]:
     """The nn.Linear modules of a block (exactly that class, as in the public `find_layers`)."""
     return [module for module in block.modules() if type(module) is nn.Linear]
 
 
-def statistics_hook(pruner):
+def statistics_hook(pruner) -> Callable:
     """A forward hook that hands the linear's input to `pruner`."""
     def hook(module, args, output):
         pruner.add_batch(args[0])
     return hook
 
 
-def forward_all(block, inputs, call, seconds):
+def forward_all(block: nn.Module, inputs: list[torch.Tensor], call: Callable, seconds: dict) -> list[torch.Tensor]:
     """Outputs of all samples, run one by one; what hooks spend on statistics is not counted as forward."""
     start, before = now(inputs[0]), seconds["statistics"]
     outputs = [call(block, x) for x in inputs]
@@ -81,14 +85,14 @@ def forward_all(block, inputs, call, seconds):
 class PublishedSparseGPT:
     """SparseGPT of one nn.Linear: `add_batch` per batch, then `fasterprune` once."""
 
-    def __init__(self, layer, seconds=None):
+    def __init__(self, layer: nn.Linear, seconds: dict[str, float] | None = None):
         self.layer = layer
         self.seconds = dict.fromkeys(PARTS, 0.0) if seconds is None else seconds
         self.columns = layer.weight.shape[1]
         self.H = torch.zeros(self.columns, self.columns, device=layer.weight.device)
         self.nsamples = 0
 
-    def add_batch(self, x):
+    def add_batch(self, x: torch.Tensor) -> None:
         """Running mean over sequences: H = H * n / (n + B) + 2 / (n + B) * X^T X; x (B, T, C) or (T, C)."""
         with timed(self.seconds, "statistics", x):
             batch = 1 if x.dim() == 2 else x.shape[0]
@@ -98,7 +102,8 @@ class PublishedSparseGPT:
             columns_first = math.sqrt(2 / self.nsamples) * columns_first.float()
             self.H += columns_first.matmul(columns_first.t())
 
-    def fasterprune(self, sparsity, prune_n=0, prune_m=0, blocksize=128, percdamp=0.01):
+    def fasterprune(self, sparsity: float, prune_n: int = 0, prune_m: int = 0, blocksize: int = 128,
+                    percdamp: float = 0.01) -> torch.Tensor:
         """Prune the layer in place; returns the error per row, (R,). Uses up H."""
         W = self.layer.weight.data.clone().float()
         with timed(self.seconds, "factor", W):
@@ -108,7 +113,7 @@ class PublishedSparseGPT:
         self.layer.weight.data = W.to(self.layer.weight.dtype)
         return losses
 
-    def factor(self, W, percdamp):
+    def factor(self, W: torch.Tensor, percdamp: float) -> torch.Tensor:
         """Hinv (C, C); zeroes the columns of W whose input is dead. H is given up on the way."""
         H, self.H = self.H, None
         dead = torch.diag(H) == 0
@@ -120,12 +125,13 @@ class PublishedSparseGPT:
         H = torch.cholesky_inverse(H)
         return torch.linalg.cholesky(H, upper=True)
 
-    def free(self):
+    def free(self) -> None:
         """Drop the Hessian."""
         self.H = None
 
 
-def prune_columns(W, Hinv, sparsity, prune_n, prune_m, blocksize):
+def prune_columns(W: torch.Tensor, Hinv: torch.Tensor, sparsity: float, prune_n: int, prune_m: int,
+                  blocksize: int) -> torch.Tensor:
     """Prune W (R, C) in place, block of columns by block, the rest updated after each; losses (R,)."""
     losses = torch.zeros(W.shape[0], device=W.device)
     for i1 in range(0, W.shape[1], blocksize):
@@ -139,19 +145,20 @@ def prune_columns(W, Hinv, sparsity, prune_n, prune_m, blocksize):
     return losses
 
 
-def threshold_mask(W1, Hinv1, sparsity):
+def threshold_mask(W1: torch.Tensor, Hinv1: torch.Tensor, sparsity: float) -> torch.Tensor:
     """True = removed: all scores up to that of rank int(n * s), counted from 0: one more than int(n * s)."""
     score = saliency(W1, Hinv1)
     threshold = torch.sort(score.flatten())[0][int(score.numel() * sparsity)]
     return score <= threshold
 
 
-def saliency(W1, Hinv1):
+def saliency(W1: torch.Tensor, Hinv1: torch.Tensor) -> torch.Tensor:
     """(R, columns) w^2 / Hinv_jj^2."""
     return W1**2 / torch.diag(Hinv1).reshape(1, -1) ** 2
 
 
-def prune_within_block(W1, Hinv1, mask1, prune_n, prune_m):
+def prune_within_block(W1: torch.Tensor, Hinv1: torch.Tensor, mask1: torch.Tensor, prune_n: int,
+                       prune_m: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The column loop; changes W1 and, for N:M, fills mask1. Returns Q1, Err1, losses1 (R, columns)."""
     Q1, Err1, losses1 = torch.zeros_like(W1), torch.zeros_like(W1), torch.zeros_like(W1)
     for i in range(W1.shape[1]):
@@ -173,14 +180,14 @@ def prune_within_block(W1, Hinv1, mask1, prune_n, prune_m):
 class PublishedWanda:
     """Wanda of one nn.Linear, with SparseGPT's two calls."""
 
-    def __init__(self, layer, seconds=None):
+    def __init__(self, layer: nn.Linear, seconds: dict[str, float] | None = None):
         self.layer = layer
         self.seconds = dict.fromkeys(PARTS, 0.0) if seconds is None else seconds
         self.columns = layer.weight.shape[1]
         self.scaler_row = torch.zeros(self.columns, device=layer.weight.device)
         self.nsamples = 0
 
-    def add_batch(self, x):
+    def add_batch(self, x: torch.Tensor) -> None:
         """Running mean over sequences of each input's squared norm, over x (B, T, C) or (T, C)."""
         with timed(self.seconds, "statistics", x):
             batch = 1 if x.dim() == 2 else x.shape[0]
@@ -189,7 +196,7 @@ class PublishedWanda:
             self.nsamples += batch
             self.scaler_row += torch.norm(columns_first.float(), p=2, dim=1) ** 2 / self.nsamples
 
-    def fasterprune(self, sparsity, prune_n=0, prune_m=0):
+    def fasterprune(self, sparsity: float, prune_n: int = 0, prune_m: int = 0) -> None:
         """Zero the lowest |w| * norm of every row (or of every group of prune_m), in place."""
         with timed(self.seconds, "columns", self.scaler_row):
             metric = torch.abs(self.layer.weight.data) * torch.sqrt(self.scaler_row.reshape(1, -1))
@@ -203,7 +210,7 @@ class PublishedWanda:
                 mask.scatter_(1, order[:, :int(self.columns * sparsity)], True)
             self.layer.weight.data[mask] = 0
 
-    def free(self):
+    def free(self) -> None:
         """Drop the norms."""
         self.scaler_row = None
 
@@ -212,14 +219,14 @@ METHODS = {"sparsegpt": PublishedSparseGPT, "wanda": PublishedWanda}
 
 
 @contextmanager
-def timed(seconds, part, tensor):
+def timed(seconds: dict[str, float], part: str, tensor: torch.Tensor) -> Iterator[None]:
     """Add the wall time of the body to seconds[part], synchronised with the tensor's device."""
     start = now(tensor)
     yield
     seconds[part] += now(tensor) - start
 
 
-def now(tensor):
+def now(tensor: torch.Tensor) -> float:
     """Seconds on the wall clock once the tensor's device has finished what it was given."""
     if tensor.is_cuda:
         torch.cuda.synchronize(tensor.device)

@@ -1,6 +1,6 @@
 """The small real models that other scripts measure, their texts and flags.
 
-    python scripts/small_models.py --shared ../shared    # writes the texts to build/small_models, for sweeps/small.yaml
+    python scripts/bench/small_models.py --shared ../shared   # texts to build/small_models, for sweep/small.yaml
 
     stories260k      calibrated on 500 TinyStories, measured on 500 others
     craftgpt-5m      on its own text, one dialogue a line; half to calibrate, half to measure
@@ -10,36 +10,45 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
-from oneshot.pipeline import run
+from oneshot.runtime.command import Parser, exit_code
+from oneshot.runtime.files import write_text
 
 WORK = Path("build/small_models")  # relative: records hold it
 PATTERNS = "0.5,0.6,0.7,2:4,4:8"
 DEMO = ["--model", "demo", "--pattern", PATTERNS, "--evaluate", "builtin:prose,builtin:sampled"]
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> int:
+    """Exit code."""
+    p = Parser(prog="python scripts/bench/small_models.py", description=__doc__, allow_abbrev=False,
+               formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--shared", type=Path, default=Path("../shared"), help="folder of models/ and data/")
-    flags(p.parse_args().shared)
-    print(f"written: {WORK}")
+
+    def work():
+        flags_of(p.parse_args(argv).shared)
+        print(f"written: {WORK}")
+    return exit_code(work)
 
 
-def flags(shared):
-    """{name: flags of oneshot.run, but for the method}; the texts are split into halves below WORK."""
+def flags_of(shared: Path) -> dict[str, list[str]]:
+    """{name: flags of `oneshot prune`, but for the method}; the texts are split into halves below WORK.
+
+    Raises ValueError where the folder does not hold them.
+    """
     models, data = shared / "models", shared / "data"
     if not (data / "tinystories_1000.json").is_file():
-        raise SystemExit(run.fail(f"--shared {shared}: holds no data/tinystories_1000.json; the small models and texts "
-                                  "are not part of the repository"))
-    WORK.mkdir(parents=True, exist_ok=True)
+        raise ValueError(f"--shared {shared}: holds no data/tinystories_1000.json; the small models and texts are not "
+                         "part of the repository")
     stories = json.loads((data / "tinystories_1000.json").read_text())
     dialogues = (data / "craftgpt_selfgen.txt").read_text().splitlines()
     halves = {}
     for name, documents in (("tinystories", stories), ("craftgpt", dialogues)):
         for part, chosen in (("calibration", documents[0::2]), ("test", documents[1::2])):
             halves[name, part] = WORK / f"{name}_{part}.json"
-            halves[name, part].write_text(json.dumps(chosen))
+            write_text(json.dumps(chosen), halves[name, part])
     return {
         # 172 inputs are no multiple of 8
         "stories260k": ["--model", str(models / "stories260k"), "--pattern", PATTERNS.removesuffix(",4:8"),
@@ -55,4 +64,4 @@ def flags(shared):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,7 +1,8 @@
 """Every solver and refiner on single layers: seconds against its floor, error against SparseGPT's.
 
-    python scripts/bench_solvers.py                  # results/bench_solvers.json and .md; minutes to an hour
-    python scripts/bench_solvers.py --toy            # the same at toy size, for the tests
+    python scripts/bench/solvers.py                  # results/bench/solvers.json and .md; minutes to an hour
+    python scripts/bench/solvers.py --toy --out DIR  # the same at toy size, for the tests
+    python scripts/bench/solvers.py --page           # only the page, from the JSON
 
 Random weights; inputs correlated and of different size (an eighth of the directions carries most of them). Statistics
 are given; what linears fed by the same tensor would share (factors, the scaled Gram matrix) is made anew each time. A
@@ -19,12 +20,14 @@ import time
 from pathlib import Path
 
 import torch
-from bench_prune import matmul_rate
+from common import matmul_rate, written
 
-from oneshot import report
+from oneshot.calibrate import NEEDS, Statistics
 from oneshot.prune import patterns, solvers
+from oneshot.report import tables
 from oneshot.runtime import environment
-from oneshot.calibrate.statistics import NEEDS, Statistics
+from oneshot.runtime.command import Parser, exit_code
+from oneshot.runtime.files import write_json, write_text
 
 FLOORS = {  # operations of one linear (R, C), given what the solver notes about its steps
     "sparsegpt": lambda R, C, info: C**3 / 3 + R * C**2,
@@ -33,31 +36,29 @@ FLOORS = {  # operations of one linear (R, C), given what the solver notes about
     "refit": lambda R, C, info: (info["steps"] + 2) * 2 * R * C**2,
     "admm": lambda R, C, info: C**3 + 20 * 2 * R * C**2,  # one inverse, its default iterations
 }
+HEAD = ["method", "group", "seconds", "floor", "times floor", "error / sparsegpt", "zeros", "steps"]
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    out = {"settings": {k: v for k, v in vars(args).items() if k not in ("out", "toy")},
-           "environment": environment.environment(args.device), "matmul_flops_per_s": matmul_rate(args.product),
-           "rows": []}
-    for R, C in args.shapes:
-        W, statistics = problem(R, C, args)
-        for text in args.patterns:
-            base = None
-            for method in ["sparsegpt", *(m for m in args.methods if m != "sparsegpt")]:
-                row = measure(W, statistics, patterns.parse(text), method, args)
-                base = base or row["error"]
-                out["rows"].append(row | {"shape": [R, C], "pattern": text, "error": row["error"] / base})
-                print(json.dumps(out["rows"][-1]), flush=True)
-    args.out.mkdir(parents=True, exist_ok=True)
-    report.write_text(json.dumps(out, indent=1) + "\n", args.out / "bench_solvers.json")
-    report.write_text(markdown(out), args.out / "bench_solvers.md")
+def main(argv: list[str] | None = None) -> int:
+    """Exit code."""
+    return exit_code(lambda: work(parse_args(argv)))
 
 
-def parse_args(argv):
+def work(args: argparse.Namespace) -> None:
+    """Measure, unless only the page is wanted, and write both files."""
+    file = args.out / "solvers.json"
+    if not args.page:
+        write_json(measure(args), file)
+    write_text(markdown(json.loads(file.read_text())), args.out / "solvers.md")
+    print(f"written: {args.out / 'solvers.md'}")
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
     names = solvers.names()
     default = names["solver"] + [f"{s}+{r}" for s in ("wanda", "sparsegpt") for r in names["refiner"]]
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(prog="python scripts/bench/solvers.py", description=__doc__, allow_abbrev=False,
+               formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--shapes", default="2048x2048,5504x2048,2048x5504", help="outputs x inputs, by commas")
     p.add_argument("--patterns", default="0.7,2:4", type=lambda t: t.split(","))
     p.add_argument("--methods", default=default, type=lambda t: t.split(","), help="default: every solver and refiner")
@@ -66,7 +67,8 @@ def parse_args(argv):
     p.add_argument("--repeats", type=int, default=3, help="the median is kept")
     p.add_argument("--device", default="cpu")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", type=Path, default=Path("results"))
+    p.add_argument("--out", type=Path, default=Path("results/bench"))
+    p.add_argument("--page", action="store_true", help="measure nothing: the page of the JSON in --out")
     p.add_argument("--toy", action="store_true", help="64x64 and 32x172, 256 tokens")
     args = p.parse_args(argv)
     if args.toy:
@@ -75,7 +77,24 @@ def parse_args(argv):
     return args
 
 
-def problem(R, C, args):
+def measure(args: argparse.Namespace) -> dict:
+    """All numbers, as the JSON holds them; a line on stdout for each."""
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "toy", "page")}
+    out = {"settings": settings, "environment": environment.environment(args.device),
+           "matmul_flops_per_s": matmul_rate(args.product), "rows": []}
+    for R, C in args.shapes:
+        W, inputs = problem(R, C, args)
+        for text in args.patterns:
+            base = None
+            for method in ["sparsegpt", *(m for m in args.methods if m != "sparsegpt")]:
+                row = solve(W, inputs, patterns.parse(text), method, args.repeats)
+                base = base or row["error"]
+                out["rows"].append(row | {"shape": [R, C], "pattern": text, "error": row["error"] / base})
+                print(json.dumps(out["rows"][-1]), flush=True)
+    return out
+
+
+def problem(R: int, C: int, args: argparse.Namespace) -> tuple[torch.Tensor, Statistics]:
     """W (R, C) and the Statistics of its inputs."""
     gen = torch.Generator(args.device).manual_seed(args.seed)
 
@@ -83,54 +102,54 @@ def problem(R, C, args):
         return torch.randn(*shape, generator=gen, device=args.device)
 
     few = max(1, C // 8)
-    mix, size, statistics = 2 * randn(few, C) / few**0.5, (0.7 * randn(C)).exp(), Statistics(C, NEEDS, args.device)
+    mix, size, inputs = 2 * randn(few, C) / few**0.5, (0.7 * randn(C)).exp(), Statistics(C, NEEDS, args.device)
     for n in [min(2048, args.tokens - i) for i in range(0, args.tokens, 2048)]:
-        statistics.update((randn(n, C) + randn(n, few) @ mix) * size)
-    _ = statistics.G  # the mean itself is no solver's work
-    return randn(R, C) / C**0.5, statistics
+        inputs.update((randn(n, C) + randn(n, few) @ mix) * size)
+    _ = inputs.G  # the mean itself is no solver's work
+    return randn(R, C) / C**0.5, inputs
 
 
-def measure(W, statistics, pattern, method, args):
+def solve(W: torch.Tensor, inputs: Statistics, pattern: patterns.Pattern, method: str, repeats: int) -> dict:
     """Seconds of the method's last part (median), the error of the whole, the floor in operations."""
     *before, (last, cfg) = ((module, module.Config()) for module in solvers.chain(method))
     pattern = pattern.with_default_group((before or [(last, cfg)])[0][1].group)
-    start, times = solvers.solve(W, statistics, pattern, before) if before else None, []
-    for _ in range(args.repeats):
-        statistics._derived.clear()
+    start, times = solvers.solve(W, inputs, pattern, before) if before else None, []
+    for _ in range(repeats):
+        inputs.forget()
         began = time.perf_counter()
-        solution = (last.refine(W, start, statistics, pattern, cfg) if before else last.prune(W, statistics, pattern, cfg))
+        solution = (last.refine(W, start, inputs, pattern, cfg) if before else last.prune(W, inputs, pattern, cfg))
         if W.is_cuda:
             torch.cuda.synchronize(W.device)
         times.append(time.perf_counter() - began)
     D, info = W - solution.W_hat, solution.info
     floor = FLOORS.get(solvers.short(last))
     return {"method": method, "group": pattern.group, "seconds": statistics.median(times),
-            "floor_flops": floor(*W.shape, info) if floor else None, "error": ((D @ statistics.G) * D).sum().item(),
+            "floor_flops": floor(*W.shape, info) if floor else None, "error": ((D @ inputs.G) * D).sum().item(),
             "zeros": int((~solution.mask).sum()), "info": info}
 
 
-def markdown(out):
+def markdown(out: dict) -> str:
     """The results as a page."""
-    s, e, rate = out["settings"], out["environment"], out["matmul_flops_per_s"]
-    lines = ["# Solvers and refiners on single layers", "",
-             f"Written by `scripts/bench_solvers.py`; commit {e['commit']}{' (dirty)' if e['dirty'] else ''}, "
-             f"{e['device']}, {e['threads']} threads, torch {e['torch']}, {e['date']}.", "",
+    s, rate = out["settings"], out["matmul_flops_per_s"]
+    lines = ["# Solvers and refiners on single layers", "", written("solvers.py", out["environment"]), "",
              f"Random layers, statistics of {s['tokens']} tokens, seed {s['seed']}; seconds: median of {s['repeats']}; "
              f"float32 product of {s['product']}: {rate / 1e9:.0f} GFLOP/s. A refiner's seconds are its own.", ""]
     by_layer = itertools.groupby(out["rows"], key=lambda r: (r["shape"], r["pattern"]))
     for ((R, C), pattern), rows in by_layer:
-        lines += [f"## {R} x {C}, {pattern}", "",
-                  "| method | group | seconds | floor | times floor | error / sparsegpt | zeros | steps |",
-                  "|---|---|---|---|---|---|---|---|"]
-        for r in rows:
-            floor = r["floor_flops"] / rate if r["floor_flops"] else None
-            cells = ("-", "-") if floor is None else (f"{floor:.3g}", f"{r['seconds'] / floor:.1f}")
-            notes = ", ".join(f"{k} {v}" for k, v in r["info"].items()
-                              if "step" in k or k in ("swaps", "exchanges", "rounds"))
-            lines.append(f"| {r['method']} | {r['group'] or ''} | {r['seconds']:.3g} | {' | '.join(cells)} | "
-                         f"{r['error']:.3f} | {r['zeros'] / (R * C):.2%} | {notes} |")
-        lines.append("")
+        table = tables.render(HEAD, [cells(row, R * C, rate) for row in rows], "markdown",
+                              text={"method", "group", "steps"})
+        lines += [f"## {R} x {C}, {pattern}", "", table]
     return "\n".join(lines)
+
+
+def cells(row: dict, weights: int, rate: float) -> list[str]:
+    """One line of a table: a way on a layer of so many weights."""
+    floor = row["floor_flops"] / rate if row["floor_flops"] else None
+    against = ("-", "-") if floor is None else (f"{floor:.3g}", f"{row['seconds'] / floor:.1f}")
+    steps = ", ".join(f"{name} {value}" for name, value in row["info"].items()
+                      if "step" in name or name in ("swaps", "exchanges", "rounds"))
+    return [row["method"], str(row["group"] or ""), f"{row['seconds']:.3g}", *against, f"{row['error']:.3f}",
+            f"{row['zeros'] / weights:.2%}", steps]
 
 
 if __name__ == "__main__":

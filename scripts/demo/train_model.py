@@ -1,6 +1,6 @@
-"""Train the embedded demo model: a small Llama of real English (`python -m oneshot.run --model demo`).
+"""Train the embedded demo model: a small Llama of real English (`oneshot prune --model demo`).
 
-    python scripts/train_demo_model.py --data ../shared/data/textbooks ../shared/data/books_public_domain.txt.xz
+    python scripts/demo/train_model.py --data ../shared/data/textbooks ../shared/data/books_public_domain.txt.xz
 
 Reads plain text (`.txt`, `.txt.xz`), trains a byte-level BPE tokenizer on it, then the model: Muon on the matrices,
 AdamW on embeddings and norms, linear warm-up and linear decay to zero. Every `--checkpoint-every` steps the whole
@@ -14,7 +14,9 @@ import argparse
 import json
 import lzma
 import os
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +25,23 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from oneshot.runtime.command import Parser, exit_code
+
 HELD_OUT = 0.005  # tail of every file: never trained on, for the loss printed at each checkpoint
 
 
-def main():
-    args = parse_args()
+def main(argv: list[str] | None = None) -> int:
+    """Exit code."""
+    return exit_code(lambda: work(parse_args(argv)), interrupted=lambda: "the same command continues")
+
+
+def work(args: argparse.Namespace) -> None:
+    """Tokenise, train, save."""
     torch.manual_seed(args.seed)
     args.work.mkdir(parents=True, exist_ok=True)
     files = list_files(args.data)
     tokenizer, train, held_out = tokens_of(files, args)
-    model = LlamaForCausalLM(llama_config(args, tokenizer)).to(args.device)
+    model = LlamaForCausalLM(llama_config(args)).to(args.device)
     n = sum(p.numel() for p in model.parameters())
     print(f"{n / 1e6:.2f}M parameters, {train.size / 1e6:.1f}M training tokens, "
           f"{args.steps} steps x {args.batch_size} x {args.seqlen} tokens")
@@ -42,8 +51,10 @@ def main():
         "schedules": schedules})
 
 
-def parse_args():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    p = Parser(prog="python scripts/demo/train_model.py", description=__doc__, allow_abbrev=False,
+               formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", nargs="+", type=Path, required=True, help="text files (.txt, .txt.xz) or folders of them")
     p.add_argument("--out", type=Path, default=Path("oneshot/demo/model"))
     p.add_argument("--work", type=Path, default=Path("build/demo_training"), help="tokens and checkpoints")
@@ -63,25 +74,30 @@ def parse_args():
     p.add_argument("--adam-lr", type=float, default=0.003)
     p.add_argument("--weight-decay", type=float, default=0.05, help="on the matrices")
     p.add_argument("--checkpoint-every", type=int, default=250)
-    return p.parse_args()
+    return p.parse_args(argv)
 
 
-def list_files(paths):
-    """Every .txt and .txt.xz under `paths`, sorted by name (the order decides the tokens)."""
+def list_files(paths: Sequence[Path]) -> list[Path]:
+    """Every .txt and .txt.xz under `paths`, sorted by name (the order decides the tokens).
+
+    Raises ValueError naming what is missing.
+    """
     files = []
     for path in paths:
         files += sorted(path.glob("*.txt*")) if path.is_dir() else [path]
     missing = [str(f) for f in files if not f.is_file()]
     if missing or not files:
-        raise SystemExit(f"--data: no such text file: {', '.join(missing) or ', '.join(map(str, paths))}")
+        raise ValueError(f"--data: no such text file: {', '.join(missing) or ', '.join(map(str, paths))}")
     return files
 
 
-def read(path):
+def read(path: Path) -> str:
+    """A file's text."""
     return lzma.open(path, "rt", encoding="utf-8").read() if path.suffix == ".xz" else path.read_text(encoding="utf-8")
 
 
-def tokens_of(files, args):
+def tokens_of(files: Sequence[Path],
+              args: argparse.Namespace) -> tuple[PreTrainedTokenizerFast, np.ndarray, np.ndarray]:
     """Tokenizer and two uint16 token streams (train, held out); cached in --work."""
     cache, tok_path = args.work / "tokens.npz", args.work / "tokenizer.json"
     if not cache.exists():
@@ -109,7 +125,8 @@ def tokens_of(files, args):
         return tokenizer, streams["train"], streams["held_out"]
 
 
-def llama_config(args, tokenizer):
+def llama_config(args: argparse.Namespace) -> LlamaConfig:
+    """The model's shape."""
     return LlamaConfig(
         vocab_size=args.vocab, hidden_size=args.hidden, intermediate_size=args.intermediate,
         num_hidden_layers=args.layers, num_attention_heads=args.heads, num_key_value_heads=args.kv_heads,
@@ -117,7 +134,7 @@ def llama_config(args, tokenizer):
         rms_norm_eps=1e-5)
 
 
-def optimizers(model, args):
+def optimizers(model: LlamaForCausalLM, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices, AdamW for embeddings and norms."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     rest = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
@@ -125,15 +142,18 @@ def optimizers(model, args):
             torch.optim.AdamW(rest, lr=args.adam_lr, weight_decay=0.0, betas=(0.9, 0.95))]
 
 
-def schedule(step, args):
+def schedule(step: int, args: argparse.Namespace) -> float:
+    """Share of the learning rate at a step: up over the warm-up, then down to zero."""
     return min((step + 1) / args.warmup, 1.0) * (1 - step / args.steps)
 
 
-def windows(activations, starts, seqlen, device):
-    return torch.from_numpy(np.stack([activations[s : s + seqlen] for s in starts]).astype(np.int64)).to(device)
+def windows(tokens: np.ndarray, starts: Sequence[int], seqlen: int, device: str) -> torch.Tensor:
+    """(n, seqlen) tokens from each of n places on."""
+    return torch.from_numpy(np.stack([tokens[s : s + seqlen] for s in starts]).astype(np.int64)).to(device)
 
 
-def fit(model, train, held_out, args):
+def fit(model: LlamaForCausalLM, train: np.ndarray, held_out: np.ndarray,
+        args: argparse.Namespace) -> tuple[float, float, list[list[int]]]:
     """Train to --steps, from the last checkpoint if there is one; (held-out loss, seconds in all, schedules)."""
     opts = optimizers(model, args)
     base = [[g["lr"] for g in o.param_groups] for o in opts]
@@ -178,13 +198,16 @@ def fit(model, train, held_out, args):
 
 
 @torch.no_grad()
-def held_out_loss(model, activations, args):
-    starts = range(0, min(activations.size - args.seqlen, 200 * args.seqlen), args.seqlen)
-    ids = windows(activations, starts, args.seqlen, args.device)
+def held_out_loss(model: LlamaForCausalLM, tokens: np.ndarray, args: argparse.Namespace) -> float:
+    """Mean loss over up to 200 windows, nats a token."""
+    starts = range(0, min(tokens.size - args.seqlen, 200 * args.seqlen), args.seqlen)
+    ids = windows(tokens, starts, args.seqlen, args.device)
     return float(np.mean([model(input_ids=b, labels=b).loss.item() for b in ids.split(20)]))
 
 
-def save(model, tokenizer, files, args, facts):
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, files: Sequence[Path], args: argparse.Namespace,
+         facts: dict) -> None:
+    """Write model, tokenizer and what was done. facts: go into training.json."""
     model.generation_config.update(bos_token_id=0, eos_token_id=0)
     model.to(torch.bfloat16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
@@ -196,4 +219,4 @@ def save(model, tokenizer, files, args, facts):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,13 +1,13 @@
-"""ALPS' tables: windows of 2048, means over five seeds. How it is run: scripts/_reproduce.py.
+"""ALPS' tables: windows of 2048, means over five seeds. How it is run: scripts/reproduce/paper.py.
 
-    python scripts/reproduce_alps.py --only opt-1.3b --seeds 1
+    python scripts/reproduce/alps.py --only opt-1.3b --seeds 1
 
 Which five seeds the paper took it does not say; ours are 0 to 4.
 """
 
 import sys
 
-from _reproduce import Model, Paper, main
+from paper import Model, Paper, main
 
 PAPER = Paper(
     title="ALPS", source="arXiv 2406.07831, appendix", window=2048, seeds=5,

@@ -1,7 +1,7 @@
 """lm-eval tasks on local files: a folder of YAMLs for --task-path, so that tasks run without the hub.
 
-    python scripts/local_tasks.py --shared ../shared --out build/tasks
-    python -m oneshot.run --tasks foundry_piqa,lambada --task-path build/tasks
+    python scripts/reproduce/local_tasks.py --shared ../shared --out build/tasks
+    oneshot prune --tasks foundry_piqa,lambada --task-path build/tasks
 
     foundry_*    data/tasks/foundry_*.jsonl, LLM Foundry's form: {"query", "choices", "gold"}; of WinoGrande
                  {"context_options", "continuation", "gold"}: the contexts differ, scored on the same continuation
@@ -17,9 +17,8 @@ import json
 import sys
 from pathlib import Path
 
-from oneshot import report
-from oneshot.pipeline import run
-from oneshot.settings import flags
+from oneshot.runtime.command import Parser, exit_code
+from oneshot.runtime.files import write_text
 
 ANSWER = {"arc_challenge", "arc_easy", "piqa"}  # their queries are "Question: ...", in lm-eval "\nAnswer:" follows
 LAMBADA = {"output_type": "loglikelihood", "doc_to_text": "{{text.split(' ')[:-1]|join(' ')}}",
@@ -28,21 +27,21 @@ WINOGRANDE = {"output_type": "multiple_choice", "doc_to_text": "{{gold}}", "doc_
               "doc_to_target": "{{continuation}}", "metrics": ["acc"]}
 
 
-def main(argv=None):
-    p = flags.Parser(prog="python scripts/local_tasks.py", description=__doc__, allow_abbrev=False,
-                   formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> int:
+    """Exit code."""
+    p = Parser(prog="python scripts/reproduce/local_tasks.py", description=__doc__, allow_abbrev=False,
+               formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--shared", type=Path, default=Path("../shared"), help="folder of data/")
     p.add_argument("--out", type=Path, default=Path("build/tasks"), help="folder for the YAMLs")
     p.add_argument("--longest", type=int, help="leave out documents with a choice of more characters")
-    try:
+
+    def work():
         args = p.parse_args(argv)
         print(f"{args.out}: {','.join(write_all(args.shared / 'data', args.out, args.longest))}")
-    except (ValueError, OSError) as error:
-        return run.fail(run.one_line(error))
-    return 0
+    return exit_code(work)
 
 
-def write_all(data, out, longest=None):
+def write_all(data: Path, out: Path, longest: int | None = None) -> list[str]:
     """The names of the tasks whose YAMLs were written. Raises ValueError where there is no data."""
     found = {file.stem: (file, template(file.stem.removeprefix("foundry_")))
              for file in sorted((data / "tasks").glob("foundry_*.jsonl"))}
@@ -53,11 +52,11 @@ def write_all(data, out, longest=None):
                          "data/lambada_test.jsonl")
     for name, (file, parts) in found.items():
         file = without_long(file, out / f"{name}.jsonl", longest) if longest else file
-        report.write_text(yaml(name, file.resolve(), parts), out / f"{name}.yaml")
+        write_text(yaml(name, file.resolve(), parts), out / f"{name}.yaml")
     return list(found)
 
 
-def without_long(file, out, longest):
+def without_long(file: Path, out: Path, longest: int) -> Path:
     """The file, or where some of its documents have a choice of more characters, a copy at `out` without those."""
     lines = file.read_text(encoding="utf-8").splitlines()
     kept = [line for line in lines if max(map(len, json.loads(line).get("choices", [""]))) <= longest]
@@ -65,11 +64,11 @@ def without_long(file, out, longest):
         return file
     print(f"{file.name}: {len(lines) - len(kept)} of {len(lines)} documents left out, a choice is longer than "
           f"{longest} characters", file=sys.stderr)
-    report.write_text("\n".join([*kept, ""]), out)
+    write_text("\n".join([*kept, ""]), out)
     return out
 
 
-def template(name):
+def template(name: str) -> dict:
     """How a task of LLM Foundry's form is asked."""
     if name == "winogrande":
         return WINOGRANDE
@@ -78,7 +77,7 @@ def template(name):
             "doc_to_target": "{{gold}}", "metrics": ["acc", "acc_norm"]}
 
 
-def yaml(name, file, parts):
+def yaml(name: str, file: Path, parts: dict) -> str:
     """A task's YAML; JSON strings are YAML strings."""
     lines = [f"task: {name}", "dataset_path: json",
              f"dataset_kwargs: {{data_files: {{test: {json.dumps(str(file))}}}}}",

@@ -1,12 +1,12 @@
-"""What the reproduce_*.py scripts share: a paper's numbers beside ours, row by row.
+"""What wanda.py, sparsegpt.py and alps.py share: a paper's numbers beside ours, row by row.
 
-    python scripts/reproduce_wanda.py                                # every row that this machine can run
-    python scripts/reproduce_wanda.py --list                         # what would run, and why the rest would not
-    python scripts/reproduce_wanda.py --only 7b 2:4                  # rows whose name has all of these words
-    python scripts/reproduce_wanda.py --models /data/models --calibration c4.jsonl --evaluate wikitext2_test.txt
+    python scripts/reproduce/wanda.py                                # every row that this machine can run
+    python scripts/reproduce/wanda.py --list                         # what would run, and why the rest would not
+    python scripts/reproduce/wanda.py --only 7b 2:4                  # rows whose name has all of these words
+    python scripts/reproduce/wanda.py --models /data/models --calibration c4.jsonl --evaluate wikitext2_test.txt
 
 Models come from --models DIR/<last part of the hub's name>, else from the hub or its cache. Flags not listed here go to
-oneshot.run as they are. Records go to --results; a finished run is not repeated. A row that cannot be run says why:
+`oneshot prune` as they are. Records go to --results; a finished run is not repeated. A row that cannot be run says why:
 no such method here, not on this machine and no network, not enough memory, or hours of CPU time without --slow.
 Exit code: 0, however many rows ran; 2 if the command is wrong.
 """
@@ -15,19 +15,21 @@ import argparse
 import functools
 import statistics
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from _sweep_workers import attempt
 
 from oneshot import models, report
 from oneshot.data import sources
-from oneshot.pipeline import checks, run
+from oneshot.pipeline import checks
+from oneshot.pipeline.attempt import attempt
 from oneshot.prune import solvers
 from oneshot.report import tables
 from oneshot.runtime import environment
-from oneshot.settings import flags
+from oneshot.runtime.command import Parser, exit_code
+from oneshot.settings import RunConfig, parse
 
 SLOW = 1e9  # parameters from which a model takes hours on a CPU
 GIB = 2**30
@@ -49,14 +51,14 @@ class Paper:
     """A published table and how its numbers were measured.
 
     perplexity: {model name: {method: {pattern: value or (mean, standard deviation over seeds)}}}; dense: the key
-    "dense" instead of a method, with the value. seeds: how many the paper averaged over. flags: for oneshot.run.
+    "dense" instead of a method, with the value. seeds: how many the paper averaged over. flags: for `oneshot prune`.
     """
 
     title: str
     source: str
     window: int
-    models: tuple
-    perplexity: dict
+    models: tuple[Model, ...]
+    perplexity: dict[str, dict]
     seeds: int = 1
     flags: dict = field(default_factory=lambda: {"calibration": "c4", "evaluate": "wikitext2", "nsamples": 128})
 
@@ -75,7 +77,7 @@ class Row:
         return f"{self.model.name} {self.method}" + f" {self.pattern}" * (self.method != "dense")
 
 
-def rows_of(paper):
+def rows_of(paper: Paper) -> list[Row]:
     """The paper's numbers, one by one."""
     found = []
     for model in paper.models:
@@ -86,32 +88,28 @@ def rows_of(paper):
     return found
 
 
-def main(paper, argv=None):
-    """Run what can be run and print the table. Exit code."""
-    try:
-        args, flags = arguments(paper, argv)
-        rows = chosen(rows_of(paper), args.only)
-        configs = {row: configure(paper, row, args, flags) for row in rows}
-        environment.check_writable(args.results, "--results")
-    except (ValueError, OSError) as error:
-        return run.fail(run.one_line(error))
+def main(paper: Paper, argv: list[str] | None = None) -> int:
+    """Exit code: see above."""
+    return exit_code(lambda: work(paper, *arguments(paper, argv)), interrupted=lambda: "the same command continues")
+
+
+def work(paper: Paper, args: argparse.Namespace, flags: list[str]) -> None:
+    """Run what can be run and print the table. flags: those for `oneshot prune`."""
+    rows = chosen(rows_of(paper), args.only)
+    configs = {row: configure(paper, row, args, flags) for row in rows}
+    environment.check_writable(args.results, "--results")
     models.quiet()
     lines = []
-    try:
-        for row in rows:
-            lines.append(measure(row, configs[row], args))
-            print(f"[{len(lines)}/{len(rows)}] {row}: {lines[-1][-1] or lines[-1][-3]}", file=sys.stderr, flush=True)
-    except KeyboardInterrupt:
-        run.fail("interrupted; the same command continues")
-        return 130
+    for row in rows:
+        lines.append(measure(row, configs[row], args))
+        print(f"[{len(lines)}/{len(rows)}] {row}: {lines[-1][-1] or lines[-1][-3]}", file=sys.stderr, flush=True)
     print(table(paper, rows, lines))
-    return 0
 
 
-def arguments(paper, argv):
-    """(our flags, those for oneshot.run as a list)."""
-    p = flags.Parser(description=f"{paper.title} ({paper.source})\n\n{__doc__}", allow_abbrev=False,
-                   formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(paper: Paper, argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """(our flags, those for `oneshot prune`)."""
+    p = Parser(description=f"{paper.title} ({paper.source})\n\n{__doc__}", allow_abbrev=False,
+               formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--only", nargs="+", metavar="WORD", default=[], help="rows whose name has all of these words")
     p.add_argument("--list", action="store_true", help="run nothing, say what would be")
     p.add_argument("--seeds", type=int, default=paper.seeds, help=f"how many (default: the paper's {paper.seeds})")
@@ -126,7 +124,7 @@ def arguments(paper, argv):
     return args, rest
 
 
-def chosen(rows, words):
+def chosen(rows: Sequence[Row], words: Sequence[str]) -> list[Row]:
     """The rows whose names have all the words. Raises ValueError when there is none."""
     found = [row for row in rows if all(word.lower() in str(row).lower() for word in words)]
     if not found:
@@ -134,7 +132,7 @@ def chosen(rows, words):
     return found
 
 
-def configure(paper, row, args, flags):
+def configure(paper: Paper, row: Row, args: argparse.Namespace, flags: list[str]) -> list[RunConfig] | None:
     """The row's RunConfigs, one a seed; None when its method is not built here. Raises ValueError naming a flag."""
     known = {"dense", *solvers.names()["solver"], *solvers.names()["refiner"]}
     if not known.issuperset(row.method.split("+")):
@@ -146,17 +144,16 @@ def configure(paper, row, args, flags):
     for name in (*fixed, "seed", "save"):
         if f"--{name}" in given:
             raise ValueError(f"--{name}: follows from the paper's row; --only and --seeds choose among them")
-    ours = {"device": "cuda" if torch.cuda.is_available() else "cpu"} | paper.flags
-    ours = {name: value for name, value in ours.items() if f"--{name}" not in given} | fixed
+    ours = {name: value for name, value in paper.flags.items() if f"--{name}" not in given} | fixed
     argv = [f"--{name}={value}" for name, value in ours.items()]
     argv += [*flags, "--no-dense", "--no-progress", f"--results={args.results}"]
     seeds = 1 if row.method == "dense" else args.seeds
-    configs = [cfg for seed in range(seeds) for cfg in flags.parse([*argv, f"--seed={seed}"])]
+    configs = [cfg for seed in range(seeds) for cfg in parse([*argv, f"--seed={seed}"])]
     checks.check_devices(configs[0])
     return configs
 
 
-def measure(row, configs, args):
+def measure(row: Row, configs: list[RunConfig] | None, args: argparse.Namespace) -> list[str]:
     """[published, ours, difference, note] of one row, as texts."""
     published = number(row.published, row.spread)
     why = obstacle(row, configs, args)
@@ -172,17 +169,18 @@ def measure(row, configs, args):
     return [published, number(mean, spread), f"{100 * (mean / row.published - 1):+.1f} %", note]
 
 
-def strangers(cfg):
+def strangers(cfg: RunConfig) -> list[tuple[str, str]]:
     """Texts that are not the papers', as (use, name): the reader must know."""
     used = {"measured": cfg.evaluate} | ({} if cfg.method == "dense" else {"calibrated": cfg.calibration})
     return [(use, Path(text).name) for use, text in used.items() if text not in ("c4", "wikitext2")]
 
 
-def number(mean, spread):
+def number(mean: float, spread: float | None) -> str:
+    """Mean and spread as text."""
     return report.number(mean) + (f" ± {spread:.2g}" if spread is not None else "")
 
 
-def table(paper, rows, lines):
+def table(paper: Paper, rows: Sequence[Row], lines: Sequence[list[str]]) -> str:
     """The paper's table with ours beside it, as markdown."""
     head = ["model", "method", "pattern", "published", "ours", "difference", "note"]
     body = [[row.model.name, row.method, row.pattern, *line] for row, line in zip(rows, lines, strict=True)]
@@ -194,7 +192,7 @@ def table(paper, rows, lines):
 
 # ---------------------------------------------------------------- what stands in the way
 
-def obstacle(row, configs, args):
+def obstacle(row: Row, configs: list[RunConfig] | None, args: argparse.Namespace) -> str | None:
     """Why a row cannot be run here, found without loading anything; None when nothing is known to hinder it."""
     if configs is None:
         return f"no method {row.method} in this version"
@@ -210,7 +208,7 @@ def obstacle(row, configs, args):
 
 
 @functools.cache
-def out_of_reach(repo, kind):
+def out_of_reach(repo: str, kind: str) -> str | None:
     """Why a repository of the hub cannot be had, or None: it is in the cache, or the hub grants it."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
@@ -232,7 +230,7 @@ def out_of_reach(repo, kind):
         return f"{repo} is not on this machine, and the hub cannot be reached ({type(error).__name__})"
 
 
-def too_large(model, cfg):
+def too_large(model: Model, cfg: RunConfig) -> str | None:
     """Which memory would not do, or None. An estimate of what must be there at once, no more."""
     for place, needed in needs(model, cfg).items():
         there = free(place)
@@ -242,9 +240,9 @@ def too_large(model, cfg):
     return None
 
 
-def needs(model, cfg):
-    """{device: bytes}: 16-bit weights at home; where it computes, the activations between two blocks (with half as much
-    again within one), one block as stored and as computed, and a Gram matrix with its factor and workspace."""
+def needs(model: Model, cfg: RunConfig) -> dict[str, float]:
+    """{device: bytes}: 16-bit weights, offloaded; where it computes, the activations between two blocks (with half as
+    much again within one), one block as stored and as computed, and a Gram matrix with its factor and workspace."""
     item = 4 if cfg.device == "cpu" else 2
     tokens = cfg.nsamples * cfg.seqlen if cfg.method != "dense" else 0
     working = 1.5 * tokens * model.hidden * item + model.parameters / model.blocks * (item + 4)
@@ -253,7 +251,7 @@ def needs(model, cfg):
     return {"cpu": weights + working} if cfg.device == "cpu" else {"cpu": weights + GIB, cfg.device: working}
 
 
-def free(device):
+def free(device: str) -> int | None:
     """Bytes that are free on a device; None where the system does not say."""
     if device != "cpu":
         return torch.cuda.mem_get_info(device)[0]

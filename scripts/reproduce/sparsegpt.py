@@ -1,13 +1,13 @@
-"""SparseGPT's tables on OPT, windows of 2048. How it is run: scripts/_reproduce.py.
+"""SparseGPT's tables on OPT, windows of 2048. How it is run: scripts/reproduce/paper.py.
 
-    python scripts/reproduce_sparsegpt.py --only opt-125m        # on a CPU too
+    python scripts/reproduce/sparsegpt.py --only opt-125m        # on a CPU too
 
 The paper gives one seed; over five it saw a standard deviation of 0.075 at OPT-2.7B, 50 % (mean 13.52).
 """
 
 import sys
 
-from _reproduce import Model, Paper, main
+from paper import Model, Paper, main
 
 PAPER = Paper(
     title="SparseGPT", source="arXiv 2301.00774", window=2048,

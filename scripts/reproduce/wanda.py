@@ -1,11 +1,11 @@
-"""Wanda's table: Llama-2, windows of 4096 in calibration and evaluation. How it is run: scripts/_reproduce.py.
+"""Wanda's table: Llama-2, windows of 4096 in calibration and evaluation. How it is run: scripts/reproduce/paper.py.
 
-    python scripts/reproduce_wanda.py --only 7b
+    python scripts/reproduce/wanda.py --only 7b
 """
 
 import sys
 
-from _reproduce import Model, Paper, main
+from paper import Model, Paper, main
 
 PAPER = Paper(
     title="Wanda", source="arXiv 2306.11695; the README of github.com/locuslab/wanda", window=4096,

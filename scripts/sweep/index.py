@@ -16,15 +16,18 @@ import re
 from pathlib import Path
 
 import oneshot
-from oneshot import report
 from oneshot.data import sources
+from oneshot.pipeline.attempt import stored
 from oneshot.runtime import environment
+from oneshot.runtime.files import write_text
+from oneshot.settings import RunConfig
 
 FOLDER = ".sweep"
 READERS = ("torch", "transformers", "tokenizers", "datasets", "pyarrow")  # what turns files into weights and tokens
+Content = str | list[tuple[str, str]] | None
 
 
-def finished(cfg):
+def finished(cfg: RunConfig) -> str | None:
     """run_id of the finished record of this configuration, or None when that is not known for certain."""
     key = key_of(cfg)
     try:
@@ -35,33 +38,24 @@ def finished(cfg):
     return run_id if record and record["run_id"] == run_id else None
 
 
-def stored(file):
-    """The finished record in a file; None where there is none that this version can read."""
-    try:
-        record = report.read(file) if file.is_file() else None
-    except ValueError:
-        return None
-    return record if record and record.get("status") == "finished" else None
-
-
-def remember(cfg, run_id, key):
+def remember(cfg: RunConfig, run_id: str, key: str | None) -> None:
     """Note that `cfg` gave `run_id`. key: `key_of(cfg)` from before the run; files that changed since void it."""
     if key and key == key_of(cfg):
-        report.write_text(run_id + "\n", Path(cfg.results) / FOLDER / key)
+        write_text(run_id + "\n", Path(cfg.results) / FOLDER / key)
 
 
-def key_of(cfg):
+def key_of(cfg: RunConfig) -> str | None:
     """The KEY of one configuration, or None when a source cannot be told apart from its later versions."""
     specs = [(cfg.calibration, cfg.revision)] if cfg.method != "dense" else []
     specs += [(spec, cfg.revision if spec == cfg.calibration else None) for spec in cfg.evaluations]
-    sources = [model_content(cfg), *(text_content(spec, revision) for spec, revision in specs)]
-    if None in sources:
+    contents = [model_content(cfg), *(text_content(spec, revision) for spec, revision in specs)]
+    if None in contents:
         return None
-    whole = [cfg.settings(), sources, package(), [environment.version(name) for name in READERS]]
+    whole = [cfg.settings(), contents, package(), [environment.version(name) for name in READERS]]
     return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def model_content(cfg):
+def model_content(cfg: RunConfig) -> Content:
     """What stands for the model's weights and tokenizer; None if nothing does."""
     if cfg.model == "demo":
         return "demo"  # part of the package
@@ -70,7 +64,7 @@ def model_content(cfg):
     return None if cfg.trust_remote_code else commit(cfg.model, "model", cfg.model_revision, cfg.cache_dir)
 
 
-def text_content(spec, revision):
+def text_content(spec: str, revision: str | None) -> Content:
     """What stands for a text; None if nothing does."""
     if spec == "self" or spec in {**sources.CALIBRATION_TEXT, **sources.EVALUATION_TEXT}:
         return spec  # follows from the model and the settings, or is part of the package
@@ -81,19 +75,21 @@ def text_content(spec, revision):
     return commit(hub.repo, "dataset", revision or hub.revision) if hub else commit(spec, "dataset", revision)
 
 
-def folder_content(folder):
+def folder_content(folder: Path) -> list[tuple[str, str]]:
+    """[(path within the folder, hash)] of all of its files."""
     files = sorted(f for f in folder.rglob("*") if f.is_file() and "__pycache__" not in f.parts)
     return [(str(f.relative_to(folder)), file_content(f)) for f in files]
 
 
-def file_content(path):
+def file_content(path: Path) -> str:
+    """sha256 of a file."""
     about = path.stat()
-    return _sha256(path.resolve(), about.st_size, about.st_mtime_ns, about.st_ino)
+    return sha256(path.resolve(), about.st_size, about.st_mtime_ns, about.st_ino)
 
 
 @functools.cache
-def _sha256(path, *_):
-    """sha256 of a file, read again when its size, time or inode changes."""
+def sha256(path: Path, *stamp: int) -> str:
+    """sha256 of a file, read again when its stamp (size, time, inode) changes."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while part := file.read(2**22):
@@ -102,13 +98,13 @@ def _sha256(path, *_):
 
 
 @functools.cache
-def package():
+def package() -> Content:
     """What this program is: every file of the package, code, texts and demo model."""
     return folder_content(Path(oneshot.__file__).parent)
 
 
 @functools.cache
-def commit(repo, kind, revision=None, cache_dir=None):
+def commit(repo: str, kind: str, revision: str | None = None, cache_dir: str | None = None) -> str | None:
     """The commit that a hub repository's revision (default: main) names now; None when that cannot be learnt."""
     if re.fullmatch(r"[0-9a-f]{40}", revision or ""):
         return revision

@@ -1,11 +1,11 @@
 """A sweep: models x methods x patterns x seeds, one record a run, the dense model once each.
 
-    python scripts/sweep.py scripts/sweeps/demo.yaml --list         # what is finished, failed, waiting
-    python scripts/sweep.py scripts/sweeps/demo.yaml --workers 4    # four processes, sharing the GPUs out
-    python scripts/sweep.py scripts/sweeps/demo.yaml --shard 2/8    # the second of eight machines
+    python scripts/sweep/sweep.py scripts/sweep/demo.yaml --list         # what is finished, failed, waiting
+    python scripts/sweep/sweep.py scripts/sweep/demo.yaml --workers 4    # four processes, sharing the GPUs out
+    python scripts/sweep/sweep.py scripts/sweep/demo.yaml --shard 2/8    # the second of eight machines
 
-The file is YAML. Beside the four lists it takes every flag of `python -m oneshot.run` by its name; what a model gives
-goes before what stands on top. Paths are relative to where the command is given.
+The file is YAML. Beside the four lists it takes every flag of `oneshot prune` by its name; what a model gives goes
+before what stands on top. Paths are relative to where the command is given.
 
     methods: [wanda, sparsegpt]
     patterns: [0.5, 2:4]
@@ -28,44 +28,47 @@ import json
 import re
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-import _sweep_index as index
+import index
 import yaml
-from _sweep_workers import attempts, failure_file
+from workers import attempts
 
 from oneshot import report
-from oneshot.pipeline import checks, run
+from oneshot.pipeline import checks
+from oneshot.pipeline.attempt import failure_file
 from oneshot.report import tables, task_table
 from oneshot.runtime import environment
-from oneshot.settings import flags
+from oneshot.runtime.command import Parser, exit_code, one_line
+from oneshot.settings import RunConfig, parse
+from oneshot.settings.known import Known, known, todays_names
 
 LISTS = {"methods": "method", "patterns": "pattern", "seeds": "seed"}
-OWN = {"results": "give --results to the sweep", "save": "a sweep keeps records; save a model with oneshot.run",
+OWN = {"results": "give --results to the sweep", "save": "a sweep keeps records; save a model with oneshot prune",
        "overwrite": "a sweep keeps records", "progress": "a sweep shows its own progress",
        **{flag: f"write {name}: [...]" for name, flag in LISTS.items()}}
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     """Exit code: see above."""
-    try:
-        args = arguments(argv)
-        configs = share(expand(load(args.file), args.file, args.results), *args.shard)
-        environment.check_writable(args.results, "--results")
-        for cfg in configs:
-            checks.check_devices(cfg)
-    except (ValueError, OSError) as error:
-        return run.fail(run.one_line(error))
-    try:
-        return listing(configs) if args.list else sweep(configs, args.workers)
-    except KeyboardInterrupt:
-        run.fail("interrupted; the same command continues with the run that was cut off")
-        return 130
+    return exit_code(lambda: work(arguments(argv)),
+                     interrupted=lambda: "the same command continues with the run that was cut off")
 
 
-def arguments(argv):
-    p = flags.Parser(prog="python scripts/sweep.py", description=__doc__, allow_abbrev=False,
-                   formatter_class=argparse.RawDescriptionHelpFormatter)
+def work(args: argparse.Namespace) -> int:
+    """Make the runs of this share, or list them. Exit code: see above."""
+    configs = share(expand(load(args.file), args.file, args.results), *args.shard)
+    environment.check_writable(args.results, "--results")
+    for cfg in configs:
+        checks.check_devices(cfg)
+    return listing(configs) if args.list else sweep(configs, args.workers)
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    p = Parser(prog="python scripts/sweep/sweep.py", description=__doc__, allow_abbrev=False,
+               formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("file", type=Path, help="the sweep, as YAML")
     p.add_argument("--workers", type=int, default=1, help="runs at a time; 0: in this process (default: 1)")
     p.add_argument("--shard", type=shard, default=(1, 1), metavar="I/N", help="only the I-th of N equal shares")
@@ -77,7 +80,7 @@ def arguments(argv):
     return args
 
 
-def shard(text):
+def shard(text: str) -> tuple[int, int]:
     """(i, n) of "i/n"."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
@@ -85,10 +88,12 @@ def shard(text):
     return int(match[1]), int(match[2])
 
 
-def share(configs, i, n):
+def share(configs: Sequence, i: int, n: int) -> Sequence:
     """The i-th of n shares; dealt out in turn, so that every share has some of each model."""
     return configs[i - 1::n]
 
+
+# ------------------------------------------------------------------ the file
 
 class Loader(yaml.BaseLoader):
     """Every value as it is written: elsewhere in YAML 2:4 is the number 124. A key given twice is refused."""
@@ -101,20 +106,20 @@ class Loader(yaml.BaseLoader):
         return super().construct_mapping(node, deep)
 
 
-def load(file):
+def load(file: Path) -> dict:
     """The YAML mapping in a file. Raises ValueError naming the file."""
     try:
         spec = yaml.load(file.read_text(encoding="utf-8"), Loader)
     except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error.strerror}); give a sweep's YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: no valid YAML ({run.one_line(error)})") from None
+        raise ValueError(f"{file}: no valid YAML ({one_line(error)})") from None
     if not isinstance(spec, dict) or not isinstance(spec.get("models"), list) or not spec["models"]:
         raise ValueError(f"{file}: needs a list `models:` of names or mappings (--help has an example)")
     return spec
 
 
-def expand(spec, file, results):
+def expand(spec: dict, file: Path, results: Path) -> list[RunConfig]:
     """The RunConfigs of a sweep, each once, in a fixed order. Raises ValueError naming file, model and flag."""
     shared = {key: value for key, value in spec.items() if key != "models"}
     found = {}
@@ -128,25 +133,24 @@ def expand(spec, file, results):
     return list(found.values())
 
 
-def configs_of(settings, results):
+def configs_of(settings: dict, results: Path) -> list[RunConfig]:
     """The RunConfigs of one model: what the command line would make of the same settings, for each seed."""
     if "model" not in settings:
         raise ValueError("`model:` is missing")
-    own = {key.replace("-", "_"): value for key, value in settings.items()}
+    own = todays_names({key.replace("-", "_"): value for key, value in settings.items()})
     for key in own.keys() & OWN.keys():
         raise ValueError(f"{key}: {OWN[key]}")
     seeds = several("seeds", own.pop("seeds", ["0"]))
     argv = ["--results", str(results), "--no-progress"]
-    switches = {a.dest: a for a in flags.parser()._actions if a.nargs == 0}
     for key, value in own.items():
         if key in LISTS:
             argv += [f"--{LISTS[key]}", ",".join(several(key, value))]
         else:
-            argv += flag(key, value, switches.get(key))
-    return [cfg for seed in seeds for cfg in flags.parse([*argv, "--seed", seed])]
+            argv += words(key, value, known().get(key))
+    return [cfg for seed in seeds for cfg in parse([*argv, "--seed", seed])]
 
 
-def several(name, value):
+def several(name: str, value) -> list[str]:
     """The entries of one of the lists; a single one may stand alone."""
     values = value if isinstance(value, list) else [value]
     if not values or not all(isinstance(v, str) and v for v in values):
@@ -154,22 +158,24 @@ def several(name, value):
     return values
 
 
-def flag(name, value, switch=None):
-    """One setting as words of the command line. switch: its argparse action, where it takes no value."""
+def words(name: str, value, flag: Known | None) -> list[str]:
+    """One setting as words of the command line. flag: what is known of it; None of what the command line refuses."""
     if isinstance(value, list) and all(isinstance(v, str) for v in value):
         value = ",".join(value)
     if not isinstance(value, str):
         raise ValueError(f"{name}: give one value, not a mapping")
     if value in ("", "null", "~"):
         return []
-    if switch is None:
+    if flag is None or not flag.is_switch:
         return [f"--{name}={value}"]
     if value.lower() not in ("true", "false"):
         raise ValueError(f"{name}: {value}: give true or false")
-    return [switch.option_strings[0]] if (value.lower() == "true") == switch.const else []
+    return [flag.option] if (value.lower() == "true") != flag.default else []
 
 
-def sweep(configs, workers):
+# ------------------------------------------------------------------ the runs
+
+def sweep(configs: Sequence[RunConfig], workers: int) -> int:
     """Make the runs that are not finished; the table of all. Exit code."""
     keys = [index.key_of(cfg) for cfg in configs]
     done = {i: run_id for i, cfg in enumerate(configs) if (run_id := index.finished(cfg))}
@@ -190,7 +196,7 @@ def sweep(configs, workers):
     return 1 if failed else 0
 
 
-def line(cfg, record):
+def line(cfg: RunConfig, record: dict) -> str:
     """What came of one run."""
     what = named(cfg)
     metrics = ", ".join(f"{name} {report.number(x)}" for name, x in record["metrics"].items())
@@ -198,7 +204,7 @@ def line(cfg, record):
     return f"{what}: {told} ({record['seconds']['total']:.0f} s)"
 
 
-def left_of(spent, n, of):
+def left_of(spent: float, n: int, of: int) -> str:
     """How long the rest takes, at the pace so far."""
     seconds = spent / n * (of - n)
     amount = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else \
@@ -206,11 +212,12 @@ def left_of(spent, n, of):
     return f"about {amount} left" if n < of else "all done"
 
 
-def named(cfg):
+def named(cfg: RunConfig) -> str:
+    """A run as its lines name it."""
     return f"{Path(cfg.model).name} {cfg.method}" + f" {cfg.pattern} seed {cfg.seed}" * (cfg.method != "dense")
 
 
-def listing(configs):
+def listing(configs: Sequence[RunConfig]) -> int:
     """Print the state of every run, loading no model."""
     for cfg in configs:
         state = index.finished(cfg) or ("failed" if failure_file(cfg).is_file() else "to do")
@@ -218,7 +225,8 @@ def listing(configs):
     return 0
 
 
-def say(text):
+def say(text: str) -> None:
+    """A line of progress."""
     print(text, file=sys.stderr, flush=True)
 
 

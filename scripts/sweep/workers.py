@@ -1,7 +1,7 @@
 """Worker processes of a sweep: each imports the program once and makes run after run.
 
-A run that fails is a record too (status "failed", its error in one line). A worker that dies, say of the system's
-out-of-memory killer, fails its run and is replaced. Workers die with the process that started them.
+A worker that dies, say of the system's out-of-memory killer, fails its run and is replaced. Workers die with the
+process that started them.
 """
 
 import collections
@@ -11,45 +11,19 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from multiprocessing import connection
-from pathlib import Path
 
 import torch
-from _sweep_index import stored
 
-from oneshot import models, report
-from oneshot.pipeline import checks, run
-from oneshot.runtime import environment
+from oneshot import models
+from oneshot.pipeline.attempt import attempt, failed
+from oneshot.settings import RunConfig
 
-
-def attempt(cfg):
-    """The record of one configuration: the stored one, a new one, or that of its failure."""
-    began = time.perf_counter()
-    try:
-        checks.check([cfg])
-        record = run.run(cfg, reuse=stored)
-    except Exception as error:  # what the user can mend and what is a bug of ours alike: the other runs go on
-        return fail(cfg, f"{'' if isinstance(error, ValueError) else type(error).__name__ + ': '}{run.one_line(error)}",
-                    time.perf_counter() - began)
-    failure_file(cfg).unlink(missing_ok=True)
-    return record
+START = "spawn"  # CUDA cannot be forked
 
 
-def fail(cfg, why, seconds):
-    """Write and return the record of a run that failed."""
-    record = {"schema": report.SCHEMA, "run_id": failure_file(cfg).stem, "status": "failed", "error": report.clean(why),
-              "settings": cfg.settings(), "model": {"name": Path(cfg.model.rstrip("/")).name},
-              "environment": environment.environment("cpu") | {"device": cfg.device}, "metrics": {},
-              "warnings": [f"failed: {report.clean(why)}"], "seconds": {"total": seconds}}
-    return report.write(record, failure_file(cfg))
-
-
-def failure_file(cfg):
-    """Where a failure of this configuration is kept: gone when a later attempt succeeds."""
-    return Path(cfg.results) / f"{cfg.run_id('failed')}-failed.json"
-
-
-def attempts(configs, workers):
+def attempts(configs: Sequence[RunConfig], workers: int) -> Iterator[tuple[RunConfig, dict]]:
     """Yields (configuration, record) as runs end. workers: how many processes; 0: in this one, for a debugger."""
     if not workers:
         models.quiet()
@@ -77,13 +51,10 @@ def attempts(configs, workers):
             worker.process.join()
 
 
-START = "spawn"  # CUDA cannot be forked
-
-
 class Worker:
     """A process, the `place`-th of `of`, and this end of the pipe to it."""
 
-    def __init__(self, place, of):
+    def __init__(self, place: int, of: int):
         self.place, self.dead = place, False
         context = multiprocessing.get_context(START)
         self.pipe, there = context.Pipe()
@@ -91,15 +62,17 @@ class Worker:
         self.process.start()
         there.close()
 
-    def start(self, cfg):
+    def start(self, cfg: RunConfig) -> None:
+        """Give it a run to make."""
         self.cfg, self.began = cfg, time.perf_counter()
         self.send(cfg)
 
-    def send(self, what):
+    def send(self, what: RunConfig | None) -> None:
+        """Put something into the pipe; None ends the process."""
         with contextlib.suppress(ConnectionError):  # it died while it had nothing to do: `result` will see it
             self.pipe.send(what)
 
-    def result(self):
+    def result(self) -> dict:
         """The record that the process made, or that of its death."""
         try:
             return self.pipe.recv()
@@ -108,10 +81,10 @@ class Worker:
             self.dead, code = True, self.process.exitcode
             why = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
             hint = "; out of memory? fewer --workers need less" if code == -signal.SIGKILL else ""
-            return fail(self.cfg, f"the worker process died ({why}{hint})", time.perf_counter() - self.began)
+            return failed(self.cfg, f"the worker process died ({why}{hint})", time.perf_counter() - self.began)
 
 
-def serve(pipe, threads, device):
+def serve(pipe: connection.Connection, threads: int, device: str | None) -> None:
     """A worker's life: configurations in, records out, until None comes or its parent is gone."""
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
@@ -124,17 +97,18 @@ def serve(pipe, threads, device):
         pipe.send(attempt(cfg))
 
 
-def follow():
+def follow() -> None:
     """End this process when its parent does, however that ended: an orphan would repeat the next sweep's work."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
-def cores():
+def cores() -> int:
+    """How many this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def gpu(place):
+def gpu(place: int) -> str | None:
     """CUDA_VISIBLE_DEVICES of a worker, so that several share the GPUs out and records all say `cuda`; None: leave."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     there = given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]

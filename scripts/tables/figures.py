@@ -1,7 +1,7 @@
 """Figures from the run records: a pure function of results/runs/*.json.
 
-    python scripts/figures.py                                # all, into results/figures
-    python scripts/figures.py --runs build/sweep --out build/figures --formats svg,png
+    python scripts/tables/figures.py                                # all, into results/figures
+    python scripts/tables/figures.py --runs build/sweep --out build/figures --formats svg,png
 
 For each model, calibration text and metric, as in tables.py:
     MODEL-TEXT-sparsity        perplexity against sparsity, mean and range over seeds
@@ -18,40 +18,44 @@ import re
 import sys
 from itertools import filterfalse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tables import ROOT, groups, read
 
 from oneshot import report
 from oneshot.data import perturb
-from oneshot.pipeline import run
 from oneshot.report import accuracy, figures
 from oneshot.report.figures import drawing, frontier
 from oneshot.runtime import environment
-from oneshot.settings import flags
+from oneshot.runtime.command import Parser, exit_code
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ITEM_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def main(argv=None):
-    p = flags.Parser(prog="python scripts/figures.py", description=__doc__, allow_abbrev=False,
-                   formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> int:
+    """Exit code."""
+    p = Parser(prog="python scripts/tables/figures.py", description=__doc__, allow_abbrev=False,
+               formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--runs", type=Path, default=ROOT / "results" / "runs")
     p.add_argument("--out", type=Path, default=ROOT / "results" / "figures")
     p.add_argument("--formats", type=formats, default=["svg"], help="svg, png, pdf, separated by commas (svg)")
-    try:
-        args = p.parse_args(argv)
-        environment.check_writable(args.out, "--out")
-        pictures = draw(read(args.runs))
-    except (ValueError, OSError) as error:
-        return run.fail(run.one_line(error))
+    return exit_code(lambda: work(p.parse_args(argv)))
+
+
+def work(args: argparse.Namespace) -> None:
+    """Draw and write all of them."""
+    environment.check_writable(args.out, "--out")
+    pictures = draw(read(args.runs))
     for name, figure in pictures.items():
         for ending in args.formats:
             drawing.save(figure, args.out / f"{name}.{ending}")
     print(f"{len(pictures)} figures, as {' and '.join(args.formats)}: {args.out}")
-    return 0
 
 
-def formats(text):
+def formats(text: str) -> list[str]:
     """["svg", "png"] of "svg,png"."""
     found = [part.strip() for part in text.split(",")]
     if unknown := sorted(set(found) - {"svg", "png", "pdf"}):
@@ -59,7 +63,7 @@ def formats(text):
     return found
 
 
-def draw(records):
+def draw(records: list[dict]) -> "dict[str, Figure]":
     """{file name without ending: figure} of the finished records."""
     found, places = {}, {}
     for (model, calibration, column), rows in groups(records).items():
@@ -83,19 +87,17 @@ def draw(records):
     return found
 
 
-def perturbed(metric):
+def perturbed(metric: str) -> bool:
     """Whether a metric is of a text with typos and the like: the table has it."""
     return metric.rpartition("/")[0].rpartition("+")[2] in perturb.KINDS
 
 
-def slug(text):
+def slug(text: str) -> str:
     """Text as a file name."""
     return re.sub(r"[^\w.+-]+", "-", text.replace("@", "").replace(" ", "-")).strip("-")
 
 
-# ---------------------------------------------------------------- bytes
-
-def stored_bytes(record):
+def stored_bytes(record: dict) -> float | None:
     """Bytes of the whole model when every pruned linear is stored as its pattern allows; None if it is not known."""
     model, linears = record.get("model") or {}, record.get("bytes") or {}
     size = ITEM_SIZE.get(model.get("dtype"))

@@ -1,85 +1,89 @@
 """Tables from the run records: results/tables.md, tables.csv and runs.csv, and those in the README.
 
-    python scripts/tables.py            # write them
-    python scripts/tables.py --check    # exit 1 if they are stale
+    python scripts/tables/tables.py            # write them
+    python scripts/tables/tables.py --check    # exit 1 if they are stale
 
     tables.csv    a line per model, calibration text, metric, method and pattern: mean, standard deviation over seeds
     runs.csv      a line per run, numbers in full
 
-A pure function of results/runs/*.json, results/best/*.json and results/packed.json. Text outside the markers is left
-alone.
+A pure function of results/runs/*.json, results/best/*.json and results/bench/packed.json. Text outside the markers is
+left alone.
 """
 
 import argparse
 import csv
 import io
 import json
+import re
 import statistics
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
-import _best_table
-import best
+import best_rows
+import best_table
 
 from oneshot import report
-from oneshot.pipeline import run
-from oneshot.report import tables, task_table
-from oneshot.settings import flags
+from oneshot.report import section, tables, task_table
+from oneshot.runtime.command import Parser, exit_code
+from oneshot.runtime.files import write_text
 
-ROOT = Path(__file__).parent.parent
-START, END = "<!-- {}: written by scripts/tables.py -->", "<!-- {}: end -->"
+ROOT = Path(__file__).parents[2]
+PROGRAM = "scripts/tables/tables.py"
+Groups = dict[tuple[str, str, report.Column], list[dict]]
 
 
-def main(argv=None):
-    p = flags.Parser(prog="python scripts/tables.py", description=__doc__, allow_abbrev=False,
-                   formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 1 where --check finds something stale."""
+    p = Parser(prog=f"python {PROGRAM}", description=__doc__, allow_abbrev=False,
+               formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--runs", type=Path, default=ROOT / "results" / "runs")
     p.add_argument("--root", type=Path, default=ROOT, help="where README.md and results/tables.md are")
     p.add_argument("--check", action="store_true", help="write nothing, exit 1 if a file would change")
-    try:
+
+    def work():
         args = p.parse_args(argv)
-        records = read(args.runs)
-        stale = write_all(records, args.root, args.check)
-    except (ValueError, OSError) as error:
-        return run.fail(run.one_line(error))
-    print("\n".join(f"{'stale' if args.check else 'written'}: {f}" for f in stale) or "up to date")
-    return 1 if stale and args.check else 0
+        stale = write_all(read(args.runs), args.root, args.check)
+        print("\n".join(f"{'stale' if args.check else 'written'}: {f}" for f in stale) or "up to date")
+        return 1 if stale and args.check else 0
+    return exit_code(work)
 
 
-def write_all(records, root, check):
+def write_all(records: list[dict], root: Path, check: bool) -> list[Path]:
     """Write what is stale, or only find it if `check`. The stale files."""
     stale = []
-    texts = {"README.md": lambda old: with_best(between(old, "pruning", readme_table(records)), root),
-             "results/tables.md": lambda old: with_packed(between(old, "pruning", all_tables(records)), root),
+    texts = {"README.md": lambda old: with_best(replaced(old, "pruning", readme_table(records)), root),
+             "results/tables.md": lambda old: with_packed(replaced(old, "pruning", all_tables(records)), root),
              "results/tables.csv": lambda old: tables_csv(records),
              "results/runs.csv": lambda old: tables.table(records, "csv")}
     for name, content in texts.items():
         file = root / name
         old = file.read_text(encoding="utf-8") if file.exists() else ""
-        if (new := content(old)) != old:
+        if shortened(new := content(old)) != shortened(old):
             stale.append(file)
             if not check:
-                report.write_text(new, file)
+                write_text(new, file)
     return stale
 
 
-def read(folder):
+def shortened(text: str) -> str:
+    """The text, its numbers to 12 digits: in the last ones sums differ from one Python to the next."""
+    return re.sub(r"\d+\.\d{9,}(e[-+]?\d+)?", lambda number: f"{float(number[0]):.12g}", text)
+
+
+def replaced(text: str, name: str, content: str) -> str:
+    """`text` with its section `name` written anew."""
+    return section.replace(text, name, PROGRAM, content)
+
+
+def read(folder: Path) -> list[dict]:
     """The records in a folder, in the order of their file names. Raises ValueError when there is no such folder."""
     if not folder.is_dir():
-        raise ValueError(f"--runs {folder}: no such folder; scripts/sweep.py writes one")
+        raise ValueError(f"--runs {folder}: no such folder; scripts/sweep/sweep.py writes one")
     return [report.read(f) for f in sorted(folder.glob("*.json"))]
 
 
-def between(text, name, content):
-    """`text` with what stands between the markers of `name` replaced; the markers are added where there are none."""
-    start, end = START.format(name), END.format(name)
-    section = f"{start}\n{content}\n{end}"
-    if start not in text:
-        return text + ("\n" if text and not text.endswith("\n\n") else "") + section + "\n"
-    return text[: text.index(start)] + section + text[text.index(end) + len(end) :]
-
-
-def groups(records):
+def groups(records: Iterable[dict]) -> Groups:
     """{(model, calibration, report.Column): finished records}: what one table compares, the dense (and rounded) runs
     in each."""
     texts, dense = {}, {}
@@ -102,7 +106,7 @@ def groups(records):
     return found
 
 
-def readme_table(records):
+def readme_table(records: list[dict]) -> str:
     """One table per model and text: methods down, patterns across."""
     parts = ["Perplexity; the window stands behind the @. " + where(r for r in records if kinds(r) != {"task"})]
     for (model, calibration, column), rows in groups(records).items():
@@ -114,19 +118,19 @@ def readme_table(records):
     return "\n\n".join(parts) if records else "no runs yet"
 
 
-def all_tables(records):
+def all_tables(records: list[dict]) -> str:
     """The same, then the tasks, then every other run as a row."""
     parts = ["# Results", readme_table(records), *tasks_section(records)]
     every = [r for r in records if kinds(r) != {"task"}]
     return "\n\n".join([*parts, "## Every run", tables.table(every, "markdown")])
 
 
-def kinds(record):
+def kinds(record: dict) -> set[str]:
     """What a run measured: of {"task", "text"}."""
     return {"task" if report.is_task([record], column) else "text" for column in report.columns([record])}
 
 
-def tasks_section(records):
+def tasks_section(records: list[dict]) -> list[str]:
     """[heading, how they were measured, table] of the runs that measured lm-eval tasks; [] where none did."""
     measured = [r for r in records if "task" in kinds(r)]
     if not measured:
@@ -139,41 +143,39 @@ def tasks_section(records):
     return ["## Tasks", f"{'; '.join(told)}. {where(measured)}", task_table.table(measured, "markdown")]
 
 
-def with_best(text, root):
+def with_best(text: str, root: Path) -> str:
     """`text` with the section of what best.py measured, where that has run."""
-    rows = _best_table.shown(root / "results" / "best", best.recipes())
-    return between(text, "best", _best_table.headline(rows)) if rows else text
+    rows = best_rows.shown(root / "results" / "best")
+    return replaced(text, "best", best_table.headline(rows)) if rows else text
 
 
-def with_packed(text, root):
-    """`text` with the section of what packed_runs.py measured, where that has run."""
-    file = root / "results" / "packed.json"
-    return between(text, "packed", packed_section(file)) if file.exists() else text
+def with_packed(text: str, root: Path) -> str:
+    """`text` with the section of what packed.py measured, where that has run."""
+    file = root / "results" / "bench" / "packed.json"
+    return replaced(text, "packed", packed_section(json.loads(file.read_text()))) if file.exists() else text
 
 
-def packed_section(file):
-    """What packed_runs.py measured."""
-    out = json.loads(file.read_text())
+def packed_section(out: dict) -> str:
+    """What packed.py measured, as its JSON holds it."""
     e, s = out["environment"], out["settings"]
-    lines = [
+    head = ["model", "dtype", "text", "dense ppl", "packed ppl", "relative difference", "dense KiB", "packed KiB",
+            "ratio", "verified"]
+    body = []
+    for row in out["models"]:
+        size = [f"{row['bytes'][form] / 1024:.0f}" for form in ("dense", "packed")]
+        proof = "NO" if any(row["faults"].values()) else f"{row['tensors_compared']} equal"
+        body += [[row["model"], row["dtype"], f"{p['text']} @{p['window']}", f"{p['dense']:.4f}", f"{p['packed']:.4f}",
+                  f"{p['relative_difference']:.1e}", *size, f"{row['ratio']:.4f}", proof] for p in row["perplexity"]]
+    table = tables.render(head, body, "markdown", text={"model", "dtype", "text", "verified"})
+    return "\n".join([
         "## Packed 2:4 checkpoints", "",
-        f"`scripts/packed_runs.py`: {s['method']}, seed {s['seed']}; {e['device']}, threads {e['threads']}, torch "
+        f"`scripts/bench/packed.py`: {s['method']}, seed {s['seed']}; {e['device']}, threads {e['threads']}, torch "
         f"{e['torch']}, transformers {e['transformers']}, commit {e['commit']}{' (dirty)' if e['dirty'] else ''}. "
         "Stored in the dtype, computed in float32; the window stands behind the @. Bytes: those of the pruned linears "
-        "in the files, metadata included. Verified: `oneshot.verify --twin` on every tensor.", "",
-        "| model | dtype | text | dense ppl | packed ppl | relative difference | dense KiB | packed KiB | ratio "
-        "| verified |", "|---|---|---|--:|--:|--:|--:|--:|--:|---|"]
-    for row in out["models"]:
-        size = " | ".join(f"{row['bytes'][form] / 1024:.0f}" for form in ("dense", "packed"))
-        proof = "NO" if any(row["faults"].values()) else f"{row['tensors_compared']} equal"
-        for p in row["perplexity"]:
-            ppl = f"{p['dense']:.4f} | {p['packed']:.4f} | {p['relative_difference']:.1e}"
-            lines.append(f"| {row['model']} | {row['dtype']} | {p['text']} @{p['window']} | {ppl} | {size} | "
-                         f"{row['ratio']:.4f} | {proof} |")
-    return "\n".join(lines)
+        "in the files, metadata included. Verified: `oneshot verify --twin` on every tensor.", "", table.rstrip()])
 
 
-def tables_csv(records):
+def tables_csv(records: list[dict]) -> str:
     """Every number of the tables in a line of its own: mean, sample standard deviation and number of runs."""
     out = io.StringIO()
     lines = csv.writer(out, lineterminator="\n")
@@ -188,7 +190,7 @@ def tables_csv(records):
     return out.getvalue()
 
 
-def where(records):
+def where(records: Iterable[dict]) -> str:
     """One line on how the numbers came about."""
     records = [r for r in records if r.get("status") == "finished"]
 
