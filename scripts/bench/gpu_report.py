@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from oneshot.report import section, tables
+from oneshot.report import section, table
 from oneshot.report.figures import drawing
 from oneshot.runtime.files import write_text
 
@@ -76,7 +76,7 @@ def body(kernels: list[dict], decode: list[dict], stamp: dict, finished: bool) -
     rows.append(["geometric mean", *(f"{mean:.2f}" for mean in means)])
     return [f"{stamp['device']}, {stamp['dtype']}, {versions}.{state} `python {PROGRAM}`", "",
             "Speed-up over `F.linear`, fastest of our kernels (the limit while weight bytes decide is 1.78):", "",
-            tables.render(["N x K", *map(str, tokens)], rows, "markdown", text={"N x K"}),
+            table.render(["N x K", *map(str, tokens)], rows, "markdown", text={"N x K"}),
             *against_sparselt(kernels), *fewer_bits(kernels), *ceilings(kernels), *fused_mlp(kernels),
             *decoding(decode)]
 
@@ -119,7 +119,7 @@ def fused_mlp(kernels: list[dict]) -> list[str]:
     rows = [[str(int(r["tokens"])), f"{r['us']:.1f}", f"{r['speedup']:.2f}"] for r in kernels
             if r["stage"] == "mlp" and r["method"] == "fused"]
     head = ["RMSNorm + gate_up + SwiGLU, tokens", "µs", "over the dense chain"]
-    return [tables.render(head, rows, "markdown")] if rows else []
+    return [table.render(head, rows, "markdown")] if rows else []
 
 
 def decoding(decode: list[dict]) -> list[str]:
@@ -128,7 +128,7 @@ def decoding(decode: list[dict]) -> list[str]:
     rows = [[row["method"], str(int(row["batch"])), f"{row['ms_per_step']:.2f}", f"{row['tokens_per_s']:.0f}",
              f"{row['speedup']:.2f}" if isinstance(row.get("speedup"), float) else "", f"{row['peak_gib']:.1f}"]
             for row in decode]
-    return [tables.render(head, rows, "markdown", text={head[0]})] if rows else []
+    return [table.render(head, rows, "markdown", text={head[0]})] if rows else []
 
 
 # ------------------------------------------------------------------ the picture

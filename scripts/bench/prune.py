@@ -37,7 +37,7 @@ from oneshot import calibrate, models
 from oneshot.calibrate import Activations, Statistics
 from oneshot.prune import linalg, loop, patterns, solvers
 from oneshot.prune.solvers import sparsegpt
-from oneshot.report import tables
+from oneshot.report import table
 from oneshot.runtime import environment
 from oneshot.runtime.command import Parser, exit_code
 from oneshot.runtime.files import write_json, write_text
@@ -240,7 +240,7 @@ def markdown(out: dict) -> str:
              f"{c['ratio']:.2f}", f"{c['floor_flops'] / rate:.2f}"] for c in out["columns_alone"]]
     return "\n".join([*lines, "## The column loop alone", "",
                       "Median seconds of one linear; masks, loop and compensation, the factor given.", "",
-                      tables.render(head, body, "markdown", text={"shape", "pattern"})])
+                      table.render(head, body, "markdown", text={"shape", "pattern"})])
 
 
 def run_section(run: dict, rate: float) -> list[str]:
@@ -252,7 +252,7 @@ def run_section(run: dict, rate: float) -> list[str]:
         x, y, least = (total(t, part) for t in (a, b, floors))
         body.append([part, f"{x:.2f}", f"{y:.2f}", f"{x / y if y > 0.005 else math.nan:.2f}", f"{least / rate:.2f}"])
     rest, memory = total(b, "all but forward") / b["forward"], run["peak_above_model_bytes"]
-    return [tables.render(["seconds", "published", "oneshot", "ratio", "floor"], body, "markdown", text={"seconds"}),
+    return [table.render(["seconds", "published", "oneshot", "ratio", "floor"], body, "markdown", text={"seconds"}),
             f"Beside the two forwards, oneshot spends {rest:.1%} of their time. Peak memory above model and "
             f"inputs: published {memory['published'] / 2**20:.0f} MiB, oneshot {memory['oneshot'] / 2**20:.0f} MiB "
             f"(promised at most {run['allowed_bytes'] / 2**20:.0f} MiB).", ""]

@@ -24,7 +24,7 @@ from common import matmul_rate, written
 
 from oneshot.calibrate import NEEDS, Statistics
 from oneshot.prune import patterns, solvers
-from oneshot.report import tables
+from oneshot.report import table
 from oneshot.runtime import environment
 from oneshot.runtime.command import Parser, exit_code
 from oneshot.runtime.files import write_json, write_text
@@ -136,9 +136,9 @@ def markdown(out: dict) -> str:
              f"float32 product of {s['product']}: {rate / 1e9:.0f} GFLOP/s. A refiner's seconds are its own.", ""]
     by_layer = itertools.groupby(out["rows"], key=lambda r: (r["shape"], r["pattern"]))
     for ((R, C), pattern), rows in by_layer:
-        table = tables.render(HEAD, [cells(row, R * C, rate) for row in rows], "markdown",
-                              text={"method", "group", "steps"})
-        lines += [f"## {R} x {C}, {pattern}", "", table]
+        lines += [f"## {R} x {C}, {pattern}", "",
+                  table.render(HEAD, [cells(row, R * C, rate) for row in rows], "markdown",
+                               text={"method", "group", "steps"})]
     return "\n".join(lines)
 
 

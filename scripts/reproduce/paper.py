@@ -26,7 +26,7 @@ from oneshot.data import sources
 from oneshot.pipeline import checks
 from oneshot.pipeline.attempt import attempt
 from oneshot.prune import solvers
-from oneshot.report import tables
+from oneshot.report import table
 from oneshot.runtime import environment
 from oneshot.runtime.command import Parser, exit_code
 from oneshot.settings import RunConfig, parse
@@ -103,7 +103,7 @@ def work(paper: Paper, args: argparse.Namespace, flags: list[str]) -> None:
     for row in rows:
         lines.append(measure(row, configs[row], args))
         print(f"[{len(lines)}/{len(rows)}] {row}: {lines[-1][-1] or lines[-1][-3]}", file=sys.stderr, flush=True)
-    print(table(paper, rows, lines))
+    print(beside(paper, rows, lines))
 
 
 def arguments(paper: Paper, argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -180,11 +180,11 @@ def number(mean: float, spread: float | None) -> str:
     return report.number(mean) + (f" ± {spread:.2g}" if spread is not None else "")
 
 
-def table(paper: Paper, rows: Sequence[Row], lines: Sequence[list[str]]) -> str:
+def beside(paper: Paper, rows: Sequence[Row], lines: Sequence[list[str]]) -> str:
     """The paper's table with ours beside it, as markdown."""
     head = ["model", "method", "pattern", "published", "ours", "difference", "note"]
     body = [[row.model.name, row.method, row.pattern, *line] for row, line in zip(rows, lines, strict=True)]
-    text = tables.render(head, body, "markdown", text={"model", "method", "pattern", "note"})
+    text = table.render(head, body, "markdown", text={"model", "method", "pattern", "note"})
     ran = sum(line[1] != "-" for line in lines)
     return (f"{paper.title} ({paper.source}). WikiText-2 perplexity @{paper.window}; "
             f"{ran} of {len(rows)} rows measured here.\n\n{text}")

@@ -30,7 +30,7 @@ from best_rows import (
     spread,
 )
 
-from oneshot.report import tables
+from oneshot.report import table
 from oneshot.report.figures import drawing
 from oneshot.runtime.command import Parser, exit_code
 from oneshot.runtime.files import write_text
@@ -110,11 +110,11 @@ def headline(rows: Iterable[dict]) -> str:
                          if got else "-")
         if any(cell != "-" for cell in cells):
             body.append([model, way[-1], *cells])
-    table = tables.render(["model", "effort", *PATTERNS], body, "markdown", text={"model", "effort"})
     return "\n".join([
         "Share of SparseGPT's excess over the dense model in log-perplexity that `best` removes, mean ± standard "
         "deviation over calibration seeds (n: how many, where fewer than three), and its cost in multiples of "
-        f"SparseGPT done the published way. {MEASURED} on {described(rows)}.", "", *said_old(rows), table.rstrip()])
+        f"SparseGPT done the published way. {MEASURED} on {described(rows)}.", "", *said_old(rows),
+        table.render(["model", "effort", *PATTERNS], body, "markdown", text={"model", "effort"}).rstrip()])
 
 
 def share_table(rows: Sequence[dict], found: Shares, model: str) -> list[str]:
@@ -135,7 +135,7 @@ def share_table(rows: Sequence[dict], found: Shares, model: str) -> list[str]:
         body.append([way, *cells])
     return [f"## {model}", "", f"{first['metric']} @{first['window']}, {first['tokens']} tokens, dense "
             f"{first['dense_ppl']:.3f}; {seeds} seed{'s' * (seeds > 1)}.", "",
-            tables.render(["way", *columns], body, "markdown", text={"way"})]
+            table.render(["way", *columns], body, "markdown", text={"way"})]
 
 
 def error_table(rows: Sequence[dict], text: str) -> list[str]:
@@ -150,7 +150,7 @@ def error_table(rows: Sequence[dict], text: str) -> list[str]:
             cells = {w: f"{error / of['sparsegpt']:.2f}x" for w, error in of.items()}
             cells["sparsegpt"] = f"{of['sparsegpt']:.4f}"
             body.append([kind, *(cells.get(w, "-") for w in ways)])
-        lines += [tables.render([model, *ways], body, "markdown", text={model})] if body else []
+        lines += [table.render([model, *ways], body, "markdown", text={model})] if body else []
     return lines
 
 

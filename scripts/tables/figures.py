@@ -25,7 +25,6 @@ from tables import ROOT, groups, read
 from oneshot import report
 from oneshot.data import perturb
 from oneshot.report import accuracy, figures
-from oneshot.report.figures import drawing, frontier
 from oneshot.runtime import environment
 from oneshot.runtime.command import Parser, exit_code
 
@@ -51,7 +50,7 @@ def work(args: argparse.Namespace) -> None:
     pictures = draw(read(args.runs))
     for name, figure in pictures.items():
         for ending in args.formats:
-            drawing.save(figure, args.out / f"{name}.{ending}")
+            figures.save(figure, args.out / f"{name}.{ending}")
     print(f"{len(pictures)} figures, as {' and '.join(args.formats)}: {args.out}")
 
 
@@ -73,12 +72,12 @@ def draw(records: list[dict]) -> "dict[str, Figure]":
             text, shown = slug(f"{model}-{column.header}-{place}"), list(filterfalse(report.is_rounded, rows))
             if len({report.pattern_of(r) for r in rows if report.is_pruned(r)}) > 1:
                 found[f"{text}-sparsity"] = figures.fig_perplexity(shown, column.metric)
-            found[f"{text}-bytes"] = frontier.fig_bytes(rows, column.metric, stored_bytes)
+            found[f"{text}-bytes"] = figures.fig_bytes(rows, column.metric, stored_bytes)
     for (model, place), known in places.items():
         rows, text = list(known.values()), slug(f"{model}-{place}")
         found[f"{text}-error"] = figures.fig_layer_errors(rows)
         if mapped := [r for r in rows if r.get("sensitivity")]:
-            found[f"{text}-sensitivity"] = frontier.fig_sensitivity(mapped)
+            found[f"{text}-sensitivity"] = figures.fig_sensitivity(mapped)
         for pattern in dict.fromkeys(report.pattern_of(r) for r in rows if r.get("damage") and report.is_pruned(r)):
             found[f"{text}-damage-{slug(pattern.replace(':', 'of'))}"] = figures.fig_damage(
                 [r for r in rows if r.get("damage") and report.pattern_of(r) == pattern])

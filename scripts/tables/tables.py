@@ -24,7 +24,7 @@ import best_rows
 import best_table
 
 from oneshot import report
-from oneshot.report import section, tables, task_table
+from oneshot.report import section, table, tables, task_table
 from oneshot.runtime.command import Parser, exit_code
 from oneshot.runtime.files import write_text
 
@@ -113,8 +113,8 @@ def readme_table(records: list[dict]) -> str:
         if report.is_task(rows, column):
             continue
         text = f"; measured on {column.text}" * bool(column.text)
-        table = tables.pivot(rows, column.metric, "markdown")
-        parts.append(f"**{model}**, calibrated on {calibration}{text}\n\n{table}")
+        pivot = tables.pivot(rows, column.metric, "markdown")
+        parts.append(f"**{model}**, calibrated on {calibration}{text}\n\n{pivot}")
     return "\n\n".join(parts) if records else "no runs yet"
 
 
@@ -166,13 +166,13 @@ def packed_section(out: dict) -> str:
         proof = "NO" if any(row["faults"].values()) else f"{row['tensors_compared']} equal"
         body += [[row["model"], row["dtype"], f"{p['text']} @{p['window']}", f"{p['dense']:.4f}", f"{p['packed']:.4f}",
                   f"{p['relative_difference']:.1e}", *size, f"{row['ratio']:.4f}", proof] for p in row["perplexity"]]
-    table = tables.render(head, body, "markdown", text={"model", "dtype", "text", "verified"})
     return "\n".join([
         "## Packed 2:4 checkpoints", "",
         f"`scripts/bench/packed.py`: {s['method']}, seed {s['seed']}; {e['device']}, threads {e['threads']}, torch "
         f"{e['torch']}, transformers {e['transformers']}, commit {e['commit']}{' (dirty)' if e['dirty'] else ''}. "
         "Stored in the dtype, computed in float32; the window stands behind the @. Bytes: those of the pruned linears "
-        "in the files, metadata included. Verified: `oneshot verify --twin` on every tensor.", "", table.rstrip()])
+        "in the files, metadata included. Verified: `oneshot verify --twin` on every tensor.", "",
+        table.render(head, body, "markdown", text={"model", "dtype", "text", "verified"}).rstrip()])
 
 
 def tables_csv(records: list[dict]) -> str:
