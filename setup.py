@@ -17,10 +17,10 @@ setup(
     classifiers=[
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",
-        *(f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 12, 13)),  # `make pythons` proves the ends
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 12, 13)),
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
-    python_requires=">=3.10",
+    python_requires=">=3.10",  # `make pythons` tries the oldest and the newest
     packages=[*find_packages(include=["oneshot", "oneshot.*"]), *find_packages("kernels")],
     # `kernels` is a source root, not a package: a well-known package of that name is on PyPI
     package_dir={"oneshot_kernels": "kernels/oneshot_kernels"},
