@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, find_packages, setup
 
 here = Path(__file__).parent
 version = next(line.split('"')[1] for line in (here / "oneshot/__init__.py").read_text().splitlines()
@@ -21,7 +21,9 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     python_requires=">=3.10",  # `make pythons` tries the oldest and the newest
-    packages=[*find_packages(include=["oneshot", "oneshot.*"]), *find_packages("kernels")],
+    # folders of oneshot need no __init__.py
+    packages=[*find_namespace_packages(include=["oneshot", "oneshot.*"], exclude=["*.__pycache__", "oneshot.demo.*"]),
+              *find_packages("kernels")],
     # `kernels` is a source root, not a package: a well-known package of that name is on PyPI
     package_dir={"oneshot_kernels": "kernels/oneshot_kernels"},
     package_data={"oneshot.demo": ["*.md", "*.txt", "model/*"], "oneshot.report": ["*.j2"]},
