@@ -52,11 +52,14 @@ class Lost:
 
 @dataclass(frozen=True)
 class Source:
-    """What a loaded model came from. quantised: by which method its files were, or None. entries: its tensors there.
-    warnings: what the reader of a record should know."""
+    """What a loaded model came from. folder: where its files are. quantised: by which method they were, or None.
+    entries: its tensors there. left: names of those that are not in the model. warnings: what the reader of a record
+    should know."""
 
+    folder: Path | None = None
     quantised: str | None = None
     entries: dict[str, Entry] = field(default_factory=dict)
+    left: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
@@ -68,12 +71,12 @@ def source_of(model: nn.Module) -> Source:
     return _SOURCES.get(model, Source())
 
 
-def settle(model: nn.Module, config: dict, entries: dict[str, Entry], said: str) -> None:
+def settle(model: nn.Module, config: dict, folder: Path | None, said: str) -> None:
     """Make a loaded model one that saves as an ordinary checkpoint, and remember what it came from.
 
     Raises ValueError where its class takes only a part of the checkpoint, or a weight is no floating-point one.
     """
-    method, warnings = quantisation(config), []
+    method, warnings, entries = quantisation(config), [], headers(shards(folder, said), said) if folder else {}
     if method in DEQUANTISED:
         undo_quantisation(model)
         warnings.append(f"its weights came quantised ({method}) and are computed and saved as "
@@ -87,7 +90,7 @@ def settle(model: nn.Module, config: dict, entries: dict[str, Entry], said: str)
     if left.names:
         warnings.insert(0, f"{said}: {left}, are in its files but not in {type(model).__name__}: they are not in what "
                            "is saved")
-    _SOURCES[model] = Source(method, entries, tuple(warnings))
+    _SOURCES[model] = Source(folder, method, entries, left.names, tuple(warnings))
 
 
 def undo_quantisation(model: nn.Module) -> None:

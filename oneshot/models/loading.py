@@ -61,8 +61,7 @@ def load(name: str | Path, *, dtype: str = "auto", revision: str | None = None, 
         key, stored, wanted = sorted(info["mismatched_keys"])[0]
         raise ValueError(f"{said}: {key} is {tuple(stored)} in its files, {tuple(wanted)} by its config; correct "
                          "config.json or fetch it again")
-    folder = path if local else intake.hub_folder(source, options)
-    intake.settle(model, config, intake.headers(intake.shards(folder, said), said) if folder else {}, said)
+    intake.settle(model, config, path if local else intake.hub_folder(source, options), said)
     return model.eval().requires_grad_(False), tokenizer
 
 
