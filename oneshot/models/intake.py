@@ -82,6 +82,8 @@ def settle(model: nn.Module, config: dict, folder: Path | None, said: str) -> No
         warnings.append(f"its weights came quantised ({method}) and are computed and saved as "
                         f"{str(model.dtype).removeprefix('torch.')}")
     check_parameters(model, said)
+    if method is None:
+        check_dtypes(entries, model, said)
     left = lost(entries, model) if entries else Lost((), 0)
     architecture = (config.get("architectures") or [None])[0]
     if left.names and architecture not in (None, type(model).__name__):
@@ -260,6 +262,15 @@ def lost(entries: dict[str, Entry], model: nn.Module) -> Lost:
     names = tuple(name for name in entries if name not in kept and name not in scales and name not in tied
                   and not name.endswith(RECOMPUTED))
     return Lost(names, sum(entries[name].bytes for name in names))
+
+
+def check_dtypes(entries: dict[str, Entry], model: nn.Module, said: str) -> None:
+    """Raise ValueError naming a tensor whose file holds integers where the model has floating-point numbers: they were
+    converted while loading, and are not the weights without their scales."""
+    for name, (_, dtype) in will_save(model).items():
+        if dtype.is_floating_point and name in entries and entries[name].dtype not in FLOATS:
+            raise ValueError(f"{said}: {name} is stored as {entries[name].dtype}, which is no floating-point weight; give "
+                             "the unquantised checkpoint")
 
 
 def quantised_parts(entries: dict[str, Entry]) -> set[str]:
