@@ -8,12 +8,12 @@ import torch
 from tiny import plain_pages  # noqa: F401
 
 from oneshot import data, models
-from oneshot.report import figures, page
-from oneshot.report.figures import drawing
 from oneshot.measure import damage as module
 from oneshot.measure import divergence
 from oneshot.measure.damage import damage
 from oneshot.measure.divergence import Compared
+from oneshot.report import figures, page
+from oneshot.report.figures import drawing
 
 WORDS = ["the", "river", "of", "Paris", "held", "12", "boats", ".", "Then", ",", "mills", "1940"]
 

@@ -16,8 +16,7 @@ import transformers
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 
 from oneshot import data
-from oneshot.data import sources
-from oneshot.data import TextOptions
+from oneshot.data import TextOptions, sources
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 SEPARATE = TextOptions(documents="separate")
@@ -62,8 +61,8 @@ def calibrate(tokenizer, spec, nsamples=5, seqlen=10, seed=0, **more):
 
 def test_calibration_windows_are_distinct_pieces_of_the_stream(tokenizer, text):
     tokens = calibrate(tokenizer, text, nsamples=50)
-    activations = ["<s>", *text.read_text()]
-    pieces = [activations[i : i + 10] for i in range(0, 2000, 10)]
+    stream = ["<s>", *text.read_text()]
+    pieces = [stream[i : i + 10] for i in range(0, 2000, 10)]
     found = [pieces.index(tokenizer.convert_ids_to_tokens(row)) for row in tokens.ids]
     assert tokens.ids.shape == (50, 10) and tokens.ids.dtype == torch.int64 and tokens.mask is None
     assert len(set(found)) == 50
@@ -394,8 +393,8 @@ def test_c4_calibration_ends_when_no_document_is_long_enough(tokenizer, hub, mon
 def test_c4_evaluation_takes_256_windows_of_1100_documents(tokenizer, hub):
     hub.rows = [f"{i:04}" for i in range(1200)]
     tokens = data.evaluation(tokenizer, "c4", seqlen=10)
-    activations = "<s>" + " ".join(hub.rows[:1100])
-    assert tokens.ids.shape == (256, 10) and activations.startswith(spell(tokenizer, tokens.ids.flatten()))
+    stream = "<s>" + " ".join(hub.rows[:1100])
+    assert tokens.ids.shape == (256, 10) and stream.startswith(spell(tokenizer, tokens.ids.flatten()))
     assert len(data.evaluation(tokenizer, "c4", seqlen=100).ids) == 55  # 5500 tokens are all there are
     assert len(data.evaluation(tokenizer, "c4", seqlen=10, max_windows=3).ids) == 3
     assert hub.asked[0][0] == ("allenai/c4", "en/c4-validation.00000-of-00008.json.gz")
@@ -558,10 +557,10 @@ def test_tinystories_with_a_real_tokenizer(tmp_path):
     path = str(tmp_path / "stories.json")
     Path(path).write_text(json.dumps(stories))
     tokens = calibrate(tokenizer, path, nsamples=16, seqlen=256)
-    activations = tokenizer("\n\n".join(stories))["input_ids"]
-    activations = torch.tensor(activations[: len(activations) // 256 * 256]).view(-1, 256)
-    assert all((row == activations).all(1).sum() == 1 for row in tokens.ids)
-    assert torch.equal(data.evaluation(tokenizer, path, seqlen=256).ids, activations)
+    stream = tokenizer("\n\n".join(stories))["input_ids"]
+    stream = torch.tensor(stream[: len(stream) // 256 * 256]).view(-1, 256)
+    assert all((row == stream).all(1).sum() == 1 for row in tokens.ids)
+    assert torch.equal(data.evaluation(tokenizer, path, seqlen=256).ids, stream)
 
 
 def test_craftgpt_dialogues_each_in_a_window():

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from oneshot import calibrate, models
-from oneshot.prune import loop, solvers
 from oneshot.measure import perplexity
+from oneshot.prune import loop, solvers
 from oneshot.prune.patterns import NM, parse
 from oneshot.prune.solvers import magnitude
 

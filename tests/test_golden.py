@@ -8,11 +8,13 @@ import json
 
 import pytest
 import torch
+from jobs import chain_of
 from safetensors.torch import load_file
 
 from oneshot import models
-from oneshot.prune import loop, patterns, solvers
 from oneshot.measure.perplexity import perplexity
+from oneshot.prune import loop, patterns
+from oneshot.prune.job import Job
 
 CASES = [("magnitude-exact", "0.5"), ("magnitude-exact", "2:4"),
          ("wanda", "0.5"), ("wanda", "0.6"), ("wanda", "2:4"),
@@ -43,9 +45,10 @@ def test_golden(golden, method, text):
     numbers, tokens, load = golden
     (want,) = (c for c in numbers["cases"] if (c["method"], c["pattern"]) == (method, text))
     model, pattern = load(), patterns.parse(text)
-    steps = [(m, m.Config()) for m in solvers.chain(method.removesuffix("-exact"))]
-    result = loop.prune_model(model, tokens["calib"], None, loop.make_plan(model, pattern, steps), steps,
-                              loop.Options(batch_size=BATCH, layer_errors=False, progress=False))
+    chain = chain_of(method.removesuffix("-exact"))
+    job = Job(loop.make_plan(model, pattern, chain), chain,
+              loop.Options(batch_size=BATCH, layer_errors=False, progress=False, device="cpu"))
+    result = loop.prune_model(model, tokens["calib"], None, job)
     ppl, _ = perplexity(model, tokens["eval"], batch_size=BATCH)
     assert ppl == pytest.approx(want["ppl"], rel=5e-3 if text in ("0.6", "0.7") else 1e-3)
     assert result.warnings == [] and len(result.layers) == 35

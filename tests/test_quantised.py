@@ -8,9 +8,9 @@ import torch
 from tiny import place, plain_pages  # noqa: F401
 
 from oneshot import models
+from oneshot.prune.patterns import parse
 from oneshot.quantise import rtn
 from oneshot.quantise.rtn import equal_bits, round_to_nearest, stored_bytes, widths
-from oneshot.prune.patterns import parse
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

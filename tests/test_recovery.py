@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 from torch.nn.functional import kl_div
 
 from oneshot import calibrate, checkpoint, heal, models
+from oneshot.heal import Trainable, fit
+from oneshot.heal import block as block_way
 from oneshot.pipeline import api
 from oneshot.prune import loop, solvers
+from oneshot.prune.patterns import parse
 from oneshot.report import page
 from oneshot.runtime import environment
 from oneshot.settings import flags
-from oneshot.prune.patterns import parse
-from oneshot.heal import Trainable, fit
-from oneshot.heal import block as block_way
 
 REFUSED = families.REFUSED
 SAMPLE = ("llama", "gpt2", "gemma3", "bloom", "falcon", "phi3", "mixtral", "gpt_oss", "qwen3_next")

@@ -14,8 +14,8 @@ import oneshot
 from oneshot import data, measure, models, report
 from oneshot.data import choose
 from oneshot.pipeline import run
-from oneshot.report import page
 from oneshot.prune.patterns import parse
+from oneshot.report import page
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,13 @@ import torch
 from families import VOCAB, T
 
 from oneshot import models, report
-from oneshot.prune import loop, solvers
-from oneshot.report import page
-from oneshot.prune.allocate import Linear
-from oneshot.prune.allocate import sensitivity as way
 from oneshot.data import given
 from oneshot.measure.sensitivity import sensitivity
+from oneshot.prune import loop, solvers
+from oneshot.prune.allocate import Linear
+from oneshot.prune.allocate import sensitivity as way
 from oneshot.prune.patterns import Unstructured, parse
+from oneshot.report import page
 
 QUIET = loop.Options(batch_size=4, progress=False)
 

@@ -10,11 +10,11 @@ from families import VOCAB, T
 
 from oneshot import calibrate, models, report
 from oneshot.calibrate import health
+from oneshot.calibrate.statistics import Statistics
 from oneshot.prune import linalg, loop, solvers
+from oneshot.prune.patterns import NM, Unstructured, parse
 from oneshot.report import page
 from oneshot.settings import presets
-from oneshot.calibrate.statistics import Statistics
-from oneshot.prune.patterns import NM, Unstructured, parse
 
 
 def tokens(n=12, seed=3):

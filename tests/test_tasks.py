@@ -9,8 +9,8 @@ import pytest
 import tiny
 
 from oneshot import models
-from oneshot.report import accuracy
 from oneshot.measure import tasks
+from oneshot.report import accuracy
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install lm-eval)")
 YAML = """task: letters
