@@ -18,7 +18,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from oneshot import data
 from oneshot.data import TextOptions, sources
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+MODEL = str(Path(__file__).resolve().parent / "data" / "stories260k")
 SEPARATE = TextOptions(documents="separate")
 STORIES = ["once upon a time", "the end", "x", "", 'a dog, "Rex", ran\nand ran', "žluťoučký kůň"]
 
@@ -544,16 +544,9 @@ def test_sampling_errors(tokenizer, model):
 # -------------------------------------------------------------------------------------- real models and texts
 
 
-def shared(*parts):
-    path = SHARED.joinpath(*parts)
-    if not path.exists():
-        pytest.skip(f"{path} is absent")
-    return str(path)
-
-
-def test_tinystories_with_a_real_tokenizer(tmp_path):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(shared("models", "stories260k"))
-    stories = json.loads(Path(shared("data", "tinystories_1000.json")).read_text())[:200]
+def test_tinystories_with_a_real_tokenizer(shared, tmp_path):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
+    stories = json.loads(shared("data", "tinystories_1000.json").read_text())[:200]
     path = str(tmp_path / "stories.json")
     Path(path).write_text(json.dumps(stories))
     tokens = calibrate(tokenizer, path, nsamples=16, seqlen=256)
@@ -563,9 +556,9 @@ def test_tinystories_with_a_real_tokenizer(tmp_path):
     assert torch.equal(data.evaluation(tokenizer, path, seqlen=256).ids, stream)
 
 
-def test_craftgpt_dialogues_each_in_a_window():
-    tokenizer = transformers.AutoTokenizer.from_pretrained(shared("models", "craftgpt-5m"))
-    path = shared("data", "craftgpt_selfgen.txt")
+def test_craftgpt_dialogues_each_in_a_window(shared):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(shared("models", "craftgpt-5m")))
+    path = str(shared("data", "craftgpt_selfgen.txt"))
     options = TextOptions(documents="separate", per_line=True)
     tokens = calibrate(tokenizer, path, nsamples=32, seqlen=64, options=options)
     lines = {tuple(tokenizer(line)["input_ids"][:64]) for line in Path(path).read_text().split("\n")}
@@ -574,9 +567,9 @@ def test_craftgpt_dialogues_each_in_a_window():
 
 
 @pytest.mark.parametrize("name", ["stories260k", "craftgpt-5m"])
-def test_real_models_speak_their_own_language(name):
+def test_real_models_speak_their_own_language(shared, name):
     """The text a model writes surprises it far less than uniform tokens would: log(vocabulary)."""
-    folder = shared("models", name)
+    folder = MODEL if name == "stories260k" else str(shared("models", name))
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokens = calibrate(tokenizer, "self", nsamples=3, seqlen=48, model=model)

@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .. import calibrate, models
-from ..calibrate import Activations, health
+from ..calibrate import Activations, Limits, Wait, health
 from ..models import Block
 from . import linear
 from .job import Chain, Job, Result, Rows, make_plan, skipped_rows
@@ -85,7 +85,7 @@ def start(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, option
           held_out: Sequence[int] = ()) -> Activations:
     """The activations of the calibration tokens at the first block."""
     return calibrate.capture(model, ids, mask, batch_size=options.batch_size, held_out=held_out, device=options.device,
-                             place=options.activations, dtype=options.waiting_dtype)
+                             wait=Wait(options.activations, options.waiting_dtype))
 
 
 @contextlib.contextmanager
@@ -153,7 +153,7 @@ def solve_block(job: Job, block: Block, activations: Activations | None, teacher
             with clock(seconds, "collect", options.device):
                 statistics, deferred, out = calibrate.collect(
                     block.module, activations, block.number, remaining, job.needs, dense=teacher,
-                    budget=options.gram_bytes, one_stage=options.true_sequential)
+                    limits=Limits(options.gram_bytes, options.true_sequential))
             dense_out = out if dense_out is None else dense_out
             if deferred:  # an expert idle so far may get tokens once the attention before it is pruned
                 deferred = [w for w in remaining if w.name not in statistics]
