@@ -10,6 +10,8 @@ from oneshot.prune.job import Chain, Job, Result
 from oneshot.prune.options import Options
 from oneshot.prune.patterns import parse
 
+BYTE = 2**-30  # GiB; a `gram_budget` of it holds one Gram matrix at a time
+
 
 def tokens(n: int = 12, seed: int = 3) -> torch.Tensor:
     """int64 (n, T), never a special token."""

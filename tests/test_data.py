@@ -14,9 +14,10 @@ import pytest
 import torch
 import transformers
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from tqdm import tqdm
 
 from oneshot import data
-from oneshot.data import TextOptions, sources
+from oneshot.data import TextOptions, sample_self, sources, windows
 
 MODEL = str(Path(__file__).resolve().parent / "data" / "stories260k")
 SEPARATE = TextOptions(documents="separate")
@@ -92,7 +93,7 @@ def test_all_windows_and_a_warning_when_there_are_too_few(tokenizer, text):
 
 def test_calibration_reads_no_more_text_than_it_may(tokenizer, tmp_path, monkeypatch):
     path = write(tmp_path / "t.jsonl", ["a" * 90, "b" * 90, "c" * 90, "d" * 90])
-    monkeypatch.setattr(data, "MAX_CHARACTERS", 149)  # of "a..a", blank line, "b..b" without its end
+    monkeypatch.setattr(windows, "MAX_CHARACTERS", 149)  # of "a..a", blank line, "b..b" without its end
     tokens = calibrate(tokenizer, path, nsamples=5, seqlen=50, seed=0)
     assert len(tokens.ids) == 5 and tokens.warnings == ()  # as much as may be needed is read in any case
     tokens = calibrate(tokenizer, path, nsamples=3, seqlen=3, seed=0)
@@ -163,13 +164,13 @@ def test_hash_tells_ids_mask_and_shape_apart():
     mask = torch.ones(3, 4, dtype=torch.bool)
     mask[0, 3] = False
     variants = [(ids, None), (ids + 1, None), (ids.view(4, 3), None), (ids, mask), (ids, ~mask)]
-    assert len({data._tokens(*variant, "").sha256 for variant in variants}) == 5
+    assert len({windows._tokens(*variant, "").sha256 for variant in variants}) == 5
 
 
 def test_token_warning_counts_real_tokens_only():
     mask = torch.zeros(2, 8, dtype=torch.bool)
     mask[:, :5] = True
-    tokens = data._tokens(torch.zeros(2, 8, dtype=torch.int64), mask, "")
+    tokens = windows._tokens(torch.zeros(2, 8, dtype=torch.int64), mask, "")
     assert data.token_warning(tokens, 10) is None
     warning = data.token_warning(tokens, 11)
     assert "10" in warning and "11" in warning and "--nsamples" in warning
@@ -386,7 +387,7 @@ def test_c4_calibration_draws_like_wanda(tokenizer, hub):
 
 def test_c4_calibration_ends_when_no_document_is_long_enough(tokenizer, hub, monkeypatch):
     hub.rows = ["short"]
-    monkeypatch.setattr(data, "MAX_DRAWS", 50)
+    monkeypatch.setattr(windows, "MAX_DRAWS", 50)
     assert_refused(tokenizer, "--calibration", "c4", ["longer than 10 tokens", "--seqlen"])
 
 
@@ -492,13 +493,13 @@ def test_sampled_text_depends_on_the_seed_alone(tokenizer, model):
 
 
 def test_the_likeliest_samples_are_kept(tokenizer, model, monkeypatch):
-    drawn, sample_batch = [], data._sample_batch
+    drawn, sample_batch = [], sample_self._sample_batch
 
     def record(*args):
         drawn.append(sample_batch(*args))
         return drawn[-1]
 
-    monkeypatch.setattr(data, "_sample_batch", record)
+    monkeypatch.setattr(sample_self, "_sample_batch", record)
     tokens = calibrate(tokenizer, "self", nsamples=6, seqlen=20, model=model, batch_size=3)
     ids, surprise = (torch.cat(parts) for parts in zip(*drawn, strict=True))
     with torch.no_grad():  # in one forward pass, without a cache
@@ -511,8 +512,8 @@ def test_the_likeliest_samples_are_kept(tokenizer, model, monkeypatch):
 
 def test_sampling_follows_the_models_distribution(tokenizer, model):
     first = torch.zeros(4000, 1, dtype=torch.int64)
-    with data.tqdm(disable=True) as bar, torch.no_grad():
-        ids, _ = data._sample_batch(model, first, 2, torch.Generator().manual_seed(0), bar)
+    with tqdm(disable=True) as bar, torch.no_grad():
+        ids, _ = sample_self._sample_batch(model, first, 2, torch.Generator().manual_seed(0), bar)
         p = model(first[:1]).logits[0, -1].softmax(-1)
     frequency = ids[:, 1].bincount(minlength=120) / 4000
     assert (frequency - p).abs().max() < 5 * 0.5 / 4000**0.5  # five standard deviations at the worst p
