@@ -6,6 +6,7 @@ from itertools import combinations, product
 import pytest
 import reference as ref
 import torch
+from jobs import chain_of
 from problems import layer, statistics_of
 
 from oneshot.calibrate.statistics import Statistics
@@ -142,8 +143,8 @@ def test_refit_ends_when_a_step_gains_little():
 def test_no_part_of_a_chain_overwrites_what_another_noted(solver):
     """DSnoT's own swaps, ALPS' own refit steps; a refiner that stands twice in the chain; warnings of all."""
     W, X = layer(6, 40, 39)
-    statistics, modules = statistics_of(X, {"outer", "sum", "sum_sq"}), solvers.chain(f"{solver}+swaps+refit+swaps+refit")
-    chain, pattern = [(m, m.Config()) for m in modules], Unstructured(0.5, "row")
+    statistics, pattern = statistics_of(X, {"outer", "sum", "sum_sq"}), Unstructured(0.5, "row")
+    chain = chain_of(f"{solver}+swaps+refit+swaps+refit")
     alone, info = (solvers.solve(W, statistics, pattern, c).info for c in (chain[:1], chain))
     warnings = info.pop("warnings")
     assert len(warnings) == 1 and alone.pop("warnings", warnings) == warnings
