@@ -51,8 +51,8 @@ def test_the_standard_error_is_the_spread_of_the_difference_over_draws_of_docume
 
     draws = [documents() for _ in range(400)]
     found = [accuracy.difference(run("wanda", a), run("dense", b), "letters/acc") for a, b in draws]
-    spread, told = statistics.stdev(d.value for d in found), statistics.fmean(d.stderr for d in found)
-    assert told == pytest.approx(spread, rel=0.12)
+    spread, stderr = statistics.stdev(d.value for d in found), statistics.fmean(d.stderr for d in found)
+    assert stderr == pytest.approx(spread, rel=0.12)
     a, b = draws[0]
     loose = accuracy.difference(run("wanda", a), run("dense", b, documents="d1"), "letters/acc")
     assert not loose.paired and loose.stderr > 1.8 * spread

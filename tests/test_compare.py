@@ -4,13 +4,16 @@ import json
 
 import pytest
 import test_report
-import tiny
-from tiny import place, plain_pages  # noqa: F401
 
 from oneshot import report
-from oneshot.report import compare
+from oneshot.report import compare, page
+from oneshot.runtime.files import write_json, write_text
 
-pytestmark = pytest.mark.usefixtures("plain_pages")
+
+@pytest.fixture(autouse=True)
+def plain_pages(monkeypatch):
+    """Pages without pictures, which take long to draw."""
+    monkeypatch.setattr(page, "_pictures", lambda records: [])
 
 
 @pytest.fixture
@@ -24,22 +27,38 @@ def go(tmp_path, capsys, monkeypatch):
     return call
 
 
-def test_records_folders_and_checkpoints(place, go, tmp_path, capsys):  # noqa: F811
+def test_records_folders_and_checkpoints(go, tmp_path):
     folder, saved = tmp_path / "runs", tmp_path / "saved"
-    assert tiny.main(*tiny.flags(place, "--no-dense", save=saved, results=tmp_path / "elsewhere")) == 0
+    write_json({"schema": 1, "record": test_report.record("ria", ppl=13.5), "tensors": {}}, saved / "oneshot.json")
     for r in (test_report.record("wanda", ppl=12.5), test_report.record("dense", ppl=9.5)):
         report.write(r, folder / f"{r['run_id']}.json")
     single = report.write(test_report.record("alps", ppl=11.5), tmp_path / "single.json")
-    capsys.readouterr()
     code, out, err = go(folder, saved, tmp_path / "single.json", folder, saved / "oneshot.json")
     assert code == 0 and err == "report: page.html\n"
     lines = out.splitlines()
     assert len(lines) == 2 + 4, "each run once"
-    for words in (("demo", "dense", "9.500"), ("demo", "wanda", "12.50"), ("demo", "alps", "11.50"),
-                  ("model", "wanda")):
+    for words in (("dense", "9.500"), ("wanda", "12.50"), ("alps", "11.50"), ("ria", "13.50")):
         assert any(all(word in line for word in words) for line in lines[2:]), words
-    page = (tmp_path / "page.html").read_text()
-    assert single["run_id"] in page and page.endswith("</html>\n") and "4 pruning runs compared" in page
+    text = (tmp_path / "page.html").read_text()
+    assert single["run_id"] in text and text.endswith("</html>\n") and "4 pruning runs compared" in text
+
+
+def test_a_checkpoint_that_a_run_saved(go, tmp_path, capsys):
+    import tiny  # here, as the other tests need no model
+
+    place = tiny.make(tmp_path / "place")
+    assert tiny.main(*tiny.flags(place, "--no-dense", save=tmp_path / "saved")) == 0
+    capsys.readouterr()
+    code, out, _ = go("saved")
+    assert code == 0 and len(out.splitlines()) == 3 and "wanda" in out
+
+
+def test_records_of_version_0_1_are_read_in_todays_words(go, tmp_path):
+    old = test_report.of_version_0_1()
+    report.write(old, tmp_path / "old.json")
+    write_json({"record": old | {"run_id": "other"}}, tmp_path / "saved" / "oneshot.json")
+    code, out, _ = go("old.json", "saved")
+    assert code == 0 and out.count("alps, owl, block, distil") == 2
 
 
 def test_formats(go, tmp_path):
@@ -69,10 +88,10 @@ def test_a_failed_run_is_a_row(go, tmp_path):
     (lambda d: (d / "x").write_text('{"schema": 1, "run_id": "a", "metrics": 3}'), ["x", "`metrics`"]),
     (lambda d: other_schema(d / "x" / "a.json"), ["a.json has schema 99 (by oneshot 7.0)", "reads 1"]),
     (lambda d: other_schema(d / "x" / "oneshot.json", manifest=True), ["oneshot.json has schema 99", "reads 1"]),
-    (lambda d: report.write_text("{}", d / "x" / "oneshot.json"), ["x/oneshot.json: damaged"]),
-    (lambda d: report.write_text("[", d / "x" / "oneshot.json"), ["x/oneshot.json: damaged"]),
+    (lambda d: write_text("{}", d / "x" / "oneshot.json"), ["x/oneshot.json: damaged"]),
+    (lambda d: write_text("[", d / "x" / "oneshot.json"), ["x/oneshot.json: damaged"]),
     (lambda d: (d / "x" / ".oneshot").mkdir(parents=True), ["x: a run was interrupted", "continues"]),
-    (lambda d: report.write_text("{}", d / "x" / "config.json"), ["x: a model that oneshot did not write"]),
+    (lambda d: write_text("{}", d / "x" / "config.json"), ["x: a model that oneshot did not write"]),
 ], ids=range(12))
 def test_what_is_no_run(go, tmp_path, make, words):
     make(tmp_path)
@@ -86,7 +105,7 @@ def test_what_is_no_run(go, tmp_path, make, words):
 def other_schema(file, manifest=False):
     """A record of another version, or a checkpoint's manifest with one."""
     record = test_report.record() | {"schema": 99, "environment": {"oneshot": "7.0"}}
-    report.write_text(json.dumps({"schema": 1, "record": record, "tensors": {}} if manifest else record), file)
+    write_text(json.dumps({"schema": 1, "record": record, "tensors": {}} if manifest else record), file)
 
 
 @pytest.mark.parametrize(("argv", "word"), [([], "runs"), (["good.json", "--form", "csv"], "--form"),

@@ -9,10 +9,11 @@ from tiny import plain_pages  # noqa: F401
 
 from oneshot import data, models
 from oneshot.measure import damage as module
+from oneshot.measure import damage as module
 from oneshot.measure.compared import Compared, compare
 from oneshot.measure.damage import damage
-from oneshot.report import figures, page
-from oneshot.report.figures import drawing
+from oneshot.report import figures
+from oneshot.report.page import html
 
 WORDS = ["the", "river", "of", "Paris", "held", "12", "boats", ".", "Then", ",", "mills", "1940"]
 
@@ -129,7 +130,7 @@ def test_empty_slices_few_windows_and_padding_are_said():
     json.dumps(result)
     assert [p["window"] for p in result["passages"]] == [0]  # window 1 has too few tokens
     record = {"settings": {"method": "wanda", "pattern": "2:4"}, "damage": result}
-    assert "No token in" in page._damage_caption([record]) and figures.fig_damage([record]).axes
+    assert "No token in" in html([record]) and figures.fig_damage([record]).axes
 
 
 def test_a_broken_model_is_said():
@@ -137,7 +138,7 @@ def test_a_broken_model_is_said():
     noise[0, 0] = torch.nan
     result = damage(Plain(), *synthetic(ids, noise))
     assert "1 of 1280 tokens is not finite" in result["found"][0] and result["slices"] == []
-    assert "not finite" in page._damage({"damage": result})
+    assert "not finite" in html([{"damage": result}])
 
 
 # ---------------------------------------------------------------- parts
@@ -203,5 +204,5 @@ def test_a_run_records_it_and_its_page_shows_it(tmp_path):
     assert record["damage"]["overall"]["increase"] == pytest.approx(float(mean), abs=1e-5)
     text = next((place / "runs").glob("*.html")).read_text()
     assert "Tokens hurt most" in text and "Passages hurt most" in text
-    drawn = drawing.svg(figures.fig_damage([record]))
+    drawn = figures.svg(figures.fig_damage([record]))
     assert all(s["name"] in drawn for s in record["damage"]["slices"])

@@ -1,4 +1,4 @@
-"""Laws of oneshot.frontier: what the front holds, and that pictures show what the records say."""
+"""Pictures for choosing what to prune: what the Pareto front holds, and that size and sensitivity show the records."""
 
 import itertools
 import math
@@ -9,42 +9,42 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oneshot.report import page
-from oneshot.report.figures import drawing, frontier
+from oneshot.report.figures import drawing, sensitivity, size
 
 POINTS = st.dictionaries(st.integers(), st.tuples(st.floats(1, 100), st.floats(1, 100).map(lambda x: [x])), min_size=1)
 
 
 @given(POINTS, st.booleans())
 def test_nothing_beats_the_front_and_it_beats_the_rest(points, higher):
-    kept = frontier.front(points, higher)
+    kept = size.front(points, higher)
     assert kept, "something is best"
     better = (lambda a, b: a > b) if higher else (lambda a, b: a < b)
     best = [(points[k][0], points[k][1][0]) for k in kept]
-    for (size, mean), (larger, other) in itertools.pairwise(best):
-        assert (size, mean) == (larger, other) or (size < larger and better(other, mean))
-    for size, [mean] in points.values():  # each is on the front, or something no worse on it is no larger, or hardly
-        assert any((not better(mean, m)) and s <= size * frontier.SAME ** len(points) for s, m in best)
+    for (small, mean), (larger, other) in itertools.pairwise(best):
+        assert (small, mean) == (larger, other) or (small < larger and better(other, mean))
+    for own, [mean] in points.values():  # each is on the front, or something no worse on it is no larger, or hardly
+        assert any((not better(mean, m)) and s <= own * size.SAME ** len(points) for s, m in best)
 
 
 def test_front_of_known_points():
     points = {"a": (1.0, [9.0]), "b": (2.0, [5.0, 7.0]), "c": (2.001, [4.0]), "d": (3.0, [8.0]), "e": (4.0, [3.0])}
-    assert frontier.front(points) == ["a", "c", "e"], "b is smaller by less than rounding"
-    assert frontier.front(points, higher_is_better=True) == ["a"]
+    assert size.front(points) == ["a", "c", "e"], "b is smaller by less than rounding"
+    assert size.front(points, higher_is_better=True) == ["a"]
 
 
 def test_bytes_picture(tmp_path):
     runs = test_report.sweep()
-    fig = frontier.fig_bytes(runs, "builtin/ppl", lambda r: 4e6 * (1 - (r["sparsity"] or 0)))
+    fig = size.fig_bytes(runs, "builtin/ppl", lambda r: 4e6 * (1 - (r["sparsity"] or 0)))
     [ax] = fig.axes
     text = ax.get_xlabel()
     assert "(MB)" in text and "dense: 9.500 at 4.00 MB" in text and "magnitude 0.6: 10.06 at 1.60 MB" in text
     drawing.save(fig, tmp_path / "a.svg")
     assert "Pareto front" in (tmp_path / "a.svg").read_text()
-    for empty in (frontier.fig_bytes(runs, "c4/ppl", len), frontier.fig_bytes(runs, "builtin/ppl", lambda r: None)):
+    for empty in (size.fig_bytes(runs, "c4/ppl", len), size.fig_bytes(runs, "builtin/ppl", lambda r: None)):
         assert not empty.axes
 
 
-def sensitivity(values):
+def rows(values):
     return [{"name": f"model.layers.{b}.{k}", "block": b, "linear": k, "loss_increase": x, "relative_error": 0.1}
             for (k, b), x in values.items()]
 
@@ -58,14 +58,14 @@ def test_the_page_ranks_what_must_not_be_touched():
 
 
 def test_sensitivity_map():
-    one = test_report.record() | {"sensitivity": sensitivity({
+    one = test_report.record() | {"sensitivity": rows({
         ("mlp.up_proj", 0): 0.1, ("mlp.up_proj", 2): 0.002, ("self_attn.q_proj", 0): -0.01,
         ("mlp.experts.up[0]", 1): 0.2, ("mlp.experts.up[1]", 1): 0.4, ("self_attn.q_proj", 1): math.nan})}
-    grid = frontier.cells(one)
+    grid = sensitivity.cells(one)
     assert grid["mlp.experts.up", 1] == pytest.approx(0.3) and ("self_attn.q_proj", 1) not in grid
-    ax, bar = frontier.fig_sensitivity([one, test_report.record("wanda")]).axes
+    ax, bar = sensitivity.fig_sensitivity([one, test_report.record("wanda")]).axes
     shown = ax.images[0].get_array()
     assert shown.shape == (3, 3) and shown.count() == 3, "what lowers the loss, and what was not measured, is blank"
     assert "loss increase" in bar.get_ylabel()
-    for nothing in ([test_report.record()], [test_report.record() | {"sensitivity": sensitivity({("a", 0): -1.0})}]):
-        assert not frontier.fig_sensitivity(nothing).axes
+    for nothing in ([test_report.record()], [test_report.record() | {"sensitivity": rows({("a", 0): -1.0})}]):
+        assert not sensitivity.fig_sensitivity(nothing).axes

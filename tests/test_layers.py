@@ -49,6 +49,8 @@ def imports(name, source, known):
     def walk(node, inside):
         for child in ast.iter_child_nodes(node):
             line = getattr(child, "lineno", 0)
+            if isinstance(child, ast.If) and getattr(child.test, "id", "") == "TYPE_CHECKING":
+                continue  # never run
             if isinstance(child, ast.Import):
                 found.extend((alias.name, inside, line) for alias in child.names)
             elif isinstance(child, ast.ImportFrom):

@@ -3,8 +3,9 @@
 A method is a module with
 
     Config       a frozen dataclass: its flags, each made by `runtime.flag.flag`
-    check_model  (model, cfg, device): raise ValueError naming the flag where the model or the device does not allow it
     Heal         the method at work on one run: a subclass of `heal.Heal` that overrides the stages it takes part in
+    check_model  (model, cfg, device), where needed: raise ValueError naming the flag where the model or the device does
+                 not allow it
 
 Stages, in the order in which they come; each returns plain values for the record, with `warnings`, a list of str, for
 every weaker path taken:
