@@ -9,7 +9,6 @@ from tiny import plain_pages  # noqa: F401
 
 from oneshot import data, models
 from oneshot.measure import damage as module
-from oneshot.measure import damage as module
 from oneshot.measure.compared import Compared, compare
 from oneshot.measure.damage import damage
 from oneshot.report import figures
