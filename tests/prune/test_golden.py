@@ -22,7 +22,7 @@ from oneshot.measure.perplexity import perplexity
 from oneshot.prune import loop, patterns
 from oneshot.prune.job import Job
 
-DATA = Path(__file__).resolve().parent / "data"
+DATA = Path(__file__).resolve().parents[1] / "data"
 WHOLE = golden_small.CASES if os.environ.get("ONESHOT_GOLDEN") == "whole" else [("sparsegpt", "2:4")]
 CASES = [(size, *case) for size, cases in (("all", WHOLE), ("first", golden_small.CASES)) for case in cases]
 BATCH = 32

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from oneshot import data
 from oneshot.data import TextOptions, sample_self, sources, windows
 
-MODEL = str(Path(__file__).resolve().parent / "data" / "stories260k")
+MODEL = str(Path(__file__).resolve().parent / "stories260k")
 SEPARATE = TextOptions(documents="separate")
 STORIES = ["once upon a time", "the end", "x", "", 'a dog, "Rex", ran\nand ran', "žluťoučký kůň"]
 
