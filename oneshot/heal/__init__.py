@@ -78,7 +78,11 @@ def stages(method: ModuleType) -> list[str]:
 
 
 def check_order(methods: list[ModuleType], text: str) -> None:
-    """Raise ValueError naming `--heal` where a method for single blocks stands behind one for the whole model."""
+    """Raise ValueError naming `--heal` where a method for single blocks stands behind one for the whole model, or one
+    stands there twice: settings and record have one place for each."""
+    if len(set(methods)) < len(methods):
+        once = ",".join(dict.fromkeys(m.__name__.rsplit(".", 1)[-1] for m in methods))
+        raise ValueError(f"--heal {text}: each method once: --heal {once}")
     whole = ["after_block" not in stages(m) for m in methods]
     if whole != sorted(whole):
         right = ",".join(m.__name__.rsplit(".", 1)[-1] for m in sorted(methods, key=lambda m: "after_block"

@@ -1,27 +1,30 @@
-"""Recovery: training what pruning kept brings a model nearer to the dense one and never back a single zero."""
+"""Healing: training what pruning kept brings a model nearer to the dense one and never back a single zero."""
 
-import functools
+import importlib
 import math
 
 import families
+import jobs
 import pytest
 import tiny
 import torch
-from families import FAMILIES, VOCAB, T
+from families import FAMILIES, REFUSED, VOCAB, T
 from safetensors.torch import load_file
 from torch.nn.functional import kl_div
 
 from oneshot import calibrate, checkpoint, heal, models
+from oneshot.heal import block as by_block
+from oneshot.heal import distil, train
+from oneshot.heal.train import Trainable, fit, held_out_windows
 from oneshot.pipeline import api
-from oneshot.prune import loop, solvers
+from oneshot.pipeline.plan import chain_of
+from oneshot.prune import loop
+from oneshot.prune.patterns import parse
 from oneshot.report import page
 from oneshot.runtime import environment
 from oneshot.settings import flags
-from oneshot.prune.patterns import parse
-from oneshot.heal import Trainable, fit
-from oneshot.heal import block as block_way
 
-REFUSED = families.REFUSED
+blocks = importlib.import_module("oneshot.models.blocks")  # in its package the name is a function's
 SAMPLE = ("llama", "gpt2", "gemma3", "bloom", "falcon", "phi3", "mixtral", "gpt_oss", "qwen3_next")
 
 
@@ -30,24 +33,20 @@ def no_pictures(monkeypatch):
     monkeypatch.setattr(page, "_pictures", lambda records: [])
 
 
-def tokens(n=16, seed=3):
-    return torch.randint(3, VOCAB, (n, T), generator=torch.Generator().manual_seed(seed))
+def tokens(n=16):
+    return jobs.tokens(n)
 
 
-def prune(model, recover="block", method="wanda", pattern="2:4", mask=None, ids=None, **given):
-    """(Result, what distil says) of the loop with the named repairs."""
-    cfg = flags.build({"method": method, "pattern": pattern, "recover": recover, **given})
-    steps = [(module, cfg.solver[name]) for name, module in
-             zip(method.split("+"), solvers.chain(method), strict=True)]
-    repair = functools.partial(heal.module("block").repair, cfg=cfg.recovery["block"], seed=0) \
-        if "block" in cfg.recovery else None
-    ids = tokens() if ids is None else ids
-    result = loop.prune_model(model, ids, mask, loop.make_plan(model, parse(pattern), steps), steps,
-                              loop.Options(batch_size=4, dense_stream=True, progress=False,
-                                           held_out=heal.held_out_windows(len(ids), 0)), repair=repair)
-    told = heal.module("distil").repair(model, result.dense, cfg.recovery["distil"], 0) \
-        if "distil" in cfg.recovery else None
-    return result, told
+def prune(model, methods="block", mask=None, ids=None, **given):
+    """Result of pruning to 2:4 by Wanda and healing by `methods`, as `--heal` names them."""
+    cfg, ids = flags.build({"method": "wanda", "pattern": "2:4", "heal": methods, **given}), \
+        tokens() if ids is None else ids
+    healers = [heal.module(name).Heal(cfg.healing[name], seed=0) for name in cfg.heals]
+    result = jobs.prune(model, chain_of(cfg), ids=ids, mask=mask, healers=healers,
+                        held_out=held_out_windows(len(ids), 0))
+    for healer in healers:
+        healer.after_model(model, result.dense)
+    return result
 
 
 def kl(dense, pruned, ids, mask=None):
@@ -60,49 +59,48 @@ def kl(dense, pruned, ids, mask=None):
 
 
 @pytest.mark.parametrize("name", SAMPLE)
-@pytest.mark.parametrize("recover", heal.names())
-def test_a_repair_helps_and_loses_no_zero(name, recover):
-    dense, plain, repaired = (families.tiny(name) for _ in range(3))
+@pytest.mark.parametrize("method", heal.names())
+def test_healing_helps_and_loses_no_zero(name, method):
+    dense, plain, healed = (families.tiny(name) for _ in range(3))
     prune(plain, "none")
-    prune(repaired, recover, **{f"{recover}.steps": 30})
-    for block in models.blocks(repaired)[1]:
-        for weight in models.linears(block)[0]:
-            assert parse("2:4").holds(weight.get()), weight.name
-    for (full, p), q in zip(plain.named_parameters(), repaired.named_parameters(), strict=True):
-        if recover == "distil" and p.ndim > 1:  # a repaired block feeds the next one other inputs, so other masks
+    prune(healed, method, **{f"{method}.steps": 30})
+    for weight in models.all_weights(healed):
+        assert parse("2:4").holds(weight.get()), weight.name
+    for (full, p), q in zip(plain.named_parameters(), healed.named_parameters(), strict=True):
+        if method == "distil" and p.ndim > 1:  # a healed block feeds the next one other inputs, so other masks
             assert not q[1][p == 0].any(), full
         assert torch.isfinite(q[1]).all() and not q[1].requires_grad
-    assert kl(dense, repaired, tokens()) < 0.9 * kl(dense, plain, tokens())
+    assert kl(dense, healed, tokens()) < 0.9 * kl(dense, plain, tokens())
 
 
-@pytest.mark.parametrize("recover", heal.names())
+@pytest.mark.parametrize("method", heal.names())
 @pytest.mark.parametrize("name", ["gpt_oss", "mixtral"])
-def test_routers_and_what_is_outside_the_blocks_stay_as_they_were(name, recover):
+def test_routers_and_what_is_outside_the_blocks_stay_as_they_were(name, method):
     before, model = families.tiny(name), families.tiny(name)
-    prune(model, recover, **{f"{recover}.steps": 4})
+    prune(model, method, **{f"{method}.steps": 4})
     changed = {n for (n, p), q in zip(before.named_parameters(), model.parameters(), strict=True)
                if not torch.equal(p, q)}
     assert changed and all(".layers." in n for n in changed)
     assert not [n for n in changed if models.left_alone(n.rpartition(".")[0])]
 
 
-@pytest.mark.parametrize("recover", heal.names())
-def test_padding_teaches_nothing(recover):
+@pytest.mark.parametrize("method", heal.names())
+def test_padding_teaches_nothing(method):
     """Whatever stands in the padding, the same model comes out."""
     mask = torch.ones(16, T, dtype=torch.bool)
     mask[::2, 15:] = False
     found = []
     for filler in (0, 7):
         model, ids = families.tiny("llama"), tokens().where(mask, filler)
-        prune(model, recover, mask=mask, ids=ids, **{f"{recover}.steps": 8})
+        prune(model, method, mask=mask, ids=ids, **{f"{method}.steps": 8})
         found.append(torch.cat([p.flatten() for p in model.parameters()]))
     torch.testing.assert_close(*found, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("n, size", [(128, 8), (16, 8), (8, 8), (2, 8), (11, 1), (37, 5)])
 def test_a_tenth_of_the_windows_is_held_out_in_batches_of_their_own(n, size):
-    held = heal.held_out_windows(n, 0)
-    assert len(set(held)) == math.ceil(n / 10) and held == heal.held_out_windows(n, 0)
+    held = held_out_windows(n, 0)
+    assert len(set(held)) == math.ceil(n / 10) and held == held_out_windows(n, 0)
     parts = calibrate.batches(n, size, held)
     assert sorted(torch.cat([part for part, _ in parts]).tolist()) == list(range(n))
     for kind in (False, True):
@@ -110,11 +108,11 @@ def test_a_tenth_of_the_windows_is_held_out_in_batches_of_their_own(n, size):
         assert {w in held for part, apart in parts if apart == kind for w in part.tolist()} == {kind}
         assert 1 <= max(sizes) <= size and max(sizes) - min(sizes) <= 1
     if n > 20:
-        assert held != heal.held_out_windows(n, 1)
+        assert held != held_out_windows(n, 1)
 
 
-def test_without_recovery_the_batches_are_the_windows_in_order():
-    assert heal.held_out_windows(1, 0) == ()
+def test_without_healing_the_batches_are_the_windows_in_order():
+    assert held_out_windows(1, 0) == ()
     assert [part.tolist() for part, held in calibrate.batches(5, 2) if not held] == [[0, 1], [2, 3], [4]]
 
 
@@ -131,25 +129,26 @@ def test_block_and_distil_hold_out_the_same_windows_and_train_on_all_others(monk
         return forward(block, activations, b, i)
     monkeypatch.setattr(calibrate, "forward", spy)
     model.register_forward_pre_hook(lambda _, args, kwargs: see("distil", kwargs["input_ids"]), with_kwargs=True)
-    api.prune(model, method="wanda", pattern="2:4", calibration=ids, recover="block,distil", batch_size=4, seed=5,
+    api.prune(model, method="wanda", pattern="2:4", calibration=ids, heal="block,distil", batch_size=4, seed=5,
               progress=False, parts={"block.steps": 20, "distil.steps": 20, "block.lr": 1e-3, "distil.lr": 1e-3})
-    want = set(range(13)) - set(heal.held_out_windows(13, 5))
+    want = set(range(13)) - set(held_out_windows(13, 5))
     assert len(want) == 11 and trained == {0: want, 1: want, "distil": want}
 
 
 def test_solvers_see_all_windows_and_padding_follows_its_window():
     model, ids, mask = families.tiny("llama"), tokens(), torch.ones(16, T, dtype=torch.bool)
     mask[::3, 15:] = False
-    held = heal.held_out_windows(16, 0)
-    streams = [calibrate.capture(model, ids, mask, batch_size=4, held_out=h) for h in ((), held)]
-    activations, rows = streams[1], ids.tolist()
+    held = held_out_windows(16, 0)
+    both = [calibrate.capture(model, ids, mask, batch_size=4, held_out=h) for h in ((), held)]
+    activations, rows = both[1], ids.tolist()
     for i, inputs in enumerate(activations.inputs):
         at = [rows.index(row) for row in inputs["input_ids"].tolist()]
         assert {w in held for w in at} == {activations.held[i]}
         assert torch.equal(inputs["attention_mask"].bool(), mask[at])
-        assert torch.equal(activations.rows[i].view(len(at), T) if activations.rows[i] is not None else mask[at], mask[at])
+        real = activations.rows[i]
+        assert torch.equal(real.view(len(at), T) if real is not None else mask[at], mask[at])
     block = models.blocks(model)[1][0]
-    plain, apart = (calibrate.collect(block, s, 0, models.linears(block)[0], {"outer"})[0] for s in streams)
+    plain, apart = (calibrate.collect(block, a, 0, jobs.weights_in(block), {"outer"})[0] for a in both)
     for name, statistics in plain.items():
         assert statistics.n == apart[name].n == int(mask.sum())
         torch.testing.assert_close(statistics.G, apart[name].G)
@@ -157,19 +156,17 @@ def test_solvers_see_all_windows_and_padding_follows_its_window():
 
 @pytest.mark.parametrize("name", ["llama", "gemma3n", "gemma4"])  # Gemma: blocks share keys and values
 def test_the_teacher_is_the_dense_model_on_dense_inputs(name):
-    """The stream that recovery aims at is, block by block, the dense model's own."""
+    """What healing aims at is, block by block, the dense model's own hidden state."""
     model, aimed, passed = families.tiny(name), [], []
 
-    def look(block, dense, b, stored):
-        return lambda activations, targets: aimed.append(list(targets)) or {}
-    steps = [(m, m.Config()) for m in solvers.chain("wanda")]
-    _, block_list = models.blocks(model)
+    class Look(heal.Heal):
+        def after_block(self, block, activations, targets):
+            aimed.append(list(targets))
     activations = calibrate.capture(model, tokens(), batch_size=4)
-    for b, block in enumerate(block_list):
-        calibrate.replay(block, activations, b)
+    for block in models.walk(model):
+        calibrate.replay(block.module, activations, block.number)
         passed.append(list(activations.hidden))
-    loop.prune_model(model, tokens(), None, loop.make_plan(model, parse("2:4"), steps), steps,
-                     loop.Options(batch_size=4, dense_stream=True, progress=False), repair=look)
+    jobs.prune(model, "wanda", ids=tokens(), healers=[Look(None)])
     for targets, want in zip(aimed, passed, strict=True):
         torch.testing.assert_close(targets, want, rtol=0, atol=1e-6)
 
@@ -177,13 +174,13 @@ def test_the_teacher_is_the_dense_model_on_dense_inputs(name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_what_is_trained_is_rounded_to_the_stored_dtype_before_the_next_block_sees_it(dtype):
     model, replayed = families.tiny("llama", dtype=dtype), []
-    real = loop.capture.replay
+    real = calibrate.replay
 
     def replay(block, activations, b):
         replayed.append([p.detach().clone() for p in block.parameters()])
         return real(block, activations, b)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.capture, "replay", replay)
+        patch.setattr(calibrate, "replay", replay)
         prune(model, "block", **{"block.steps": 4})
     for p in replayed[-1]:
         assert torch.equal(p, p.to(dtype).float())
@@ -249,19 +246,19 @@ def test_where_nothing_is_gained_the_weights_are_left_as_they_were():
 
 
 def test_a_model_whose_held_out_windows_ask_for_the_opposite_is_left_as_it_was(monkeypatch):
-    real = block_way.distance
+    real = by_block.distance
 
-    def opposed(block, activations, b, targets):
-        loss = real(block, activations, b, targets)
+    def opposed(block, activations, targets):
+        loss = real(block, activations, targets)
         return lambda i: -loss(i) if activations.held[i] else loss(i)
-    monkeypatch.setattr(block_way, "distance", opposed)
-    plain, repaired = families.tiny("llama"), families.tiny("llama")
+    monkeypatch.setattr(by_block, "distance", opposed)
+    plain, healed = families.tiny("llama"), families.tiny("llama")
     prune(plain, "none")
-    result, _ = prune(repaired, "block", **{"block.steps": 16})
+    result = prune(healed, "block", **{"block.steps": 16})
     for b in result.blocks:
-        assert b["repair"]["held_out_after"] == b["repair"]["held_out_before"] < 0 < b["repair"]["steps"]
+        assert b["heal"]["held_out_after"] == b["heal"]["held_out_before"] < 0 < b["heal"]["steps"]
     assert sum("left as it was" in w for w in result.warnings) == 2
-    for p, q in zip(plain.parameters(), repaired.parameters(), strict=True):
+    for p, q in zip(plain.parameters(), healed.parameters(), strict=True):
         assert torch.equal(p, q)
 
 
@@ -297,27 +294,27 @@ def test_seed_decides_and_nothing_else():
 
 def test_one_window_only_is_said(tmp_path, capsys):
     place = tiny.make(tmp_path)
-    assert tiny.main(*tiny.flags(place, "--no-dense", recover="block,distil", nsamples=1,
+    assert tiny.main(*tiny.flags(place, "--no-dense", heal="block,distil", nsamples=1,
                                  **{"block.steps": 2, "distil.steps": 2})) == 0
     assert "nothing held out" in capsys.readouterr().out
 
 
-def test_a_command_repairs_and_the_record_says_so(tmp_path):
+def test_a_command_heals_and_the_record_says_so(tmp_path):
     place = tiny.make(tmp_path)
-    assert tiny.main(*tiny.flags(place, "--no-dense", recover="block,distil", save=place / "out",
+    assert tiny.main(*tiny.flags(place, "--no-dense", heal="block,distil", save=place / "out",
                                  **{"block.steps": 3, "distil.steps": 3})) == 0
     record = checkpoint.read_manifest(place / "out")["record"]
-    assert record["recovery"]["distil"]["steps"] == 3
-    assert all(b["repair"]["steps"] == 3 for b in record["blocks"])
-    assert record["settings"]["recovery"] == {"block": {"unit": "block", "steps": 3, "lr": 0.03}, "distil": {
-        "steps": 3, "lr": record["settings"]["recovery"]["distil"]["lr"]}}
+    assert record["heal"]["distil"]["steps"] == 3
+    assert all(b["heal"]["steps"] == 3 and b["seconds"]["heal"] > 0 for b in record["blocks"])
+    assert record["settings"]["healing"] == {"block": {"unit": "block", "steps": 3, "lr": 0.03}, "distil": {
+        "steps": 3, "lr": record["settings"]["healing"]["distil"]["lr"]}}
 
 
-def test_an_interrupted_run_with_repairs_ends_with_the_same_bits(tmp_path, monkeypatch):
+def test_an_interrupted_run_with_healing_ends_with_the_same_bits(tmp_path, monkeypatch):
     place = tiny.make(tmp_path)
 
     def argv(name):
-        return tiny.flags(place, "--no-dense", method="sparsegpt", recover="block,distil", dense_target=0.5,
+        return tiny.flags(place, "--no-dense", method="sparsegpt", heal="block,distil", dense_target=0.5,
                           save=place / name, **{"block.steps": 4, "distil.steps": 4})
     assert tiny.main(*argv("whole")) == 0
     real, calls = loop.prune_block, []
@@ -338,18 +335,19 @@ def test_an_interrupted_run_with_repairs_ends_with_the_same_bits(tmp_path, monke
 @pytest.mark.parametrize("flag, value", [("block.steps", 0), ("distil.lr", 0.0), ("block.lr", 1.0)])
 def test_useless_settings_are_refused(flag, value):
     with pytest.raises(ValueError, match=f"--{flag}"):
-        flags.build({"method": "wanda", "pattern": "0.5", "recover": flag.split(".")[0], flag: value})
+        flags.build({"method": "wanda", "pattern": "0.5", "heal": flag.split(".")[0], flag: value})
 
 
-@pytest.mark.parametrize("recover", ["distil,block", "block,block"])
-def test_block_behind_another_way_is_refused(recover):
-    with pytest.raises(ValueError, match=f"--recover {recover}: block comes first: --recover block,distil"):
-        flags.build({"method": "wanda", "pattern": "0.5", "recover": recover})
+@pytest.mark.parametrize("methods, right", [("distil,block", "block,distil"), ("block,block", "block"),
+                                            ("block,distil,block", "block,distil"), ("distil,distil", "distil")])
+def test_block_behind_another_method_or_itself_is_refused(methods, right):
+    with pytest.raises(ValueError, match=f"^--heal {methods}: .*: --heal {right}$"):
+        flags.build({"method": "wanda", "pattern": "0.5", "heal": methods})
 
 
-def test_unknown_way():
-    with pytest.raises(ValueError, match="--recover magic: no such way; there are block, distil"):
-        flags.build({"method": "wanda", "pattern": "0.5", "recover": "magic"})
+def test_unknown_method():
+    with pytest.raises(ValueError, match="--heal magic: no such method; there are block, distil"):
+        flags.build({"method": "wanda", "pattern": "0.5", "heal": "magic"})
 
 
 def test_families_named_here_exist():
@@ -358,25 +356,24 @@ def test_families_named_here_exist():
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gemma2", "gemma3", "gpt_neox", "bloom", "falcon", "mixtral",
                                   "gpt_oss", "qwen2_moe"])
-@pytest.mark.parametrize("recover, own", [("block", {"block.unit": "block"}), ("block", {"block.unit": "parts"}),
-                                          ("distil", {})])
-def test_sixteen_bit_blocks_are_trained_in_float32(monkeypatch, name, recover, own):
+@pytest.mark.parametrize("method, own", [("block", {"block.unit": "block"}), ("block", {"block.unit": "parts"}),
+                                         ("distil", {})])
+def test_sixteen_bit_blocks_are_trained_in_float32(monkeypatch, name, method, own):
     """As on a GPU, where blocks and hidden states keep the stored dtype."""
-    monkeypatch.setattr(models, "compute_dtype", lambda device, stored: stored)
-    model, trained, real = families.tiny(name, dtype=torch.bfloat16), set(), heal.descend
+    monkeypatch.setattr(blocks, "compute_dtype", lambda device, stored: stored)
+    model, trained, real = families.tiny(name, dtype=torch.bfloat16), set(), train.Fitting.descend
 
-    def descend(trainable, *args, **kwargs):
-        trained.update(p.dtype for p in trainable.parameters.values())
-        return real(trainable, *args, **kwargs)
-    monkeypatch.setattr(heal, "descend", descend)
-    prune(model, recover, **{f"{recover}.steps": 2}, **own)
+    def descend(fitting, *args, **kwargs):
+        trained.update(p.dtype for p in fitting.trainable.parameters.values())
+        return real(fitting, *args, **kwargs)
+    monkeypatch.setattr(train.Fitting, "descend", descend)
+    prune(model, method, **{f"{method}.steps": 2}, **own)
     assert trained == {torch.float32}
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
 def test_held_out_positions_are_always_the_same_and_hold_a_token(monkeypatch):
-    from oneshot.heal import distil
     model, mask = families.tiny("llama"), torch.ones(8, T, dtype=torch.bool)
     mask[:, 10:] = False
     monkeypatch.setattr(distil, "LOGITS", VOCAB * 8)  # the held-out window's: 8; batches of 3 and 4 windows: 2 each
@@ -409,26 +406,27 @@ PARTED = sorted(set(FAMILIES) - set(REFUSED) - {"llama4"})
 
 
 def first_block(name):
-    """(block 0, the stream of some padded tokens at it)."""
+    """(block 0, the activations of some padded tokens at it)."""
     model, mask = families.tiny(name), torch.ones(8, T, dtype=torch.bool)
     mask[::2, 15:] = False
     activations = calibrate.capture(model, tokens(8), mask, batch_size=4)
-    return models.blocks(model)[1][0], activations
+    return jobs.first_walked(model), activations
 
 
 @pytest.mark.parametrize("name", PARTED)
 def test_attention_and_mlp_are_told_apart_in_every_family(name):
     """A silent MLP: its weights do not matter, attention's do; each parameter belongs to one part, by its name too."""
-    block, activations = first_block(name)
+    walked, activations = first_block(name)
+    block = walked.module
     rest = {weight.name for weight in models.mlp(block)}
-    attention = [v for v in models.linears(block)[0] if v.name not in rest]
+    attention = [w for w in jobs.weights_in(block) if w.name not in rest]
 
     def out():
         with torch.no_grad():
             return calibrate.forward(block, activations, 0, 0)
     whole = out()
     with models.silent(models.mlp(block)):
-        ahead = block_way.reached(Trainable(block, {}), block, activations, 0)
+        ahead = by_block.reached(Trainable(block, {}), walked, activations)
         half = out()
         for weight in models.mlp(block):
             weight.set(3 * weight.get())
@@ -450,7 +448,7 @@ def test_attention_and_mlp_are_told_apart_in_every_family(name):
 def test_attention_aims_at_the_dense_hidden_state_behind_its_residual_addition():
     """Written out for llama: norms on either side, the residual, the ratio of squares over real tokens."""
     dense, seen = families.tiny("llama"), {}
-    mask, held = torch.ones(16, T, dtype=torch.bool), heal.held_out_windows(16, 0)
+    mask, held = torch.ones(16, T, dtype=torch.bool), held_out_windows(16, 0)
     mask[1::2, 12:] = False
     layer = dense.model.layers[0]
     layer.register_forward_pre_hook(lambda _, args: seen.update(X=args[0]))
@@ -461,41 +459,40 @@ def test_attention_aims_at_the_dense_hidden_state_behind_its_residual_addition()
     right = seen["attention"][list(held)][mask[list(held)]]
     want = float((wrong - right).square().sum() / right.square().sum())
 
-    block, stored = layer, {n: p.dtype for n, p in layer.named_parameters()}
+    block, healer = jobs.first_walked(dense), by_block.Heal(by_block.Config(unit="parts", steps=4))
     activations = calibrate.capture(dense, tokens(), mask, batch_size=4, held_out=held)
-    mend = block_way.repair(block, activations.fork(), 0, stored, block_way.Config(unit="parts", steps=4), 0)
+    healer.before_block(block, activations.fork())
     targets = activations.fork()
-    calibrate.replay(block, targets, 0)
-    block.self_attn.o_proj.weight.data.mul_(0.9)
-    info = mend(activations, targets.hidden)
+    calibrate.replay(layer, targets, 0)
+    layer.self_attn.o_proj.weight.data.mul_(0.9)
+    info = healer.after_block(block, activations, targets.hidden)
     assert info["parts"]["attention"]["held_out_before"] == pytest.approx(want, rel=1e-4) == pytest.approx(0.01)
     assert info["held_out_after"] == info["parts"]["mlp"]["held_out_after"] <= info["held_out_before"]
 
 
 @pytest.mark.parametrize("name", [*SAMPLE, "opt-350m", "gptj", "gemma4_moe"])
 def test_parts_help_and_lose_no_zero(name):
-    dense, plain, repaired = (families.tiny(name) for _ in range(3))
+    dense, plain, healed = (families.tiny(name) for _ in range(3))
     prune(plain, "none")
-    result, _ = prune(repaired, "block", **{"block.steps": 15, "block.unit": "parts"})
-    for block in models.blocks(repaired)[1]:
-        for weight in models.linears(block)[0]:
-            assert parse("2:4").holds(weight.get()), weight.name
+    result = prune(healed, "block", **{"block.steps": 15, "block.unit": "parts"})
+    for weight in models.all_weights(healed):
+        assert parse("2:4").holds(weight.get()), weight.name
     for row in result.blocks:
-        assert set(row["repair"]["parts"]) == {"attention", "mlp"} and row["repair"]["steps"] <= 30
-        assert row["repair"]["held_out_after"] < row["repair"]["held_out_before"]
-    assert kl(dense, repaired, tokens()) < 0.9 * kl(dense, plain, tokens())
+        assert set(row["heal"]["parts"]) == {"attention", "mlp"} and row["heal"]["steps"] <= 30
+        assert row["heal"]["held_out_after"] < row["heal"]["held_out_before"]
+    assert kl(dense, healed, tokens()) < 0.9 * kl(dense, plain, tokens())
 
 
 def test_each_part_trains_its_own_parameters(monkeypatch):
     """Attention's stage leaves the MLP's bits alone and the other way round; routers belong to neither."""
-    told, real = [], block_way.train
+    told, real = [], by_block.Heal.train
 
-    def spy(block, *args):
-        before = {n: p.clone() for n, p in block.named_parameters()}
-        info = real(block, *args)
-        told.append({n for n, p in block.named_parameters() if not torch.equal(p, before[n])})
+    def spy(healer, block, *args):
+        before = {n: p.clone() for n, p in block.module.named_parameters()}
+        info = real(healer, block, *args)
+        told.append({n for n, p in block.module.named_parameters() if not torch.equal(p, before[n])})
         return info
-    monkeypatch.setattr(block_way, "train", spy)
+    monkeypatch.setattr(by_block.Heal, "train", spy)
     prune(families.tiny("mixtral"), "block", **{"block.steps": 8, "block.unit": "parts"})
     assert told[:2] == [
         {"input_layernorm.weight", *(f"self_attn.{x}_proj.weight" for x in "qkvo")},
@@ -503,15 +500,15 @@ def test_each_part_trains_its_own_parameters(monkeypatch):
 
 
 def test_parts_that_harm_the_block_together_are_undone(monkeypatch):
-    def spoil(block, activations, b, targets, stored, cfg, seed, leave):
-        for p in block.parameters():
+    def spoil(healer, block, activations, targets, leave):
+        for p in block.module.parameters():
             p.data.mul_(2)
-        return {"steps": 1, "lr": cfg.lr, "warnings": []}
-    monkeypatch.setattr(block_way, "train", spoil)
-    plain, repaired = families.tiny("llama"), families.tiny("llama")
+        return {"steps": 1, "lr": healer.cfg.lr, "warnings": []}
+    monkeypatch.setattr(by_block.Heal, "train", spoil)
+    plain, healed = families.tiny("llama"), families.tiny("llama")
     prune(plain, "none")
-    result, _ = prune(repaired, "block", **{"block.unit": "parts"})
-    for p, q in zip(plain.parameters(), repaired.parameters(), strict=True):
+    result = prune(healed, "block", **{"block.unit": "parts"})
+    for p, q in zip(plain.parameters(), healed.parameters(), strict=True):
         assert torch.equal(p, q)
     assert sum("one by one made the held-out loss worse" in w for w in result.warnings) == 2
 
@@ -520,23 +517,23 @@ def test_a_family_without_parts_is_refused_before_anything_is_pruned():
     model = families.tiny("llama4")
     before = [p.clone() for p in model.parameters()]
     with pytest.raises(ValueError, match=r"--block\.unit parts: block 1: attention and MLP of Llama4TextDecoderLayer"):
-        api.prune(model, method="wanda", calibration=tokens(4), recover="block", progress=False,
+        api.prune(model, method="wanda", calibration=tokens(4), heal="block", progress=False,
                   parts={"block.unit": "parts"})
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     with pytest.raises(ValueError, match="its linears are fc"):
         models.mlp(torch.nn.ModuleDict({"fc": torch.nn.Linear(2, 2)}))
     with pytest.raises(ValueError, match=r"--block\.unit layer: give block or parts"):
-        flags.build({"method": "wanda", "pattern": "0.5", "recover": "block", "block.unit": "layer"})
+        flags.build({"method": "wanda", "pattern": "0.5", "heal": "block", "block.unit": "layer"})
 
 
-@pytest.mark.parametrize("recover, words", [("distil", "--recover distil: trains the whole model"),
-                                            ("block", "--block.unit parts: block 0")])
-def test_a_repair_that_cannot_be_is_refused_before_the_first_row(tmp_path, capsys, monkeypatch, recover, words):
+@pytest.mark.parametrize("method, words", [("distil", "--heal distil: trains the whole model"),
+                                           ("block", "--block.unit parts: block 0")])
+def test_healing_that_cannot_be_is_refused_before_the_first_row(tmp_path, capsys, monkeypatch, method, words):
     def no_parts(block):
         raise ValueError("nothing here")
     monkeypatch.setattr(environment, "total_memory", lambda device: 1000)
     monkeypatch.setattr(models, "mlp", no_parts)
-    place, own = tiny.make(tmp_path), {"block": {"block.unit": "parts"}, "distil": {}}[recover]
-    argv = tiny.flags(place, "--no-dense", "--recover", recover, method="magnitude,wanda", **own)
+    place, own = tiny.make(tmp_path), {"block": {"block.unit": "parts"}, "distil": {}}[method]
+    argv = tiny.flags(place, "--no-dense", "--heal", method, method="magnitude,wanda", **own)
     assert tiny.main(*argv) == 2
     assert words in capsys.readouterr().err and not list((place / "runs").glob("*.json"))

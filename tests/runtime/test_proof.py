@@ -5,7 +5,7 @@ from pathlib import Path
 
 import tiny
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (ROOT / "oneshot", ROOT / "kernels" / "oneshot_kernels")
 
 BROKEN = """

@@ -1,6 +1,6 @@
 """The contract and the laws of every solver and refiner there is, and parity with the naive references.
 
-A new file in oneshot/solvers is tested by the first two parts without a line here; its own reference goes
+A new file in oneshot/prune/solvers is tested by the first two parts without a line here; its own reference goes
 into `REFERENCES` or a test file of its own. A refiner is tested behind Wanda, its law behind every solver.
 """
 
@@ -11,12 +11,12 @@ from typing import NamedTuple
 import pytest
 import reference as ref
 import torch
-from problems import groups, layer, moments_of, ref_pattern, removed_of, white
+from problems import groups, layer, ref_pattern, removed_of, statistics_of, white
 
+from oneshot.calibrate.statistics import NEEDS
 from oneshot.prune import solvers
 from oneshot.prune.linalg import NumericalError
-from oneshot.calibrate.statistics import NEEDS
-from oneshot.prune.patterns import Dense, NM, Unstructured
+from oneshot.prune.patterns import NM, Dense, Unstructured
 
 NAMES = solvers.names()
 F64 = {"rtol": 1e-8, "atol": 1e-10}
@@ -25,7 +25,7 @@ F64 = {"rtol": 1e-8, "atol": 1e-10}
 class Case(NamedTuple):
     """A chain to test: [(module, cfg), ...], and what of X it may look at."""
 
-    steps: list
+    chain: list
     needs: frozenset
     name: str
 
@@ -33,8 +33,8 @@ class Case(NamedTuple):
 def case(method, **flags):
     """The chain `method`, its last part with `flags` in place of the defaults."""
     *before, last = solvers.chain(method)
-    steps = [(m, m.Config()) for m in before] + [(last, last.Config(**flags))]
-    return Case(steps, frozenset().union(*(m.needs for m, _ in steps)), method)
+    chain = [(m, m.Config()) for m in before] + [(last, last.Config(**flags))]
+    return Case(chain, frozenset().union(*(m.needs for m, _ in chain)), method)
 
 
 def cases():
@@ -59,13 +59,13 @@ NOTHING_GOES = [Unstructured(0.0), NM(4, 4), Dense()]
 
 def run(c, W, X, pattern, statistics=None):
     """The chain's solution with exactly the Statistics it says it needs, in W's precision."""
-    statistics = statistics or moments_of(X, c.needs, W.dtype)
-    return solvers.solve(W, statistics, resolved(c, pattern), c.steps)
+    statistics = statistics or statistics_of(X, c.needs, W.dtype)
+    return solvers.solve(W, statistics, resolved(c, pattern), c.chain)
 
 
 def resolved(c, pattern):
     """The pattern with the solver's own comparison group, as the loop hands it over."""
-    return pattern.with_default_group(c.steps[0][1].group)
+    return pattern.with_default_group(c.chain[0][1].group)
 
 
 def assert_sound(solution, W, pattern):
@@ -88,7 +88,7 @@ def assert_sound(solution, W, pattern):
 def test_names_are_the_files():
     assert {"magnitude", "wanda", "sparsegpt"} <= set(NAMES["solver"])
     assert all(found == sorted(found) for found in NAMES.values())
-    assert [m.__name__ for m in solvers.chain("wanda")] == ["oneshot.solvers.wanda"]
+    assert [m.__name__ for m in solvers.chain("wanda")] == ["oneshot.prune.solvers.wanda"]
 
 
 @pytest.mark.parametrize("method", ["", "nope", "dense", "+", "wanda+", "wanda+wanda", "wanda+nope", "Wanda"])
@@ -127,7 +127,7 @@ def test_solution_is_sound(c, shape, pattern):
 def test_pure(c, pattern):
     """Arguments and random state untouched, nothing random; a transposed view (Conv1D) will do as well."""
     W, X = layer(6, 40, 90)
-    statistics, fresh = moments_of(X, NEEDS), moments_of(X, NEEDS)
+    statistics, fresh = statistics_of(X, NEEDS), statistics_of(X, NEEDS)
     W_0, G, state = W.clone(), statistics.G.clone(), torch.get_rng_state()
     first = run(c, W, None, pattern, statistics)
     assert torch.equal(torch.get_rng_state(), state)
@@ -183,8 +183,8 @@ def test_all_removed_is_zero(c, pattern):
 def test_order_and_batching_of_tokens_do_not_matter(c, pattern):
     W, X = layer(5, 40, 90)
     whole = run(c, W, X, pattern)
-    half = moments_of(X[50:], c.needs) + moments_of(X[:50], c.needs)
-    for statistics in (moments_of(X.flip(0), c.needs, batch=11), half):
+    half = statistics_of(X[50:], c.needs) + statistics_of(X[:50], c.needs)
+    for statistics in (statistics_of(X.flip(0), c.needs, batch=11), half):
         other = run(c, W, None, pattern, statistics)
         assert torch.equal(other.mask, whole.mask)
         torch.testing.assert_close(other.W_hat, whole.W_hat, **F64)
@@ -266,7 +266,7 @@ def test_the_solvers_own_group_is_the_default(c):
     """Also when it is called without the loop, which names the group for the record."""
     W, X = layer(8, 300, 400)
     named = run(c, W, X, Unstructured(0.5))
-    left = solvers.solve(W, moments_of(X, c.needs), Unstructured(0.5), c.steps)
+    left = solvers.solve(W, statistics_of(X, c.needs), Unstructured(0.5), c.chain)
     assert torch.equal(left.mask, named.mask) and torch.equal(left.W_hat, named.W_hat)
 
 
@@ -284,7 +284,7 @@ def test_refiners_never_add_error(method, dtype, rounding):
                         NM(3, 5)):
             before = run(base, W, X, pattern)
             kept = (before.W_hat.clone(), before.mask.clone())
-            (refiner, cfg), statistics = c.steps[-1], moments_of(X, c.needs, dtype)
+            (refiner, cfg), statistics = c.chain[-1], statistics_of(X, c.needs, dtype)
             after = refiner.refine(W, before, statistics, resolved(c, pattern), cfg)
             assert torch.equal(before.W_hat, kept[0]) and torch.equal(before.mask, kept[1])
             assert_sound(after, W, resolved(c, pattern))
@@ -310,7 +310,7 @@ REFERENCES = {
                                                 iterations=cfg.iterations, mask_iterations=cfg.mask_iterations),
 }
 BLOCKS = [case("sparsegpt", block_size=b) for b in (128, 48, 7, 1)]
-PARITY = [pytest.param(c, p, id=f"{c.name}{getattr(c.steps[0][1], 'block_size', '')}-{p}")
+PARITY = [pytest.param(c, p, id=f"{c.name}{getattr(c.chain[0][1], 'block_size', '')}-{p}")
           for c in [case("magnitude"), case("wanda"), case("ria"), case("dsnot"), case("admm"), *BLOCKS]
           for p in (Unstructured(0.29), Unstructured(0.7), NM(2, 4), NM(3, 5), NM(4, 20))
           if c not in BLOCKS[1:] or isinstance(p, Unstructured)]
@@ -332,7 +332,7 @@ def clear_problem(reference, R, C, T, dead):
                                            (3, 260, 100, (5, 128, 259)), (2, 140, 400, ())])
 def test_parity(c, pattern, R, C, T, dead):
     """One block and several, ragged ones, dead inputs, fewer tokens than columns; in float64 and float32."""
-    pattern, cfg = resolved(c, pattern), c.steps[0][1]
+    pattern, cfg = resolved(c, pattern), c.chain[0][1]
     W, X, W_ref, keep = clear_problem(lambda W, X: REFERENCES[c.name](W, X, pattern, cfg), R, C, T, dead)
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
         solution = run(c, W.to(dtype), X.to(dtype), pattern)
@@ -413,7 +413,7 @@ def test_sparsegpt_block_is_the_group_unless_named():
 
 
 def test_sparsegpt_singular_gram_says_so_for_every_linear_that_shares_it():
-    statistics = moments_of(torch.ones(9, 8), {"outer"})
+    statistics = statistics_of(torch.ones(9, 8), {"outer"})
     W = layer(4, 8, 1)[0].float()
     for _ in range(2):
         info = run(case("sparsegpt", damping=0.0), W, None, NM(2, 4), statistics).info
@@ -542,7 +542,7 @@ def test_admm_goes_down_the_cubic_schedule():
 
 def test_admm_singular_gram_says_so():
     """Indefinite by rounding: damping is raised up to 1 and the record says so; beyond that it is refused."""
-    statistics = moments_of(torch.zeros(1, 2), {"outer"})
+    statistics = statistics_of(torch.zeros(1, 2), {"outer"})
     for corner, used in ((1.05, 0.1), (1.5, 1.0), (9.0, None)):
         statistics.outer.copy_(torch.tensor([[1.0, corner], [corner, 1.0]]))
         statistics._derived.clear()

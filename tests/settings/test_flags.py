@@ -42,7 +42,7 @@ def test_every_setting_has_its_flag(field):
     elif choices := field.metadata.get("choices"):
         argv, want = [flag, choices[-1]], choices[-1]
     else:
-        want = {"method": "wanda", "pattern": "0.25", "group": "row", "allocate": "owl", "recover": "block",
+        want = {"method": "wanda", "pattern": "0.25", "group": "row", "allocate": "owl", "heal": "block",
                 "dense_target": 0.5, "effort": 2}.get(field.name) or (
             7.0 if field.type is float else 7 if field.type in (int, int | None) else "some/where")
         argv = [flag, str(want)]
@@ -225,13 +225,13 @@ def test_help_starts_without_what_it_does_not_need():
                        "print(*[m for m in ('transformers.modeling_utils', 'datasets', 'matplotlib', 'lm_eval') "
                        "if m in sys.modules], file=sys.stderr)")
     assert done.returncode == 0 and done.stderr.strip() == ""
-    assert "usage: python -m oneshot.run" in done.stdout and "usage: python -m oneshot.verify" in done.stdout
+    assert "usage: oneshot prune" in done.stdout and "usage: oneshot verify" in done.stdout
 
 
 def test_flags_reach_their_own_part():
     given = {"method": "wanda", "pattern": "0.5", "wanda.use_variant": True, "sparsegpt.damping": 3.0,
-             "recover": "block", "block.steps": 7, "distil.steps": 9, "allocate": "owl", "owl.spread": 0.1}
+             "heal": "block", "block.steps": 7, "distil.steps": 9, "allocate": "owl", "owl.spread": 0.1}
     cfg = flags.build(given)
     assert list(cfg.solver) == ["wanda"] and cfg.solver["wanda"].use_variant
-    assert list(cfg.recovery) == ["block"] and cfg.recovery["block"].steps == 7
+    assert list(cfg.healing) == ["block"] and cfg.healing["block"].steps == 7
     assert list(cfg.allocation) == ["owl"] and cfg.allocation["owl"].spread == 0.1

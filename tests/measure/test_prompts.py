@@ -89,7 +89,7 @@ def test_a_run_records_dense_and_pruned(place, tmp_path, capfd):  # noqa: F811
 def test_bad_lines(place, tmp_path, capfd, line, words):  # noqa: F811
     suite = save(tmp_path / "s.jsonl", {"prompt": "a", "expected": "b"}, line)
     assert tiny.main(*tiny.flags(place, prompts=suite, results=tmp_path / "runs")) == 2
-    [told] = capfd.readouterr().err.splitlines()
+    [told] = tiny.said(capfd.readouterr().err)
     assert "--prompts" in told and "line 2" in told and words in told
     assert not (tmp_path / "runs").exists()
 

@@ -6,19 +6,15 @@ import families
 import pytest
 import tiny
 import torch
-from families import VOCAB, T
+from jobs import BYTE, job_of, prune, tokens, weights_in
 
 from oneshot import calibrate, models, report
 from oneshot.calibrate import health
-from oneshot.prune import linalg, loop, solvers
+from oneshot.calibrate.statistics import Statistics
+from oneshot.prune import linalg, shared_inputs
+from oneshot.prune.patterns import NM, Unstructured
 from oneshot.report import page
 from oneshot.settings import presets
-from oneshot.calibrate.statistics import Statistics
-from oneshot.prune.patterns import NM, Unstructured, parse
-
-
-def tokens(n=12, seed=3):
-    return torch.randint(3, VOCAB, (n, T), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(autouse=True)
@@ -28,16 +24,6 @@ def no_pictures(monkeypatch):
 
 def records_of(place):
     return [report.read(path) for path in sorted((place / "runs").glob("*.json"))]
-
-
-def steps_of(method):
-    return [(m, m.Config()) for m in solvers.chain(method)]
-
-
-def prune(model, method="sparsegpt", pattern="2:4", **options):
-    steps = steps_of(method)
-    return loop.prune_model(model, tokens(), None, loop.make_plan(model, parse(pattern), steps), steps,
-                            loop.Options(batch_size=4, progress=False, **options))
 
 
 # --- the dense target ---------------------------------------------------------------------------------------
@@ -75,20 +61,20 @@ def test_aiming_at_the_dense_model_brings_its_outputs_nearer(name, sequential):
     assert distance(0.5) < distance(0.0)
 
 
-def test_cross_moments_compare_the_same_tokens_of_both_models():
+def test_cross_statistics_compare_the_same_tokens_of_both_models():
     model = families.tiny("llama")
     _, block_list = models.blocks(model)
     activations = calibrate.capture(model, tokens(), batch_size=4)
     dense, block, teacher = activations.fork(), block_list[0], copy.deepcopy(block_list[0])
     activations.hidden = [h + 0.1 * torch.randn_like(h) for h in activations.hidden]
-    weights, _ = models.linears(block)
     seen = {"pruned": [], "dense": []}
     for key, b, s in (("pruned", block, activations), ("dense", teacher, dense)):
         handle = b.mlp.down_proj.register_forward_pre_hook(lambda _, args, key=key: seen[key].append(args[0].clone()))
         for i in range(len(s)):
             calibrate.forward(b, s, 0, i)
         handle.remove()
-    statistics, _, _ = calibrate.collect(block, activations, 0, weights, {"outer", "cross"}, dense=(teacher, dense))
+    statistics, _, _ = calibrate.collect(block, activations, 0, weights_in(block), {"outer", "cross"},
+                                         dense=(teacher, dense))
     x, d = (torch.cat(seen[key]).reshape(-1, 48) for key in ("pruned", "dense"))
     torch.testing.assert_close(statistics["mlp.down_proj"].cross, (d - x).T @ x, rtol=1e-4, atol=1e-3)
 
@@ -97,20 +83,17 @@ def test_cross_moments_compare_the_same_tokens_of_both_models():
 def test_experts_keep_their_own_target_and_the_rest_aims(name, experts):
     """`experts`: blocks with them. Nothing dies half-way, one warning names them all, attention is moved."""
     aimed, plain, done = families.tiny(name), families.tiny(name), []
-    steps = steps_of("sparsegpt")
-    result = loop.prune_model(aimed, tokens(), None, loop.make_plan(aimed, parse("2:4"), steps), steps,
-                              loop.Options(batch_size=4, progress=False, dense_target=0.5),
-                              on_block=lambda b, *_: done.append(b))
+    result = prune(aimed, dense_target=0.5, on_block=lambda b, *_: done.append(b))
     prune(plain)
     own = {row["name"] for row in result.layers if row["info"].get("dense_target") == 0.0}
-    fused = {n for n, v in models.all_weights(aimed) if v.expert is not None}
+    fused = {w.name for w in models.all_weights(aimed) if w.expert is not None}
     idle = {n for n in fused if any(n in w and "no calibration token" in w for w in result.warnings)}
     assert done == [0, 1] and own == fused - idle and len({n.split(".")[2] for n in own}) == experts
     [warning] = [w for w in result.warnings if w.startswith("dense target 0.5")]
     assert f"{len(own)} of {len(result.layers)} linears" in warning
-    moved = {n for (n, v), (_, u) in zip(models.all_weights(aimed), models.all_weights(plain), strict=True)
-             if not torch.equal(v.get(), u.get())}
-    attention = {n for n, _ in models.all_weights(aimed) if "attn" in n and n.split(".")[2] == "1"}
+    moved = {w.name for w, u in zip(models.all_weights(aimed), models.all_weights(plain), strict=True)
+             if not torch.equal(w.get(), u.get())}
+    attention = {w.name for w in models.all_weights(aimed) if "attn" in w.name and w.name.split(".")[2] == "1"}
     assert attention and attention <= moved  # block 0's inputs are the dense model's
 
 
@@ -145,12 +128,12 @@ def test_experts_made_of_linears_are_not_compared_either():
         block.mlp = Routed(block.mlp)
     result = prune(model, dense_target=0.5)
     own = {row["name"] for row in result.layers if row["info"].get("dense_target") == 0.0}
-    assert own == {n for n, _ in models.all_weights(model) if ".experts." in n}
+    assert own == {w.name for w in models.all_weights(model) if ".experts." in w.name}
     assert sum("12 of 20 linears" in w for w in result.warnings) == 1
 
 
 def test_experts_aim_at_nothing_under_a_budget_and_true_sequentially():
-    tight = prune(families.tiny("mixtral"), dense_target=0.5, gram_budget=1)
+    tight = prune(families.tiny("mixtral"), dense_target=0.5, gram_budget=BYTE)
     staged = prune(families.tiny("mixtral"), dense_target=0.5, true_sequential=True)
     for result in (tight, staged):
         assert len([w for w in result.warnings if w.startswith("dense target")]) == 1
@@ -170,25 +153,23 @@ def test_methods_that_keep_weights_as_they_are_refuse_it(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
 def test_shared_inputs_solve_each_linear_on_the_dense_models_inputs(name):
-    """The first block sees the same inputs either way; further up every target is solved as if it were alone."""
-    ways = [("sparsegpt", "2:4"), ("wanda", "0.6"), ("sparsegpt", "0.5")]
-    model, options = families.tiny(name), loop.Options(batch_size=4, progress=False)
+    """The first block sees the same inputs either way; further up every job is solved as if it were alone."""
+    asked = [("sparsegpt", "2:4"), ("wanda", "0.6"), ("sparsegpt", "0.5")]
+    model = families.tiny(name)
     before = copy.deepcopy(model.state_dict())
-    targets = [(loop.make_plan(model, parse(p), steps_of(m)), steps_of(m)) for m, p in ways]
-    solved = loop.prune_shared(model, tokens(), None, targets, options)
+    jobs = [job_of(model, *a) for a in asked]
+    solved = shared_inputs.prune_shared(model, tokens(), None, jobs)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
-    for (method, pattern), target, (result, weights) in zip(ways, targets, solved, strict=True):
+    for a, job, (result, weights) in zip(asked, jobs, solved, strict=True):
         own = families.tiny(name)
-        prune(own, method, pattern)
-        [(_, alone)] = loop.prune_shared(model, tokens(), None, [target], options)
-        path, block_list = models.blocks(own)
-        assert len(result.layers) == len(weights) == sum(len(models.linears(b)[0]) for b in block_list)
-        for b, block in enumerate(block_list):
-            for weight in models.linears(block)[0]:
-                full = f"{path}.{b}.{weight.name}"
-                assert torch.equal(weights[full], alone[full])
-                if b == 0:
-                    torch.testing.assert_close(weights[full], weight.get(), rtol=1e-4, atol=1e-5)
+        prune(own, *a)
+        [(_, alone)] = shared_inputs.prune_shared(model, tokens(), None, [job])
+        assert len(result.layers) == len(weights) == len(list(models.all_weights(own)))
+        for block in models.walk(own):
+            for weight in block.weights:
+                assert torch.equal(weights[weight.name], alone[weight.name])
+                if block.number == 0:
+                    torch.testing.assert_close(weights[weight.name], weight.get(), rtol=1e-4, atol=1e-5)
 
 
 class Calls:
@@ -203,33 +184,34 @@ class Calls:
         return self.real(*args, **kwargs)
 
 
-def test_shared_targets_share_the_pass_and_the_factorisations(monkeypatch):
-    """Two blocks, three batches, four tensors that feed seven linears, whatever the number of targets."""
+def test_jobs_share_the_pass_and_the_factorisations(monkeypatch):
+    """Two blocks, three batches, four tensors that feed seven linears, whatever the number of jobs."""
     model = families.tiny("llama")
-    ways = [("sparsegpt", "2:4"), ("sparsegpt", "0.5"), ("sparsegpt+refit", "0.6"), ("wanda+refit", "0.7")]
-    targets = [(loop.make_plan(model, parse(p), steps_of(m)), steps_of(m)) for m, p in ways]
-    for n in (1, len(ways)):
+    jobs = [job_of(model, method, pattern) for method, pattern in (
+        ("sparsegpt", "2:4"), ("sparsegpt", "0.5"), ("sparsegpt+refit", "0.6"), ("wanda+refit", "0.7"))]
+    for n in (1, len(jobs)):
         with monkeypatch.context() as patch:
             captured, collected = Calls(patch, calibrate, "capture"), Calls(patch, calibrate, "collect")
-            passed, factored = Calls(patch, calibrate, "forward"), Calls(patch, linalg, "_upper_factor")
-            scaled = Calls(patch, linalg, "_unit_gram")
-            loop.prune_shared(model, tokens(), None, targets[:n], loop.Options(batch_size=4, progress=False))
-        assert (captured.n, collected.n, passed.n) == (1, 2, 2 * 2 * 3)  # to collect, to carry on
+            passed = [Calls(patch, block, "forward") for block in models.blocks(model)[1]]
+            factored, scaled = Calls(patch, linalg, "_upper_factor"), Calls(patch, linalg, "_unit_gram")
+            shared_inputs.prune_shared(model, tokens(), None, jobs[:n])
+        assert (captured.n, collected.n) == (1, 2)
+        assert [p.n for p in passed] == [2 * 3 + 1, 2 * 3]  # to collect, to carry on; what the first one returns
         assert factored.n == 2 * 4 and scaled.n == (0 if n == 1 else 2 * 4)
 
 
-@pytest.mark.parametrize("way", ["owl", "error"])
-def test_shared_targets_are_surveyed_once(tmp_path, monkeypatch, way):
+@pytest.mark.parametrize("allocate", ["owl", "error"])
+def test_one_dense_pass_allocates_for_all_shared_runs(tmp_path, monkeypatch, allocate):
     """One pass to allocate and one to solve for three patterns, and each gets the plan that it gets alone."""
     place = tiny.make(tmp_path)
     alone = {}
     for pattern in ("0.5", "0.6", "0.7"):
-        assert tiny.main(*tiny.flags(place, "--no-dense", "--shared-inputs", pattern=pattern, allocate=way,
+        assert tiny.main(*tiny.flags(place, "--no-dense", "--shared-inputs", pattern=pattern, allocate=allocate,
                                      results=place / f"alone-{pattern}")) == 0
         [record] = tiny.records(place / f"alone-{pattern}").values()
         alone[pattern] = [row["pattern"] for row in record["layers"]]
-    passes = Calls(monkeypatch, loop, "start")
-    assert tiny.main(*tiny.flags(place, "--no-dense", "--shared-inputs", pattern="0.5,0.6,0.7", allocate=way)) == 0
+    passes = Calls(monkeypatch, shared_inputs, "start")
+    assert tiny.main(*tiny.flags(place, "--no-dense", "--shared-inputs", pattern="0.5,0.6,0.7", allocate=allocate)) == 0
     assert passes.n == 2
     found = tiny.records(place / "runs")
     assert {p: [row["pattern"] for row in found["wanda", p]["layers"]] for p in alone} == alone
@@ -248,20 +230,20 @@ def test_shared_inputs_by_command_give_every_row_and_checkpoint(tmp_path):
     assert again == {p: p.read_bytes() for p in (place / "runs").glob("*.json")}
 
 
-@pytest.mark.parametrize("flag", ["--true-sequential", "--recover=block", "--dense-target=0.5", "--stop-on-collapse"])
+@pytest.mark.parametrize("flag", ["--true-sequential", "--heal=block", "--dense-target=0.5", "--stop-on-collapse"])
 def test_shared_inputs_refuse_what_needs_a_runs_own(tmp_path, capsys, flag):
     place = tiny.make(tmp_path)
     assert tiny.main(*tiny.flags(place, "--shared-inputs", flag, method="sparsegpt")) == 2
     assert "does not go with --shared-inputs" in capsys.readouterr().err
 
 
-# --- the survey, allocation and presets by command ----------------------------------------------------------
+# --- the dense pass, allocation and presets by command --------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["owl", "arithmetic", "error"])
-def test_allocation_by_command_meets_the_sparsity(tmp_path, way):
+@pytest.mark.parametrize("allocate", ["owl", "arithmetic", "error"])
+def test_allocation_by_command_meets_the_sparsity(tmp_path, allocate):
     place = tiny.make(tmp_path)
-    assert tiny.main(*tiny.flags(place, "--no-dense", pattern="0.6", allocate=way)) == 0
+    assert tiny.main(*tiny.flags(place, "--no-dense", pattern="0.6", allocate=allocate)) == 0
     [record] = records_of(place)
     rows = record["layers"]
     total, zeros = (sum(f(r) for r in rows) for f in (lambda r: r["shape"][0] * r["shape"][1],
@@ -303,7 +285,7 @@ def test_mix_leaves_dense_what_the_pattern_does_not_fit(tmp_path, more):
 
 def test_mix_is_refused_before_any_work(tmp_path, capsys, monkeypatch):
     place = tiny.make(tmp_path)
-    monkeypatch.setattr(loop, "survey", lambda *args: pytest.fail("surveyed"))
+    monkeypatch.setattr(calibrate, "capture", lambda *args, **more: pytest.fail("calibrated"))
     argv = tiny.flags(place, "--no-dense", pattern="2:32", allocate="mix")
     assert tiny.main(*argv, "--mix.also", "8:32") == 2
     error = capsys.readouterr().err
@@ -312,19 +294,20 @@ def test_mix_is_refused_before_any_work(tmp_path, capsys, monkeypatch):
     assert "--mix.budget 0.1: the smallest choice of patterns takes" in capsys.readouterr().err
 
 
-def test_survey_sees_the_dense_model():
+def test_the_dense_pass_sees_the_dense_model():
     model = families.tiny("llama")
-    _, block_list = models.blocks(model)
     first = calibrate.capture(model, tokens(), batch_size=4)
     want = {}
-    for b, block in enumerate(block_list):
-        statistics, _, _ = calibrate.collect(block, first, b, models.linears(block)[0], {"outer"})
-        want |= {(b, n): m.outer.clone() for n, m in statistics.items()}
-        calibrate.replay(block, first, b)
-    tight = loop.Options(batch_size=4, progress=False, gram_budget=1)  # one Gram matrix at a time
-    found = {}
-    for b, _, weights, statistics in loop.survey(model, tokens(), None, {"outer"}, tight):
-        found |= {(b, v.name): statistics[v.name].outer.clone() for v in weights}
+    for block in models.walk(model):
+        statistics, _, _ = calibrate.collect(block.module, first, block.number, block.weights, {"outer"})
+        want |= {n: m.outer.clone() for n, m in statistics.items()}
+        calibrate.replay(block.module, first, block.number)
+    tight = job_of(model, gram_budget=BYTE).options  # one Gram matrix at a time
+    found, portions = {}, []
+    for block, weights, statistics in shared_inputs.dense_pass(model, tokens(), None, {"outer"}, tight):
+        portions.append(block.name)
+        found |= {w.name: statistics[w.name].outer.clone() for w in weights}
+    assert portions == [f"model.layers.{b}" for b in (0, 1) for _ in range(4)]  # four inputs a block
     assert found.keys() == want.keys()
     for key in want:
         torch.testing.assert_close(found[key], want[key])
@@ -338,15 +321,15 @@ def test_every_effort_is_made_of_flags_that_exist(effort):
     assert cfg.preset == f"best-{effort}" and cfg.method == flags["method"]
     for name, value in flags.items():
         part, dot, field = name.partition(".")
-        owner = (cfg.solver | cfg.recovery | cfg.allocation)[part] if dot else cfg
+        owner = (cfg.solver | cfg.healing | cfg.allocation)[part] if dot else cfg
         assert getattr(owner, field or name) == value
 
 
 def test_what_is_given_beside_a_preset_wins():
     from oneshot.settings import flags
-    [cfg] = [c for c in flags.parse(["--method", "best", "--pattern", "2:4", "--recover", "block", "--block.steps", "7"])
+    [cfg] = [c for c in flags.parse(["--method", "best", "--pattern", "2:4", "--heal", "block", "--block.steps", "7"])
              if c.prunes]
-    assert list(cfg.recovery) == ["block"] and cfg.recovery["block"].steps == 7
+    assert list(cfg.healing) == ["block"] and cfg.healing["block"].steps == 7
 
 
 @pytest.mark.parametrize("effort", [0, 6])
@@ -412,7 +395,7 @@ def test_a_finished_shared_command_solves_nothing_again(tmp_path, monkeypatch):
     place = tiny.make(tmp_path)
     argv = tiny.flags(place, "--no-dense", "--shared-inputs", method="wanda", save=place / "out")
     assert tiny.main(*argv) == 0
-    monkeypatch.setattr(loop, "prune_shared", lambda *args: pytest.fail("solved again"))
+    monkeypatch.setattr(shared_inputs, "prune_shared", lambda *args: pytest.fail("solved again"))
     assert tiny.main(*argv) == 0
 
 
@@ -448,9 +431,9 @@ def test_nothing_goes_before_or_behind_a_preset(method):
 def test_a_changed_preset_has_a_star():
     assert presets.expand("best", {})["preset"] == "best-3"
     assert presets.expand("best", {"nsamples": 4, "effort": 2})["preset"] == "best-2"
-    for given in ({"recover": "block"}, {"distil.steps": 3}, {"dense_target": 0.1}, {"alps.rho": 0.3},
+    for given in ({"heal": "block"}, {"distil.steps": 3}, {"dense_target": 0.1}, {"alps.rho": 0.3},
                   {"alps.refit_steps": 0}, {"distil.lr": 0.1}, {"allocate": "owl", "owl.spread": 0.1},
-                  {"recover": "block", "block.lr": 0.1}, {"shared_inputs": True}):
+                  {"heal": "block", "block.lr": 0.1}, {"shared_inputs": True}):
         assert presets.expand("best", given)["preset"] == "best-3*", given
 
 

@@ -3,7 +3,7 @@
 import pytest
 import reference as ref
 import torch
-from problems import layer, moments_of
+from problems import layer, statistics_of
 
 from oneshot.prune import linalg
 from oneshot.prune.linalg import NumericalError, upper_factor
@@ -13,7 +13,7 @@ NEEDS = {"outer"}
 
 def gram_of(G):
     """Statistics (of one token) whose G is the given matrix."""
-    m = moments_of(torch.zeros(1, len(G), dtype=G.dtype), NEEDS)
+    m = statistics_of(torch.zeros(1, len(G), dtype=G.dtype), NEEDS)
     m.outer.copy_(G)
     return m
 
@@ -22,7 +22,7 @@ def gram_of(G):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_factor_of_the_damped_gram(C, T, dead, dtype, tolerance):
     W, X = layer(1, C, T, dead=dead)
-    m = moments_of(X, NEEDS, dtype)
+    m = statistics_of(X, NEEDS, dtype)
     G = m.G.clone()
     V, found, info = upper_factor(m, 0.01, dtype)
     want = ref.dead_then_damped(W, ref.gram(X), 0.01)[1]
@@ -37,7 +37,7 @@ def test_factor_of_the_damped_gram(C, T, dead, dtype, tolerance):
 @pytest.mark.parametrize("asked, used", [(0.0, 0.01), (1e-9, 1e-7), (0.5, 0.5)])
 def test_a_singular_gram_raises_the_damping_and_says_so(asked, used):
     """All inputs are one and the same: of the second 1 - 1 = 0 is left; 1 + 1e-9 is 1 in float32."""
-    m = moments_of(torch.ones(4, 6, dtype=torch.float32), NEEDS)
+    m = statistics_of(torch.ones(4, 6, dtype=torch.float32), NEEDS)
     V, _, info = upper_factor(m, asked, torch.float32)
     assert info["damping"] == pytest.approx(used)
     said = [f"damping raised from {asked:g} to {used:g}" in w for w in info["warnings"]]
@@ -53,12 +53,12 @@ def test_damping_ladder():
 def test_float64_is_the_last_resort_and_says_so():
     """Squares of 1e40 are beyond float32, their root is not."""
     X = layer(1, 6, 40)[1]
-    V, _, info = upper_factor(moments_of(1e20 * X, NEEDS), 0.01, torch.float32)
+    V, _, info = upper_factor(statistics_of(1e20 * X, NEEDS), 0.01, torch.float32)
     assert V.dtype == torch.float32 and torch.isfinite(V).all()
     assert info["damping"] == 0.01 and info["warnings"] == ["factored in float64: float32 failed"]
-    want = upper_factor(moments_of(X, NEEDS), 0.01, torch.float64)[0]
+    want = upper_factor(statistics_of(X, NEEDS), 0.01, torch.float64)[0]
     torch.testing.assert_close(V.double(), 1e20 * want, rtol=1e-6, atol=0)
-    one = moments_of(1e20 * X[:, :1], NEEDS)  # 1 x 1: to LAPACK the root of Inf is no failure
+    one = statistics_of(1e20 * X[:, :1], NEEDS)  # 1 x 1: to LAPACK the root of Inf is no failure
     V, _, info = upper_factor(one, 0.01, torch.float32)
     assert torch.isfinite(V).all() and info["warnings"]
 
@@ -73,18 +73,18 @@ def test_a_non_finite_gram_is_refused(bad):
     X = torch.ones(4, 6)
     X[1, 2] = bad
     with pytest.raises(NumericalError, match="not finite"):
-        upper_factor(moments_of(X, NEEDS), 0.01, torch.float32)
+        upper_factor(statistics_of(X, NEEDS), 0.01, torch.float32)
     assert issubclass(NumericalError, ValueError)
 
 
 def test_all_inputs_dead():
-    V, dead, info = upper_factor(moments_of(torch.zeros(4, 6), NEEDS), 0.01, torch.float32)
+    V, dead, info = upper_factor(statistics_of(torch.zeros(4, 6), NEEDS), 0.01, torch.float32)
     assert dead.all() and info["dead_inputs"] == 6 and torch.isfinite(V).all() and (V.diagonal() > 0).all()
 
 
 def test_factored_once_but_each_caller_has_its_own_info():
     """Linears fed by the same tensor share the factor; the loop takes the warnings out of each one's info."""
-    m = moments_of(torch.ones(4, 6), NEEDS)
+    m = statistics_of(torch.ones(4, 6), NEEDS)
     V, _, info = upper_factor(m, 0.0, torch.float32)
     assert info.pop("warnings").pop()
     again, _, info = upper_factor(m, 0.0, torch.float32)

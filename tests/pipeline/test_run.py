@@ -11,11 +11,13 @@ from tiny import place, plain_pages  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import oneshot
-from oneshot import data, measure, models, report
+from oneshot import data, models, report
 from oneshot.data import choose
-from oneshot.pipeline import run
-from oneshot.report import page
+from oneshot.measure import perplexity
+from oneshot.pipeline import compress
+from oneshot.prune import loop, shared_inputs
 from oneshot.prune.patterns import parse
+from oneshot.report import page
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +132,7 @@ def test_table_at_the_end(place, tmp_path, capfd):  # noqa: F811
     assert f"ppl @{tiny.WINDOW}" in lines[0] and "/ dense" in lines[0]
     assert "dense" in lines[2] and "wanda" in lines[3] and "50.00 %" in lines[3]
     assert lines[-1] == f"report: {next(tmp_path.glob('*.html'))}"
-    assert [line.split(":")[0] for line in err.splitlines()] == ["wanda 2", "dense"]  # no one else's remarks
+    assert [line.split(":")[0] for line in err.splitlines()] == ["device", "wanda 2", "dense"]  # no one else's remarks
 
 
 # ---------------------------------------------------------------- families and dtypes
@@ -230,7 +232,7 @@ def test_python_on_a_model_that_asks_for_gradients_and_drops_out():
     model.transformer.drop.eval()
     modes, ids = [m.training for m in model.modules()], torch.randint(3, 20, (12, 16))
     for one in (frozen, model):
-        oneshot.prune(one, method="wanda", pattern="2:4", calibration=ids, recover="block,distil", progress=False,
+        oneshot.prune(one, method="wanda", pattern="2:4", calibration=ids, heal="block,distil", progress=False,
                       batch_size=4, parts={"block.steps": 2, "distil.steps": 2})
     assert all(torch.equal(p, q) for p, q in zip(frozen.parameters(), model.parameters(), strict=True))
     assert [m.training for m in model.modules()] == modes
@@ -257,16 +259,18 @@ def test_one_sampling_serves_all_runs_of_a_command(place, tmp_path, monkeypatch)
     assert found == {taken[0].sha256}
 
 
-@pytest.mark.parametrize("more, words", [([], "goes on"), (["--shared-inputs"], "begins anew"), (["--save"], "")])
-def test_an_interrupted_command_says_what_the_next_one_will_do(place, tmp_path, monkeypatch, capsys, more, words):  # noqa: F811
+@pytest.mark.parametrize("more, saved, resumes", [([], True, True), (["--shared-inputs"], True, False),
+                                                  ([], False, False)])
+def test_an_interrupted_command_says_what_the_next_one_will_do(place, tmp_path, monkeypatch, capsys, more, saved,  # noqa: F811
+                                                               resumes):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
-    monkeypatch.setattr(run, "prune_model", stop)
-    monkeypatch.setattr(run, "solve_shared", stop)
-    save = None if more == ["--save"] else tmp_path / "out"
-    argv = tiny.flags(place, "--no-dense", *(m for m in more if m != "--save"), results=tmp_path / "runs", save=save)
+    monkeypatch.setattr(loop, "prune_model", stop)
+    monkeypatch.setattr(shared_inputs, "prune_shared", stop)
+    argv = tiny.flags(place, "--no-dense", *more, results=tmp_path / "runs", save=tmp_path / "out" if saved else None)
     assert tiny.main(*argv) == 130
-    assert ("continues" in capsys.readouterr().err) == (words == "goes on")
+    assert tiny.said(capsys.readouterr().err) == ["error: interrupted" + (
+        "; the same command resumes after the last finished block" if resumes else "")]
 
 
 @pytest.mark.parametrize("allocate", ["owl", "error"])
@@ -291,22 +295,22 @@ def test_python_refuses_what_the_command_line_refuses(place, words, settings):  
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+@pytest.mark.usefixtures("plain_pages")
 def test_dense_is_measured_once_where_a_run_is_saved(place, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(page, "_pictures", lambda records: [])
     argv = tiny.flags(place, save=tmp_path / "out", results=tmp_path / "runs")
     assert tiny.main(*argv) == 0
-    monkeypatch.setattr(measure, "perplexity", lambda *args, **kwargs: pytest.fail("measured again"))
+    monkeypatch.setattr(perplexity, "token_losses", lambda *args, **kwargs: pytest.fail("measured again"))
     assert tiny.main(*argv) == 0
 
 
-def test_zeros_are_counted_on_what_is_there_after_all_repairs():
+def test_zeros_are_counted_on_what_is_there_after_all_healing():
     model = families.tiny("llama")
     record = oneshot.prune(model, calibration=torch.randint(3, families.VOCAB, (8, families.T)), method="wanda",
                            progress=False, batch_size=4)
-    row, (name, weight) = record["layers"][0], next(models.all_weights(model))
+    row, weight = record["layers"][0], next(models.all_weights(model))
     W = weight.get()
     W[tuple(W.nonzero()[0])] = 0  # what training or rounding may do
     weight.set(W)
     plan = {row["name"]: parse("2:4")}
-    run.prove(model, plan, record["layers"])
-    assert name == row["name"] and row["zeros"] == row["target_zeros"] + 1 and row["surplus"] == 1
+    compress.prove_patterns(model, plan, record["layers"])
+    assert weight.name == row["name"] and row["zeros"] == row["target_zeros"] + 1 and row["surplus"] == 1

@@ -14,13 +14,15 @@ from pathlib import Path
 import golden_small
 import pytest
 import torch
+from jobs import chain_of
 from safetensors.torch import load_file
 
 from oneshot import models
-from oneshot.prune import loop, patterns, solvers
 from oneshot.measure.perplexity import perplexity
+from oneshot.prune import loop, patterns
+from oneshot.prune.job import Job
 
-DATA = Path(__file__).resolve().parent / "data"
+DATA = Path(__file__).resolve().parents[1] / "data"
 WHOLE = golden_small.CASES if os.environ.get("ONESHOT_GOLDEN") == "whole" else [("sparsegpt", "2:4")]
 CASES = [(size, *case) for size, cases in (("all", WHOLE), ("first", golden_small.CASES)) for case in cases]
 BATCH = 32
@@ -60,9 +62,10 @@ def test_golden(tokens, size, method, text):
     if size == "first":
         calib, held_out = calib[:numbers(size)["calibration"]], held_out[:numbers(size)["evaluation"]]
     model, pattern = load(), patterns.parse(text)
-    steps = [(m, m.Config()) for m in solvers.chain(method.removesuffix("-exact"))]
-    result = loop.prune_model(model, calib, None, loop.make_plan(model, pattern, steps), steps,
-                              loop.Options(batch_size=BATCH, layer_errors=False, progress=False))
+    chain = chain_of(method.removesuffix("-exact"))
+    job = Job(loop.make_plan(model, pattern, chain), chain,
+              loop.Options(batch_size=BATCH, layer_errors=False, progress=False, device="cpu"))
+    result = loop.prune_model(model, calib, None, job)
     ppl, _ = perplexity(model, held_out, batch_size=BATCH)
     assert ppl == pytest.approx(want["ppl"], rel=golden_small.tolerance(text))
     assert result.warnings == [] and len(result.layers) == 35

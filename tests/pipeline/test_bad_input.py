@@ -1,4 +1,7 @@
-"""What a user can get wrong: exit code 2, one line on stderr that names it and says what to do, nothing written."""
+"""What a user can get wrong: exit code 2, one line on stderr that names it and says what to do, nothing written.
+
+The line that names the device stands before it once the command line is understood.
+"""
 
 import json
 
@@ -20,7 +23,7 @@ def refused(place, tmp_path, capfd):  # noqa: F811
         code = tiny.main(*(tiny.flags(place, *more, **changed) if command is None else command))
         stdout, stderr = capfd.readouterr()
         assert code == 2, stdout + stderr
-        lines = stderr.splitlines()
+        lines = tiny.said(stderr)
         assert len(lines) == 1 and lines[0].startswith("error: "), stderr
         assert not [word for word in words if word not in lines[0]], lines[0]
         assert len(lines[0]) < 500
@@ -185,4 +188,5 @@ def test_default_results_folder_is_not_made_for_a_refused_run(refused, tmp_path,
 def test_program_exits_with_the_code(place, tmp_path):  # noqa: F811
     done = tiny.python("-m", "oneshot.run", *tiny.flags(place, model="nobody/nothing", results=tmp_path / "runs"))
     assert done.returncode == 2 and done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: --model nobody/nothing")
+    [line] = tiny.said(done.stderr)
+    assert line.startswith("error: --model nobody/nothing")

@@ -4,31 +4,27 @@ import copy
 import json
 
 import families
+import jobs
 import pytest
 import tiny
 import torch
-from families import VOCAB, T
+from tiny import plain_pages  # noqa: F401
 
 from oneshot import models, report
-from oneshot.prune import loop, solvers
-from oneshot.report import page
-from oneshot.prune.allocate import Linear
-from oneshot.prune.allocate import sensitivity as way
 from oneshot.data import given
 from oneshot.measure.sensitivity import sensitivity
-from oneshot.prune.patterns import Unstructured, parse
-
-QUIET = loop.Options(batch_size=4, progress=False)
-
-
-def tokens(seed, n=8):
-    return given(torch.randint(3, VOCAB, (n, T), generator=torch.Generator().manual_seed(seed)))
+from oneshot.prune import shared_inputs
+from oneshot.prune.allocate import Linear
+from oneshot.prune.allocate import sensitivity as allocation
+from oneshot.prune.patterns import Unstructured
 
 
-def measure(model, unit="linear", pattern="2:4", **more):
-    steps = [(m, m.Config()) for m in solvers.chain("wanda")]
-    return sensitivity(model, tokens(1), loop.make_plan(model, parse(pattern), steps), steps, tokens(2), unit, QUIET,
-                       **more)
+def tokens(seed):
+    return given(jobs.tokens(8, seed))
+
+
+def measure(model, unit="linear", **more):
+    return sensitivity(model, tokens(1), jobs.job_of(model, "wanda"), tokens(2), unit, **more)
 
 
 def plain_loss(model):
@@ -45,18 +41,15 @@ def test_a_linear_alone_costs_what_a_plain_forward_says(name):
     rows = measure(model)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     assert rows == sorted(rows, key=lambda r: -r["loss_increase"])
-    path, block_list = models.blocks(model)
-    kinds = {f"{path}.{b}.{v.kind}" for b, block in enumerate(block_list) for v in models.linears(block)[0]}
+    kinds = {f"{weight.block}.{weight.kind}" for weight in models.all_weights(model)}
     assert {r["name"] for r in rows} == kinds
-    steps = [(m, m.Config()) for m in solvers.chain("wanda")]
-    [(_, weights)] = loop.prune_shared(model, tokens(1).ids, None,
-                                       [(loop.make_plan(model, parse("2:4"), steps), steps)], QUIET)
+    [(_, pruned)] = shared_inputs.prune_shared(model, tokens(1).ids, None, [jobs.job_of(model, "wanda")])
     dense = plain_loss(model)
     for row in rows[:3] + rows[-2:]:
         other = families.tiny(name)
-        for weight in models.linears(models.blocks(other)[1][row["block"]])[0]:
-            if f"{path}.{row['block']}.{weight.kind}" == row["name"]:
-                weight.set(weights[f"{path}.{row['block']}.{weight.name}"])
+        for weight in models.all_weights(other):
+            if f"{weight.block}.{weight.kind}" == row["name"]:
+                weight.set(pruned[weight.name])
         assert row["loss_increase"] == pytest.approx(plain_loss(other) - dense, abs=2e-5)
 
 
@@ -74,8 +67,8 @@ def test_batches_do_not_matter():
     assert [r["loss_increase"] for r in found[0]] == pytest.approx([r["loss_increase"] for r in found[1]], abs=1e-6)
 
 
-def test_by_command_and_then_as_an_allocation(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(page, "_pictures", lambda records: [])
+@pytest.mark.usefixtures("plain_pages")
+def test_by_command_and_then_as_an_allocation(tmp_path, capsys):
     place = tiny.make(tmp_path)
     assert tiny.main(*tiny.flags(place, "--no-dense", sensitivity="linear")) == 0
     [file] = (place / "runs").glob("*.json")
@@ -102,7 +95,7 @@ def test_a_record_without_sensitivities_is_refused(tmp_path, content, words):
     if content:
         file.write_text(content)
     with pytest.raises(ValueError, match=f"--sensitivity.record.*{words}"):
-        way.plan({}, [{"a": Linear(4, 4, 4)}], Unstructured(0.5, "matrix"), way.Config(record=str(file)))
+        allocation.plan({}, [{"a": Linear(4, 4, 4)}], Unstructured(0.5, "matrix"), allocation.Config(record=str(file)))
 
 
 def test_a_record_of_other_linears_is_refused(tmp_path):
@@ -110,4 +103,4 @@ def test_a_record_of_other_linears_is_refused(tmp_path):
     file.write_text(json.dumps({"sensitivity": [{"name": "b", "loss_increase": 1.0, "weights": 4}],
                                 "model": {"fingerprint": "f"}}))
     with pytest.raises(ValueError, match="says nothing of a"):
-        way.plan({}, [{"a": Linear(4, 4, 4)}], Unstructured(0.5, "matrix"), way.Config(record=str(file)))
+        allocation.plan({}, [{"a": Linear(4, 4, 4)}], Unstructured(0.5, "matrix"), allocation.Config(record=str(file)))

@@ -24,7 +24,7 @@ from oneshot.report.figures.time import PARTS, seconds
 from oneshot.report.page import html, write_html
 from oneshot.report.table import Bold, render
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 
 

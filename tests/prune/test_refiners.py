@@ -1,17 +1,19 @@
 """Refit, swaps and ALPS: against least squares, the paper's formulas and every possible support."""
 
-from itertools import chain, combinations, product
+import itertools
+from itertools import combinations, product
 
 import pytest
 import reference as ref
 import torch
-from problems import layer, moments_of
+from jobs import chain_of
+from problems import layer, statistics_of
 
-from oneshot.prune import linalg, solvers
-from oneshot.settings import flags
 from oneshot.calibrate.statistics import Statistics
+from oneshot.prune import linalg, solvers
 from oneshot.prune.patterns import NM, Unstructured
 from oneshot.prune.solvers import Solution, alps, swaps
+from oneshot.settings.flags import configured
 
 PATTERNS = [Unstructured(0.5), Unstructured(0.7, "row"), Unstructured(0.5, "matrix"), Unstructured(0.7, 10), NM(2, 4),
             NM(3, 5)]
@@ -20,16 +22,16 @@ PATTERNS = [Unstructured(0.5), Unstructured(0.7, "row"), Unstructured(0.5, "matr
 def prune(method, W, X, pattern, **given):
     """The solution of `method`, flags as in refit__steps=3."""
     flags = {k.replace("__", "."): v for k, v in given.items()}
-    steps = [(module, flags.configured(module, flags)) for module in solvers.chain(method)]
-    statistics = moments_of(X, {"outer", "sum", "sum_sq"}, W.dtype)
-    return solvers.solve(W, statistics, pattern.with_default_group(steps[0][1].group), steps)
+    chain = [(module, configured(module, flags)) for module in solvers.chain(method)]
+    statistics = statistics_of(X, {"outer", "sum", "sum_sq"}, W.dtype)
+    return solvers.solve(W, statistics, pattern.with_default_group(chain[0][1].group), chain)
 
 
 def supports(pattern, C):
     """Every mask of a row of C weights that has the pattern (row group)."""
     if isinstance(pattern, NM):
         per_group = [combinations(range(g, g + pattern.m), pattern.n) for g in range(0, C, pattern.m)]
-        chosen = [tuple(chain.from_iterable(parts)) for parts in product(*per_group)]
+        chosen = [tuple(itertools.chain.from_iterable(parts)) for parts in product(*per_group)]
     else:
         chosen = combinations(range(C), C - ref.exact_count(C, pattern.sparsity))
     masks = torch.zeros(0, C, dtype=torch.bool)
@@ -122,7 +124,7 @@ def test_refit_by_default_is_near_the_optimum():
 def test_refit_leaves_a_row_that_is_at_its_best():
     """Bit by bit, while the others move."""
     W, X = (t.float() for t in layer(4, 40, 300))
-    statistics, mask = moments_of(X, {"outer"}), torch.rand(4, 40, generator=torch.Generator().manual_seed(0)) < 0.5
+    statistics, mask = statistics_of(X, {"outer"}), torch.rand(4, 40, generator=torch.Generator().manual_seed(0)) < 0.5
     W_hat = W * mask
     W_hat[2] = ref.refit(W, mask, statistics.G)[2].float()
     found, _ = linalg.refit(W, W_hat, mask, statistics, 20, 0.0)
@@ -141,9 +143,9 @@ def test_refit_ends_when_a_step_gains_little():
 def test_no_part_of_a_chain_overwrites_what_another_noted(solver):
     """DSnoT's own swaps, ALPS' own refit steps; a refiner that stands twice in the chain; warnings of all."""
     W, X = layer(6, 40, 39)
-    statistics, modules = moments_of(X, {"outer", "sum", "sum_sq"}), solvers.chain(f"{solver}+swaps+refit+swaps+refit")
-    steps, pattern = [(m, m.Config()) for m in modules], Unstructured(0.5, "row")
-    alone, info = (solvers.solve(W, statistics, pattern, s).info for s in (steps[:1], steps))
+    statistics, pattern = statistics_of(X, {"outer", "sum", "sum_sq"}), Unstructured(0.5, "row")
+    chain = chain_of(f"{solver}+swaps+refit+swaps+refit")
+    alone, info = (solvers.solve(W, statistics, pattern, c).info for c in (chain[:1], chain))
     warnings = info.pop("warnings")
     assert len(warnings) == 1 and alone.pop("warnings", warnings) == warnings
     assert info == alone | {k: v for k, v in info.items() if "." in k}
@@ -158,7 +160,7 @@ def test_worth_of_an_exchange_is_the_change_of_the_least_error():
     """The tableau's table against two least-squares problems, for every pair, before and after exchanges."""
     W, X = layer(3, 9, 50)
     G = ref.gram(X)
-    statistics = moments_of(X, {"outer"})
+    statistics = statistics_of(X, {"outer"})
     unit, s, _ = linalg.unit_gram(statistics, torch.float64)
     keep = torch.arange(9).repeat(3, 1) < 4
     start = ref.refit(W, keep, G) * s
@@ -175,8 +177,8 @@ def test_worth_of_an_exchange_is_the_change_of_the_least_error():
         at = torch.tensor([p] * 3), torch.tensor([u] * 3)
         swaps.pivot(A, at[0], -1)
         swaps.pivot(A, at[1], 1)
-        for weight in (A, A.transpose(1, 2), order):
-            weight[:, p], weight[:, u] = weight[:, u].clone(), weight[:, p].clone()
+        for matrix in (A, A.transpose(1, 2), order):
+            matrix[:, p], matrix[:, u] = matrix[:, u].clone(), matrix[:, p].clone()
         keep = torch.zeros_like(keep).scatter_(1, order[:, :4], True)
 
 
@@ -184,7 +186,7 @@ def test_worth_of_an_exchange_is_the_change_of_the_least_error():
 def test_swaps_leave_no_exchange_that_pays(pattern):
     """From a mask at random, all columns candidates: what is left is a local optimum, by direct solves."""
     W, X = layer(6, 12, 60)
-    G, statistics = ref.gram(X), moments_of(X, {"outer"})
+    G, statistics = ref.gram(X), statistics_of(X, {"outer"})
     mask = pattern.keep(torch.rand(6, 12, generator=torch.Generator().manual_seed(0)))
     solution = swaps.refine(W, Solution(W * mask, mask), statistics, pattern, swaps.Config(depth=1))
     assert solution.info["exchanges"] > 6
@@ -275,7 +277,7 @@ def test_swaps_bring_back_no_dead_input():
     """A kept weight on one goes, when the row has a live one to take."""
     W, X = layer(4, 20, 90, dead=(0, 7))
     mask = torch.arange(20).repeat(4, 1) < 10
-    solution = swaps.refine(W, Solution(W * mask, mask), moments_of(X, {"outer"}), Unstructured(0.5, "row"),
+    solution = swaps.refine(W, Solution(W * mask, mask), statistics_of(X, {"outer"}), Unstructured(0.5, "row"),
                             swaps.Config())
     assert not solution.mask[:, [0, 7]].any()
     assert (solution.mask.sum(1) == 10).all()
@@ -307,7 +309,7 @@ def test_alps_is_the_papers_iteration(pattern):
     W, X = layer(6, 40, 200)
     pattern, cfg = pattern.with_default_group("matrix"), alps.Config(refit_steps=0)
     D, mask = paper_admm(W, ref.gram(X), pattern, cfg)
-    solution = alps.prune(W, moments_of(X, {"outer"}), pattern, cfg)
+    solution = alps.prune(W, statistics_of(X, {"outer"}), pattern, cfg)
     assert torch.equal(solution.mask, mask)
     torch.testing.assert_close(solution.W_hat, D, rtol=1e-7, atol=1e-9)
     assert solution.info["steps"] > 3
@@ -346,7 +348,7 @@ def test_alps_slower_growth_is_no_worse():
 
 
 def test_alps_refuses_what_is_no_gram_matrix():
-    statistics = moments_of(torch.eye(2), {"outer"})
+    statistics = statistics_of(torch.eye(2), {"outer"})
     statistics.G.copy_(torch.tensor([[1.0, 9.0], [9.0, 1.0]]))
     with pytest.raises(linalg.NumericalError, match="not positive definite"):
         alps.prune(torch.randn(3, 2), statistics, Unstructured(0.5), alps.Config())

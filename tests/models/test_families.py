@@ -1,4 +1,4 @@
-"""Every model family against its own forward: replay, views, statistics, pruning, saving.
+"""Every model family against its own forward: replay, weights, statistics, pruning, saving.
 
 The references here know nothing of `oneshot`: the plain model runs as transformers runs it, with hooks.
 """
@@ -6,29 +6,33 @@ The references here know nothing of `oneshot`: the plain model runs as transform
 import types
 
 import families
+import jobs
 import pytest
 import torch
 from families import MOE, NOT_REACHED, T, tiny
+from jobs import BYTE, chain_of, weights_in
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from oneshot import calibrate, models
-from oneshot.prune import loop, solvers
-from oneshot.measure import perplexity
+from oneshot.calibrate.collect import Collector, Limits
+from oneshot.measure.losses import token_losses
+from oneshot.measure.perplexity import perplexity
+from oneshot.models.experts import EXPERTS_IMPLEMENTATION
+from oneshot.prune import loop
 from oneshot.prune.patterns import NM, parse
 from oneshot.prune.solvers import magnitude
 
 FAMILIES = [n for n in families.FAMILIES if n not in families.REFUSED]
 ALL = frozenset({"sum", "sum_sq", "outer"})
 B = 2  # windows a batch; five windows make three batches, the last one short
-QUIET = {"progress": False, "batch_size": B}
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
-def tokens(n=5, seed=1):
-    return torch.randint(3, families.VOCAB, (n, T), generator=torch.Generator().manual_seed(seed))
+def tokens(n=5):
+    return jobs.tokens(n, seed=1)
 
 
 def padding(n=5):
@@ -47,14 +51,8 @@ def batches(ids, mask, size=B):
         yield inputs if mask is None else inputs | {"attention_mask": mask[i : i + size].long()}
 
 
-def chain(method):
-    return [(m, m.Config()) for m in solvers.chain(method)]
-
-
 def prune(model, method, pattern, mask=None, **options):
-    steps = chain(method) if isinstance(method, str) else method
-    plan = loop.make_plan(model, parse(pattern), steps)
-    return loop.prune_model(model, tokens(), mask, plan, steps, loop.Options(**QUIET | options))
+    return jobs.prune(model, method, pattern, ids=tokens(), mask=mask, **{"batch_size": B} | options)
 
 
 # replay and perplexity --------------------------------------------------------------------------------------
@@ -77,9 +75,9 @@ def test_replay_equals_the_models_own_forward(name):
 
         seen = real[:, 1:] & real[:, :-1]
         losses = cross_entropy(want[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
-        got = perplexity.token_losses(model, ids, mask, batch_size=B)
+        got = token_losses(model, ids, mask, batch_size=B)
         torch.testing.assert_close(got, losses.where(seen, torch.zeros(())), **CLOSE)
-        value, n = perplexity.perplexity(model, ids, mask, batch_size=3)
+        value, n = perplexity(model, ids, mask, batch_size=3)
         assert n == int(seen.sum()) and value == pytest.approx(losses[seen].mean().exp().item(), rel=1e-4)
 
 
@@ -93,13 +91,13 @@ def test_model_that_works_between_its_blocks_is_refused(name):
     assert [*block_list] == before
 
 
-# views ------------------------------------------------------------------------------------------------------
+# weights ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_matrix_of_a_block_is_a_view_or_listed(name):
+def test_every_matrix_of_a_block_is_a_weight_or_listed(name):
     for b, block in enumerate(models.blocks(tiny(name))[1]):
-        weights, skipped = models.linears(block)
+        weights, skipped = models.weights_of(block)
         left = dict(skipped)
         matrices = {n: p for n, p in block.named_parameters() if p.ndim >= 2}
         seen = dict.fromkeys(matrices, 0)
@@ -117,14 +115,14 @@ def test_every_matrix_of_a_block_is_a_view_or_listed(name):
         if b == 1:
             assert any(v.expert is not None for v in weights) == (name in MOE)
     if name in NOT_REACHED:
-        assert {n for block in models.blocks(tiny(name))[1] for n, _ in models.linears(block)[1]} >= \
+        assert {n for block in models.blocks(tiny(name))[1] for n, _ in models.weights_of(block)[1]} >= \
             set(NOT_REACHED[name])
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mixtral", "gpt_oss"])
-def test_view_reads_and_writes_the_weight_itself(name):
+def test_weight_reads_and_writes_the_parameter_itself(name):
     block = models.blocks(tiny(name))[1][1]
-    for v in models.linears(block)[0]:
+    for v in weights_in(block):
         before = v.get().clone()
         v.set(torch.full(v.shape, -0.0))
         assert not torch.signbit(v.get()).any() and not v.get().any()
@@ -136,7 +134,7 @@ def test_view_reads_and_writes_the_weight_itself(name):
 
 
 def independent_inputs(model, ids, mask, size=B):
-    """[{view name: [x (tokens, C), one a batch]} for every block], padding dropped, on the plain model."""
+    """[{weight's name: [x (tokens, C), one a batch]} for every block], padding dropped, on the plain model."""
     _, block_list = models.blocks(model)
     seen, handles, real = [{} for _ in block_list], [], []
 
@@ -182,16 +180,16 @@ def gated(module, up_name, e, x):
     return (up + 1) * gate * torch.sigmoid(1.702 * gate)
 
 
-def collected(model, ids, mask, size=B, needs=ALL, budget=None, one_stage=False):
+def collected(model, ids, mask, size=B, **limits):
     """[[(statistics, deferred names) per pass] for every block], the model staying dense."""
     out = []
     with models.experts_one_by_one(model):
         activations = calibrate.capture(model, ids, mask, batch_size=size)
         for b, block in enumerate(models.blocks(model)[1]):
-            remaining, passes = models.linears(block)[0], []
+            remaining, passes = weights_in(block), []
             while remaining:
-                statistics, remaining, _ = calibrate.collect(block, activations, b, remaining, needs, budget=budget,
-                                                        one_stage=one_stage)
+                statistics, remaining, _ = calibrate.collect(block, activations, b, remaining, ALL,
+                                                             limits=Limits(**limits))
                 passes.append((statistics, [v.name for v in remaining]))
                 assert len(passes) < 40
             out.append(passes)
@@ -205,7 +203,7 @@ def merged(passes):
     return {n: m for statistics, _ in passes for n, m in statistics.items()}
 
 
-def assert_moments(statistics, x):
+def assert_statistics(statistics, x):
     """Statistics are those of the rows x (T, C), summed in float64."""
     x = x.double()
     assert statistics.n == len(x)
@@ -220,13 +218,13 @@ def test_statistics_are_those_of_the_plain_model(name):
     every = zip(collected(model, ids, mask), independent_inputs(model, ids, mask), strict=True)
     for b, (passes, seen) in enumerate(every):
         (statistics, deferred), = passes
-        weights = {v.name: v for v in models.linears(models.blocks(model)[1][b])[0]}
+        weights = {v.name: v for v in weights_in(models.blocks(model)[1][b])}
         seen = {n: torch.cat(parts) for n, parts in seen.items() if n in weights}
         assert not deferred and set(statistics) == set(seen)
         idle = {n for n, v in weights.items() if v.expert is not None} | families.UNSEEN.get(name, set())
         assert set(weights) - set(seen) <= idle
         for n, x in seen.items():
-            assert_moments(statistics[n], x)
+            assert_statistics(statistics[n], x)
         dense = [n for n in seen if weights[n].expert is None]
         for n in dense:
             twins = {m for m in dense if seen[m].shape == seen[n].shape and torch.equal(seen[m], seen[n])}
@@ -239,17 +237,17 @@ def test_passes_batches_and_order_do_not_matter(name):
     model, ids, mask = tiny(name), tokens(), padding()
     order = torch.tensor([3, 0, 4, 2, 1])
     whole = collected(model, ids, mask)
-    ways = [collected(model, ids, mask, budget=1), collected(model, ids, mask, one_stage=True),
-            collected(model, ids[order], mask[order], size=5)]
-    for way in ways:
-        for (expected, _), passes in zip((p[0] for p in whole), way, strict=True):
+    others = [collected(model, ids, mask, budget=1), collected(model, ids, mask, one_stage=True),
+              collected(model, ids[order], mask[order], size=5)]
+    for other in others:
+        for (expected, _), passes in zip((p[0] for p in whole), other, strict=True):
             got = merged(passes)
             assert set(got) == set(expected)
             for n, m in got.items():
                 assert m.n == expected[n].n
                 torch.testing.assert_close(m.G, expected[n].G, **CLOSE)
                 torch.testing.assert_close(m.sum, expected[n].sum, **CLOSE)
-    for passes in ways[0]:
+    for passes in others[0]:
         assert all(len({id(m) for m in statistics.values()}) == 1 for statistics, _ in passes)
 
 
@@ -263,7 +261,7 @@ def test_passes_batches_and_order_do_not_matter(name):
 def test_stages_follow_the_data(name, stages):
     model = tiny(name)
     for b, passes in enumerate(collected(model, tokens(), None, one_stage=True)):
-        kinds = {v.name: v.kind for v in models.linears(models.blocks(model)[1][b])[0]}
+        kinds = {v.name: v.kind for v in weights_in(models.blocks(model)[1][b])}
         assert [{kinds[n] for n in statistics} for statistics, _ in passes] == [set(s.split()) for s in stages]
 
 
@@ -286,7 +284,7 @@ def test_experts_one_by_one_changes_nothing_and_is_undone(name):
 
 
 def input_rows(block):
-    """{view name: weight with its inputs last}, by what the modules themselves say."""
+    """{weight's name: weight with its inputs last}, by what the modules themselves say."""
     out = {}
     for name, m in block.named_modules():
         if isinstance(m, (nn.Linear, Conv1D)):
@@ -304,7 +302,7 @@ def assert_pruned(model, rows, method, pattern):
     for b, block in enumerate(block_list):
         weights = input_rows(block)
         names = [r["linear"] for r in rows if r["block"] == b]
-        assert sorted(names) == sorted(v.name for v in models.linears(block)[0])
+        assert sorted(names) == sorted(v.name for v in weights_in(block))
         for r in (r for r in rows if r["block"] == b):
             zero = weights[r["linear"]] == 0
             assert r["name"] == f"{prefix}.{b}.{r['linear']}" and r["shape"] == list(zero.shape)
@@ -342,14 +340,14 @@ def test_stored_bf16_and_saved_model_keep_every_zero(name, tmp_path):
     """bf16 on disk and in memory, float32 while computing; from_pretrained brings the same weights back."""
     model = tiny(name, dtype=torch.bfloat16)
     wide = tiny(name, dtype=torch.bfloat16).float()
-    torch.testing.assert_close(perplexity.token_losses(model, tokens(), batch_size=B),
-                               perplexity.token_losses(wide, tokens(), batch_size=B), **CLOSE)
+    torch.testing.assert_close(token_losses(model, tokens(), batch_size=B),
+                               token_losses(wide, tokens(), batch_size=B), **CLOSE)
     result = prune(model, "sparsegpt", "2:4")
     assert_pruned(model, result.layers, "sparsegpt", "2:4")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     prune(wide, "sparsegpt", "2:4")
-    first = {v.name: v for v in models.linears(models.blocks(wide)[1][0])[0]}
-    for v in models.linears(models.blocks(model)[1][0])[0][:1]:  # the same mask: the arithmetic was float32
+    first = {v.name: v for v in weights_in(models.blocks(wide)[1][0])}
+    for v in weights_in(models.blocks(model)[1][0])[:1]:  # the same mask: the arithmetic was float32
         assert torch.equal(v.get() == 0, first[v.name].get() == 0)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").eval()
@@ -366,9 +364,9 @@ def test_expert_without_tokens_is_pruned_by_magnitude(name, idle):
         for n, t in [*block.named_parameters(), *block.named_buffers()]:
             if n.endswith(("router.bias", "e_score_correction_bias")):
                 t[list(idle)] = -1e4
-    before = [{v.name: v.get().clone() for v in models.linears(block)[0]}
+    before = [{v.name: v.get().clone() for v in weights_in(block)}
               for block in models.blocks(model)[1]]
-    for options in ({}, {"true_sequential": True}, {"gram_budget": 1}):
+    for options in ({}, {"true_sequential": True}, {"gram_budget": BYTE}):
         copy = tiny(name)
         copy.load_state_dict(model.state_dict())
         result = prune(copy, "sparsegpt", "2:4", **options)
@@ -376,7 +374,7 @@ def test_expert_without_tokens_is_pruned_by_magnitude(name, idle):
         expected = {r["name"] for r in result.layers if r["name"].rsplit(".", 1)[-1] in map(str, idle)}
         assert warned == expected and expected
         for b, block in enumerate(models.blocks(copy)[1]):
-            for v in models.linears(block)[0]:
+            for v in weights_in(block):
                 W = before[b][v.name]
                 by_magnitude = torch.equal(v.get(), W * NM(2, 4).keep(W.abs()))
                 assert by_magnitude == (v.expert in idle), v.name
@@ -394,9 +392,9 @@ def test_expert_with_nothing_but_padding_is_idle():
 
 def test_experts_that_idled_together_share_nothing_later():
     """Empty tensors may share an address, which elsewhere says that two linears are fed by the same tensor."""
-    weights = [v for v in models.linears(models.blocks(tiny("mixtral"))[1][0])[0] if v.kind == "mlp.experts.down_proj"]
+    weights = [v for v in weights_in(models.blocks(tiny("mixtral"))[1][0]) if v.kind == "mlp.experts.down_proj"]
     one, other = weights[:2]
-    collector = calibrate.Collector(weights, {"outer"}, types.SimpleNamespace(device="cpu"), None, False)
+    collector = Collector(weights, frozenset({"outer"}), torch.device("cpu"), Limits())
     C = one.shape[1]
     for batch in ([torch.empty(0, C)] * 2, [torch.ones(3, C), 2 * torch.ones(5, C)]):
         collector.start(None, len(batch[0]))
@@ -415,14 +413,14 @@ def test_true_sequential_sees_what_is_already_pruned(name):
         return magnitude.prune(W, statistics, pattern, cfg)
 
     spy = types.SimpleNamespace(__name__="spy", needs=frozenset({"outer"}), updates=False, prune=spy_prune)
-    steps = [(spy, magnitude.Config())]
+    chain = [(spy, magnitude.Config())]
     for sequential in (True, False):
         grams.clear()
         model, twin = tiny(name), tiny(name)
-        result = prune(model, steps, "0.5", true_sequential=sequential)
+        result = prune(model, chain, "0.5", true_sequential=sequential)
         rows = [r for r in result.layers if r["block"] == 0]
-        new = {v.name: v.get().clone() for v in models.linears(models.blocks(model)[1][0])[0]}
-        weights = {v.name: v for v in models.linears(models.blocks(twin)[1][0])[0]}
+        new = {v.name: v.get().clone() for v in weights_in(models.blocks(model)[1][0])}
+        weights = {v.name: v for v in weights_in(models.blocks(twin)[1][0])}
         inputs = independent_inputs(twin, tokens(), None)[0]
         stage = None
         for r, (G, n) in zip(rows, grams["order"], strict=False):
@@ -441,7 +439,7 @@ def test_budget_and_batch_size_give_the_same_model():
     """Passes over a dense block: what is pruned early in a block must not be seen by its later passes."""
     want = tiny("qwen3_moe")
     prune(want, "sparsegpt", "0.5", padding())
-    for options in ({"gram_budget": 1}, {"batch_size": 5}, {"layer_errors": False}):
+    for options in ({"gram_budget": BYTE}, {"batch_size": 5}, {"layer_errors": False}):
         got = tiny("qwen3_moe")
         prune(got, "sparsegpt", "0.5", padding(), **options)
         for (n, p), q in zip(want.named_parameters(), got.parameters(), strict=True):
@@ -467,27 +465,24 @@ def test_non_finite_activation_names_the_layer(method, value):
     model.model.layers[1].post_attention_layernorm.weight[2] = value
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.experts\.gate_up_proj\.\d: .*not finite"):
         prune(model, method, "0.5")
-    assert model.config._experts_implementation != models.EXPERTS_IMPLEMENTATION
+    assert model.config._experts_implementation != EXPERTS_IMPLEMENTATION
 
 
 def test_pattern_that_does_not_fit_names_the_layer():
     model = tiny("mistral")
     with pytest.raises(ValueError, match=r"--pattern 2:3: .*by 3.*model\.layers\.0\.self_attn\.q_proj"):
-        loop.make_plan(model, parse("2:3"), chain("magnitude"))
+        loop.make_plan(model, parse("2:3"), chain_of("magnitude"))
     model = tiny("deepseek_v3")
     with pytest.raises(ValueError, match=r"4:32.*16.*model\.layers\.0\.self_attn\.q_b_proj, 64x16"):
-        loop.make_plan(model, parse("4:32"), chain("magnitude"))
+        loop.make_plan(model, parse("4:32"), chain_of("magnitude"))
 
 
 def test_block_error_is_not_measured_on_padding():
     """A longer window, padded back to the same tokens, reports the same errors."""
     ids, results = tokens(2), []
     for extra in (0, 16):
-        model = tiny("llama")
-        steps = chain("magnitude")
-        plan = loop.make_plan(model, parse("0.5"), steps)
         longer = torch.cat([ids, torch.full((2, extra), 5)], dim=1)
         mask = torch.arange(T + extra).lt(T).expand(2, -1)
-        results.append(loop.prune_model(model, longer, mask, plan, steps, loop.Options(**QUIET)))
+        results.append(jobs.prune(tiny("llama"), "magnitude", "0.5", ids=longer, mask=mask, batch_size=B))
     for a, b in zip(*(r.blocks for r in results), strict=True):
         assert a["relative_error"] == pytest.approx(b["relative_error"], rel=1e-4)

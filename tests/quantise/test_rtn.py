@@ -1,5 +1,6 @@
 """Round-to-nearest against a plain loop; bytes as counted by hand; the rows of a run."""
 
+import itertools
 import math
 
 import pytest
@@ -8,9 +9,10 @@ import torch
 from tiny import place, plain_pages  # noqa: F401
 
 from oneshot import models
-from oneshot.quantise import rtn
-from oneshot.quantise.rtn import equal_bits, round_to_nearest, stored_bytes, widths
 from oneshot.prune.patterns import parse
+from oneshot.quantise import grids
+from oneshot.quantise.grids import Integers, equal_bits, widths
+from oneshot.quantise.rtn import quantise_model, round_to_nearest
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -18,7 +20,7 @@ from oneshot.prune.patterns import parse
 def test_as_a_plain_loop_does(bits, C):
     W = torch.randn(3, C, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     W[1] = 0
-    got, lost = round_to_nearest(W, bits)
+    got, lost = round_to_nearest(W, Integers(bits))
     assert lost == 0
     for r in range(3):
         for start in range(0, C, 128):
@@ -30,8 +32,9 @@ def test_as_a_plain_loop_does(bits, C):
                 assert got[r, start + i].item() == pytest.approx(s * code, abs=1e-12)
                 assert abs(got[r, start + i].item() - w) <= 0.5 * s + largest / 2**10  # half a step, s in float16
             assert len(set(got[r, start : start + 128].tolist())) <= 2**bits
-    assert torch.equal(round_to_nearest(-got.float() / 1e9, bits)[0], torch.zeros(3, C))  # no float16 scale is so small
-    assert round_to_nearest(W / 1e9, bits)[1] == 2 * math.ceil(C / 128)
+    tiny_weights = -got.float() / 1e9  # no float16 scale is so small
+    assert torch.equal(round_to_nearest(tiny_weights, Integers(bits))[0], torch.zeros(3, C))
+    assert round_to_nearest(W / 1e9, Integers(bits))[1] == 2 * math.ceil(C / 128)
 
 
 @pytest.mark.parametrize(("pattern", "R", "C", "itemsize", "want"), [
@@ -40,8 +43,8 @@ def test_as_a_plain_loop_does(bits, C):
     ("0.01", 8, 256, 2, 4096), ("4:4", 8, 256, 2, 4096), ("int8", 8, 256, 2, 2048 + 32), ("int4", 8, 192, 4, 768 + 32),
     ("int5", 1, 10, 2, 7 + 2)])
 def test_bytes(pattern, R, C, itemsize, want):
-    pattern = pattern if "int" in pattern else parse(pattern)
-    assert stored_bytes(pattern, R, C, itemsize) == want
+    found = grids.parse(pattern).bytes(R, C) if "int" in pattern else parse(pattern).bytes(R, C, itemsize)
+    assert found == want
 
 
 def test_equal_bytes():
@@ -56,23 +59,23 @@ def test_only_the_prunable_linears_change(tmp_path, kind):
     """Along the inputs, whichever way they are stored."""
     model, _ = models.load(tiny.save_model(tmp_path, kind, torch.bfloat16))
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    weights = [v for block in models.blocks(model)[1] for v in models.linears(block)[0]]
-    want = [round_to_nearest(v.get(), 4)[0].bfloat16() for v in weights]
-    assert rtn.quantise(model, "int4") == []
-    assert all(torch.equal(v.get().bfloat16(), W) for v, W in zip(weights, want, strict=True))
-    touched = {id(v.parameter) for v in weights}
+    weights = list(models.all_weights(model))
+    want = [round_to_nearest(w.get(), Integers(4))[0].bfloat16() for w in weights]
+    assert quantise_model(model, Integers(4)) == []
+    assert all(torch.equal(w.get().bfloat16(), W) for w, W in zip(weights, want, strict=True))
+    touched = {id(w.parameter) for w in weights}
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) == (id(p) not in touched), name
 
 
 def test_too_large_and_too_small_weights_are_said(tmp_path):
     model, _ = models.load(tiny.save_model(tmp_path))
-    [first, second] = models.linears(models.blocks(model)[1][0])[0][:2]
+    first, second = itertools.islice(models.all_weights(model), 2)
     first.set(first.get() * 1e-12)
-    assert [first.name in w and "vanished" in w for w in rtn.quantise(model, "int8")] == [True]
+    assert [first.name in w and "vanished" in w for w in quantise_model(model, Integers(8))] == [True]
     second.set(second.get() + 1e8)
     with pytest.raises(ValueError, match=second.name):
-        rtn.quantise(model, "int8")
+        quantise_model(model, Integers(8))
 
 
 @pytest.mark.usefixtures("plain_pages")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from problems import groups, removed_of
 
 from oneshot.prune import patterns
-from oneshot.prune.patterns import Dense, NM, Unstructured
+from oneshot.prune.patterns import NM, Dense, Unstructured
 
 EXAMPLES = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 SHARES = st.integers(0, 100).map(lambda k: k / 100)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -13,13 +14,16 @@ from safetensors import SafetensorError
 from tiny import place, plain_pages  # noqa: F401
 from transformers import AutoModelForCausalLM
 
-from oneshot import checkpoint, data, measure, models
+from oneshot import checkpoint
+from oneshot.checkpoint import folder as writer
 from oneshot.checkpoint import verify
+from oneshot.data import windows
+from oneshot.measure import perplexity
 from oneshot.prune import loop
 from oneshot.settings import flags
 
 pytestmark = pytest.mark.usefixtures("plain_pages")
-HERE = Path(__file__).parent
+SCRIPT = Path(killed_runs.__file__)
 
 
 def manifest(folder):
@@ -42,7 +46,7 @@ def killed(tmp_path_factory):
     """(place, what killed_runs reports), on a model stored in bfloat16: what is replayed must be what was saved."""
     place = tiny.make(tmp_path_factory.mktemp("killed"))  # noqa: F811
     tiny.save_model(place / "model", dtype=torch.bfloat16)
-    done = tiny.python(HERE / "killed_runs.py", place)
+    done = tiny.python(SCRIPT, place)
     assert done.returncode == 0, done.stderr[-3000:]
     return place, json.loads(done.stdout.splitlines()[-1])
 
@@ -75,7 +79,7 @@ def test_killed_run_looks_unfinished(killed, moment, capfd):
         with pytest.raises((OSError, ValueError)):
             AutoModelForCausalLM.from_pretrained(folder)
     for file in (folder / ".oneshot").glob("block_*.safetensors"):
-        checkpoint.safe_open(file, "pt")  # a file under its final name is whole
+        writer.safe_open(file, "pt")  # a file under its final name is whole
 
 
 def test_whole_run_leaves_no_work_files(killed):
@@ -102,7 +106,7 @@ def test_finished_folder_prints_the_stored_result_without_computing(finished, ca
 
     def computing(*args, **kwargs):
         raise AssertionError("computed again")
-    for owner, name in ((loop, "prune_model"), (measure, "perplexity"), (data, "sample_from_model")):
+    for owner, name in ((loop, "prune_model"), (perplexity, "token_losses"), (windows, "sample_from_model")):
         monkeypatch.setattr(owner, name, computing)
     assert tiny.main(*argv) == 0
     again, remark = capfd.readouterr()
@@ -117,7 +121,7 @@ def test_finished_folder_prints_the_stored_result_without_computing(finished, ca
 def test_calibration_on_itself_is_not_sampled_again(place, tmp_path, monkeypatch):  # noqa: F811
     argv = tiny.flags(place, save=tmp_path / "out", results=tmp_path / "runs", calibration="self")
     assert tiny.main(*argv) == 0
-    monkeypatch.setattr(data, "sample_from_model", lambda *args: pytest.fail("sampled again"))
+    monkeypatch.setattr(windows, "sample_from_model", lambda *args: pytest.fail("sampled again"))
     assert tiny.main(*argv) == 0
 
 
@@ -127,7 +131,8 @@ def test_another_command_is_refused_unless_it_overwrites(finished, capfd):
     (folder / "model-00001-of-00002.safetensors").write_bytes(b"left by an earlier, larger model")
     capfd.readouterr()
     assert tiny.main(*argv, "--nsamples", 4) == 2
-    assert "--overwrite" in (error := capfd.readouterr().err) and len(error.splitlines()) == 1
+    [error] = tiny.said(capfd.readouterr().err)
+    assert "--overwrite" in error
     assert {k: v for k, v in untouched(folder).items() if "00001" not in k} == before
     assert tiny.main(*argv, "--nsamples", 4, "--overwrite") == 0
     assert manifest(folder)["record"]["settings"]["nsamples"] == 4
@@ -156,7 +161,7 @@ def test_interrupted_overwriting_belongs_to_the_new_command(finished, place, mon
         assert tiny.main(*argv, "--pattern", "4:8", "--overwrite") == 130  # all of its blocks are there
     assert len(list((folder / ".oneshot").glob("block_*"))) == tiny.BLOCKS
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "clear", interrupt)
+        patch.setattr(writer, "clear", interrupt)
         assert tiny.main(*other) == 130
     assert looks_unfinished(folder)
     assert tiny.main(*argv) == 2
@@ -186,12 +191,12 @@ def full_in_rust(*args, **kwargs):
 
 
 @pytest.mark.parametrize(("owner", "name", "failure", "allowed"), [
-    (checkpoint, "save_file", full_in_rust, 1), (checkpoint, "save_file", full, 0), (checkpoint, "sync", full, 2),
-    (checkpoint, "manifest", full, 0), (models.nn.Module, "save_pretrained", full_in_rust, 0),
-    (checkpoint, "write_json", full, 1), (checkpoint.os, "replace", full, 6)], ids=lambda x: getattr(x, "__name__", x))
+    (writer, "save_file", full_in_rust, 1), (writer, "save_file", full, 0), (writer, "sync", full, 2),
+    (writer, "manifest", full, 0), (torch.nn.Module, "save_pretrained", full_in_rust, 0),
+    (writer, "write_json", full, 1), (os, "replace", full, 6)], ids=lambda x: getattr(x, "__name__", x))
 def test_full_disk(place, tmp_path, monkeypatch, capfd, owner, name, failure, allowed):  # noqa: F811
     argv = tiny.flags(place, "--no-dense", save=tmp_path / "out", results=tmp_path / "runs")
-    if owner is models.nn.Module:
+    if owner is torch.nn.Module:
         owner = AutoModelForCausalLM.from_pretrained(place / "model").__class__
     with monkeypatch.context() as patch:
         real, calls = getattr(owner, name), []
@@ -202,8 +207,8 @@ def test_full_disk(place, tmp_path, monkeypatch, capfd, owner, name, failure, al
         patch.setattr(owner, name, failing)
         capfd.readouterr()
         assert tiny.main(*argv) == 2
-    error = capfd.readouterr().err
-    assert len(error.splitlines()) == 1 and error.startswith("error: ") and "No space left" in error
+    [error] = tiny.said(capfd.readouterr().err)
+    assert error.startswith("error: ") and "No space left" in error
     assert looks_unfinished(tmp_path / "out")
     assert not list((tmp_path / "runs").glob("*.json")), "a record says it is finished"
     assert tiny.main(*argv) == 0
@@ -214,7 +219,7 @@ def test_folder_is_owned_from_its_first_block_on(tmp_path):
     folder = checkpoint.Folder(tmp_path / "out", "a")
     assert not (tmp_path / "out").exists() and not folder.finished and list(folder.blocks()) == []
     block = torch.nn.Linear(4, 4)
-    folder.save_block(0, block, {"layers": [], "warnings": []})
+    folder.save_block(0, block.state_dict(), {"layers": [], "warnings": []})
     [(state, rows)] = checkpoint.Folder(tmp_path / "out", "a").blocks()
     assert torch.equal(state["weight"], block.weight) and rows == {"layers": [], "warnings": []}
     with pytest.raises(ValueError, match=r"holds another run \(a\)"):

@@ -14,12 +14,12 @@ import pytest
 import torch
 import transformers
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from tqdm import tqdm
 
 from oneshot import data
-from oneshot.data import sources
-from oneshot.data import TextOptions
+from oneshot.data import TextOptions, sample_self, sources, windows
 
-MODEL = str(Path(__file__).resolve().parent / "data" / "stories260k")
+MODEL = str(Path(__file__).resolve().parent / "stories260k")
 SEPARATE = TextOptions(documents="separate")
 STORIES = ["once upon a time", "the end", "x", "", 'a dog, "Rex", ran\nand ran', "žluťoučký kůň"]
 
@@ -62,8 +62,8 @@ def calibrate(tokenizer, spec, nsamples=5, seqlen=10, seed=0, **more):
 
 def test_calibration_windows_are_distinct_pieces_of_the_stream(tokenizer, text):
     tokens = calibrate(tokenizer, text, nsamples=50)
-    activations = ["<s>", *text.read_text()]
-    pieces = [activations[i : i + 10] for i in range(0, 2000, 10)]
+    stream = ["<s>", *text.read_text()]
+    pieces = [stream[i : i + 10] for i in range(0, 2000, 10)]
     found = [pieces.index(tokenizer.convert_ids_to_tokens(row)) for row in tokens.ids]
     assert tokens.ids.shape == (50, 10) and tokens.ids.dtype == torch.int64 and tokens.mask is None
     assert len(set(found)) == 50
@@ -93,7 +93,7 @@ def test_all_windows_and_a_warning_when_there_are_too_few(tokenizer, text):
 
 def test_calibration_reads_no_more_text_than_it_may(tokenizer, tmp_path, monkeypatch):
     path = write(tmp_path / "t.jsonl", ["a" * 90, "b" * 90, "c" * 90, "d" * 90])
-    monkeypatch.setattr(data, "MAX_CHARACTERS", 149)  # of "a..a", blank line, "b..b" without its end
+    monkeypatch.setattr(windows, "MAX_CHARACTERS", 149)  # of "a..a", blank line, "b..b" without its end
     tokens = calibrate(tokenizer, path, nsamples=5, seqlen=50, seed=0)
     assert len(tokens.ids) == 5 and tokens.warnings == ()  # as much as may be needed is read in any case
     tokens = calibrate(tokenizer, path, nsamples=3, seqlen=3, seed=0)
@@ -164,13 +164,13 @@ def test_hash_tells_ids_mask_and_shape_apart():
     mask = torch.ones(3, 4, dtype=torch.bool)
     mask[0, 3] = False
     variants = [(ids, None), (ids + 1, None), (ids.view(4, 3), None), (ids, mask), (ids, ~mask)]
-    assert len({data._tokens(*variant, "").sha256 for variant in variants}) == 5
+    assert len({windows._tokens(*variant, "").sha256 for variant in variants}) == 5
 
 
 def test_token_warning_counts_real_tokens_only():
     mask = torch.zeros(2, 8, dtype=torch.bool)
     mask[:, :5] = True
-    tokens = data._tokens(torch.zeros(2, 8, dtype=torch.int64), mask, "")
+    tokens = windows._tokens(torch.zeros(2, 8, dtype=torch.int64), mask, "")
     assert data.token_warning(tokens, 10) is None
     warning = data.token_warning(tokens, 11)
     assert "10" in warning and "11" in warning and "--nsamples" in warning
@@ -387,15 +387,15 @@ def test_c4_calibration_draws_like_wanda(tokenizer, hub):
 
 def test_c4_calibration_ends_when_no_document_is_long_enough(tokenizer, hub, monkeypatch):
     hub.rows = ["short"]
-    monkeypatch.setattr(data, "MAX_DRAWS", 50)
+    monkeypatch.setattr(windows, "MAX_DRAWS", 50)
     assert_refused(tokenizer, "--calibration", "c4", ["longer than 10 tokens", "--seqlen"])
 
 
 def test_c4_evaluation_takes_256_windows_of_1100_documents(tokenizer, hub):
     hub.rows = [f"{i:04}" for i in range(1200)]
     tokens = data.evaluation(tokenizer, "c4", seqlen=10)
-    activations = "<s>" + " ".join(hub.rows[:1100])
-    assert tokens.ids.shape == (256, 10) and activations.startswith(spell(tokenizer, tokens.ids.flatten()))
+    stream = "<s>" + " ".join(hub.rows[:1100])
+    assert tokens.ids.shape == (256, 10) and stream.startswith(spell(tokenizer, tokens.ids.flatten()))
     assert len(data.evaluation(tokenizer, "c4", seqlen=100).ids) == 55  # 5500 tokens are all there are
     assert len(data.evaluation(tokenizer, "c4", seqlen=10, max_windows=3).ids) == 3
     assert hub.asked[0][0] == ("allenai/c4", "en/c4-validation.00000-of-00008.json.gz")
@@ -493,13 +493,13 @@ def test_sampled_text_depends_on_the_seed_alone(tokenizer, model):
 
 
 def test_the_likeliest_samples_are_kept(tokenizer, model, monkeypatch):
-    drawn, sample_batch = [], data._sample_batch
+    drawn, sample_batch = [], sample_self._sample_batch
 
     def record(*args):
         drawn.append(sample_batch(*args))
         return drawn[-1]
 
-    monkeypatch.setattr(data, "_sample_batch", record)
+    monkeypatch.setattr(sample_self, "_sample_batch", record)
     tokens = calibrate(tokenizer, "self", nsamples=6, seqlen=20, model=model, batch_size=3)
     ids, surprise = (torch.cat(parts) for parts in zip(*drawn, strict=True))
     with torch.no_grad():  # in one forward pass, without a cache
@@ -512,8 +512,8 @@ def test_the_likeliest_samples_are_kept(tokenizer, model, monkeypatch):
 
 def test_sampling_follows_the_models_distribution(tokenizer, model):
     first = torch.zeros(4000, 1, dtype=torch.int64)
-    with data.tqdm(disable=True) as bar, torch.no_grad():
-        ids, _ = data._sample_batch(model, first, 2, torch.Generator().manual_seed(0), bar)
+    with tqdm(disable=True) as bar, torch.no_grad():
+        ids, _ = sample_self._sample_batch(model, first, 2, torch.Generator().manual_seed(0), bar)
         p = model(first[:1]).logits[0, -1].softmax(-1)
     frequency = ids[:, 1].bincount(minlength=120) / 4000
     assert (frequency - p).abs().max() < 5 * 0.5 / 4000**0.5  # five standard deviations at the worst p
@@ -551,10 +551,10 @@ def test_tinystories_with_a_real_tokenizer(shared, tmp_path):
     path = str(tmp_path / "stories.json")
     Path(path).write_text(json.dumps(stories))
     tokens = calibrate(tokenizer, path, nsamples=16, seqlen=256)
-    activations = tokenizer("\n\n".join(stories))["input_ids"]
-    activations = torch.tensor(activations[: len(activations) // 256 * 256]).view(-1, 256)
-    assert all((row == activations).all(1).sum() == 1 for row in tokens.ids)
-    assert torch.equal(data.evaluation(tokenizer, path, seqlen=256).ids, activations)
+    stream = tokenizer("\n\n".join(stories))["input_ids"]
+    stream = torch.tensor(stream[: len(stream) // 256 * 256]).view(-1, 256)
+    assert all((row == stream).all(1).sum() == 1 for row in tokens.ids)
+    assert torch.equal(data.evaluation(tokenizer, path, seqlen=256).ids, stream)
 
 
 def test_craftgpt_dialogues_each_in_a_window(shared):

@@ -223,7 +223,7 @@ def test_a_config_that_does_not_fit_is_refused(twins, tmp_path):
 
 def test_packing_refuses_what_is_not_2of4(tmp_path):
     model = load(tiny.save_model(tmp_path, "llama", torch.float32))
-    name = next(n for n, _ in models.all_weights(model))
+    name = next(models.all_weights(model)).name
     with pytest.raises(ValueError, match=f"{name}: not 2:4: row 0"):
         packed.pack_model(model, [name])
 

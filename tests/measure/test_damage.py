@@ -9,9 +9,8 @@ from tiny import plain_pages  # noqa: F401
 
 from oneshot import data, models
 from oneshot.measure import damage as module
-from oneshot.measure import divergence
+from oneshot.measure.compared import Compared, compare
 from oneshot.measure.damage import damage
-from oneshot.measure.divergence import Compared
 from oneshot.report import figures
 from oneshot.report.page import html
 
@@ -182,7 +181,7 @@ def test_a_model_that_forgot_its_digits():
     head[digits] *= 0.5
     model.get_output_embeddings().weight = torch.nn.Parameter(head, requires_grad=False)
     tokens = data.evaluation(tokenizer, "builtin:prose", seqlen=64, max_windows=60)
-    compared = {"prose": divergence.compare(model, dense, tokens.ids)}
+    compared = {"prose": compare(model, dense, tokens.ids)}
     result = damage(tokenizer, {"prose": tokens}, compared)
     assert result["found"][0].startswith("numbers lost")
     assert {t["token"].strip() for t in result["tokens"][:3]} <= {tokenizer.decode([i]).strip() for i in digits}

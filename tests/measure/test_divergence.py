@@ -8,8 +8,8 @@ import torch
 from tiny import plain_pages  # noqa: F401
 
 from oneshot import models
-from oneshot.measure import divergence
-from oneshot.measure.perplexity import token_losses
+from oneshot.measure import compared, divergence
+from oneshot.measure.losses import token_losses
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +55,9 @@ def plainly(model, dense, ids, mask):
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("slices", [1, 2**23], ids=["a position at a time", "all at once"])
 def test_every_token_as_computed_plainly(pair, masked, slices, monkeypatch):
-    monkeypatch.setattr(divergence, "SLICE", slices)
+    monkeypatch.setattr(compared, "SLICE", slices)
     ids, mask = windows(), padding() if masked else None
-    got = divergence.compare(*pair, ids, mask, batch_size=3)
+    got = compared.compare(*pair, ids, mask, batch_size=3)
     whole = padding() if masked else torch.ones_like(ids, dtype=torch.bool)
     want = plainly(*pair, ids, whole)
     assert torch.equal(got.real, whole[:, 1:] & whole[:, :-1])
@@ -71,7 +71,7 @@ def test_every_token_as_computed_plainly(pair, masked, slices, monkeypatch):
 
 def test_metrics_as_computed_plainly(pair):
     ids = windows(40)
-    values, how = divergence.metrics(divergence.compare(*pair, ids), "text")
+    values, how = divergence.metrics(compared.compare(*pair, ids), "text")
     want = plainly(*pair, ids, torch.ones_like(ids, dtype=torch.bool))
     n = len(want["kl"])
     lost = sum(d and not r for d, r in zip(want["dense_right"], want["right"], strict=True)) / n
@@ -89,7 +89,7 @@ def test_metrics_as_computed_plainly(pair):
 
 def test_a_model_does_not_differ_from_itself(tmp_path):
     folder = tiny.save_model(tmp_path)
-    got = divergence.compare(models.load(folder)[0], models.load(folder)[0], windows(), padding())
+    got = compared.compare(models.load(folder)[0], models.load(folder)[0], windows(), padding())
     assert not got.kl.any() and torch.equal(got.loss, got.dense_loss)
     values, _ = divergence.metrics(got, "t")
     assert values == {"t/kl": 0, "t/kl_p99": 0, "t/top1_agreement": 1, "t/flips": 0}
@@ -97,23 +97,23 @@ def test_a_model_does_not_differ_from_itself(tmp_path):
 
 def test_losses_are_those_of_perplexity(pair):
     """So a run's perplexity does not depend on whether it is compared."""
-    got = divergence.compare(*pair, windows(), padding(), batch_size=2)
+    got = compared.compare(*pair, windows(), padding(), batch_size=2)
     assert torch.equal(got.loss, token_losses(pair[0], windows(), padding(), batch_size=2))
 
 
 def test_groups_and_batches_do_not_matter(pair, monkeypatch):
-    whole = divergence.compare(*pair, windows(), batch_size=7)
-    monkeypatch.setattr(divergence, "GROUP_BYTES", 1)
-    parts = divergence.compare(*pair, windows(), batch_size=2)
+    whole = compared.compare(*pair, windows(), batch_size=7)
+    monkeypatch.setattr(compared, "GROUP_BYTES", 1)
+    parts = compared.compare(*pair, windows(), batch_size=2)
     torch.testing.assert_close(parts.kl, whole.kl, rtol=1e-4, atol=1e-6)
 
 
 def test_the_models_are_left_as_they_were(pair):
     blocks = [list(models.blocks(m)[1]) for m in pair]
-    divergence.compare(*pair, windows())
+    compared.compare(*pair, windows())
     assert [list(models.blocks(m)[1]) for m in pair] == blocks
     with pytest.raises(ValueError, match="second time"):
-        divergence.compare(pair[0], pair[0], windows())
+        compared.compare(pair[0], pair[0], windows())
 
 
 def test_mean_over_windows_of_unequal_size():
@@ -121,12 +121,12 @@ def test_mean_over_windows_of_unequal_size():
     draw = torch.Generator().manual_seed(0)
     member = torch.rand(60, 30, generator=draw) < torch.rand(60, 1, generator=draw)
     values = torch.randn(60, 30, generator=draw) + torch.randn(60, 1, generator=draw)  # windows hang together
-    mean, stderr = divergence.mean_over_windows(values, member)
+    mean, stderr = compared.mean_over_windows(values, member)
     assert mean == pytest.approx(values[member].mean().item(), abs=1e-6)
     again = [values[i][member[i]].mean().item() for i in torch.randint(60, (1000, 60), generator=draw)]
     assert stderr == pytest.approx(torch.tensor(again).std().item(), rel=0.15)
     assert stderr > 2 * (values[member].std() / member.sum() ** 0.5).item(), "tokens taken as independent"
-    assert divergence.mean_over_windows(values[:1], member[:1])[1] is None
+    assert compared.mean_over_windows(values[:1], member[:1])[1] is None
 
 
 @pytest.mark.usefixtures("plain_pages")
@@ -140,4 +140,4 @@ def test_a_run_records_it(tmp_path, capfd):
     assert 0 < pruned["evaluation/kl"] < pruned["evaluation/kl_p99"]
     assert "evaluation kl @16" in capfd.readouterr().out
     assert tiny.main(*tiny.flags(place, "--divergence", evaluate="none")) == 2
-    assert "--divergence, --damage" in capfd.readouterr().err
+    assert "--divergence: needs a text to compare on" in capfd.readouterr().err

@@ -9,8 +9,8 @@ import pytest
 import tiny
 
 from oneshot import models
+from oneshot.measure import task_list, tasks
 from oneshot.report import accuracy
-from oneshot.measure import tasks
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install lm-eval)")
 YAML = """task: letters
@@ -145,19 +145,19 @@ def test_a_group_keeps_its_documents_where_its_value_is_their_mean(tmp_path, loa
 
 
 def test_zeroshot7_has_the_papers_mean(tmp_path, loaded):
-    for i, name in enumerate(tasks.ZEROSHOT7):
+    for i, name in enumerate(task_list.ZEROSHOT7):
         path = write(tmp_path, name, [ROW | {"gold": (i + j) % 2, "query": "e" * i} for j in range(i + 2)])
     metrics, info, _ = tasks.evaluate(*loaded, ["zeroshot7"], task_path=path)
-    parts = [f"{name}/acc" for name in tasks.ZEROSHOT7]
+    parts = [f"{name}/acc" for name in task_list.ZEROSHOT7]
     assert metrics["zeroshot7/acc"] == pytest.approx(sum(metrics[p] for p in parts) / 7)
     assert info["zeroshot7/acc"]["stderr"] == pytest.approx(sum(info[p]["stderr"] ** 2 for p in parts) ** 0.5 / 7)
     assert info["zeroshot7/acc"]["chance"] == 0.5 and info["zeroshot7/acc"]["samples"] == sum(range(2, 9))
 
 
 def test_other_documents_are_another_run(tmp_path):
-    digests = [tasks.digest(["one"], write(tmp_path / folder, "one", rows)) for folder, rows in
+    digests = [task_list.digest(["one"], write(tmp_path / folder, "one", rows)) for folder, rows in
                (("a", [ROW]), ("b", [ROW]), ("c", [ROW | {"gold": 0}]))]
-    digests.append(tasks.digest(["one"], write(tmp_path / "d", "one", [ROW], doc_to_text="{{query}}!")))
+    digests.append(task_list.digest(["one"], write(tmp_path / "d", "one", [ROW], doc_to_text="{{query}}!")))
     assert digests[0] == digests[1] and len(set(digests)) == 3
 
 
@@ -208,6 +208,6 @@ def test_bad_input(tmp_path, place, capsys):
 
 def test_without_the_hub_it_says_so_at_once(monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(tasks.sources, "hub_away", lambda: "no route")
+    monkeypatch.setattr(task_list.sources, "hub_away", lambda: "no route")
     with pytest.raises(ValueError, match=r"--tasks boolq,rte.*no route.*--task-path"):
-        tasks.prepare(["zeroshot7"])
+        task_list.prepare(["zeroshot7"])

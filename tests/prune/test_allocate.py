@@ -1,4 +1,4 @@
-"""How much of each linear goes: the zeros of the uniform plan, and each way's own idea."""
+"""How much of each linear goes: the zeros of the uniform plan, and each method's own idea."""
 
 import dataclasses
 import json
@@ -10,11 +10,11 @@ import reference as ref
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import layer, moments_of
+from problems import layer, statistics_of
 
-from oneshot.prune import allocate
 from oneshot.calibrate.statistics import NEEDS
-from oneshot.prune.patterns import Dense, NM, Unstructured, count
+from oneshot.prune import allocate
+from oneshot.prune.patterns import NM, Dense, Unstructured, count
 
 EXAMPLES = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 UNSTRUCTURED = ["uniform", "arithmetic", "owl", "error"]
@@ -42,13 +42,13 @@ def zeros(plan, blocks):
     return sum(plan[name].zeros(*shape) for name, shape in flat(blocks).items())
 
 
-def way(name, **flags):
+def method(name, **flags):
     module = allocate.module(name)
     return module, module.Config(**flags)
 
 
 def curve(pattern, cfg, size):
-    """A measured curve: error = size * s², on the grid that the way itself takes."""
+    """A measured curve: error = size * s², on the grid that the method itself takes."""
     grid = np.linspace(*allocate.module("error").bounds(pattern, cfg), cfg.points).round(6).tolist()
     return {"sparsity": grid, "error": [size * s * s for s in grid]}
 
@@ -82,7 +82,7 @@ def test_names():
 
 @pytest.mark.parametrize("name", allocate.names())
 def test_module(name):
-    module, cfg = way(name)
+    module, cfg = method(name)
     assert module.__doc__ and module.needs <= NEEDS and bool(module.needs) == hasattr(module, "measure")
     assert cfg == module.Config() and hash(cfg) == hash(module.Config()) and cfg.__dataclass_params__.frozen
     for f in dataclasses.fields(cfg):
@@ -94,7 +94,7 @@ def test_module(name):
 @pytest.mark.parametrize("pattern", [Unstructured(0.5, "row"), Unstructured(0.7, "matrix"), Unstructured(0.6, 16)])
 def test_measured_on_a_model(name, pattern):
     """From weights and inputs to a plan: plain values, sound counts, whether or not all linears saw tokens."""
-    module, cfg = way(name)
+    module, cfg = method(name)
     blocks = model([(8, 40), (8, 40), (16, 24)], [(8, 40), (8, 40), (16, 24)])
     measured = {}
     for b, block in enumerate(blocks):
@@ -103,7 +103,7 @@ def test_measured_on_a_model(name, pattern):
             for i, (full, linear) in enumerate(block.items()):
                 W, X = (t.float() for t in layer(*linear.shape, 90, seed=10 * b + i))
                 if i != 1:
-                    linears[full] = (lambda W=W: W, moments_of(X, module.needs))
+                    linears[full] = (lambda W=W: W, statistics_of(X, module.needs))
             measured |= module.measure(linears, pattern, cfg)
     assert set(measured) == ({n for n in flat(blocks) if not n.endswith("1")} if module.needs else set())
     json.dumps(measured)
@@ -115,7 +115,7 @@ def test_measured_on_a_model(name, pattern):
 @pytest.mark.parametrize("name", ["arithmetic", "owl", "error"])
 @pytest.mark.parametrize("pattern", [NM(2, 4), Dense()], ids=str)
 def test_an_n_of_m_leaves_nothing_to_allocate(name, pattern):
-    module, cfg = way(name)
+    module, cfg = method(name)
     with pytest.raises(ValueError, match="--allocate: a pattern of"):
         module.plan({}, same_blocks(2), pattern, cfg)
 
@@ -126,7 +126,7 @@ def test_an_n_of_m_leaves_nothing_to_allocate(name, pattern):
     ("mix", {"also": "dense,nope"})])
 def test_flags_are_checked(name, flags):
     with pytest.raises(ValueError, match=f"--{name}.{next(iter(flags))}"):
-        way(name, **flags)
+        method(name, **flags)
 
 
 # --- meeting the target -------------------------------------------------------------------------------------
@@ -182,13 +182,13 @@ def test_few_decimals(k, n, sparsity):
     assert p.sparsity == sparsity and count(sparsity, n) == k
 
 
-# --- the ways -----------------------------------------------------------------------------------------------
+# --- the methods --------------------------------------------------------------------------------------------
 
 
 def test_arithmetic_is_an_arithmetic_progression():
     blocks, pattern = same_blocks(5, [(20, 1000), (7, 1000)]), Unstructured(0.6, "row")
     for slope in (0.2, -0.2):
-        plan = way("arithmetic")[0].plan({}, blocks, pattern, way("arithmetic", slope=slope)[1])
+        plan = method("arithmetic")[0].plan({}, blocks, pattern, method("arithmetic", slope=slope)[1])
         assert_met(plan, blocks, pattern)
         assert [plan[f"layers.{b}.0"].sparsity for b in range(5)] == \
             pytest.approx([0.6 + slope * (b / 4 - 0.5) for b in range(5)], abs=1e-3)
@@ -197,7 +197,7 @@ def test_arithmetic_is_an_arithmetic_progression():
 def test_arithmetic_is_cut_at_the_ends():
     """A slope beyond what the sparsity leaves room for: the others take over what the cut ones cannot."""
     blocks, pattern = same_blocks(3, [(10, 100)]), Unstructured(0.9, "matrix")
-    plan = way("arithmetic")[0].plan({}, blocks, pattern, way("arithmetic", slope=0.6)[1])
+    plan = method("arithmetic")[0].plan({}, blocks, pattern, method("arithmetic", slope=0.6)[1])
     assert_met(plan, blocks, pattern)
     assert plan["layers.2.0"].sparsity == 0.999  # one weight is left
 
@@ -213,7 +213,7 @@ def test_owl_against_its_formula():
     ratio = (D - D.min()) / (D.max() - D.min()) * spread * 2
     want = 1 - (ratio - ratio.mean() + 1 - s)
     blocks, pattern = same_blocks(4, [(20, 1000)]), Unstructured(s, "matrix")
-    plan = way("owl")[0].plan(outliers(blocks, D), blocks, pattern, way("owl")[1])
+    plan = method("owl")[0].plan(outliers(blocks, D), blocks, pattern, method("owl")[1])
     assert [p.sparsity for p in plan.values()] == pytest.approx(want, abs=1e-4)
     assert_met(plan, blocks, pattern)
 
@@ -221,12 +221,12 @@ def test_owl_against_its_formula():
 def test_owl_measures_the_share_above_the_blocks_mean():
     """Two linears of one block, of very different scale: judged by their common mean."""
     cases = [layer(6, 40, 90), layer(9, 20, 90, seed=1)]
-    linears = {str(i): (lambda W=W, f=f: f * W, moments_of(X, {"sum_sq"}))
+    linears = {str(i): (lambda W=W, f=f: f * W, statistics_of(X, {"sum_sq"}))
                for i, ((W, X), f) in enumerate(zip(cases, (1.0, 5.0), strict=True))}
     scores = [f * ref.wanda_score(W, X) for (W, X), f in zip(cases, (1.0, 5.0), strict=True)]
     mean = torch.cat([S.flatten() for S in scores]).mean()
     for M in (1.0, 2.0, 5.0):
-        module, cfg = way("owl", outlier=M)
+        module, cfg = method("owl", outlier=M)
         assert module.measure(linears, Unstructured(0.5, "row"), cfg) == {
             str(i): {"outliers": int(S.gt(M * mean).sum()), "weights": S.numel()} for i, S in enumerate(scores)}
 
@@ -235,7 +235,7 @@ def test_owl_block_without_tokens_is_like_the_others():
     blocks, pattern = same_blocks(3, [(20, 1000)]), Unstructured(0.5, "matrix")
     measured = outliers(blocks, [0.0, 0.3, 0.1])
     del measured["layers.1.0"]
-    plan = way("owl")[0].plan(measured, blocks, pattern, way("owl")[1])
+    plan = method("owl")[0].plan(measured, blocks, pattern, method("owl")[1])
     assert [p.sparsity for p in plan.values()] == pytest.approx([0.58, 0.5, 0.42])
 
 
@@ -243,7 +243,7 @@ def test_owl_block_without_tokens_is_like_the_others():
 @pytest.mark.parametrize("n", [1, 3])
 def test_equal_measurements_are_the_uniform_plan(name, n):
     """Max = min, and a single block; also when nothing was measured."""
-    module, cfg = way(name, **BLIND_TO_DEPTH[name])
+    module, cfg = method(name, **BLIND_TO_DEPTH[name])
     pattern = Unstructured(0.6, "row")
     blocks = same_blocks(n, [(20, 30), (10, 57)])
     measured = outliers(blocks, [0.02] * n) if name == "owl" else dict.fromkeys(flat(blocks), curve(pattern, cfg, 0.4))
@@ -255,7 +255,7 @@ def test_equal_measurements_are_the_uniform_plan(name, n):
 @settings(EXAMPLES, max_examples=15)
 @given(st.permutations(range(5)), st.integers(0, 100), SHARES, GROUPS)
 def test_order_of_the_blocks_does_not_matter(name, order, seed, sparsity, group):
-    module, cfg = way(name, **BLIND_TO_DEPTH[name])
+    module, cfg = method(name, **BLIND_TO_DEPTH[name])
     pattern, values = Unstructured(sparsity, group), np.random.default_rng(seed).uniform(0.01, 0.1, 5)
     blocks = model(*[[(20, 40)]] * 5)
     names = list(flat(blocks))
@@ -271,14 +271,14 @@ def test_order_of_the_blocks_does_not_matter(name, order, seed, sparsity, group)
 
 def test_more_outliers_and_steeper_errors_lose_less():
     blocks, pattern, values = same_blocks(4, [(30, 100)]), Unstructured(0.6, "matrix"), [0.3, 0.34, 0.32, 0.36]
-    module, cfg = way("owl")
+    module, cfg = method("owl")
     for plan in (module.plan(outliers(blocks, values), blocks, pattern, cfg),
                  error_plan(blocks, pattern, values, spread=0.2)):
         assert sorted(plan, key=lambda n: plan[n].sparsity) == [f"layers.{b}.0" for b in (3, 1, 2, 0)]
 
 
 def error_plan(blocks, pattern, values, **flags):
-    module, cfg = way("error", **{"early": 1.0, **flags})
+    module, cfg = method("error", **{"early": 1.0, **flags})
     measured = {name: curve(pattern, cfg, v) for name, v in zip(flat(blocks), values, strict=True)}
     return module.plan(measured, blocks, pattern, cfg)
 
@@ -299,7 +299,7 @@ def test_error_beats_the_uniform_plan_on_its_own_objective(seed):
     """Convex curves of any shape: Σ n e(s) is never above the uniform plan's."""
     rng = np.random.default_rng(seed)
     blocks, pattern = model(*[[(int(r), int(c))] for r, c in rng.integers(10, 60, (6, 2))]), Unstructured(0.5, "matrix")
-    module, cfg = way("error", spread=0.2, early=1.0)
+    module, cfg = method("error", spread=0.2, early=1.0)
     grid = curve(pattern, cfg, 1.0)["sparsity"]
     scale, power = rng.uniform(0.1, 1, 6), rng.uniform(1.5, 4, 6)
     measured = {n: {"sparsity": grid, "error": [a * s**p for s in grid]}
@@ -328,8 +328,8 @@ def test_error_of_a_curve_that_is_not_convex():
 def test_error_curve_is_the_reference_error():
     """On the tokens of the sample, by Wanda's mask in the pattern's group."""
     W, X = layer(6, 40, 90)
-    module, cfg = way("error", points=3, spread=0.1)
-    statistics = moments_of(X, module.needs)
+    module, cfg = method("error", points=3, spread=0.1)
+    statistics = statistics_of(X, module.needs)
     measured = module.measure({"x": (lambda: W, statistics)}, Unstructured(0.5, "row"), cfg)["x"]
     assert measured["sparsity"] == [0.4, 0.5, 0.6]
     G = ref.gram(statistics.sample)
@@ -344,7 +344,7 @@ def test_the_law_holds_for_sensitivity_too(tmp_path, group):
     rows = [{"name": n, "loss_increase": 0.1 * R * C, "weights": R * C} for n, (R, C) in flat(blocks).items()]
     file = tmp_path / "record.json"
     file.write_text(json.dumps({"sensitivity": rows, "model": {"fingerprint": "x"}}))
-    module, cfg = way("sensitivity", record=str(file))
+    module, cfg = method("sensitivity", record=str(file))
     plan = module.plan({}, blocks, pattern, cfg)
     assert_met(plan, blocks, pattern)
     spread = group != 1  # steps of 235, 280 and 54 weights: no other plan near this one comes within 13
@@ -356,7 +356,7 @@ def test_the_law_holds_for_sensitivity_too(tmp_path, group):
 
 def mixed(blocks, errors, **flags):
     """The plan for 2:4 and what else the flags name, from one error for each candidate of each linear."""
-    module, cfg = way("mix", **flags)
+    module, cfg = method("mix", **flags)
     measured = {name: {str(p): e for p, e in zip(module.candidates(NM(2, 4), cfg), es, strict=True)}
                 for name, es in zip(flat(blocks), errors, strict=True)}
     return module.plan(measured, blocks, NM(2, 4), cfg)
@@ -387,7 +387,7 @@ def test_mix_is_within_budget_and_near_the_best(seed, budget):
     errors[:, 2] = 0
     flags = {"also": "6:8,dense", "budget": budget}
     plan = mixed(blocks, errors.tolist(), **flags)
-    module, cfg = way("mix", **flags)
+    module, cfg = method("mix", **flags)
     possible, shapes = module.candidates(NM(2, 4), cfg), list(flat(blocks).values())
     n = [R * C for R, C in shapes]
 
@@ -406,10 +406,10 @@ def test_mix_is_within_budget_and_near_the_best(seed, budget):
 
 def test_mix_on_a_model():
     """Measured; a width that 4 does not divide can only stay dense, the reference's errors otherwise."""
-    module, cfg = way("mix", budget=0.8, also="4:8,dense")
+    module, cfg = method("mix", budget=0.8, also="4:8,dense")
     blocks = model([(6, 40), (6, 40)], [(9, 30)])
     problems = {name: layer(*shape, 90, seed=i) for i, (name, shape) in enumerate(flat(blocks).items())}
-    linears = {name: (lambda W=W: W, moments_of(X, module.needs)) for name, (W, X) in problems.items()}
+    linears = {name: (lambda W=W: W, statistics_of(X, module.needs)) for name, (W, X) in problems.items()}
     measured = module.measure(linears, NM(2, 4), cfg)
     json.dumps(measured)
     W, X = problems["layers.0.0"]
@@ -436,7 +436,7 @@ def test_mix_counts_each_linear_in_its_own_dtype():
 def test_mix_refuses_what_cannot_be():
     with pytest.raises(ValueError, match=r"--mix.budget 0.5: the smallest choice of patterns takes 0.5625"):
         mixed(same_blocks(2, [(16, 64)]), [(0.2, 0.0)] * 2, budget=0.5)
-    module, cfg = way("mix", also="4:8")
+    module, cfg = method("mix", also="4:8")
     with pytest.raises(ValueError, match=r"--mix.also 4:8: layers.0.0 \(3x30\) can have none"):
         module.plan({}, model([(3, 30)]), NM(2, 4), cfg)
 
