@@ -269,7 +269,7 @@ def check_dtypes(entries: dict[str, Entry], model: nn.Module, said: str) -> None
     converted while loading, and are not the weights without their scales."""
     for name, (_, dtype) in will_save(model).items():
         if dtype.is_floating_point and name in entries and entries[name].dtype not in FLOATS:
-            raise ValueError(f"{said}: {name} is stored as {entries[name].dtype}, which is no floating-point weight; give "
+            raise ValueError(f"{said}: {name} is stored as {entries[name].dtype}, no floating-point weight; give "
                              "the unquantised checkpoint")
 
 
