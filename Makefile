@@ -3,8 +3,12 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+OLDEST ?= python3.10
+NEWEST ?= python3.13
+CORE   := tests/test_layers.py $(patsubst %,tests/%,calibrate checkpoint/test_folder.py data pipeline report/test_report.py \
+          settings $(patsubst %,prune/test_%.py,patterns solvers linalg))
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check core pythons bench clean
 
 $(STAMP): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,6 +24,13 @@ test: $(STAMP)   ## the whole suite, two files at a time
 check: $(STAMP)  ## ruff, then the suite
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+core: $(STAMP)   ## the part of the suite that needs little time
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(CORE)
+
+pythons:         ## the core on the oldest and the newest Python, each in an environment of its own (3 to 6 GB)
+	$(MAKE) core PYTHON=$(OLDEST) VENV=build/oldest
+	$(MAKE) core PYTHON=$(NEWEST) VENV=build/newest
 
 bench: $(STAMP)  ## this program against the published way, on this machine
 	$(BIN)/python scripts/bench_prune.py

@@ -27,5 +27,5 @@ def shared_path(*parts):
 
 @pytest.fixture(scope="session")
 def shared():
-    """`shared("golden", "x.json")`: a path under the folder `shared`; without it the test is skipped."""
+    """`shared("data", "x.json")`: a path under the folder `shared`; without it the test is skipped."""
     return shared_path

@@ -1,10 +1,11 @@
-"""Who may import whom: the picture in the architecture, checked by reading the imports of every module.
+"""Who may import whom: a folder is a stage, and imports go only to earlier stages. Read off every module's imports.
 
-A new module of oneshot gets a line in MAY; a new file in a folder needs none.
+A new stage gets its place in STAGES; a new file in a folder needs nothing.
 """
 
 import ast
 import functools
+import importlib
 import sys
 from pathlib import Path
 
@@ -12,37 +13,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-BASE = {"patterns", "statistics", "environment", "config", "perturb"}  # 0
-MATHS = {"linalg", "solvers", "allocate"}  # 1
-DATA = {"models", "data", "sources", "capture", "collect", "texts"}  # 2
-PRUNE = {"loop", "health", "structured", "recovery"}  # 3
-SHOW = {"accuracy", "evaluate", "export", "packed", "report", "tables", "task_table", "page", "drawing",  # 4
-        "figures", "frontier"}
-STORY = {"__init__", "__main__", "api", "checks", "cli", "run", "measure", "summary", "presets", "verify",  # 5
-         "generate", "compare"}
-FOR_SOLVERS = frozenset({"patterns", "statistics", "linalg"})
-ALL = BASE | MATHS | DATA | PRUNE | SHOW | STORY | {"demo"}
-
-MAY = {  # part of oneshot: the parts it may import, itself always included
-    **dict.fromkeys(BASE | {"demo"}, frozenset()), "config": {"patterns"},
-    **dict.fromkeys(MATHS, FOR_SOLVERS), **dict.fromkeys(DATA | PRUNE, BASE | MATHS | DATA),
-    "loop": BASE | MATHS | DATA | {"health"},
-    "evaluate": BASE | MATHS | DATA | {"loop"}, "packed": BASE | MATHS | DATA,
-    "export": BASE | MATHS | DATA | {"packed", "report", "page"},
-    "accuracy": set(), "report": {"accuracy"}, "tables": {"accuracy", "report"},
-    "task_table": {"accuracy", "report", "tables"}, "drawing": {"report"},
-    "figures": {"accuracy", "report", "drawing"}, "frontier": {"report", "drawing", "figures"},
-    "page": {"accuracy", "report", "drawing", "figures", "frontier", "tables", "task_table"},
-    **dict.fromkeys(STORY, ALL),
-}
-ALONE = {"solvers", "allocate"}  # folders whose files do not import each other
-ONLY_IN = {
-    "transformers": {"models", "packed"},  # packed is a format that transformers itself loads
-    "datasets": {"sources"},
-    "oneshot_kernels": {"export", "packed"} | STORY,
+STAGES = ("runtime", "models", "data", "calibrate", "prune", "structured", "quantise", "heal", "measure", "settings",
+          "checkpoint", "report", "pipeline")
+METHODS = ("prune.solvers", "prune.allocate", "heal", "measure")  # `names()` of these lists files that stand alone
+PURE = {"runtime.flag", "calibrate.statistics", "prune.patterns", "prune.linalg"}  # all that solvers and allocations see
+ONLY_IN = {  # library: the stages, or the one file, that know it
+    "transformers": {"models", "checkpoint.packed"},  # packed is a format that transformers itself loads
+    "datasets": {"data.sources"},
+    "lm_eval": {"measure"},
+    "matplotlib": {"report.figures"},
+    "jinja2": {"report.page"},
+    "oneshot_kernels": {"checkpoint", "pipeline"},
 }
 INSIDE_FUNCTIONS = {"lm_eval", "matplotlib", "datasets"}  # optional or slow to import
-NO_TORCH = {"accuracy", "report", "tables", "task_table", "page", "drawing", "figures", "frontier"}
 KERNELS_MAY = {"torch", "triton", "oneshot_kernels"}
 
 
@@ -66,6 +49,8 @@ def imports(name, source, known):
     def walk(node, inside):
         for child in ast.iter_child_nodes(node):
             line = getattr(child, "lineno", 0)
+            if isinstance(child, ast.If) and getattr(child.test, "id", "") == "TYPE_CHECKING":
+                continue  # never run
             if isinstance(child, ast.Import):
                 found.extend((alias.name, inside, line) for alias in child.names)
             elif isinstance(child, ast.ImportFrom):
@@ -87,107 +72,123 @@ def imports(name, source, known):
     return found
 
 
-def part_of(dotted):
-    """"solvers" of oneshot.solvers.wanda; "__init__" of oneshot itself."""
-    return [*dotted.split("."), "__init__"][1]
+def within(target, place):
+    """Whether a dotted name below oneshot is a place or lies in it."""
+    return target == place or target.startswith(f"{place}.")
+
+
+def stage_of(name):
+    """"prune" of oneshot.prune.solvers.wanda; "" of oneshot itself and the thin modules on top."""
+    parts = name.split(".")
+    return parts[1] if len(parts) > 2 else ""
+
+
+def stands_alone(name):
+    """The package of methods that a module is one of, or None."""
+    package = next((p for p in METHODS if within(name.removeprefix("oneshot."), p)), None)
+    if not package or name.endswith("__init__"):
+        return None
+    found = importlib.import_module(f"oneshot.{package}").names()
+    methods = sum(found.values(), []) if isinstance(found, dict) else found
+    return package if name.rpartition(".")[2] in methods else None
+
+
+def forbidden(name, target, inside, scripts):
+    """Why the module `name` must not import `target`, or None."""
+    root, here, there = target.split(".")[0], name.partition(".")[2], target.partition(".")[2]
+    if root == "scripts" or root in scripts:
+        return "nobody imports scripts"
+    if name.startswith("oneshot_kernels"):
+        stranger = root not in KERNELS_MAY and root not in sys.stdlib_module_names
+        return "kernels know torch and triton only" if stranger else None
+    if root != "oneshot":
+        if root in ONLY_IN and not any(within(here, place) for place in ONLY_IN[root]):
+            return f"only in {', '.join(sorted(ONLY_IN[root]))}"
+        return "only inside the function that needs it" if root in INSIDE_FUNCTIONS and not inside else None
+    stage, other = stage_of(name), stage_of(f"{target}.x")
+    if not stage or not other:
+        return None  # what stands on top of the stages, or the bare package with its version
+    if STAGES.index(other) > STAGES.index(stage):
+        return f"{other} comes after {stage}"
+    pure = next((p for p in ("prune.solvers", "prune.allocate") if within(here, p)), None)
+    if pure and there != pure and not within(there, pure) and there not in PURE:
+        return f"solvers and allocations see {', '.join(sorted(PURE))} only"
+    if (package := stands_alone(target)) and within(here, package) and target != name:
+        return "methods do not import each other"
+    return None
 
 
 def breaches(files, known, scripts=()):
-    """One line for each import in `files` {dotted name: source} that the picture does not allow."""
+    """One line for each import in `files` {dotted name: source} that the house does not allow."""
     found = []
     for name, source in files.items():
-        top, part = name.split(".")[0], part_of(name)
-        if top == "oneshot" and part not in MAY:
-            found.append(f"{name}: has no place in the picture yet, give it a line in MAY")
+        if name.startswith("oneshot.") and stage_of(name) not in ("", "demo", *STAGES):
+            found.append(f"{name}: its folder has no place in STAGES yet")
             continue
         for target, inside, line in imports(name, source, known):
-            why = forbidden(name, top, part, target, inside, scripts)
-            if why:
+            if why := forbidden(name, target, inside, scripts):
                 found.append(f"{name}:{line} imports {target}: {why}")
     return found
 
 
-def forbidden(name, top, part, target, inside, scripts):
-    """Why the module `name` must not import `target`, or None."""
-    root = target.split(".")[0]
-    if root == "scripts" or root in scripts:
-        return "nobody imports scripts"
-    if top == "oneshot_kernels":
-        stranger = root not in KERNELS_MAY and root not in sys.stdlib_module_names
-        return "kernels know torch and triton only" if stranger else None
-    if root == "oneshot":
-        other = part_of(target)
-        if other not in (part, "__init__") and other not in MAY[part]:
-            return f"{part} may import {', '.join(sorted(MAY[part])) or 'no part of oneshot'}"
-        own_folder = f"oneshot.{part}"
-        if part in ALONE and other == part and target not in (own_folder, f"{own_folder}.__init__", name):
-            return f"{part} do not import each other"
-        return None
-    if part not in ONLY_IN.get(root, {part}):
-        return f"only in {', '.join(sorted(ONLY_IN[root]))}"
-    if root in INSIDE_FUNCTIONS and not inside:
-        return "only inside the function that needs it"
-    if root == "torch" and part in NO_TORCH:
-        return f"{part} needs no torch"
-    if part in BASE | MATHS and root not in {"torch", "numpy"} and root not in sys.stdlib_module_names:
-        return "torch, numpy and the standard library only"
-    return None
-
-
-def test_the_picture_holds():
-    scripts = {p.stem for p in (ROOT / "scripts").glob("*.py")}
+def test_imports_go_only_to_earlier_stages():
+    scripts = {p.stem for p in (ROOT / "scripts").rglob("*.py")}
     assert not (found := breaches(sources(), sources(), scripts)), "\n".join(found)
+
+
+def test_every_folder_is_a_stage():
+    folders = {p.name for p in (ROOT / "oneshot").iterdir() if p.is_dir() and any(p.glob("*.py"))}
+    assert folders - {"demo"} <= set(STAGES)
+    assert [s for s in STAGES if s in folders] and not (ROOT / "kernels" / "__init__.py").exists()  # see architecture
 
 
 def test_there_is_something_to_check():
     files = sources()
-    assert {"oneshot.patterns", "oneshot.solvers.wanda", "oneshot.loop", "oneshot_kernels.ops"} <= set(files)
-    assert not (ROOT / "kernels" / "__init__.py").exists()  # it would shadow PyPI's `kernels`
-    assert {t for t, _, _ in imports("oneshot.solvers.wanda", files["oneshot.solvers.wanda"], files)} >= \
-        {"torch", "oneshot.patterns", "oneshot.solvers"}
+    assert {"oneshot.prune.patterns", "oneshot.prune.solvers.wanda", "oneshot_kernels.ops"} <= set(files)
+    assert {t for t, _, _ in imports("oneshot.prune.solvers.wanda", files["oneshot.prune.solvers.wanda"], files)} >= \
+        {"torch", "oneshot.prune.patterns", "oneshot.prune.solvers"}
 
 
-def test_reports_can_be_made_where_torch_is_not_installed():
-    """Also through what they import while they are loaded."""
-    files = sources()
-    reached, waiting = set(), [*(f"oneshot.{part}" for part in NO_TORCH), "oneshot.__init__"]
-    while waiting:
-        name = waiting.pop()
-        if name not in reached:
-            reached.add(name)
-            found = [target for target, inside, _ in imports(name, files.get(name, ""), files) if not inside]
-            assert "torch" not in {t.split(".")[0] for t in found}, f"{name} imports torch"
-            waiting += [t if t in files else f"{t}.__init__" for t in found if t.startswith("oneshot")]
+def test_files_and_functions_stay_small():
+    """No file above 300 lines; no function above seven parameters where the contracts are."""
+    long = [f"{p.relative_to(ROOT)}: {n} lines" for folder in ("oneshot", "kernels", "scripts")
+            for p in (ROOT / folder).rglob("*.py") if (n := len(p.read_text(encoding="utf-8").splitlines())) > 300]
+    assert not long, "\n".join(long)
+    many = []
+    for name, source in sources().items():
+        if stage_of(name) in ("prune", "calibrate", "heal", "pipeline"):
+            for node in ast.walk(ast.parse(source)):
+                if isinstance(node, ast.FunctionDef):
+                    given = [a.arg for a in node.args.posonlyargs + node.args.args + node.args.kwonlyargs]
+                    if len([a for a in given if a not in ("self", "cls")]) > 7:
+                        many.append(f"{name}.{node.name}: {len(given)} parameters")
+    assert not many, "\n".join(many)
 
 
 @pytest.mark.parametrize("name, source, why", [
-    ("oneshot.patterns", "from .config import RunConfig", "no part of oneshot"),
-    ("oneshot.patterns", "import scipy", "standard library only"),
-    ("oneshot.statistics", "from . import patterns", "no part of oneshot"),
-    ("oneshot.linalg", "from .solvers import Solution, wanda", "linalg may import"),
-    ("oneshot.solvers.wanda", "from . import magnitude", "do not import each other"),
-    ("oneshot.solvers.wanda", "from .magnitude import prune", "do not import each other"),
-    ("oneshot.solvers.wanda", "import oneshot.models", "solvers may import"),
-    ("oneshot.solvers.wanda", "def f():\n    from ..config import RunConfig", "solvers may import"),
-    ("oneshot.solvers.wanda", "from .. import loop, patterns", "solvers may import"),
-    ("oneshot.allocate", "from .solvers import wanda", "allocate may import"),
-    ("oneshot.capture", "from transformers import AutoConfig", "only in models"),
-    ("oneshot.models", "from . import loop", "models may import"),
-    ("oneshot.loop", "import oneshot.export as e", "loop may import"),
-    ("oneshot.loop", "importlib.import_module('oneshot.report')", "loop may import"),
-    ("oneshot.recovery.block", "from ..loop import prune_model", "recovery may import"),
-    ("oneshot.evaluate.tasks", "import lm_eval", "inside the function"),
-    ("oneshot.evaluate.tasks", "def f():\n    import datasets", "only in sources"),
-    ("oneshot.sources", "import datasets", "inside the function"),
-    ("oneshot.figures", "class A:\n    from matplotlib import pyplot", "inside the function"),
-    ("oneshot.report", "def f():\n    import torch.nn as nn", "no torch"),
-    ("oneshot.report", "from . import figures", "report may import"),
-    ("oneshot.page", "from .patterns import parse", "page may import"),
-    ("oneshot.evaluate.speed", "import oneshot_kernels", "only in"),
-    ("oneshot.run", "import scripts.bench", "nobody imports scripts"),
-    ("oneshot.run", "import bench_prune", "nobody imports scripts"),
-    ("oneshot.newcomer", "", "MAY"),
-    ("oneshot_kernels.ops", "from oneshot import patterns", "torch and triton only"),
+    ("oneshot.prune.patterns", "from ..settings.config import RunConfig", "settings comes after prune"),
+    ("oneshot.models.weights", "from .. import calibrate", "calibrate comes after models"),
+    ("oneshot.prune.solvers.wanda", "from . import magnitude", "do not import each other"),
+    ("oneshot.prune.solvers.wanda", "from .magnitude import prune", "do not import each other"),
+    ("oneshot.prune.solvers.wanda", "import oneshot.models", "solvers and allocations see"),
+    ("oneshot.prune.solvers.wanda", "def f():\n    from ...runtime.files import sync", "solvers and allocations see"),
+    ("oneshot.prune.solvers.wanda", "from .. import loop, patterns", "solvers and allocations see"),
+    ("oneshot.prune.allocate.owl", "from ..solvers import wanda", "solvers and allocations see"),
+    ("oneshot.prune.loop", "import oneshot.checkpoint.folder as e", "checkpoint comes after prune"),
+    ("oneshot.prune.loop", "importlib.import_module('oneshot.report')", "report comes after prune"),
+    ("oneshot.heal.block", "from .distil import LOGITS", "do not import each other"),
+    ("oneshot.measure.damage", "from .divergence import metrics", "do not import each other"),
+    ("oneshot.calibrate.activations", "from transformers import AutoConfig", "only in"),
+    ("oneshot.measure.tasks", "import lm_eval", "inside the function"),
+    ("oneshot.measure.tasks", "def f():\n    import datasets", "only in data.sources"),
+    ("oneshot.data.sources", "import datasets", "inside the function"),
+    ("oneshot.report.figures.depth", "class A:\n    from matplotlib import pyplot", "inside the function"),
+    ("oneshot.report.tables", "def f():\n    import matplotlib", "only in report.figures"),
+    ("oneshot.measure.speed", "import oneshot_kernels", "only in"),
+    ("oneshot.pipeline.run", "import scripts.bench", "nobody imports scripts"),
+    ("oneshot.pipeline.run", "import bench_prune", "nobody imports scripts"),
+    ("oneshot.newcomer.a", "", "STAGES"),
+    ("oneshot_kernels.ops", "from oneshot.prune import patterns", "torch and triton only"),
     ("oneshot_kernels.ops", "def f():\n    import transformers", "torch and triton only"),
 ])
 def test_a_breach_is_found(name, source, why):
@@ -196,12 +197,13 @@ def test_a_breach_is_found(name, source, why):
 
 
 @pytest.mark.parametrize("name, source", [
-    ("oneshot.solvers.refit", "import torch\nfrom . import Solution\nfrom ..linalg import upper_factor"),
-    ("oneshot.solvers.refit", "from oneshot.solvers import Solution\nfrom oneshot import patterns"),
-    ("oneshot.figures", "from . import report\ndef f():\n    import matplotlib.figure"),
-    ("oneshot.export", "from . import __version__, models\nimport oneshot_kernels"),
-    ("oneshot.evaluate.tasks", "from . import perplexity\nfrom .. import models"),
-    ("oneshot.run", "from . import loop, models\nfrom .evaluate.perplexity import perplexity"),
+    ("oneshot.prune.solvers.refit", "import torch\nfrom . import Solution\nfrom ..linalg import upper_factor"),
+    ("oneshot.prune.solvers.refit", "from oneshot.prune.solvers import Solution\nfrom ...runtime.flag import flag"),
+    ("oneshot.report.figures.depth", "from .. import columns\ndef f():\n    import matplotlib.figure"),
+    ("oneshot.checkpoint.folder", "from .. import __version__, models\nimport oneshot_kernels"),
+    ("oneshot.measure.tasks", "from . import losses\nfrom .. import models"),
+    ("oneshot.pipeline.run", "from ..prune import loop\nfrom ..measure.perplexity import perplexity"),
+    ("oneshot.__main__", "from .pipeline.run import main"),
     ("oneshot_kernels.ops", "import torch, triton, os\nfrom . import dispatch\nfrom .reference import pack"),
 ])
 def test_what_is_allowed_passes(name, source):

@@ -8,6 +8,7 @@
 
 from .activations import (
     Activations,
+    Wait,
     batches,
     capture,
     forward,
@@ -18,8 +19,8 @@ from .activations import (
     tail,
     tree_map,
 )
-from .collect import collect
+from .collect import Limits, collect
 from .statistics import NEEDS, SAMPLE, Statistics
 
-__all__ = ["NEEDS", "SAMPLE", "Activations", "Statistics", "batches", "capture", "collect", "forward", "logits",
-           "logits_to_keep", "replay", "slices_logits", "tail", "tree_map"]
+__all__ = ["NEEDS", "SAMPLE", "Activations", "Limits", "Statistics", "Wait", "batches", "capture", "collect", "forward",
+           "logits", "logits_to_keep", "replay", "slices_logits", "tail", "tree_map"]

@@ -23,6 +23,14 @@ from torch import nn
 from .. import models
 
 
+@dataclass(frozen=True)
+class Wait:
+    """Where and as what hidden states wait between blocks; None: on the device, as computed."""
+
+    place: str | torch.device | None = None
+    dtype: torch.dtype | None = None
+
+
 @dataclass
 class Activations:
     """All batches on their way through the blocks.
@@ -97,17 +105,16 @@ def stubbed(block_list, stubs):
 
 @torch.no_grad()
 def capture(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None, *, batch_size: int,
-            held_out: Sequence[int] = (), device: str | torch.device = "cpu", place: str | torch.device | None = None,
-            dtype: torch.dtype | None = None) -> Activations:
-    """Activations of the model on ids int64 (n, T), mask bool (n, T) or None: the inputs of block 0, every block's call.
+            held_out: Sequence[int] = (), device: str | torch.device = "cpu", wait: Wait | None = None) -> Activations:
+    """The model's Activations on ids int64 (n, T), mask bool (n, T) or None: block 0's inputs, and every block's call.
 
-    held_out: numbers of the windows whose batches are marked so. place, dtype: where and as what hidden states wait
-    between blocks (default: on the device, as computed).
+    held_out: numbers of the windows whose batches are marked so. wait: where and as what hidden states wait between
+    blocks (default: on the device, as computed).
     """
     _, block_list = models.blocks(model)
-    inner, device = models.decoder(model), torch.device(device)
-    activations = Activations(device, torch.device(place or device), dtype, returns_tuple(model, ids, device),
-                    [[] for _ in block_list])
+    inner, device, wait = models.decoder(model), torch.device(device), wait or Wait()
+    activations = Activations(device, torch.device(wait.place or device), wait.dtype,
+                              returns_tuple(model, ids, device), [[] for _ in block_list])
     intern, first = _Intern(), []
 
     def record(b, args, kwargs):

@@ -3,8 +3,9 @@
 A method is a module with
 
     Config       a frozen dataclass: its flags, each made by `runtime.flag.flag`
-    check_model  (model, cfg, device): raise ValueError naming the flag where the model or the device does not allow it
     Heal         the method at work on one run: a subclass of `heal.Heal` that overrides the stages it takes part in
+    check_model  (model, cfg, device), where needed: raise ValueError naming the flag where the model or the device does
+                 not allow it
 
 Stages, in the order in which they come; each returns plain values for the record, with `warnings`, a list of str, for
 every weaker path taken:
@@ -77,7 +78,11 @@ def stages(method: ModuleType) -> list[str]:
 
 
 def check_order(methods: list[ModuleType], text: str) -> None:
-    """Raise ValueError naming `--heal` where a method for single blocks stands behind one for the whole model."""
+    """Raise ValueError naming `--heal` where a method for single blocks stands behind one for the whole model, or one
+    stands there twice: settings and record have one place for each."""
+    if len(set(methods)) < len(methods):
+        once = ",".join(dict.fromkeys(m.__name__.rsplit(".", 1)[-1] for m in methods))
+        raise ValueError(f"--heal {text}: each method once: --heal {once}")
     whole = ["after_block" not in stages(m) for m in methods]
     if whole != sorted(whole):
         right = ",".join(m.__name__.rsplit(".", 1)[-1] for m in sorted(methods, key=lambda m: "after_block"

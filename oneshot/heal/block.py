@@ -27,7 +27,7 @@ from ..calibrate import Activations
 from ..models import Block
 from ..runtime.flag import flag
 from . import Heal as Base
-from .train import Trainable, check, fit, mean
+from .train import Trainable, check, distance, fit, mean
 
 UNITS = ("block", "parts")
 
@@ -101,17 +101,6 @@ class Heal(Base):
             after = before
         return {"steps": attention["steps"] + mlp["steps"], "held_out_before": before, "held_out_after": after,
                 "parts": parts, "warnings": warnings}
-
-
-def distance(block: Block, activations: Activations, targets: list[torch.Tensor]):
-    """The loss: a function that gives its value on batch i."""
-    def loss(i):
-        out = calibrate.forward(block.module, activations, block.number, i).float()
-        Y, X = (t.to(activations.device).float() for t in (targets[i], activations.hidden[i]))
-        if activations.rows[i] is not None:
-            out, Y, X = (t.reshape(-1, t.shape[-1])[activations.rows[i]] for t in (out, Y, X))
-        return (out - Y).square().sum() / (Y - X).square().sum()
-    return loss
 
 
 @torch.enable_grad()

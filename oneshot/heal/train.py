@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import nn
 
+from .. import calibrate
+from ..calibrate import Activations
+from ..models import Block
 from ..runtime.proof import prove
 
 SHARE = 10  # one window in so many is held out
@@ -166,3 +169,17 @@ def mean(loss: Callable[[int], torch.Tensor], batches: Sequence[int]) -> float |
     """Mean loss over batches, a float; None of nothing."""
     with torch.no_grad():
         return sum(float(loss(i)) for i in batches) / len(batches) if batches else None
+
+
+def distance(block: Block, activations: Activations, targets: list[torch.Tensor]) -> Callable[[int], torch.Tensor]:
+    """A block's loss: a function that gives ‖block(X) - Y‖² / ‖Y - X‖² of batch i, over the tokens that are no padding.
+
+    X: the activations at the block. Y: targets, one (B, T, H) a batch.
+    """
+    def loss(i):
+        out = calibrate.forward(block.module, activations, block.number, i).float()
+        Y, X = (t.to(activations.device).float() for t in (targets[i], activations.hidden[i]))
+        if activations.rows[i] is not None:
+            out, Y, X = (t.reshape(-1, t.shape[-1])[activations.rows[i]] for t in (out, Y, X))
+        return (out - Y).square().sum() / (Y - X).square().sum()
+    return loss

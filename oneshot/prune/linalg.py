@@ -39,7 +39,8 @@ def upper_factor(statistics, damping, dtype):
 
     Raises NumericalError when nothing helps.
     """
-    V, dead, info = statistics.derived(("upper_factor", damping, dtype), lambda: _upper_factor(statistics.G, damping, dtype))
+    V, dead, info = statistics.derived(("upper_factor", damping, dtype),
+                                       lambda: _upper_factor(statistics.G, damping, dtype))
     return V, dead, {**info, "warnings": list(info["warnings"])}  # each linear's record its own: callers take it apart
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .. import calibrate, models
-from ..calibrate import Statistics
+from ..calibrate import Limits, Statistics
 from ..models import Block, Weight
 from . import linear
 from .job import Job, Result, Rows, skipped_rows
@@ -38,7 +38,7 @@ def dense_pass(model: nn.Module, ids: torch.Tensor | None, mask: torch.Tensor | 
                 continue
             while remaining:
                 statistics, deferred, _ = calibrate.collect(block.module, activations, block.number, remaining, needs,
-                                                            budget=options.gram_bytes)
+                                                            limits=Limits(options.gram_bytes))
                 waiting = {w.name for w in deferred}
                 yield block, [w for w in remaining if w.name not in waiting], statistics
                 remaining = deferred

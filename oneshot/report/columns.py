@@ -12,14 +12,11 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
+from ..settings.config import PARTS
+from ..settings.known import tells_apart
 from . import accuracy
 
-# Settings that say where a run goes or what is measured after it, not what was done to the model.
-ELSEWHERE = {"model", "method", "preset", "pattern", "save", "overwrite", "results", "cache_dir", "device", "format",
-             "tasks", "task_path", "task_limit", "evaluate", "eval_seqlen", "eval_windows", "eval_batch_size",
-             "prompts", "robustness", "divergence", "damage",
-             "sensitivity"}
-NESTED = ("solver", "healing", "allocation")  # settings that hold other modules' settings: {module: {name: value}}
+NESTED = tuple(PARTS)  # settings that hold parts' settings: {part: {name: value}}
 OFF = (None, False, 0.0, "none", "uniform")  # values by which a setting is switched off
 HIGHER_IS_BETTER = ("acc", "exact_match", "em", "f1", "agreement", "mcc", "bleu", "rouge",
                     "top1_agreement", "starts_with", "contains", "chosen")
@@ -190,7 +187,7 @@ def variants(records: list[dict], ignore: Collection[str] = (), among: list[dict
         groups.setdefault((identity(record), method_of(record)), []).append(_flat(record))
     differing = {}
     for key, group in groups.items():
-        names = [k for k in dict.fromkeys(k for one in group for k in one) if k not in {*ELSEWHERE, *ignore}]
+        names = [k for k in dict.fromkeys(k for one in group for k in one) if tells_apart(k) and k not in ignore]
         differing[key] = [k for k in names if len({_switched(one.get(k)) for one in group}) > 1]
     texts = []
     for record in records:
@@ -255,3 +252,30 @@ def percent(x: float | None) -> str:
 def like(text: str, x: float) -> str:
     """`x` with as many decimals as the number in `text`: a standard deviation beside its mean."""
     return number(x, 2) if "e" in text or not math.isfinite(x) else f"{x:.{len(text.partition('.')[2])}f}"
+
+
+def whole_sparsity(record: dict) -> float | None:
+    """Share of zeros among ALL weights of the model, what is never pruned included; None where that is not known."""
+    model, found = record.get("model") or {}, record.get("sparsity")
+    if found is None or not model.get("parameters") or model.get("prunable") is None:
+        return None
+    return found * model["prunable"] / model["parameters"]
+
+
+def whole_bytes(record: dict) -> tuple[float, float] | None:
+    """(stored, dense) bytes of the whole model, its prunable weights in the smallest simple format of their pattern and
+    all others as they are; None where that is not known."""
+    model, linears = record.get("model") or {}, record.get("bytes") or {}
+    if not linears.get("dense") or not model.get("parameters") or not model.get("prunable"):
+        return None
+    rest = (model["parameters"] - model["prunable"]) * linears["dense"] / model["prunable"]
+    return linears["stored"] + rest, linears["dense"] + rest
+
+
+def left_dense(record: dict) -> list[tuple[str, float]]:
+    """[(reason, share of the model's weights)] of what is never pruned, the largest first; [] where not known."""
+    total, shares = (record.get("model") or {}).get("parameters"), {}
+    for row in record.get("skipped") or []:
+        if total and row.get("weights"):
+            shares[str(row["reason"])] = shares.get(str(row["reason"]), 0.0) + row["weights"] / total
+    return sorted(shares.items(), key=lambda item: -item[1])

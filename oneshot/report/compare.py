@@ -11,13 +11,12 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..checkpoint import MANIFEST, WORK
 from ..runtime import environment
 from ..runtime.command import Parser, exit_code
 from . import tables, task_table
 from .page import write_html
 from .record import checked, read
-
-MANIFEST, WORK = "oneshot.json", ".oneshot"  # in a checkpoint's folder: of a finished run, of an interrupted one
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -82,7 +81,3 @@ def of_manifest(file: Path) -> dict:
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{file}: damaged, or not written by oneshot; prune again") from None
     return checked(record, file)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -21,7 +21,7 @@ def environment(device: str) -> dict:
         "device": device_name(device), "threads": torch.get_num_threads(), "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "triton", "datasets", "tokenizers",
                                             "lm_eval")},
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
 

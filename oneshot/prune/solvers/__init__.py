@@ -1,19 +1,19 @@
-"""Solvers: ways to choose and set the weights of ONE linear. One file, one way; the file name is the `--method` name.
+"""Solvers: choose and set the weights of ONE linear. One file, one method; the file name is the `--method` name.
 
 A solver is a module with
 
-    needs       which Statistics it reads, a frozenset of names (see statistics.py)
+    needs       which calibration statistics it reads, a frozenset of names (calibrate/statistics.py)
     updates     whether weights that stay get new values
-    Config      a frozen dataclass: its flags, with `metadata={"help": ...}` each, and `group`: its paper's comparison
+    Config      a frozen dataclass: its flags, each made by `runtime.flag.flag`, and `group`: its paper's comparison
                 group for an unstructured pattern ("matrix", "row" or a number of columns)
     prune(W, statistics, pattern, cfg) -> Solution
 
 where W (R, C) is the dense weight (floating point, at least float32; left untouched), rows = outputs. It is a pure
 function: no device moves, no globals, nothing random.
 
-A refiner has `refine(W, solution, statistics, pattern, cfg) -> Solution` instead of `prune` and keeps one law: the layer's
-quadratic error tr((W-Ŵ) G (W-Ŵ)ᵀ) never grows beyond rounding, and the pattern still holds. `--method wanda+refit`
-chains: the first name is a solver, each further one a refiner. Its Solution's info tells of itself alone.
+A refiner has `refine(W, solution, statistics, pattern, cfg) -> Solution` instead of `prune` and keeps one law: the
+layer's quadratic error tr((W-Ŵ) G (W-Ŵ)ᵀ) never grows beyond rounding, and the pattern still holds. `--method
+wanda+refit` chains: the first name is a solver, each further one a refiner. A refiner reports only its own diagnostics.
 """
 
 import importlib

@@ -41,13 +41,14 @@ is bound by memory and mostly larger.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import pad
 
 from ...runtime.flag import flag
 from .. import linalg
-from ..patterns import NM, Dense
+from ..patterns import NM, Dense, Pattern
 from . import Solution
 
 needs = frozenset({"outer"})
@@ -87,13 +88,14 @@ def refine(W, solution, statistics, pattern, cfg):
     X, target = (W_hat * s).contiguous(), (W * s).contiguous()
     c = (target - X) @ G
     before = ((target - X) * c).sum(1)
-    w, n_rows = width(pattern, W.shape[1]), max(1, CHUNK // (cfg.candidates + 1) ** 2)
+    problem = Problem(G, eps, pattern, width(pattern, W.shape[1]), cfg)
+    w, n_rows = problem.width, max(1, CHUNK // (cfg.candidates + 1) ** 2)
     settled = torch.zeros(len(W), -(-W.shape[1] // w), dtype=torch.bool, device=W.device)
     rows, swaps, rounds = torch.arange(len(W), device=W.device), 0, 0
     while rounds < cfg.rounds and len(rows):
         rounds += 1
         for i in rows.split(n_rows):
-            d, mask[i], settled[i], n = one_round(X[i], mask[i], c[i], settled[i], G, eps, pattern, w, cfg)
+            d, mask[i], settled[i], n = one_round(X[i], mask[i], c[i], settled[i], problem)
             X[i] += d
             c[i] -= d @ G
             swaps += int(n.sum())
@@ -105,6 +107,16 @@ def refine(W, solution, statistics, pattern, cfg):
                     {"exchanges": swaps, "rounds": rounds})
 
 
+class Problem(NamedTuple):
+    """What all rows have in common. width: columns within which an exchange must stay."""
+
+    G: torch.Tensor
+    eps: float
+    pattern: Pattern
+    width: int
+    cfg: Config
+
+
 def width(pattern, C):
     """Columns within which an exchange must stay."""
     if isinstance(pattern, NM):
@@ -112,21 +124,22 @@ def width(pattern, C):
     return min(pattern.group, C) if isinstance(pattern.group, int) else C
 
 
-def one_round(X, mask, c, settled, G, eps, pattern, w, cfg):
+def one_round(X, mask, c, settled, problem):
     """Choose candidates and exchange among them, each row for itself: (change of X, mask, settled, exchanges (R,)).
 
     settled: (R, groups), looked at without success since the row's last exchange.
     """
-    picked, Q, K, valid = candidates(X, mask, c, settled, pattern, w, cfg.candidates)
+    G, eps, pattern, w, cfg = problem
+    picked, Q, K, valid = candidates(X, mask, c, settled, problem)
     G_QQ = G[Q.unsqueeze(2), Q.unsqueeze(1)] * (valid.unsqueeze(2) & valid.unsqueeze(1))
     x, c_Q = X.gather(1, Q) * valid, c.gather(1, Q) * valid
     allowed = valid[:, :K].unsqueeze(2) & valid[:, K:].unsqueeze(1)
     if isinstance(pattern, NM):  # in all other cases Q lies within one group
         allowed &= (Q[:, :K] // w).unsqueeze(2) == (Q[:, K:] // w).unsqueeze(1)
-    values, order, n = exchange(x, c_Q, G_QQ, allowed, K, cfg.depth, eps)
+    values, order, n = exchange(x, c_Q, G_QQ, allowed, K, problem)
     for beginning in range(1, cfg.beginnings):
         i = (n == 0).nonzero().flatten()
-        values[i], order[i], n[i] = exchange(x[i], c_Q[i], G_QQ[i], allowed[i], K, cfg.depth, eps, beginning)
+        values[i], order[i], n[i] = exchange(x[i], c_Q[i], G_QQ[i], allowed[i], K, problem, beginning)
     d = torch.zeros_like(x).scatter_(1, order[:, :K], values) * valid - x
     fall = 2 * (d * c_Q).sum(1) - (d.unsqueeze(1) @ G_QQ @ d.unsqueeze(2)).flatten()
     # exactly, the fall is at least ε‖d‖² (see tableau); less is rounding errors of a nearly singular G: the row stays
@@ -140,11 +153,12 @@ def one_round(X, mask, c, settled, G, eps, pattern, w, cfg):
             mask.to(torch.int8).scatter_add_(1, Q, turned).bool(), settled, n)
 
 
-def candidates(X, mask, c, settled, pattern, w, q):
+def candidates(X, mask, c, settled, problem):
     """(groups picked (R, g), Q (R, q) with the kept first, K, valid (R, q)).
 
     Not valid: filled up, because the row's group has fewer kept or removed weights; its index means nothing.
     """
+    pattern, w, q = problem.pattern, problem.width, problem.cfg.candidates
     (R, C), n_g = X.shape, settled.shape[1]
     cost = torch.where(mask, X * (X + 2 * c), INF)  # of dropping it
     gain = torch.where(mask, -INF, c * c)  # of its best value
@@ -166,14 +180,14 @@ def candidates(X, mask, c, settled, pattern, w, q):
     return picked, (torch.cat([p, u], dim=1) + picked * w) * valid, K, valid
 
 
-def exchange(x, c, G, allowed, K, depth, eps, beginning=0):
+def exchange(x, c, G, allowed, K, problem, beginning=0):
     """Best exchanges until none pays: (values of the kept (R, K), order of Q, kept first (R, q), exchanges (R,)).
 
     x, c (R, q) and G (R, q, q) belong to Q; allowed (R, K, q - K) says which pairs may be exchanged. Up to depth - 1
     exchanges that do not pay are tried on the way to one that makes good for them; none of them is undone on that way.
     The first exchange of all is the lowest but `beginning`, each other the lowest.
     """
-    R, q = x.shape
+    (R, q), depth, eps = x.shape, problem.cfg.depth, problem.eps
     A, rows = tableau(x, c, G, K, eps), torch.arange(R, device=x.device)
     values, order, n = A[:, :K, q].clone(), torch.arange(q, device=x.device).repeat(R, 1), torch.zeros_like(rows)
     alive, now, free, tried = rows, order.clone(), allowed, torch.zeros_like(rows)

@@ -20,7 +20,8 @@ updates = False
 
 @dataclass(frozen=True)
 class Config:
-    use_variant: bool = flag(False, "rows may differ in sparsity (unstructured): each loses its lowest scores up to one share of the sum")
+    use_variant: bool = flag(False, "rows may differ in sparsity (unstructured): each loses its lowest scores up to "
+                                    "one share of the sum")
 
     @property
     def group(self):
