@@ -31,8 +31,6 @@ from oneshot.runtime.command import Parser, exit_code
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ITEM_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
-
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code."""
@@ -98,11 +96,8 @@ def slug(text: str) -> str:
 
 def stored_bytes(record: dict) -> float | None:
     """Bytes of the whole model when every pruned linear is stored as its pattern allows; None if it is not known."""
-    model, linears = record.get("model") or {}, record.get("bytes") or {}
-    size = ITEM_SIZE.get(model.get("dtype"))
-    if size is None or not model.get("parameters") or not linears:
-        return None
-    return model["parameters"] * size - linears["dense"] + linears["stored"]
+    size = report.whole_bytes(record)
+    return size[0] if size else None
 
 
 if __name__ == "__main__":
