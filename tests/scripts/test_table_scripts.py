@@ -135,7 +135,8 @@ def test_help_of_every_script(file, capsys):
         pytest.importorskip("triton", reason="the kernels need Triton (pip install triton)")
     with pytest.raises(SystemExit) as ended:
         module = importlib.import_module(file.stem)
-        module.main(*[module.PAPER] * hasattr(module, "PAPER"), ["--help"])
+        paper = [module.PAPER] if hasattr(module, "PAPER") else []
+        module.main(*paper, ["--help"])
     out = capsys.readouterr().out
     assert ended.value.code == 0 and "usage: " in out and f"python scripts/{file.parent.name}/" in out
 
