@@ -1,9 +1,11 @@
-"""Fused experts: run them one by one, so that each one's inputs can be seen.
+"""Fused experts: compute them one at a time, so that the inputs of each expert can be observed.
 
-transformers holds the experts of a mixture as one 3-D parameter and runs them as one grouped product.
+transformers stores the experts of a mixture-of-experts layer as one 3-D parameter and runs them as one grouped matrix
+product.
 """
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -12,17 +14,18 @@ EXPERTS_IMPLEMENTATION = "oneshot_one_by_one"
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module holds fused experts behind transformers' experts interface."""
+    """Whether a module holds fused experts with transformers' experts interface."""
     return all(hasattr(module, a) for a in ("has_gate", "is_transposed", "is_concatenated", "down_proj")) and \
         isinstance(module.down_proj, nn.Parameter) and module.down_proj.ndim == 3
 
 
 @contextlib.contextmanager
-def experts_one_by_one(model: nn.Module):
-    """Run fused experts in a loop, so that each one's inputs can be seen; the model's own way is restored at the end.
+def experts_one_by_one(model: nn.Module) -> Iterator[None]:
+    """Within the context, fused experts run in a loop; afterwards as before (by default as one grouped product).
 
-    transformers runs them as one grouped product by default. `module.observe(kind, expert, x, rows)` is called with the
-    inputs x of each expert's matrices and their row numbers among the layer's tokens, where the module has it.
+    If a module of experts has an attribute `observe`, then `observe(kind, expert, x, rows)` is called for each matrix
+    of each expert: kind, the parameter's name; x (tokens, C), its input; rows (tokens,), which of the layer's tokens
+    these are.
     """
     if not any(is_experts(m) for m in model.modules()):
         yield
@@ -38,12 +41,16 @@ def experts_one_by_one(model: nn.Module):
         model.set_experts_implementation(before)
 
 
-def _experts_forward(self, hidden_states, top_k_index, top_k_weights):
-    """transformers' eager expert loop for every layout of the experts interface, with the inputs shown on the way."""
+def _experts_forward(self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor,
+                     top_k_weights: torch.Tensor) -> torch.Tensor:
+    """transformers' eager loop over experts, for every layout of the experts interface, with calls of `observe`.
+
+    hidden_states (tokens, H), top_k_index and top_k_weights (tokens, k) -> (tokens, H).
+    """
     up_name = "gate_up_proj" if self.has_gate else "up_proj"
     observe = getattr(self, "observe", None)
 
-    def linear(name, e, x, rows):
+    def linear(name: str, e: int, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         if observe:
             observe(name, e, x, rows)
         w = getattr(self, name)[e]
@@ -52,7 +59,7 @@ def _experts_forward(self, hidden_states, top_k_index, top_k_weights):
 
     out = torch.zeros_like(hidden_states)
     for e in top_k_index.unique().tolist():
-        if not 0 <= e < self.num_experts:  # expert parallelism marks absent experts so
+        if not 0 <= e < self.num_experts:  # expert parallelism marks absent experts this way
             continue
         rows, slot = torch.where(top_k_index == e)
         y = linear(up_name, e, hidden_states[rows], rows)

@@ -1,4 +1,4 @@
-"""Load a model and its tokenizer; know its weights again by their fingerprint."""
+"""Load a model and its tokenizer; identify its weights by a fingerprint."""
 
 import hashlib
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..runtime.flag import flag as new_flag
 
@@ -18,28 +19,33 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class LoadOptions:
     """Flags of loading a model."""
 
-    model: str = new_flag("demo", "local folder, hub name, or demo (the small model shipped with oneshot)",
+    model: str = new_flag("demo", "local folder, name on the hub, or demo (the small model shipped with oneshot)",
                           section="what", bears_on="loading", shown=False, python=False)
-    dtype: str = new_flag("auto", "dtype the weights are kept and saved in; on a CPU all computing is float32",
+    dtype: str = new_flag("auto", "dtype in which weights are kept and saved; on a CPU all computing is in float32",
                           section="machine", bears_on="loading", python=False, choices=DTYPES)
     model_revision: str | None = new_flag(None, "revision of a hub model", section="machine", bears_on="loading",
                                           python=False)
     cache_dir: str | None = new_flag(None, "Hugging Face cache folder", section="machine", bears_on="output",
                                      python=True)
-    trust_remote_code: bool = new_flag(False, "run code that the model's repository brings; off for a reason",
-                                       section="machine", bears_on="loading", python=False, rows=("pruned",))
+    trust_remote_code: bool = new_flag(False, "run code from the model's repository; off by default, as such code can "
+                                              "do anything", section="machine", bears_on="loading", python=False,
+                                       rows=("pruned",))
 
-    def check(self):
+    def check(self) -> None:
         """Raise ValueError naming the flag whose value cannot be used."""
         if not self.model:
             raise ValueError("--model: is empty")
 
 
 def load(name: str | Path, *, dtype: str = "auto", revision: str | None = None, cache_dir: str | None = None,
-         trust_remote_code: bool = False, attn_implementation: str | None = None, flag: str = "--model"):
-    """(model, tokenizer) of a local folder, a hub name or "demo", on the CPU, weights in `dtype` ("auto": as stored).
+         trust_remote_code: bool = False, attn_implementation: str | None = None,
+         flag: str = "--model") -> tuple[nn.Module, Tokenizer]:
+    """(model, tokenizer) from a local folder, a name on the hub or "demo", on the CPU, in evaluation mode.
 
-    Only safetensors are read. Raises ValueError naming `flag` when there is nothing loadable.
+    dtype: "auto" (as stored) or the name of a torch dtype. revision, cache_dir, trust_remote_code, attn_implementation:
+    as for transformers' `from_pretrained`. Only safetensors weights are read.
+
+    Raises ValueError naming `flag` when the model cannot be loaded.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -60,14 +66,15 @@ def load(name: str | Path, *, dtype: str = "auto", revision: str | None = None, 
         first_line = str(error).strip().split("\n")[0]
         where = "" if local else "no such folder here, and as a hub name it "
         raise ValueError(f"{said}: {where}cannot be loaded ({first_line})") from error
-    if info["missing_keys"]:  # transformers would go on with random numbers
+    if info["missing_keys"]:  # transformers would initialise them at random
         missing = sorted(info["missing_keys"])
         raise ValueError(f"{said}: its files lack {len(missing)} tensors, such as {missing[0]}; fetch it again")
     return model.eval().requires_grad_(False), tokenizer
 
 
 def quiet() -> None:
-    """Keep transformers' bars and remarks off stderr: what matters in them is an error or a warning of ours."""
+    """Turn off transformers' progress bars and log messages; what matters in them is an error or a warning of oneshot.
+    """
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -75,7 +82,7 @@ def quiet() -> None:
 
 
 def check_folder(path: Path, said: str) -> None:
-    """Raise ValueError unless `path` holds a config and safetensors weights."""
+    """Raise ValueError, its message beginning with `said`, unless `path` holds a config and safetensors weights."""
     if not (path / "config.json").is_file():
         raise ValueError(f"{said}: no config.json in this folder, so it is no Hugging Face model")
     if not any(path.glob("*.safetensors")):
@@ -86,7 +93,7 @@ def check_folder(path: Path, said: str) -> None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """sha256 of every parameter's name, dtype, shape and bytes: which weights a run started from."""
+    """sha256 (hex) over every parameter's name, dtype, shape and bytes: identifies the weights a run starts from."""
     digest = hashlib.sha256()
     for name, p in model.named_parameters():
         digest.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
