@@ -90,4 +90,4 @@ def check_order(methods: list[ModuleType], text: str) -> None:
     if whole != sorted(whole):
         right = ",".join(m.__name__.rsplit(".", 1)[-1] for m in sorted(methods, key=lambda m: "after_block"
                                                                        not in stages(m)))
-        raise ValueError(f"--heal {text}: what heals block by block comes first: --heal {right}")
+        raise ValueError(f"--heal {text}: methods that heal single blocks come first: --heal {right}")

@@ -60,7 +60,7 @@ def block_bar(models_: list[nn.Module], parts: list[slice], progress: str | None
 
 def through_blocks(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, batch_size: int, device: str,
                    bar: tqdm) -> Activations:
-    """The Activations of windows ids (n, T), mask (n, T) or None, after all blocks, with one at a time on the device."""
+    """The Activations of ids (n, T), mask (n, T) or None, after all blocks, of which one at a time is on the device."""
     activations = calibrate.capture(model, ids, mask, batch_size=batch_size, device=device)
     for block in models.walk(model, device, bar=bar):
         calibrate.replay(block.module, activations, block.number)

@@ -1,27 +1,29 @@
 """Presets: what `--method best` stands for at each `--effort`, as measured by scripts/best.py (results/best/best.md).
 
-A preset is nothing but flags; whatever is given beside it on the command line wins, and a star behind the name in
-tables says so (best-3*).
+A preset is nothing but a set of flags. Flags given on the command line take precedence, which tables mark by a star
+after the name (best-3*).
 """
+
+from typing import Any
 
 from ..runtime.flag import listed
 from .known import changes_preset
 
-EFFORTS = {  # effort: (what it is, the flags); each adds to what the one before it costs
-    1: ("SparseGPT's mask with the best values for it", {"method": "sparsegpt+refit"}),
-    2: ("ALPS aimed at the dense model", {"method": "alps", "dense_target": 0.5}),
+EFFORTS: dict[int, tuple[str, dict[str, Any]]] = {  # {effort: (description, flags)}, in order of increasing cost
+    1: ("SparseGPT's mask with refitted values", {"method": "sparsegpt+refit"}),
+    2: ("ALPS aimed at the dense model's outputs", {"method": "alps", "dense_target": 0.5}),
     3: ("ALPS, each block healed, then a distillation (the whole model on the device), both short", {
         "method": "alps", "heal": "block,distil", "block.steps": 25, "distil.steps": 25}),
     4: ("the same, longer", {
         "method": "alps", "heal": "block,distil", "block.steps": 60, "distil.steps": 60}),
-    5: ("the same, at leisure", {
+    5: ("the same, longest", {
         "method": "alps", "heal": "block,distil", "block.steps": 100, "distil.steps": 300}),
 }
 NAMES = ("best",)
 
 
-def expand(method: str, given: dict) -> dict:
-    """All flags of a run whose `--method` is `method`: a preset's own below those given, others as they are.
+def expand(method: str, given: dict[str, Any]) -> dict[str, Any]:
+    """All flags of a run with `--method method`: those given and, for a preset, its flags that are not given.
 
     Raises ValueError naming `--method` or `--effort`.
     """
@@ -41,17 +43,17 @@ def expand(method: str, given: dict) -> dict:
     return asked | {"preset": f"{method}-{effort}{changed}"}
 
 
-def check_effort(methods: list[str], given: dict) -> None:
-    """Raise ValueError where `--effort` is given and no method is a preset."""
+def check_effort(methods: list[str], given: dict[str, Any]) -> None:
+    """Raise ValueError if `--effort` is given but no method is a preset."""
     if "effort" in given and not set(methods) & set(NAMES):
         raise ValueError(f"--effort {given['effort']}: goes with --method best")
 
 
 def explain() -> str:
-    """Two lines for each effort, for `--help`."""
+    """Two lines per effort, for `--help`."""
     return "\n".join(f"--effort {k}   {text}\n             {said(flags)}" for k, (text, flags) in EFFORTS.items())
 
 
-def said(flags: dict) -> str:
-    """Flags as they are written on the command line."""
+def said(flags: dict[str, Any]) -> str:
+    """Flags as they are written on a command line."""
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in flags.items())
