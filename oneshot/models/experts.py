@@ -36,6 +36,11 @@ def layout(module: nn.Module) -> Layout | None:
     return SORTED.get(type(module).__name__)
 
 
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module holds fused experts that can be seen one by one."""
+    return layout(module) is not None
+
+
 # Experts that are fed all tokens once for each expert, those of other experts as zeros, outside the interface
 SORTED = {"Llama4TextExperts": Layout(has_gate=True, is_transposed=True)}
 
@@ -55,7 +60,7 @@ def experts_one_by_one(model: nn.Module):
             yield
     finally:
         for module in own:
-            del module.forward
+            module.__dict__.pop("forward", None)
 
 
 @contextlib.contextmanager

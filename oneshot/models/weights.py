@@ -139,11 +139,14 @@ def silent(weights: Sequence[Weight]):
     def zeros(x, *_, shape, **__):
         return x.new_zeros(*x.shape[:-1], shape[0])
 
-    owners = {id(v.owner): (v.owner, v.shape) for v in weights}  # of experts, the last one's: the way down
+    owners = {id(w.owner): (w.owner, w.shape) for w in weights}  # of experts, the last one's: the way down
+    before = {key: owner.__dict__.get("forward") for key, (owner, _) in owners.items()}
     try:
         for owner, shape in owners.values():
             owner.forward = functools.partial(zeros, shape=shape)
         yield
     finally:
-        for owner, _ in owners.values():
+        for key, (owner, _) in owners.items():
             del owner.forward
+            if before[key] is not None:
+                owner.forward = before[key]

@@ -11,13 +11,14 @@ from tiny import place, plain_pages  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import oneshot
-from oneshot import data, models, report
+from oneshot import data, models
 from oneshot.data import choose
 from oneshot.measure import perplexity
 from oneshot.pipeline import compress
 from oneshot.prune import loop, shared_inputs
 from oneshot.prune.patterns import parse
 from oneshot.report import page
+from oneshot.report.record import KEYS
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def test_every_combination_has_its_record(compared):
 
 def test_record_says_what_was_done(compared, place):  # noqa: F811
     record = compared[1]["sparsegpt", "2:4"]
-    assert list(record) == [key for key in report.KEYS if key not in ("damage", "prompts", "sensitivity")]
+    assert list(record) == [key for key in KEYS if key not in ("damage", "prompts", "sensitivity")]
     assert len(record["layers"]) == 7 * tiny.BLOCKS and len(record["blocks"]) == tiny.BLOCKS
     row = record["layers"][-1]
     assert (row["name"], row["shape"], row["pattern"]) == (f"model.layers.{tiny.BLOCKS - 1}.mlp.down_proj", [32, 48],
