@@ -156,6 +156,8 @@ def check_config(config: dict, said: str) -> None:
     if config.get("transformers_weights"):
         raise ValueError(f"{said}: its config names other weights (transformers_weights); remove the entry and name "
                          "the weights model.safetensors")
+    if config.get("is_encoder_decoder"):
+        raise ValueError(f"{said}: is an encoder-decoder model; only decoder-only models can be pruned")
     method = quantisation(config)
     if method not in (None, *DEQUANTISED, PACKED):
         raise ValueError(f"{said}: its weights are quantised ({method}); give the unquantised checkpoint: pruning "
