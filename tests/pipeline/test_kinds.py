@@ -159,7 +159,8 @@ def pickles(folder):
 
 
 ZAMBA2 = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,
-          "num_key_value_heads": 4, "intermediate_size": 48, "hybrid_layer_ids": [1, 3], "layers_block_type": ["mamba", "hybrid"] * 2,
+          "num_key_value_heads": 4, "intermediate_size": 48, "hybrid_layer_ids": [1, 3],
+          "layers_block_type": ["mamba", "hybrid"] * 2,
           "layer_types": ["mamba", "hybrid"] * 2, "mamba_d_state": 8, "mamba_d_conv": 4, "mamba_expand": 2,
           "mamba_ngroups": 1, "n_mamba_heads": 8, "mamba_headdim": 8, "num_mem_blocks": 1, "adapter_rank": 4,
           "use_shared_attention_adapter": False, "max_position_embeddings": 64, "pad_token_id": 0}
