@@ -5,7 +5,8 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 OLDEST ?= python3.10
 NEWEST ?= python3.13
-CORE   := $(patsubst %,tests/test_%.py,patterns solvers linalg moments cli run layers report data export)
+CORE   := tests/test_layers.py $(patsubst %,tests/%,calibrate checkpoint/test_folder.py data pipeline report/test_report.py \
+          settings $(patsubst %,prune/test_%.py,patterns solvers linalg))
 
 .PHONY: demo test check core pythons bench clean
 

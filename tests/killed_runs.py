@@ -1,4 +1,4 @@
-"""Not a test: runs the program in forked children that SIGKILL themselves at chosen statistics, then lets each continue.
+"""Not a test: runs the program in forked children that SIGKILL themselves at chosen moments, then lets each continue.
 
     python tests/killed_runs.py PLACE        PLACE as tiny.make leaves it; prints {moment: [exit codes, blocks pruned]}
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import tiny
 import torch
 
-from oneshot import checkpoint
+from oneshot.checkpoint import folder
 from oneshot.prune import loop
 from oneshot.report import page
 
@@ -37,18 +37,18 @@ def before(owner, name, when=lambda *args: True):
 
 
 def after_block(last):
-    real = checkpoint.Folder.save_block
+    real = folder.Folder.save_block
 
-    def dying(self, b, block, rows):
-        real(self, b, block, rows)
+    def dying(self, b, state, rows):
+        real(self, b, state, rows)
         if b == last:
             kill()
-    checkpoint.Folder.save_block = dying
+    folder.Folder.save_block = dying
 
 
 def within_a_block():
     """Half of the second block's file is written."""
-    real, calls = checkpoint.save_file, []
+    real, calls = folder.save_file, []
 
     def dying(state, path, metadata):
         real(state, path, metadata=metadata)
@@ -56,7 +56,7 @@ def within_a_block():
         if len(calls) == 2:
             os.truncate(path, Path(path).stat().st_size // 2)
             kill()
-    checkpoint.save_file = dying
+    folder.save_file = dying
 
 
 def moved(name):
@@ -65,11 +65,11 @@ def moved(name):
 
 
 MOMENTS = {
-    "claimed": lambda: before(checkpoint, "save_file"),
+    "claimed": lambda: before(folder, "save_file"),
     "first-block": lambda: after_block(0),
     "within-a-block": within_a_block,
     "last-block": lambda: after_block(tiny.BLOCKS - 1),
-    "final-half-written": lambda: before(checkpoint, "manifest"),
+    "final-half-written": lambda: before(folder, "manifest"),
     "before-config": lambda: before(os, "replace", moved("config.json")),
     "before-manifest": lambda: before(os, "replace", moved("oneshot.json")),
     "cleaning": lambda: before(shutil, "rmtree", lambda path, *_: Path(path).name == ".oneshot"),
@@ -81,7 +81,7 @@ def child(argv, prepare=lambda: None):
     read, write = os.pipe()
     if not (pid := os.fork()):
         real = loop.prune_block
-        loop.prune_block = lambda *args: (os.write(write, b"."), real(*args))
+        loop.prune_block = lambda *args: (os.write(write, b"."), real(*args))[1]
         prepare()
         os._exit(tiny.main(*argv))
     os.close(write)

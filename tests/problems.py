@@ -29,7 +29,7 @@ def white(C, variance=4.0):
     return torch.eye(C, dtype=torch.float64) * (variance * C) ** 0.5
 
 
-def moments_of(X, needs, dtype=None, batch=None):
+def statistics_of(X, needs, dtype=None, batch=None):
     """Statistics of the tokens X (T, C), in batches of `batch`."""
     statistics = Statistics(X.shape[1], needs, dtype=dtype or X.dtype)
     for x in X.split(batch or max(len(X), 1)):

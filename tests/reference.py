@@ -218,8 +218,8 @@ def dsnot(W, X, pattern=0.5, *, cycles=50, threshold=0.1):
     e = sum over removed j of c_j, c_j = w_j E[x_j]. Grow, of the weights removed at first and not yet considered,
     with c_j of e's sign, the one of largest |c_j| / Var(x_j); drop, of the weights kept ever since the start, for
     (n, m) those of its group, with c_j against e's sign, the one of lowest Wanda score. The swap is made if |e|
-    falls; if it is not, the row stops, for (n, m) the next candidate has its turn. See `oneshot/solvers/dsnot.py` on
-    what the public code does otherwise.
+    falls; if it is not, the row stops, for (n, m) the next candidate has its turn. See `oneshot/prune/solvers/dsnot.py`
+    on what the public code does otherwise.
     """
     W, X = W.double(), X.double()
     keep, score = wanda(W, X, pattern)[1], wanda_score(W, X)

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-EXAMPLES = {path: code for path, code in re.findall(r"`(oneshot/\S+\.py)`, complete:\n\n```python\n(.*?)```", TEXT, re.S)}
+EXAMPLES = dict(re.findall(r"`(oneshot/\S+\.py)`, complete:\n\n```python\n(.*?)```", TEXT, re.S))
 SMALL = ["--pattern", "2:4", "--nsamples", "4", "--seqlen", "64", "--eval-windows", "2", "--no-progress"]
 
 
@@ -58,6 +58,6 @@ def test_a_run_uses_all_three(tree):
 def test_the_contracts_tests_run_on_them(tree):
     """The same test files, collected on the copied package: the new names are among the cases, and pass."""
     files = [str(p) for p in (ROOT / "tests").rglob("test_*.py") if p.name in ("test_solvers.py", "test_contract.py")]
-    text = python(tree, "-m", "pytest", *files, "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "-k",
+    text = python(tree, "-m", "pytest", *files, "-p", "no:cacheprovider", "--rootdir", str(ROOT), "-k",
                   "fluctuation or vectors", "--no-header", "-o", f"pythonpath={tree} {ROOT}/tests {ROOT}/kernels")
     assert re.search(r"\d+ passed", text) and "failed" not in text

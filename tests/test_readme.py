@@ -6,28 +6,27 @@ from pathlib import Path
 
 import pytest
 
-from oneshot.checkpoint import verify
-from oneshot.pipeline import generate, run
+from oneshot.__main__ import main
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 HERE = {"meta-llama/Llama-3.1-8B": "demo", "c4": "builtin", "wikitext2": "builtin:prose", "cuda": "cpu"}
-MAINS = {"oneshot.run": (run.main, ["--nsamples", "4", "--eval-windows", "2", "--no-progress"]),
-         "oneshot.verify": (verify.main, []), "oneshot.generate": (generate.main, ["--max-new-tokens", "4"])}
+SMALL = {"prune": ["--nsamples", "4", "--eval-windows", "2", "--no-progress"], "verify": [],
+         "generate": ["--max-new-tokens", "4"]}
 
 
 def commands():
-    """Every `python -m oneshot...` line of the README's code blocks, as words."""
+    """Every `oneshot ...` line of the README's code blocks, as words."""
     blocks = "\n".join(re.findall(r"^```\w*\n(.*?)^```", README, re.S | re.M)).replace("\\\n", " ")
-    return [shlex.split(line) for line in blocks.splitlines() if line.startswith("python -m oneshot")]
+    return [shlex.split(line) for line in blocks.splitlines() if line.startswith("oneshot ")]
 
 
 def test_commands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     ran = commands()
-    assert {words[2] for words in ran} == set(MAINS)
-    for words in ran:
-        main, small = MAINS[words[2]]
-        assert main([HERE.get(w, w) for w in words[3:]] + small) == 0, (words, capsys.readouterr().err)
+    assert {verb for _, verb, *_ in ran} == set(SMALL)
+    for _, verb, *words in ran:
+        argv = [verb, *(HERE.get(w, w) for w in words), *SMALL[verb]]
+        assert main(argv) == 0, (argv, capsys.readouterr().err)
     out = capsys.readouterr().out
     assert out.count("all proved") == 2 and "(packed)" in out
 

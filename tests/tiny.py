@@ -83,6 +83,11 @@ def main(*argv):
     return run.main([str(arg) for arg in argv])
 
 
+def said(stderr):
+    """The lines of a command's stderr, but for the one that names the device."""
+    return [line for line in stderr.splitlines() if not line.startswith("device: ")]
+
+
 def python(*command):
     """A finished process: Python with one thread, offline, that finds the same modules as this one."""
     path = os.pathsep.join(filter(None, sys.path))

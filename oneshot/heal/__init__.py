@@ -3,9 +3,9 @@
 A method is a module with
 
     Config       a frozen dataclass: its flags, each made by `runtime.flag.flag`
-    check_model  (model, cfg, device): raise ValueError naming the flag if the method cannot be used on this model or
-                 device
     Heal         the method at work in one run: a subclass of `heal.Heal` that overrides the stages it needs
+    check_model  (model, cfg, device), optional: raise ValueError naming the flag if the method cannot be used on this
+                 model or device
 
 The stages, in order; the last two return plain values for the record, with `warnings`, a list of str with one entry for
 every fallback taken:
@@ -82,10 +82,13 @@ def stages(method: ModuleType) -> list[str]:
 
 
 def check_order(methods: list[ModuleType], text: str) -> None:
-    """Raise ValueError naming `--heal` if a method for single blocks comes after one for the whole model.
+    """Raise ValueError naming `--heal` if a method is given twice, or one for single blocks after one for whole models.
 
-    text: the flag's value.
+    text: the flag's value. (Settings and record have one place per method.)
     """
+    if len(set(methods)) < len(methods):
+        once = ",".join(dict.fromkeys(m.__name__.rsplit(".", 1)[-1] for m in methods))
+        raise ValueError(f"--heal {text}: each method once: --heal {once}")
     whole = ["after_block" not in stages(m) for m in methods]
     if whole != sorted(whole):
         right = ",".join(m.__name__.rsplit(".", 1)[-1] for m in sorted(methods, key=lambda m: "after_block"

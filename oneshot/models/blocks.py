@@ -7,14 +7,14 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from .weights import Weight, weights_of
+from .weights import UNKNOWN, Weight, weights_of
 
 
 def config_of(model: nn.Module) -> Any:
@@ -59,6 +59,8 @@ class Block:
     name: full name in the model, such as "model.layers.3". weights: every prunable weight, under its full name.
     skipped: [(full parameter name, why it is not pruned)]. stored: {parameter name within the block: dtype it is saved
     in}. changed: set to True before asking for the next block to copy changed parameters back to the offloaded ones.
+    shared: weights that an earlier block holds as well (Zamba2), under their names there. recurring: names of weights
+    that a later block holds as well.
     """
 
     number: int
@@ -68,6 +70,8 @@ class Block:
     skipped: list[tuple[str, str]]
     stored: dict[str, torch.dtype]
     changed: bool = False
+    shared: list[Weight] = field(default_factory=list)
+    recurring: set[str] = field(default_factory=set)
 
     def state(self) -> dict[str, torch.Tensor]:
         """The block's state dict as it will be saved: on the CPU, parameters in their stored dtype."""
@@ -85,13 +89,18 @@ def walk(model: nn.Module, device: str | torch.device | None = None, *, start: i
     change this function.
     """
     path, block_list = blocks(model)
+    first, last = sharing(block_list)
     for number, module in enumerate(block_list):
         if number < start:
             continue
         name = f"{path}.{number}"
         weights, skipped = weights_of(module, name)
-        block = Block(number, name, module, weights, skipped,
-                      {n: p.dtype for n, p in module.named_parameters(remove_duplicate=False)})
+        shared = [w for w in weights if first[id(w.parameter)] < number]
+        for w in shared:
+            w.block = f"{path}.{first[id(w.parameter)]}"
+        block = Block(number, name, module, [w for w in weights if first[id(w.parameter)] == number], skipped,
+                      {n: p.dtype for n, p in module.named_parameters(remove_duplicate=False)}, shared=shared,
+                      recurring={w.name for w in weights if last[id(w.parameter)] > number})
         if device is None:
             yield block
         else:
@@ -99,6 +108,22 @@ def walk(model: nn.Module, device: str | torch.device | None = None, *, start: i
                 yield block
         if bar is not None:
             bar.update()
+
+
+def sharing(block_list: nn.ModuleList) -> tuple[dict[int, int], dict[int, int]]:
+    """({id of a parameter: number of the first block that holds it}, the same of the last one)."""
+    first, last = {}, {}
+    for number, module in enumerate(block_list):
+        for p in module.parameters():
+            first.setdefault(id(p), number)
+            last[id(p)] = number
+    return first, last
+
+
+def shares_weights(model: nn.Module) -> bool:
+    """Whether some blocks hold the same parameters."""
+    first, last = sharing(blocks(model)[1])
+    return first != last
 
 
 def all_weights(model: nn.Module) -> Iterator[Weight]:
@@ -109,7 +134,18 @@ def all_weights(model: nn.Module) -> Iterator[Weight]:
 
 def skipped(model: nn.Module) -> list[tuple[str, str]]:
     """[(full parameter name, why)] of every matrix that is not pruned, outside the blocks and within them."""
-    return outside(model) + [entry for block in walk(model) for entry in block.skipped]
+    return outside(model) + list(dict.fromkeys(entry for block in walk(model) for entry in block.skipped))
+
+
+def unreached(model: nn.Module) -> list[tuple[str, nn.Parameter, nn.Module]]:
+    """(full name, parameter, its module) of the matrices within the blocks that look prunable but are not.
+
+    These are neither routers nor biases, nor linears that this program recognises.
+    """
+    path, _ = blocks(model)
+    modules, names = dict(model.named_modules()), {n for n, why in skipped(model) if why.startswith(UNKNOWN)}
+    return [(name, p, modules[name.rpartition(".")[0]]) for name, p in model.named_parameters()
+            if name in names and name.startswith(f"{path}.")]
 
 
 def outside(model: nn.Module) -> list[tuple[str, str]]:

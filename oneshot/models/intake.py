@@ -7,8 +7,9 @@ the names, shapes and dtypes in the safetensors headers are held against those t
 import json
 import math
 import re
+import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -47,6 +48,61 @@ class Lost:
     def __str__(self):
         more = f", such as {self.names[0]}" if self.names else ""
         return f"{len(self.names)} tensors ({self.bytes / 1e6:.3g} MB){more}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a loaded model came from. folder: where its files are. quantised: by which method they were, or None.
+    entries: its tensors there. left: names of those that are not in the model. warnings: what the reader of a record
+    should know."""
+
+    folder: Path | None = None
+    quantised: str | None = None
+    entries: dict[str, Entry] = field(default_factory=dict)
+    left: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+_SOURCES: weakref.WeakKeyDictionary[nn.Module, Source] = weakref.WeakKeyDictionary()
+
+
+def source_of(model: nn.Module) -> Source:
+    """What `load` has found; nothing known of a model that was loaded elsewhere."""
+    return _SOURCES.get(model, Source())
+
+
+def settle(model: nn.Module, config: dict, folder: Path | None, said: str) -> None:
+    """Make a loaded model one that saves as an ordinary checkpoint, and remember what it came from.
+
+    Raises ValueError where its class takes only a part of the checkpoint, or a weight is no floating-point one.
+    """
+    method, warnings, entries = quantisation(config), [], headers(shards(folder, said), said) if folder else {}
+    if method in DEQUANTISED:
+        undo_quantisation(model)
+        warnings.append(f"its weights came quantised ({method}) and are computed and saved as "
+                        f"{str(model.dtype).removeprefix('torch.')}")
+    check_parameters(model, said)
+    if method is None:
+        check_dtypes(entries, model, said)
+    left = lost(entries, model) if entries else Lost((), 0)
+    architecture = (config.get("architectures") or [None])[0]
+    if left.names and architecture not in (None, type(model).__name__):
+        raise ValueError(f"{said}: is a {architecture}, of which only {type(model).__name__} is loaded: {left} would "
+                         "be lost; save the language model alone and give that")
+    if left.names:
+        warnings.insert(0, f"{said}: {left}, are in its files but not in {type(model).__name__}: they are not in what "
+                           "is saved")
+    _SOURCES[model] = Source(folder, method, entries, left.names, tuple(warnings))
+
+
+def undo_quantisation(model: nn.Module) -> None:
+    """Let a model whose weights were dequantised while loading save them as they are now: transformers would undo the
+    conversion and write names that nothing loads."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    model._weight_conversions = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
 
 
 def read_json(file: Path, said: str) -> dict:
@@ -100,13 +156,52 @@ def check_config(config: dict, said: str) -> None:
     if config.get("transformers_weights"):
         raise ValueError(f"{said}: its config names other weights (transformers_weights); remove the entry and name "
                          "the weights model.safetensors")
-    quantised = config.get("quantization_config")
-    if quantised in (None, {}):
-        return
-    method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-    if method not in (*DEQUANTISED, PACKED):
+    if config.get("is_encoder_decoder"):
+        raise ValueError(f"{said}: is an encoder-decoder model; only decoder-only models can be pruned")
+    method = quantisation(config)
+    if method not in (None, *DEQUANTISED, PACKED):
         raise ValueError(f"{said}: its weights are quantised ({method}); give the unquantised checkpoint: pruning "
                          f"them is only possible where loading undoes it ({', '.join(DEQUANTISED)})")
+
+
+def quantisation(config: dict) -> str | None:
+    """The method that a config says its weights are quantised by; None for none."""
+    quantised = config.get("quantization_config")
+    if quantised in (None, {}):
+        return None
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+    return method if isinstance(method, str) else "by an unnamed method"
+
+
+def check_hub(name: str, options: dict, said: str) -> dict:
+    """The config of a model on the hub, once its index names nothing but safetensors; {} where the hub does not answer:
+    loading then says why."""
+    folder = hub_folder(name, options)
+    if folder is None:
+        return {}
+    config = read_json(folder / "config.json", said)
+    check_config(config, said)
+    if index := cached(name, INDEX, options):
+        shard_names(read_json(index, said), said)
+    return config
+
+
+def hub_folder(name: str, options: dict) -> Path | None:
+    """The folder of the cache that holds a hub model's config; None where it cannot be had."""
+    config = cached(name, "config.json", options)
+    return config.parent if config else None
+
+
+def cached(name: str, file: str, options: dict) -> Path | None:
+    """A file of a hub model in the cache, fetched where it must be; None where it cannot be had."""
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(name, file, revision=options["revision"], cache_dir=options["cache_dir"],
+                            _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
+    except Exception:  # a repository that is not there, or closed: loading says so
+        return None
+    return Path(found) if found else None
 
 
 def shards(path: Path, said: str) -> list[Path]:
@@ -171,6 +266,15 @@ def lost(entries: dict[str, Entry], model: nn.Module) -> Lost:
     return Lost(names, sum(entries[name].bytes for name in names))
 
 
+def check_dtypes(entries: dict[str, Entry], model: nn.Module, said: str) -> None:
+    """Raise ValueError naming a tensor whose file holds integers where the model has floating-point numbers: they were
+    converted while loading, and are not the weights without their scales."""
+    for name, (_, dtype) in will_save(model).items():
+        if dtype.is_floating_point and name in entries and entries[name].dtype not in FLOATS:
+            raise ValueError(f"{said}: {name} is stored as {entries[name].dtype}, no floating-point weight; give "
+                             "the unquantised checkpoint")
+
+
 def quantised_parts(entries: dict[str, Entry]) -> set[str]:
     """Names of what a dequantised weight was stored as beside its values: scales, and MXFP4's blocks."""
     return {name for name in entries if name.endswith(("_scale_inv", ".weight_scale", ".input_scale", "_blocks",
@@ -179,7 +283,10 @@ def quantised_parts(entries: dict[str, Entry]) -> set[str]:
 
 def check_parameters(model: nn.Module, said: str) -> None:
     """Raise ValueError naming a parameter that is no floating-point weight of 16 bits or more, or has no memory."""
+    packed = {id(p) for m in model.modules() if hasattr(m, "packed") for p in m.parameters()}
     for name, p in model.named_parameters():
+        if id(p) in packed:
+            continue
         if p.is_meta:
             raise ValueError(f"{said}: {name} is offloaded (on the meta device); load the model without offload")
         if not p.is_floating_point() or p.element_size() < 2:

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..runtime.flag import flag as new_flag
+from . import intake
 
 DEMO = Path(__file__).parent.parent / "demo" / "model"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -43,33 +43,53 @@ def load(name: str | Path, *, dtype: str = "auto", revision: str | None = None, 
     """(model, tokenizer) from a local folder, a name on the hub or "demo", on the CPU, in evaluation mode.
 
     dtype: "auto" (as stored) or the name of a torch dtype. revision, cache_dir, trust_remote_code, attn_implementation:
-    as for transformers' `from_pretrained`. Only safetensors weights are read.
+    as for transformers' `from_pretrained`. Only safetensors files inside the folder are read. Weights that transformers
+    can dequantise (block FP8, MXFP4) become bfloat16. `intake.source_of(model)` then says what the files held.
 
-    Raises ValueError naming `flag` when the model cannot be loaded.
+    Raises ValueError naming `flag` when the model cannot be loaded, or when a part of the checkpoint would be lost.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    path = DEMO if str(name) == "demo" else Path(name)
-    local, said = path.is_dir(), f"{flag} {name}".strip()
-    if local:
-        check_folder(path, said)
-    elif str(name).count("/") > 1 or str(name).startswith((".", "/", "~")) or path.exists():
+    path = DEMO if str(name) == "demo" else Path(name).expanduser()
+    said = f"{flag} {name}".strip()
+    intake.check_path(path, said)
+    local = path.is_dir()
+    if not local and (str(name).count("/") > 1 or str(name).startswith((".", "/", "~")) or path.exists()):
         raise ValueError(f"{said}: no such folder")
     options = {"revision": revision, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
     source = str(path) if local else str(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, attn_implementation=attn_implementation,
-            output_loading_info=True, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        where = "" if local else "no such folder here, and as a hub name it "
-        raise ValueError(f"{said}: {where}cannot be loaded ({first_line})") from error
+    config = intake.check_folder(path, said) if local else intake.check_hub(source, options, said)
+    model, tokenizer, info = from_pretrained(source, config, options, {
+        "dtype": dtype, "attn_implementation": attn_implementation}, said)
     if info["missing_keys"]:  # transformers would initialise them at random
         missing = sorted(info["missing_keys"])
         raise ValueError(f"{said}: its files lack {len(missing)} tensors, such as {missing[0]}; fetch it again")
+    if info["mismatched_keys"]:
+        key, stored, wanted = sorted(info["mismatched_keys"])[0]
+        raise ValueError(f"{said}: {key} is {tuple(stored)} in its files, {tuple(wanted)} by its config; correct "
+                         "config.json or fetch it again")
+    intake.settle(model, config, path if local else intake.hub_folder(source, options), said)
     return model.eval().requires_grad_(False), tokenizer
+
+
+def from_pretrained(source: str, config: dict, options: dict, how: dict, said: str):
+    """(model, tokenizer, what transformers says of its loading). Whatever any library raises becomes one ValueError."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        if intake.quantisation(config) in intake.DEQUANTISED:
+            how["config"] = AutoConfig.from_pretrained(source, **options)
+            how["config"].quantization_config = {**config["quantization_config"], "dequantize": True}
+        model, info = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, ignore_mismatched_sizes=True,
+                                                           output_loading_info=True, **how, **options)
+    except Exception as error:  # a damaged checkpoint can raise anything in three libraries
+        local = Path(source).is_dir()
+        if local and not any(Path(source).glob("*token*")) and not any(Path(source).glob("*vocab*")):
+            raise ValueError(f"{said}: no tokenizer in this folder; copy the tokenizer's files into it") from error
+        lines = [line.strip() for line in str(error).split("\n") if line.strip()]
+        why = " ".join(lines[:1 + lines[0].endswith(":")]) if lines else type(error).__name__
+        where = "" if local else "no such folder here, and as a hub name it "
+        raise ValueError(f"{said}: {where}cannot be loaded ({why})") from error
+    return model, tokenizer, info
 
 
 def quiet() -> None:
@@ -79,17 +99,6 @@ def quiet() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-def check_folder(path: Path, said: str) -> None:
-    """Raise ValueError, its message beginning with `said`, unless `path` holds a config and safetensors weights."""
-    if not (path / "config.json").is_file():
-        raise ValueError(f"{said}: no config.json in this folder, so it is no Hugging Face model")
-    if not any(path.glob("*.safetensors")):
-        pickles = any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth"))
-        raise ValueError(f"{said}: " + (
-            "its weights are pickle files, which can run code when loaded; save it as safetensors first"
-            if pickles else "no safetensors weights in this folder"))
 
 
 def fingerprint(model: nn.Module) -> str:

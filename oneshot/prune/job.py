@@ -95,8 +95,9 @@ class Result:
 
 
 def skipped_rows(model: nn.Module) -> list[dict]:
-    """The record's `skipped`: every matrix that is never pruned, with the reason."""
-    return [{"name": name, "reason": why} for name, why in models.skipped(model)]
+    """The record's `skipped`: every matrix that is never pruned, with the reason and its number of weights."""
+    sizes = {name: p.numel() for name, p in model.named_parameters(remove_duplicate=False)}
+    return [{"name": name, "reason": why, "weights": sizes.get(name, 0)} for name, why in models.skipped(model)]
 
 
 def make_plan(model: nn.Module, pattern: Pattern, chain: Chain, elsewhere: Pattern | None = None,

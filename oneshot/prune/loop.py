@@ -10,7 +10,7 @@ time statistics are collected; its outputs are not kept, as they would be a thir
 import contextlib
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -53,7 +53,7 @@ def prune_model(model: nn.Module, ids: torch.Tensor | None, mask: torch.Tensor |
                 rows = Rows(**done[1])
                 restore(block, done[0], None if block.number == last else activations, dense)
             else:
-                rows = prune_block(job, block, activations, dense)
+                rows = prune_block(job, block, activations, dense, {row["name"] for row in result.layers})
                 if on_block:
                     on_block(block.number, block.state(), vars(rows))
             result.add(rows)
@@ -104,11 +104,12 @@ def float32_products(tf32: bool) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def prune_block(job: Job, block: Block, activations: Activations | None, dense: Activations | None = None) -> Rows:
+def prune_block(job: Job, block: Block, activations: Activations | None, dense: Activations | None = None,
+                solved: Collection[str] = ()) -> Rows:
     """Solve, write back and heal the resident block, then run the activations through it; returns the block's rows.
 
     activations: the pruned model's at this block, or None if no data is needed. dense: the dense model's at this block,
-    if they are kept.
+    if they are kept. solved: names of the linears that earlier blocks have solved, some of which this block may share.
     """
     rows, seconds, device = Rows(block={"block": block.number, "seconds": {}}), {}, job.options.device
     rows.block["seconds"] = seconds
@@ -120,7 +121,7 @@ def prune_block(job: Job, block: Block, activations: Activations | None, dense: 
     if dense and not teacher:
         with clock(seconds, "dense", device):
             calibrate.replay(block.module, dense, block.number)
-    dense_out = solve_block(job, block, activations, teacher, rows)
+    dense_out = solve_block(job, block, activations, teacher, rows, solved)
     if teacher:
         with clock(seconds, "dense", device):
             calibrate.replay(teacher[0], dense, block.number)
@@ -145,7 +146,7 @@ def heal_block(job: Job, block: Block, activations: Activations, dense: Activati
 
 
 def solve_block(job: Job, block: Block, activations: Activations | None, teacher: tuple[nn.Module, Activations] | None,
-                rows: Rows) -> torch.Tensor | None:
+                rows: Rows, solved: Collection[str] = ()) -> torch.Tensor | None:
     """Compute and write new weights for every linear of the block; returns the dense block's output on the first batch.
 
     teacher: (the dense block, the dense model's activations) if the linears aim at these. There are several passes if
@@ -153,7 +154,7 @@ def solve_block(job: Job, block: Block, activations: Activations | None, teacher
     has pruned; otherwise all new weights are written after the last pass.
     """
     seconds, options = rows.block["seconds"], job.options
-    remaining, dense_out = list(block.weights), None
+    remaining, dense_out = block.weights + [w for w in block.shared if w.name not in solved], None
     waiting: list[Solved] = []
     while remaining:
         statistics, deferred = {}, []
@@ -168,14 +169,18 @@ def solve_block(job: Job, block: Block, activations: Activations | None, teacher
         put_off = {w.name for w in deferred}
         with clock(seconds, "solve", options.device):
             for weight in (w for w in remaining if w.name not in put_off):
-                solved = linear.solve(job, weight, statistics.pop(weight.name, None))
+                own = statistics.pop(weight.name, None)
+                if activations and own is None and weight.name in block.recurring:
+                    continue  # a later block, which holds it again, may feed it
+                found = linear.solve(job, weight, own)
                 if deferred and not options.true_sequential:
-                    waiting.append(solved)
+                    waiting.append(found)
                 else:
-                    linear.write(solved, rows)
+                    linear.write(found, rows)
+                own = None
         remaining = deferred
-    for solved in waiting:
-        linear.write(solved, rows)
+    for found in waiting:
+        linear.write(found, rows)
     return dense_out
 
 

@@ -1,49 +1,53 @@
-"""`python -m oneshot.compare A B ...`: any finished runs in one table and one HTML page.
+"""`oneshot compare A B ...`: any finished runs in one table and one HTML page.
 
-Each of A, B, ... is a run's record (a .json file), a folder of records (--results of oneshot.run, or of a sweep), or a
-checkpoint that `oneshot.run --save` wrote (a folder with oneshot.json). A run met twice counts once. Exit code: 0, or 2
-when something given is no finished run of this version; one line on stderr then says which and why.
+Each of A, B, ... is a run's record (a .json file), a folder of records (what --results named, for one run or a sweep),
+or a checkpoint that --save wrote (a folder with oneshot.json). A run that is found twice counts once. Exit code: 0, or
+2 when something given is no finished run of this version; one line on stderr then says which and why.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
-from .. import report
-from . import tables, task_table
+from ..checkpoint import MANIFEST, WORK
 from ..runtime import environment
-from ..runtime import command as flags
+from ..runtime.command import Parser, exit_code
+from . import tables, task_table
 from .page import write_html
+from .record import checked, read
 
-MANIFEST, WORK = "oneshot.json", ".oneshot"  # as export.py names them; importing it would load transformers
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    return exit_code(lambda: compare(_parser().parse_args(argv)))
 
 
-def main(argv=None):
-    p = flags.Parser(prog="python -m oneshot.compare", description=__doc__, allow_abbrev=False,
-                   formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parser():
+    p = Parser(prog="oneshot compare", description=__doc__, allow_abbrev=False,
+               formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("runs", nargs="+", type=Path, help="records, folders of records, checkpoints")
     p.add_argument("--page", type=Path, default=Path("compare.html"), help="the HTML page (default: compare.html)")
     p.add_argument("--format", choices=("terminal", "markdown", "csv"), default="terminal", help="of the table")
     p.add_argument("--title", help="of the page")
-    try:
-        args = p.parse_args(argv)
-        records = gather(args.runs)
-        if args.page.is_dir():
-            raise ValueError(f"--page {args.page}: is a folder; give a file such as compare.html")
-        environment.check_writable(args.page.parent, "--page")
-        write_html(records, args.page, args.title)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    return p
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Write the page and print the tables. Raises ValueError or OSError naming what cannot be read or written."""
+    records = gather(args.runs)
+    if args.page.is_dir():
+        raise ValueError(f"--page {args.page}: is a folder; give a file such as compare.html")
+    environment.check_writable(args.page.parent, "--page")
+    write_html(records, args.page, args.title)
     print(tables.table(records, args.format), end="")
     if args.format != "csv" and (tasks := task_table.table(records, args.format)):
         print("\n" + tasks, end="")
     print(f"report: {args.page}", file=sys.stderr)
-    return 0
 
 
-def gather(paths):
+def gather(paths: Iterable[Path]) -> list[dict]:
     """The records that the paths hold, each run once, in the order given. Raises ValueError naming the path."""
     found = {}
     for path in paths:
@@ -52,12 +56,12 @@ def gather(paths):
     return list(found.values())
 
 
-def records_at(path):
+def records_at(path: Path) -> list[dict]:
     """The records of one path, at least one. Raises ValueError naming it."""
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder; give a run's record, a folder of them, or a checkpoint")
     if path.is_file():
-        return [of_manifest(path) if path.name == MANIFEST else report.read(path)]
+        return [of_manifest(path) if path.name == MANIFEST else read(path)]
     if (path / MANIFEST).is_file():
         return [of_manifest(path / MANIFEST)]
     if (path / WORK).is_dir():
@@ -67,17 +71,13 @@ def records_at(path):
     files = sorted(path.glob("*.json"))
     if not files:
         raise ValueError(f"{path}: holds no run record (*.json); give the folder that --results named")
-    return [report.read(file) for file in files]
+    return [read(file) for file in files]
 
 
-def of_manifest(file):
-    """The record within a checkpoint's manifest."""
+def of_manifest(file: Path) -> dict:
+    """The record inside a checkpoint's manifest."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))["record"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{file}: damaged, or not written by oneshot; prune again") from None
-    return report.checked(record, file)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return checked(record, file)

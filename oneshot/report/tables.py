@@ -1,40 +1,51 @@
-"""Tables of records: a line a run, or methods down and patterns across; for terminals, markdown, HTML and csv."""
+"""Tables of records: one line for each run, or methods down and patterns across.
 
-import csv
-import io
+The formats are those of table.render: terminal, markdown, html and csv. Results of tasks have a table of their own
+(task_table.py).
+"""
+
 import math
-from html import escape
 
 from . import accuracy
-from .record import (
+from .columns import (
+    Column,
     clean,
     columns,
     higher_is_better,
     identity,
     is_dense,
     is_task,
+    like,
     method_of,
     model_names,
     number,
     ordered,
     pattern_key,
     pattern_of,
+    percent,
     series,
     value,
     variants,
+    whole_bytes,
+    whole_sparsity,
 )
+from .table import Bold, render
 
-WIDTH = 120  # of a table in the terminal; what is wider goes on below
 
+def rows(records: list[dict]) -> list[dict]:
+    """One dict for each run, in the order of `ordered`, all with the same keys; None where a run has no value.
 
-def rows(records):
-    """One dict per run, in the order of `ordered`, all with the same keys; None where a run has no value.
-
-    Keys: run_id, model, method, pattern, variant; per column its header and, where a model has a dense run
-    beside pruned ones, "HEADER / dense" (perplexity: the ratio) or "HEADER - dense" (others: the difference);
-    of a task also "HEADER ±" and "HEADER - dense ±" (standard errors, see accuracy.py);
-    sparsity (share of zeros in what was prunable), bytes (of the same, as a share of dense), prune s,
-    warnings (how many), status.
+    run_id, model, method, pattern, variant
+    HEADER                          for every column; where a model has a dense run beside pruned ones also
+    HEADER / dense                  perplexity: the ratio to the dense model
+    HEADER - dense                  all others: the difference from it
+    HEADER ±, HEADER - dense ±      tasks: the standard errors (accuracy.py)
+    sparsity                        share of zeros among the prunable weights
+    of all                          share of zeros among all weights, what is never pruned included
+    bytes                           what the whole model takes, as a share of dense
+    prune s                         seconds
+    warnings                        how many
+    status                          how the run ended
     """
     records = ordered(records)
     names, found, own = model_names(records), columns(records), variants(records)
@@ -56,9 +67,9 @@ def rows(records):
             if c in tasks & compared:
                 found_difference = task_difference(records, record, c)
                 row[f"{c.header} - dense ±"] = found_difference and found_difference.stderr
-        size = record.get("bytes") or {}
-        row |= {"sparsity": record.get("sparsity"),
-                "bytes": size["stored"] / size["dense"] if size.get("dense") else None,
+        size = whole_bytes(record)
+        row |= {"sparsity": record.get("sparsity"), "of all": whole_sparsity(record),
+                "bytes": size[0] / size[1] if size else None,
                 "prune s": (record.get("seconds") or {}).get("prune"),
                 "warnings": len(record.get("warnings") or []), "status": _status(record)}
         table_rows.append(row)
@@ -66,7 +77,7 @@ def rows(records):
 
 
 def _status(record):
-    """How a run ended, and why where it failed."""
+    """How a run ended; if it failed, why."""
     return ": ".join(clean(x) for x in (record.get("status"), record.get("error")) if x) or None
 
 
@@ -81,7 +92,7 @@ def _dense_value(records, model, column):
 
 
 def _against(column, x, dense):
-    """(key, value) of the comparison with dense: a ratio for perplexity, a difference for the rest."""
+    """(key, value) of the comparison with dense: a ratio for perplexity, a difference for all other metrics."""
     ratio = column.metric.endswith("ppl")
     key = f"{column.header} {'/' if ratio else '-'} dense"
     if x is None or dense is None or (ratio and not dense):
@@ -89,10 +100,11 @@ def _against(column, x, dense):
     return key, x / dense if ratio else x - dense
 
 
-def table(records, fmt="terminal"):
-    """The rows as text: "terminal", "markdown", "html" (rounded numbers), or "csv" (all, as stored).
+def table(records: list[dict], fmt: str = "terminal") -> str:
+    """The table of `rows`, one line for each run; fmt as in table.render.
 
-    Tasks stand in a table of their own (`task_table`), in csv here as well.
+    csv has every key of the rows, with unrounded values. The other formats leave out empty columns, those of tasks
+    (they have a table of their own, task_table.py) and the status where all runs finished, and round the numbers.
     """
     found = rows(records)
     keys = list(found[0]) if found else ["model", "method", "pattern"]
@@ -109,8 +121,8 @@ def table(records, fmt="terminal"):
                    text={"run_id", "model", "method", "pattern", "variant", "status"})
 
 
-def task_difference(records, record, column):
-    """accuracy.Difference of a run from the dense run of its model; None of the dense run itself."""
+def task_difference(records: list[dict], record: dict, column: Column) -> accuracy.Difference | None:
+    """How a run differs from the dense run of its model, found among `records`; None for the dense run itself."""
     dense = _dense_record(records, identity(record), column)
     if dense is None or is_dense(record) or value(record, column) is None:
         return None
@@ -120,24 +132,20 @@ def task_difference(records, record, column):
 def _cell(key, x):
     if key == "status" and x is not None:
         return x if len(x) <= 100 else x[:99] + "…"
-    if key in ("sparsity", "bytes") and x is not None:
+    if key in ("sparsity", "of all", "bytes") and x is not None:
         return percent(x)
     if key.endswith(" - dense") and x is not None:
         return f"{x:+.3g}"
     return number(x, 3 if key == "prune s" else 4)
 
 
-def percent(x):
-    return "-" if x is None else f"{100 * x:.2f} %"
+def pivot(records: list[dict], metric: str, fmt: str = "terminal") -> str:
+    """Methods down, patterns across, dense in front: the mean over seeds, ± the standard deviation of several.
 
-
-def pivot(records, metric, fmt="terminal"):
-    """Methods down, patterns across, dense in front: the mean over seeds, ± standard deviation of several.
-
-    metric: a key of the metrics ("wikitext2/ppl") or one column's header ("wikitext2 ppl @2048"). Different
-    windows, models and other settings than the seed stay apart, in rows of their own. In markdown and HTML
-    the best of each pattern is bold; csv has columns for standard deviation and number of seeds. Raises
-    ValueError, naming the columns there are, if nothing is so called.
+    metric: a key of the metrics ("wikitext2/ppl") or the header of one column ("wikitext2 ppl @2048"). Runs on other
+    windows, of other models, or with other settings than the seed are never averaged: they have rows of their own. In
+    markdown and HTML the best method of each pattern is bold; csv has further columns for the standard deviation and
+    the number of seeds. Raises ValueError, naming the columns there are, if there is none of that name.
     """
     chosen = [c for c in columns(records) if metric in (c.metric, c.header)]
     if not chosen:
@@ -161,7 +169,7 @@ def pivot(records, metric, fmt="terminal"):
 
 
 def _grid(records, chosen):
-    """{(column, model, series): {pattern: [value per seed]}}, the dense values repeated in each row."""
+    """{(column, model, series): {pattern: [one value for each seed]}}; every row has the dense values too."""
     methods = list(dict.fromkeys(method_of(r) for r in records))
     records = ordered(records)
     names, lines = model_names(records), series(records)
@@ -192,15 +200,10 @@ def _pivot_cell(values, rivals, column, pattern, fmt):
         return ["-"]
     mean, spread = _mean(values), _std(values)
     text = number(mean) + (f" ± {like(number(mean), spread)}" if spread is not None else "")
-    known = [x for x in rivals if not math.isnan(x)]
+    known = [x for x in rivals if math.isfinite(x)]
     best = (max if higher_is_better(column.metric) else min)(known, default=None)
     bold = len(rivals) > 1 and mean == best and pattern != "dense" and fmt in ("markdown", "html")
     return [Bold(text) if bold else text]
-
-
-def like(text, x):
-    """`x` with as many decimals as the number in `text`."""
-    return number(x, 2) if "e" in text or not math.isfinite(x) else f"{x:.{len(text.partition('.')[2])}f}"
 
 
 def _mean(values):
@@ -208,64 +211,8 @@ def _mean(values):
 
 
 def _std(values):
-    """Sample standard deviation; None of a single value."""
+    """Sample standard deviation; None if there is only one value."""
     if len(values) < 2:
         return None
     mean = _mean(values)
     return math.sqrt(sum((x - mean) ** 2 for x in values) / (len(values) - 1))
-
-
-class Bold(str):
-    """A cell to be set in bold where the format can."""
-
-
-def render(head, body, fmt, text=()):
-    """Cells (strings; for csv anything) as one table. `text` names the columns that hold no numbers."""
-    if fmt == "csv":
-        out = io.StringIO()
-        csv.writer(out, lineterminator="\n").writerows([head, *body])
-        return out.getvalue()
-    left = [h in text for h in head]
-    if fmt == "html":
-        return html_table(head, body, left)
-    if fmt not in ("terminal", "markdown"):
-        raise ValueError(f"table format {fmt}: give terminal, markdown, csv or html")
-    mark = _markdown if fmt == "markdown" else str
-    cells = [[mark(c) for c in line] for line in [head, *body]]
-    widths = [max(3, *(len(line[i]) for line in cells)) for i in range(len(head))]
-    lines = [[c.ljust(w) if is_left else c.rjust(w) for c, w, is_left in zip(line, widths, left, strict=True)]
-             for line in cells]
-    if fmt == "terminal":
-        lines.insert(1, ["-" * w for w in widths])
-        parts = folded(widths, next((i for i, is_left in enumerate(left) if not is_left), len(head)))
-        return "\n".join("".join("  ".join(line[i] for i in part).rstrip() + "\n" for line in lines) for part in parts)
-    lines.insert(1, ["-" * (w - 1) + "-:"[not is_left] for w, is_left in zip(widths, left, strict=True)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def folded(widths, named):
-    """[[column, ...], ...]: the columns of each of the tables that fit WIDTH, the first `named` in every one."""
-    parts, names = [], list(range(named))
-    for i in range(named, len(widths)):
-        if not parts or sum(widths[j] + 2 for j in [*parts[-1], i]) > WIDTH:
-            parts.append(names.copy())
-        parts[-1].append(i)
-    return parts or [names]
-
-
-def _markdown(cell):
-    text = cell.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
-    return f"**{text}**" if isinstance(cell, Bold) else text
-
-
-def html_table(head, body, left, name=""):
-    def cell(tag, content, is_left):
-        bold = isinstance(content, Bold)
-        content = escape(content.replace(" ", "\u00a0") if tag == "th" and len(content) < 9 else content)
-        content = f"<b>{content}</b>" if bold else content
-        return f"<{tag}>{content}</{tag}>" if is_left else f'<{tag} class="n">{content}</{tag}>'
-
-    lines = ["".join(cell(tag, c, is_left) for c, is_left in zip(line, left, strict=True))
-             for tag, line in [("th", head), *(("td", line) for line in body)]]
-    return (f'<div class="scroll {name}"><table><thead><tr>{lines[0]}</tr></thead><tbody>'
-            + "\n".join(f"<tr>{line}</tr>" for line in lines[1:]) + "</tbody></table></div>")

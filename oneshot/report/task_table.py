@@ -1,16 +1,21 @@
-"""The table of lm-eval tasks: tasks down, runs across, each against the dense run of its model. Needs no torch."""
+"""The table of lm-eval tasks: tasks down, runs across, each run against the dense run of its model."""
 
 from html import escape
 
 from . import accuracy
-from .record import columns, identity, is_task, labels, model_names, number, ordered, value
-from .tables import like, render, task_difference
+from .columns import columns, identity, is_task, labels, like, model_names, number, ordered, value
+from .table import render
+from .tables import task_difference
+
+LEGEND = ("In brackets: minus dense ± its standard error, paired document by document unless it says unpaired; ~ "
+          "within two standard errors of dense, as 19 of 20 would be without any effect. ° not above chance (a uniform "
+          "guess) by more than two standard errors: {guesses} of {values} values. Dense: ± its own standard error.")
 
 
-def table(records, fmt="terminal"):
-    """Tasks down, runs across, each against the dense run of its model; "" where no task was measured.
+def table(records: list[dict], fmt: str = "terminal") -> str:
+    """The table and what its marks mean, one table for each model; "" where no task was measured.
 
-    A group's members are left out (the csv of tables.table has them). Below it stands what the marks mean.
+    fmt: as in table.render. Tasks that are part of a group are left out (the csv of tables.table has them).
     """
     records = list(filter(accuracy.has_tasks, ordered(records)))
     models = model_names(records)
@@ -23,20 +28,17 @@ def table(records, fmt="terminal"):
         for c in found:
             info = next(accuracy.how(r, c.metric) for r in own if value(r, c) is not None)
             body.append([c.header, number(info.get("samples")), _share(info.get("chance")),
-                         *(_task_cell(own, r, c) for r in own)])
+                         *(_cell(own, r, c) for r in own)])
             guesses += [accuracy.no_better_than_chance(r, c.metric) for r in own
                         if value(r, c) is not None and accuracy.how(r, c.metric).get("chance") is not None]
         parts.append(render(head, body, fmt, text={head[0]}))
     if not parts:
         return ""
-    told = (f"In brackets: minus dense ± its standard error, paired document by document unless it says unpaired; "
-            f"~ within two standard errors of dense, as 19 of 20 would be without any effect. ° not above chance (a "
-            f"uniform guess) by more than two standard errors: {sum(guesses)} of {len(guesses)} values. Dense: ± its "
-            f"own standard error.")
-    return "\n".join([*parts, f'<p class="note">{escape(told)}</p>' if fmt == "html" else told + "\n"])
+    legend = LEGEND.format(guesses=sum(guesses), values=len(guesses))
+    return "\n".join([*parts, f'<p class="note">{escape(legend)}</p>' if fmt == "html" else legend + "\n"])
 
 
-def _task_cell(records, record, column):
+def _cell(records, record, column):
     """"0.412° (-0.021 ± 0.008 ~)"."""
     x = value(record, column)
     text = _share(x) + "°" * accuracy.no_better_than_chance(record, column.metric)
@@ -52,5 +54,5 @@ def _task_cell(records, record, column):
 
 
 def _share(x):
-    """An accuracy with three decimals; what is none as any number."""
+    """An accuracy with three decimals; what is no share like any other number."""
     return f"{x:.3f}" if isinstance(x, float) and 0 <= x <= 1 else number(x)

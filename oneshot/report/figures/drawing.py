@@ -1,17 +1,25 @@
-"""How pictures look: colours, scales, legends, and how a figure becomes a file or a part of a page.
+"""What all pictures share: colours, scales, legends, names, and how a figure becomes a file or a part of a page.
 
-Colours are Okabe and Ito's (told apart by the colour-blind). In `svg`, INK, MUTED, GRID and PAPER become the page's
-own, so that they follow its light or dark scheme.
+The colours are Okabe and Ito's, which the colour-blind can tell apart. In `svg`, INK, MUTED, GRID and PAPER become
+variables of the page, so that pictures follow its light or dark scheme. Matplotlib is imported when a picture is drawn.
 """
 
+import functools
 import io
 import itertools
 import math
 import re
 import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ... import report
+from ..columns import clean, is_dense, series
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C")
 MARKERS = "sD^vPX*"
@@ -35,29 +43,33 @@ def _matplotlib():
     return matplotlib
 
 
-def drawn(function):
-    """`function(records, ...)` under this module's settings, whatever the user's matplotlibrc says."""
+def drawn(function: Callable) -> Callable:
+    """Decorator: the function draws with the settings RC, whatever the user's matplotlibrc says."""
+    @functools.wraps(function)
     def draw(*args, **kwargs):
         with _matplotlib().rc_context(RC):
             return function(*args, **kwargs)
-    draw.__name__, draw.__doc__ = function.__name__, function.__doc__
     return draw
 
 
-def new_figure(width, height):
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure of this size in inches."""
     return _matplotlib().figure.Figure(figsize=(width, height), layout="constrained")
 
 
-def series_styles(records):
-    """{series: (colour, line style)} for the series (report.series) of `records`, in their order."""
-    names = zip(records, report.series(records), strict=True)
+def series_styles(records: list[dict]) -> dict[str, tuple[str, str]]:
+    """{series: (colour, line style)} for the series (columns.series) of `records`, in their order."""
+    names = zip(records, series(records), strict=True)
     lines = [style for style in ("-", "--", ":", "-.") for _ in COLOURS]
-    return dict(zip(dict.fromkeys(name for r, name in names if not report.is_dense(r)),
+    return dict(zip(dict.fromkeys(name for r, name in names if not is_dense(r)),
                     itertools.cycle(zip(itertools.cycle(COLOURS), lines, strict=False)), strict=False))
 
 
-def scale_y(axes, values, percent=False):
-    """Scale y axes for `values`: logarithmic, with plain numbers at the ticks, if they span more than 5x."""
+def scale_y(axes: "Iterable[Axes]", values: Iterable[float], percent: bool = False) -> bool:
+    """Scale y axes for `values`: logarithmic if they span more than a factor of 5. Returns whether they do.
+
+    The ticks are plain numbers; percent: the values are shares and the ticks show percent.
+    """
     from matplotlib import ticker
 
     values = [v for v in values if math.isfinite(v)]
@@ -80,22 +92,28 @@ def scale_y(axes, values, percent=False):
     return log
 
 
-def short_names(names):
-    """{name: its shortest ending, by dots, that no other name has}."""
+def kind(linear: str) -> str:
+    """The kind of a linear: its name within the block without the numbers of experts."""
+    return clean(re.sub(r"[.\[]\d+\]?", "", str(linear)))
+
+
+def short_names(names: list[str]) -> dict[str, str]:
+    """{name: its shortest ending, cut at a dot, that no other name has}."""
     endings = {n: [".".join(n.split(".")[-i:]) for i in range(1, n.count(".") + 2)] for n in names}
     return {n: next((e for e in own if sum(e in other for other in endings.values()) == 1), n)
             for n, own in endings.items()}
 
 
-def handle(label, colour, style="-", marker="o", filled=True):
+def handle(label: str, colour: str, style: str = "-", marker: str = "o", filled: bool = True) -> "Line2D":
+    """An entry for `legend`."""
     from matplotlib.lines import Line2D
 
     face = colour if filled else "none"
-    return Line2D([], [], color=colour, ls=style, marker=marker, mfc=face, label=report.clean(label))
+    return Line2D([], [], color=colour, ls=style, marker=marker, mfc=face, label=clean(label))
 
 
-def legend(fig, handles):
-    """A legend above the picture, read row by row, with as many entries in a row as the width holds."""
+def legend(fig: "Figure", handles: "list[Line2D]") -> None:
+    """A legend above the picture, to be read row by row, with as many entries in a row as fit its width."""
     def inches(across):
         columns = [handles[i::across] for i in range(across)]
         return sum(0.55 + 0.078 * max(len(h.get_label()) for h in column) for column in columns)
@@ -106,21 +124,25 @@ def legend(fig, handles):
                    ncols=across, handlelength=1.8)
 
 
-def nothing(text):
+def nothing(text: str) -> "Figure":
+    """A small figure that only says why there is nothing to draw."""
     fig = new_figure(6, 0.8)
     fig.text(0.02, 0.5, text, va="center", color=MUTED)
     return fig
 
 
-def mark(ax, x, values, colour, marker, **kwargs):
-    """The mean of `values` at x, with a bar over their range."""
+def mark(ax: "Axes", x: float, values: list[float], colour: str, marker: str, **kwargs) -> None:
+    """Draw the mean of `values` at x, with a bar over their range."""
     ax.plot([x], [sum(values) / len(values)], color=colour, ls="none", marker=marker, zorder=3, **kwargs)
     if len(values) > 1:
         ax.plot([x, x], [min(values), max(values)], color=colour, lw=1.2, marker="_", ms=6)
 
 
-def svg(fig, prefix=""):
-    """The figure as an <svg> element for a page, always the same; `prefix` keeps the ids of several apart."""
+def svg(fig: "Figure", prefix: str = "") -> str:
+    """The figure as an <svg> element for a page, the same text every time.
+
+    prefix: put before every id, so that several pictures can stand on one page.
+    """
     out = io.StringIO()
     with _matplotlib().rc_context(RC), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser will have the font
@@ -135,8 +157,8 @@ def svg(fig, prefix=""):
     return text.strip()
 
 
-def save(fig, path):
-    """Write the figure to a file whose ending names the format (svg, pdf, png), always the same bytes."""
+def save(fig: "Figure", path: str | Path) -> None:
+    """Write the figure to a file whose ending names the format (svg, pdf, png), the same bytes every time."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(path.suffix[1:].lower())

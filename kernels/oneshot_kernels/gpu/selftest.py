@@ -1,0 +1,101 @@
+"""Asks the GPU itself whether the decode kernel is right, once per process and compiled variant.
+
+The kernel relies on which lane gets which element of an inline-assembly operand. Triton promises nothing there, so
+a new Triton, driver or GPU could silently compute nonsense. A tiny product against float64 settles it.
+"""
+
+import functools
+import math
+import warnings
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+
+from .. import reference
+from .decode import TOKEN_TILE, Config, decode, shape_flags
+from .fragment import K_PAD, ROWS, to_fragments
+from .mma_sp import INTERPRET
+
+LIMIT = 2e-2
+"""Largest relative error. bfloat16 outputs err 2e-3, a normed or gated product 6e-3; a wrong lane errs about 1."""
+
+
+def random_24(n: int, k: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """A random 2:4 weight (n, k) with unit-variance products, on the generator's device."""
+    weight = torch.randn(n, k, generator=generator, device=generator.device) * (2 / k) ** 0.5
+    groups = weight.view(n, k // 4, 4)
+    kept = groups.abs().topk(2, dim=-1).indices
+    return (groups * torch.zeros_like(groups).scatter_(-1, kept, 1.0)).view(n, k).to(dtype)
+
+
+def relative_error(got: torch.Tensor, truth: torch.Tensor) -> float:
+    """||got - truth|| / ||truth||; infinite for NaN, so that NaN never passes a comparison."""
+    error = ((got.double() - truth).norm() / truth.norm()).item()
+    return math.inf if math.isnan(error) else error
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What the compiler sees of a launch: everything that could change the layout."""
+
+    config: Config
+    tokens: int
+    dtype: torch.dtype
+    device: torch.device
+    norm: bool
+    swiglu: bool
+    whole_k: bool
+    even_warps: bool
+
+
+def variant(config: Config, tokens: int, k: int, dtype, device, norm: bool, swiglu: bool) -> Variant:
+    """The variant that a call with this many tokens and K inputs runs."""
+    warps, whole_k, even_warps = shape_flags(k, config)
+    tile_tokens = -(-tokens // TOKEN_TILE) * TOKEN_TILE
+    return Variant(replace(config, warps=warps), tile_tokens, dtype, device, norm, swiglu, whole_k, even_warps)
+
+
+def measure(v: Variant) -> float:
+    """Relative error of one compiled variant on a random problem that uses every part of it."""
+    device, dtype, swiglu = v.device, v.dtype, v.swiglu
+    generator = torch.Generator(device=device).manual_seed(0)
+    n = 2 * ROWS * v.config.row_tiles
+    k = (2 * v.config.warps + (not v.even_warps)) * K_PAD - (0 if v.whole_k else 252)
+    packed = reference.pack(random_24(2 * n if swiglu else n, k, dtype, generator))
+    x = torch.randn(v.tokens, k, generator=generator, device=device).to(dtype)
+    extras = {
+        "bias": torch.randn(packed.shape[0], generator=generator, device=device).to(dtype),
+        "residual": torch.randn(v.tokens, n, generator=generator, device=device).to(dtype),
+        "norm_gain": torch.rand(k, generator=generator, device=device).to(dtype) + 0.5 if v.norm else None,
+        "norm_eps": 1e-5,
+        "swiglu": swiglu,
+    }
+    y = decode(x, *to_fragments(packed, 2 if swiglu else 1), n, config=v.config, **extras)
+    return relative_error(y, reference.linear(x, packed, **extras))
+
+
+@functools.cache
+def trusted(v: Variant) -> bool:
+    """True if this variant computes the right thing on this GPU. Warns, once, where it does not.
+
+    Raises RuntimeError when first asked during CUDA graph capture, where nothing can be compared.
+    """
+    if INTERPRET:
+        return True
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "the first call of a 2:4 layer at a new number of tokens cannot happen inside CUDA graph capture: "
+            "run the model once with the same shapes before capturing"
+        )
+    error = measure(v)
+    if error <= LIMIT:
+        return True
+    warnings.warn(
+        f"2:4 decode kernel FAILED its self-test on {torch.cuda.get_device_name(v.device)}: relative error {error:.3g} "
+        f"for {v}. The slower middle kernel runs instead. Please report this, with torch {torch.__version__} and "
+        f"triton {triton.__version__}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return False

@@ -1,0 +1,317 @@
+"""The program end to end on a tiny model: table, record, page, checkpoint, and the same from Python."""
+
+import json
+import math
+
+import families
+import pytest
+import tiny
+import torch
+from tiny import place, plain_pages  # noqa: F401
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import oneshot
+from oneshot import data, models
+from oneshot.data import choose
+from oneshot.measure import perplexity
+from oneshot.pipeline import compress
+from oneshot.prune import loop, shared_inputs
+from oneshot.prune.patterns import parse
+from oneshot.report import page
+from oneshot.report.record import KEYS
+
+
+@pytest.fixture(scope="module")
+def compared(place):  # noqa: F811
+    """(results folder, {(method, pattern): record}, checkpoints) of three methods in two patterns, pictures and all."""
+    results = place / "compared"
+    argv = tiny.flags(place, method="magnitude,wanda,sparsegpt", pattern="0.5,2:4", results=results,
+                      save=place / "checkpoints")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "_pictures", lambda records, real=page._pictures: real(records) if len(records) > 1
+                      else [])  # the page of all runs is drawn in full
+        assert tiny.main(*argv) == 0
+    return results, tiny.records(results), place / "checkpoints"
+
+
+def plain_perplexity(folder, text, window=tiny.WINDOW):
+    """Perplexity the plain way: the folder loaded by transformers alone, its own loss, window by window."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(text.read_text())["input_ids"])
+    windows = ids[: len(ids) // window * window].view(-1, window)
+    with torch.no_grad():
+        losses = [model(input_ids=w[None], labels=w[None]).loss.double() for w in windows]
+    return math.exp(sum(losses) / len(losses))
+
+
+# ---------------------------------------------------------------- table, record, page
+
+def test_every_combination_has_its_record(compared):
+    _, records, _ = compared
+    assert set(records) == {("dense", "dense"), *((m, p) for m in ("magnitude", "wanda", "sparsegpt")
+                                                  for p in ("0.5", "2:4"))}
+    assert all(r["status"] == "finished" and r["warnings"] == [] for r in records.values())
+
+
+def test_record_says_what_was_done(compared, place):  # noqa: F811
+    record = compared[1]["sparsegpt", "2:4"]
+    assert list(record) == [key for key in KEYS if key not in ("damage", "prompts", "sensitivity")]
+    assert len(record["layers"]) == 7 * tiny.BLOCKS and len(record["blocks"]) == tiny.BLOCKS
+    row = record["layers"][-1]
+    assert (row["name"], row["shape"], row["pattern"]) == (f"model.layers.{tiny.BLOCKS - 1}.mlp.down_proj", [32, 48],
+                                                           "2:4")
+    assert row["zeros"] == row["target_zeros"] == 768 and row["surplus"] == 0
+    assert 0 < row["relative_error"] < 1 and row["seconds"] > 0 and row["info"]["damping"] > 0
+    assert {s["name"]: s["reason"] for s in record["skipped"]} == {
+        "model.embed_tokens.weight": "embedding", "lm_head.weight": "output head"}
+    model = AutoModelForCausalLM.from_pretrained(place / "model")
+    assert record["model"] | {"fingerprint": 0} == {
+        "name": "model", "family": "llama", "parameters": sum(p.numel() for p in model.parameters()), "fingerprint": 0,
+        "prunable": tiny.BLOCKS * (32 * 32 * 2 + 16 * 32 * 2 + 3 * 32 * 48), "dtype": "float32", "blocks": tiny.BLOCKS}
+    assert record["sparsity"] == 0.5
+    assert record["data"]["calibration"]["windows"] == 8 and record["data"]["calibration"]["tokens"] == 8 * tiny.WINDOW
+    windows = (place / "evaluation.txt").stat().st_size // tiny.WINDOW
+    assert record["metric_info"]["evaluation/ppl"] == {"window": tiny.WINDOW, "windows": windows,
+                                                       "tokens": windows * (tiny.WINDOW - 1)}
+    assert {"torch", "transformers", "commit", "device", "threads", "date"} <= set(record["environment"])
+    assert set(record["seconds"]) == {"load", "data", "prune", "evaluate", "total"}
+    assert record["seconds"]["total"] >= record["seconds"]["prune"] > 0
+    assert 50e6 < record["peak_memory_bytes"] < 50e9
+    assert record["settings"]["solver"] == {"sparsegpt": {"damping": 0.01, "block_size": 128}}
+    assert not {"save", "results", "progress", "overwrite"} & set(record["settings"])
+
+
+def test_fingerprint_is_of_the_dense_weights(compared):
+    _, records, _ = compared
+    assert len({r["model"]["fingerprint"] for r in records.values()}) == 1
+    assert len({r["run_id"] for r in records.values()}) == len(records)
+
+
+def test_dense_row(compared, place):  # noqa: F811
+    dense = compared[1]["dense", "dense"]
+    assert dense["layers"] == [] and dense["sparsity"] == 0 and dense["data"]["calibration"] is None
+    assert dense["metrics"]["evaluation/ppl"] == pytest.approx(
+        plain_perplexity(place / "model", place / "evaluation.txt"), rel=1e-5)
+
+
+def test_one_page_compares_them(compared):
+    [page] = compared[0].glob("*.html")
+    text = page.read_text()
+    assert page.name.startswith("compare-") and text.count("<svg") >= 3 and "<script" not in text
+    for record in compared[1].values():
+        assert record["run_id"] in text
+
+
+def test_checkpoint_loads_plainly_and_measures_the_same(compared, place):  # noqa: F811
+    _, records, folders = compared
+    values = set()
+    for method, pattern in (("wanda", "0.5"), ("sparsegpt", "2:4")):
+        value = records[method, pattern]["metrics"]["evaluation/ppl"]
+        folder = folders / f"{method}-{pattern.replace(':', 'of')}"
+        assert plain_perplexity(folder, place / "evaluation.txt") == pytest.approx(value, rel=1e-5)
+        assert json.loads((folder / "oneshot.json").read_text())["record"]["metrics"]["evaluation/ppl"] == value
+        assert records[method, pattern]["run_id"] in (folder / "report.html").read_text()
+        values.add(value)
+    assert len(values | {records["dense", "dense"]["metrics"]["evaluation/ppl"]}) == 3
+
+
+def test_checkpoint_changes_only_what_was_pruned(compared, place):  # noqa: F811
+    dense, pruned = tiny.weights(place / "model"), tiny.weights(compared[2] / "magnitude-2of4")
+    assert set(dense) == set(pruned)
+    for name, W in pruned.items():
+        linear = name.endswith("proj.weight")
+        assert torch.equal(W, dense[name]) != linear
+        if linear:
+            assert torch.equal(W[W != 0], dense[name][W != 0]) and int((W == 0).sum()) == W.numel() // 2
+
+
+@pytest.mark.usefixtures("plain_pages")
+def test_table_at_the_end(place, tmp_path, capfd):  # noqa: F811
+    assert tiny.main(*tiny.flags(place, results=tmp_path)) == 0
+    out, err = capfd.readouterr()
+    lines = out.splitlines()
+    assert f"ppl @{tiny.WINDOW}" in lines[0] and "/ dense" in lines[0]
+    assert "dense" in lines[2] and "wanda" in lines[3] and "50.00 %" in lines[3]
+    assert lines[-1] == f"report: {next(tmp_path.glob('*.html'))}"
+    assert [line.split(":")[0] for line in err.splitlines()] == ["device", "wanda 2", "dense"]  # no one else's remarks
+
+
+# ---------------------------------------------------------------- families and dtypes
+
+@pytest.mark.usefixtures("plain_pages")
+@pytest.mark.parametrize(("kind", "dtype", "method"), [
+    ("gpt2", torch.float32, "sparsegpt"), ("llama", torch.bfloat16, "sparsegpt"), ("llama", torch.float16, "wanda")])
+def test_other_families_and_stored_dtypes(place, tmp_path, kind, dtype, method):  # noqa: F811
+    """GPT-2's Conv1D weights lie transposed; half precision is pruned in float32 and measured as stored."""
+    tiny.save_model(tmp_path / "model", kind, dtype)
+    argv = tiny.flags(place, "--no-dense", model=tmp_path / "model", method=method, results=tmp_path / "runs",
+                      save=tmp_path / "out")
+    assert tiny.main(*argv) == 0
+    [record] = tiny.records(tmp_path / "runs").values()
+    assert record["model"]["dtype"] == str(dtype).removeprefix("torch.") and record["sparsity"] == 0.5
+    for row in record["layers"]:
+        W = tiny.weights(tmp_path / "out")[row["name"] + ".weight"]
+        W = W.T if kind == "gpt2" else W
+        assert W.dtype == dtype and list(W.shape) == row["shape"]
+        assert int((W.reshape(-1, 4) != 0).sum(1).max()) == 2
+    assert plain_perplexity(tmp_path / "out", place / "evaluation.txt") == pytest.approx(
+        record["metrics"]["evaluation/ppl"], rel=1e-5)
+
+
+@pytest.mark.usefixtures("plain_pages")
+def test_surplus_zeros_are_listed(place, tmp_path):  # noqa: F811
+    """A row that was zero before holds more zeros than were asked for."""
+    name = "model.layers.0.mlp.up_proj"
+    model = tiny.copy(place / "model", tmp_path / "model")
+    tiny.change_weights(model, lambda tensors: tensors[f"{name}.weight"][5].zero_())
+    assert tiny.main(*tiny.flags(place, "--no-dense", model=model, results=tmp_path / "runs", evaluate="none")) == 0
+    [record] = tiny.records(tmp_path / "runs").values()
+    surplus = {row["name"]: row["surplus"] for row in record["layers"] if row["surplus"]}
+    assert surplus == {name: 16}
+    assert record["sparsity"] == pytest.approx(0.5 + 16 / record["model"]["prunable"])
+    assert "Surplus zeros" in next((tmp_path / "runs").glob("*.html")).read_text()
+
+
+# ---------------------------------------------------------------- warnings, wanda's flags
+
+@pytest.mark.usefixtures("plain_pages")
+def test_warnings_reach_record_and_terminal(place, tmp_path, capfd):  # noqa: F811
+    same = place / "calibration.txt"
+    argv = tiny.flags(place, "--no-dense", results=tmp_path, nsamples=1, evaluate=same.parent / "." / same.name)
+    assert tiny.main(*argv) == 0
+    [record] = tiny.records(tmp_path).values()
+    flatters, few = (next(w for w in record["warnings"] if word in w) for word in ("flatters", "fewer than the 48"))
+    out = capfd.readouterr().out
+    assert f"warning: {flatters}" in out and f"warning: {few}" in out
+
+
+@pytest.mark.usefixtures("plain_pages")
+def test_line_of_a_wanda_script(place, tmp_path):  # noqa: F811
+    """--save gets the results, --save_model the weights."""
+    argv = ["--model", place / "model", "--prune_method", "wanda", "--sparsity_ratio", "0.5", "--sparsity_type", "4:8",
+            "--nsamples", "8", "--seed", "0", "--use_variant", "--save", tmp_path / "log", "--save_model",
+            tmp_path / "model", "--calibration", place / "calibration.txt", "--evaluate", place / "evaluation.txt",
+            "--seqlen", "16", "--no_progress"]
+    assert tiny.main(*argv) == 0
+    assert set(tiny.records(tmp_path / "log")) == {("wanda", "4:8")}
+    assert not list((tmp_path / "log").rglob("*.safetensors"))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.num_hidden_layers == tiny.BLOCKS
+
+
+# ---------------------------------------------------------------- Python
+
+def test_three_lines_of_python(place, compared):  # noqa: F811
+    model, tokenizer = oneshot.load(str(place / "model"))
+    record = oneshot.prune(model, tokenizer, method="sparsegpt", pattern="2:4", nsamples=8, seqlen=tiny.WINDOW,
+                           batch_size=4, calibration=str(place / "calibration.txt"), progress=False)
+    text = (place / "evaluation.txt").read_text()
+    ids = torch.tensor(tokenizer(text)["input_ids"])
+    ids = ids[: len(ids) // tiny.WINDOW * tiny.WINDOW].view(-1, tiny.WINDOW)
+    there = compared[1]["sparsegpt", "2:4"]
+    assert oneshot.perplexity(model, ids)[0] == pytest.approx(there["metrics"]["evaluation/ppl"], rel=1e-6)
+    assert set(record) == set(there) and record["sparsity"] == 0.5
+    assert record["model"] == there["model"] and record["data"]["calibration"] == there["data"]["calibration"]
+    assert [row["zeros"] for row in record["layers"]] == [row["zeros"] for row in there["layers"]]
+    assert json.loads(json.dumps(record)) == record
+    assert page.html([record]).startswith("<!DOCTYPE html>")
+
+
+def test_python_takes_token_ids_and_solver_settings(place):  # noqa: F811
+    model, _ = oneshot.load(str(place / "model"))
+    ids = torch.randint(3, 20, (4, 16), generator=torch.Generator().manual_seed(0))
+    record = oneshot.prune(model, method="sparsegpt", pattern=0.25, calibration=ids, progress=False,
+                           parts={"sparsegpt.damping": 0.5})
+    assert record["settings"]["solver"]["sparsegpt"]["damping"] == 0.5
+    assert record["data"]["calibration"]["sha256"] == data.given(ids).sha256
+    assert record["sparsity"] == 0.25
+
+
+def test_python_on_a_model_that_asks_for_gradients_and_drops_out():
+    """As `from_pretrained` and a training loop leave it; models.load gives neither."""
+    frozen, model = families.tiny("gpt2"), families.tiny("gpt2")
+    model.train().requires_grad_(True)
+    model.transformer.drop.eval()
+    modes, ids = [m.training for m in model.modules()], torch.randint(3, 20, (12, 16))
+    for one in (frozen, model):
+        oneshot.prune(one, method="wanda", pattern="2:4", calibration=ids, heal="block,distil", progress=False,
+                      batch_size=4, parts={"block.steps": 2, "distil.steps": 2})
+    assert all(torch.equal(p, q) for p, q in zip(frozen.parameters(), model.parameters(), strict=True))
+    assert [m.training for m in model.modules()] == modes
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert not any(p.requires_grad for p in frozen.parameters())
+
+
+def test_python_knows_the_demo_model():
+    model, tokenizer = oneshot.load("demo")
+    record = oneshot.prune(model, tokenizer, method="magnitude", pattern="2:4", progress=False, layer_errors=False,
+                           nsamples=1, seqlen=16)
+    assert record["model"]["name"] == "demo" == record["settings"]["model"]
+    assert not [w for w in record["warnings"] if "suits the demo model" in w]
+
+
+def test_one_sampling_serves_all_runs_of_a_command(place, tmp_path, monkeypatch):  # noqa: F811
+    taken, real = [], choose.calibration
+    monkeypatch.setattr(choose, "calibration", lambda *args: taken.append(real(*args)) or taken[-1])
+    argv = tiny.flags(place, "--no-dense", method="magnitude,wanda,sparsegpt", calibration="self", evaluate="none",
+                      results=tmp_path)
+    assert tiny.main(*argv) == 0
+    assert len(taken) == 1
+    found = {r["data"]["calibration"]["sha256"] for r in tiny.records(tmp_path).values() if r["data"]["calibration"]}
+    assert found == {taken[0].sha256}
+
+
+@pytest.mark.parametrize("more, saved, resumes", [([], True, True), (["--shared-inputs"], True, False),
+                                                  ([], False, False)])
+def test_an_interrupted_command_says_what_the_next_one_will_do(place, tmp_path, monkeypatch, capsys, more, saved,  # noqa: F811
+                                                               resumes):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(loop, "prune_model", stop)
+    monkeypatch.setattr(shared_inputs, "prune_shared", stop)
+    argv = tiny.flags(place, "--no-dense", *more, results=tmp_path / "runs", save=tmp_path / "out" if saved else None)
+    assert tiny.main(*argv) == 130
+    assert tiny.said(capsys.readouterr().err) == ["error: interrupted" + (
+        "; the same command resumes after the last finished block" if resumes else "")]
+
+
+@pytest.mark.parametrize("allocate", ["owl", "error"])
+def test_nothing_is_spread_where_nothing_is_removed(place, capsys, allocate):  # noqa: F811
+    assert tiny.main(*tiny.flags(place, "--no-dense", pattern="dense", allocate=allocate)) == 2
+    assert f"--allocate {allocate}: spreads a sparsity" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("words", "settings"), [
+    ("--effort 5: goes with --method best", {"effort": 5}),
+    ("nsample", {"nsample": 3}), ("save", {"save": "out"}), ("tokenizer", {}), ("--pattern", {"pattern": "2:5"}),
+    ("wanda.dampin", {"parts": {"wanda.dampin": 1}}), ("--method", {"method": "wander"}),
+    ("64 positions", {"calibration": torch.ones(1, 65, dtype=torch.long)}),
+    ("integers", {"calibration": torch.ones(1, 8)})], ids=lambda x: x if isinstance(x, str) else "")
+def test_python_refuses_what_the_command_line_refuses(place, words, settings):  # noqa: F811
+    model, _ = oneshot.load(str(place / "model"))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    if words not in ("tokenizer", "64 positions", "integers"):
+        settings = {"calibration": torch.ones(1, 8, dtype=torch.long)} | settings
+    with pytest.raises(ValueError, match=words):
+        oneshot.prune(model, **{"method": "wanda", "pattern": "2:4", "progress": False} | settings)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.usefixtures("plain_pages")
+def test_dense_is_measured_once_where_a_run_is_saved(place, tmp_path, monkeypatch):  # noqa: F811
+    argv = tiny.flags(place, save=tmp_path / "out", results=tmp_path / "runs")
+    assert tiny.main(*argv) == 0
+    monkeypatch.setattr(perplexity, "token_losses", lambda *args, **kwargs: pytest.fail("measured again"))
+    assert tiny.main(*argv) == 0
+
+
+def test_zeros_are_counted_on_what_is_there_after_all_healing():
+    model = families.tiny("llama")
+    record = oneshot.prune(model, calibration=torch.randint(3, families.VOCAB, (8, families.T)), method="wanda",
+                           progress=False, batch_size=4)
+    row, weight = record["layers"][0], next(models.all_weights(model))
+    W = weight.get()
+    W[tuple(W.nonzero()[0])] = 0  # what training or rounding may do
+    weight.set(W)
+    plan = {row["name"]: parse("2:4")}
+    compress.prove_patterns(model, plan, record["layers"])
+    assert weight.name == row["name"] and row["zeros"] == row["target_zeros"] + 1 and row["surplus"] == 1
