@@ -1,6 +1,7 @@
 """Load a model and its tokenizer; know its weights again by their fingerprint."""
 
 import hashlib
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def from_pretrained(source: str, config: dict, options: dict, how: dict, said: s
         if local and not any(Path(source).glob("*token*")) and not any(Path(source).glob("*vocab*")):
             raise ValueError(f"{said}: no tokenizer in this folder; copy the tokenizer's files into it") from error
         lines = [line.strip() for line in str(error).split("\n") if line.strip()]
-        why = " ".join(lines[:2]) if lines else type(error).__name__
+        why = textwrap.shorten(" ".join(lines[:2]), 300) if lines else type(error).__name__
         where = "" if local else "no such folder here, and as a hub name it "
         raise ValueError(f"{said}: {where}cannot be loaded ({why})") from error
     return model, tokenizer, info
