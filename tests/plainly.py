@@ -45,6 +45,13 @@ def independent_inputs(model, ids, mask, size=B):
         seen[b].setdefault(name, []).append(x[where])
 
     def experts(b, name, module, args, kwargs):
+        if "Llama4" in type(module).__name__:  # every expert is fed all tokens, those of others as zeros
+            for e, x in enumerate(args[0].view(module.num_experts, -1, args[0].shape[-1])):
+                rows = x.any(-1).nonzero()[:, 0]
+                gate, up = (x[rows] @ module.gate_up_proj[e]).chunk(2, dim=-1)
+                keep(b, f"{name}.gate_up_proj.{e}", x[rows], rows)
+                keep(b, f"{name}.down_proj.{e}", up * module.act_fn(gate), rows)
+            return
         x, chosen = [*args, *kwargs.values()][:2]
         up_name = "gate_up_proj" if module.has_gate else "up_proj"
         for e in range(module.num_experts):

@@ -14,8 +14,8 @@ import torch
 
 from oneshot import data
 from oneshot.pipeline import checks
-from oneshot.report import page
 from oneshot.prune.patterns import parse
+from oneshot.report import page
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import _best_table

@@ -22,15 +22,15 @@ from pathlib import Path
 
 import torch
 
-from .prefill import sparselt_refuses
+from .gpu.prefill import sparselt_refuses
 
 try:
     import triton
 except ImportError:  # no wheel for this platform: CPU works, GPU kernels do not
     triton, INTERPRET = None, False
 else:
-    from . import decode, expand
-    from .mma_sp import INTERPRET
+    from .gpu import decode, expand
+    from .gpu.mma_sp import INTERPRET
 
 MIDDLE_UNTIL = 512
 """Estimate, untuned: dense leaves the memory roof at 184 tokens on an H200, expansion pays somewhat beyond that."""

@@ -9,8 +9,9 @@ they are in fragment order. Moving the module converts; `state_dict` is row-majo
 import torch
 from torch import nn
 
-from . import dispatch, ops, prefill
-from .fragment import from_fragments, to_fragments
+from . import dispatch, ops
+from .gpu import prefill
+from .gpu.fragment import from_fragments, to_fragments
 from .reference import Packed, pack, unpack
 
 

@@ -11,11 +11,12 @@ import warnings
 import torch
 import torch.nn.functional as F
 
-from . import dispatch, prefill, reference
-from .fragment import K_BLOCK, K_PAD, ROWS, from_fragments, padded_rows
+from . import dispatch, reference
+from .gpu import prefill
+from .gpu.fragment import K_BLOCK, K_PAD, ROWS, from_fragments, padded_rows
 
 if dispatch.triton is not None:
-    from . import decode, expand, selftest
+    from .gpu import decode, expand, selftest
 
 
 @torch.library.custom_op("oneshot_kernels::linear", mutates_args=())

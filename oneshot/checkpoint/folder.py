@@ -21,9 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from ..models import source_of
 from ..runtime.files import sync, umask, write_json, write_text
 from . import packed
 from .manifest import MANIFEST, WORK, manifest, read_manifest
+from .outcome import check_saved, copy_side_files
 
 
 class Folder:
@@ -98,6 +100,8 @@ class Folder:
             shutil.rmtree(final, ignore_errors=True)
             model.save_pretrained(final)
             tokenizer.save_pretrained(final)
+            check_saved(final, model, source_of(model))
+            copy_side_files(source_of(model).folder, final)
             if page:
                 write_text(page(record), final / "report.html")
             write_json(data, final / MANIFEST)

@@ -19,16 +19,20 @@ from .blocks import (
     outside,
     resident,
     rest_of,
+    shares_weights,
     skipped,
     tensors_of,
+    unreached,
     walk,
 )
 from .experts import experts_one_by_one, is_experts
+from .intake import source_of
 from .loading import DEMO, fingerprint, load, quiet
 from .weights import Conv1D, Weight, left_alone, mlp, silent, untouched, weights_of
 
 __all__ = [
     "DEMO", "Block", "Conv1D", "Weight", "all_weights", "blocks", "compute_dtype", "config_of", "decoder",
     "experts_one_by_one", "fingerprint", "is_experts", "left_alone", "load", "max_positions", "mlp", "outside", "quiet",
-    "resident", "rest_of", "silent", "skipped", "tensors_of", "untouched", "walk", "weights_of",
+    "resident", "rest_of", "shares_weights", "silent", "skipped", "source_of", "tensors_of", "unreached", "untouched",
+    "walk", "weights_of",
 ]

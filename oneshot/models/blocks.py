@@ -7,13 +7,13 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from .weights import Weight, weights_of
+from .weights import UNKNOWN, Weight, weights_of
 
 
 def config_of(model: nn.Module):
@@ -57,7 +57,9 @@ class Block:
 
     name: in the model, "model.layers.3". weights: all that can be pruned, fully named. skipped: [(full parameter name,
     why it is left alone)]. stored: {parameter name within the block: dtype it is saved in}. changed: set it to True
-    before the next block to carry what was written to the resident parameters back to the offloaded ones.
+    before the next block to carry what was written to the resident parameters back to the offloaded ones. shared:
+    weights that an earlier block holds, too (Zamba2), by their names there. recurring: names of those that a later
+    block holds again.
     """
 
     number: int
@@ -67,6 +69,8 @@ class Block:
     skipped: list[tuple[str, str]]
     stored: dict[str, torch.dtype]
     changed: bool = False
+    shared: list[Weight] = field(default_factory=list)
+    recurring: set[str] = field(default_factory=set)
 
     def state(self) -> dict[str, torch.Tensor]:
         """The block's state dict as it will be stored: on the CPU, parameters in their stored dtype."""
@@ -82,13 +86,18 @@ def walk(model: nn.Module, device: str | torch.device | None = None, *, start: i
     The only place that goes over a model: what streams one from disk, or divides it among processes, changes this.
     """
     path, block_list = blocks(model)
+    first, last = sharing(block_list)
     for number, module in enumerate(block_list):
         if number < start:
             continue
         name = f"{path}.{number}"
         weights, skipped = weights_of(module, name)
-        block = Block(number, name, module, weights, skipped,
-                      {n: p.dtype for n, p in module.named_parameters(remove_duplicate=False)})
+        shared = [w for w in weights if first[id(w.parameter)] < number]
+        for w in shared:
+            w.block = f"{path}.{first[id(w.parameter)]}"
+        block = Block(number, name, module, [w for w in weights if first[id(w.parameter)] == number], skipped,
+                      {n: p.dtype for n, p in module.named_parameters(remove_duplicate=False)}, shared=shared,
+                      recurring={w.name for w in weights if last[id(w.parameter)] > number})
         if device is None:
             yield block
         else:
@@ -96,6 +105,22 @@ def walk(model: nn.Module, device: str | torch.device | None = None, *, start: i
                 yield block
         if bar is not None:
             bar.update()
+
+
+def sharing(block_list: nn.ModuleList) -> tuple[dict[int, int], dict[int, int]]:
+    """({id of a parameter: number of the first block that holds it}, the same of the last one)."""
+    first, last = {}, {}
+    for number, module in enumerate(block_list):
+        for p in module.parameters():
+            first.setdefault(id(p), number)
+            last[id(p)] = number
+    return first, last
+
+
+def shares_weights(model: nn.Module) -> bool:
+    """Whether some blocks hold the same parameters."""
+    first, last = sharing(blocks(model)[1])
+    return first != last
 
 
 def all_weights(model: nn.Module) -> Iterator[Weight]:
@@ -106,7 +131,16 @@ def all_weights(model: nn.Module) -> Iterator[Weight]:
 
 def skipped(model: nn.Module) -> list[tuple[str, str]]:
     """[(parameter name, why)] of every matrix that is not pruned, outside the blocks and within them."""
-    return outside(model) + [entry for block in walk(model) for entry in block.skipped]
+    return outside(model) + list(dict.fromkeys(entry for block in walk(model) for entry in block.skipped))
+
+
+def unreached(model: nn.Module) -> list[tuple[str, nn.Parameter, nn.Module]]:
+    """(full name, parameter, its module) of the matrices within the blocks that look prunable and are not: no router,
+    no bias, and no linear this program knows."""
+    path, _ = blocks(model)
+    modules, names = dict(model.named_modules()), {n for n, why in skipped(model) if why.startswith(UNKNOWN)}
+    return [(name, p, modules[name.rpartition(".")[0]]) for name, p in model.named_parameters()
+            if name in names and name.startswith(f"{path}.")]
 
 
 def outside(model: nn.Module) -> list[tuple[str, str]]:

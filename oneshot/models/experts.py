@@ -4,6 +4,8 @@ transformers holds the experts of a mixture as one 3-D parameter and runs them a
 """
 
 import contextlib
+import functools
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -11,10 +13,36 @@ from torch import nn
 EXPERTS_IMPLEMENTATION = "oneshot_one_by_one"
 
 
+class Layout(NamedTuple):
+    """How a module stores its fused experts. has_gate: gate and up are one parameter, `gate_up_proj`, else `up_proj`.
+    is_transposed: (E, C, R) instead of (E, R, C)."""
+
+    has_gate: bool
+    is_transposed: bool
+
+    @property
+    def parts(self) -> tuple[str, str]:
+        """Names of the two parameters, in the order in which tokens meet them."""
+        return "gate_up_proj" if self.has_gate else "up_proj", "down_proj"
+
+
+def layout(module: nn.Module) -> Layout | None:
+    """The layout of a module of fused experts, behind transformers' experts interface or of a family in SORTED; None of
+    all other modules."""
+    if not isinstance(getattr(module, "down_proj", None), nn.Parameter) or module.down_proj.ndim != 3:
+        return None
+    if all(hasattr(module, a) for a in ("has_gate", "is_transposed", "is_concatenated")):
+        return Layout(module.has_gate, module.is_transposed)
+    return SORTED.get(type(module).__name__)
+
+
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module holds fused experts behind transformers' experts interface."""
-    return all(hasattr(module, a) for a in ("has_gate", "is_transposed", "is_concatenated", "down_proj")) and \
-        isinstance(module.down_proj, nn.Parameter) and module.down_proj.ndim == 3
+    """Whether a module holds fused experts that can be seen one by one."""
+    return layout(module) is not None
+
+
+# Experts that are fed all tokens once for each expert, those of other experts as zeros, outside the interface
+SORTED = {"Llama4TextExperts": Layout(has_gate=True, is_transposed=True)}
 
 
 @contextlib.contextmanager
@@ -24,7 +52,21 @@ def experts_one_by_one(model: nn.Module):
     transformers runs them as one grouped product by default. `module.observe(kind, expert, x, rows)` is called with the
     inputs x of each expert's matrices and their row numbers among the layer's tokens, where the module has it.
     """
-    if not any(is_experts(m) for m in model.modules()):
+    own = [m for m in model.modules() if type(m).__name__ in SORTED and layout(m)]
+    for module in own:
+        module.forward = functools.partial(_sorted_forward, module)
+    try:
+        with _interface(model):
+            yield
+    finally:
+        for module in own:
+            module.__dict__.pop("forward", None)
+
+
+@contextlib.contextmanager
+def _interface(model: nn.Module):
+    """The experts behind transformers' interface in a loop."""
+    if not any(layout(m) and type(m).__name__ not in SORTED for m in model.modules()):
         yield
         return
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -62,3 +104,16 @@ def _experts_forward(self, hidden_states, top_k_index, top_k_weights):
             raise ValueError(f"{type(self).__name__}: experts with a norm behind them are not supported")
         out.index_add_(0, rows, y.to(out.dtype))
     return out
+
+
+def _sorted_forward(self, hidden_states):
+    """Llama-4's forward, bit by bit, with each expert's inputs shown on the way: the rows of its tokens."""
+    x = hidden_states.view(self.gate_up_proj.shape[0], -1, self.hidden_size)
+    gate, up = torch.bmm(x, self.gate_up_proj).chunk(2, dim=-1)
+    inner = up * self.act_fn(gate)
+    if observe := getattr(self, "observe", None):
+        for e in range(len(x)):
+            rows = x[e].any(-1).nonzero()[:, 0]
+            observe("gate_up_proj", e, x[e][rows], rows)
+            observe("down_proj", e, inner[e][rows], rows)
+    return torch.bmm(inner, self.down_proj).view(-1, self.hidden_size)

@@ -52,11 +52,14 @@ class Lost:
 
 @dataclass(frozen=True)
 class Source:
-    """What a loaded model came from. quantised: by which method its files were, or None. entries: its tensors there.
-    warnings: what the reader of a record should know."""
+    """What a loaded model came from. folder: where its files are. quantised: by which method they were, or None.
+    entries: its tensors there. left: names of those that are not in the model. warnings: what the reader of a record
+    should know."""
 
+    folder: Path | None = None
     quantised: str | None = None
     entries: dict[str, Entry] = field(default_factory=dict)
+    left: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
@@ -68,17 +71,19 @@ def source_of(model: nn.Module) -> Source:
     return _SOURCES.get(model, Source())
 
 
-def settle(model: nn.Module, config: dict, entries: dict[str, Entry], said: str) -> None:
+def settle(model: nn.Module, config: dict, folder: Path | None, said: str) -> None:
     """Make a loaded model one that saves as an ordinary checkpoint, and remember what it came from.
 
     Raises ValueError where its class takes only a part of the checkpoint, or a weight is no floating-point one.
     """
-    method, warnings = quantisation(config), []
+    method, warnings, entries = quantisation(config), [], headers(shards(folder, said), said) if folder else {}
     if method in DEQUANTISED:
         undo_quantisation(model)
         warnings.append(f"its weights came quantised ({method}) and are computed and saved as "
                         f"{str(model.dtype).removeprefix('torch.')}")
     check_parameters(model, said)
+    if method is None:
+        check_dtypes(entries, model, said)
     left = lost(entries, model) if entries else Lost((), 0)
     architecture = (config.get("architectures") or [None])[0]
     if left.names and architecture not in (None, type(model).__name__):
@@ -87,7 +92,7 @@ def settle(model: nn.Module, config: dict, entries: dict[str, Entry], said: str)
     if left.names:
         warnings.insert(0, f"{said}: {left}, are in its files but not in {type(model).__name__}: they are not in what "
                            "is saved")
-    _SOURCES[model] = Source(method, entries, tuple(warnings))
+    _SOURCES[model] = Source(folder, method, entries, left.names, tuple(warnings))
 
 
 def undo_quantisation(model: nn.Module) -> None:
@@ -151,6 +156,8 @@ def check_config(config: dict, said: str) -> None:
     if config.get("transformers_weights"):
         raise ValueError(f"{said}: its config names other weights (transformers_weights); remove the entry and name "
                          "the weights model.safetensors")
+    if config.get("is_encoder_decoder"):
+        raise ValueError(f"{said}: is an encoder-decoder model; only decoder-only models can be pruned")
     method = quantisation(config)
     if method not in (None, *DEQUANTISED, PACKED):
         raise ValueError(f"{said}: its weights are quantised ({method}); give the unquantised checkpoint: pruning "
@@ -257,6 +264,15 @@ def lost(entries: dict[str, Entry], model: nn.Module) -> Lost:
     names = tuple(name for name in entries if name not in kept and name not in scales and name not in tied
                   and not name.endswith(RECOMPUTED))
     return Lost(names, sum(entries[name].bytes for name in names))
+
+
+def check_dtypes(entries: dict[str, Entry], model: nn.Module, said: str) -> None:
+    """Raise ValueError naming a tensor whose file holds integers where the model has floating-point numbers: they were
+    converted while loading, and are not the weights without their scales."""
+    for name, (_, dtype) in will_save(model).items():
+        if dtype.is_floating_point and name in entries and entries[name].dtype not in FLOATS:
+            raise ValueError(f"{said}: {name} is stored as {entries[name].dtype}, no floating-point weight; give "
+                             "the unquantised checkpoint")
 
 
 def quantised_parts(entries: dict[str, Entry]) -> set[str]:

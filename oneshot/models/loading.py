@@ -1,7 +1,6 @@
 """Load a model and its tokenizer; know its weights again by their fingerprint."""
 
 import hashlib
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,8 +61,7 @@ def load(name: str | Path, *, dtype: str = "auto", revision: str | None = None, 
         key, stored, wanted = sorted(info["mismatched_keys"])[0]
         raise ValueError(f"{said}: {key} is {tuple(stored)} in its files, {tuple(wanted)} by its config; correct "
                          "config.json or fetch it again")
-    folder = path if local else intake.hub_folder(source, options)
-    intake.settle(model, config, intake.headers(intake.shards(folder, said), said) if folder else {}, said)
+    intake.settle(model, config, path if local else intake.hub_folder(source, options), said)
     return model.eval().requires_grad_(False), tokenizer
 
 
@@ -83,7 +81,7 @@ def from_pretrained(source: str, config: dict, options: dict, how: dict, said: s
         if local and not any(Path(source).glob("*token*")) and not any(Path(source).glob("*vocab*")):
             raise ValueError(f"{said}: no tokenizer in this folder; copy the tokenizer's files into it") from error
         lines = [line.strip() for line in str(error).split("\n") if line.strip()]
-        why = textwrap.shorten(" ".join(lines[:2]), 300) if lines else type(error).__name__
+        why = " ".join(lines[:1 + lines[0].endswith(":")]) if lines else type(error).__name__
         where = "" if local else "no such folder here, and as a hub name it "
         raise ValueError(f"{said}: {where}cannot be loaded ({why})") from error
     return model, tokenizer, info

@@ -15,12 +15,13 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .experts import is_experts
+from .experts import layout
 
 LEFT_ALONE = {  # one of the last two parts of a linear's name: why it is never pruned
     "gate": "router", "router": "router", "shared_expert_gate": "router", "classifier": "router",
     "altup": "mixing coefficients",  # Gemma-3n: 16x4 at most, they weigh whole copies of the hidden state
 }
+UNKNOWN = "no linear this program knows"
 ATTENTION = ("attn", "attention", "mamba")  # one is in the name of the block's child that mixes tokens
 
 
@@ -89,17 +90,17 @@ def weights_of(block: nn.Module, name: str = "") -> tuple[list[Weight], list[tup
             else:
                 weights.append(Weight(linear, linear, module, module.weight, None, isinstance(module, Conv1D),
                                       module.weight.dtype, name))
-        elif is_experts(module):
-            for part in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
+        elif experts := layout(module):
+            for part in experts.parts:
                 kind, parameter = f"{linear}.{part}", getattr(module, part)
                 reached.add(kind)
-                weights += [Weight(f"{kind}.{e}", kind, module, parameter, e, module.is_transposed, parameter.dtype,
+                weights += [Weight(f"{kind}.{e}", kind, module, parameter, e, experts.is_transposed, parameter.dtype,
                                    name) for e in range(parameter.shape[0])]
     for parameter, p in block.named_parameters():
         if parameter not in reached and p.ndim >= 2:
             owner, _, last = parameter.rpartition(".")
             skipped.append((parameter, left_alone(owner) or ("bias" if "bias" in last else
-                            f"no linear this program knows, shape {tuple(p.shape)}")))
+                            f"{UNKNOWN}, shape {tuple(p.shape)}")))
     return weights, [(f"{name}.{parameter}" if name else parameter, why) for parameter, why in skipped]
 
 
@@ -138,11 +139,14 @@ def silent(weights: Sequence[Weight]):
     def zeros(x, *_, shape, **__):
         return x.new_zeros(*x.shape[:-1], shape[0])
 
-    owners = {id(v.owner): (v.owner, v.shape) for v in weights}  # of experts, the last one's: the way down
+    owners = {id(w.owner): (w.owner, w.shape) for w in weights}  # of experts, the last one's: the way down
+    before = {key: owner.__dict__.get("forward") for key, (owner, _) in owners.items()}
     try:
         for owner, shape in owners.values():
             owner.forward = functools.partial(zeros, shape=shape)
         yield
     finally:
-        for owner, _ in owners.values():
+        for key, (owner, _) in owners.items():
             del owner.forward
+            if before[key] is not None:
+                owner.forward = before[key]

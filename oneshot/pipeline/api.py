@@ -15,6 +15,7 @@ from ..settings import flags, presets
 from ..settings.known import part_names, python_names, todays_names
 from . import checks, run
 from .command import Command
+from .identity import describe, identify
 from .plan import make_plan
 
 
@@ -46,6 +47,7 @@ def prune(model: nn.Module, tokenizer=None, *, method: str = "sparsegpt", patter
     checks.check_target(cfg)
     checks.check_model(model)
     checks.check_heal(cfg, model)
+    checks.check_shared(cfg, model)
     plan = make_plan(cfg, model)
     with at_rest(model):
         if given:
@@ -53,9 +55,9 @@ def prune(model: nn.Module, tokenizer=None, *, method: str = "sparsegpt", patter
             choose.window(model, tokens.ids.shape[1], "calibration: windows of")
         else:
             tokens = Command([cfg]).calibration(cfg, model, tokenizer)
-        weights, run_id = run.identify(cfg, model, tokens, {})
+        weights, run_id = identify(cfg, model, tokens, {})
         record = run.work(Subject(model, tokenizer, cfg, {}, tokens), plan)
-    return report.storable(record | {"run_id": run_id, "model": run.describe(cfg, model, weights)})
+    return report.storable(record | {"run_id": run_id, "model": describe(cfg, model, weights)})
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .. import checkpoint, heal, measure, models
+from ..models import intake
 from ..prune import patterns
 from ..prune.solvers import chain
 from ..runtime import environment
@@ -63,7 +64,11 @@ def check_heal(cfg: RunConfig, model: nn.Module) -> None:
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise ValueError for a model that does not predict the next token, or naming a parameter that is not finite."""
+    """Raise ValueError for a model that does not predict the next token, naming a parameter that is not finite, no
+    floating-point weight or offloaded, or experts that cannot be seen one by one."""
+    if hasattr(model, "peft_config"):
+        raise ValueError("--model: is a PeftModel; merge the adapter first (merge_and_unload), give the merged model")
+    intake.check_parameters(model, "--model")
     _, block_list = models.blocks(model)
     causal = [m.is_causal for m in block_list.modules() if isinstance(getattr(m, "is_causal", None), bool)]
     if causal and not any(causal):  # AutoModelForCausalLM loads BERT without a word
@@ -73,3 +78,24 @@ def check_model(model: nn.Module) -> None:
         if p.is_floating_point() and not torch.isfinite(p).all():
             raise ValueError(f"--model: {name} holds weights that are not finite; the checkpoint is damaged, "
                              "fetch or convert it again")
+    for name, _, owner in models.unreached(model):
+        if "expert" in type(owner).__name__.lower():
+            raise ValueError(f"--model: {name} holds experts ({type(owner).__name__}) that cannot be seen one by one, "
+                             "so most of the model would stay dense; this family is not supported")
+
+
+def check_shared(cfg: RunConfig, model: nn.Module) -> None:
+    """Raise ValueError for what needs each block's own dense weights where blocks share theirs (Zamba2)."""
+    for flag, value in {"--heal": cfg.heals, "--dense-target": cfg.dense_target}.items():
+        if cfg.prunes and value and models.shares_weights(model):
+            raise ValueError(f"{flag}: blocks of this model share weights, so no block is dense once an earlier one is "
+                             "pruned; leave it out")
+
+
+def unreached_warnings(model: nn.Module) -> list[str]:
+    """What of the blocks' weights looks prunable and is not, with its share, where that is more than a thousandth."""
+    found = models.unreached(model)
+    total = sum(p.numel() for p in models.blocks(model)[1].parameters())
+    share = sum(p.numel() for _, p, _ in found) / total
+    return [f"{len(found)} matrices in the blocks stay dense ({share:.1%} of the blocks' weights), such as "
+            f"{found[0][0]}: no linear this program knows"] if share > 0.001 else []

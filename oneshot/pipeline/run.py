@@ -3,19 +3,16 @@
     load -> calibration tokens -> prune, block by block -> measure -> record, page, checkpoint
 """
 
-import hashlib
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from torch import nn
-
 from .. import checkpoint, measure, models, report, settings
 from ..checkpoint.bytes import model_bytes
-from ..data import Tokens, choose
+from ..data import choose
 from ..measure import Subject
-from ..prune import allocate, shared_inputs
+from ..prune import shared_inputs
 from ..quantise import grids
 from ..report import page, summary
 from ..runtime import environment
@@ -24,7 +21,8 @@ from ..settings import RunConfig
 from . import checks
 from .command import Command, load
 from .compress import compress, sparsity
-from .plan import Plan, job_of, keep_dense_warning, make_plan
+from .identity import describe, identify, warnings
+from .plan import Plan, job_of, make_plan
 
 SHORT_OF_MEMORY = "lower --batch-size, --gram-budget or --seqlen, or do without --heal distil"
 
@@ -64,6 +62,7 @@ def run(cfg: RunConfig, command: Command | None = None, reuse: Callable[[Path], 
     for other in (cfg, *command.configs):  # what does not fit is refused before the first row is computed
         make_plan(other, model)
         checks.check_heal(other, model)
+        checks.check_shared(other, model)
     texts = choose.evaluation(cfg, model, tokenizer)
     measure.prepare(cfg, model, tokenizer)
     late = cfg.calibration == "self"  # follows from the weights and the settings, and takes long
@@ -116,37 +115,7 @@ def work(subject: Subject, plan: Plan, command: Command | None = None, folder: c
         "layers": result.layers, "blocks": result.blocks, "heal": result.heal, "skipped": result.skipped,
         "sparsity": sparsity(model),
         "bytes": model_bytes(model, result.layers, grids.parse(cfg.pattern) if cfg.row == "rounded" else None),
-        "warnings": choose.warnings(cfg, model, subject.calibration, subject.texts) + keep_dense_warning(cfg, model)
-        + result.warnings + found.warnings,
+        "warnings": warnings(subject) + result.warnings + found.warnings,
         "peak_memory_bytes": environment.peak_memory(cfg.device),
         "seconds": {"prune": pruned - starting + result.seconds, "evaluate": done - pruned, "total": done - began},
     } | found.parts
-
-
-def identify(cfg: RunConfig, model: nn.Module, calibration: Tokens | None,
-             texts: dict[str, Tokens]) -> tuple[str, str]:
-    """(fingerprint of the weights, run_id), both of the model before anything is done to it."""
-    weights = models.fingerprint(model)
-    marks = [calibration.sha256 if calibration else None, *measure.identity(cfg, texts)]
-    if cfg.prunes and cfg.allocate == "sensitivity":
-        marks.append(digest(cfg, weights))
-    return weights, cfg.run_id(weights, *marks)
-
-
-def digest(cfg: RunConfig, weights: str) -> str:
-    """sha256 of the record that an allocation by sensitivity reads. Raises ValueError if it is another model's."""
-    file = cfg.allocation["sensitivity"].record
-    _, measured = allocate.module("sensitivity").read(file)
-    if measured != weights:
-        raise ValueError(f"--sensitivity.record {file}: was measured on another model; measure this one with "
-                         "--sensitivity linear")
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
-
-
-def describe(cfg: RunConfig, model: nn.Module, weights: str) -> dict:
-    """What the record says of the model."""
-    return {"name": Path(cfg.model.rstrip("/")).name, "family": model.config.model_type,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "prunable": sum(weight.size for weight in models.all_weights(model)),
-            "dtype": str(model.dtype).removeprefix("torch."), "blocks": len(models.blocks(model)[1]),
-            "fingerprint": weights}

@@ -93,8 +93,9 @@ class Result:
 
 
 def skipped_rows(model: nn.Module) -> list[dict]:
-    """What is never pruned, as rows for the record."""
-    return [{"name": name, "reason": why} for name, why in models.skipped(model)]
+    """What is never pruned, as rows for the record, with its number of weights."""
+    sizes = {name: p.numel() for name, p in model.named_parameters(remove_duplicate=False)}
+    return [{"name": name, "reason": why, "weights": sizes.get(name, 0)} for name, why in models.skipped(model)]
 
 
 def make_plan(model: nn.Module, pattern: Pattern, chain: Chain, elsewhere: Pattern | None = None,

@@ -10,7 +10,7 @@ statistics are collected, whose outputs it does not keep: they would be the acti
 import contextlib
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -52,7 +52,7 @@ def prune_model(model: nn.Module, ids: torch.Tensor | None, mask: torch.Tensor |
                 rows = Rows(**done[1])
                 restore(block, done[0], None if block.number == last else activations, dense)
             else:
-                rows = prune_block(job, block, activations, dense)
+                rows = prune_block(job, block, activations, dense, {row["name"] for row in result.layers})
                 if on_block:
                     on_block(block.number, block.state(), vars(rows))
             result.add(rows)
@@ -99,10 +99,12 @@ def float32_products(tf32: bool):
         torch.set_float32_matmul_precision(before)
 
 
-def prune_block(job: Job, block: Block, activations: Activations | None, dense: Activations | None = None) -> Rows:
+def prune_block(job: Job, block: Block, activations: Activations | None, dense: Activations | None = None,
+                solved: Collection[str] = ()) -> Rows:
     """Solve, write back and heal the resident block, then carry the activations through it; its rows.
 
-    dense: the dense model's activations at this block, where they are kept.
+    dense: the dense model's activations at this block, where they are kept. solved: names of the linears that earlier
+    blocks have solved, of which this one may hold some again.
     """
     rows, seconds, device = Rows(block={"block": block.number, "seconds": {}}), {}, job.options.device
     rows.block["seconds"] = seconds
@@ -114,7 +116,7 @@ def prune_block(job: Job, block: Block, activations: Activations | None, dense: 
     if dense and not teacher:
         with clock(seconds, "dense", device):
             calibrate.replay(block.module, dense, block.number)
-    dense_out = solve_block(job, block, activations, teacher, rows)
+    dense_out = solve_block(job, block, activations, teacher, rows, solved)
     if teacher:
         with clock(seconds, "dense", device):
             calibrate.replay(teacher[0], dense, block.number)
@@ -138,14 +140,15 @@ def heal_block(job: Job, block: Block, activations: Activations, dense: Activati
             rows.block["heal"] = info
 
 
-def solve_block(job: Job, block: Block, activations: Activations | None, teacher, rows: Rows) -> torch.Tensor | None:
+def solve_block(job: Job, block: Block, activations: Activations | None, teacher, rows: Rows,
+                solved: Collection[str] = ()) -> torch.Tensor | None:
     """New weights for every linear of the block; returns the dense block's output on the first batch.
 
     In several passes when the Gram matrices do not fit the budget at once or with `true_sequential`. Only the latter
     lets a pass see what the one before has pruned: otherwise new weights wait for the last pass.
     """
     seconds, options = rows.block["seconds"], job.options
-    remaining, dense_out = list(block.weights), None
+    remaining, dense_out = block.weights + [w for w in block.shared if w.name not in solved], None
     waiting: list[Solved] = []
     while remaining:
         statistics, deferred = {}, []
@@ -160,14 +163,18 @@ def solve_block(job: Job, block: Block, activations: Activations | None, teacher
         put_off = {w.name for w in deferred}
         with clock(seconds, "solve", options.device):
             for weight in (w for w in remaining if w.name not in put_off):
-                solved = linear.solve(job, weight, statistics.pop(weight.name, None))
+                own = statistics.pop(weight.name, None)
+                if activations and own is None and weight.name in block.recurring:
+                    continue  # a later block, which holds it again, may feed it
+                found = linear.solve(job, weight, own)
                 if deferred and not options.true_sequential:
-                    waiting.append(solved)
+                    waiting.append(found)
                 else:
-                    linear.write(solved, rows)
+                    linear.write(found, rows)
+                own = None
         remaining = deferred
-    for solved in waiting:
-        linear.write(solved, rows)
+    for found in waiting:
+        linear.write(found, rows)
     return dense_out
 
 

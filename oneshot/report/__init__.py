@@ -32,6 +32,7 @@ from .columns import (
     is_task,
     labels,
     layer_sparsity,
+    left_dense,
     like,
     method_of,
     model_names,
@@ -44,12 +45,14 @@ from .columns import (
     setting,
     value,
     variants,
+    whole_bytes,
+    whole_sparsity,
 )
 from .record import SCHEMA, checked, in_todays_words, read, storable, write
 
 __all__ = [
     "SCHEMA", "Column", "checked", "clean", "columns", "flat_settings", "higher_is_better", "identity",
-    "in_todays_words", "is_dense", "is_pruned", "is_rounded", "is_task", "labels", "layer_sparsity", "like",
-    "method_of", "model_names", "number", "ordered", "pattern_key", "pattern_of", "percent", "read", "series",
-    "setting", "storable", "value", "variants", "write",
+    "in_todays_words", "is_dense", "is_pruned", "is_rounded", "is_task", "labels", "layer_sparsity", "left_dense",
+    "like", "method_of", "model_names", "number", "ordered", "pattern_key", "pattern_of", "percent", "read", "series",
+    "setting", "storable", "value", "variants", "whole_bytes", "whole_sparsity", "write",
 ]

@@ -252,3 +252,30 @@ def percent(x: float | None) -> str:
 def like(text: str, x: float) -> str:
     """`x` with as many decimals as the number in `text`: a standard deviation beside its mean."""
     return number(x, 2) if "e" in text or not math.isfinite(x) else f"{x:.{len(text.partition('.')[2])}f}"
+
+
+def whole_sparsity(record: dict) -> float | None:
+    """Share of zeros among ALL weights of the model, what is never pruned included; None where that is not known."""
+    model, found = record.get("model") or {}, record.get("sparsity")
+    if found is None or not model.get("parameters") or model.get("prunable") is None:
+        return None
+    return found * model["prunable"] / model["parameters"]
+
+
+def whole_bytes(record: dict) -> tuple[float, float] | None:
+    """(stored, dense) bytes of the whole model, its prunable weights in the smallest simple format of their pattern and
+    all others as they are; None where that is not known."""
+    model, linears = record.get("model") or {}, record.get("bytes") or {}
+    if not linears.get("dense") or not model.get("parameters") or not model.get("prunable"):
+        return None
+    rest = (model["parameters"] - model["prunable"]) * linears["dense"] / model["prunable"]
+    return linears["stored"] + rest, linears["dense"] + rest
+
+
+def left_dense(record: dict) -> list[tuple[str, float]]:
+    """[(reason, share of the model's weights)] of what is never pruned, the largest first; [] where not known."""
+    total, shares = (record.get("model") or {}).get("parameters"), {}
+    for row in record.get("skipped") or []:
+        if total and row.get("weights"):
+            shares[str(row["reason"])] = shares.get(str(row["reason"]), 0.0) + row["weights"] / total
+    return sorted(shares.items(), key=lambda item: -item[1])

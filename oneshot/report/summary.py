@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from . import tables, task_table
-from .columns import is_dense, method_of, pattern_of
+from .columns import identity, is_dense, is_pruned, left_dense, method_of, pattern_of, percent
 from .page import write_html
 
 
@@ -27,10 +27,22 @@ def text(records: list[dict], results: Path) -> str:
     page = results / f"{name}.html"
     write_html(records, page)
     lines = [t for t in (tables.table(records), task_table.table(records)) if t]
+    lines += dense_lines(records)
     for record in records:
         lines += [f"{asked(record)}: {text}" for text in findings(record)]
     where = results / f"{ids[0]}.json" if len(ids) == 1 else f"{len(ids)} files in {results}"
     return "\n".join([*lines, *warnings(records), f"records: {where}", f"report: {page}"])
+
+
+def dense_lines(records: list[dict]) -> list[str]:
+    """What stays dense in every pruned run of a model, with its share: one line a model."""
+    found = {}
+    for record in filter(is_pruned, records):
+        parts = [f"{percent(share)} {reason}" for reason, share in left_dense(record)]
+        if parts:
+            whole = percent(sum(share for _, share in left_dense(record)))
+            found.setdefault(identity(record), f"left dense: {whole} of the model's weights ({', '.join(parts)})")
+    return list(found.values())
 
 
 def findings(record: dict) -> list[str]:

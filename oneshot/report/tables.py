@@ -26,6 +26,8 @@ from .columns import (
     series,
     value,
     variants,
+    whole_bytes,
+    whole_sparsity,
 )
 from .table import Bold, render
 
@@ -39,7 +41,8 @@ def rows(records: list[dict]) -> list[dict]:
     HEADER - dense                  all others: the difference from it
     HEADER ±, HEADER - dense ±      tasks: the standard errors (accuracy.py)
     sparsity                        share of zeros among the prunable weights
-    bytes                           what the prunable weights take, as a share of dense
+    of all                          share of zeros among all weights, what is never pruned included
+    bytes                           what the whole model takes, as a share of dense
     prune s                         seconds
     warnings                        how many
     status                          how the run ended
@@ -64,9 +67,9 @@ def rows(records: list[dict]) -> list[dict]:
             if c in tasks & compared:
                 found_difference = task_difference(records, record, c)
                 row[f"{c.header} - dense ±"] = found_difference and found_difference.stderr
-        size = record.get("bytes") or {}
-        row |= {"sparsity": record.get("sparsity"),
-                "bytes": size["stored"] / size["dense"] if size.get("dense") else None,
+        size = whole_bytes(record)
+        row |= {"sparsity": record.get("sparsity"), "of all": whole_sparsity(record),
+                "bytes": size[0] / size[1] if size else None,
                 "prune s": (record.get("seconds") or {}).get("prune"),
                 "warnings": len(record.get("warnings") or []), "status": _status(record)}
         table_rows.append(row)
@@ -129,7 +132,7 @@ def task_difference(records: list[dict], record: dict, column: Column) -> accura
 def _cell(key, x):
     if key == "status" and x is not None:
         return x if len(x) <= 100 else x[:99] + "…"
-    if key in ("sparsity", "bytes") and x is not None:
+    if key in ("sparsity", "of all", "bytes") and x is not None:
         return percent(x)
     if key.endswith(" - dense") and x is not None:
         return f"{x:+.3g}"

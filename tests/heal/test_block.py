@@ -126,9 +126,10 @@ def test_parts_that_harm_the_block_together_are_undone(monkeypatch):
 
 
 def test_a_family_without_parts_is_refused_before_anything_is_pruned():
-    model = families.tiny("llama4")
+    model = families.tiny("llama")
+    model.model.layers[1].mlp.strange = torch.nn.Parameter(torch.zeros(2, 3), requires_grad=False)
     before = [p.clone() for p in model.parameters()]
-    with pytest.raises(ValueError, match=r"--block\.unit parts: block 1: attention and MLP of Llama4TextDecoderLayer"):
+    with pytest.raises(ValueError, match=r"--block\.unit parts: block 1: attention and MLP of LlamaDecoderLayer"):
         api.prune(model, method="wanda", calibration=tokens(4), heal="block", progress=False,
                   parts={"block.unit": "parts"})
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))

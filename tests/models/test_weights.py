@@ -51,7 +51,7 @@ def test_experts_one_by_one_changes_nothing_and_is_undone(name):
     before = model.config._experts_implementation
     want = model(**inputs).logits
     with models.experts_one_by_one(model):
-        assert model.config._experts_implementation != before
+        assert model.config._experts_implementation != before or name == "llama4"  # it has no such choice
         torch.testing.assert_close(model(**inputs).logits, want, **CLOSE)
     assert model.config._experts_implementation == before
     with pytest.raises(KeyboardInterrupt), models.experts_one_by_one(model):

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from oneshot import models
 from oneshot.measure.losses import token_losses
-from oneshot.models.experts import EXPERTS_IMPLEMENTATION
+from oneshot.models.experts import EXPERTS_IMPLEMENTATION, layout
 from oneshot.prune import loop
 from oneshot.prune.patterns import NM, parse
 from oneshot.prune.solvers import magnitude
@@ -33,7 +33,7 @@ def input_rows(block):
         elif models.is_experts(m):
             for part in ("gate_up_proj", "up_proj", "down_proj"):
                 for e, w in enumerate(getattr(m, part, ())):
-                    out[f"{name}.{part}.{e}"] = w.T if m.is_transposed else w
+                    out[f"{name}.{part}.{e}"] = w.T if layout(m).is_transposed else w
     return out
 
 

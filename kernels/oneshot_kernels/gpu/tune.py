@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 import triton
 
-from . import decode, dispatch, expand, ops, prefill, reference, timing
+from .. import dispatch, ops, reference
+from . import decode, expand, prefill, timing
 from .fragment import to_fragments
 from .selftest import random_24, relative_error
 

@@ -22,7 +22,7 @@ Padding rows and columns hold zero values with the valid positions (0, 1).
 import torch
 import torch.nn.functional as F
 
-from .reference import Packed
+from ..reference import Packed
 
 ROWS = 16
 """Rows in a tile: the M of the instruction."""

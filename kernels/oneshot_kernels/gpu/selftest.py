@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 
-from . import reference
+from .. import reference
 from .decode import TOKEN_TILE, Config, decode, shape_flags
 from .fragment import K_PAD, ROWS, to_fragments
 from .mma_sp import INTERPRET

@@ -1,0 +1,48 @@
+"""Outcome: a saved folder is compared with the model and with the input before it counts as finished."""
+
+import fnmatch
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..models.intake import Source, headers, lost, will_save
+from ..runtime.proof import prove
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
+SIDE_FILES = (  # what belongs to a model beside its weights, config and tokenizer.json
+    "preprocessor_config.json", "*processor_config.json", "generation_config.json", "LICEN[CS]E*", "NOTICE*",
+    "USE_POLICY*", "tokenizer.model", "*.spm", "*.tiktoken", "chat_template*", "added_tokens.json",
+    "special_tokens_map.json", "vocab.json", "vocab.txt", "merges.txt")
+
+
+def check_saved(folder: Path, model: nn.Module, source: Source) -> None:
+    """Prove that the safetensors files in `folder` hold what the model should save: every name, shape and dtype, and
+    every tensor of the input but those that loading left out, which are a warning already.
+
+    Raises ProofError naming the first tensor that is not as it should be.
+    """
+    found, expected = headers(sorted(folder.glob("*.safetensors")), str(folder)), will_save(model)
+    where = f"{folder}: what was saved is not the model"
+    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    prove(not missing, f"{where}: {len(missing)} tensors are missing, such as {missing[:1]}")
+    prove(not extra, f"{where}: {len(extra)} tensors are not the model's, such as {extra[:1]}")
+    for name, (shape, dtype) in expected.items():
+        entry = found[name]
+        prove(entry.shape == shape and DTYPES.get(entry.dtype) == dtype,
+              f"{where}: {name} is {entry.dtype} {entry.shape}, should be {dtype} {shape}")
+    known, accepted = lost(source.entries, model).names, set(source.left)
+    new = [name for name in known if name not in accepted]
+    prove(not new, f"{where}: {len(new)} tensors of the input are not in it, such as {new[:1]}")
+
+
+def copy_side_files(folder: Path | None, to: Path) -> list[str]:
+    """Copy the files of SIDE_FILES that are not written anew; the names copied."""
+    copied = []
+    for file in sorted(folder.iterdir()) if folder else ():
+        wanted = any(fnmatch.fnmatchcase(file.name, pattern) for pattern in SIDE_FILES)
+        if wanted and file.is_file() and not (to / file.name).exists():
+            shutil.copyfile(file, to / file.name)
+            copied.append(file.name)
+    return copied
