@@ -3,15 +3,13 @@
 import pytest
 import tiny
 import torch
-from tiny import plain_pages  # noqa: F401
 from safetensors.torch import load_file
+from tiny import plain_pages  # noqa: F401
 
 from oneshot import checkpoint, models
 from oneshot.prune import loop
-from oneshot.report import page
 from oneshot.runtime import environment
 from oneshot.settings import flags
-
 
 pytestmark = pytest.mark.usefixtures("plain_pages")
 

@@ -7,9 +7,9 @@ import jobs
 import pytest
 import tiny
 import torch
-from tiny import plain_pages  # noqa: F401
 from families import VOCAB, T
 from healing import heal_pruned, tokens
+from tiny import plain_pages  # noqa: F401
 
 from oneshot import calibrate, models
 from oneshot.heal import distil
