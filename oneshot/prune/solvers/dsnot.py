@@ -20,7 +20,7 @@ Against the paper and its code (github.com/zyxxmu/DSnoT, `lib/prune.py`):
   linear, not its place. On the small models tried, the swaps in the MLP are what costs.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -36,7 +36,7 @@ STARTS = ("wanda", "magnitude")
 
 @dataclass(frozen=True)
 class Config:
-    start: str = field(default="wanda", metadata={"help": "whose mask to start from", "choices": STARTS})
+    start: str = flag("wanda", "whose mask to start from", choices=STARTS)
     cycles: int = flag(50, "swaps a row may try")
     threshold: float = flag(0.1, "share of its first expected error at which a row stops")
     group = "row"
