@@ -7,5 +7,6 @@
     command   what the runs of one command share
     checks    what is refused before anything is computed
     api       the same from Python
+    attempt   a run that ends in a record even where it fails: for sweeps
     generate  `oneshot generate`: continue a text, say how fast
 """

@@ -1,4 +1,5 @@
-"""Presets: what `--method best` stands for at each `--effort`, as measured by scripts/best.py (results/best/best.md).
+"""Presets: what `--method best` stands for at each `--effort`, as measured by scripts/bench/best.py
+(results/best/best.md).
 
 A preset is nothing but a set of flags. Flags given on the command line take precedence, which tables mark by a star
 after the name (best-3*).
@@ -7,7 +8,7 @@ after the name (best-3*).
 from typing import Any
 
 from ..runtime.flag import listed
-from .known import changes_preset
+from .known import changes_preset, todays_names
 
 EFFORTS: dict[int, tuple[str, dict[str, Any]]] = {  # {effort: (description, flags)}, in order of increasing cost
     1: ("SparseGPT's mask with refitted values", {"method": "sparsegpt+refit"}),
@@ -41,6 +42,13 @@ def expand(method: str, given: dict[str, Any]) -> dict[str, Any]:
     own = {name for name in given if "." in name and name.partition(".")[0] in parts}
     changed = "*" if own or set(given) & (changes_preset() | set(flags)) - {"method"} else ""
     return asked | {"preset": f"{method}-{effort}{changed}"}
+
+
+def recipe(given: dict[str, Any]) -> dict[str, Any]:
+    """All that `given` asks for: in today's names, a preset written out. Equal recipes do the same to a model."""
+    given = todays_names(given)
+    whole = expand(given["method"], given)
+    return {name: value for name, value in whole.items() if name not in ("preset", "effort")}
 
 
 def check_effort(methods: list[str], given: dict[str, Any]) -> None:
