@@ -16,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ..runtime.hub import hub_away
+
 INDEX = "model.safetensors.index.json"
 DEQUANTISED = ("fp8", "mxfp4")  # what transformers turns into bfloat16 while it loads
 PACKED = "oneshot_2of4"  # checkpoint/packed.py
@@ -71,6 +73,11 @@ def source_of(model: nn.Module) -> Source:
     return _SOURCES.get(model, Source())
 
 
+def remember(model: nn.Module, source: Source) -> None:
+    """Keep what a model came from for `source_of`."""
+    _SOURCES[model] = source
+
+
 def settle(model: nn.Module, config: dict, folder: Path | None, said: str) -> None:
     """Make a loaded model one that saves as an ordinary checkpoint, and remember what it came from.
 
@@ -92,7 +99,7 @@ def settle(model: nn.Module, config: dict, folder: Path | None, said: str) -> No
     if left.names:
         warnings.insert(0, f"{said}: {left}, are in its files but not in {type(model).__name__}: they are not in what "
                            "is saved")
-    _SOURCES[model] = Source(folder, method, entries, left.names, tuple(warnings))
+    remember(model, Source(folder, method, entries, left.names, tuple(warnings)))
 
 
 def undo_quantisation(model: nn.Module) -> None:
@@ -121,9 +128,8 @@ def check_path(path: Path, said: str) -> None:
     if not path.is_file():
         return
     kind = path.suffix.lower()
-    hint = {".gguf": "GGUF files are not read; give the safetensors checkpoint that it was made from",
-            ".safetensors": "a single file lacks the config and the tokenizer; give the folder that holds it"}
-    raise ValueError(f"{said}: {hint.get(kind, 'is a file; give a Hugging Face model folder')}")
+    hint = {".safetensors": "a single file lacks the config and the tokenizer; give the folder that holds it"}
+    raise ValueError(f"{said}: {hint.get(kind, 'is a file; give a Hugging Face model folder or a .gguf file')}")
 
 
 def check_folder(path: Path, said: str) -> dict:
@@ -131,7 +137,7 @@ def check_folder(path: Path, said: str) -> dict:
     quantisation that would be lost. Raises ValueError beginning with `said`."""
     check_adapter(path, said)
     if not (path / "config.json").is_file():
-        hint = "; it holds GGUF files, which are not read" if any(path.glob("*.gguf")) else ""
+        hint = "; it holds GGUF files: give one of them by its name" if any(path.glob("*.gguf")) else ""
         raise ValueError(f"{said}: no config.json in this folder, so it is no Hugging Face model{hint}")
     if not any(path.glob("*.safetensors")):
         pickles = any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth"))
@@ -196,9 +202,10 @@ def cached(name: str, file: str, options: dict) -> Path | None:
     """A file of a hub model in the cache, fetched where it must be; None where it cannot be had."""
     from transformers.utils import cached_file
 
+    where = {"revision": options["revision"], "cache_dir": options["cache_dir"], "local_files_only": bool(hub_away())}
     try:
-        found = cached_file(name, file, revision=options["revision"], cache_dir=options["cache_dir"],
-                            _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
+        found = cached_file(name, file, **where, _raise_exceptions_for_missing_entries=False,
+                            _raise_exceptions_for_connection_errors=False)
     except Exception:  # a repository that is not there, or closed: loading says so
         return None
     return Path(found) if found else None
