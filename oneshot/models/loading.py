@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -70,8 +71,14 @@ def load(name: str | Path, *, dtype: str = "auto", revision: str | None = None, 
     return model.eval().requires_grad_(False), tokenizer
 
 
-def from_pretrained(source: str, config: dict, options: dict, how: dict, said: str):
-    """(model, tokenizer, what transformers says of its loading). Whatever any library raises becomes one ValueError."""
+def from_pretrained(source: str, config: dict, options: dict, how: dict,
+                    said: str) -> tuple[nn.Module, Tokenizer, dict[str, Any]]:
+    """(model, tokenizer, transformers' loading info: missing_keys, mismatched_keys, ...).
+
+    source: folder or name on the hub. config: the checkpoint's. options: for model and tokenizer. how: for the model.
+
+    Raises ValueError, its message starting with `said`, for whatever any library raises.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -93,8 +100,7 @@ def from_pretrained(source: str, config: dict, options: dict, how: dict, said: s
 
 
 def quiet() -> None:
-    """Turn off transformers' progress bars and log messages; what matters in them is an error or a warning of oneshot.
-    """
+    """Turn off transformers' progress bars and log messages; what matters in them oneshot reports by itself."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
