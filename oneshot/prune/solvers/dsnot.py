@@ -21,7 +21,7 @@ code skips the MLP by default (`--skip_layer mlp`). Here all linears are treated
   linear and not its place in the model. On the small models tried, swaps in the MLP are what hurts.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -38,7 +38,7 @@ STARTS = ("wanda", "magnitude")
 
 @dataclass(frozen=True)
 class Config:
-    start: str = field(default="wanda", metadata={"help": "method whose mask to start from", "choices": STARTS})
+    start: str = flag("wanda", "method whose mask to start from", choices=STARTS)
     cycles: int = flag(50, "maximum number of swaps per row")
     threshold: float = flag(0.1, "a row stops when its expected error is at most this share of the initial one")
     group = "row"
