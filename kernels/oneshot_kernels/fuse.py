@@ -201,8 +201,7 @@ def _fuse_gated_mlp(model: nn.Module, name: str, module: nn.Module, report: Repo
 
 @torch.no_grad()
 def _agree(module: nn.Module, fused: nn.Module, first: Sparse24Linear) -> bool:
-    """Whether both compute the same for two random tokens, to within 16 roundings (a different forward: error about 1).
-    """
+    """Whether both compute the same for two random tokens, to within 16 roundings (else the error is about 1)."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, first.in_features, generator=generator).to(first.weight)
     want, got = module(x).double(), fused(x).double()

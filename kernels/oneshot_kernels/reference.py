@@ -171,9 +171,7 @@ def _check_packed(values: torch.Tensor, metadata: torch.Tensor) -> None:
 
 
 def rms_norm(x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / sqrt(mean(x²) + eps) · gain over the last dimension, in x's dtype, rounded at the same points as in
-    transformers.
-    """
+    """x / sqrt(mean(x²) + eps) · gain over the last dimension, in x's dtype, rounded as in transformers."""
     wide = x if x.dtype == torch.float64 else x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return gain * normed.to(x.dtype)

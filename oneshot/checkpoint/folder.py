@@ -88,8 +88,7 @@ class Folder:
 
     def finish(self, model: nn.Module, tokenizer: Tokenizer, record: dict, form: str = "dense",
                page: Callable[[dict], str] | None = None) -> dict:
-        """Write checkpoint, page and manifest, move them into place, remove the work files; returns the record as
-        saved.
+        """Write checkpoint, page and manifest, move them into place, remove the work files; returns the saved record.
 
         form: "dense" (zeros are stored) or "packed" (2:4 linears are replaced in the model, see packed.py). page:
         returns the text of report.html for a record.

@@ -26,8 +26,7 @@ HINT = "run `import oneshot` before from_pretrained"
 
 @register_quantization_config(METHOD)
 class PackedConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a packed checkpoint. linears: names of the packed ones. to_load: a hint for readers.
-    """
+    """The `quantization_config` of a packed checkpoint: the names of the packed linears, and how to load it."""
 
     def __init__(self, linears: Iterable[str] = (), to_load: str = HINT, **kwargs: Any):
         self.quant_method = METHOD
@@ -171,9 +170,7 @@ def bytes_of(model: nn.Module) -> tuple[int, int]:
 
 
 def to_dense(model: nn.Module) -> nn.Module:
-    """Replace packed linears, in place, by nn.Linear with the same weights, for checks and whatever needs dense
-    modules.
-    """
+    """Replace packed linears, in place, by nn.Linear with the same weights; returns the model."""
     for name, m in list(model.named_modules()):
         if isinstance(m, Sparse24Linear):
             linear = nn.Linear(m.in_features, m.rows, m.bias is not None, device="meta")

@@ -52,9 +52,11 @@ class Lost:
 
 @dataclass(frozen=True)
 class Source:
-    """What a model was loaded from. folder: where its files are, or None. quantised: their quantisation method, or
-    None. entries: {tensor name: Entry} of the files. left: names of tensors that are not in the model. warnings: what a
-    reader of the record should know."""
+    """What a model was loaded from.
+
+    folder: where its files are, or None. quantised: their quantisation method, or None. entries: {tensor name: Entry}
+    of the files. left: names of tensors that are not in the model. warnings: what a reader of the record should know.
+    """
 
     folder: Path | None = None
     quantised: str | None = None
@@ -127,9 +129,11 @@ def check_path(path: Path, said: str) -> None:
 
 
 def check_folder(path: Path, said: str) -> dict:
-    """The config in a local folder, after checking that its files may be loaded. Raises ValueError, its message
-    starting with `said`, unless they are safetensors inside the folder, without adapter or a quantisation that would be
-    lost."""
+    """The config in a local folder, after checking its files.
+
+    Raises ValueError, its message starting with `said`, unless weights are safetensors files inside the folder, with no
+    adapter and no quantisation that would be lost.
+    """
     check_adapter(path, said)
     if not (path / "config.json").is_file():
         hint = "; it holds GGUF files, which are not read" if any(path.glob("*.gguf")) else ""
@@ -155,8 +159,8 @@ def check_adapter(path: Path, said: str) -> None:
 def check_config(config: dict, said: str) -> None:
     """Raise ValueError for a config with weights elsewhere, an encoder, or a quantisation that cannot be undone."""
     if config.get("transformers_weights"):
-        raise ValueError(f"{said}: its config names other weights (transformers_weights); remove the entry and name "
-                         "the weights model.safetensors")
+        raise ValueError(f"{said}: its config names other weights (transformers_weights); remove the entry and rename "
+                         "the weights to model.safetensors")
     if config.get("is_encoder_decoder"):
         raise ValueError(f"{said}: is an encoder-decoder model; only decoder-only models can be pruned")
     method = quantisation(config)

@@ -66,9 +66,7 @@ def prune(model: nn.Module, tokenizer: Tokenizer | None = None, *, method: str =
 
 @contextlib.contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
-    """Within the context, the model is as `models.load` returns it: in evaluation mode, no parameter requires
-    gradients.
-    """
+    """Within the context, the model is in evaluation mode without gradients, as `models.load` returns it."""
     training = [m for m in model.modules() if m.training]
     asking = [p for p in model.parameters() if p.requires_grad]
     model.eval().requires_grad_(False)

@@ -76,7 +76,7 @@ def check_model(model: nn.Module) -> None:
     _, block_list = models.blocks(model)
     causal = [m.is_causal for m in block_list.modules() if isinstance(getattr(m, "is_causal", None), bool)]
     if causal and not any(causal):  # AutoModelForCausalLM silently loads BERT
-        raise ValueError(f"--model: {type(model).__name__} looks at the tokens to come, so it is an encoder; only "
+        raise ValueError(f"--model: {type(model).__name__} attends to later tokens, so it is an encoder; only "
                          "decoder-only models can be pruned")
     for name, p in model.named_parameters():
         if p.is_floating_point() and not torch.isfinite(p).all():

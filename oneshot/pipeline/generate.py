@@ -54,7 +54,7 @@ def measure(name: str, flag: str, prompt: str, args: argparse.Namespace) -> dict
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(args.device)
     length = inputs["input_ids"].shape[1]
     if not length:
-        raise ValueError("--prompt: not a single token; give some text")
+        raise ValueError("--prompt: has no token; give some text")
     most = models.max_positions(model)
     if most and length + args.max_new_tokens > most:
         raise ValueError(f"--max-new-tokens {args.max_new_tokens}: with a prompt of {length} tokens that is more than "

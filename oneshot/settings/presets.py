@@ -28,8 +28,8 @@ def expand(method: str, given: dict[str, Any]) -> dict[str, Any]:
     Raises ValueError naming `--method` or `--effort`.
     """
     if "+" in method and set(NAMES) & set(method.split("+")):
-        raise ValueError(f"--method {method}: best is a whole recipe, nothing goes before or behind it; choose its "
-                         "--effort, or name the solver, such as alps+refit")
+        raise ValueError(f"--method {method}: best is a whole recipe, not part of a chain; choose its --effort, or "
+                         "name the solver, such as alps+refit")
     if method not in NAMES:
         return {**given, "method": method}
     effort = given.get("effort", 3)

@@ -150,11 +150,10 @@ def matmul(
     out_dtype: torch.dtype | None = None,
     config: Config | None = None,
 ) -> torch.Tensor:
-    """x (M, K), contiguous, times a weight in fragment order, accumulated in float32 -> (M, n), x's dtype or
-    `out_dtype`.
+    """x (M, K) times a weight in fragment order, accumulated in float32 -> (M, n) in x's dtype or `out_dtype`.
 
-    bias: (n,). residual: (M, n), contiguous. With split > 1 the parts are float32 and torch adds them in a fixed order,
-    deterministically and without atomics.
+    x must be contiguous. bias: (n,). residual: (M, n), contiguous. With split > 1 the parts are float32 and torch adds
+    them in a fixed order, deterministically and without atomics.
 
     Raises ValueError if x is not contiguous or of another dtype than the weight.
     """
