@@ -33,7 +33,7 @@ pythons:         ## the core on the oldest and the newest Python, each in an env
 	$(MAKE) core PYTHON=$(NEWEST) VENV=build/newest
 
 bench: $(STAMP)  ## this program against the published way, on this machine
-	$(BIN)/python scripts/bench_prune.py
+	$(BIN)/python scripts/bench/prune.py
 
 clean:
 	rm -rf $(VENV) build runs *.egg-info

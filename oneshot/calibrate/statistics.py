@@ -98,7 +98,7 @@ class Statistics:
 
     def _to_sums(self) -> None:
         """Undo `G` and drop everything derived from the sums."""
-        self._derived.clear()
+        self.forget()
         if self._outer_is_mean:
             self.outer.mul_(self.n)
             self._outer_is_mean = False
@@ -118,6 +118,10 @@ class Statistics:
         if key not in self._derived:
             self._derived[key] = make()
         return self._derived[key]
+
+    def forget(self) -> None:
+        """Drop everything derived from the sums; it is computed again when needed."""
+        self._derived.clear()
 
     def finite(self) -> bool:
         """Whether all sums are finite. (For a Gram matrix the diagonal suffices: |G_ij|² <= G_ii G_jj.)"""

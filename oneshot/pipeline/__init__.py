@@ -7,5 +7,6 @@
     command   what the runs of one command share
     checks    what is rejected before anything is computed
     api       `oneshot.prune` for Python
+    attempt   a run that ends in a record even if it fails, for sweeps
     generate  `oneshot generate`: generate text, measure the speed
 """

@@ -27,7 +27,7 @@ class PruneOptions:
                        python=False)
     effort: int = flag(3, "cost of --method best, 1 to 5; see --method best below", section="what", bears_on="output",
                        python=True)
-    pattern: str = flag("0.5,2:4", "0.5: half of the weights are zero; 2:4: 2 of every 4 are KEPT; several separated "
+    pattern: str = flag("0.5,2:4", "0.5: half of the weights are zero; 2:4: 2 of 4 are KEPT; several separated "
                                    "by commas", section="what", bears_on="loading", shown=False, python=False)
     group: str | None = flag(None, "comparison group of an unstructured pattern: matrix, row, or a number of columns "
                                    "(default: the method's)", section="what", preset=True)

@@ -1,4 +1,4 @@
-"""Presets: what `--method best` stands for at each `--effort`, as measured by scripts/best.py (results/best/best.md).
+"""Presets: what `--method best` stands for at each `--effort`, as measured by scripts/bench/best.py.
 
 A preset is nothing but a set of flags. Flags given on the command line take precedence, which tables mark by a star
 after the name (best-3*).
@@ -7,7 +7,7 @@ after the name (best-3*).
 from typing import Any
 
 from ..runtime.flag import listed
-from .known import changes_preset
+from .known import changes_preset, todays_names
 
 EFFORTS: dict[int, tuple[str, dict[str, Any]]] = {  # {effort: (description, flags)}, in order of increasing cost
     1: ("SparseGPT's mask with refitted values", {"method": "sparsegpt+refit"}),
@@ -41,6 +41,16 @@ def expand(method: str, given: dict[str, Any]) -> dict[str, Any]:
     own = {name for name in given if "." in name and name.partition(".")[0] in parts}
     changed = "*" if own or set(given) & (changes_preset() | set(flags)) - {"method"} else ""
     return asked | {"preset": f"{method}-{effort}{changed}"}
+
+
+def recipe(given: dict[str, Any]) -> dict[str, Any]:
+    """All settings that `given` asks for, under their current names and with a preset expanded.
+
+    Equal recipes do the same to a model.
+    """
+    given = todays_names(given)
+    whole = expand(given["method"], given)
+    return {name: value for name, value in whole.items() if name not in ("preset", "effort")}
 
 
 def check_effort(methods: list[str], given: dict[str, Any]) -> None:
