@@ -114,15 +114,13 @@ class Statistics:
         return self.sum_sq / max(self.n, 1) if self.sum_sq is not None else self.G.diagonal()
 
     def derived(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """`make()`, cached under `key` until the next update: linears with the same input share what is derived from
-        it.
-        """
+        """`make()`, cached under `key` until the next update, so that linears with the same input share the result."""
         if key not in self._derived:
             self._derived[key] = make()
         return self._derived[key]
 
     def forget(self) -> None:
-        """Drop everything derived: it is computed anew when it is next asked for."""
+        """Drop everything derived from the sums; it is computed again when needed."""
         self._derived.clear()
 
     def finite(self) -> bool:

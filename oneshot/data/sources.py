@@ -57,8 +57,11 @@ HUB_SETS = {
 
 @dataclass(frozen=True)
 class TextOptions:
-    """How to read text. For wikitext2, c4 and ptb only `revision`, `cache_dir` and `documents` have an effect, because
-    these names stand for exactly what the papers used."""
+    """How to read text.
+
+    For wikitext2, c4 and ptb only `revision`, `cache_dir` and `documents` have an effect, because these names stand for
+    exactly what the papers used.
+    """
 
     column: str | None = None  # of hub data sets and files; default: "text", else the only column that holds text
     config: str | None = None  # of hub data sets

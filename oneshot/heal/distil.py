@@ -42,9 +42,8 @@ def check_model(model: nn.Module, cfg: Config, device: str) -> None:
     rest = sum(p.numel() for p in model.parameters()) - blocks
     needed, there = TRAINED * blocks + 4 * rest, environment.total_memory(device)
     if there is not None and needed > there:
-        raise ValueError(f"--heal distil: trains the whole model, which takes {needed / 2**30:.0f} GiB and more on "
-                         f"{device}, which has {there / 2**30:.0f}; use --heal block alone, or --effort 2 with "
-                         "--method best")
+        raise ValueError(f"--heal distil: trains the whole model, which takes at least {needed / 2**30:.0f} GiB, but "
+                         f"{device} has {there / 2**30:.0f}; use --heal block alone, or --effort 2 with --method best")
 
 
 class Heal(Base):

@@ -59,8 +59,7 @@ def compare(model: nn.Module, dense: nn.Module, ids: torch.Tensor, mask: torch.T
 
 def compare_batch(pruned: tuple[nn.Module, Activations], dense: tuple[nn.Module, Activations],
                   i: int) -> list[torch.Tensor]:
-    """All fields of Compared but `real` for batch i, each (B, T-1) on the CPU. pruned, dense: (model, its Activations).
-    """
+    """All fields of Compared but `real`, for batch i, (B, T-1) on the CPU. pruned, dense: (model, its Activations)."""
     targets = pruned[1].inputs[i]["input_ids"][:, 1:]
     out = [torch.zeros(targets.shape, dtype=dtype) for dtype in (torch.float32,) * 3 + (torch.bool,) * 3]
     both = (calibrate.logits(*side, i, elements=SLICE) for side in (pruned, dense))

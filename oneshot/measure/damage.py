@@ -117,8 +117,7 @@ def mean_increase(increase: torch.Tensor, member: torch.Tensor, overall: float |
 
 
 def student(nu: int) -> float:
-    """97.5 % quantile of Student's t with nu >= 4 degrees of freedom, accurate to 0.002 (Abramowitz and Stegun 26.7.5).
-    """
+    """97.5 % quantile of Student's t with nu >= 4 degrees of freedom, to 0.002 (Abramowitz and Stegun 26.7.5)."""
     z = 1.959963985
     terms = ((z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
              (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160)

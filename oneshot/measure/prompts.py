@@ -123,8 +123,8 @@ def encoded(path: str, model: nn.Module, tokenizer: Tokenizer) -> tuple[list[tup
         ids = ids_of(tokenizer, p.prompt.rstrip() if p.choices else p.prompt)
         room = max((len(ids_of(tokenizer, " " + c, False)) for c in p.choices), default=new)
         if most and len(ids) + room > most:
-            raise ValueError(f"--prompts {path}: line {p.line}: {len(ids)} tokens and {room} to come are more than the "
-                             f"{most} positions of the model")
+            raise ValueError(f"--prompts {path}: line {p.line}: {len(ids)} tokens and {room} new ones are more than "
+                             f"the {most} positions of the model; shorten the prompt")
         made.append((p, ids))
     return made, new
 
@@ -137,10 +137,10 @@ def ids_of(tokenizer: Tokenizer, text: str, special: bool = True) -> list[int]:
 @torch.no_grad()
 def evaluate(model: nn.Module, tokenizer: Tokenizer, path: str, *,
              device: str = "cpu") -> tuple[dict[str, float], dict[str, dict], list[dict]]:
-    """({"NAME/starts_with": share, ...}, {"NAME/starts_with": how it was measured, ...}, answers); NAME: the file's
-    stem.
+    """({"NAME/starts_with": share, ...}, {"NAME/starts_with": how it was measured, ...}, answers).
 
-    answers: one {"line", "answer", "right"} per prompt; right: whether it begins with `expected`, or chose it.
+    NAME: the file's stem. answers: one {"line", "answer", "right"} per prompt; right: whether the answer begins with
+    `expected`, or `expected` was chosen.
     """
     made, new = encoded(path, model, tokenizer)
     marks, answers = {"starts_with": [], "contains": [], "chosen": []}, []

@@ -112,7 +112,7 @@ def fetch(names: Sequence[str], manager: Any) -> dict[str, Any]:
         with quiet():
             return manager.load(names)
     except Exception as error:
-        what = "their data cannot be had" if isinstance(error, OSError) else "lm-eval cannot load them"
+        what = "their data cannot be loaded" if isinstance(error, OSError) else "lm-eval cannot load them"
         raise ValueError(f"--tasks {','.join(names)}: {what} ({first_line(error)}); --task-path takes tasks with "
                          "local files") from error
 
@@ -169,9 +169,7 @@ def check_documents(name: str, task: Any, limit: int | None = None) -> None:
 
 
 def digest(names: Sequence[str], task_path: str | None = None) -> str:
-    """The part of a run's identity that stands for its tasks: sha256 of local tasks' YAML and data, or lm-eval's
-    version.
-    """
+    """What identifies the tasks in a run's identity: sha256 of local tasks' YAML and data, or lm-eval's version."""
     names, manager = prepare(names, task_path)
     if not task_path:
         return f"lm_eval {environment.version('lm_eval')}"
@@ -185,9 +183,7 @@ def digest(names: Sequence[str], task_path: str | None = None) -> str:
 
 
 def quiet() -> "Levels":
-    """Within the context, lm-eval and datasets log errors only; what a user must know is an error or warning of
-    oneshot.
-    """
+    """Within the context, lm-eval and datasets log errors only; oneshot reports what a user must know by itself."""
     return Levels("lm_eval", "datasets")
 
 

@@ -111,7 +111,7 @@ def walk(model: nn.Module, device: str | torch.device | None = None, *, start: i
 
 
 def sharing(block_list: nn.ModuleList) -> tuple[dict[int, int], dict[int, int]]:
-    """({id of a parameter: number of the first block that holds it}, the same of the last one)."""
+    """({id of a parameter: number of the first block that holds it}, the same for the last block)."""
     first, last = {}, {}
     for number, module in enumerate(block_list):
         for p in module.parameters():

@@ -16,21 +16,23 @@ EXPERTS_IMPLEMENTATION = "oneshot_one_by_one"
 
 
 class Layout(NamedTuple):
-    """How a module stores its fused experts. has_gate: gate and up are one parameter, `gate_up_proj`, else `up_proj`.
-    is_transposed: (E, C, R) instead of (E, R, C)."""
+    """How a module stores its fused experts.
+
+    has_gate: whether gate and up are one parameter, `gate_up_proj`; else there is `up_proj` only. is_transposed:
+    whether parameters are (E, C, R) instead of (E, R, C).
+    """
 
     has_gate: bool
     is_transposed: bool
 
     @property
     def parts(self) -> tuple[str, str]:
-        """Names of the two parameters, in the order in which tokens meet them."""
+        """The names of the two parameters, in the order in which they are applied."""
         return "gate_up_proj" if self.has_gate else "up_proj", "down_proj"
 
 
 def layout(module: nn.Module) -> Layout | None:
-    """The layout of a module of fused experts, behind transformers' experts interface or of a family in SORTED; None of
-    all other modules."""
+    """The layout of a module of fused experts, with transformers' experts interface or in SORTED; None for others."""
     if not isinstance(getattr(module, "down_proj", None), nn.Parameter) or module.down_proj.ndim != 3:
         return None
     if all(hasattr(module, a) for a in ("has_gate", "is_transposed", "is_concatenated")):
@@ -67,8 +69,8 @@ def experts_one_by_one(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _interface(model: nn.Module):
-    """The experts behind transformers' interface in a loop."""
+def _interface(model: nn.Module) -> Iterator[None]:
+    """Within the context, experts with transformers' experts interface run in a loop."""
     if not any(layout(m) and type(m).__name__ not in SORTED for m in model.modules()):
         yield
         return
@@ -108,13 +110,16 @@ def _experts_forward(self: nn.Module, hidden_states: torch.Tensor, top_k_index: 
         y = self._apply_gate(y) if self.has_gate else self.act_fn(y)
         y = linear("down_proj", e, y, rows) * top_k_weights[rows, slot, None]
         if getattr(self, "has_post_expert_norm", False):
-            raise ValueError(f"{type(self).__name__}: experts with a norm behind them are not supported")
+            raise ValueError(f"{type(self).__name__}: experts followed by a norm are not supported")
         out.index_add_(0, rows, y.to(out.dtype))
     return out
 
 
-def _sorted_forward(self, hidden_states):
-    """Llama-4's forward, bit by bit, with each expert's inputs shown on the way: the rows of its tokens."""
+def _sorted_forward(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Llama 4's forward, bit for bit, with calls of `observe` on the rows of each expert's own tokens.
+
+    hidden_states (E·tokens, H): all tokens once per expert, zeros where a token is not the expert's -> the same shape.
+    """
     x = hidden_states.view(self.gate_up_proj.shape[0], -1, self.hidden_size)
     gate, up = torch.bmm(x, self.gate_up_proj).chunk(2, dim=-1)
     inner = up * self.act_fn(gate)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..runtime.hub import hub_away
-from . import intake
+from . import source
 
 SMOLLM2 = "smollm2"
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -50,11 +50,11 @@ def load(file: Path, dtype: str, said: str) -> tuple[nn.Module, object]:
     except Exception as error:  # a damaged file can raise anything in two libraries
         lines = [line.strip() for line in str(error).split("\n") if line.strip()]
         raise ValueError(f"{said}: cannot be loaded ({lines[0] if lines else type(error).__name__})") from error
-    intake.undo_quantisation(model)
-    intake.check_parameters(model, said)
+    source.undo_quantisation(model)
+    source.check_parameters(model, said)
     model.config._name_or_path = str(file)
     kind = _quantisation(gguf, file)
-    intake.remember(model, intake.Source(None, f"GGUF {kind}", warnings=(
+    source.remember(model, source.Source(None, f"GGUF {kind}", warnings=(
         f"its weights come from a GGUF file ({kind}): where that is a grid of 4 or 8 bits, rounding to such integers "
         "again costs next to nothing, so int4 and int8 rows flatter",)))
     return model.eval().requires_grad_(False), tokenizer

@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..runtime.flag import flag as new_flag
 from . import gguf, intake
+from .source import settle
 
 DEMO = Path(__file__).parent.parent / "demo" / "model"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -46,7 +48,7 @@ def load(name: str | Path, *, dtype: str = "auto", revision: str | None = None, 
 
     dtype: "auto" (as stored) or the name of a torch dtype. revision, cache_dir, trust_remote_code, attn_implementation:
     as for transformers' `from_pretrained`. Only safetensors files inside the folder are read. Weights that transformers
-    can dequantise (block FP8, MXFP4) become bfloat16. `intake.source_of(model)` then says what the files held.
+    can dequantise (block FP8, MXFP4) become bfloat16. `models.source_of(model)` then says what the files held.
 
     Raises ValueError naming `flag` when the model cannot be loaded, or when a part of the checkpoint would be lost.
     """
@@ -72,12 +74,18 @@ def load(name: str | Path, *, dtype: str = "auto", revision: str | None = None, 
         key, stored, wanted = sorted(info["mismatched_keys"])[0]
         raise ValueError(f"{said}: {key} is {tuple(stored)} in its files, {tuple(wanted)} by its config; correct "
                          "config.json or fetch it again")
-    intake.settle(model, config, path if local else intake.hub_folder(source, options), said)
+    settle(model, config, path if local else intake.hub_folder(source, options), said)
     return model.eval().requires_grad_(False), tokenizer
 
 
-def from_pretrained(source: str, config: dict, options: dict, how: dict, said: str):
-    """(model, tokenizer, what transformers says of its loading). Whatever any library raises becomes one ValueError."""
+def from_pretrained(source: str, config: dict, options: dict, how: dict,
+                    said: str) -> tuple[nn.Module, Tokenizer, dict[str, Any]]:
+    """(model, tokenizer, transformers' loading info: missing_keys, mismatched_keys, ...).
+
+    source: folder or name on the hub. config: the checkpoint's. options: for model and tokenizer. how: for the model.
+
+    Raises ValueError, its message starting with `said`, for whatever any library raises.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -99,8 +107,7 @@ def from_pretrained(source: str, config: dict, options: dict, how: dict, said: s
 
 
 def quiet() -> None:
-    """Turn off transformers' progress bars and log messages; what matters in them is an error or a warning of oneshot.
-    """
+    """Turn off transformers' progress bars and log messages; what matters in them oneshot reports by itself."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()

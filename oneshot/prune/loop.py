@@ -94,8 +94,7 @@ def start(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, option
 
 @contextlib.contextmanager
 def float32_products(tf32: bool) -> Iterator[None]:
-    """Within the context, float32 matrix products have full precision, or TF32's 10 bits of mantissa on a GPU if asked.
-    """
+    """Within the context, float32 products have full precision, or with `tf32` 10 bits of mantissa on a GPU."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     try:

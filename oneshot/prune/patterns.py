@@ -51,8 +51,7 @@ def lowest(score: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def highest(rows: Sequence[torch.Tensor], n: int) -> Sequence[torch.Tensor]:
-    """The n highest values across `rows`, m tensors (groups,), for each group, in descending order: n tensors
-    (groups,).
+    """The n highest values of each group, in descending order: n tensors (groups,). rows: m tensors (groups,).
 
     Sorts two halves recursively and merges them. This takes a few elementwise operations on long tensors, whereas a
     sort would handle the groups of m values one by one.
@@ -70,8 +69,7 @@ def halves(rows: Sequence[torch.Tensor], n: int) -> tuple[Sequence[torch.Tensor]
 
 
 def nth_of_two(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], r: int) -> torch.Tensor:
-    """The r-th highest (r from 1) of a ∪ b, both in descending order: max of a_r, b_r, min(a_i, b_(r-i)) for 0 < i < r.
-    """
+    """The r-th highest of a ∪ b, both in descending order: max of a_r, b_r and min(a_i, b_(r-i)) for 0 < i < r."""
     return functools.reduce(torch.maximum, [
         *(half[r - 1] for half in (a, b) if r <= len(half)),
         *(torch.minimum(a[i - 1], b[r - i - 1]) for i in range(1, r) if i <= len(a) and r - i <= len(b))])
@@ -180,9 +178,7 @@ class NM:
         return min(R * C * itemsize, (R * C - self.zeros(R, C)) * itemsize + R * math.ceil(C // self.m * bits / 8))
 
     def keep(self, score: torch.Tensor) -> torch.Tensor:
-        """Mask, bool (R, C): the n highest of each m in `score` (R, C) stay; of equal scores the lower index is
-        removed.
-        """
+        """Mask, bool (R, C): the n highest of each m in `score` (R, C) stay; ties are removed from the left."""
         self.check(*score.shape)
         columns = score.reshape(-1, self.m).T
         keep = torch.empty(columns.shape[1], self.m, dtype=torch.bool, device=score.device)

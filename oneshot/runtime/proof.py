@@ -8,4 +8,4 @@ class ProofError(RuntimeError):
 def prove(holds: bool, broken: str) -> None:
     """Raise ProofError unless `holds`. broken: says which promise is broken, as the start of the message."""
     if not holds:
-        raise ProofError(f"{broken}; this is a fault of oneshot, please report it with the command")
+        raise ProofError(f"{broken}; this is a bug in oneshot, please report it with the command")

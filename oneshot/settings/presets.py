@@ -1,5 +1,4 @@
-"""Presets: what `--method best` stands for at each `--effort`, as measured by scripts/bench/best.py
-(results/best/best.md).
+"""Presets: what `--method best` stands for at each `--effort`, as measured by scripts/bench/best.py.
 
 A preset is nothing but a set of flags. Flags given on the command line take precedence, which tables mark by a star
 after the name (best-3*).
@@ -29,8 +28,8 @@ def expand(method: str, given: dict[str, Any]) -> dict[str, Any]:
     Raises ValueError naming `--method` or `--effort`.
     """
     if "+" in method and set(NAMES) & set(method.split("+")):
-        raise ValueError(f"--method {method}: best is a whole recipe, nothing goes before or behind it; choose its "
-                         "--effort, or name the solver, such as alps+refit")
+        raise ValueError(f"--method {method}: best is a whole recipe, not part of a chain; choose its --effort, or "
+                         "name the solver, such as alps+refit")
     if method not in NAMES:
         return {**given, "method": method}
     effort = given.get("effort", 3)
@@ -45,7 +44,10 @@ def expand(method: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def recipe(given: dict[str, Any]) -> dict[str, Any]:
-    """All that `given` asks for: in today's names, a preset written out. Equal recipes do the same to a model."""
+    """All settings that `given` asks for, under their current names and with a preset expanded.
+
+    Equal recipes do the same to a model.
+    """
     given = todays_names(given)
     whole = expand(given["method"], given)
     return {name: value for name, value in whole.items() if name not in ("preset", "effort")}

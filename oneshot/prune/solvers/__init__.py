@@ -70,7 +70,7 @@ def chain(method: str) -> list[ModuleType]:
             other = "refiner" if kind == "solver" else "solver"
             hint = f" ({name} is a {other}: a chain is one solver, then refiners)" if name in known[other] else ""
             raise ValueError(f"--method {method}: {name!r} is not a {kind}{hint}; there are "
-                             f"{', '.join(known[kind])}" + ("" if place else ", and alone dense and best"))
+                             f"{', '.join(known[kind])}" + ("" if place else ", and, without a chain, dense and best"))
     return [module(name) for name in parts]
 
 

@@ -101,8 +101,7 @@ def admm(W: torch.Tensor, statistics: Statistics, pattern: Pattern, cfg: Config,
 
 
 def factor(G: torch.Tensor, rho: float) -> tuple[torch.Tensor, list[str]]:
-    """(lower Cholesky factor (C, C) of G + ρI, warnings); in float64, with a warning, if G's rounding errors exceed ρ.
-    """
+    """(lower Cholesky factor (C, C) of G + ρI, warnings); in float64, with a warning, if rounding errors exceed ρ."""
     for dtype, notes in ((G.dtype, []), (torch.float64, ["factored in float64: float32 failed"])):
         A = G.to(dtype, copy=True)
         A.diagonal().add_(rho)

@@ -163,10 +163,10 @@ def one_round(X: torch.Tensor, mask: torch.Tensor, c: torch.Tensor, settled: tor
 
 def candidates(X: torch.Tensor, mask: torch.Tensor, c: torch.Tensor, settled: torch.Tensor,
                problem: Problem) -> tuple[torch.Tensor, torch.Tensor, int, torch.Tensor]:
-    """(groups picked (R, g), columns Q (R, q) with the K kept first, K, valid bool (R, q)); arguments as in
-    `one_round`.
+    """(groups picked (R, g), columns Q (R, q) with the K kept first, K, valid bool (R, q)).
 
-    An entry that is not valid is padding, because the row's group has too few kept or removed weights.
+    Arguments as in `one_round`. An entry that is not valid is padding, because the row's group has too few kept or
+    removed weights.
     """
     pattern, w, q = problem.pattern, problem.width, problem.cfg.candidates
     (R, C), n_g = X.shape, settled.shape[1]
@@ -192,12 +192,12 @@ def candidates(X: torch.Tensor, mask: torch.Tensor, c: torch.Tensor, settled: to
 
 def exchange(x: torch.Tensor, c: torch.Tensor, G: torch.Tensor, allowed: torch.Tensor, K: int, problem: Problem,
              beginning: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Make the best exchanges until none pays: (values of the kept (R, K), order of Q with the kept first (R, q),
-    number of exchanges (R,)).
+    """Make the best exchanges until none pays: (values (R, K), order (R, q), number of exchanges (R,)).
 
-    x, c (R, q) and G (R, q, q) are restricted to Q. allowed: bool (R, K, q - K), which pairs may be exchanged. Up to
-    depth - 1 exchanges that do not pay are made if a later one more than compensates for them; meanwhile none of them
-    is reversed. The first exchange is the one of rank `beginning` (0: the lowest), all others are the lowest.
+    values: of the kept weights. order: of the columns in Q, the kept first. x, c (R, q) and G (R, q, q) are restricted
+    to Q. allowed: bool (R, K, q - K), which pairs may be exchanged. Up to depth - 1 exchanges that do not pay are made
+    if a later one more than compensates for them; meanwhile none of them is reversed. The first exchange is the one of
+    rank `beginning` (0: the lowest), all others are the lowest.
     """
     (R, q), depth, eps = x.shape, problem.cfg.depth, problem.eps
     A, rows = tableau(x, c, G, K, eps), torch.arange(R, device=x.device)
