@@ -25,17 +25,18 @@ def _(b):
     with b.seen(blocks, "resident", note) as walked, b.seen(models, "resident", note) as others, \
             b.seen(environment, "peak_memory", lambda args, *_: args[0]) as measured:
         b.record("--divergence", device="cpu:0", evaluate=b.place / "evaluation.txt", eval_windows=2,
-                 sensitivity="kind", calibration="self", heal="block,distil", prompts=suite(b),
+                 sensitivity="kind", calibration="self", allocate="owl", heal="block,distil", prompts=suite(b),
                  **{"block.steps": 1, "distil.steps": 1})
     assert {*walked, *others, *measured} == {"cpu:0"} and len(walked) > 6 and len(others) > 6
 
 
 @wire("batch_size")
 def _(b):
-    """To calibrate, to sample, and, where nothing else is said, to measure."""
-    with b.batches() as sizes:
-        b.record(nsamples=5, batch_size=2)
-    assert sizes == [2, 2, 1]
+    """To calibrate, on the way to an allocation too, to sample, and, where nothing else is said, to measure."""
+    for allocate, passes in (("uniform", 1), ("owl", 2)):
+        with b.batches() as sizes:
+            b.record(nsamples=5, batch_size=2, allocate=allocate)
+        assert sizes == [2, 2, 1] * passes
     with b.seen(sample_self, "_sample_batch", lambda args, *_: len(args[1])) as sizes:
         b.record(nsamples=6, calibration="self", batch_size=3)
     assert sizes == [3, 3, 2]
