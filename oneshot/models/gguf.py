@@ -54,9 +54,11 @@ def load(file: Path, dtype: str, said: str) -> tuple[nn.Module, object]:
     source.check_parameters(model, said)
     model.config._name_or_path = str(file)
     kind = _quantisation(gguf, file)
-    source.remember(model, source.Source(None, f"GGUF {kind}", warnings=(
-        f"its weights come from a GGUF file ({kind}): where that is a grid of 4 or 8 bits, rounding to such integers "
-        "again costs next to nothing, so int4 and int8 rows flatter",)))
+    warnings = [f"its weights come from a GGUF file ({kind})"]
+    if kind not in ("F32", "F16", "BF16"):
+        warnings = [f"{warnings[0]}, so they lie on a grid: rounding them to integers again (int8, int4) costs next to "
+                    "nothing, which flatters such rows"]
+    source.remember(model, source.Source(None, f"GGUF {kind}", warnings=tuple(warnings)))
     return model.eval().requires_grad_(False), tokenizer
 
 
