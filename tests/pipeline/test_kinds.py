@@ -277,6 +277,19 @@ def test_damaged_gguf(content, words, tmp_path):
         oneshot.load(tmp_path / "model.gguf")
 
 
+def test_python_on_a_model_that_transformers_dequantised(tmp_path):
+    """What the user's own `save_pretrained` writes then is what was pruned."""
+    model = AutoModelForCausalLM.from_pretrained(fp8(tmp_path / "in"), dtype="auto")
+    record = oneshot.prune(model, method="magnitude", pattern="2:4", calibration=torch.zeros(2, 8, dtype=torch.long),
+                           progress=False)
+    model.save_pretrained(tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert record["sparsity"] >= 0.5 and "quantization_config" not in json.loads(
+        (tmp_path / "out" / "config.json").read_text())
+    for (name, p), q in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
 def test_side_files_are_copied(tmp_path):
     model = saved(tmp_path / "in", "llama")
     for name in ("preprocessor_config.json", "LICENSE", "tokenizer.model", "my_notes.txt"):
