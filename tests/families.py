@@ -75,11 +75,10 @@ FAMILIES = {
                                    "moe_intermediate_size": 16, "num_global_key_value_heads": 1}),
 }
 MOE = ("mixtral", "qwen3_moe", "qwen2_moe", "gpt_oss", "deepseek_v3", "granitemoe", "jamba", "qwen3_next",
-       "gemma4_moe")
+       "gemma4_moe", "llama4")
 NOT_REACHED = {  # what looks prunable in a block and is reported instead of pruned
     "jamba": ("mamba.A_log", "mamba.conv1d.weight"),
     "qwen3_next": ("linear_attn.conv1d.weight",),
-    "llama4": ("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"),
 }
 REFUSED = ("xlm", "rwkv")  # they do more between their blocks than hand on a hidden state
 UNSEEN = {"jamba": {"mamba.dt_proj"}}  # linears whose weight the model reads without calling them

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-EXAMPLES = {path: code for path, code in re.findall(r"`(oneshot/\S+\.py)`, complete:\n\n```python\n(.*?)```", TEXT, re.S)}
+EXAMPLES = dict(re.findall(r"`(oneshot/\S+\.py)`, complete:\n\n```python\n(.*?)```", TEXT, re.S))
 SMALL = ["--pattern", "2:4", "--nsamples", "4", "--seqlen", "64", "--eval-windows", "2", "--no-progress"]
 
 

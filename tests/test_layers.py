@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("runtime", "models", "data", "calibrate", "prune", "structured", "quantise", "heal", "measure", "settings",
           "checkpoint", "report", "pipeline")
 METHODS = ("prune.solvers", "prune.allocate", "heal", "measure")  # `names()` of these lists files that stand alone
-PURE = {"runtime.flag", "calibrate.statistics", "prune.patterns", "prune.linalg"}  # all that solvers and allocations see
+PURE = {"runtime.flag", "calibrate.statistics", "prune.patterns", "prune.linalg"}  # what solvers and allocations see
 ONLY_IN = {  # library: the stages, or the one file, that know it
     "transformers": {"models", "checkpoint.packed"},  # packed is a format that transformers itself loads
     "datasets": {"data.sources"},
@@ -89,7 +89,7 @@ def stands_alone(name):
     if not package or name.endswith("__init__"):
         return None
     found = importlib.import_module(f"oneshot.{package}").names()
-    methods = sum(found.values(), []) if isinstance(found, dict) else found
+    methods = [m for part in found.values() for m in part] if isinstance(found, dict) else found
     return package if name.rpartition(".")[2] in methods else None
 
 

@@ -1,11 +1,8 @@
-"""2:4 sparse linear layers: a packed format, kernels that run it faster than dense, and a module around them.
+"""2:4 sparse linear layers: a packed format, kernels that compute with it faster than dense, and an nn.Module.
 
-    reference.py   the format (pack, unpack) and the slow truth      dispatch.py   which kernel runs, and why
-    fragment.py    the order the tensor cores want                   tune.py       measure it on your GPU
-    mma_sp.py      the sparse tensor-core instruction in Triton      ops.py        the torch operator
-    decode.py      1 to 64 tokens                                    linear.py     Sparse24Linear
-    expand.py      64 to 512 tokens, every other GPU                 fuse.py       sparsify(model)
-    prefill.py     many tokens                                       selftest.py   asks the GPU whether decode is right
+    reference   the format (pack, unpack), reference results     dispatch   which kernel runs, and why
+    linear      Sparse24Linear                                   ops        the torch operator
+    fuse        sparsify(model)                                  gpu/       Triton kernels for NVIDIA GPUs
 
 Needs torch; on a GPU also Triton.
 """

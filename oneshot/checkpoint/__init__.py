@@ -1,10 +1,11 @@
-"""Checkpoint: a pruned model as files that prove themselves.
+"""Checkpoint: save a pruned model together with what is needed to verify it.
 
     folder    the folder that `--save` names, written crash-safe
-    manifest  what was done to which tensor, and the hashes that prove it
+    manifest  what was done to each tensor, and hashes to check it by
+    outcome   compare a saved folder with the model and with the input
     packed    the packed 2:4 format
-    bytes     what the weights take, stored and dense
-    verify    `oneshot verify`: prove that a folder is what its manifest says
+    bytes     the storage of the weights, pruned and dense
+    verify    `oneshot verify`: check a folder against its manifest
 """
 
 from .folder import Folder, owner_of

@@ -1,12 +1,12 @@
 """Checkpoints: a pruned model in a folder that `AutoModelForCausalLM.from_pretrained` loads, written crash-safe.
 
-    DIR/.oneshot/run.json            which run is at work here (its run_id)
+    DIR/.oneshot/run.json                  the run_id of the run that writes here
     DIR/.oneshot/block_00007.safetensors   a finished block: its tensors, and its rows of the record in the header
-    DIR/.oneshot/final/              the checkpoint while it is being written
-    DIR/oneshot.json                 the manifest, moved into place last: only a finished folder has it
+    DIR/.oneshot/final/                    the checkpoint while it is being written
+    DIR/oneshot.json                       the manifest, moved into place last: only a finished folder has it
 
-Every file is written under a temporary name, synced and renamed, so a kill at any moment leaves nothing half-written
-under a name that counts.
+Every file is written under a temporary name, synced and renamed, so that a kill at any moment leaves no incomplete file
+under its final name.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ..models import source_of
+from ..models import Tokenizer, source_of
 from ..runtime.files import sync, umask, write_json, write_text
 from . import packed
 from .manifest import MANIFEST, WORK, manifest, read_manifest
@@ -29,9 +29,11 @@ from .outcome import check_saved, copy_side_files
 
 
 class Folder:
-    """The folder that `--save` names, for one run. Nothing in it changes before the run's first block is kept.
+    """The folder that `--save` names, for one run. Nothing in it changes before the run's first block is saved.
 
-    Raises ValueError naming `--save` when the folder belongs to something else.
+    overwrite: whether it may replace the result of another run.
+
+    Raises ValueError naming `--save` when the folder holds another run, or anything else.
     """
 
     def __init__(self, path: str | Path, run_id: str, overwrite: bool = False):
@@ -44,6 +46,7 @@ class Folder:
 
     @property
     def finished(self) -> bool:
+        """Whether the folder holds this run's finished checkpoint."""
         return self.ours and (self.path / MANIFEST).is_file()
 
     @property
@@ -52,7 +55,7 @@ class Folder:
         return read_manifest(self.path)["record"]
 
     def blocks(self) -> Iterator[tuple[dict[str, torch.Tensor], dict]]:
-        """(state dict, rows) of the blocks finished so far, in order."""
+        """Yield (state dict, rows of the record) of the blocks finished so far, in order."""
         b = 0
         while self.ours and (file := self._block(b)).is_file():
             with safe_open(file, "pt") as f:
@@ -61,11 +64,12 @@ class Folder:
                 yield {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["rows"])  # noqa: SIM118
             b += 1
 
-    def _block(self, b):
+    def _block(self, b: int) -> Path:
+        """The file of block b."""
         return self.work / f"block_{b:05d}.safetensors"
 
     def claim(self) -> None:
-        """Make the folder this run's and remove what earlier ones left; killed in between, it still has an owner."""
+        """Mark the folder as this run's, then remove what earlier runs left, so that it always has an owner."""
         if not self.claimed:
             self.work.mkdir(parents=True, exist_ok=True)
             write_json({"run_id": self.run_id}, self.work / "run.json")
@@ -73,7 +77,7 @@ class Folder:
             self.ours = self.claimed = True
 
     def save_block(self, b: int, state: dict[str, torch.Tensor], rows: dict) -> None:
-        """Keep a finished block: its state dict and its rows of the record; a killed run resumes after it."""
+        """Save a finished block, its state dict and its rows of the record; an interrupted run resumes after it."""
         with writing(self.path):
             self.claim()
             state = {k: v.contiguous() for k, v in state.items()}
@@ -82,12 +86,14 @@ class Folder:
             sync(part)
             os.replace(part, self._block(b))
 
-    def finish(self, model: nn.Module, tokenizer, record: dict, form: str = "dense",
+    def finish(self, model: nn.Module, tokenizer: Tokenizer, record: dict, form: str = "dense",
                page: Callable[[dict], str] | None = None) -> dict:
-        """Write checkpoint, page and manifest, move them into place, drop the work files; the record as stored.
+        """Write checkpoint, page and manifest, move them into place, remove the work files; returns the saved record.
 
-        form: "dense" (zeros among the weights) or "packed" (2:4 linears replaced in the model, see packed.py). page:
-        gives the text of report.html.
+        form: "dense" (zeros are stored) or "packed" (2:4 linears are replaced in the model, see packed.py). page:
+        returns the text of report.html for a record.
+
+        Raises OSError naming `--save` if writing fails, ProofError if what was saved is not the model.
         """
         data = manifest(model, record)
         if form == "packed":
@@ -106,7 +112,7 @@ class Folder:
                 write_text(page(record), final / "report.html")
             write_json(data, final / MANIFEST)
             files = sorted(f.name for f in final.iterdir())
-            last = ["config.json", MANIFEST]  # without the former nothing loads, without the latter nothing is finished
+            last = ["config.json", MANIFEST]  # without the first nothing loads; without the second it is not finished
             for name in [f for f in files if f not in last] + last:
                 if (final / name).is_file():
                     (final / name).chmod(0o666 & ~umask())  # safetensors writes 0600
@@ -118,20 +124,20 @@ class Folder:
 
 
 @contextlib.contextmanager
-def writing(path: str | Path):
-    """A write that fails, in whichever library, as one OSError that says what to do."""
+def writing(path: str | Path) -> Iterator[None]:
+    """Within the context, a failure to write, in any library, becomes an OSError of one line that says what to do."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or str(error)
-        raise OSError(f"--save {path}: cannot be written ({why}); mend that and give the same command, it continues"
+        raise OSError(f"--save {path}: cannot be written ({why}); fix that and repeat the same command, it resumes"
                       ) from error
 
 
 def owner_of(path: str | Path) -> str | None:
-    """run_id of the run that a folder belongs to, finished or not; None when it is empty or absent.
+    """The run_id of the run that a folder belongs to, finished or not; None if it is empty or does not exist.
 
-    Raises ValueError when the path is a file, or the folder holds something else.
+    Raises ValueError naming `--save` when the path is a file, or the folder holds anything else.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
@@ -149,7 +155,7 @@ def owner_of(path: str | Path) -> str | None:
 
 
 def clear(path: Path) -> None:
-    """Remove the files of an earlier checkpoint, first what makes it look finished, then what makes it load."""
+    """Remove the files of an earlier checkpoint: first the one that marks it as finished, then the one it loads by."""
     for name in (MANIFEST, "config.json"):
         (path / name).unlink(missing_ok=True)
     for file in path.iterdir():

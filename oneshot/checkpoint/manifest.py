@@ -1,4 +1,4 @@
-"""The manifest of a finished checkpoint: what was done to which tensor, and the hashes that prove it."""
+"""The manifest of a finished checkpoint: what was done to each tensor, and hashes to check it by."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ MANIFEST, WORK, SCHEMA = "oneshot.json", ".oneshot", 1
 
 
 def manifest(model: nn.Module, record: dict) -> dict:
-    """What was done to which tensor, and proof: {"schema", "record", "tensors": {linear: {...}}}."""
+    """{"schema", "format", "record", "tensors": {linear: its shape, pattern, zeros, dtype and sha256}}."""
     weights = {weight.name: weight for weight in models.all_weights(model)}
     tensors = {}
     for row in record["layers"]:
@@ -26,7 +26,7 @@ def manifest(model: nn.Module, record: dict) -> dict:
 
 
 def digest(weight: Weight) -> str:
-    """sha256 of a linear's stored bytes, as (R, C) in row-major order."""
+    """sha256 (hex) of a linear's weight in its stored dtype, as (R, C) in row-major order."""
     stored = weight.get().to(weight.stored).contiguous()
     return hashlib.sha256(stored.view(-1).view(torch.uint8).numpy()).hexdigest()
 
@@ -34,13 +34,13 @@ def digest(weight: Weight) -> str:
 def read_manifest(path: str | Path) -> dict:
     """The manifest of a finished folder.
 
-    Raises ValueError when there is none, it is damaged, or from another version.
+    Raises ValueError when there is none, or when it is damaged or from another version.
     """
     file = Path(path) / MANIFEST
     if not file.is_file():
         inside = sorted(f.parent.name for f in Path(path).glob(f"*/{MANIFEST}"))
         raise ValueError(f"{path}: no {MANIFEST}, so no finished oneshot checkpoint"
-                         + (" (a run was interrupted here; the same command continues it)"
+                         + (" (a run was interrupted here; the same command resumes it)"
                             if (Path(path) / WORK).is_dir() else "")
                          + (f"; it holds some: give one of {', '.join(inside)}" if inside else ""))
     try:
@@ -55,5 +55,5 @@ def read_manifest(path: str | Path) -> dict:
 
 
 def pattern_of(entry: dict) -> patterns.Pattern:
-    """The Pattern that a manifest's entry names."""
+    """The Pattern of a manifest's entry."""
     return patterns.parse(entry["pattern"], entry.get("group"))

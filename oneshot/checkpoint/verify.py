@@ -1,11 +1,12 @@
-"""`oneshot verify DIR`: prove that a checkpoint is what its manifest says.
+"""`oneshot verify DIR`: check a saved checkpoint against its manifest.
 
-Loads the folder as anyone would and checks, on the stored dtype and linear by linear: the pattern holds, the number of
-zeros is the recorded one, the bytes are the recorded ones; that no prunable linear is missing from the manifest; and
-lists what was never pruned. Exit code 0: all proved; 1: something is off; 2: nothing to check.
+Loads the folder like any user of it would. Checks for every linear layer, in its stored dtype, that the pattern holds
+and that the number of zeros and the hash of its bytes are the recorded ones; and that no prunable linear layer is
+missing from the manifest. Lists what was never pruned. Exit code: 0, everything is as recorded; 1, something is not;
+2, there is nothing to check.
 
-With `--twin OTHER` also: both hold the same model, every tensor of the one equal to the other's, packed weights as the
-dense matrices they stand for.
+With `--twin OTHER` it also checks that both folders hold the same model, tensor by tensor; packed weights are compared
+as the dense matrices they represent.
 """
 
 import argparse
@@ -21,16 +22,19 @@ from .manifest import digest, pattern_of, read_manifest
 
 
 def verify(path: str | Path) -> tuple[list[dict], list[str], list[tuple[str, str]]]:
-    """(rows, faults, skipped): one dict per linear, one line per fault, what was left alone and why."""
+    """(rows, faults, skipped): one dict per linear, one line per fault, [(tensor that was not pruned, why)].
+
+    Raises ValueError when the folder is not a finished checkpoint of oneshot, or cannot be loaded.
+    """
     if not Path(path).is_dir():
-        raise ValueError(f"{path}: no such folder; give one that oneshot.run --save wrote")
+        raise ValueError(f"{path}: no such folder; give one that oneshot prune --save wrote")
     data = read_manifest(path)
     model, _ = models.load(str(path), flag="")
     entries, rows, faults = dict(data["tensors"]), [], []
     found = len(packed.linears(model))
     if found != data.get("packed", {}).get("linears", 0):
         faults.append(f"{found} packed linears, recorded {data.get('packed', {}).get('linears', 0)}")
-    packed.to_dense(model)  # the recorded bytes are those of the dense weights: equal to them, packed lost nothing
+    packed.to_dense(model)  # the recorded hashes are of the dense weights, so they also show that packing lost nothing
     for weight in models.all_weights(model):
         name = weight.name
         entry = entries.pop(name, None)
@@ -50,9 +54,9 @@ def verify(path: str | Path) -> tuple[list[dict], list[str], list[tuple[str, str
 
 
 def compare(path: str | Path, twin: str | Path) -> tuple[int, list[str]]:
-    """(tensors compared, one line per difference) between two checkpoints of the same model, packed or dense.
+    """(number of tensors compared, one line per difference) for two checkpoints of the same model, packed or dense.
 
-    Exact: same names, shapes, dtypes and values; what a packed linear stands for is compared, not its packed bytes.
+    Names, shapes, dtypes and values must be equal. Packed linears are compared as the dense matrices they represent.
     """
     ours, theirs = dense_tensors(path), dense_tensors(twin, "--twin")
     faults = [f"{name}: only in {path}" for name in ours if name not in theirs]
@@ -68,7 +72,10 @@ def compare(path: str | Path, twin: str | Path) -> tuple[int, list[str]]:
 
 
 def dense_tensors(path: str | Path, flag: str = "") -> dict[str, torch.Tensor]:
-    """{name: tensor} of a checkpoint; linears as (R, C), whether they are stored packed, dense or transposed."""
+    """{name: tensor} of a checkpoint, with linears as (R, C) whether they are stored packed, dense or transposed.
+
+    flag: the start of error messages.
+    """
     model, _ = models.load(str(path), flag=flag)
     packed.to_dense(model)
     transposed = {f"{weight.name}.weight" for weight in models.all_weights(model) if weight.transposed}
@@ -76,7 +83,7 @@ def dense_tensors(path: str | Path, flag: str = "") -> dict[str, torch.Tensor]:
 
 
 def check(weight: Weight, entry: dict) -> list[str]:
-    """What is wrong with one linear, as texts."""
+    """What is wrong with one linear compared with its manifest entry, in words; [] if nothing is."""
     W, wrong = weight.get(), []
     dtype = str(weight.stored).removeprefix("torch.")
     if list(weight.shape) != entry["shape"]:
@@ -94,17 +101,17 @@ def check(weight: Weight, entry: dict) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; exit code: see above."""
+    """Run the command and return its exit code, see above."""
     return exit_code(lambda: run(argv))
 
 
 def run(argv: list[str] | None) -> int:
-    """Verify, print what was found; exit code 0 or 1."""
+    """Verify, print the findings, and return exit code 0 or 1. Raises ValueError if there is nothing to check."""
     parser = Parser(prog="oneshot verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="a folder that oneshot prune --save wrote")
     parser.add_argument("--twin", metavar="OTHER", help="another folder that must hold the same model, tensor by "
-                                                        "tensor: the dense one of a packed checkpoint")
-    parser.add_argument("--quiet", action="store_true", help="print faults and the verdict only")
+                                                        "tensor, such as the dense version of a packed checkpoint")
+    parser.add_argument("--quiet", action="store_true", help="print only faults and the verdict")
     args = parser.parse_args(argv)
     models.quiet()
     rows, faults, left = verify(args.folder)
@@ -120,7 +127,7 @@ def run(argv: list[str] | None) -> int:
 
 
 def show(rows: list[dict], left: list[tuple[str, str]]) -> None:
-    """Print a line a linear, then what was left alone."""
+    """Print one line per linear, then what was not pruned."""
     width = max((len(r["name"]) for r in rows), default=0)
     for r in rows:
         R, C = r["shape"]
@@ -131,5 +138,5 @@ def show(rows: list[dict], left: list[tuple[str, str]]) -> None:
 
 
 def verdict(faults: list[str], good: str) -> str:
-    """How many faults, or what is `good` without any."""
+    """The number of faults in words, or `good` if there are none."""
     return good if not faults else f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"

@@ -1,7 +1,7 @@
-"""Attempt: a run that ends in a record, whatever happens. What sweeps are made of.
+"""Attempt: a run that ends in a record whatever happens, for sweeps.
 
-A run that fails is a record too: status "failed", its error in one line, in a file of its own beside the others. The
-file goes when a later attempt succeeds.
+A failed run has a record too, with status "failed" and its error in one line, in a separate file next to the others.
+That file is removed when a later attempt succeeds.
 """
 
 import time
@@ -15,12 +15,12 @@ from . import checks, run
 
 
 def attempt(cfg: RunConfig) -> dict:
-    """The record of one configuration: the stored one, a new one, or that of its failure."""
+    """The record of one configuration: the stored one, a new one, or one that reports the failure."""
     began = time.perf_counter()
     try:
         checks.check([cfg])
         record = run.run(cfg, reuse=stored)
-    except Exception as error:  # what the user can mend and what is a bug of ours alike: the other runs continue
+    except Exception as error:  # errors of the user and bugs of oneshot alike, so that the other runs continue
         return failed(cfg, f"{'' if isinstance(error, ValueError) else type(error).__name__ + ': '}{one_line(error)}",
                       time.perf_counter() - began)
     failure_file(cfg).unlink(missing_ok=True)
@@ -28,7 +28,7 @@ def attempt(cfg: RunConfig) -> dict:
 
 
 def stored(file: Path) -> dict | None:
-    """The finished record in a file; None where there is none that this version can read."""
+    """The finished record in a file; None if there is none that this version can read."""
     try:
         record = report.read(file) if file.is_file() else None
     except ValueError:
@@ -37,7 +37,7 @@ def stored(file: Path) -> dict | None:
 
 
 def failed(cfg: RunConfig, why: str, seconds: float) -> dict:
-    """Write and return the record of a run that failed."""
+    """Write and return the record of a failed run. why: the error. seconds: time spent."""
     why = report.clean(why)
     record = {"schema": report.SCHEMA, "run_id": failure_file(cfg).stem, "status": "failed", "error": why,
               "settings": cfg.settings(), "model": {"name": Path(cfg.model.rstrip("/")).name},
@@ -47,5 +47,5 @@ def failed(cfg: RunConfig, why: str, seconds: float) -> dict:
 
 
 def failure_file(cfg: RunConfig) -> Path:
-    """Where a failure of this configuration is kept."""
+    """The file for the record of a failure of this configuration."""
     return Path(cfg.results) / f"{cfg.run_id('failed')}-failed.json"

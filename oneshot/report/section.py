@@ -16,7 +16,7 @@ def replace(text: str, name: str, program: str, content: str) -> str:
     begun = re.search(rf"<!-- {re.escape(name)}: written by .*? -->", text)
     if not begun:
         return text + ("\n" if text and not text.endswith("\n\n") else "") + section + "\n"
-    before, (inside, found, after) = text[:begun.start()], text[begun.end():].partition(end)
+    before, (_, found, after) = text[:begun.start()], text[begun.end():].partition(end)
     if not found:
         raise ValueError(f"section {name}: no `{end}` behind `{begun[0]}`")
     return before + section + after

@@ -24,8 +24,9 @@ from gpu_baselines import BYTES, baselines
 from gpu_checks import Wrong, fragment_map, paths, variants
 from gpu_measure import Bench, ceilings, decode_model, fused_mlp, sweep
 from gpu_report import write_report
-from oneshot_kernels import decode, dispatch, expand, tune
-from oneshot_kernels.mma_sp import INTERPRET
+from oneshot_kernels import dispatch
+from oneshot_kernels.gpu import decode, expand, tune
+from oneshot_kernels.gpu.mma_sp import INTERPRET
 
 from oneshot.runtime import environment
 from oneshot.runtime.command import Parser, exit_code

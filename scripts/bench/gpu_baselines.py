@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from gpu_measure import Bench
-from oneshot_kernels import prefill, tune
-from oneshot_kernels.selftest import relative_error
+from oneshot_kernels.gpu import prefill, tune
+from oneshot_kernels.gpu.selftest import relative_error
 
 LIMITS = {"int8": 2e-2, "int4": 0.2}
 """Largest error relative to float64 of a baseline that may be timed, `tune.LIMIT` for the exact ones."""

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from oneshot_kernels import decode, dispatch, expand, ops, prefill, reference, tune
-from oneshot_kernels.fragment import to_fragments
-from oneshot_kernels.mma_sp import INTERPRET, mma_sp
-from oneshot_kernels.selftest import random_24, relative_error
+from oneshot_kernels import dispatch, ops, reference
+from oneshot_kernels.gpu import decode, expand, prefill, tune
+from oneshot_kernels.gpu.fragment import to_fragments
+from oneshot_kernels.gpu.mma_sp import INTERPRET, mma_sp
+from oneshot_kernels.gpu.selftest import random_24, relative_error
 
 TENSOR_CORE = 1e-6
 """Float32 accumulation inside the tensor cores, relative: exact products, truncated sums."""

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from oneshot_kernels import dispatch, ops, reference, sparsify, timing, tune
-from oneshot_kernels.fragment import to_fragments
-from oneshot_kernels.mma_sp import INTERPRET, mma_sp
-from oneshot_kernels.selftest import random_24, relative_error
+from oneshot_kernels import dispatch, ops, reference, sparsify
+from oneshot_kernels.gpu import timing, tune
+from oneshot_kernels.gpu.fragment import to_fragments
+from oneshot_kernels.gpu.mma_sp import INTERPRET, mma_sp
+from oneshot_kernels.gpu.selftest import random_24, relative_error
 
 
 @dataclass(frozen=True)

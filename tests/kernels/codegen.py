@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "bench"))
 
 import gpu_checks as checks
 import gpu_measure as measure
-from oneshot_kernels import decode as decode_module
-from oneshot_kernels import expand as expand_module
+from oneshot_kernels.gpu import decode as decode_module
+from oneshot_kernels.gpu import expand as expand_module
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 

@@ -7,7 +7,8 @@ import torch
 
 pytest.importorskip("triton", reason="dispatch between GPU kernels needs Triton (pip install triton)")
 
-from oneshot_kernels import decode, dispatch, expand, tune
+from oneshot_kernels import dispatch
+from oneshot_kernels.gpu import decode, expand, tune
 
 GPU = torch.device("cuda", 0)
 

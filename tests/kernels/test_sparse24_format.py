@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from oneshot_kernels import Packed, is_24, pack, unpack
-from oneshot_kernels.fragment import from_fragments, to_fragments
+from oneshot_kernels.gpu.fragment import from_fragments, to_fragments
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES = [(1, 4), (7, 36), (5, 172), (16, 512), (33, 260)]

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from oneshot_kernels import Sparse24Linear, explain, ops, pack, prefill, sparsify, unpack
+from oneshot_kernels import Sparse24Linear, explain, ops, pack, sparsify, unpack
+from oneshot_kernels.gpu import prefill
 from oneshot_kernels.reference import linear as truth
 from torch import nn
 

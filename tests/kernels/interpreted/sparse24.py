@@ -3,8 +3,8 @@
 import torch
 import torch.nn.functional as F
 from oneshot_kernels import pack
+from oneshot_kernels.gpu.selftest import random_24, relative_error
 from oneshot_kernels.reference import linear, rms_norm
-from oneshot_kernels.selftest import random_24, relative_error
 
 FLOAT32_ROUNDING = torch.finfo(torch.float32).eps
 

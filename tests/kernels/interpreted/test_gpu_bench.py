@@ -11,8 +11,8 @@ import gpu_report as report
 import pytest
 import torch
 from gpu_measure import Bench
-from oneshot_kernels import decode, expand, mma_sp, tune
-from oneshot_kernels.selftest import relative_error
+from oneshot_kernels.gpu import decode, expand, mma_sp, tune
+from oneshot_kernels.gpu.selftest import relative_error
 
 STAMP = {"commit": "abc", "device": "a card", "torch": "2", "triton": "3", "dtype": "bfloat16"}
 

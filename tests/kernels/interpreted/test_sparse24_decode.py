@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from oneshot_kernels.decode import Config, decode
-from oneshot_kernels.fragment import to_fragments
+from oneshot_kernels.gpu.decode import Config, decode
+from oneshot_kernels.gpu.fragment import to_fragments
 from sparse24 import assert_as_good_as_torch, problem
 
 BF16, FP16 = torch.bfloat16, torch.float16

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from oneshot_kernels import unpack
-from oneshot_kernels.expand import Config, expand, matmul
-from oneshot_kernels.fragment import to_fragments
+from oneshot_kernels.gpu.expand import Config, expand, matmul
+from oneshot_kernels.gpu.fragment import to_fragments
 from sparse24 import assert_as_good_as_torch, problem
 
 BF16, FP16 = torch.bfloat16, torch.float16

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from oneshot_kernels import Sparse24Linear, decode, dispatch, explain, ops, selftest, tune
-from oneshot_kernels.fragment import to_fragments
+from oneshot_kernels import Sparse24Linear, dispatch, explain, ops
+from oneshot_kernels.gpu import decode, selftest, tune
+from oneshot_kernels.gpu.fragment import to_fragments
 from sparse24 import problem
 
 FP16 = torch.float16  # the interpreter truncates what is stored as bfloat16

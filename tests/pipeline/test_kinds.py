@@ -1,0 +1,360 @@
+"""What goes in, what comes out: every kind of checkpoint is pruned into one that anybody loads, or refused in one line.
+
+Also writes the table in the README: `ONESHOT_WRITE=1 python -m pytest tests/pipeline/test_kinds.py`.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import families
+import gguf_files
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import plain_pages  # noqa: F401
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import oneshot
+from oneshot import models
+from oneshot.checkpoint import verify
+from oneshot.runtime.files import write_text
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+START, END = "<!-- kinds: written by tests/pipeline/test_kinds.py -->", "<!-- kinds: end -->"
+LLAMA = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0}
+
+
+def with_tokenizer(folder):
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def saved(folder, name, dtype=torch.float32, **options):
+    """A tiny model of a family, saved as anyone would."""
+    families.tiny(name, dtype=dtype).save_pretrained(folder, **options)
+    return with_tokenizer(folder)
+
+
+def built(folder, kind, changes, cls=AutoModelForCausalLM):
+    """A tiny model of a configuration."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **changes)
+    model = cls.from_config(config) if cls is AutoModelForCausalLM else cls(config)
+    model.save_pretrained(folder)
+    return with_tokenizer(folder)
+
+
+def config(folder, **changes):
+    """Change a saved config."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return folder
+
+
+def tensors(folder, change):
+    """Change the saved tensors."""
+    file = folder / "model.safetensors"
+    found = load_file(file)
+    change(found)
+    save_file(found, file, metadata={"format": "pt"})
+    return folder
+
+
+def fp8(folder):
+    """Block FP8 as Qwen and DeepSeek publish it: 128 x 128 blocks, a scale each."""
+    def quantise(found):
+        for name in [n for n, t in found.items() if t.ndim == 2 and "layers" in n]:
+            W = found[name].float()
+            R, C = W.shape
+            r, c = min(R, 128), min(C, 128)
+            s = W.view(R // r, r, C // c, c).abs().amax((1, 3)) / 448
+            found[name] = (W / s.repeat_interleave(r, 0).repeat_interleave(c, 1)).to(torch.float8_e4m3fn)
+            found[f"{name}_scale_inv"] = s
+    built(folder, "llama", LLAMA | {"dtype": "bfloat16"})
+    tensors(folder, lambda found: found.update({n: t.to(torch.bfloat16) for n, t in found.items()}))
+    tensors(folder, quantise)
+    return config(folder, quantization_config={"quant_method": "fp8", "activation_scheme": "dynamic",
+                                               "weight_block_size": [128, 128]})
+
+
+def mxfp4(folder):
+    """GPT-OSS as published: experts in 4-bit blocks with a scale each."""
+    def quantise(found):
+        for name in [n for n, t in found.items() if n.endswith(("gate_up_proj", "down_proj")) and t.ndim == 3]:
+            E, C, R = found.pop(name).shape
+            found[f"{name}_blocks"] = torch.randint(0, 256, (E, R, C // 32, 16), dtype=torch.uint8)
+            found[f"{name}_scales"] = torch.randint(122, 125, (E, R, C // 32), dtype=torch.uint8)
+    built(folder, "gpt_oss", families.COMMON | {
+        "hidden_size": 64, "intermediate_size": 64, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "dtype": "bfloat16"})
+    tensors(folder, lambda found: found.update({n: t.to(torch.bfloat16) for n, t in found.items()}))
+    tensors(folder, quantise)
+    return config(folder, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": [
+        "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]})
+
+
+def claimed(method):
+    """A checkpoint whose config says it is quantised."""
+    return lambda folder: config(saved(folder, "llama"), quantization_config={"quant_method": method, "bits": 4})
+
+
+def gguf(folder):
+    pytest.importorskip("gguf")
+    folder.mkdir()
+    return gguf_files.write(folder / "model.gguf")
+
+
+def adapter(folder):
+    saved(folder, "llama")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    return folder
+
+
+def multimodal(folder):
+    """A vision-language model of which AutoModelForCausalLM builds the language model alone."""
+    import transformers
+
+    return built(folder, "qwen3_5", {
+        "text_config": {"model_type": "qwen3_5_text", **families.COMMON, **families.HEAD, **families.LINEAR_ATTENTION},
+        "vision_config": {"model_type": "qwen3_5", "hidden_size": 32, "intermediate_size": 64, "depth": 2,
+                          "num_heads": 4, "out_hidden_size": 32, "num_position_embeddings": 16, "patch_size": 14},
+    }, transformers.Qwen3_5ForConditionalGeneration)
+
+
+def encoder_decoder(folder):
+    import transformers
+
+    return built(folder, "bart", {"vocab_size": 64, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2,
+                                  "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48,
+                                  "decoder_ffn_dim": 48, "max_position_embeddings": 64},
+                 transformers.BartForConditionalGeneration)
+
+
+def mtp(folder):
+    """One more layer than the config has, as checkpoints with multi-token prediction carry it."""
+    return tensors(saved(folder, "llama"), lambda found: found.update(
+        {n.replace(".layers.1.", ".layers.2."): t.clone() for n, t in found.items() if ".layers.1." in n}))
+
+
+def remote_code(folder):
+    saved(folder, "llama")
+    config(folder, model_type="mine_llama", architectures=["MineForCausalLM"], auto_map={
+        "AutoConfig": "configuration_mine.MineConfig", "AutoModelForCausalLM": "modeling_mine.MineForCausalLM"})
+    (folder / "configuration_mine.py").write_text(
+        "from transformers import LlamaConfig\n\n\nclass MineConfig(LlamaConfig):\n    model_type = 'mine_llama'\n")
+    (folder / "modeling_mine.py").write_text(
+        "from transformers import LlamaForCausalLM\nfrom .configuration_mine import MineConfig\n\n\n"
+        "class MineForCausalLM(LlamaForCausalLM):\n    config_class = MineConfig\n")
+    return folder
+
+
+def pickles(folder):
+    saved(folder, "llama")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+ZAMBA2 = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,
+          "num_key_value_heads": 4, "intermediate_size": 48, "hybrid_layer_ids": [1, 3],
+          "layers_block_type": ["mamba", "hybrid"] * 2,
+          "layer_types": ["mamba", "hybrid"] * 2, "mamba_d_state": 8, "mamba_d_conv": 4, "mamba_expand": 2,
+          "mamba_ngroups": 1, "n_mamba_heads": 8, "mamba_headdim": 8, "num_mem_blocks": 1, "adapter_rank": 4,
+          "use_shared_attention_adapter": False, "max_position_embeddings": 64, "pad_token_id": 0}
+MAMBA2 = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "num_heads": 8, "head_dim": 8,
+          "n_groups": 1, "chunk_size": 16, "pad_token_id": 0}
+JETMOE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_key_value_heads": 2, "kv_channels": 8,
+          "intermediate_size": 48, "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 64,
+          "pad_token_id": 0}
+KINDS = {  # kind: (makes the folder, further flags, the dtypes that come out or words of the refusal)
+    "bf16": (lambda f: saved(f, "llama", torch.bfloat16), (), {"BF16"}),
+    "fp16": (lambda f: saved(f, "llama", torch.float16), (), {"F16"}),
+    "sharded": (lambda f: saved(f, "llama", max_shard_size="10KB"), (), {"F32"}),
+    "tied embeddings": (lambda f: saved(f, "llama-tied-bias"), (), {"F32"}),
+    "Conv1D (GPT-2)": (lambda f: saved(f, "gpt2"), (), {"F32"}),
+    "block FP8": (fp8, (), {"BF16"}),
+    "MXFP4 (GPT-OSS)": (mxfp4, (), {"BF16"}),
+    "GPTQ": (claimed("gptq"), (), "quantised (gptq)"),
+    "AWQ": (claimed("awq"), (), "quantised (awq)"),
+    "bitsandbytes": (claimed("bitsandbytes"), (), "quantised (bitsandbytes)"),
+    "GGUF": (gguf, (), {"BF16"}),
+    "LoRA adapter": (adapter, (), "merge the adapter first"),
+    "pickles": (pickles, (), "save it as safetensors first"),
+    "multimodal, loaded in part": (multimodal, (), "would be lost"),
+    "encoder-decoder": (encoder_decoder, (), "is an encoder-decoder model"),
+    "layers beyond the config (MTP)": (mtp, (), {"F32"}),
+    "remote code": (remote_code, ("--trust-remote-code",), {"F32"}),
+    "MoE, experts fused on disk (GPT-OSS)": (lambda f: saved(f, "gpt_oss"), (), {"F32"}),
+    "MoE, experts apart on disk (Mixtral)": (lambda f: saved(f, "mixtral"), (), {"F32"}),
+    "MoE, all tokens to all experts (Llama-4)": (lambda f: saved(f, "llama4"), (), {"F32"}),
+    "MoE of a kind unknown (JetMoE)": (lambda f: built(f, "jetmoe", JETMOE), (), "cannot be seen one by one"),
+    "hybrid (Jamba)": (lambda f: saved(f, "jamba"), (), {"F32"}),
+    "blocks that share weights (Zamba2)": (lambda f: built(f, "zamba2", ZAMBA2), (), {"F32"}),
+    "state space (Mamba2)": (lambda f: built(f, "mamba2", MAMBA2), (), {"F32"}),
+}
+FOUND = {}  # kind: what came out, for the README
+
+
+def dtypes_of(folder):
+    from oneshot.models.intake import headers
+
+    return headers(sorted(folder.glob("*.safetensors")), str(folder))
+
+
+@pytest.mark.usefixtures("plain_pages")
+@pytest.mark.parametrize("kind", KINDS)
+def test_kind(kind, tmp_path, capsys):
+    make, more, outcome = KINDS[kind]
+    text = tiny.save_text(tmp_path / "text.txt", 1)
+    model, out = make(tmp_path / "in"), tmp_path / "out"
+    argv = ["--model", model, "--method", "wanda", "--pattern", "2:4", "--calibration", text, "--evaluate", "none",
+            "--nsamples", 8, "--seqlen", 16, "--no-dense", "--no-progress", "--results", tmp_path / "runs",
+            "--save", out]
+    code, err = tiny.main(*argv, *more), capsys.readouterr().err
+    if isinstance(outcome, str):
+        assert code == 2 and outcome in err and not out.exists()
+        assert err.splitlines()[-1].startswith("error: --model")
+        FOUND[kind] = "refused: " + re.sub(r".*?(in|model\.gguf): ", "", err.splitlines()[-1], count=1)
+        return
+    assert code == 0, err
+    record = json.loads((out / "oneshot.json").read_text())["record"]
+    inside, entries = dtypes_of(model) if model.is_dir() else {}, dtypes_of(out)
+    weights = {n: e for n, e in entries.items() if len(e.shape) > 1}
+    assert {e.dtype for e in weights.values()} == outcome
+    assert verify.main([str(out), "--quiet", *more]) == 0
+    left = [w for w in record["warnings"] if "not in what is saved" in w]
+    lost = {n for n in inside if n not in entries and not n.endswith(("_scale_inv", "_blocks", "_scales"))}
+    assert bool(left) == bool(lost), (lost, left)
+    again = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=bool(more), dtype="auto")
+    assert sum(int((p == 0).sum()) for p in again.parameters()) >= record["sparsity"] * record["model"]["prunable"]
+    more = "; what the class does not take is a warning" * bool(left)
+    FOUND[kind] = f"{', '.join(sorted(outcome))}, all proved{more}"
+
+
+def test_an_offloaded_model_is_refused(tmp_path):
+    model = families.tiny("llama")
+    model.model.layers[1].mlp.up_proj.to("meta")
+    with pytest.raises(ValueError, match=r"offloaded .* load the model without offload"):
+        oneshot.prune(model, method="magnitude", calibration=torch.zeros(2, 8, dtype=torch.long), progress=False)
+    FOUND["offloaded by accelerate (Python)"] = "refused: load the model without offload"
+
+
+def test_the_readme_says_so():
+    if set(FOUND) != {*KINDS, "offloaded by accelerate (Python)"}:
+        pytest.skip("only some of the kinds ran")
+    from oneshot.report import table
+
+    head = ["what goes in", "what comes out"]
+    body = table.render(head, [[kind, text] for kind, text in FOUND.items()], "markdown", text=head)
+    section, text = f"{START}\n{body}{END}", README.read_text(encoding="utf-8")
+    assert START in text, "the README has no table of kinds"
+    now = text[: text.index(START)] + section + text[text.index(END) + len(END):]
+    if os.environ.get("ONESHOT_WRITE"):
+        write_text(now, README)
+    assert now == text or os.environ.get("ONESHOT_WRITE"), "stale: ONESHOT_WRITE=1 python -m pytest " + __file__
+
+
+def test_gguf_is_the_same_model(tmp_path):
+    pytest.importorskip("gguf")
+    model, tokenizer = oneshot.load(gguf_files.write(tmp_path / "model.gguf"))
+    want = families.tiny("llama").to(torch.bfloat16)
+    for name, p in model.state_dict().items():
+        if "q_proj" not in name and "k_proj" not in name:
+            assert torch.equal(p, want.state_dict()[name]), name
+    assert tokenizer("abc")["input_ids"][-3:] == [3, 4, 5] and models.source_of(model).quantised == "GGUF F32"
+
+
+@pytest.mark.parametrize("content, words", [(b"GGUF", "cannot be loaded"), (b"", "cannot be loaded")])
+def test_damaged_gguf(content, words, tmp_path):
+    pytest.importorskip("gguf")
+    (tmp_path / "model.gguf").write_bytes(content)
+    with pytest.raises(ValueError, match=f"^--model .*model.gguf: {words}"):
+        oneshot.load(tmp_path / "model.gguf")
+
+
+def test_python_on_a_model_that_transformers_dequantised(tmp_path):
+    """What the user's own `save_pretrained` writes then is what was pruned."""
+    model = AutoModelForCausalLM.from_pretrained(fp8(tmp_path / "in"), dtype="auto")
+    record = oneshot.prune(model, method="magnitude", pattern="2:4", calibration=torch.zeros(2, 8, dtype=torch.long),
+                           progress=False)
+    model.save_pretrained(tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert record["sparsity"] >= 0.5 and "quantization_config" not in json.loads(
+        (tmp_path / "out" / "config.json").read_text())
+    for (name, p), q in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def test_side_files_are_copied(tmp_path):
+    model = saved(tmp_path / "in", "llama")
+    for name in ("preprocessor_config.json", "LICENSE", "tokenizer.model", "my_notes.txt"):
+        (model / name).write_text("{}")
+    text, out = tiny.save_text(tmp_path / "text.txt", 1), tmp_path / "out"
+    assert tiny.main("--model", model, "--method", "magnitude", "--pattern", "2:4", "--calibration", text, "--evaluate",
+                     "none", "--no-dense", "--no-progress", "--results", tmp_path / "runs", "--save", out) == 0
+    names = {f.name for f in out.iterdir()}
+    assert {"preprocessor_config.json", "LICENSE", "tokenizer.model"} <= names and "my_notes.txt" not in names
+
+
+def test_what_is_saved_is_compared_with_the_model(tmp_path, monkeypatch, capsys):
+    """A library that drops or renames a tensor while saving is noticed before the folder counts as finished."""
+    from transformers import LlamaForCausalLM
+
+    model, out, real = saved(tmp_path / "in", "llama"), tmp_path / "out", LlamaForCausalLM.save_pretrained
+
+    def losing(self, folder, *args, **kwargs):
+        real(self, folder, *args, **kwargs)
+        tensors(Path(folder), lambda found: found.pop("model.norm.weight"))
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", losing)
+    with pytest.raises(RuntimeError, match=r"1 tensors are missing, such as \['model.norm.weight'\]"):
+        tiny.main("--model", model, "--method", "magnitude", "--pattern", "2:4", "--evaluate", "none", "--no-dense",
+                  "--calibration", tiny.save_text(tmp_path / "text.txt", 1), "--no-progress", "--results",
+                  tmp_path / "runs", "--save", out)
+    assert not (out / "oneshot.json").exists()
+
+
+@pytest.mark.parametrize("shard", ["pytorch_model.bin", "../outside.safetensors", "/etc/x.safetensors",
+                                   ".hidden.safetensors", "sub/model.safetensors"])
+def test_an_index_names_safetensors_inside_the_folder_only(shard, tmp_path):
+    folder = saved(tmp_path / "in", "llama")
+    names = list(load_file(folder / "model.safetensors"))
+    (folder / "model.safetensors").rename(folder / "decoy.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, shard)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=f"its index names {re.escape(shard)}"):
+        oneshot.load(folder)
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"transformers_weights": "other.safetensors"}, "transformers_weights"),
+    ({"quantization_config": {"quant_method": "mine"}}, r"quantised \(mine\)"),
+    ({"quantization_config": {"bits": 4}}, "unnamed method"), ({"rms_norm_eps": None}, "cannot be loaded"),
+    ({"hidden_size": 64.5}, "cannot be loaded"), ({"model_type": ["llama"]}, "cannot be loaded"),
+    ({"vocab_size": 70}, r"is \(64, 32\) in its files, \(70, 32\) by its config")])
+def test_configs_that_cannot_be_trusted(changes, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        oneshot.load(config(saved(tmp_path / "in", "llama"), **changes))
+
+
+def test_integers_where_floats_are_due_are_refused(tmp_path):
+    name = "model.layers.1.mlp.up_proj.weight"
+    folder = tensors(saved(tmp_path / "in", "llama"), lambda t: t.update({name: (t[name] * 10).to(torch.int8)}))
+    with pytest.raises(ValueError, match=f"{name} is stored as I8"):
+        oneshot.load(folder)
+
+
+def test_missing_tokenizer_and_missing_shard_say_so(tmp_path):
+    folder = saved(tmp_path / "in", "llama", max_shard_size="10KB")
+    shutil.copytree(folder, tmp_path / "bare")
+    for file in (tmp_path / "bare").glob("*token*"):
+        file.unlink()
+    with pytest.raises(ValueError, match="no tokenizer in this folder"):
+        oneshot.load(tmp_path / "bare")
+    next(folder.glob("model-00002*")).unlink()
+    with pytest.raises(ValueError, match=r"model-00002\S+ is missing"):
+        oneshot.load(folder)
