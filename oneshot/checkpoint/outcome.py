@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..models.intake import Source, headers, lost, will_save
+from ..models.intake import headers
+from ..models.source import Source, lost, will_save
 from ..runtime.proof import prove
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}

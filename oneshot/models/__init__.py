@@ -27,8 +27,8 @@ from .blocks import (
     walk,
 )
 from .experts import experts_one_by_one, is_experts
-from .intake import source_of
 from .loading import DEMO, Tokenizer, fingerprint, load, quiet
+from .source import source_of
 from .weights import Conv1D, Weight, left_alone, mlp, silent, untouched, weights_of
 
 __all__ = [

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..runtime.flag import flag as new_flag
-from . import intake
+from . import gguf, intake
+from .source import settle
 
 DEMO = Path(__file__).parent.parent / "demo" / "model"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -20,7 +21,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class LoadOptions:
     """Flags of loading a model."""
 
-    model: str = new_flag("demo", "local folder, name on the hub, or demo (the small model shipped with oneshot)",
+    model: str = new_flag("demo", "local folder, GGUF file, name on the hub, demo (the tiny model shipped with "
+                                  "oneshot), or smollm2 (a real one of 135M parameters, fetched once)",
                           section="what", bears_on="loading", shown=False, python=False)
     dtype: str = new_flag("auto", "dtype in which weights are kept and saved; on a CPU all computing is in float32",
                           section="machine", bears_on="loading", python=False, choices=DTYPES)
@@ -41,17 +43,22 @@ class LoadOptions:
 def load(name: str | Path, *, dtype: str = "auto", revision: str | None = None, cache_dir: str | None = None,
          trust_remote_code: bool = False, attn_implementation: str | None = None,
          flag: str = "--model") -> tuple[nn.Module, Tokenizer]:
-    """(model, tokenizer) from a local folder, a name on the hub or "demo", on the CPU, in evaluation mode.
+    """(model, tokenizer) from a local folder, a GGUF file, a name on the hub, "demo" or "smollm2", on the CPU, in
+    evaluation mode.
 
     dtype: "auto" (as stored) or the name of a torch dtype. revision, cache_dir, trust_remote_code, attn_implementation:
     as for transformers' `from_pretrained`. Only safetensors files inside the folder are read. Weights that transformers
-    can dequantise (block FP8, MXFP4) become bfloat16. `intake.source_of(model)` then says what the files held.
+    can dequantise (block FP8, MXFP4) become bfloat16. `models.source_of(model)` then says what the files held.
 
     Raises ValueError naming `flag` when the model cannot be loaded, or when a part of the checkpoint would be lost.
     """
-    path = DEMO if str(name) == "demo" else Path(name).expanduser()
     said = f"{flag} {name}".strip()
+    found = {"demo": lambda: DEMO, gguf.SMOLLM2: lambda: gguf.smollm2(said)}.get(str(name), lambda: name)()
+    path = Path(found).expanduser()
+    if gguf.is_gguf(path):
+        return gguf.load(path, dtype, said)
     intake.check_path(path, said)
+    name = found
     local = path.is_dir()
     if not local and (str(name).count("/") > 1 or str(name).startswith((".", "/", "~")) or path.exists()):
         raise ValueError(f"{said}: no such folder")
@@ -67,7 +74,7 @@ def load(name: str | Path, *, dtype: str = "auto", revision: str | None = None, 
         key, stored, wanted = sorted(info["mismatched_keys"])[0]
         raise ValueError(f"{said}: {key} is {tuple(stored)} in its files, {tuple(wanted)} by its config; correct "
                          "config.json or fetch it again")
-    intake.settle(model, config, path if local else intake.hub_folder(source, options), said)
+    settle(model, config, path if local else intake.hub_folder(source, options), said)
     return model.eval().requires_grad_(False), tokenizer
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .. import checkpoint, heal, measure, models
-from ..models import intake
+from ..models.source import check_parameters
 from ..prune import patterns
 from ..prune.solvers import chain
 from ..runtime import environment
@@ -72,7 +72,7 @@ def check_model(model: nn.Module) -> None:
     """
     if hasattr(model, "peft_config"):
         raise ValueError("--model: is a PeftModel; merge the adapter first (merge_and_unload), give the merged model")
-    intake.check_parameters(model, "--model")
+    check_parameters(model, "--model")
     _, block_list = models.blocks(model)
     causal = [m.is_causal for m in block_list.modules() if isinstance(getattr(m, "is_causal", None), bool)]
     if causal and not any(causal):  # AutoModelForCausalLM silently loads BERT
