@@ -1,8 +1,11 @@
 """`oneshot verify DIR`: prove that a checkpoint is what its manifest says.
 
-Loads the folder as anyone would and checks, on the stored dtype and linear by linear: the pattern holds, the number of
-zeros is the recorded one, the bytes are the recorded ones; that no prunable linear is missing from the manifest; and
-lists what was never pruned. Exit code 0: all proved; 1: something is off; 2: nothing to check.
+Hashes every file that the run wrote, and names the tensor that has changed: weights, norms, embeddings, biases, packed
+values; config, tokenizer and page by their files. Loads the folder as anyone would and checks, on the stored dtype and
+linear by linear: the pattern holds, the number of zeros is the recorded one, the bytes are the recorded ones; that no
+prunable linear is missing from the manifest; and lists what was never pruned. What the manifest says must agree with
+itself: patterns, groups, zeros, format, settings. What is not checked is named. Exit code 0: all proved; 1: something
+is off; 2: nothing to check.
 
 With `--twin OTHER` also: both hold the same model, every tensor of the one equal to the other's, packed weights as the
 dense matrices they stand for.
@@ -10,43 +13,78 @@ dense matrices they stand for.
 
 import argparse
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from .. import models
 from ..models import Weight
 from ..runtime.command import Parser, exit_code
-from . import packed
-from .manifest import digest, pattern_of, read_manifest
+from . import claims, contents, packed
+from .contents import MANIFEST, Fault
+from .manifest import digest, old, pattern_of, read_sealed
 
 
-def verify(path: str | Path) -> tuple[list[dict], list[str], list[tuple[str, str]]]:
-    """(rows, faults, skipped): one dict per linear, one line per fault, what was left alone and why."""
-    if not Path(path).is_dir():
+class Verified(NamedTuple):
+    """What was found. rows: one dict per linear. faults: one line each. skipped: what was left alone, and why. files,
+    tensors: how many were hashed. unchecked: what nothing is known of."""
+
+    rows: list[dict]
+    faults: list[str]
+    skipped: list[tuple[str, str]]
+    files: int = 0
+    tensors: int = 0
+    unchecked: tuple[str, ...] = ()
+
+
+def verify(path: str | Path) -> Verified:
+    """Hold a folder against its manifest. Raises ValueError when there is nothing to check."""
+    path = Path(path)
+    if not path.is_dir():
         raise ValueError(f"{path}: no such folder; give one that oneshot.run --save wrote")
-    data = read_manifest(path)
-    model, _ = models.load(str(path), flag="")
-    entries, rows, faults = dict(data["tensors"]), [], []
-    found = len(packed.linears(model))
-    if found != data.get("packed", {}).get("linears", 0):
-        faults.append(f"{found} packed linears, recorded {data.get('packed', {}).get('linears', 0)}")
+    data, whole = read_sealed(path)
+    faults = [] if whole else [Fault(MANIFEST, "was changed after it was written")]
+    changed = contents.differences(path, data)
+    try:
+        with packed.unchecked():
+            model, _ = models.load(str(path), flag="")
+    except ValueError as error:
+        more = f"; not as recorded: {changed[0]}" + (f" and {len(changed) - 1} more" if changed[1:] else "")
+        raise ValueError(f"{error}{more if changed else ''}") from None
+    faults += claims.check(data) + claims.check_packed(data, model)
     packed.to_dense(model)  # the recorded bytes are those of the dense weights: equal to them, packed lost nothing
+    rows, found = check_linears(model, data)
+    bad = {fault.name for fault in found}
+    faults += found + [fault for fault in changed if not fault.tensor or fault.name.rpartition(".")[0] not in bad]
+    unchecked = [f"{name} (not the run's)" for name in contents.files_of(path) if name not in data.get("files", {})]
+    if old(data):
+        unchecked = ["norms, embeddings, biases, config and tokenizer (an older oneshot recorded no hashes of files)"]
+    return Verified(rows, list(map(str, faults)), models.skipped(model), len(data.get("files", {})),
+                    len(data.get("stored_tensors", {})), tuple(unchecked))
+
+
+def check_linears(model: torch.nn.Module, data: dict) -> tuple[list[dict], list[Fault]]:
+    """(rows, faults) of all linears of a loaded model, held against a manifest."""
+    entries, rows, faults, zeros, total = dict(data["tensors"]), [], [], 0, 0
     for weight in models.all_weights(model):
         name = weight.name
-        entry = entries.pop(name, None)
+        entry, zero = entries.pop(name, None), int((weight.get() == 0).sum())
+        zeros, total = zeros + zero, total + weight.size
         if entry is None:
-            faults.append(f"{name}: can be pruned but is not in the manifest")
+            faults.append(Fault(name, "can be pruned but is not in the manifest"))
             continue
         try:
             wrong = check(weight, entry)
-        except (KeyError, TypeError, ValueError):
-            faults.append(f"{name}: its entry in the manifest is damaged")
+        except (AttributeError, KeyError, TypeError, ValueError):
+            faults.append(Fault(name, "its entry in the manifest is damaged"))
             continue
-        faults += [f"{name}: {text}" for text in wrong]
+        faults += [Fault(name, text) for text in wrong]
         rows.append({"name": name, "pattern": entry["pattern"], "shape": weight.shape, "dtype": entry["dtype"],
-                     "zeros": int((weight.get() == 0).sum()), "proved": not wrong})
-    faults += [f"{name}: in the manifest but not in the model" for name in entries]
-    return rows, faults, models.skipped(model)
+                     "zeros": zero, "proved": not wrong})
+    faults += [Fault(name, "in the manifest but not in the model") for name in entries]
+    if not faults and total and data["record"].get("sparsity") != zeros / total:
+        faults.append(Fault(MANIFEST, f"sparsity {data['record'].get('sparsity')} recorded, it is {zeros / total}"))
+    return rows, faults
 
 
 def compare(path: str | Path, twin: str | Path) -> tuple[int, list[str]]:
@@ -69,7 +107,8 @@ def compare(path: str | Path, twin: str | Path) -> tuple[int, list[str]]:
 
 def dense_tensors(path: str | Path, flag: str = "") -> dict[str, torch.Tensor]:
     """{name: tensor} of a checkpoint; linears as (R, C), whether they are stored packed, dense or transposed."""
-    model, _ = models.load(str(path), flag=flag)
+    with packed.unchecked():  # what has changed shows in the comparison
+        model, _ = models.load(str(path), flag=flag)
     packed.to_dense(model)
     transposed = {f"{weight.name}.weight" for weight in models.all_weights(model) if weight.transposed}
     return {name: t.T if name in transposed else t for name, t in model.state_dict().items()}
@@ -107,27 +146,38 @@ def run(argv: list[str] | None) -> int:
     parser.add_argument("--quiet", action="store_true", help="print faults and the verdict only")
     args = parser.parse_args(argv)
     models.quiet()
-    rows, faults, left = verify(args.folder)
+    found = verify(args.folder)
     equal, different = compare(args.folder, args.twin) if args.twin else (0, [])
     if not args.quiet:
-        show(rows, left)
-    for fault in faults + different:
+        show(found)
+    for fault in found.faults + different:
         print(f"FAULT {fault}")
-    print(f"{len(rows)} linears checked, {len(left)} tensors not pruned: {verdict(faults, 'all proved')}")
+    print(f"{len(found.rows)} linears checked, {len(found.skipped)} tensors not pruned: "
+          f"{verdict(found.faults, 'all proved')} ({scope(found)})")
     if args.twin:
         print(f"{equal} tensors compared with {args.twin}: {verdict(different, 'all equal')}")
-    return 1 if faults or different else 0
+    return 1 if found.faults or different else 0
 
 
-def show(rows: list[dict], left: list[tuple[str, str]]) -> None:
-    """Print a line a linear, then what was left alone."""
-    width = max((len(r["name"]) for r in rows), default=0)
-    for r in rows:
+def scope(found: Verified) -> str:
+    """How much was hashed, and what was not."""
+    first, more = ", ".join(found.unchecked[:3]), len(found.unchecked) - 3
+    hashed = f"{found.files} files and the {found.tensors} tensors in them hashed" if found.files else ""
+    left = f"not checked: {first}" + (f" and {more} more" if more > 0 else "") if found.unchecked else ""
+    return "; ".join(filter(None, [hashed, left]))
+
+
+def show(found: Verified) -> None:
+    """Print a line a linear, then what was left alone, then what was not checked."""
+    width = max((len(r["name"]) for r in found.rows), default=0)
+    for r in found.rows:
         R, C = r["shape"]
         print(f"{'ok  ' if r['proved'] else 'BAD '} {r['name']:<{width}}  {r['pattern']:>6}  "
               f"{R:>6} x {C:<6} {r['zeros'] / (R * C):8.4%} zero  {r['dtype']}")
-    for name, reason in left:
+    for name, reason in found.skipped:
         print(f"not pruned  {name}: {reason}")
+    for text in found.unchecked:
+        print(f"not checked {text}")
 
 
 def verdict(faults: list[str], good: str) -> str:
