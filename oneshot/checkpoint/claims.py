@@ -88,7 +88,9 @@ def check_allocated(asked: Unstructured, entries: dict[str, dict], settings: dic
 
 
 def check_format(data: dict) -> list[Fault]:
-    """Its format: dense or packed, with the packed linears that this gives."""
+    """Its format: dense or packed as the settings say, with the packed linears that this gives."""
+    if (asked := data["record"]["settings"].get("format", data["format"])) != data["format"]:
+        return [Fault(MANIFEST, f"its format is {data['format']}, the settings ask for {asked}")]
     if data["format"] == "dense":
         return [Fault(MANIFEST, f"its format is dense, but it has an entry {key}") for key in ("packed", "left_dense")
                 if key in data]

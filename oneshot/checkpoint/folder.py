@@ -38,17 +38,14 @@ class Folder:
     """The folder that `--save` names, for one run, locked. No file in it but the lock changes before the run's first
     block is kept.
 
-    form: "dense" (zeros among the weights) or "packed" (2:4 linears replaced in the model, see packed.py). lock: held
-    by the caller; without one the folder takes its own, until `release`.
-
-    computed_with: what the bits of the blocks depend on, noted with each; plain values. plan: noted with the first.
+    lock: held by the caller; without one the folder takes its own, until `release`. computed_with: what the bits of
+    the blocks depend on, noted with each; plain values. plan: noted with the first.
 
     Raises ValueError naming `--save` when the folder belongs to something else, or another process writes into it.
     """
 
-    def __init__(self, path: str | Path, run_id: str, overwrite: bool = False, *, form: str = "dense",
-                 lock: FolderLock | None = None):
-        self.path, self.run_id, self.form = Path(path), run_id, form
+    def __init__(self, path: str | Path, run_id: str, overwrite: bool = False, lock: FolderLock | None = None):
+        self.path, self.run_id = Path(path), run_id
         self.work = self.path / WORK
         self.computed_with: dict = {}
         self.plan: Plan | None = None
@@ -71,11 +68,6 @@ class Folder:
         self._own = owner.own_files(self.path)
         self._noted = owner.read_run(self.path) if self.ours else {}
         self.finished = self.ours and (self.path / MANIFEST).is_file() and not self.faults
-        if self.finished and self.form != (there := read_manifest(self.path).get("format")):
-            if not overwrite:
-                raise ValueError(f"--format {self.form}: --save {self.path} holds this run's checkpoint already, "
-                                 f"{there}; --overwrite replaces it")
-            self.finished = False
         if self.finished:
             self.drop_work()  # of a run that was killed when it was done, or had just begun to replace this one
         else:
@@ -148,7 +140,7 @@ class Folder:
         with writing(self.path):
             for later in self._numbers():
                 if later >= number:
-                    self._block(later).unlink()
+                    remove(self._block(later))
         self._warnings.append(why)
 
     def claim(self) -> None:
@@ -179,13 +171,15 @@ class Folder:
             os.replace(part, self._block(number))
             self._seal = header["seal"]
 
-    def finish(self, model: nn.Module, tokenizer, record: dict, page: Callable[[dict], str] | None = None) -> dict:
+    def finish(self, model: nn.Module, tokenizer, record: dict, form: str = "dense",
+               page: Callable[[dict], str] | None = None) -> dict:
         """Write checkpoint, page and manifest, move them into place, drop the work files; the record as stored.
 
-        page: gives the text of report.html.
+        form: "dense" (zeros among the weights) or "packed" (2:4 linears replaced in the model, see packed.py). page:
+        gives the text of report.html.
         """
         data = manifest(model, record)
-        if self.form == "packed":
+        if form == "packed":
             data |= packed.pack_checkpoint(model, data["tensors"])
             record = data["record"] = record | {"packed": data["packed"], "warnings": record["warnings"] + [
                 f"{name}: stays dense in the packed checkpoint ({why})" for name, why in data["left_dense"].items()]}

@@ -135,7 +135,8 @@ def check_foreign(path: Path, own: Own) -> None:
     """Raise ValueError for a file that is not the program's where one of its own will be, or would be loaded in place
     of its own."""
     here = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
-    refuse_foreign(path, sorted(name for name in here if WRITTEN.fullmatch(name) and name not in own.replaceable))
+    refuse_foreign(path, sorted([*(name for name in here if WRITTEN.fullmatch(name) and name not in own.replaceable),
+                                 *(name for name in own.replaceable if (path / name).is_dir())]))
 
 
 def refuse_foreign(path: Path, names: list[str]) -> None:

@@ -43,8 +43,7 @@ class Command:
 
     def folder(self, cfg: RunConfig, run_id: str) -> checkpoint.Folder | None:
         """The locked folder that a run saves into; None where it saves nothing."""
-        return checkpoint.Folder(cfg.save, run_id, cfg.overwrite, form=cfg.format,
-                                 lock=self._locks[cfg.save]) if cfg.save else None
+        return checkpoint.Folder(cfg.save, run_id, cfg.overwrite, self._locks[cfg.save]) if cfg.save else None
 
     @property
     def saves(self) -> bool:

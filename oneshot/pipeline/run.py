@@ -98,7 +98,7 @@ def made(cfg: RunConfig, command: Command, reuse: Callable[[Path], dict | None] 
     record |= {"run_id": run_id, "model": describe(cfg, model, weights)}
     record["seconds"] |= {"load": loaded - began, "data": prepared - loaded, "total": time.perf_counter() - began}
     if folder:
-        record = folder.finish(model, tokenizer, report.storable(record), page.of_one)
+        record = folder.finish(model, tokenizer, report.storable(record), cfg.format, page.of_one)
     return report.write(record, file)
 
 
