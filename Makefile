@@ -12,7 +12,7 @@ CORE   := tests/test_layers.py $(patsubst %,tests/%,calibrate checkpoint/test_fo
 
 $(STAMP): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[eval,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[eval,gguf,dev]'
 	touch $@
 
 demo: $(STAMP)   ## prune the built-in model: three methods, two patterns, a table
@@ -33,7 +33,7 @@ pythons:         ## the core on the oldest and the newest Python, each in an env
 	$(MAKE) core PYTHON=$(NEWEST) VENV=build/newest
 
 bench: $(STAMP)  ## this program against the published way, on this machine
-	$(BIN)/python scripts/bench_prune.py
+	$(BIN)/python scripts/bench/prune.py
 
 clean:
 	rm -rf $(VENV) build runs *.egg-info

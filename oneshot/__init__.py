@@ -1,21 +1,24 @@
-"""oneshot: prune a language model once, prove what it cost, run it faster.
+"""oneshot: prune a pretrained language model in one shot, measure exactly what that cost, run it faster.
 
     import oneshot
     model, tokenizer = oneshot.load("demo")
     record = oneshot.prune(model, tokenizer, method="sparsegpt", pattern="2:4")
     model.save_pretrained("demo-2of4")
 
-The command line is `oneshot --help`. Importing this package teaches transformers to load packed
-checkpoints.
+The command line is `oneshot --help`. Importing this package registers the packed 2:4 checkpoint format with
+transformers, so that plain `from_pretrained` loads it.
 """
 
 import importlib
 import importlib.abc
 import importlib.util
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # for editors and type checkers; at run time they are imported when first needed, see below
+if TYPE_CHECKING:  # for editors and type checkers; at run time these are imported on first use, see __getattr__
     from .measure.perplexity import perplexity
     from .models import load
     from .pipeline.api import prune
@@ -26,9 +29,9 @@ __all__ = ["load", "perplexity", "prune"]
 _FOUND_IN = {"load": ".models", "perplexity": ".measure.perplexity"}
 
 
-def __getattr__(name):
-    """Import torch and transformers when they are first needed: the version and `--help` take no seconds."""
-    if name == "prune":  # a stage and a function, see runtime/verb.py
+def __getattr__(name: str) -> Any:
+    """Import torch and transformers only on first use, so that `oneshot --version` and `--help` answer at once."""
+    if name == "prune":  # both a subpackage and a function, see runtime/verb.py
         return importlib.import_module(".prune", __name__)
     if name not in _FOUND_IN:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -36,19 +39,23 @@ def __getattr__(name):
 
 
 class _WhenImported(importlib.abc.MetaPathFinder):
-    """Runs `then` once transformers' quantizers are imported, whoever imports them and whenever (importing them here
-    would cost every user of this package seconds)."""
+    """Registers the packed format as soon as anybody imports transformers' quantizers.
+
+    Importing them here instead would cost every user of this package several seconds.
+    """
 
     module = "transformers.quantizers"
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(self, name: str, path: Sequence[str] | None = None,
+                  target: ModuleType | None = None) -> ModuleSpec | None:
+        """Called by Python's import system: the module's ordinary spec, extended by the registration."""
         if name != self.module:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         run = spec.loader.exec_module
 
-        def exec_module(module):
+        def exec_module(module: ModuleType) -> None:
             run(module)
             importlib.import_module(".checkpoint.packed", __name__)
 

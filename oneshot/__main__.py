@@ -4,15 +4,15 @@ import importlib
 import sys
 
 COMMANDS = {  # verb: (module with its main, what it does)
-    "prune": ("oneshot.pipeline.run", "prune a model, measure what that cost, write it"),
-    "verify": ("oneshot.checkpoint.verify", "prove that a written checkpoint is what its manifest says"),
-    "generate": ("oneshot.pipeline.generate", "continue a text with a model, dense or packed, and say how fast"),
-    "compare": ("oneshot.report.compare", "any finished runs in one table and one page"),
+    "prune": ("oneshot.pipeline.run", "prune a model, measure what that cost, save the result"),
+    "verify": ("oneshot.checkpoint.verify", "check a saved checkpoint against its manifest"),
+    "generate": ("oneshot.pipeline.generate", "generate text with a dense or packed model and measure the speed"),
+    "compare": ("oneshot.report.compare", "put finished runs into one table and one page"),
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code of the command line; without a verb it is `prune`'s."""
+    """Run the command line and return its exit code (runtime/command.py); without a verb, run `oneshot prune`."""
     argv = sys.argv[1:] if argv is None else list(argv)
     verb = argv[0] if argv else ""
     if verb in ("-h", "--help", "help"):
@@ -31,9 +31,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def usage() -> str:
-    """What there is."""
+    """The text of `oneshot --help`: every verb with one line."""
     lines = [f"  oneshot {verb:<9} {text}" for verb, (_, text) in COMMANDS.items()]
-    return "\n".join(["Prune a language model once, prove what it cost, run it faster.", "", *lines, "",
+    return "\n".join(["Prune a language model in one shot, measure exactly what that cost, run it faster.", "", *lines,
+                      "",
                       "`oneshot VERB --help` lists a verb's flags."])
 
 

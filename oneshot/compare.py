@@ -1,4 +1,4 @@
-"""`python -m oneshot.compare` is `oneshot compare`."""
+"""`python -m oneshot.compare` is the same command as `oneshot compare`."""
 
 import sys
 

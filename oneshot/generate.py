@@ -1,4 +1,4 @@
-"""`python -m oneshot.generate` is `oneshot generate`."""
+"""`python -m oneshot.generate` is the same command as `oneshot generate`."""
 
 import sys
 

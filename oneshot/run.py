@@ -1,4 +1,4 @@
-"""`python -m oneshot.run` is `oneshot prune`."""
+"""`python -m oneshot.run` is the same command as `oneshot prune`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`python -m oneshot.verify` is `oneshot verify`."""
+"""`python -m oneshot.verify` is the same command as `oneshot verify`."""
 
 import sys
 

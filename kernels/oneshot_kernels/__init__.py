@@ -1,6 +1,6 @@
-"""2:4 sparse linear layers: a packed format, kernels that run it faster than dense, and a module around them.
+"""2:4 sparse linear layers: a packed format, kernels that compute with it faster than dense, and an nn.Module.
 
-    reference   the format (pack, unpack) and the slow truth     dispatch   which kernel runs, and why
+    reference   the format (pack, unpack), reference results     dispatch   which kernel runs, and why
     linear      Sparse24Linear                                   ops        the torch operator
     fuse        sparsify(model)                                  gpu/       Triton kernels for NVIDIA GPUs
 

@@ -1,14 +1,14 @@
-"""Which kernel runs: the fastest one measured for (N, K, dtype, tokens) on this device, else a labelled estimate.
+"""Which kernel runs: the fastest one measured for (N, K, dtype, tokens) on this device, or else an estimate.
 
-    M, N, K   tokens, outputs (gate and up counted together with SwiGLU), inputs
+    M, N, K   tokens, outputs (with SwiGLU gate and up together), inputs
 
-    reference   row-major weights: unpack and F.linear     CPU, float32, and weights nobody prepared
-    decode      mma.sp, decode.py                          1 to 64 tokens, NVIDIA compute capability 8.0 and up
-    middle      expand and tl.dot, expand.py               any GPU
-    sparselt    cuSPARSELt, prefill.py                     needs prefill_copy=True
-    scratch     expand, then cuBLAS, prefill.py            any GPU
+    reference   row-major weights: unpack and F.linear     CPU, float32, and weights that were not prepared
+    decode      mma.sp, gpu/decode.py                      1 to 64 tokens, NVIDIA compute capability 8.0 and up
+    middle      expand and tl.dot, gpu/expand.py           any GPU
+    sparselt    cuSPARSELt, gpu/prefill.py                 needs prefill_copy=True
+    scratch     expand, then cuBLAS, gpu/prefill.py        any GPU
 
-`python -m oneshot_kernels.tune` measures and writes `<cache>/<device>-triton<version>.json`; the cache folder is
+`python -m oneshot_kernels.gpu.tune` measures and writes `<cache>/<device>-triton<version>.json`; the cache folder is
 $ONESHOT_KERNELS_CACHE, else $XDG_CACHE_HOME/oneshot_kernels, else ~/.cache/oneshot_kernels.
 """
 
@@ -19,6 +19,7 @@ import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,19 +27,26 @@ from .gpu.prefill import sparselt_refuses
 
 try:
     import triton
-except ImportError:  # no wheel for this platform: CPU works, GPU kernels do not
+except ImportError:  # there is no wheel for this platform; the CPU works, the GPU kernels do not
     triton, INTERPRET = None, False
 else:
     from .gpu import decode, expand
     from .gpu.mma_sp import INTERPRET
 
+if TYPE_CHECKING:
+    from .linear import Sparse24Linear
+
 MIDDLE_UNTIL = 512
-"""Estimate, untuned: dense leaves the memory roof at 184 tokens on an H200, expansion pays somewhat beyond that."""
+"""An estimate: on an H200 dense products are memory-bound up to 184 tokens; expansion pays somewhat beyond that."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What a choice depends on. `rows` and `k` are the weight's shape, `swiglu` halves the outputs."""
+    """What a choice depends on.
+
+    tokens: M. rows, k: the weight's shape; with `swiglu` there are half as many outputs as rows. fragments: whether the
+    weight is in fragment order. prefill_copy: whether there is a copy for cuSPARSELt.
+    """
 
     tokens: int
     rows: int
@@ -51,28 +59,28 @@ class Problem:
 
     @property
     def key(self) -> str:
-        """The table's key: one entry per weight shape, dtype and epilogue."""
+        """The key in the table: one entry per weight shape, dtype and epilogue."""
         return f"{self.rows}x{self.k} {str(self.dtype).removeprefix('torch.')}" + (" swiglu" if self.swiglu else "")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The path, its launch parameters (a Config, an algorithm number, or None) and where the decision comes from."""
+    """The chosen path, its launch parameters (a Config, an algorithm number or None), and the basis of the decision."""
 
     path: str
-    config: object
+    config: Any
     source: str
     reason: str
 
 
 def uses_fragments(dtype: torch.dtype, device: torch.device) -> bool:
-    """True where weights belong in fragment order: 16-bit floats on a GPU with Triton, or under the interpreter."""
+    """Whether weights should be in fragment order: 16-bit floats on a GPU with Triton, or under the interpreter."""
     on_gpu = device.type == "cuda" and triton is not None
     return (on_gpu or (INTERPRET and device.type == "cpu")) and dtype in (torch.float16, torch.bfloat16)
 
 
 def refusals(problem: Problem) -> dict[str, str | None]:
-    """For each GPU path, in order of preference at few tokens: why it cannot run this problem, or None."""
+    """{GPU path: why it cannot run this problem, or None}, in order of preference for few tokens."""
     emulated = INTERPRET and problem.device.type == "cpu"
     old = not (emulated or torch.version.hip) and torch.cuda.get_device_capability(problem.device) < (8, 0)
     no_mma_sp = "mma.sp needs compute capability 8.0" if old else None
@@ -89,7 +97,7 @@ def refusals(problem: Problem) -> dict[str, str | None]:
 
 
 def choose(problem: Problem) -> Choice:
-    """The path for this problem. Cached: the table is read once per process (`forget` rereads it)."""
+    """The Choice for a problem. Cached: the table is read once per process, or again after `forget`."""
     return _choose(problem, table_path(problem.device))
 
 
@@ -114,6 +122,7 @@ def _choose(problem: Problem, path: Path) -> Choice:
 
 
 def _estimate(problem: Problem, usable: list[str]) -> Choice:
+    """The Choice for a problem that was not measured."""
     source = "estimate, untuned"
     if "decode" in usable:
         config = decode.default_config(problem.tokens, problem.k, problem.swiglu)
@@ -127,13 +136,13 @@ def _estimate(problem: Problem, usable: list[str]) -> Choice:
 
 
 def fallback(problem: Problem) -> Choice:
-    """What runs where the decode kernel failed its self-test."""
+    """The Choice if the decode kernel has failed its self-test."""
     config = expand.default_config(problem.tokens, problem.rows, problem.k)
     return Choice("middle", config, "self-test", "the decode kernel failed its self-test on this GPU")
 
 
-def explain(layer, tokens: int) -> str:
-    """One line: which path a `Sparse24Linear` takes for this many tokens, who says so, and what was refused."""
+def explain(layer: "Sparse24Linear", tokens: int) -> str:
+    """One line that says which path a layer uses for this many tokens, why, and why not the others."""
     problem = layer.problem(tokens)
     choice = choose(problem)
     device = torch.cuda.get_device_name(problem.device) if problem.device.type == "cuda" else str(problem.device)
@@ -150,7 +159,7 @@ def explain(layer, tokens: int) -> str:
 
 
 def table_path(device: torch.device) -> Path:
-    """Where this device's measurements live."""
+    """The file with this device's measurements."""
     return _table_path(device, os.environ.get("ONESHOT_KERNELS_CACHE"), os.environ.get("XDG_CACHE_HOME"))
 
 
@@ -164,9 +173,9 @@ def _table_path(device: torch.device, own: str | None, xdg: str | None) -> Path:
 
 @functools.lru_cache(maxsize=64)
 def load_table(path: Path) -> dict:
-    """{key: {tokens: {path: {"us": float, "config": ...}}}}; empty where nothing was measured.
+    """{key: {tokens: {path: {"us": float, "config": ...}}}}; empty if nothing was measured.
 
-    Raises ValueError for a damaged file, rather than running untuned without a word.
+    Raises ValueError for a damaged file, rather than silently running untuned.
     """
     if not path.exists():
         return {}
@@ -174,11 +183,14 @@ def load_table(path: Path) -> dict:
         entries = json.loads(path.read_text())["entries"]
         return {key: {int(tokens): row for tokens, row in rows.items()} for key, rows in entries.items()}
     except (KeyError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is not a table of oneshot_kernels.tune; delete it and tune again") from error
+        raise ValueError(f"{path} is not a table of oneshot_kernels.gpu.tune; delete it and tune again") from error
 
 
 def save_table(path: Path, entries: dict, about: dict) -> None:
-    """Write the table in one step (a reader sees the old file or the new one), and forget choices made before it."""
+    """Write the table atomically (a reader sees the old file or the new one), and drop cached choices.
+
+    about: further entries of the file, such as the device and versions.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".json")
     with os.fdopen(handle, "w") as file:
@@ -188,18 +200,19 @@ def save_table(path: Path, entries: dict, about: dict) -> None:
 
 
 def forget() -> None:
-    """Drop cached choices and tables."""
+    """Drop all cached choices and tables."""
     _choose.cache_clear()
     load_table.cache_clear()
 
 
 def _nearest(rows: dict[int, dict], tokens: int) -> dict:
-    """The row measured at the next number of tokens up, else at the largest."""
+    """The row measured for the next larger number of tokens; beyond all of them, for the largest."""
     if not rows:
         return {}
     return rows[min((t for t in rows if t >= tokens), default=max(rows))]
 
 
-def _config(path: str, config):
+def _config(path: str, config: Any) -> Any:
+    """The launch parameters of a path, from the table's plain values."""
     kind = {"decode": decode.Config, "middle": expand.Config}.get(path)
     return kind(**config) if kind else config

@@ -1,11 +1,12 @@
-"""`sparsify`: put packed layers into a model, and fuse those that read the same input into one launch.
+"""`sparsify`: put packed layers into a model, and fuse layers that read the same input into one launch.
 
-Generic, by attribute names: a module with q_proj, k_proj, v_proj shares one launch between them; a module with
-gate_proj, up_proj, down_proj and a SiLU becomes one SwiGLU launch and one plain one. Nothing is fused on faith: a
-fused MLP is run against the original once, and a projection checks that its input is the one computed for.
+Layers are found by attribute names: q_proj, k_proj, v_proj of a module share one launch; a module with gate_proj,
+up_proj, down_proj and a SiLU becomes one SwiGLU launch and one plain launch. Fusion is checked: a fused MLP is compared
+with the original once, and a fused projection checks that its input is the one that was computed with.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ GATED_MLP = ("gate_proj", "up_proj", "down_proj")
 
 @dataclass
 class Report:
-    """What `sparsify` did. `skipped` and `no_prefill_copy` map a layer's name to the reason."""
+    """What `sparsify` did. replaced, fused: names of layers and groups. skipped, no_prefill_copy: {layer: reason}."""
 
     replaced: list[str] = field(default_factory=list)
     fused: list[str] = field(default_factory=list)
@@ -39,19 +40,20 @@ class Report:
 
 
 class SharedLaunch:
-    """One stacked layer that several projections of the same input read from.
+    """One stacked layer for several projections of the same input.
 
-    The first projection called computes all of them, the others take their part; the last one lets go of the result.
-    Not safe for two threads in the same model.
+    The first projection that is called computes all of them, the others take their part, and the last one releases the
+    result. Not safe for two threads in the same model.
     """
 
     def __init__(self, parts: list[Sparse24Linear]):
         self.layer = _stack(parts)
         self.sizes = [part.out_features for part in parts]
-        self.x, self.outputs = None, {}
+        self.x: torch.Tensor | None = None
+        self.outputs: dict[int, torch.Tensor] = {}
 
     def take(self, slot: int, x: torch.Tensor) -> torch.Tensor:
-        """Projection number `slot` of x (..., K)."""
+        """The projection number `slot` of x (..., K)."""
         if self.x is not x or slot not in self.outputs:
             self.x, self.outputs = x, dict(enumerate(self.layer(x).split(self.sizes, dim=-1)))
         y = self.outputs.pop(slot)
@@ -61,7 +63,7 @@ class SharedLaunch:
 
 
 class FusedProjection(nn.Module):
-    """Stands where one of several projections stood. Slot 0 owns the stacked layer; state_dict is unfused."""
+    """Takes the place of one of several projections. Slot 0 owns the stacked layer. state_dict is as before fusing."""
 
     def __init__(self, shared: SharedLaunch, slot: int):
         super().__init__()
@@ -74,15 +76,16 @@ class FusedProjection(nn.Module):
         """x (..., K) -> (..., N of this slot)."""
         return self.shared.take(self.slot, x)
 
-    def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
-        """This projection's own row-major tensors, as before fusing."""
+    def state_dict(self, *args: Any, destination: dict[str, Any] | None = None, prefix: str = "",
+                   keep_vars: bool = False) -> dict[str, Any]:
+        """This projection's row-major tensors, as before fusing."""
         destination = {} if destination is None else destination
         first = sum(self.shared.sizes[: self.slot])
         return _save_rows(destination, prefix, self.shared.layer, slice(first, first + self.out_features))
 
 
 class FusedGatedMLP(nn.Module):
-    """down(silu(gate(x)) · up(x)) in two launches. state_dict is unfused."""
+    """down(silu(gate(x)) · up(x)) in two launches. state_dict is as before fusing."""
 
     def __init__(self, gate: Sparse24Linear, up: Sparse24Linear, down: Sparse24Linear):
         super().__init__()
@@ -93,8 +96,9 @@ class FusedGatedMLP(nn.Module):
         """x (..., K) -> (..., K)."""
         return self.down_proj(self.gate_up(x))
 
-    def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
-        """gate_proj, up_proj and down_proj, row-major, as before fusing."""
+    def state_dict(self, *args: Any, destination: dict[str, Any] | None = None, prefix: str = "",
+                   keep_vars: bool = False) -> dict[str, Any]:
+        """The row-major tensors of gate_proj, up_proj and down_proj, as before fusing."""
         destination = {} if destination is None else destination
         half = self.gate_up.out_features
         _save_rows(destination, prefix + "gate_proj.", self.gate_up, slice(0, half))
@@ -105,10 +109,12 @@ class FusedGatedMLP(nn.Module):
 def sparsify(
     model: nn.Module, *, fuse: bool = True, prefill_copy: bool = False, skip: tuple[str, ...] = ("lm_head",)
 ) -> Report:
-    """Replace, in place, every nn.Linear whose weight is 2:4 by a `Sparse24Linear`, then fuse. Returns what was done.
+    """Replace, in place, every nn.Linear with a 2:4 weight by a `Sparse24Linear`, then fuse. Returns what was done.
 
-    Layers already packed (from a packed checkpoint) are prepared and fused too. `skip` holds last parts of names.
-    `prefill_copy` keeps cuSPARSELt's copies and prints their size. Raises ValueError if the model has no 2:4 layer.
+    Layers that are already packed (from a packed checkpoint) are prepared and fused too. fuse: whether to fuse.
+    prefill_copy: whether to keep copies for cuSPARSELt and print their size. skip: last parts of names to leave dense.
+
+    Raises ValueError if the model has no 2:4 layer.
     """
     report = Report()
     for name, module in list(model.named_modules()):
@@ -135,6 +141,7 @@ def sparsify(
 
 
 def _keep_prefill_copies(model: nn.Module, report: Report) -> None:
+    """Make the copies for cuSPARSELt, and print the report."""
     for name, module in model.named_modules():
         if not isinstance(module, Sparse24Linear):
             continue
@@ -147,6 +154,7 @@ def _keep_prefill_copies(model: nn.Module, report: Report) -> None:
 
 
 def _refuses(name: str, linear: nn.Linear, skip: tuple[str, ...]) -> str | None:
+    """Why a linear stays dense, or None."""
     if name.rpartition(".")[2] in skip:
         return "asked to skip"
     if type(linear) is not nn.Linear:
@@ -155,7 +163,7 @@ def _refuses(name: str, linear: nn.Linear, skip: tuple[str, ...]) -> str | None:
 
 
 def _children(module: nn.Module, names: tuple[str, ...]) -> list[Sparse24Linear] | None:
-    """The named children if all are packed layers of one input size and dtype that can be stacked."""
+    """The named children if all are packed layers of the same input size and dtype, which can be stacked; else None."""
     children = [getattr(module, name, None) for name in names]
     if not all(isinstance(child, Sparse24Linear) and not child.swiglu for child in children):
         return None
@@ -164,6 +172,7 @@ def _children(module: nn.Module, names: tuple[str, ...]) -> list[Sparse24Linear]
 
 
 def _fuse_shared_input(name: str, module: nn.Module, report: Report) -> None:
+    """Fuse the projections in SHARED_INPUT of a module, if it has them."""
     parts = _children(module, SHARED_INPUT)
     if parts is None:
         return
@@ -174,6 +183,7 @@ def _fuse_shared_input(name: str, module: nn.Module, report: Report) -> None:
 
 
 def _fuse_gated_mlp(model: nn.Module, name: str, module: nn.Module, report: Report) -> None:
+    """Replace a module by a FusedGatedMLP, if it is one and computes the same."""
     gate_and_up = _children(module, GATED_MLP[:2])
     down, activation = getattr(module, "down_proj", None), getattr(module, "act_fn", None)
     if gate_and_up is None or not isinstance(down, Sparse24Linear) or activation is None:
@@ -183,7 +193,7 @@ def _fuse_gated_mlp(model: nn.Module, name: str, module: nn.Module, report: Repo
         return
     fused = FusedGatedMLP(*gate_and_up, down)
     if not _agree(module, fused, gate_and_up[0]):
-        return  # another forward under familiar names
+        return  # the attribute names are familiar, but the forward is another
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, fused)
     report.fused.append(f"{name}.({', '.join(GATED_MLP)})")
@@ -191,7 +201,7 @@ def _fuse_gated_mlp(model: nn.Module, name: str, module: nn.Module, report: Repo
 
 @torch.no_grad()
 def _agree(module: nn.Module, fused: nn.Module, first: Sparse24Linear) -> bool:
-    """True if both compute the same for two random tokens, within 16 roundings of the dtype (a wrong one errs 1)."""
+    """Whether both compute the same for two random tokens, to within 16 roundings (else the error is about 1)."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, first.in_features, generator=generator).to(first.weight)
     want, got = module(x).double(), fused(x).double()
@@ -199,14 +209,15 @@ def _agree(module: nn.Module, fused: nn.Module, first: Sparse24Linear) -> bool:
 
 
 def _stack(parts: list[Sparse24Linear], swiglu: bool = False) -> Sparse24Linear:
-    """Layers of the same input as one layer with all their rows."""
+    """Layers of the same input as one layer with the rows of all."""
     packed = [part.packed for part in parts]
     bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
     values, metadata = (torch.cat([p[i] for p in packed]) for i in range(2))
     return Sparse24Linear.from_packed(values, metadata, bias, swiglu=swiglu)
 
 
-def _save_rows(destination: dict, prefix: str, layer: Sparse24Linear, rows: slice) -> dict:
+def _save_rows(destination: dict[str, Any], prefix: str, layer: Sparse24Linear, rows: slice) -> dict[str, Any]:
+    """Add copies of some rows of a layer, in row-major order, to a state dict."""
     values, metadata, _ = layer.packed
     destination[prefix + "weight"], destination[prefix + "metadata"] = (
         values[rows].clone(),

@@ -2,9 +2,12 @@
 
     N, K   outputs, inputs        rows   rows of the weight: N, or 2N with SwiGLU (gate first, then up)
 
-The weight lives once. On CPU (and before `prepare`) `weight` and `metadata` are row-major, as in a checkpoint; on a GPU
-they are in fragment order. Moving the module converts; `state_dict` is row-major always.
+The weight exists once. On a CPU (and before `prepare`) `weight` and `metadata` are row-major, as in a checkpoint; on a
+GPU they are in fragment order. Moving the module converts them; `state_dict` is always row-major.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,8 +21,9 @@ from .reference import Packed, pack, unpack
 class Sparse24Linear(nn.Module):
     """y = x Wᵀ + bias for a packed 2:4 W, on any device.
 
-    State: `weight` (rows, K/2) floats, `metadata` (rows, ceil(K/8)) uint8 as reference.py has them, `bias` (rows,).
-    With `swiglu` the weight has 2N rows and y = silu(gate) · up. No gradients: the kernels are for inference.
+    State: `weight` (rows, K/2) floats, `metadata` (rows, ceil(K/8)) uint8, both as defined in reference.py; `bias`
+    (rows,). With `swiglu` the weight has 2N rows and y = silu(gate) · up. There are no gradients: the kernels are for
+    inference.
     """
 
     def __init__(
@@ -29,10 +33,13 @@ class Sparse24Linear(nn.Module):
         bias: bool = True,
         *,
         swiglu: bool = False,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
-        """An empty layer, for a checkpoint to fill. Raises ValueError if `in_features` is not divisible by 4."""
+        """An uninitialised layer, to be loaded from a checkpoint.
+
+        Raises ValueError if `in_features` is not divisible by 4.
+        """
         super().__init__()
         if in_features % 4:
             raise ValueError(f"2:4 needs in_features divisible by 4, got {in_features}; keep this layer dense")
@@ -46,8 +53,12 @@ class Sparse24Linear(nn.Module):
         self.bias = None if empty_bias is None else nn.Parameter(empty_bias, requires_grad=False)
 
     @classmethod
-    def from_packed(cls, values, metadata, bias=None, *, swiglu: bool = False, prefill_copy: bool = False):
-        """A layer around row-major packed tensors (not copied on CPU), prepared for the device they are on."""
+    def from_packed(cls, values: torch.Tensor, metadata: torch.Tensor, bias: torch.Tensor | None = None, *,
+                    swiglu: bool = False, prefill_copy: bool = False) -> "Sparse24Linear":
+        """A layer of row-major packed tensors (not copied on a CPU), prepared for their device.
+
+        values: (rows, K/2). metadata: (rows, ceil(K/8)) uint8. bias: (rows,).
+        """
         rows, k = values.shape[0], 2 * values.shape[1]
         layer = cls(
             k,
@@ -64,8 +75,8 @@ class Sparse24Linear(nn.Module):
         return layer.prepare(prefill_copy=prefill_copy)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, *, prefill_copy: bool = False):
-        """Pack an nn.Linear whose weight is 2:4. Raises ValueError, naming row and columns, if it is not."""
+    def from_linear(cls, linear: nn.Linear, *, prefill_copy: bool = False) -> "Sparse24Linear":
+        """Pack an nn.Linear with a 2:4 weight. Raises ValueError naming row and columns if it is not 2:4."""
         values, metadata, _ = pack(linear.weight)
         return cls.from_packed(values, metadata, linear.bias, prefill_copy=prefill_copy)
 
@@ -77,18 +88,18 @@ class Sparse24Linear(nn.Module):
         norm_gain: torch.Tensor | None = None,
         norm_eps: float = 0.0,
     ) -> torch.Tensor:
-        """x (..., K) -> (..., N). `norm_gain` (K,) puts an RMSNorm in front, `residual` (..., N) is added last."""
+        """x (..., K) -> (..., N). norm_gain: (K,), applies an RMSNorm to x first. residual: (..., N), is added last."""
         options = (self.bias, residual, norm_gain, norm_eps, self.swiglu, self.prefill_copy)
         return ops.linear(x, self.weight, self.metadata, self.out_features, *options)
 
     @property
     def rows(self) -> int:
-        """Rows of the weight."""
+        """The number of rows of the weight."""
         return self.out_features * self._row_blocks
 
     @property
     def packed(self) -> Packed:
-        """The weight in the on-disk format, whatever the order in memory."""
+        """The weight in the on-disk format, whatever its order in memory."""
         if self.weight.ndim == 2:
             return Packed(self.weight.data, self.metadata, (self.rows, self.in_features))
         return from_fragments(self.weight.data, self.metadata, self.rows, self.in_features, self._row_blocks)
@@ -98,10 +109,10 @@ class Sparse24Linear(nn.Module):
         return unpack(self.packed.values, self.packed.metadata)
 
     def prepare(self, *, prefill_copy: bool | None = None) -> "Sparse24Linear":
-        """Put the weight in the order its device wants; call after a loader filled it. Idempotent; returns self.
+        """Put the weight in the order that its device needs; call it after loading. Idempotent; returns self.
 
-        `prefill_copy` True keeps cuSPARSELt's copy (0.5625x of the dense bytes more), False drops it, None leaves
-        things as they are. Raises ValueError where cuSPARSELt cannot run this layer.
+        prefill_copy: True keeps a copy for cuSPARSELt (another 0.5625 of the dense bytes), False drops it, None changes
+        nothing. Raises ValueError if cuSPARSELt cannot be used with this layer.
         """
         wanted = 4 if dispatch.uses_fragments(self.weight.dtype, self.weight.device) else 2
         if self.weight.ndim != wanted:
@@ -117,11 +128,11 @@ class Sparse24Linear(nn.Module):
         return self
 
     def prefill_refuses(self) -> str | None:
-        """Why this layer cannot have a prefill copy where it is, or None if it can."""
+        """Why this layer cannot have a prefill copy on its device, or None if it can."""
         return prefill.sparselt_refuses(self.rows, self.in_features, self.weight.dtype, self.weight.device)
 
     def problem(self, tokens: int) -> dispatch.Problem:
-        """What `dispatch.choose` decides on, for this many tokens."""
+        """The Problem that `dispatch.choose` decides on, for this many tokens."""
         prepared, has_copy = self.weight.ndim == 4, self.prefill_copy is not None
         at = (self.rows, self.in_features, self.weight.dtype, self.weight.device)
         return dispatch.Problem(tokens, *at, prepared, has_copy, self.swiglu)
@@ -130,19 +141,19 @@ class Sparse24Linear(nn.Module):
     def _row_blocks(self) -> int:
         return 2 if self.swiglu else 1
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "Sparse24Linear":
         had_copy = self.prefill_copy is not None
-        self.prefill_copy = None  # opaque bytes: rebuilt, never cast or moved
+        self.prefill_copy = None  # opaque bytes, which are rebuilt and never cast or moved
         super()._apply(fn, recurse)
         if self.weight.is_meta:
             return self
         return self.prepare(prefill_copy=had_copy and self.prefill_refuses() is None)
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "weight"], destination[prefix + "metadata"] = self.packed[:2]
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         was_prepared = self.weight.ndim == 4
         if was_prepared:
             values, self.metadata, _ = self.packed

@@ -1,12 +1,13 @@
-"""The operator `oneshot_kernels::linear`: one opaque node for torch.compile, everything decided inside.
+"""The operator `oneshot_kernels::linear`: one opaque node for torch.compile, which chooses the kernel inside.
 
     M, N, K   tokens, outputs, inputs        rows   rows of the weight: N, or 2N with SwiGLU
 
-No host synchronisation and no data-dependent Python (but for the self-test on a variant's first call), and temporaries
-come from torch's allocator: CUDA graphs can capture it after one warm-up call.
+There is no host synchronisation and no data-dependent Python (except for the self-test at a variant's first call), and
+temporaries come from torch's allocator, so CUDA graphs can capture it after one warm-up call.
 """
 
 import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,10 +33,12 @@ def linear(
     swiglu: bool = False,
     prefill_copy: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x (..., K) times a packed weight -> (..., out_features), as `reference.linear` defines it, in x's dtype.
+    """x (..., K) times a packed weight -> (..., out_features) in x's dtype, as defined by `reference.linear`.
 
-    `values`, `metadata`: row-major as on disk (2-D), or in fragment order (4-D). Raises ValueError where shapes or
-    dtypes do not fit.
+    values, metadata: row-major as on disk (2-D), or in fragment order (4-D). bias: (rows,). residual: (...,
+    out_features). norm_gain: (K,). prefill_copy: cuSPARSELt's copy of the weight, or None.
+
+    Raises ValueError if shapes or dtypes do not match.
     """
     k = x.shape[-1]
     _check(x, values, out_features, bias, residual, norm_gain, swiglu)
@@ -63,24 +66,15 @@ def linear(
         "norm_eps": norm_eps,
         "swiglu": swiglu,
     }
-    with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be x's
+    with torch.cuda.device_of(x):  # Triton launches on the current device, which may be another than x's
         y = run(choice, flat, values, metadata, out_features, prefill_copy=prefill_copy, **extras)
     return y.view(*x.shape[:-1], out_features)
 
 
 @linear.register_fake
-def _(
-    x,
-    values,
-    metadata,
-    out_features,
-    bias=None,
-    residual=None,
-    norm_gain=None,
-    norm_eps=0.0,
-    swiglu=False,
-    prefill_copy=None,
-):
+def _(x: torch.Tensor, values: torch.Tensor, metadata: torch.Tensor, out_features: int, *args: Any,
+      **kwargs: Any) -> torch.Tensor:
+    """The shape and dtype of the result, for torch.compile."""
     return x.new_empty(*x.shape[:-1], out_features)
 
 
@@ -98,7 +92,10 @@ def run(
     swiglu: bool = False,
     prefill_copy: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One path on x (M, K) contiguous -> (M, n). What the decode kernel fuses, the others leave to torch."""
+    """Run one path on x (M, K), contiguous -> (M, n). What the decode kernel fuses is done by torch in other paths.
+
+    choice: the path and its launch parameters. Other arguments as for `linear`.
+    """
     if choice.path == "decode":
         extras = {
             "bias": bias,
@@ -118,15 +115,18 @@ def run(
     return y if residual is None else y + residual
 
 
-def make_problem(x, values, out_features: int, swiglu: bool, prefill_copy) -> dispatch.Problem:
-    """What `dispatch.choose` needs to know about x (M, K) and this weight."""
+def make_problem(x: torch.Tensor, values: torch.Tensor, out_features: int, swiglu: bool,
+                 prefill_copy: torch.Tensor | None) -> dispatch.Problem:
+    """The Problem of multiplying x (M, K) by this weight."""
     rows = out_features * (2 if swiglu else 1)
     fragments, has_copy = values.ndim == 4, prefill_copy is not None
     return dispatch.Problem(x.shape[0], rows, x.shape[1], x.dtype, values.device, fragments, has_copy, swiglu)
 
 
-def _gate_and_up(choice, x, values, metadata, n, bias, prefill_copy):
-    """The two halves (M, n) of an unfused SwiGLU. In fragment order each half may carry padding rows: cut them off."""
+def _gate_and_up(choice: dispatch.Choice, x: torch.Tensor, values: torch.Tensor, metadata: torch.Tensor, n: int,
+                 bias: torch.Tensor | None,
+                 prefill_copy: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two halves (M, n) of an unfused SwiGLU; padding rows that either half has in fragment order are cut off."""
     padded = choice.path in ("middle", "scratch") and values.ndim == 4
     rows = padded_rows(2 * n, row_blocks=2) if padded else 2 * n
     y = _product(choice, x, values, metadata, rows, None, prefill_copy, row_blocks=2)
@@ -135,8 +135,9 @@ def _gate_and_up(choice, x, values, metadata, n, bias, prefill_copy):
     return y[:, :n] + bias[:n], y[:, rows // 2 : rows // 2 + n] + bias[n:]
 
 
-def _product(choice, x, values, metadata, rows, bias, prefill_copy, row_blocks: int = 1):
-    """x (M, K) times the weight by any path but decode -> (M, rows)."""
+def _product(choice: dispatch.Choice, x: torch.Tensor, values: torch.Tensor, metadata: torch.Tensor, rows: int,
+             bias: torch.Tensor | None, prefill_copy: torch.Tensor | None, row_blocks: int = 1) -> torch.Tensor:
+    """x (M, K) times the weight, by any path but decode -> (M, rows)."""
     if choice.path == "middle":
         return expand.matmul(x, values, metadata, rows, bias=bias, config=choice.config)
     if choice.path == "sparselt":
@@ -148,7 +149,9 @@ def _product(choice, x, values, metadata, rows, bias, prefill_copy, row_blocks: 
     return F.linear(x, reference.unpack(values, metadata), bias)
 
 
-def _check(x, values, out_features, bias, residual, norm_gain, swiglu) -> None:
+def _check(x: torch.Tensor, values: torch.Tensor, out_features: int, bias: torch.Tensor | None,
+           residual: torch.Tensor | None, norm_gain: torch.Tensor | None, swiglu: bool) -> None:
+    """Raise ValueError if shapes or dtypes do not match."""
     rows, k = out_features * (2 if swiglu else 1), x.shape[-1]
     if values.ndim == 2:
         fits = tuple(values.shape) == (rows, k // 2) and k % 4 == 0

@@ -1,20 +1,20 @@
-"""The packed 2:4 format, and the slow truth that every kernel is tested against. Plain torch, any device.
+"""The packed 2:4 format, and the slow reference that every kernel is tested against. Plain torch, on any device.
 
     N   outputs of the linear (rows of the weight)      G   groups of four neighbours in a row, K / 4
     K   inputs of the linear, divisible by 4            M   tokens
     i0 < i1   positions (0..3) of a group's two kept weights
 
-**The format.** A weight `W` (N, K) with at most two nonzeros in `W[n, 4g : 4g+4]` is stored as two row-major,
-unpadded tensors, 0.5625x of the dense bytes at 16 bits per weight:
+**The format.** A weight `W` (N, K) with at most two nonzeros in every `W[n, 4g : 4g+4]` is stored as two row-major
+tensors without padding, which take 0.5625 of the dense bytes at 16 bits per weight:
 
 `values` (N, K/2), the dtype of W: `values[n, 2g]` is `W[n, 4g + i0]` and `values[n, 2g + 1]` is `W[n, 4g + i1]`.
 
 `metadata` (N, ceil(K/8)), uint8: byte `b` of row `n` describes group 2b in its low four bits and group 2b + 1 in its
 high four bits; the four bits of a group are `i0 | i1 << 2`. With an odd number of groups the last high half is 0.
 
-**Canonical form**, so that equal weights give equal bytes: a group with fewer than two nonzeros fills up with its
-lowest zero positions. Zeros are stored, and come back, as +0.0: `pack` drops the sign of a negative zero. Everything
-else, NaN payloads included, comes back bit for bit.
+**Canonical form**, so that equal weights give equal bytes: a group with fewer than two nonzeros is filled up with its
+lowest zero positions. Zeros are stored and restored as +0.0: `pack` drops the sign of a negative zero. Everything else,
+including NaN payloads, is restored bit for bit.
 """
 
 from typing import NamedTuple
@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""What `pack` takes. The GPU kernels take the two 16-bit ones; float32 is for CPU."""
+"""The dtypes that `pack` accepts. The GPU kernels accept the two 16-bit ones; float32 is for CPUs."""
 
 INVALID = 255
-_CHUNK = 1 << 24  # weights handled at a time: bounds the temporaries at about 200 MB
+_CHUNK = 1 << 24  # number of weights handled at a time, which limits temporaries to about 200 MB
 
 
 class Packed(NamedTuple):
@@ -55,12 +55,14 @@ def _codes(groups: torch.Tensor) -> torch.Tensor:
     return torch.tensor(_canonical_codes(), dtype=torch.uint8, device=groups.device)[pattern.int()]
 
 
-def _row_chunks(n: int, k: int):
+def _row_chunks(n: int, k: int) -> list[slice]:
+    """Slices of rows with at most _CHUNK weights each."""
     step = max(1, _CHUNK // max(1, k))
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
 def _check_weight(weight: torch.Tensor) -> None:
+    """Raise ValueError for a shape or dtype that cannot be packed."""
     if weight.ndim != 2 or weight.shape[1] % 4 or 0 in weight.shape:
         raise ValueError(
             "2:4 packing needs a non-empty matrix with a number of columns divisible by 4, got shape "
@@ -72,7 +74,7 @@ def _check_weight(weight: torch.Tensor) -> None:
 
 
 def is_24(weight: torch.Tensor) -> bool:
-    """True if `weight` (N, K) can be packed: right shape and dtype, at most two nonzeros in each group of four."""
+    """Whether `weight` (N, K) can be packed: suitable shape and dtype, at most two nonzeros in each group of four."""
     try:
         _check_weight(weight)
     except ValueError:
@@ -82,10 +84,10 @@ def is_24(weight: torch.Tensor) -> bool:
 
 
 def pack(weight: torch.Tensor) -> Packed:
-    """Dense (N, K) with 2:4 zeros -> `Packed`, on the same device.
+    """Dense 2:4 weight (N, K) -> `Packed`, on the same device.
 
-    Raises ValueError for a shape or dtype the format has no room for, and for a weight that is not 2:4; the message
-    names the first offending row and its columns.
+    Raises ValueError for a shape or dtype that the format does not support, and for a weight that is not 2:4, naming
+    the first offending row and its columns.
     """
     _check_weight(weight)
     weight = weight.detach()
@@ -114,10 +116,10 @@ def pack(weight: torch.Tensor) -> Packed:
 
 
 def unpack(values: torch.Tensor, metadata: torch.Tensor) -> torch.Tensor:
-    """Packed tensors -> dense (N, K), same dtype and device as `values`. Bit-exact inverse of `pack`.
+    """Packed tensors -> dense (N, K), with the dtype and device of `values`. The bit-exact inverse of `pack`.
 
-    Raises ValueError if the two tensors do not fit together, or if a group's positions are not i0 < i1 (a corrupt
-    or foreign file), naming the first such row.
+    Raises ValueError if the two tensors do not match, or if a group's positions are not i0 < i1 (the file is damaged or
+    in another format), naming the first such row.
     """
     _check_packed(values, metadata)
     n, k = values.shape[0], 2 * values.shape[1]
@@ -132,7 +134,7 @@ def unpack(values: torch.Tensor, metadata: torch.Tensor) -> torch.Tensor:
 
 
 def check(values: torch.Tensor, metadata: torch.Tensor) -> None:
-    """Raise the ValueError that `unpack` would raise, without unpacking: the GPU kernels trust what they are given."""
+    """Raise the ValueError that `unpack` would raise, without unpacking; the GPU kernels do not check their inputs."""
     _check_packed(values, metadata)
     n, k = values.shape[0], 2 * values.shape[1]
     for rows in _row_chunks(n, k):
@@ -153,6 +155,7 @@ def _positions(metadata: torch.Tensor, rows: slice, k: int) -> tuple[torch.Tenso
 
 
 def _check_packed(values: torch.Tensor, metadata: torch.Tensor) -> None:
+    """Raise ValueError if the two tensors do not match."""
     fits = (
         values.ndim == 2
         and values.dtype in DTYPES
@@ -168,7 +171,7 @@ def _check_packed(values: torch.Tensor, metadata: torch.Tensor) -> None:
 
 
 def rms_norm(x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / sqrt(mean(x²) + eps) · gain over the last dimension, in x's dtype, rounded where transformers rounds."""
+    """x / sqrt(mean(x²) + eps) · gain over the last dimension, in x's dtype, rounded as in transformers."""
     wide = x if x.dtype == torch.float64 else x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return gain * normed.to(x.dtype)
@@ -184,11 +187,11 @@ def linear(
     norm_eps: float = 0.0,
     swiglu: bool = False,
 ) -> torch.Tensor:
-    """The truth: what every kernel computes, naively and in float64.
+    """The reference: what every kernel computes, in a naive way and in float64.
 
-    x (..., K), bias (N,), norm_gain (K,). `norm_gain` puts an RMSNorm in front of the product; `swiglu` takes the
-    first N/2 rows as gate and the others as up and returns silu(gate) · up; `residual`, of the output's shape, is
-    added last. Returns float64 (..., N), or (..., N/2) with `swiglu`.
+    x: (..., K). bias: (N,). norm_gain: (K,), applies an RMSNorm with `norm_eps` to x first. swiglu: takes the first N/2
+    rows as gate, the others as up, and returns silu(gate) · up. residual: of the output's shape, is added last. Returns
+    float64 (..., N), with `swiglu` (..., N/2).
     """
     h = x.double()
     if norm_gain is not None:

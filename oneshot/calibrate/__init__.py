@@ -1,9 +1,9 @@
-"""Calibrate: what a block is called with, and the statistics of what its linears are fed.
+"""Calibrate: run the calibration tokens through the blocks and collect statistics of every linear's inputs.
 
-    activations   the calibration tokens on their way through the blocks: capture, replay, logits
-    collect       statistics of a block's linears, by hooks, while the block runs once
-    statistics    running sums of one linear's input
-    health        whether a pruned block's output has fallen apart
+    activations   the hidden states between blocks: capture them, replay a block, compute logits
+    collect       collect the statistics of a block's linears by hooks, in one forward pass of the block
+    statistics    running sums over one linear's inputs
+    health        whether a pruned block's output has collapsed
 """
 
 from .activations import (

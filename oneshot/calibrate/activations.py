@@ -1,21 +1,22 @@
-"""Activations: capture what each block of a model is called with, replay blocks one at a time.
+"""Activations: capture the arguments each block of a model is called with, then run the blocks one at a time.
 
-Layers differ in how they are called (sliding-window masks, local and global rotary tables, alibi), and the arguments
-change with every release of transformers. So nothing is rebuilt here: the model runs once with a stub in place of every
-block; each stub keeps its (args, kwargs) verbatim and hands its input on. Only the embeddings compute anything.
+Blocks take different arguments (sliding-window masks, local and global rotary tables, alibi), and these change with
+every release of transformers. So no argument is reconstructed here. Instead the model runs once with a stub in place of
+every block; a stub records its (args, kwargs) and returns its input. Only the embeddings compute anything in that run.
 
-    batch    some samples that run together; masks and tables have the batch's shape, so a replay keeps the batches
+    batch    windows that run together; masks and rotary tables have the batch's shape, so the batches stay the same
     hidden   one batch's input to the current block, (B, T, H)
-    rows     bool (B·T,), False at padding; None where there is none
-    held     whether a batch's windows are kept from training (heal); no batch holds both kinds
+    rows     bool (B·T,), False at padding; None if there is no padding
+    held     whether a batch's windows are held out from training (heal); no batch mixes both kinds
 """
 
 import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ from .. import models
 
 @dataclass(frozen=True)
 class Wait:
-    """Where and as what hidden states wait between blocks; None: on the device, as computed."""
+    """The device and dtype in which hidden states are kept between blocks; None: the device and dtype of computing."""
 
     place: str | torch.device | None = None
     dtype: torch.dtype | None = None
@@ -33,11 +34,12 @@ class Wait:
 
 @dataclass
 class Activations:
-    """All batches on their way through the blocks.
+    """The hidden states of all batches at one block, with everything needed to run the remaining blocks on them.
 
-    hidden, rows, held: one a batch (see above). calls[block][batch]: (args, kwargs) with HIDDEN where the batch's
-    hidden state goes. inputs: the model's own arguments, one dict a batch. device: where blocks run. place, dtype:
-    where and as what hidden states wait.
+    device: where blocks run. place, dtype: where and in which dtype hidden states are kept between blocks (dtype None:
+    as computed). returns_tuple: whether blocks return a tuple. calls[block][batch]: (args, kwargs), with HIDDEN in
+    place of the hidden state. inputs: the model's own arguments, one dict per batch. hidden, rows, held: one entry per
+    batch, see above.
     """
 
     device: torch.device
@@ -51,22 +53,24 @@ class Activations:
     held: list[bool] = field(default_factory=list)
 
     def __len__(self) -> int:
+        """The number of batches."""
         return len(self.hidden)
 
     def fork(self) -> "Activations":
-        """The same batches at the same block, to go on by themselves: the dense model's beside the pruned one's.
+        """An independent copy at the same block, such as the dense model's activations next to the pruned model's.
 
-        What blocks hand to later blocks beside the hidden state (Gemma 3n's and 4's shared keys and values) forks too.
+        State that blocks pass to later blocks besides the hidden state (the shared keys and values of Gemma 3n and 4)
+        is copied as well.
         """
         stores = {}
 
-        def own(x):
+        def own(x: Any) -> Any:
             return stores.setdefault(id(x), copy.copy(x)) if isinstance(x, MutableMapping) else x
         return replace(self, hidden=list(self.hidden), calls=[[tree_map(own, call) for call in calls]
                                                               for calls in self.calls])
 
     def put(self, i: int, hidden: torch.Tensor) -> None:
-        """Put batch i's hidden state away, where and as the user wants activations kept."""
+        """Store batch i's hidden state (B, T, H) on `place` in `dtype`."""
         self.hidden[i] = hidden.to(self.place, self.dtype or hidden.dtype)
 
 
@@ -74,16 +78,18 @@ HIDDEN = object()
 
 
 class _Stub(nn.Module):
-    """Stands where a block stood: shows its call to `record(args, kwargs)`, returns `out` or else its input."""
+    """Takes the place of a block: calls `record(args, kwargs)`, then returns `out`, or its input if `out` is None."""
 
-    def __init__(self, real, record, out=None, returns_tuple=False):
+    def __init__(self, real: nn.Module, record: Callable[[tuple, dict], None] | None, out: torch.Tensor | None = None,
+                 returns_tuple: bool = False):
         super().__init__()
         self.__dict__.update(real=real, record=record, out=out, returns_tuple=returns_tuple)
 
-    def __getattr__(self, name):  # models read attributes such as attention_type off their layers
+    def __getattr__(self, name: str) -> Any:  # models read attributes of their layers, such as attention_type
         return getattr(self.__dict__["real"], name)
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor]:
+        """See the class."""
         if self.record:
             self.record(args, kwargs)
         out = self.out if self.out is not None else args[0] if args else kwargs["hidden_states"]
@@ -91,8 +97,8 @@ class _Stub(nn.Module):
 
 
 @contextlib.contextmanager
-def stubbed(block_list, stubs):
-    """The model with `stubs` in place of its blocks."""
+def stubbed(block_list: nn.ModuleList, stubs: Sequence[nn.Module]) -> Iterator[None]:
+    """Within the context, the model has `stubs` in place of its blocks."""
     real = list(block_list)
     try:
         for i, stub in enumerate(stubs):
@@ -106,10 +112,12 @@ def stubbed(block_list, stubs):
 @torch.no_grad()
 def capture(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None, *, batch_size: int,
             held_out: Sequence[int] = (), device: str | torch.device = "cpu", wait: Wait | None = None) -> Activations:
-    """The model's Activations on ids int64 (n, T), mask bool (n, T) or None: block 0's inputs, and every block's call.
+    """The model's Activations at its first block: block 0's inputs and the recorded calls of every block.
 
-    held_out: numbers of the windows whose batches are marked so. wait: where and as what hidden states wait between
-    blocks (default: on the device, as computed).
+    ids: int64 (n, T). mask: bool (n, T), False at padding, or None. held_out: numbers of the held-out windows. device:
+    where blocks run. wait: how hidden states are kept between blocks (default: on the device, as computed).
+
+    Raises ValueError naming `--model` for a model that cannot be run block by block.
     """
     _, block_list = models.blocks(model)
     inner, device, wait = models.decoder(model), torch.device(device), wait or Wait()
@@ -117,7 +125,7 @@ def capture(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = Non
                               returns_tuple(model, ids, device), [[] for _ in block_list])
     intern, first = _Intern(), []
 
-    def record(b, args, kwargs):
+    def record(b: int, args: tuple, kwargs: dict) -> None:
         if args:
             hidden, args = args[0], (HIDDEN, *args[1:])
         else:
@@ -128,7 +136,7 @@ def capture(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = Non
             first[:] = [hidden]
         again = len(activations.calls[b]) > len(activations.inputs)
         if again or (hidden is not first[0] and not torch.equal(hidden, first[0])):
-            raise ValueError("it does more between its blocks than hand on what they return")
+            raise ValueError("it does more between its blocks than pass their outputs on")
         activations.calls[b].append(tree_map(intern, (args, kwargs)))
 
     stubs = [_Stub(block, functools.partial(record, b), returns_tuple=activations.returns_tuple)
@@ -152,10 +160,10 @@ def capture(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = Non
 
 
 def batches(n: int, size: int, held_out: Sequence[int] = ()) -> list[tuple[torch.Tensor, bool]]:
-    """[(window numbers, whether they are held out)]: n windows in order, at most `size` a batch.
+    """Divide n windows, in order, into batches of at most `size`: [(window numbers, whether they are held out)].
 
-    Those held out come behind the others, in batches of their own. Both are then dealt out evenly: a small last batch
-    would give its windows more weight than others have.
+    Held-out windows come last, in batches of their own. With any held out, batches have nearly equal sizes, because in
+    training a small last batch would give its windows more weight than the others.
     """
     if not len(held_out):
         return [(part, False) for part in torch.arange(n).split(size)]
@@ -166,15 +174,15 @@ def batches(n: int, size: int, held_out: Sequence[int] = ()) -> list[tuple[torch
 
 
 @torch.no_grad()
-def returns_tuple(model, ids, device):
-    """Whether the model's blocks return a tuple (Bloom, Falcon; GPT-1: a list) or a tensor.
+def returns_tuple(model: nn.Module, ids: torch.Tensor, device: torch.device) -> bool:
+    """Whether the model's blocks return a tuple (Bloom, Falcon; GPT-1: a list) rather than a tensor.
 
-    Block 0 is asked, on two tokens.
+    Found by running block 0 on two tokens of ids (n, T).
     """
     _, block_list = models.blocks(model)
     inner, first, answer = models.decoder(model), block_list[0], []
 
-    def ask(args, kwargs):
+    def ask(args: tuple, kwargs: dict) -> None:
         with models.resident(models.tensors_of(first), device):
             answer.append(isinstance(first(*args, **kwargs), (tuple, list)))
         raise _Enough
@@ -186,22 +194,24 @@ def returns_tuple(model, ids, device):
 
 
 class _Enough(Exception):
-    """The first block was reached."""
+    """Ends a forward pass once the first block has been reached."""
 
 
 class _Intern:
-    """Keeps one copy of equal tensors: masks and rotary tables repeat over blocks and batches."""
+    """Keeps one copy of equal tensors, because masks and rotary tables repeat over blocks and batches."""
 
-    def __init__(self):
-        self.known, self.this_batch = {}, {}
+    def __init__(self) -> None:
+        self.known: dict[tuple, list[torch.Tensor]] = {}
+        self.this_batch: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def start(self):
+    def start(self) -> None:
+        """Begin a new batch."""
         self.this_batch = {}
 
-    def __call__(self, t):
+    def __call__(self, t: Any) -> Any:
         if not isinstance(t, torch.Tensor):
             return t
-        if id(t) not in self.this_batch:  # the value holds t, so its id stays taken
+        if id(t) not in self.this_batch:  # the value keeps t alive, so its id cannot be reused
             same = self.known.setdefault((t.shape, t.dtype), [])
             kept = next((k for k in same[-4:] if torch.equal(k, t)), None)
             if kept is None:
@@ -211,8 +221,8 @@ class _Intern:
         return self.this_batch[id(t)][1]
 
 
-def tree_map(f, tree):
-    """`tree` with f applied to what is neither tuple, list nor dict."""
+def tree_map(f: Callable[[Any], Any], tree: Any) -> Any:
+    """`tree`, nested tuples, lists and dicts, with f applied to its leaves."""
     if isinstance(tree, dict):
         return {k: tree_map(f, v) for k, v in tree.items()}
     if isinstance(tree, (tuple, list)):
@@ -221,11 +231,11 @@ def tree_map(f, tree):
 
 
 def forward(block: nn.Module, activations: Activations, b: int, i: int) -> torch.Tensor:
-    """Block b's output on batch i, on the activations' device; the block must be resident there."""
+    """Block b's output (B, T, H) on batch i. The block must be resident on the activations' device."""
     like = next((p for p in block.parameters() if p.is_floating_point()), None)
     hidden = activations.hidden[i].to(activations.device, like.dtype if like is not None else None)
 
-    def bring(t):
+    def bring(t: Any) -> Any:
         if t is HIDDEN or not isinstance(t, torch.Tensor):
             return hidden if t is HIDDEN else t
         half = t.is_floating_point() and t.element_size() < 4
@@ -239,7 +249,10 @@ def forward(block: nn.Module, activations: Activations, b: int, i: int) -> torch
 
 @torch.no_grad()
 def replay(block: nn.Module, activations: Activations, b: int) -> torch.Tensor | None:
-    """Move every batch through block b: the activations are then the next block's inputs. Returns the first output."""
+    """Run every batch through block b, so that the activations become the next block's inputs.
+
+    Returns the first batch's output (B, T, H); None without batches.
+    """
     first = None
     for i in range(len(activations)):
         out = forward(block, activations, b, i)
@@ -250,10 +263,10 @@ def replay(block: nn.Module, activations: Activations, b: int) -> torch.Tensor |
 
 def logits(model: nn.Module, activations: Activations, i: int, *,
            elements: int = 2**26) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The model's logits on batch i of activations that have passed all blocks: yields (positions (P,), (B, P, V)).
+    """Yield (positions (P,), logits (B, P, V)) of batch i, for activations that have passed all blocks.
 
-    On as many positions at a time as give at most `elements` logits, so that a large vocabulary never fills the memory.
-    The model's rest must be resident on the activations' device.
+    At most `elements` logits at a time, so that a large vocabulary cannot exhaust the memory. The parts of the model
+    outside the blocks must be resident on the activations' device.
     """
     B, T = activations.inputs[i]["input_ids"].shape
     step = max(1, elements // (B * models.config_of(model).vocab_size)) if slices_logits(model) else T
@@ -263,7 +276,7 @@ def logits(model: nn.Module, activations: Activations, i: int, *,
 
 
 def tail(model: nn.Module, activations: Activations, i: int, positions: torch.Tensor) -> torch.Tensor:
-    """(B, P, V) logits at `positions` (P,) of batch i by the model's own code behind its blocks."""
+    """Logits (B, P, V) at `positions` (P,) of batch i, computed by the model's own code after its last block."""
     _, block_list = models.blocks(model)
     hidden = activations.hidden[i].to(activations.device, model.get_input_embeddings().weight.dtype)
     with stubbed(block_list, [_Stub(block, None, hidden, activations.returns_tuple) for block in block_list]):
@@ -271,10 +284,10 @@ def tail(model: nn.Module, activations: Activations, i: int, positions: torch.Te
 
 
 def slices_logits(model: nn.Module) -> bool:
-    """Whether the model can give the logits of some positions only (all but a handful can)."""
+    """Whether the model can compute the logits of selected positions only (nearly every model can)."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
-def logits_to_keep(model, positions):
-    """What to call the model with for the logits at `positions`."""
+def logits_to_keep(model: nn.Module, positions: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The keyword arguments that restrict the model's logits to `positions` (P,); none if it cannot."""
     return {"logits_to_keep": positions} if slices_logits(model) else {}

@@ -1,11 +1,13 @@
-"""Collect the statistics of a block's linears, by hooks, while the block runs once on its activations.
+"""Collect the statistics of a block's linears by hooks, in one forward pass of the block over its activations.
 
-It may be run several times: one stage after the other (true-sequential), or as many linears as a budget of bytes holds.
+There can be several passes per block: one per stage of the block (`--true-sequential`), or as many as it takes when the
+Gram matrices of all linears exceed a memory budget.
 """
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,8 +21,8 @@ from .statistics import Statistics
 class Limits:
     """What one pass may collect.
 
-    budget: bytes of Gram matrices; None: all. one_stage: only what is fed in the same stage of the block as the first
-    linear (q, k, v; then o; then gate, up; then down).
+    budget: bytes of Gram matrices; None: no limit. one_stage: only linears in the same stage of the block as the first
+    one that runs (q, k, v; then o; then gate, up; then down).
     """
 
     budget: int | None = None
@@ -31,13 +33,16 @@ class Limits:
 def collect(block: nn.Module, activations: Activations, b: int, weights: Sequence[Weight], needs: Iterable[str], *,
             limits: Limits | None = None, dense: tuple[nn.Module, Activations] | None = None
             ) -> tuple[dict[str, Statistics], list[Weight], torch.Tensor | None]:
-    """Run block b once: ({weight's name: Statistics}, weights that were deferred, the block's first output).
+    """Run block b once: ({weight's name: Statistics}, deferred weights, the block's output on the first batch).
 
-    Linears fed by the same tensor share one Statistics. What goes beyond the limits is deferred: call again with it.
-    Weights that are neither deferred nor among the statistics saw no token (an idle expert).
+    needs: names of the sums to collect, see statistics.py. Linears with the same input tensor share one Statistics.
+    Weights beyond `limits` are deferred: call again with them. A weight that is neither deferred nor among the
+    statistics saw no token (an idle expert).
 
-    dense: (the block as it was, the dense model's activations), for statistics that compare the two. A linear that only
-    some tokens reach (an expert) has none of `cross`: other tokens reach it in the dense model.
+    dense: (the dense block, the dense model's activations), needed for `cross`. A linear that only some of the tokens
+    reach (an expert) gets no `cross`, because in the dense model other tokens reach it.
+
+    Raises ValueError naming a linear whose inputs do not match the padding mask.
     """
     collector = Collector(weights, frozenset(needs), activations.device, limits or Limits())
     first = None
@@ -52,9 +57,9 @@ def collect(block: nn.Module, activations: Activations, b: int, weights: Sequenc
 
 def inputs_of(weights: Sequence[Weight], block: nn.Module, activations: Activations, b: int,
               i: int) -> dict[str, torch.Tensor]:
-    """{weight's name: its linear's input} as batch i passes through `block`, a copy of the one that holds `weights`.
+    """{weight's name: its linear's input (..., C)} on batch i of `block`, a copy of the block that holds `weights`.
 
-    Without fused experts, and without linears that the block does not call on this batch.
+    Fused experts, and linears that the block does not call on this batch, are missing.
     """
     modules, seen = dict(block.named_modules()), {}
     handles = [modules[w.linear].register_forward_pre_hook(lambda _, args, name=w.name: seen.update({name: args[0]}))
@@ -68,19 +73,19 @@ def inputs_of(weights: Sequence[Weight], block: nn.Module, activations: Activati
 
 
 class Collector:
-    """Gathers statistics by hooks on the linears; see `collect`."""
+    """Collects statistics by hooks on the linears; see `collect`."""
 
     def __init__(self, weights: Sequence[Weight], needs: frozenset[str], device: torch.device, limits: Limits):
         self.weights, self.needs, self.device, self.limits = weights, needs, device, limits
-        self.stage: str | None = None  # kind of the linear that was fed first
+        self.stage: str | None = None  # kind of the linear that ran first
         self.spent = 0  # bytes of Gram matrices
         self.statistics: dict[str, Statistics] = {}
         self.deferred: set[str] = set()
-        self.leader: dict[str, str] = {}  # linear: the first one fed by the same tensor
+        self.leader: dict[str, str] = {}  # {linear: the first linear with the same input tensor}
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Observe the linears while this lasts."""
+        """Within the context, the linears' inputs are observed."""
         handles = []
         fused = {(id(w.owner), w.kind.rsplit(".", 1)[-1], w.expert): w for w in self.weights if w.expert is not None}
         owners = {id(w.owner): w.owner for w in self.weights if w.expert is not None}
@@ -89,7 +94,7 @@ class Collector:
                 handles.append(weight.owner.register_forward_pre_hook(
                     lambda _, args, weight=weight: self.see(weight, args[0])))
         for key, owner in owners.items():
-            def observe(name, e, x, rows, key=key):
+            def observe(name: str, e: int, x: torch.Tensor, rows: torch.Tensor, key: Any = key) -> None:
                 if (key, name, e) in fused:
                     self.see(fused[key, name, e], x, rows)
             owner.observe = observe
@@ -103,16 +108,18 @@ class Collector:
             self.start(None, 0)
 
     def start(self, rows: torch.Tensor | None, tokens: int, dense: dict[str, torch.Tensor] | None = None) -> None:
-        """A new batch begins: `rows` marks its real tokens among `tokens`. dense: the linears' inputs in the dense
-        model, by name."""
+        """Begin a new batch of `tokens` tokens.
+
+        rows: bool (tokens,), False at padding, or None. dense: {linear: its input in the dense model}.
+        """
         self.rows, self.tokens, self.fed, self.dense = rows, tokens, {}, dense
 
     def see(self, weight: Weight, x: torch.Tensor, index: torch.Tensor | None = None) -> None:
-        """The linear of `weight` is about to be fed x (..., C); `index`: which of the batch's tokens x holds."""
+        """Take in x (..., C), the input of a linear. index: which of the batch's tokens x holds; None: all of them."""
         if not x.numel():  # an idle expert; all empty tensors share one address
             return
         key = (x.data_ptr(), x.shape, x.stride())
-        first, _ = self.fed.setdefault(key, (weight.name, x))  # holding x keeps its address from being used again
+        first, _ = self.fed.setdefault(key, (weight.name, x))  # keeping x alive keeps its address from being reused
         leader = self.leader.setdefault(weight.name, first)
         if leader != weight.name:
             if leader in self.deferred:
@@ -130,12 +137,12 @@ class Collector:
             statistics.update(self.real(weight, x, index), other)
 
     def comparable(self, weight: Weight, x: torch.Tensor) -> bool:
-        """Whether x (..., C) holds every token of the batch, as the linear's input in the dense model does."""
+        """Whether x (..., C) and the linear's input in the dense model both hold every token of the batch."""
         dense = self.dense.get(weight.name)
         return dense is not None and dense.shape == x.shape and x.shape[:-1].numel() >= self.tokens
 
     def admit(self, weight: Weight, C: int) -> bool:
-        """Begin Statistics for a weight if the budget and the stage allow."""
+        """Start Statistics of C inputs for a weight, if budget and stage allow; whether they do."""
         if weight.name in self.deferred:
             return False
         needs = self.needs if weight.expert is None else self.needs - {"cross"}
@@ -150,12 +157,12 @@ class Collector:
         return True
 
     def real(self, weight: Weight, x: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
-        """Rows of x that are no padding, (tokens, C)."""
+        """The rows of x that are not padding, (tokens, C)."""
         x = x.reshape(-1, x.shape[-1])
         if self.rows is None:
             return x
         rows = self.rows if index is None else self.rows[index]
         if len(rows) != len(x):
-            raise ValueError(f"{weight.name} is fed {len(x)} rows for {len(rows)} tokens, so padding cannot be told "
-                             "from text; use --documents join")
+            raise ValueError(f"{weight.name}: gets {len(x)} input rows for {len(rows)} tokens, so padding cannot be "
+                             "told from text; use --documents join")
         return x[rows]

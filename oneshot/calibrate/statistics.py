@@ -1,17 +1,18 @@
-"""Calibration statistics: what pruning needs to know of one linear's inputs.
+"""Calibration statistics: what pruning needs to know about the inputs of one linear.
 
-    x       one token's input to the linear, (C,)
-    n       tokens seen
-    outer   sum of x xᵀ, (C, C); G = outer / n is the Gram matrix (the papers' Hessian, up to a factor)
+    x       the linear's input for one token, (C,)
+    n       number of tokens seen
+    outer   sum of x xᵀ, (C, C); G = outer / n is the Gram matrix (the papers' Hessian H = 2 X Xᵀ, up to a factor)
     sum_sq  sum of x², (C,)
     sum     sum of x, (C,)
-    cross   sum of (x_dense - x) xᵀ, (C, C), where x_dense is what the same token feeds the linear in the dense model
-    sample  some of the x themselves, (at most SAMPLE, C): a layer's error is measured on them
+    cross   sum of (x_dense - x) xᵀ, (C, C), where x_dense is the linear's input for the same token in the dense model
+    sample  some of the x themselves, (at most SAMPLE, C), on which the layer's output error is measured
 
 All but the sample are running SUMS in float32, so the statistics of batches, processes or machines combine by addition.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
 
 import torch
 
@@ -20,37 +21,41 @@ NEEDS = frozenset({"sum", "sum_sq", "outer", "sample", "cross"})
 
 
 class Statistics:
-    """Running sums of x over tokens; `needs`, a subset of NEEDS, says which are kept.
+    """Running sums of x over tokens.
 
-    Padding never reaches `update`: the caller drops those rows.
+    C: inputs of the linear. needs: which sums to keep, a subset of NEEDS; the others are None. device, dtype: of the
+    sums. Padding must not reach `update`: the caller drops those rows.
+
+    Raises ValueError for unknown `needs`.
     """
 
-    def __init__(self, C: int, needs: Iterable[str], device="cpu", dtype: torch.dtype = torch.float32):
+    def __init__(self, C: int, needs: Iterable[str], device: str | torch.device = "cpu",
+                 dtype: torch.dtype = torch.float32):
         if unknown := frozenset(needs) - NEEDS:
             raise ValueError(f"statistics: {', '.join(sorted(unknown))} unknown; there are {', '.join(sorted(NEEDS))}")
         self.C, self.needs, self.dtype, self.n = C, frozenset(needs), dtype, 0
 
-        def zeros(name, *shape):
+        def zeros(name: str, *shape: int) -> torch.Tensor | None:
             return torch.zeros(shape, dtype=dtype, device=device) if name in self.needs else None
 
         self.sum, self.sum_sq = zeros("sum", C), zeros("sum_sq", C)
-        self.outer = zeros("outer", C, C)  # the upper triangle of the sum; after `G`, the whole mean
+        self.outer = zeros("outer", C, C)  # the upper triangle of the sum; once `G` was asked for, the whole mean
         self.cross = zeros("cross", C, C)
         self.sample = zeros("sample", 0, C)
         self._outer_is_mean = False
-        self._derived = {}
+        self._derived: dict[Hashable, Any] = {}
 
     def update(self, x: torch.Tensor, x_dense: torch.Tensor | None = None) -> None:
-        """Count the tokens of x (T, C) in; x_dense (T, C): the same in the dense model (default: x)."""
+        """Add the tokens of x (T, C). x_dense (T, C): the same tokens' inputs in the dense model (default: x)."""
         x = x.to(self.dtype)
         self._to_sums()
         self.n += x.shape[0]
         if self.sum is not None:
             self.sum += x.sum(0)
         if self.sum_sq is not None:
-            for rows in x.split(64):  # squares of 64 rows stay in the cache: a sixth of the time of one norm over all
+            for rows in x.split(64):  # the squares of 64 rows stay in the cache: six times as fast as one norm over all
                 self.sum_sq.addmv_(rows.square().T, rows.new_ones(len(rows)))
-        if self.outer is not None:  # by symmetry, strips of the upper triangle: 9/16 of the multiplications
+        if self.outer is not None:  # strips of the upper triangle suffice by symmetry: 9/16 of the multiplications
             strip = max(-(-self.C // 8), 64)
             for i in range(0, self.C, strip):
                 self.outer[i : i + strip, i:].addmm_(x[:, i : i + strip].T, x[:, i:])
@@ -62,7 +67,7 @@ class Statistics:
             self.sample = torch.cat([self.sample, x[rows]]) if take else self.sample
 
     def __add__(self, other: "Statistics") -> "Statistics":
-        """Statistics of both inputs together, as new sums."""
+        """The statistics of both sets of tokens together. Raises ValueError if C or needs differ."""
         if (self.C, self.needs) != (other.C, other.needs):
             raise ValueError(f"statistics of {self.C} inputs ({', '.join(sorted(self.needs))}) and of {other.C} "
                              f"({', '.join(sorted(other.needs))}) cannot be added")
@@ -79,7 +84,7 @@ class Statistics:
 
     @property
     def G(self) -> torch.Tensor:
-        """E[x xᵀ] (C, C), made in place of the sums: there is never a second matrix of this size."""
+        """The Gram matrix E[x xᵀ] (C, C). It replaces the sums in place, so that memory holds one such matrix only."""
         if not self._outer_is_mean:
             self.outer.div_(max(self.n, 1))
             strip = 512
@@ -91,8 +96,9 @@ class Statistics:
             self._outer_is_mean = True
         return self.outer
 
-    def _to_sums(self):
-        self._derived.clear()
+    def _to_sums(self) -> None:
+        """Undo `G` and drop everything derived from the sums."""
+        self.forget()
         if self._outer_is_mean:
             self.outer.mul_(self.n)
             self._outer_is_mean = False
@@ -107,20 +113,24 @@ class Statistics:
         """E[x_j²] (C,)."""
         return self.sum_sq / max(self.n, 1) if self.sum_sq is not None else self.G.diagonal()
 
-    def derived(self, key, make: Callable):
-        """`make()`, kept until the next update: linears fed by the same tensor share what is computed of it."""
+    def derived(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """`make()`, cached under `key` until the next update, so that linears with the same input share the result."""
         if key not in self._derived:
             self._derived[key] = make()
         return self._derived[key]
 
+    def forget(self) -> None:
+        """Drop everything derived from the sums; it is computed again when needed."""
+        self._derived.clear()
+
     def finite(self) -> bool:
-        """Whether no sum has met an infinity or a NaN (a Gram matrix's diagonal speaks for all of it)."""
+        """Whether all sums are finite. (For a Gram matrix the diagonal suffices: |G_ij|² <= G_ii G_jj.)"""
         outer = None if self.outer is None else self.outer.diagonal()
         sums = (self.sum, self.sum_sq, outer, self.cross, self.sample)
         return self.derived("finite", lambda: all(bool(torch.isfinite(t).all()) for t in sums if t is not None))
 
     def relative_error(self, W: torch.Tensor, W_hat: torch.Tensor) -> float | None:
-        """‖(W-Ŵ)x‖² / ‖Wx‖² over the sampled inputs, a float; None when there are none."""
+        """‖(W-Ŵ)x‖² / ‖Wx‖² over the sampled inputs, for W and W_hat (R, C); None without a sample."""
         if self.sample is None or not len(self.sample):
             return None
         sample = self.sample.to(W.dtype)

@@ -1,16 +1,17 @@
-"""Checkpoint: a pruned model as files that prove themselves.
+"""Checkpoint: save a pruned model together with what is needed to verify it.
 
     folder    the folder that `--save` names, written crash-safe
-    lock      one process at a time writes into it
-    owner     whose it is, and which files in it are the program's
-    kept      finished blocks, for a run that was killed
-    manifest  what was done to which tensor, and the hashes that prove it
-    contents  what the files of a folder hold, as hashes
-    sealed    JSON that knows its own hash
-    outcome   what was saved is what should be
+    lock      only one process at a time writes into it
+    owner     which run a folder belongs to, and which of its files oneshot wrote
+    kept      finished blocks, saved for a run that may be interrupted
+    manifest  what was done to each tensor, and hashes to check it by
+    contents  hashes of all files of a folder, and of all tensors in them
+    claims    whether a manifest agrees with itself
+    sealed    JSON files that contain their own hash
+    outcome   compare a saved folder with the model and with the input
     packed    the packed 2:4 format
-    bytes     what the weights take, stored and dense
-    verify    `oneshot verify`: prove that a folder is what its manifest says
+    bytes     the storage of the weights, pruned and dense
+    verify    `oneshot verify`: check a folder against its manifest
 """
 
 from .folder import Folder

@@ -1,4 +1,4 @@
-"""Bytes: what the prunable weights of a model take, as their patterns or grids let them be stored, and dense."""
+"""Bytes: the storage of a model's prunable weights in their patterns or grids, and dense."""
 
 from torch import nn
 
@@ -8,9 +8,9 @@ from ..quantise.grids import Integers
 
 
 def model_bytes(model: nn.Module, rows: list[dict], grid: Integers | None = None) -> dict[str, int]:
-    """{"stored", "dense"}: bytes of all prunable linears, as the layers' patterns let them be stored, and dense.
+    """{"stored", "dense"}: bytes of all prunable linears in their layers' patterns, and dense.
 
-    rows: the record's layer rows. grid: of a rounded model, for linears without a row.
+    rows: the record's layer rows. grid: of a rounded model; applies to linears without a row.
     """
     found = {row["name"]: parse(row["pattern"], row["group"]) for row in rows}
     stored = dense = 0

@@ -1,14 +1,14 @@
 """Checkpoints: a pruned model in a folder that `AutoModelForCausalLM.from_pretrained` loads, written crash-safe.
 
-    DIR/.oneshot/lock                the lock of the process that writes here
-    DIR/.oneshot/run.json            which run is at work here (its run_id), which files in DIR are the program's, the
-                                     plan it follows
+    DIR/.oneshot/lock                      the lock of the process that writes here
+    DIR/.oneshot/run.json                  the run_id of the run that writes here, the files in DIR that oneshot wrote,
+                                           and the run's plan
     DIR/.oneshot/block_00007.safetensors   a finished block: its tensors, and its rows of the record in the header
-    DIR/.oneshot/final/              the checkpoint while it is being written
-    DIR/oneshot.json                 the manifest, moved into place last: only a finished folder has it
+    DIR/.oneshot/final/                    the checkpoint while it is being written
+    DIR/oneshot.json                       the manifest, moved into place last: only a finished folder has it
 
-Every file is written under a temporary name, synced and renamed, so a kill at any moment leaves nothing half-written
-under a name that counts.
+Every file is written under a temporary name, synced and renamed, so that a kill at any moment leaves no incomplete file
+under its final name.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from ..models import source_of
+from ..models import Tokenizer, source_of
 from ..prune import patterns
 from ..runtime.files import remove_parts, sync, umask, write_text
 from . import contents, kept, owner, packed, sealed
@@ -35,13 +35,17 @@ Plan = dict[str, patterns.Pattern]
 
 
 class Folder:
-    """The folder that `--save` names, for one run, locked. No file in it but the lock changes before the run's first
-    block is kept.
+    """The folder that `--save` names, locked for one run. Except for the lock, nothing in it changes before the run's
+    first block is saved.
 
-    lock: held by the caller; without one the folder takes its own, until `release`. computed_with: what the bits of
-    the blocks depend on, noted with each; plain values. plan: noted with the first.
+    overwrite: whether it may replace the result of another run. lock: the folder's lock, if the caller holds it;
+    otherwise the Folder takes it and keeps it until `release`.
 
-    Raises ValueError naming `--save` when the folder belongs to something else, or another process writes into it.
+    computed_with: plain values that the bits of a block depend on (threads, device, versions), saved with each block.
+    plan: the run's plan if it was computed from data, saved with the first block.
+
+    Raises ValueError naming `--save` when the folder holds another run or anything else, or when another process
+    writes into it.
     """
 
     def __init__(self, path: str | Path, run_id: str, overwrite: bool = False, lock: FolderLock | None = None):
@@ -60,7 +64,7 @@ class Folder:
             raise
 
     def _open(self, overwrite: bool) -> None:
-        """Look at what is there, now that nobody else can change it."""
+        """Check what is in the folder, now that no other process can change it."""
         found = owner_of(self.path)
         if found not in (None, self.run_id) and not overwrite:
             raise ValueError(f"--save {self.path}: holds another run ({found}); --overwrite replaces it")
@@ -69,21 +73,21 @@ class Folder:
         self._noted = owner.read_run(self.path) if self.ours else {}
         self.finished = self.ours and (self.path / MANIFEST).is_file() and not self.faults
         if self.finished:
-            self.drop_work()  # of a run that was killed when it was done, or had just begun to replace this one
+            self.drop_work()  # left by a run that was killed at its very end, or when it began to replace this one
         else:
             owner.check_foreign(self.path, self._own)
         remove_parts(self.path)
 
     def release(self) -> None:
-        """Let other processes in, where this folder took the lock itself."""
+        """Release the lock, if this object took it."""
         if self._own_lock:
             self._lock.release()
 
     @functools.cached_property
     def faults(self) -> list[str]:
-        """What is no longer as this run wrote it, where it finished earlier.
+        """If this run finished earlier: one line for each file or tensor that is not as it was written.
 
-        Every file is hashed: that takes as long as the fingerprint of the input model, which each run computes.
+        Every file is hashed, which takes as long as the fingerprint of the input model that each run computes.
         """
         if not (self.ours and (self.path / MANIFEST).is_file()):
             return []
@@ -100,43 +104,46 @@ class Folder:
         return read_manifest(self.path)["record"]
 
     def kept_plan(self) -> Plan | None:
-        """The plan that the kept blocks follow: an allocation computed again may differ in its last bits."""
+        """The plan that the saved blocks were pruned by, if there is one: an allocation that is computed again, say
+        with more threads, may differ by one zero."""
         if not (self.ours and self._block(0).is_file() and self._noted.get("plan")):
             return None
         self._first = self._noted["computed_with"]
         return {name: patterns.parse(*entry) for name, entry in self._noted["plan"].items()}
 
     def blocks(self) -> Iterator[tuple[kept.State, dict]]:
-        """(state dict, rows) of the blocks finished so far, in order.
+        """Yield (state dict, rows of the record) of the blocks finished so far, in order.
 
-        From the first that is not as it was kept, all are dropped, which `warnings` says.
+        The first block that is not as it was saved is removed together with all later ones; see `warnings`.
         """
         number = 0
         while self.ours and any(later >= number for later in self._numbers()):
             try:
                 state, rows, used, self._seal = kept.read(self._block(number), self.run_id, number, self._seal)
             except kept.Damaged as why:
-                self._drop_from(number, f"block {number} that an interrupted run had kept {why}; it is pruned again, "
-                                        "and all behind it")
+                self._drop_from(number, f"block {number} that an interrupted run had saved {why}; it is pruned again, "
+                                        "and so are all later ones")
                 return
             self._used.append(used)
             yield state, rows
             number += 1
 
     def warnings(self) -> list[str]:
-        """What the record should say of kept blocks."""
+        """What the record should say of the saved blocks: those that were removed, those computed otherwise."""
         plan = kept.other_circumstances("its allocation was", self._first, self.computed_with) if self._first else []
         return self._warnings + plan + kept.of_blocks(self._used, self.computed_with)
 
     def _block(self, number: int) -> Path:
+        """The file of a block."""
         return self.work / kept.name_of(number)
 
     def _numbers(self) -> list[int]:
-        """Numbers of the blocks that are kept."""
+        """The numbers of the saved blocks."""
         return sorted(int(file.stem.removeprefix("block_")) for file in self.work.glob("block_*.safetensors")
                       if owner.WORK_FILES.fullmatch(file.name))
 
     def _drop_from(self, number: int, why: str) -> None:
+        """Remove the saved blocks from `number` on."""
         with writing(self.path):
             for later in self._numbers():
                 if later >= number:
@@ -144,7 +151,7 @@ class Folder:
         self._warnings.append(why)
 
     def claim(self) -> None:
-        """Make the folder this run's and remove what earlier ones left; killed in between, it still has an owner."""
+        """Mark the folder as this run's, then remove what earlier runs left, so that it always has an owner."""
         if not self.claimed:
             self._note()
             if not self.ours:
@@ -153,13 +160,13 @@ class Folder:
             self.ours = self.claimed = True
 
     def _note(self) -> None:
-        """Write down whose the folder is, and which files in it are the program's."""
+        """Write run.json."""
         plan = {name: [str(p), p.group] for name, p in self.plan.items()} if self.plan else None
         sealed.write({"run_id": self.run_id, "files": sorted(self._own.removable), "nameless": self._own.nameless,
                       "computed_with": self._first or self.computed_with, "plan": plan}, self.work / owner.RUN)
 
     def save_block(self, number: int, state: kept.State, rows: dict) -> None:
-        """Keep a finished block: its state dict and its rows of the record; a killed run resumes after it."""
+        """Save a finished block, its state dict and its rows of the record; an interrupted run resumes after it."""
         with writing(self.path):
             self._lock.check()
             self.claim()
@@ -171,12 +178,14 @@ class Folder:
             os.replace(part, self._block(number))
             self._seal = header["seal"]
 
-    def finish(self, model: nn.Module, tokenizer, record: dict, form: str = "dense",
+    def finish(self, model: nn.Module, tokenizer: Tokenizer, record: dict, form: str = "dense",
                page: Callable[[dict], str] | None = None) -> dict:
-        """Write checkpoint, page and manifest, move them into place, drop the work files; the record as stored.
+        """Write checkpoint, page and manifest, move them into place, remove the work files; returns the saved record.
 
-        form: "dense" (zeros among the weights) or "packed" (2:4 linears replaced in the model, see packed.py). page:
-        gives the text of report.html.
+        form: "dense" (zeros are stored) or "packed" (2:4 linears are replaced in the model, see packed.py). page:
+        returns the text of report.html for a record.
+
+        Raises OSError naming `--save` if writing fails, ProofError if what was saved is not the model.
         """
         data = manifest(model, record)
         if form == "packed":
@@ -201,7 +210,7 @@ class Folder:
         return record
 
     def _move(self, final: Path, names: list[str]) -> None:
-        """Move the files of these names into place, and the manifest."""
+        """Move the files of these names and the manifest into place. Raises ValueError for a foreign file there."""
         last = ["config.json", MANIFEST]  # without the former nothing loads, without the latter nothing is finished
         names = [name for name in names if name not in last] + last
         owner.refuse_foreign(self.path, [name for name in names if name not in self._own.replaceable and (
@@ -216,7 +225,7 @@ class Folder:
         sync(self.path)
 
     def drop_work(self, but: str = "") -> None:
-        """Remove the work files, of whichever run: those that this program names so, and nothing else."""
+        """Remove the work files of any run: those with the names that oneshot gives them, and nothing else."""
         for file in list(self.work.iterdir()) if self.work.is_dir() else ():
             if file.name != but and (file.name == "final" or owner.WORK_FILES.fullmatch(file.name)):
                 with contextlib.suppress(OSError):
@@ -224,7 +233,7 @@ class Folder:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link (not what it leads to), or a folder with all that is in it, where there is one."""
+    """Remove a file, a link (not its target) or a folder with its contents, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -232,11 +241,11 @@ def remove(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: str | Path):
-    """A write that fails, in whichever library, as one OSError that says what to do."""
+def writing(path: str | Path) -> Iterator[None]:
+    """Within the context, a failure to write, in any library, becomes an OSError of one line that says what to do."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or str(error)
-        raise OSError(f"--save {path}: cannot be written ({why}); mend that and give the same command, it continues"
+        raise OSError(f"--save {path}: cannot be written ({why}); fix that and repeat the same command, it resumes"
                       ) from error

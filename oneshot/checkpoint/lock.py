@@ -28,7 +28,7 @@ class FolderLock:
                              "choose another folder") from None
         except OSError as error:
             self._remove_empty()
-            raise OSError(f"--save {path}: cannot be written ({error.strerror or error}); mend that and give the same "
+            raise OSError(f"--save {path}: cannot be written ({error.strerror or error}); fix that and repeat the same "
                           "command") from None
 
     def check(self) -> None:

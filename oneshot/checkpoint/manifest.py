@@ -1,11 +1,11 @@
-"""The manifest of a finished checkpoint: what was done to which tensor, and the hashes that prove it.
+"""The manifest of a finished checkpoint: what was done to each tensor, and hashes to check it by.
 
     schema          2; 1 has no `files` and `stored_tensors`, and no seal
     format          "dense" or "packed"; packed ones also have `packed` and `left_dense` (packed.py)
     record          the run's record
-    tensors         {linear: pattern, zeros, sha256 of its dense bytes, ...}, for all that can be pruned
-    files           {name: {"bytes", "sha256"}} of every file beside it that the run wrote
-    stored_tensors  {name: {"file", "dtype", "shape", "sha256"}} of everything in the safetensors files
+    tensors         {linear: its pattern, zeros, sha256 of its dense bytes, ...} of all prunable linears
+    files           {name: {"bytes", "sha256"}} of every other file that the run wrote
+    stored_tensors  {name: {"file", "dtype", "shape", "sha256"}} of every tensor in the safetensors files
     sha256_of_this  the hash of all text before it (sealed.py)
 """
 
@@ -25,7 +25,7 @@ SCHEMA, READABLE = 2, (1, 2)
 
 
 def manifest(model: nn.Module, record: dict) -> dict:
-    """What was done to which tensor, and proof: {"schema", "record", "tensors": {linear: {...}}}."""
+    """{"schema", "format", "record", "tensors": {linear: its shape, pattern, zeros, dtype and sha256}}."""
     weights = {weight.name: weight for weight in models.all_weights(model)}
     tensors = {}
     for row in record["layers"]:
@@ -36,7 +36,7 @@ def manifest(model: nn.Module, record: dict) -> dict:
 
 
 def digest(weight: Weight) -> str:
-    """sha256 of a linear's stored bytes, as (R, C) in row-major order."""
+    """sha256 (hex) of a linear's weight in its stored dtype, as (R, C) in row-major order."""
     stored = weight.get().to(weight.stored).contiguous()
     return hashlib.sha256(stored.view(-1).view(torch.uint8).numpy()).hexdigest()
 
@@ -44,21 +44,21 @@ def digest(weight: Weight) -> str:
 def read_manifest(path: str | Path) -> dict:
     """The manifest of a finished folder.
 
-    Raises ValueError when there is none, it is damaged, or from another version.
+    Raises ValueError when there is none, or when it is damaged or from another version.
     """
     return read_sealed(path)[0]
 
 
 def read_sealed(path: str | Path) -> tuple[dict, bool]:
-    """(the manifest of a finished folder, whether it is as it was written; one of schema 1 always is).
+    """(the manifest of a finished folder, whether it is as it was written; always True for schema 1).
 
-    Raises ValueError when there is none, it is damaged, or from another version.
+    Raises ValueError when there is none, or when it is damaged or from another version.
     """
     file = Path(path) / MANIFEST
     if not file.is_file():
         inside = sorted(f.parent.name for f in Path(path).glob(f"*/{MANIFEST}"))
         raise ValueError(f"{path}: no {MANIFEST}, so no finished oneshot checkpoint"
-                         + (" (a run was interrupted here; the same command continues it)"
+                         + (" (a run was interrupted here; the same command resumes it)"
                             if (Path(path) / WORK).is_dir() else "")
                          + (f"; it holds some: give one of {', '.join(inside)}" if inside else ""))
     try:
@@ -74,10 +74,10 @@ def read_sealed(path: str | Path) -> tuple[dict, bool]:
 
 
 def old(data: dict) -> bool:
-    """Whether a manifest is of the schema that knew no hashes of files."""
+    """Whether a manifest is of schema 1, without hashes of files."""
     return data["schema"] == 1 and "files" not in data and "stored_tensors" not in data
 
 
 def pattern_of(entry: dict) -> patterns.Pattern:
-    """The Pattern that a manifest's entry names."""
+    """The Pattern of a manifest's entry."""
     return patterns.parse(entry["pattern"], entry.get("group"))

@@ -1,4 +1,4 @@
-"""Outcome: a saved folder is compared with the model and with the input before it counts as finished."""
+"""Outcome: compare a saved folder with the model and with the input, before it counts as finished."""
 
 import fnmatch
 import shutil
@@ -7,21 +7,23 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..models.intake import Source, headers, lost, will_save
+from ..models.intake import headers
+from ..models.source import Source, lost, will_save
 from ..runtime.proof import prove
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
-SIDE_FILES = (  # what belongs to a model beside its weights, config and tokenizer.json
+SIDE_FILES = (  # files that belong to a model besides its weights, config and tokenizer.json
     "preprocessor_config.json", "*processor_config.json", "generation_config.json", "LICEN[CS]E*", "NOTICE*",
     "USE_POLICY*", "tokenizer.model", "*.spm", "*.tiktoken", "chat_template*", "added_tokens.json",
     "special_tokens_map.json", "vocab.json", "vocab.txt", "merges.txt")
 
 
 def check_saved(folder: Path, model: nn.Module, source: Source) -> None:
-    """Prove that the safetensors files in `folder` hold what the model should save: every name, shape and dtype, and
-    every tensor of the input but those that loading left out, which are a warning already.
+    """Prove that the safetensors files in `folder` are the model: the same names, shapes and dtypes.
 
-    Raises ProofError naming the first tensor that is not as it should be.
+    Every tensor of the input must be there as well, except those that loading left out with a warning.
+
+    Raises ProofError naming the first tensor that is missing or wrong.
     """
     found, expected = headers(sorted(folder.glob("*.safetensors")), str(folder)), will_save(model)
     where = f"{folder}: what was saved is not the model"
@@ -38,7 +40,7 @@ def check_saved(folder: Path, model: nn.Module, source: Source) -> None:
 
 
 def copy_side_files(folder: Path | None, to: Path) -> list[str]:
-    """Copy the files of SIDE_FILES that are not written anew; the names copied."""
+    """Copy the SIDE_FILES in `folder` that are not in `to` yet; returns their names."""
     copied = []
     for file in sorted(folder.iterdir()) if folder else ():
         wanted = any(fnmatch.fnmatchcase(file.name, pattern) for pattern in SIDE_FILES)

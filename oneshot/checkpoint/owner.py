@@ -143,7 +143,7 @@ def refuse_foreign(path: Path, names: list[str]) -> None:
     """Raise ValueError naming files that are not the program's, and in its way; nothing for none."""
     if names:
         raise ValueError(f"--save {path}: holds {', '.join(names[:3])}{' and more' if len(names) > 3 else ''}, which "
-                         "oneshot did not put there and would replace; move it away and give the same command")
+                         "oneshot did not put there and would replace; move it away and repeat the same command")
 
 
 def clear(path: Path, names: frozenset[str]) -> None:

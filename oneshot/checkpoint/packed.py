@@ -1,18 +1,19 @@
-"""Packed checkpoints: every 2:4 linear at 0.5625x of its dense bytes, loaded by plain `from_pretrained`.
+"""Packed checkpoints: every 2:4 linear takes 0.5625 of its dense bytes; loaded by plain `from_pretrained`.
 
     import oneshot                                                    # registers the format with transformers
     model = AutoModelForCausalLM.from_pretrained("llama-2of4-packed")   # linears are oneshot_kernels.Sparse24Linear
 
-On disk a packed linear has its own key with the packed shape, `...weight` (R, C/2), and `...metadata` (R, ceil(C/8))
-uint8 beside it, as oneshot_kernels/reference.py defines them. A transformers that was not told of the format only warns
-of an unknown quantisation method, builds dense linears and meets tensors of another shape: it raises, and can never run
-with weights made up. The config names linears, never code.
+On disk a packed linear has two tensors, `...weight` (R, C/2) and `...metadata` (R, ceil(C/8)) uint8, as defined in
+oneshot_kernels/reference.py. Without `import oneshot`, transformers warns of an unknown quantisation method, builds
+dense linears, finds tensors of another shape and raises: it never runs with made-up weights. The config contains the
+names of linears, never code.
 """
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from oneshot_kernels import Sparse24Linear, pack, reference
 from safetensors import safe_open
@@ -29,9 +30,9 @@ HINT = "run `import oneshot` before from_pretrained"
 
 @register_quantization_config(METHOD)
 class PackedConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a packed checkpoint: which linears are packed."""
+    """The `quantization_config` of a packed checkpoint: the names of the packed linears, and how to load it."""
 
-    def __init__(self, linears=(), to_load=HINT, **kwargs):
+    def __init__(self, linears: Iterable[str] = (), to_load: str = HINT, **kwargs: Any):
         self.quant_method = METHOD
         self.linears, self.to_load = list(linears), to_load
         unknown = set(kwargs) - {"quant_method"}
@@ -41,40 +42,44 @@ class PackedConfig(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class PackedQuantizer(HfQuantizer):
-    """Puts packed linears in place of dense ones before transformers fills them from the files."""
+    """Replaces dense linears by packed ones before transformers loads the files into them."""
 
-    requires_calibration = True  # transformers' word for: dense checkpoints are not packed while they load
+    requires_calibration = True  # in transformers' terms: dense checkpoints are not packed while they are loaded
 
-    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+    def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files: list[str] | None = None,
+                                             **kwargs: Any) -> None:
         for name in self.quantization_config.linears:
             replace(model, name, empty_like(linear_named(model, name)))
         check_files(checkpoint_files or (), len(self.quantization_config.linears))
         check_hashes(checkpoint_files or ())
 
-    def _process_model_after_weight_loading(self, model, **kwargs):
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for name in self.quantization_config.linears:
             linear = model.get_submodule(name)
             try:
-                reference.check(*linear.packed[:2])  # the GPU kernels trust what they are given
+                reference.check(*linear.packed[:2])  # the GPU kernels do not check their inputs
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
             linear.prepare()
         return model
 
-    def is_serializable(self, *args, **kwargs):
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether the model can be saved."""
         return True
 
     @property
-    def is_trainable(self):
+    def is_trainable(self) -> bool:
+        """Whether the model can be trained."""
         return False
 
     @property
-    def is_compileable(self):
-        return True  # else `generate` with a static cache would run uncompiled, without a word
+    def is_compileable(self) -> bool:
+        """Whether the model can be compiled; if not, `generate` with a static cache would silently not compile."""
+        return True
 
 
-def check_files(files: list[str], n: int) -> None:
-    """Raise ValueError unless the files hold `n` packed weights: transformers would only report what is missing."""
+def check_files(files: Iterable[str], n: int) -> None:
+    """Raise ValueError unless the files hold `n` packed weights; transformers would only log what is missing."""
     keys = set()
     for file in files:
         with safe_open(file, "pt") as f:
@@ -90,11 +95,11 @@ _CHECKS = [True]
 
 
 def check_hashes(files: Sequence[str]) -> None:
-    """Raise ValueError naming a tensor that is not as the manifest beside the files has it.
+    """Raise ValueError naming a tensor that does not have the hash that the manifest beside the files records.
 
-    A change of packed values shows in nothing else: every value fits. sha256 takes 0.55 s a GB and core (193 MB: 0.105
-    s, beside 0.07 s for loading them lazily from a warm cache; the demo's 3 MB: 0.003 s beside 0.05 s), less than
-    reading from most disks does. Without a manifest there is nothing to hold them against, which a warning says.
+    Changed packed values would not show otherwise. sha256 takes 0.55 s per GB and core (193 MB: 0.105 s, where loading
+    lazily from a warm cache takes 0.07 s; the demo's 3 MB: 0.003 s and 0.05 s), less than reading from most disks.
+    Without a manifest nothing can be checked; a warning says so.
     """
     folder = Path(files[0]).parent if files else None
     if folder is None or not _CHECKS[-1]:
@@ -114,7 +119,7 @@ def check_hashes(files: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def unchecked() -> Iterator[None]:
-    """Load packed checkpoints without looking at their hashes: for those who look themselves."""
+    """Within the context, packed checkpoints are loaded without checking their hashes."""
     _CHECKS.append(False)
     try:
         yield
@@ -123,7 +128,7 @@ def unchecked() -> Iterator[None]:
 
 
 def pack_model(model: nn.Module, names: list[str]) -> nn.Module:
-    """Pack the linears called `names` in place; the model then saves as a packed checkpoint.
+    """Pack the linears named `names` in place; `save_pretrained` of the model then writes a packed checkpoint.
 
     Raises ValueError naming the linear that is not 2:4.
     """
@@ -141,7 +146,7 @@ def pack_model(model: nn.Module, names: list[str]) -> nn.Module:
 
 
 def pack_checkpoint(model: nn.Module, tensors: dict[str, dict]) -> dict:
-    """Pack every linear of a manifest's `tensors` that can be, in place; what the manifest should say of it.
+    """Pack, in place, every linear in a manifest's `tensors` that can be packed; returns entries for the manifest.
 
     Raises ValueError naming `--format` when there is none.
     """
@@ -163,7 +168,7 @@ def pack_checkpoint(model: nn.Module, tensors: dict[str, dict]) -> dict:
 
 
 def linear_named(model: nn.Module, name: str) -> nn.Module:
-    """The linear of that name. Raises ValueError when the model has none: config and architecture do not fit."""
+    """The linear named `name`. Raises ValueError when the model has none, as config and model then do not match."""
     try:
         module = model.get_submodule(name)
     except AttributeError:
@@ -174,29 +179,29 @@ def linear_named(model: nn.Module, name: str) -> nn.Module:
 
 
 def is_conv1d(linear: nn.Module) -> bool:
-    """Whether a linear keeps its weight transposed."""
+    """Whether a linear stores its weight transposed, as (C, R)."""
     return isinstance(linear, models.Conv1D)
 
 
 def empty_like(linear: nn.Module) -> Sparse24Linear:
-    """A packed linear of the same shape, dtype and bias, for a checkpoint to fill."""
+    """An uninitialised packed linear of the same shape, dtype and bias."""
     R, C = linear.weight.shape[::-1] if is_conv1d(linear) else linear.weight.shape
     return Sparse24Linear(C, R, linear.bias is not None, device=linear.weight.device, dtype=linear.weight.dtype)
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module where the one called `name` is."""
+    """Replace the module named `name`."""
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, module)
 
 
 def linears(model: nn.Module) -> list[Sparse24Linear]:
-    """The packed linears of a model."""
+    """All packed linears of a model."""
     return [m for m in model.modules() if isinstance(m, Sparse24Linear)]
 
 
 def bytes_of(model: nn.Module) -> tuple[int, int]:
-    """(packed bytes, what the same weights take dense)."""
+    """(bytes of all packed linears' weights, bytes of the same weights when dense)."""
     packed = dense = 0
     for m in linears(model):
         values, metadata, (R, C) = m.packed
@@ -206,7 +211,7 @@ def bytes_of(model: nn.Module) -> tuple[int, int]:
 
 
 def to_dense(model: nn.Module) -> nn.Module:
-    """Packed linears replaced by nn.Linear holding the same weights; for checks and for what needs dense modules."""
+    """Replace packed linears, in place, by nn.Linear with the same weights; returns the model."""
     for name, m in list(model.named_modules()):
         if isinstance(m, Sparse24Linear):
             linear = nn.Linear(m.in_features, m.rows, m.bias is not None, device="meta")

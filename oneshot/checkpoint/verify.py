@@ -1,14 +1,14 @@
-"""`oneshot verify DIR`: prove that a checkpoint is what its manifest says.
+"""`oneshot verify DIR`: check a saved checkpoint against its manifest.
 
-Hashes every file that the run wrote, and names the tensor that has changed: weights, norms, embeddings, biases, packed
-values; config, tokenizer and page by their files. Loads the folder as anyone would and checks, on the stored dtype and
-linear by linear: the pattern holds, the number of zeros is the recorded one, the bytes are the recorded ones; that no
-prunable linear is missing from the manifest; and lists what was never pruned. What the manifest says must agree with
-itself: patterns, groups, zeros, format, settings. What is not checked is named. Exit code 0: all proved; 1: something
-is off; 2: nothing to check.
+Hashes every file that the run wrote and names each tensor that has changed: weights, norms, embeddings, biases, packed
+values. Loads the folder like any user of it would. Checks for every linear layer, in its stored dtype, that the pattern
+holds and that the number of zeros and the hash of its bytes are the recorded ones; and that no prunable linear layer is
+missing from the manifest. Checks that the manifest agrees with itself: patterns, groups, zeros, format, settings. Lists
+what was never pruned, and what is not checked. Exit code: 0, everything is as recorded; 1, something is not; 2, there
+is nothing to check.
 
-With `--twin OTHER` also: both hold the same model, every tensor of the one equal to the other's, packed weights as the
-dense matrices they stand for.
+With `--twin OTHER` it also checks that both folders hold the same model, tensor by tensor; packed weights are compared
+as the dense matrices they represent.
 """
 
 import argparse
@@ -26,8 +26,11 @@ from .manifest import digest, old, pattern_of, read_sealed
 
 
 class Verified(NamedTuple):
-    """What was found. rows: one dict per linear. faults: one line each. skipped: what was left alone, and why. files,
-    tensors: how many were hashed. unchecked: what nothing is known of."""
+    """What `verify` found.
+
+    rows: one dict per linear. faults: one line per fault. skipped: [(tensor that was not pruned, why)]. files, tensors:
+    how many were hashed. unchecked: what the manifest records nothing of.
+    """
 
     rows: list[dict]
     faults: list[str]
@@ -38,10 +41,13 @@ class Verified(NamedTuple):
 
 
 def verify(path: str | Path) -> Verified:
-    """Hold a folder against its manifest. Raises ValueError when there is nothing to check."""
+    """Check a folder against its manifest.
+
+    Raises ValueError when the folder is not a finished checkpoint of oneshot, or cannot be loaded.
+    """
     path = Path(path)
     if not path.is_dir():
-        raise ValueError(f"{path}: no such folder; give one that oneshot.run --save wrote")
+        raise ValueError(f"{path}: no such folder; give one that oneshot prune --save wrote")
     data, whole = read_sealed(path)
     faults = [] if whole else [Fault(MANIFEST, "was changed after it was written")]
     changed = contents.differences(path, data)
@@ -52,7 +58,7 @@ def verify(path: str | Path) -> Verified:
         more = f"; not as recorded: {changed[0]}" + (f" and {len(changed) - 1} more" if changed[1:] else "")
         raise ValueError(f"{error}{more if changed else ''}") from None
     faults += claims.check(data) + claims.check_packed(data, model)
-    packed.to_dense(model)  # the recorded bytes are those of the dense weights: equal to them, packed lost nothing
+    packed.to_dense(model)  # the recorded hashes are of the dense weights, so they also show that packing lost nothing
     rows, found = check_linears(model, data)
     bad = {fault.name for fault in found}
     faults += found + [fault for fault in changed if not fault.tensor or fault.name.rpartition(".")[0] not in bad]
@@ -64,7 +70,7 @@ def verify(path: str | Path) -> Verified:
 
 
 def check_linears(model: torch.nn.Module, data: dict) -> tuple[list[dict], list[Fault]]:
-    """(rows, faults) of all linears of a loaded model, held against a manifest."""
+    """(rows, faults): every linear of a loaded model compared with a manifest."""
     entries, rows, faults, zeros, total = dict(data["tensors"]), [], [], 0, 0
     for weight in models.all_weights(model):
         name = weight.name
@@ -88,9 +94,9 @@ def check_linears(model: torch.nn.Module, data: dict) -> tuple[list[dict], list[
 
 
 def compare(path: str | Path, twin: str | Path) -> tuple[int, list[str]]:
-    """(tensors compared, one line per difference) between two checkpoints of the same model, packed or dense.
+    """(number of tensors compared, one line per difference) for two checkpoints of the same model, packed or dense.
 
-    Exact: same names, shapes, dtypes and values; what a packed linear stands for is compared, not its packed bytes.
+    Names, shapes, dtypes and values must be equal. Packed linears are compared as the dense matrices they represent.
     """
     ours, theirs = dense_tensors(path), dense_tensors(twin, "--twin")
     faults = [f"{name}: only in {path}" for name in ours if name not in theirs]
@@ -106,7 +112,10 @@ def compare(path: str | Path, twin: str | Path) -> tuple[int, list[str]]:
 
 
 def dense_tensors(path: str | Path, flag: str = "") -> dict[str, torch.Tensor]:
-    """{name: tensor} of a checkpoint; linears as (R, C), whether they are stored packed, dense or transposed."""
+    """{name: tensor} of a checkpoint, with linears as (R, C) whether they are stored packed, dense or transposed.
+
+    flag: the start of error messages.
+    """
     with packed.unchecked():  # what has changed shows in the comparison
         model, _ = models.load(str(path), flag=flag)
     packed.to_dense(model)
@@ -115,7 +124,7 @@ def dense_tensors(path: str | Path, flag: str = "") -> dict[str, torch.Tensor]:
 
 
 def check(weight: Weight, entry: dict) -> list[str]:
-    """What is wrong with one linear, as texts."""
+    """What is wrong with one linear compared with its manifest entry, in words; [] if nothing is."""
     W, wrong = weight.get(), []
     dtype = str(weight.stored).removeprefix("torch.")
     if list(weight.shape) != entry["shape"]:
@@ -133,17 +142,17 @@ def check(weight: Weight, entry: dict) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; exit code: see above."""
+    """Run the command and return its exit code, see above."""
     return exit_code(lambda: run(argv))
 
 
 def run(argv: list[str] | None) -> int:
-    """Verify, print what was found; exit code 0 or 1."""
+    """Verify, print the findings, and return exit code 0 or 1. Raises ValueError if there is nothing to check."""
     parser = Parser(prog="oneshot verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="a folder that oneshot prune --save wrote")
     parser.add_argument("--twin", metavar="OTHER", help="another folder that must hold the same model, tensor by "
-                                                        "tensor: the dense one of a packed checkpoint")
-    parser.add_argument("--quiet", action="store_true", help="print faults and the verdict only")
+                                                        "tensor, such as the dense version of a packed checkpoint")
+    parser.add_argument("--quiet", action="store_true", help="print only faults and the verdict")
     args = parser.parse_args(argv)
     models.quiet()
     found = verify(args.folder)
@@ -160,7 +169,7 @@ def run(argv: list[str] | None) -> int:
 
 
 def scope(found: Verified) -> str:
-    """How much was hashed, and what was not."""
+    """How much was hashed and what was not checked, in words."""
     first, more = ", ".join(found.unchecked[:3]), len(found.unchecked) - 3
     hashed = f"{found.files} files and the {found.tensors} tensors in them hashed" if found.files else ""
     left = f"not checked: {first}" + (f" and {more} more" if more > 0 else "") if found.unchecked else ""
@@ -168,7 +177,7 @@ def scope(found: Verified) -> str:
 
 
 def show(found: Verified) -> None:
-    """Print a line a linear, then what was left alone, then what was not checked."""
+    """Print one line per linear, then what was not pruned, then what was not checked."""
     width = max((len(r["name"]) for r in found.rows), default=0)
     for r in found.rows:
         R, C = r["shape"]
@@ -181,5 +190,5 @@ def show(found: Verified) -> None:
 
 
 def verdict(faults: list[str], good: str) -> str:
-    """How many faults, or what is `good` without any."""
+    """The number of faults in words, or `good` if there are none."""
     return good if not faults else f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"

@@ -1,10 +1,10 @@
-"""Data: the text a run calibrates on and is measured on, as windows of tokens.
+"""Data: the text that a run calibrates and evaluates on, as windows of tokens.
 
-    sources      where text comes from: files, data sets on the hub, the built-in text
-    windows      how text becomes windows of tokens
-    sample_self  text sampled from the model itself
-    perturb      text as people really type it
-    choose       which of all this a run's settings ask for
+    sources      read text from files, data sets on the hub, and the built-in text
+    windows      turn text into windows of tokens
+    sample_self  sample text from the model itself
+    perturb      add typos and the like to evaluation text
+    choose       select what a run's settings ask for
 """
 
 from .sources import HUB_SETS, TextOptions, Unusable

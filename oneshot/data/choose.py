@@ -1,14 +1,16 @@
-"""Choose: what a run calibrates on and what it is measured on, as its settings say."""
+"""Choose: the calibration and evaluation windows that a run's settings ask for."""
 
 import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from .. import models
-from ..runtime.flag import flag
+from ..models import Tokenizer
+from ..runtime.flag import Settings, flag
 from . import windows
 from .perturb import KINDS
 from .sources import TextOptions
@@ -17,47 +19,54 @@ from .windows import Tokens
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Flags of the calibration text, and of how text is read for all purposes."""
+    """Flags of the calibration text, and of how any text is read."""
 
     calibration: str = flag("builtin", "builtin, self (sampled from the model), wikitext2, c4, ptb, a hub data set, or "
                                        "a .txt .jsonl .json .parquet .csv file", section="data", python=False)
-    nsamples: int = flag(128, "calibration windows", section="data")
-    seqlen: int | None = flag(None, "tokens in a window (default: min(2048, the model's positions))", section="data")
-    seed: int = flag(0, "which windows; with --heal also which of them are held out, the order of training and the "
-                        "positions distil looks at; nothing else is random", section="data")
-    documents: str = flag("join", "join: windows run across documents, the papers' way; separate: each document is its "
-                                  "own window, padded and masked", section="data", bears_on="text",
+    nsamples: int = flag(128, "number of calibration windows", section="data")
+    seqlen: int | None = flag(None, "tokens per window (default: min(2048, the model's positions))", section="data")
+    seed: int = flag(0, "selects the calibration windows; with --heal also the held-out windows, the order of training "
+                        "and the positions that distil looks at; nothing else is random", section="data")
+    documents: str = flag("join", "join: windows run across documents, as in the papers; separate: each document is a "
+                                  "window of its own, padded and masked", section="data", bears_on="text",
                           choices=("join", "separate"))
-    per_line: bool = flag(False, "each line of a .txt file is a document", section="data", bears_on="text")
-    column: str | None = flag(None, "the column that holds the text", section="data", bears_on="text")
+    per_line: bool = flag(False, "treat each line of a .txt file as a document", section="data", bears_on="text")
+    column: str | None = flag(None, "column that holds the text", section="data", bears_on="text")
     data_config: str | None = flag(None, "configuration of a hub data set", section="data", bears_on="text")
     split: str | None = flag(None, "split of a hub data set", section="data", bears_on="text")
     revision: str | None = flag(None, "revision of a hub data set", section="data", bears_on="text")
 
-    def check(self):
+    def check(self) -> None:
         """Raise ValueError naming the flag whose value cannot be used."""
         check_least(self, {"nsamples": 1, "seqlen": 2})
 
 
-def check_least(options, least: dict[str, int]) -> None:
-    """Raise ValueError naming the first flag of `options` whose value is below the least; None is above."""
+def check_least(options: Any, least: dict[str, int]) -> None:
+    """Raise ValueError naming the first flag whose value is below its minimum.
+
+    options: has the flags as attributes; None passes. least: {flag: minimum}.
+    """
     for name, lowest in least.items():
         value = getattr(options, name)
         if value is not None and value < lowest:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {lowest}")
 
 
-def calibration(cfg: DataOptions, model: nn.Module, tokenizer) -> Tokens:
-    """Calibration Tokens."""
+def calibration(cfg: Settings, model: nn.Module, tokenizer: Tokenizer) -> Tokens:
+    """The calibration windows. Raises ValueError naming `--calibration` when they cannot be made."""
     with models.resident(models.tensors_of(model) if cfg.calibration == "self" else (), cfg.device):
         return windows.calibration(tokenizer, cfg.calibration, nsamples=cfg.nsamples,
-                                seqlen=window(model, cfg.seqlen, "--seqlen"), seed=cfg.seed,
-                                options=text_options(cfg), model=model, batch_size=cfg.batch_size,
-                                progress=cfg.progress)
+                                   seqlen=window(model, cfg.seqlen, "--seqlen"), seed=cfg.seed,
+                                   options=text_options(cfg), model=model, batch_size=cfg.batch_size,
+                                   progress=cfg.progress)
 
 
-def evaluation(cfg: DataOptions, model: nn.Module, tokenizer) -> dict[str, Tokens]:
-    """{name: evaluation Tokens}, read and cut before any long work."""
+def evaluation(cfg: Settings, model: nn.Module, tokenizer: Tokenizer) -> dict[str, Tokens]:
+    """{name: evaluation windows}; with `--robustness` also "name+typos" and the like.
+
+    Made before any long computation, so that a text that cannot be used is reported at once: raises ValueError naming
+    `--evaluate`.
+    """
     evaluations = {}
     length = window(model, cfg.eval_seqlen, "--eval-seqlen") if cfg.eval_seqlen else \
         window(model, cfg.seqlen, "--seqlen")
@@ -70,8 +79,11 @@ def evaluation(cfg: DataOptions, model: nn.Module, tokenizer) -> dict[str, Token
     return evaluations
 
 
-def named(cfg: DataOptions) -> dict[str, str]:
-    """{name: source} of the texts to evaluate: "code=a.txt" is named code, others after their file or data set."""
+def named(cfg: Settings) -> dict[str, str]:
+    """{name: source} of the evaluation texts: "code=a.txt" is named "code", others after their file or data set.
+
+    Raises ValueError naming `--evaluate` for a malformed entry or a repeated name.
+    """
     texts = {}
     for spec in cfg.evaluations:
         name, given, source = spec.partition("=")
@@ -85,23 +97,26 @@ def named(cfg: DataOptions) -> dict[str, str]:
     return texts
 
 
-def text_options(cfg: DataOptions) -> TextOptions:
-    """How these settings read text."""
+def text_options(cfg: Settings) -> TextOptions:
+    """The TextOptions that these settings stand for."""
     return TextOptions(column=cfg.column, config=cfg.data_config, split=cfg.split, revision=cfg.revision,
-                            cache_dir=cfg.cache_dir, per_line=cfg.per_line, documents=cfg.documents)
+                       cache_dir=cfg.cache_dir, per_line=cfg.per_line, documents=cfg.documents)
 
 
 def window(model: nn.Module, asked: int | None, flag: str) -> int:
-    """Tokens in a window: what was asked for, else min(2048, the model's positions)."""
+    """The number of tokens per window: `asked`, or by default min(2048, the model's positions).
+
+    Raises ValueError naming `flag` when the model has fewer positions than were asked for.
+    """
     most = models.max_positions(model)
     if asked and most and asked > most:
         raise ValueError(f"{flag} {asked}: longer than the {most} positions of the model")
     return asked or min(2048, most or 2048)
 
 
-def warnings(cfg: DataOptions, model: nn.Module, calibration: Tokens | None,
+def warnings(cfg: Settings, model: nn.Module, calibration: Tokens | None,
              evaluations: dict[str, Tokens]) -> list[str]:
-    """What the reader of this run's numbers should know of its data."""
+    """What a reader of this run's numbers should know about its data, one line each."""
     found = [w for t in (calibration, *evaluations.values()) if t for w in t.warnings]
     if calibration:
         widest = max(weight.shape[1] for weight in models.all_weights(model))
@@ -114,15 +129,15 @@ def warnings(cfg: DataOptions, model: nn.Module, calibration: Tokens | None,
     return [w for w in found if w]
 
 
-def same_text(cfg: DataOptions, spec: str) -> bool:
-    """Whether an evaluation text is the one that was calibrated on."""
+def same_text(cfg: Settings, spec: str) -> bool:
+    """Whether the evaluation text `spec` is the text that the run calibrates on."""
     ours, theirs = Path(cfg.calibration), Path(spec)
     if ours.is_file() and theirs.is_file():
         return ours.samefile(theirs)
-    return spec == cfg.calibration and cfg.split in ("test", "validation")  # else calibration takes the training split
+    return spec == cfg.calibration and cfg.split in ("test", "validation")  # the default split is train
 
 
-def describe(tokens: Tokens) -> dict:
-    """What the record says of a text."""
+def describe(tokens: Tokens) -> dict[str, Any]:
+    """A text's entry in the record, plain values: source, sha256 of its windows, their number and length, tokens."""
     return {"source": tokens.source, "sha256": tokens.sha256, "windows": tokens.ids.shape[0],
             "seqlen": tokens.ids.shape[1], "tokens": tokens.n_tokens}

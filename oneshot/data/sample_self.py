@@ -1,4 +1,4 @@
-"""Text sampled from the model itself, to calibrate on where there is no other (`--calibration self`)."""
+"""Text sampled from the model itself, for calibration without any other text (`--calibration self`)."""
 
 import math
 import random
@@ -7,17 +7,20 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..models import Tokenizer
 from .sources import Unusable
 
 
 @torch.no_grad()
-def sample_from_model(model: nn.Module | None, tokenizer, nsamples: int, seqlen: int, seed: int, batch_size: int = 8,
-                      progress: bool = True) -> tuple[torch.Tensor, str]:
-    """ids (nsamples, seqlen) on the CPU and a description: sampled from the model at temperature 1. A third
-    more is drawn than asked for, and the quarter that the model itself finds least likely is dropped.
+def sample_from_model(model: nn.Module | None, tokenizer: Tokenizer, nsamples: int, seqlen: int, seed: int,
+                      batch_size: int = 8, progress: bool = True) -> tuple[torch.Tensor, str]:
+    """(ids, description): token ids int64 (nsamples, seqlen) on the CPU, sampled from the model at temperature 1.
 
-    Not with `model.generate`: a checkpoint's generation config (temperature, top-k, stop at eos) bends the
-    distribution, and here the log-probabilities come for free. Global random state stays untouched.
+    One third more windows than asked for are sampled; the quarter that the model finds least likely is then dropped.
+    `model.generate` is not used, because a checkpoint's generation config (temperature, top-k, stopping at eos) would
+    change the distribution, and because the log-probabilities are needed as well. Global random state is untouched.
+
+    Raises Unusable when there is no model, it has too few positions, or its outputs are not finite.
     """
     if model is None:
         raise Unusable("needs a model to sample from; pass model=")
@@ -31,9 +34,9 @@ def sample_from_model(model: nn.Module | None, tokenizer, nsamples: int, seqlen:
     try:
         with tqdm(total=total * (seqlen - 1), desc="sampling", unit=" tokens", disable=not progress) as bar:
             for number, first in enumerate(batches):
-                # Seeded by a hash: with seed + number, seeds 0 and 1 would have most batches in common.
-                activations = random.Random(f"{seed}/{number}").getrandbits(63)
-                generator = torch.Generator(model.device).manual_seed(activations)
+                # Seeded by a hash: with seed + number, seeds 0 and 1 would share most of their batches.
+                mixed = random.Random(f"{seed}/{number}").getrandbits(63)
+                generator = torch.Generator(model.device).manual_seed(mixed)
                 drawn.append(_sample_batch(model, first, seqlen, generator, bar))
     finally:
         model.train(was_training)
@@ -43,8 +46,8 @@ def sample_from_model(model: nn.Module | None, tokenizer, nsamples: int, seqlen:
     return ids[likeliest], how
 
 
-def _first_tokens(tokenizer, n: int, seed: int) -> torch.Tensor:
-    """(n, 1): bos, or eos (in models without a bos it stands between documents), or else random tokens."""
+def _first_tokens(tokenizer: Tokenizer, n: int, seed: int) -> torch.Tensor:
+    """Ids (n, 1) to start from: bos; without one eos, which then separates documents; without either random tokens."""
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return torch.full((n, 1), token)
@@ -54,7 +57,7 @@ def _first_tokens(tokenizer, n: int, seed: int) -> torch.Tensor:
 
 def _sample_batch(model: nn.Module, first: torch.Tensor, seqlen: int, generator: torch.Generator,
                   bar: tqdm) -> tuple[torch.Tensor, torch.Tensor]:
-    """first (b, 1) -> ids (b, seqlen) and -log p of each row (b,)."""
+    """(ids (b, seqlen), -log p of each row (b,)) sampled after the first tokens (b, 1)."""
     columns, cache, surprise = [first], None, 0.0
     for _ in range(seqlen - 1):
         output = model(input_ids=columns[-1], past_key_values=cache, use_cache=True)

@@ -1,13 +1,13 @@
-"""Text from where it lies: files, data sets on the Hugging Face hub, and what is shipped in `demo/`.
+"""Read text: from files, from data sets on the Hugging Face hub, and from what is shipped in `demo/`.
 
-Where text comes from (`spec`):
+A text is named by its `spec`:
   wikitext2, c4, ptb   the papers' data sets, from the Hugging Face hub
   owner/name           any other data set on the hub (`column`, `config`, `split` in TextOptions)
   FILE                 .txt .jsonl .json .parquet .csv
-  builtin              the text shipped in `demo/`; evaluation also knows builtin:prose and builtin:sampled
+  builtin              the text shipped in `demo/`; for evaluation also builtin:prose and builtin:sampled
   self                 calibration only: sampled from the model itself
 
-What cannot be used is an `Unusable`: one line that says what is wrong and what to do, without the flag.
+Text that cannot be used raises `Unusable`: one line that says what is wrong and what to do, without the flag.
 """
 
 import csv
@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 DEMO = Path(__file__).parent.parent / "demo"
 CALIBRATION_TEXT = {"builtin": ["calibration.txt"]}
@@ -25,13 +26,13 @@ EVALUATION_TEXT = {
     "builtin:sampled": ["evaluation_sampled.txt"],
     "builtin:prose": ["evaluation_prose.txt"],
 }
-STRING_TYPES = ("string", "large_string", "string_view")  # as pyarrow and datasets name them
+STRING_TYPES = ("string", "large_string", "string_view")  # the names used by pyarrow and datasets
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".csv")
 
 
 @dataclass(frozen=True)
 class HubSet:
-    """Text on the hub. `files`: the one file of each split that is used; None = all of the split."""
+    """A data set on the hub. files: {split: the one file of it that is used}; None = the whole split."""
 
     repo: str
     column: str | None
@@ -46,40 +47,34 @@ class HubSet:
 
 HUB_SETS = {
     "wikitext2": HubSet("Salesforce/wikitext", "text", "wikitext-2-raw-v1"),
-    # Its main branch is a script, which `datasets` no longer runs; this one the hub's own parquet copy.
+    # The main branch is a script, which `datasets` no longer runs; this branch is the hub's own parquet copy.
     "ptb": HubSet("ptb-text-only/ptb_text_only", "sentence", None, "refs/convert/parquet", glue=" "),
-    "c4": HubSet(
-        "allenai/c4",
-        "text",
-        evaluation_split="validation",
-        files={
-            "train": "en/c4-train.00000-of-01024.json.gz",
-            "validation": "en/c4-validation.00000-of-00008.json.gz",
-        },
-        glue=" ",
-        evaluation_documents=1100,
-        evaluation_windows=256,
-    ),
+    "c4": HubSet("allenai/c4", "text", evaluation_split="validation", glue=" ", evaluation_documents=1100,
+                 evaluation_windows=256, files={"train": "en/c4-train.00000-of-01024.json.gz",
+                                                "validation": "en/c4-validation.00000-of-00008.json.gz"}),
 }
 
 
 @dataclass(frozen=True)
 class TextOptions:
-    """How to read text. wikitext2, c4 and ptb heed only `revision`, `cache_dir` and `documents`: these names
-    stand for what the papers measured on."""
+    """How to read text.
 
-    column: str | None = None  # hub data sets and files; default "text", else the only column with text
-    config: str | None = None  # hub data sets
-    split: str | None = None  # hub data sets; default train for calibration, test for evaluation
+    For wikitext2, c4 and ptb only `revision`, `cache_dir` and `documents` have an effect, because these names stand for
+    exactly what the papers used.
+    """
+
+    column: str | None = None  # of hub data sets and files; default: "text", else the only column that holds text
+    config: str | None = None  # of hub data sets
+    split: str | None = None  # of hub data sets; default: train for calibration, test for evaluation
     revision: str | None = None
     cache_dir: str | None = None
     per_line: bool = False  # each line of a .txt file is a document
-    documents: str = "join"  # join | separate
+    documents: str = "join"  # "join" or "separate", see windows.py
 
 
 @dataclass(frozen=True)
 class Text:
-    """Documents as read. Rows from the hub stay on disk until asked for, and may be None."""
+    """Documents as they were read. Rows of a hub data set stay on disk until they are accessed, and may be None."""
 
     documents: Sequence[str | None]
     source: str
@@ -87,7 +82,7 @@ class Text:
     warnings: tuple[str, ...] = ()
 
     def joined(self, limit: int | None = None) -> str:
-        """All documents, or the first `limit` characters of them; reads no more than it returns."""
+        """All documents joined by `glue`, or the first `limit` characters; reads no more documents than needed."""
         parts, size = [], 0
         for document in self.documents:
             parts.append(document or "")
@@ -98,13 +93,14 @@ class Text:
 
 
 class Unusable(ValueError):
-    """What is wrong and what to do; `_naming` puts the flag in front."""
+    """A text that cannot be used. The message says what is wrong and what to do; windows.py adds the flag in front."""
 
 
 # ----------------------------------------------------------------------------------------------- reading text
 
 
 def read(spec: str, options: TextOptions, evaluate: bool) -> Text:
+    """Read the text named `spec`, for evaluation or else for calibration. Raises Unusable."""
     builtin, path = EVALUATION_TEXT if evaluate else CALIBRATION_TEXT, Path(spec).expanduser()
     if spec in builtin:
         text = Text([_decode(DEMO / name) for name in builtin[spec]], f"{spec} ({', '.join(builtin[spec])})")
@@ -116,13 +112,14 @@ def read(spec: str, options: TextOptions, evaluate: bool) -> Text:
     else:
         names = _listed([*HUB_SETS, *builtin] + ["self"] * (not evaluate))
         raise Unusable(f"unknown; use {names}, a hub data set owner/name, or a file {_listed(SUFFIXES)}")
-    # How much text is needed is for the windows to say; this stops at the first document that holds any.
+    # Whether there is enough text is checked in windows.py; this stops at the first document that is not empty.
     if not any(document and document.strip() for document in text.documents):
         raise Unusable("holds no text; use another one")
     return text
 
 
 def _read_file(path: Path, options: TextOptions) -> list[str]:
+    """The documents in a file, by its suffix."""
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise Unusable(f"not a kind of file that can be read; use {_listed(SUFFIXES)}")
@@ -132,7 +129,7 @@ def _read_file(path: Path, options: TextOptions) -> list[str]:
     if suffix == ".txt":
         return content.split("\n") if options.per_line else [content]
     if suffix == ".csv":
-        csv.field_size_limit(2**31 - 1)  # by default documents above 128 KiB are refused
+        csv.field_size_limit(2**31 - 1)  # the default refuses documents above 128 KiB
         records = list(csv.DictReader(io.StringIO(content, newline="")))
         if long := [number for number, record in enumerate(records, 1) if None in record]:
             raise Unusable(f"record {long[0]} has more fields than there are columns; quote the text")
@@ -147,14 +144,15 @@ def _read_file(path: Path, options: TextOptions) -> list[str]:
 
 
 def _decode(path: Path) -> str:
-    """The file's text, with the same line ends on every machine."""
+    """A file's text, with the same line endings on every machine."""
     try:
         return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except (OSError, UnicodeDecodeError) as error:
         raise Unusable(f"cannot read {path.name} ({_brief(error)}); check the path, use UTF-8") from error
 
 
-def _parse_json(content: str, where: str = ""):
+def _parse_json(content: str, where: str = "") -> Any:
+    """Parse JSON. where: the start of the error message, such as "line 3: "."""
     try:
         return json.loads(content)
     except json.JSONDecodeError as error:
@@ -163,7 +161,7 @@ def _parse_json(content: str, where: str = ""):
 
 
 def _texts(records: list, wanted: str | None) -> list[str]:
-    """Of strings themselves, of objects the chosen column; nulls are left out."""
+    """The texts of records: the records themselves if they are strings, else the chosen column; nulls are left out."""
     first = next((record for record in records if isinstance(record, dict)), None)
     if first is not None:
         column = _choose_column({name: isinstance(value, str) for name, value in first.items()}, wanted)
@@ -179,7 +177,7 @@ def _texts(records: list, wanted: str | None) -> list[str]:
 
 
 def _choose_column(columns: dict[str, bool], wanted: str | None) -> str:
-    """`columns`: name -> whether it holds text."""
+    """The name of the column to use. columns: {name: whether it holds text}."""
     if wanted is not None and wanted not in columns:
         raise Unusable(f"no column {wanted!r}; --column must be one of {_listed(columns)}")
     with_text = [name for name, is_text in columns.items() if is_text]
@@ -189,6 +187,7 @@ def _choose_column(columns: dict[str, bool], wanted: str | None) -> str:
 
 
 def _listed(names: Iterable[str]) -> str:
+    """Names joined by commas."""
     return ", ".join(names) or "(none)"
 
 
@@ -210,7 +209,7 @@ def _read_parquet(path: Path, wanted: str | None) -> list[str]:
 
 
 def _read_hub(spec: str, options: TextOptions, evaluate: bool) -> Text:
-    """The rows of one column, from the cache if the hub does not answer."""
+    """The rows of one column of a hub data set, from the cache if the hub does not answer."""
     if spec in HUB_SETS:
         hub, split, fixed = HUB_SETS[spec], None, ("column", "config", "split")
     else:
@@ -237,8 +236,9 @@ def _read_hub(spec: str, options: TextOptions, evaluate: bool) -> Text:
     return Text(documents, source, hub.glue, tuple(warnings))
 
 
-def _load_dataset(hub: HubSet, split: str, revision: str | None, cache_dir: str | None, evaluate: bool):
-    """The datasets.Dataset, and why the hub did not answer (None if it did)."""
+def _load_dataset(hub: HubSet, split: str, revision: str | None, cache_dir: str | None,
+                  evaluate: bool) -> tuple[Any, str | None]:
+    """(the datasets.Dataset, why the hub did not answer or None if it did)."""
     instead = "a local file or `builtin`" if evaluate else "a local file, `builtin` or `self`"
     try:
         import datasets
@@ -246,24 +246,16 @@ def _load_dataset(hub: HubSet, split: str, revision: str | None, cache_dir: str 
     except ImportError as error:
         raise Unusable(f"needs the package datasets: pip install datasets; or use {instead}") from error
     away, was_offline = hub_away(), datasets.config.HF_HUB_OFFLINE
-    # `datasets` itself would retry for half a minute before it looks into its cache.
+    # By itself `datasets` would retry for half a minute before it looks into its cache.
     datasets.config.HF_HUB_OFFLINE = was_offline or away is not None
     try:
         if not hub.files:
-            rows = datasets.load_dataset(
-                hub.repo, hub.config, split=split, revision=revision, cache_dir=cache_dir
-            )
+            rows = datasets.load_dataset(hub.repo, hub.config, split=split, revision=revision, cache_dir=cache_dir)
         else:  # in two steps, as load_dataset(data_files=) misses its own cache when offline (datasets#6837)
-            file = huggingface_hub.hf_hub_download(
-                hub.repo,
-                hub.files[split],
-                repo_type="dataset",
-                revision=revision,
-                cache_dir=cache_dir,
-                local_files_only=away is not None,
-            )
+            file = huggingface_hub.hf_hub_download(hub.repo, hub.files[split], repo_type="dataset", revision=revision,
+                                                   cache_dir=cache_dir, local_files_only=away is not None)
             rows = datasets.load_dataset("json", data_files=file, split="train", cache_dir=cache_dir)
-    except Exception as error:  # of the many libraries below; whatever it is ends as one line
+    except Exception as error:  # from any of the libraries underneath; reported as one line
         if away or isinstance(error, ConnectionError):
             reason = away or _brief(error)
             problem = f"not in the cache and the hub cannot be reached ({reason}); use {instead}"
@@ -276,16 +268,17 @@ def _load_dataset(hub: HubSet, split: str, revision: str | None, cache_dir: str 
 
 
 def hub_away() -> str | None:
-    """Why the hub does not answer, or None if it does, whatever it says. One request of at most 5 seconds."""
+    """Why the hub does not answer, or None if it does (with any status). One request of at most 5 seconds."""
     import huggingface_hub
 
     try:
         huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
-    except Exception as error:  # of whichever HTTP library huggingface_hub uses
+    except Exception as error:  # from whichever HTTP library huggingface_hub uses
         return _brief(error)
     return None
 
 
 def _brief(error: Exception) -> str:
+    """An exception as one short line."""
     message = getattr(error, "strerror", None) or str(error)
     return f"{type(error).__name__}: {' '.join(message.split())[:200]}"

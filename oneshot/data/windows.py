@@ -1,42 +1,44 @@
-"""Windows of tokens: how text becomes what a model is calibrated and measured on.
+"""Windows of tokens: from text to what a model is calibrated and evaluated on.
 
-Where text comes from: sources.py; and `self`, calibration only: sampled from the model itself.
+Text comes from sources.py; for calibration also from the model itself (`self`). TextOptions.documents says how it
+becomes windows of `seqlen` tokens:
 
-How it becomes windows of `seqlen` tokens (TextOptions.documents):
-  join       All documents make one stream of tokens, glued by a blank line (ptb: by a space), cut into
-             windows that do not overlap. Evaluation takes all but the incomplete last one, calibration draws
-             some at random. (Wanda glues WikiText-2's training rows by a space, its windows may overlap.)
-             c4 is done as in Wanda: calibration draws a document longer than the window and a window in it;
-             evaluation takes 256 windows of the validation shard's first 1100 documents, glued by a space.
-  separate   Each document is a window of its own, cut at `seqlen` or padded and masked.
+  join       All documents, joined by a blank line (ptb: by a space), are one sequence of tokens, which is cut into
+             windows that do not overlap. Evaluation uses all complete windows, calibration a random selection. (Wanda
+             joins WikiText-2's training rows by a space, and its windows may overlap.) c4 is treated as in Wanda:
+             calibration draws a document longer than the window, then a window within it; evaluation uses 256 windows
+             of the first 1100 documents of the validation shard, joined by a space.
+  separate   Each document is a window of its own, truncated at `seqlen` or padded and masked.
 
-What a user can get wrong is a ValueError of one line: the flag, what is wrong, what to do.
+Every user error is a ValueError of one line: the flag, what is wrong, what to do.
 """
 
 import contextlib
 import hashlib
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
+from ..models import Tokenizer
 from .perturb import perturbed
 from .sample_self import sample_from_model
 from .sources import HUB_SETS, TextOptions, Unusable, read
 
 AS_IT_COMES = TextOptions()
-# Of C4's documents 3 % are longer than 9,000 characters (some 2048 tokens) and 0.1 % than 36,000.
+# In C4, 3 % of the documents are longer than 9,000 characters (about 2048 tokens), and 0.1 % longer than 36,000.
 MAX_DRAWS = 20_000
-# Calibration text beyond this many characters is not joined: tokenising was measured to take 240 to 360 bytes
-# of memory a token. The training rows of WikiText-2 are 11 million characters.
+# Calibration text beyond this many characters is not joined: tokenising takes 240 to 360 bytes of memory per token
+# (measured). The training rows of WikiText-2 have 11 million characters.
 MAX_CHARACTERS = 20_000_000
 
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """Windows of token ids, and which ones they are."""
+    """Windows of token ids, with a description and a hash that identify them."""
 
     ids: torch.Tensor  # int64 (n, seqlen)
     mask: torch.Tensor | None  # bool (n, seqlen), False = padding; None = no padding
@@ -46,12 +48,13 @@ class Tokens:
 
     @property
     def n_tokens(self) -> int:
-        """Real tokens: padding does not count."""
+        """The number of tokens, without padding."""
         return self.ids.numel() if self.mask is None else int(self.mask.sum())
 
 
 @contextlib.contextmanager
-def _naming(flag: str, spec: str):
+def _naming(flag: str, spec: str) -> Iterator[None]:
+    """Turn an Unusable into a ValueError that starts with the flag and its value."""
     try:
         yield
     except Unusable as error:
@@ -61,27 +64,23 @@ def _naming(flag: str, spec: str):
 # ----------------------------------------------------------------------------------------------- entry points
 
 
-def calibration(
-    tokenizer,
-    spec: str,
-    *,
-    nsamples: int,
-    seqlen: int,
-    seed: int,
-    options: TextOptions = AS_IT_COMES,
-    model=None,
-    batch_size: int = 8,
-    progress: bool = True,
-) -> Tokens:
-    """`nsamples` windows of `seqlen` tokens, the same for the same seed on every machine; where the text
-    holds fewer, all it holds, with a warning. `model` and `batch_size` serve spec `self`."""
+def calibration(tokenizer: Tokenizer, spec: str, *, nsamples: int, seqlen: int, seed: int,
+                options: TextOptions = AS_IT_COMES, model: nn.Module | None = None, batch_size: int = 8,
+                progress: bool = True) -> Tokens:
+    """`nsamples` calibration windows of `seqlen` tokens; the same seed gives the same windows on every machine.
+
+    If the text has fewer windows, all of them, with a warning. spec: as for `--calibration`. model, batch_size: used
+    with spec "self" only. progress: whether to show a bar.
+
+    Raises ValueError naming `--calibration` when the text cannot be used.
+    """
     with _naming("--calibration", spec):
         _check_sizes(seqlen, nsamples, options)
         if spec == "self":
             ids, how = sample_from_model(model, tokenizer, nsamples, seqlen, seed, batch_size, progress)
             return _tokens(ids, None, how)
         text, mask, warnings = read(spec, options, evaluate=False), None, []
-        draw = random.Random(seed)  # Python's generator gives the same stream on every machine
+        draw = random.Random(seed)  # Python's generator gives the same numbers on every machine
         if options.documents == "separate":
             order = draw.sample(range(len(text.documents)), len(text.documents))
             shuffled = (text.documents[i] for i in order)
@@ -102,16 +101,14 @@ def calibration(
         return _tokens(ids, mask, f"{text.source}; {how}, seed {seed}", (*text.warnings, *warnings))
 
 
-def evaluation(
-    tokenizer,
-    spec: str,
-    *,
-    seqlen: int,
-    options: TextOptions = AS_IT_COMES,
-    max_windows: int | None = None,
-    perturbation: str | None = None,
-) -> Tokens:
-    """All windows of the text in order, or the first `max_windows`; first changed as in perturb.py, if so named."""
+def evaluation(tokenizer: Tokenizer, spec: str, *, seqlen: int, options: TextOptions = AS_IT_COMES,
+               max_windows: int | None = None, perturbation: str | None = None) -> Tokens:
+    """All windows of an evaluation text in order, or the first `max_windows`.
+
+    spec: as for `--evaluate`. perturbation: a kind from perturb.KINDS, applied to the text first; None: unchanged.
+
+    Raises ValueError naming `--evaluate` when the text cannot be used.
+    """
     with _naming("--evaluate", spec):
         _check_sizes(seqlen, 1, options)
         text, mask = read(spec, options, evaluate=True), None
@@ -130,7 +127,7 @@ def evaluation(
 
 
 def given(ids: torch.Tensor) -> Tokens:
-    """Windows the caller has made himself: token ids, int64 (n, seqlen)."""
+    """Tokens from ids made by the caller, integers (n, seqlen). Raises ValueError for another shape or dtype."""
     if ids.ndim != 2 or ids.is_floating_point():
         raise ValueError(f"calibration: token ids must be integers (n, seqlen), these are {ids.dtype} "
                          f"{tuple(ids.shape)}")
@@ -138,7 +135,7 @@ def given(ids: torch.Tensor) -> Tokens:
 
 
 def token_warning(tokens: Tokens, width: int) -> str | None:
-    """What to say when a layer of `width` inputs sees fewer tokens than that: E[x xᵀ] is then singular."""
+    """A warning if there are fewer tokens than `width`, the inputs of the widest layer: E[x xᵀ] is then singular."""
     if tokens.n_tokens >= width:
         return None
     return (
@@ -148,6 +145,7 @@ def token_warning(tokens: Tokens, width: int) -> str | None:
 
 
 def _check_sizes(seqlen: int, nsamples: int, options: TextOptions) -> None:
+    """Raise Unusable for a number that is too small."""
     if seqlen < 2:
         raise Unusable(f"--seqlen is {seqlen}; it must be at least 2, a token and the one it predicts")
     if nsamples < 1:
@@ -156,7 +154,8 @@ def _check_sizes(seqlen: int, nsamples: int, options: TextOptions) -> None:
         raise Unusable(f"--documents is {options.documents}; it must be join or separate")
 
 
-def _tokens(ids: torch.Tensor, mask: torch.Tensor | None, source: str, warnings=()) -> Tokens:
+def _tokens(ids: torch.Tensor, mask: torch.Tensor | None, source: str, warnings: tuple[str, ...] = ()) -> Tokens:
+    """Tokens with their hash."""
     digest = hashlib.sha256()
     for tensor in [ids] if mask is None else [ids, mask]:
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -167,26 +166,29 @@ def _tokens(ids: torch.Tensor, mask: torch.Tensor | None, source: str, warnings=
 # ---------------------------------------------------------------------------------------------------- windows
 
 
-def _tokenize(tokenizer, text: str | None) -> list[int]:
-    """Ids with the tokenizer's default special tokens, as in the papers: a bos, if any, only at the start.
-    verbose=False: no warning that the text is longer than the model's context, it is cut afterwards."""
+def _tokenize(tokenizer: Tokenizer, text: str | None) -> list[int]:
+    """Token ids with the tokenizer's default special tokens, as in the papers: a bos, if there is one, at the start.
+
+    verbose=False suppresses the warning that the text is longer than the model's context; it is cut afterwards.
+    """
     return tokenizer(text or "", verbose=False)["input_ids"]
 
 
-def _cut(activations: list[int], seqlen: int) -> torch.Tensor:
-    """(n, seqlen): consecutive windows of the stream, its tail dropped."""
-    n = len(activations) // seqlen
+def _cut(tokens: list[int], seqlen: int) -> torch.Tensor:
+    """Consecutive windows (n, seqlen) of a sequence of tokens; an incomplete last one is dropped."""
+    n = len(tokens) // seqlen
     if n == 0:
-        raise Unusable(
-            f"{len(activations)} tokens, shorter than one window of {seqlen}; "
-            f"use --seqlen {len(activations)} or less, or more text"
-        )
-    return torch.tensor(activations[: n * seqlen]).view(n, seqlen)
+        raise Unusable(f"{len(tokens)} tokens, shorter than one window of {seqlen}; use --seqlen {len(tokens)} or "
+                       "less, or more text")
+    return torch.tensor(tokens[: n * seqlen]).view(n, seqlen)
 
 
-def _document_windows(tokenizer, documents: Iterable[str | None], seqlen: int, limit: int | None):
-    """ids (n, seqlen), mask (n, seqlen) or None, and a description. A document of one token predicts nothing
-    and is left out; reading stops after `limit` documents."""
+def _document_windows(tokenizer: Tokenizer, documents: Iterable[str | None], seqlen: int,
+                      limit: int | None) -> tuple[torch.Tensor, torch.Tensor | None, str]:
+    """(ids (n, seqlen), mask (n, seqlen) or None, description) with one window per document, at most `limit`.
+
+    A document of a single token predicts nothing and is left out.
+    """
     rows, n_cut = [], 0
     for document in documents:
         if len(rows) == limit:
@@ -206,8 +208,9 @@ def _document_windows(tokenizer, documents: Iterable[str | None], seqlen: int, l
     return ids, None if mask.all() else mask, how
 
 
-def _windows_in_documents(tokenizer, documents, nsamples, seqlen, draw, progress) -> torch.Tensor:
-    """(nsamples, seqlen): the draws of Wanda's get_c4 after random.seed(seed), so its windows are ours."""
+def _windows_in_documents(tokenizer: Tokenizer, documents: Sequence[str | None], nsamples: int, seqlen: int,
+                          draw: random.Random, progress: bool) -> torch.Tensor:
+    """Ids (nsamples, seqlen), drawn exactly as Wanda's get_c4 does after random.seed(seed), so they are the same."""
     windows = []
     for _ in tqdm(range(nsamples), desc="calibration windows", disable=not progress):
         for _ in range(MAX_DRAWS):

@@ -1,24 +1,25 @@
-"""Heal: train what pruning kept, without losing a zero. One file, one method; its name is the `--heal` name.
+"""Heal: train the weights that pruning kept, while every zero stays zero. One file, one method, named as for `--heal`.
 
 A method is a module with
 
     Config       a frozen dataclass: its flags, each made by `runtime.flag.flag`
-    Heal         the method at work on one run: a subclass of `heal.Heal` that overrides the stages it takes part in
-    check_model  (model, cfg, device), where needed: raise ValueError naming the flag where the model or the device does
-                 not allow it
+    Heal         the method at work in one run: a subclass of `heal.Heal` that overrides the stages it needs
+    check_model  (model, cfg, device), optional: raise ValueError naming the flag if the method cannot be used on this
+                 model or device
 
-Stages, in the order in which they come; each returns plain values for the record, with `warnings`, a list of str, for
-every weaker path taken:
+The stages, in order; the last two return plain values for the record, with `warnings`, a list of str with one entry for
+every fallback taken:
 
-    before_block  the block is resident and still dense: look at it
+    before_block  the block is resident and still dense: inspect it
     after_block   the block has been pruned: train it in place
     after_model   all blocks have been pruned: train the whole model in place
 
-Law, tested for every method: a weight that is zero stays zero, bit by bit; its own held-out loss never gets worse.
-What is trained lives in float32 and is rounded to the stored dtype at the end. The calibration windows are all the
-data. A tenth of them, rounded up, is held out: drawn once a run by its seed, in batches of its own, the same for every
-block and every method, so none judges by windows that another has trained on (solvers and their statistics do see
-them). A run with one window holds out nothing, keeps the last state and warns.
+Law, tested for every method: a weight that is zero stays zero, bit for bit, and the method's own held-out loss never
+gets worse. Parameters are trained in float32 and rounded to the stored dtype at the end. The only data are the
+calibration windows. A tenth of them, rounded up, is held out: drawn once per run from its seed, in batches of their
+own, the same for every block and every method, so that no method is judged on windows that another has trained on
+(solvers and calibration statistics do use them). A run with a single window holds out nothing, keeps the last state and
+warns.
 """
 
 import importlib
@@ -36,30 +37,33 @@ STAGES = ("before_block", "after_block", "after_model")
 
 
 class Heal:
-    """A healing method at work on one run; a method overrides the stages it takes part in.
+    """A healing method at work in one run; a method overrides the stages it needs.
 
-    cfg: its Config. seed: of all that is random. progress: whether to show bars.
+    cfg: the method's Config. seed: of everything random. progress: whether to show bars.
     """
 
     def __init__(self, cfg: Any, seed: int = 0, progress: bool = False):
         self.cfg, self.seed, self.progress = cfg, seed, progress
 
     def before_block(self, block: Block, dense: Activations) -> None:
-        """Look at the resident, still dense block. dense: the dense model's activations at it."""
+        """Inspect the resident block while it is still dense. dense: the dense model's activations at this block."""
 
     def after_block(self, block: Block, activations: Activations, targets: list[torch.Tensor]) -> dict | None:
-        """Train the pruned, resident block in place.
+        """Train the pruned, resident block in place; returns plain values for the record, or None.
 
         activations: the pruned model's at this block. targets: the dense block's outputs on the dense model's
-        activations, one (B, T, H) a batch.
+        activations, (B, T, H) per batch.
         """
 
     def after_model(self, model: nn.Module, dense: Activations) -> dict | None:
-        """Train the pruned, offloaded model in place. dense: the dense model's activations behind its last block."""
+        """Train the pruned, offloaded model in place; returns plain values for the record, or None.
+
+        dense: the dense model's activations after its last block.
+        """
 
 
 def names() -> list[str]:
-    """All `--heal` methods there are."""
+    """All `--heal` methods, sorted."""
     found = (m.name for m in pkgutil.iter_modules(__path__))
     return sorted(name for name in found if hasattr(importlib.import_module(f"{__name__}.{name}"), "Heal")
                   and name != "train")
@@ -73,13 +77,15 @@ def module(name: str) -> ModuleType:
 
 
 def stages(method: ModuleType) -> list[str]:
-    """The stages that a method takes part in."""
+    """The stages that a method overrides."""
     return [stage for stage in STAGES if getattr(method.Heal, stage) is not getattr(Heal, stage)]
 
 
 def check_order(methods: list[ModuleType], text: str) -> None:
-    """Raise ValueError naming `--heal` where a method for single blocks stands behind one for the whole model, or one
-    stands there twice: settings and record have one place for each."""
+    """Raise ValueError naming `--heal` if a method is given twice, or one for single blocks after one for whole models.
+
+    text: the flag's value. (Settings and record have one place per method.)
+    """
     if len(set(methods)) < len(methods):
         once = ",".join(dict.fromkeys(m.__name__.rsplit(".", 1)[-1] for m in methods))
         raise ValueError(f"--heal {text}: each method once: --heal {once}")
@@ -87,4 +93,4 @@ def check_order(methods: list[ModuleType], text: str) -> None:
     if whole != sorted(whole):
         right = ",".join(m.__name__.rsplit(".", 1)[-1] for m in sorted(methods, key=lambda m: "after_block"
                                                                        not in stages(m)))
-        raise ValueError(f"--heal {text}: what heals block by block comes first: --heal {right}")
+        raise ValueError(f"--heal {text}: methods that heal single blocks come first: --heal {right}")

@@ -1,20 +1,22 @@
-"""Block: train a pruned block's kept weights to give the dense block's outputs (reconstruction, arXiv 2510.14444).
+"""Block: train the kept weights of each pruned block to reproduce the dense block's outputs (arXiv 2510.14444).
 
     X     the block's input in the pruned model, (B, T, H)
     Y     the dense block's output on the dense model's input, (B, T, H)
-    loss  ‖block(X) - Y‖² / ‖Y - X‖², over the tokens that are no padding
+    loss  ‖block(X) - Y‖² / ‖Y - X‖², over the tokens that are not padding
 
-The teacher runs on DENSE inputs, so a block makes up for what the blocks before it have lost. Memory: one block, its
-gradients, Adam's two averages, two snapshots, and the dense model's hidden states beside the pruned one's.
+The teacher runs on the DENSE model's inputs, so a block also compensates for errors of the blocks before it. Memory:
+one block, its gradients, Adam's two averages, two snapshots, and the dense model's hidden states next to the pruned
+model's.
 
-`unit parts` trains attention first, then the MLP. A block whose MLP gives zeros, block₀, ends with the hidden state
-behind attention's residual addition, X + attention(norm(X)), in whatever way the family writes its block:
+`--block.unit parts` trains attention first, then the MLP. Let block₀ be the block with an MLP that returns zeros.
+However a model family writes its blocks, the output of block₀ is the hidden state after attention's residual addition,
+X + attention(norm(X)). The two losses are
 
-    attention   ‖block₀(X) - Y₀‖² / ‖Y₀ - X‖² over the parameters that reach block₀'s output; Y₀ is the dense block₀'s
-    MLP         the loss above over all others: where both read one norm (parallel blocks), the norm is attention's
+    attention   ‖block₀(X) - Y₀‖² / ‖Y₀ - X‖² over the parameters that affect block₀'s output; Y₀: the dense block₀'s
+    MLP         the loss above over all other parameters; a norm shared by both (parallel blocks) belongs to attention
 
-Either takes `steps` updates. Y₀ is one more set of hidden states. What stands beside attention and MLP (experts, Gemma
-3n's and 4's per-layer inputs) counts as MLP.
+with `steps` updates each. Y₀ takes the memory of one more set of hidden states. Whatever is neither attention nor MLP
+(experts, the per-layer inputs of Gemma 3n and 4) counts as MLP.
 """
 
 from dataclasses import dataclass
@@ -34,19 +36,19 @@ UNITS = ("block", "parts")
 
 @dataclass(frozen=True)
 class Config:
-    unit: str = flag("block", "what is trained at once: the whole block, or its parts: attention, then the MLP",
-                     choices=UNITS)
-    steps: int = flag(200, "updates a unit, one batch of windows each")
+    unit: str = flag("block", "what is trained at once: the whole block, or its parts one after the other, attention "
+                              "and then the MLP", choices=UNITS)
+    steps: int = flag(200, "updates per unit, each on one batch of windows")
     lr: float = flag(0.03, "learning rate as a share of each tensor's root mean square")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check(self, "block")
         if self.unit not in UNITS:
             raise ValueError(f"--block.unit {self.unit}: give {' or '.join(UNITS)}")
 
 
 def check_model(model: nn.Module, cfg: Config, device: str) -> None:
-    """Raise ValueError naming `--block.unit` where a block of the model has no such parts."""
+    """Raise ValueError naming `--block.unit` if attention and MLP of a block cannot be told apart."""
     if cfg.unit == "parts":
         for b, block in enumerate(models.blocks(model)[1]):
             try:
@@ -56,11 +58,11 @@ def check_model(model: nn.Module, cfg: Config, device: str) -> None:
 
 
 class Heal(Base):
-    """See above."""
+    """Block reconstruction at work in one run, see above."""
 
     def before_block(self, block: Block, dense: Activations) -> None:
-        """Keep Y₀, the hidden states behind the dense block's attention, where it is trained by itself."""
-        self.middle = None
+        """Keep Y₀, the hidden states after the dense block's attention, if attention is trained separately."""
+        self.middle: list[torch.Tensor] | None = None
         if self.cfg.unit == "parts":
             to_middle = dense.fork()
             with models.silent(models.mlp(block.module)):
@@ -83,7 +85,7 @@ class Heal(Base):
 
     def train_parts(self, block: Block, activations: Activations, targets: list[torch.Tensor],
                     leave: set[str]) -> dict:
-        """Train attention, then the MLP; both are undone where the whole block got worse."""
+        """Train attention, then the MLP; both are undone if the whole block got worse."""
         whole = Trainable(block.module, block.stored, leave)
         loss, held = distance(block, activations, targets), [i for i, apart in enumerate(activations.held) if apart]
         before, start = mean(loss, held), whole.snapshot()
@@ -105,7 +107,7 @@ class Heal(Base):
 
 @torch.enable_grad()
 def reached(trainable: Trainable, block: Block, activations: Activations) -> set[str]:
-    """Names of the parameters that bear on the block's output, seen on the first batch."""
+    """Names of the parameters that affect the block's output on the first batch."""
     for p in trainable.parameters.values():
         p.requires_grad_(True)
     out = calibrate.forward(block.module, activations, block.number, 0)

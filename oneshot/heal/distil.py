@@ -1,13 +1,14 @@
-"""Distil: train all kept weights of the blocks to the dense model's predictions (masked distillation).
+"""Distil: train all kept weights of the blocks towards the dense model's predictions (masked distillation).
 
-    loss    KL(dense ‖ pruned), nats, mean over the tokens that are no padding
+    loss    KL(dense ‖ pruned), nats, mean over the tokens that are not padding
 
-The dense model is there as its hidden states behind the last block: norm and head are never pruned, so the model's own
-tail turns them into the dense logits. Memory on the device: the whole model in float32, its gradients, Adam's two
-averages and the mask (17 bytes a weight), and one batch's activations; two snapshots (8 bytes a weight) in CPU memory.
-Where a batch's logits would be more than LOGITS numbers, each step looks at some positions only, drawn at random.
+The dense model is represented by its hidden states after the last block. Final norm and output head are never pruned,
+so the pruned model's own head turns these into the dense logits. Memory on the device: the whole model in float32, its
+gradients, Adam's two averages and the mask (17 bytes per weight), and one batch's activations; in CPU memory two
+snapshots (8 bytes per weight). If a batch has more than LOGITS logits, each step uses a random subset of the positions.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,31 +24,30 @@ from . import Heal as Base
 from .train import Trainable, check, fit
 
 LOGITS = 2**26
-TRAINED = 17  # bytes a weight on the device, see above
+TRAINED = 17  # bytes per weight on the device, see above
 
 
 @dataclass(frozen=True)
 class Config:
-    steps: int = flag(200, "updates of the whole model, one batch of windows each")
+    steps: int = flag(200, "updates of the whole model, each on one batch of windows")
     lr: float = flag(0.01, "learning rate as a share of each tensor's root mean square")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check(self, "distil")
 
 
 def check_model(model: nn.Module, cfg: Config, device: str) -> None:
-    """Raise ValueError naming `--heal` where the device cannot hold the whole model and what its training takes."""
+    """Raise ValueError naming `--heal` if the device's memory is too small to train the whole model."""
     blocks = sum(p.numel() for p in models.blocks(model)[1].parameters() if p.is_floating_point())
     rest = sum(p.numel() for p in model.parameters()) - blocks
     needed, there = TRAINED * blocks + 4 * rest, environment.total_memory(device)
     if there is not None and needed > there:
-        raise ValueError(f"--heal distil: trains the whole model, which takes {needed / 2**30:.0f} GiB and more on "
-                         f"{device}, which has {there / 2**30:.0f}; use --heal block alone, or --effort 2 with "
-                         "--method best")
+        raise ValueError(f"--heal distil: trains the whole model, which takes at least {needed / 2**30:.0f} GiB, but "
+                         f"{device} has {there / 2**30:.0f}; use --heal block alone, or --effort 2 with --method best")
 
 
 class Heal(Base):
-    """See above."""
+    """Distillation at work in one run, see above."""
 
     def after_model(self, model: nn.Module, dense: Activations) -> dict:
         """Train the pruned model on the batches of `dense`."""
@@ -62,12 +62,12 @@ class Heal(Base):
                        lr=self.cfg.lr, seed=self.seed, progress=bar.update)
 
 
-def divergence(model: nn.Module, dense: Activations, seed: int):
-    """The loss: a function that gives its value on batch i."""
+def divergence(model: nn.Module, dense: Activations, seed: int) -> Callable[[int], torch.Tensor]:
+    """The loss function: loss(i) is a scalar tensor, KL(dense ‖ pruned) in nats per token on batch i."""
     gen = torch.Generator().manual_seed(seed)
 
-    def loss(i):
-        held_out = not torch.is_grad_enabled()  # always judged on the same positions
+    def loss(i: int) -> torch.Tensor:
+        held_out = not torch.is_grad_enabled()  # the held-out loss is always computed on the same positions
         at = positions(model, dense, i, torch.Generator().manual_seed(seed + i) if held_out else gen)
         with torch.no_grad():
             teacher = calibrate.tail(model, dense, i, at).float().log_softmax(-1)
@@ -82,7 +82,10 @@ def divergence(model: nn.Module, dense: Activations, seed: int):
 
 
 def positions(model: nn.Module, activations: Activations, i: int, gen: torch.Generator) -> torch.Tensor:
-    """Which positions of batch i a step looks at: all that hold a token, or as many of them as LOGITS allows."""
+    """The positions of batch i that a step uses, int64 (P,): all, or a random subset within LOGITS logits.
+
+    In a subset, positions that are padding in every window are left out.
+    """
     B, T = activations.inputs[i]["input_ids"].shape
     most = max(1, LOGITS // (B * models.config_of(model).vocab_size))
     if most >= T or not calibrate.slices_logits(model):

@@ -1,11 +1,12 @@
-"""Training with a fixed mask: which parameters may change, and how they are fitted.
+"""Training with a fixed mask: which parameters may change, and how they are trained.
 
-    steps   updates, one batch of windows each
+    steps   number of updates, each on one batch of windows
     lr      learning rate as a share of each tensor's root mean square: absolute rates do not carry over between models
 """
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,16 +16,16 @@ from ..calibrate import Activations
 from ..models import Block
 from ..runtime.proof import prove
 
-SHARE = 10  # one window in so many is held out
-WARM_UP = 0.05  # of the steps
-VECTORS = 0.1  # norms and biases move slower: at the matrices' rate they undid in 12 steps what 12 more could not mend
-BETAS = (0.9, 0.95)
-LOOKS = 8  # how often the held-out batches are looked at
-ATTEMPTS, FALL = 3, 4
+SHARE = 10  # one window in this many is held out
+WARM_UP = 0.05  # share of the steps
+VECTORS = 0.1  # relative rate of norms and biases: at the matrices' rate, 12 steps did damage that 12 more did not undo
+BETAS = (0.9, 0.95)  # of Adam
+LOOKS = 8  # how many times the held-out loss is evaluated
+ATTEMPTS, FALL = 3, 4  # trainings at most, and by what the learning rate is divided from one to the next
 
 
-def check(cfg, name: str) -> None:
-    """Raise ValueError naming the flag of the method `name` whose value cannot be used."""
+def check(cfg: Any, name: str) -> None:
+    """Raise ValueError naming the flag (`steps` or `lr`) of the method `name` whose value cannot be used."""
     if cfg.steps < 1:
         raise ValueError(f"--{name}.steps {cfg.steps}: must be at least 1")
     if not 0 < cfg.lr < 1:
@@ -32,37 +33,41 @@ def check(cfg, name: str) -> None:
 
 
 class Trainable:
-    """The parameters of a module that may change: matrices where they are not zero, and all vectors (norms, biases).
+    """The parameters of a module that may change: the nonzero entries of matrices, and all vectors (norms, biases).
 
-    parameters: name -> nn.Parameter of `module`. stored: {name: dtype it will be saved in}. leave: names of matrices
-    that are never pruned, so never touched (routers, embeddings).
+    Within the context, they are float32 and require gradients; on leaving it they are rounded to their stored dtype.
+
+    stored: {parameter name: dtype it is saved in}. leave: names of parameters that must not change (routers, matrices
+    that are not recognised).
     """
 
     def __init__(self, module: nn.Module, stored: dict[str, torch.dtype], leave: Iterable[str] = ()):
-        self.stored, self.parameters, self.masks = stored, {}, {}
+        self.stored = stored
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.masks: dict[str, torch.Tensor] = {}  # of the matrices, bool, True where a weight is kept
         for name, p in module.named_parameters():
             if p.is_floating_point() and name not in leave:
                 self.parameters[name] = p
                 if p.ndim > 1:
                     self.masks[name] = p.data != 0
 
-    def __enter__(self):
+    def __enter__(self) -> "Trainable":
         self.dtypes = {name: p.dtype for name, p in self.parameters.items()}
         for p in self.parameters.values():
             p.data = p.data.float() if p.element_size() < 4 else p.data  # small steps would be lost in 16 bits
             p.requires_grad_(True)
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: Any) -> None:
         for name, p in self.parameters.items():
             p.requires_grad_(False)
             p.grad = None
-            p.data = p.data.to(self.stored[name]).add_(0.0).to(self.dtypes[name])  # no -0.0, as View.set has it
+            p.data = p.data.to(self.stored[name]).add_(0.0).to(self.dtypes[name])  # no -0.0, as in Weight.set
         for name, mask in self.masks.items():
             prove(not self.parameters[name].data[~mask].any(), f"{name}: a pruned weight came back")
 
     def groups(self, lr: float) -> list[dict]:
-        """Adam's parameter groups: each tensor its own rate. A bias that is all zero takes the matrices' scale."""
+        """Adam's parameter groups, each tensor with its own rate; a bias of zeros uses the matrices' mean scale."""
         sizes = {name: rms(p.data, self.masks.get(name)) for name, p in self.parameters.items()}
         matrices = [sizes[name] for name in self.masks if sizes[name]]
         usual = sum(matrices) / len(matrices) if matrices else 1.0
@@ -70,40 +75,42 @@ class Trainable:
                 for name, p in self.parameters.items()]
 
     def mask_gradients(self) -> None:
-        """Zero gradients keep Adam's averages, and so the weights, at exactly zero."""
+        """Set the gradients of pruned weights to zero, so that Adam's averages and the weights stay exactly zero."""
         for name, mask in self.masks.items():
             if self.parameters[name].grad is not None:  # an expert without tokens has none
                 self.parameters[name].grad.mul_(mask)
 
     def snapshot(self) -> dict[str, torch.Tensor]:
-        """A copy in CPU memory: it is seldom needed, and a device has none to spare."""
+        """A copy of the parameters, in CPU memory because it is rarely needed."""
         return {name: p.data.to("cpu", copy=True) for name, p in self.parameters.items()}
 
     def restore(self, snapshot: dict[str, torch.Tensor]) -> None:
+        """Set the parameters to a snapshot."""
         for name, p in self.parameters.items():
             p.data.copy_(snapshot[name])
 
 
 def rms(t: torch.Tensor, mask: torch.Tensor | None = None) -> float:
-    """Root mean square of what may change."""
+    """Root mean square of t, over its entries where the mask is True; the others must be zero."""
     n = t.numel() if mask is None else int(mask.count_nonzero())
     return float(torch.linalg.vector_norm(t) / max(n, 1) ** 0.5)
 
 
 def held_out_windows(n: int, seed: int) -> tuple[int, ...]:
-    """Numbers of the windows, of n, that no healer of a run trains on: a tenth, rounded up; none of a single one."""
+    """Numbers of the windows, out of n, that no healing method trains on: a tenth, rounded up; none if n is 1."""
     count = -(-n // SHARE) if n > 1 else 0
     return tuple(sorted(torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:count].tolist()))
 
 
 def fit(trainable: Trainable, loss: Callable[[int], torch.Tensor], held: Sequence[bool], *, steps: int, lr: float,
         seed: int, progress: Callable[[], object] | None = None) -> dict:
-    """Adam with warm-up and cosine on the mean of loss(i) over the batches i; plain values for the record.
+    """Minimise the mean loss over the batches by Adam with warm-up and cosine decay; gives plain values for the record.
 
-    loss(i): a scalar tensor for batch i. held: one bool a batch, whether it is held out. The state that does best on
-    those is kept, and training ends early when twice in a row it got worse. Where nothing was gained at all, the rate
-    was too high for this model: it is divided by FALL and all begins anew. seed: of the batches' order. progress():
-    called every step.
+    loss(i): a scalar tensor for batch i. held: one bool per batch, whether it is held out. steps, lr: see above. seed:
+    of the order of the batches. progress(): called after every step.
+
+    The state with the best held-out loss is kept, and training stops early when that loss got worse twice in a row. If
+    it never improved, the learning rate was too high for this model: it is divided by FALL and training starts over.
     """
     fitting = Fitting(trainable, loss, held, steps, seed, progress)
     before, start, warnings = fitting.held_out_loss(), trainable.snapshot(), []
@@ -121,22 +128,23 @@ def fit(trainable: Trainable, loss: Callable[[int], torch.Tensor], held: Sequenc
 
 
 class Fitting:
-    """What one `fit` works on; the order of the batches goes on from one descent to the next."""
+    """The state of one `fit`; the random order of batches continues from one attempt to the next."""
 
-    def __init__(self, trainable, loss, held, steps, seed, progress):
+    def __init__(self, trainable: Trainable, loss: Callable[[int], torch.Tensor], held: Sequence[bool], steps: int,
+                 seed: int, progress: Callable[[], object] | None):
         self.trainable, self.loss, self.steps, self.progress = trainable, loss, steps, progress
         self.train, self.held = ([i for i, apart in enumerate(held) if apart == kind] for kind in (False, True))
         self.gen = torch.Generator().manual_seed(seed)
 
     def held_out_loss(self) -> float | None:
-        """Mean loss over the held-out batches; None without any."""
+        """Mean loss over the held-out batches; None if there are none."""
         return mean(self.loss, self.held)
 
     @torch.enable_grad()
     def descend(self, lr: float, best: float | None, state: dict[str, torch.Tensor]) -> tuple[int, float | None]:
-        """One training from the parameters as they are, whose held-out loss is `best` and which `state` holds.
+        """Train once, from the current parameters, which `state` holds and whose held-out loss is `best`.
 
-        Leaves the state that did best in place. Returns (steps done, its held-out loss).
+        Leaves the parameters at their best state. Returns (steps done, that state's held-out loss).
         """
         optimizer = torch.optim.Adam(self.trainable.groups(lr), betas=BETAS, foreach=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate_at)
@@ -160,23 +168,23 @@ class Fitting:
         return done, best
 
     def rate_at(self, step: int) -> float:
-        """The learning rate's share at a step: up in a line, down in half a cosine."""
+        """The learning rate at a step, relative to its maximum: linear warm-up, then cosine decay."""
         warm = max(1, round(self.steps * WARM_UP))
         return min((step + 1) / warm, 1) * (0.5 + 0.5 * math.cos(math.pi * min(step / self.steps, 1)))
 
 
 def mean(loss: Callable[[int], torch.Tensor], batches: Sequence[int]) -> float | None:
-    """Mean loss over batches, a float; None of nothing."""
+    """Mean of loss(i) over the batches i; None if there are none."""
     with torch.no_grad():
         return sum(float(loss(i)) for i in batches) / len(batches) if batches else None
 
 
 def distance(block: Block, activations: Activations, targets: list[torch.Tensor]) -> Callable[[int], torch.Tensor]:
-    """A block's loss: a function that gives ‖block(X) - Y‖² / ‖Y - X‖² of batch i, over the tokens that are no padding.
+    """A block's loss function: loss(i) is ‖block(X) - Y‖² / ‖Y - X‖² on batch i, over the tokens that are not padding.
 
-    X: the activations at the block. Y: targets, one (B, T, H) a batch.
+    X: the activations at the block. Y: the targets, (B, T, H) per batch.
     """
-    def loss(i):
+    def loss(i: int) -> torch.Tensor:
         out = calibrate.forward(block.module, activations, block.number, i).float()
         Y, X = (t.to(activations.device).float() for t in (targets[i], activations.hidden[i]))
         if activations.rows[i] is not None:

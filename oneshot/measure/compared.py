@@ -1,6 +1,7 @@
-"""The pruned and the dense model on the same windows, token by token: what `divergence` and `damage` look at.
+"""Run the pruned and the dense model on the same windows and compare them token by token, for `divergence` and
+`damage`.
 
-Both models walk over the windows block by block; only one slice of one batch's logits of both exists at a time.
+Both models run block by block, and at any time only one slice of one batch's logits of each is in memory.
 """
 
 from dataclasses import dataclass
@@ -13,14 +14,15 @@ from .. import calibrate
 from ..calibrate import Activations
 from .losses import GROUP_BYTES, at_head, block_bar, groups, predicted, through_blocks
 
-SLICE = 2**23  # logits of each model at a time; in float64, with their softmaxes, 256 MiB
+SLICE = 2**23  # logits of each model at a time; in float64 and with their softmaxes these take 256 MiB
 
 
 @dataclass
 class Compared:
-    """One walk's result: a row a window, a column a predicted token, (n, T-1) each; 0 and False where it is padding.
+    """Values of every predicted token, each (n, T-1): a row per window, a column per token; 0 or False at padding.
 
-    loss, dense_loss, kl: float32, nats. agree: bool, equal top-1. right, dense_right: bool. real: bool, not padding.
+    loss, dense_loss: float32, nats. kl: KL(dense ‖ pruned), float32, nats. agree: bool, both models have the same top-1
+    token. right, dense_right: bool, the model's top-1 token is the text's. real: bool, False at padding.
     """
 
     loss: torch.Tensor
@@ -35,11 +37,11 @@ class Compared:
 @torch.no_grad()
 def compare(model: nn.Module, dense: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None, *,
             batch_size: int = 8, device: str = "cpu", progress: str | None = None) -> Compared:
-    """Compared of two models with one vocabulary, on ids int64 (n, T) and mask bool (n, T) or None.
+    """Compare two models with the same vocabulary on ids int64 (n, T) and mask bool (n, T) or None.
 
-    progress: text before a bar over the blocks of both, or None.
+    batch_size: windows per batch. device: where blocks run. progress: label of a bar over the blocks of both, or None.
 
-    Raises ValueError when both are the same object, which cannot be held dense and pruned at once.
+    Raises ValueError when both are the same object, which cannot be dense and pruned at once.
     """
     if model is dense:
         raise ValueError("dense: is the pruned model itself; load it a second time")
@@ -57,11 +59,11 @@ def compare(model: nn.Module, dense: nn.Module, ids: torch.Tensor, mask: torch.T
 
 def compare_batch(pruned: tuple[nn.Module, Activations], dense: tuple[nn.Module, Activations],
                   i: int) -> list[torch.Tensor]:
-    """The fields of Compared but the last, (B, T-1) on the CPU, of batch i. pruned, dense: (model, its Activations)."""
+    """All fields of Compared but `real`, for batch i, (B, T-1) on the CPU. pruned, dense: (model, its Activations)."""
     targets = pruned[1].inputs[i]["input_ids"][:, 1:]
     out = [torch.zeros(targets.shape, dtype=dtype) for dtype in (torch.float32,) * 3 + (torch.bool,) * 3]
     both = (calibrate.logits(*side, i, elements=SLICE) for side in (pruned, dense))
-    for (positions, q), (_, p) in zip(*both, strict=True):  # strict: both run to their end and put their blocks back
+    for (positions, q), (_, p) in zip(*both, strict=True):  # strict: both are exhausted and so restore their blocks
         positions = positions[positions < targets.shape[1]]  # the last position predicts nothing
         q, p, target = q[:, : len(positions)], p[:, : len(positions)], targets[:, positions]
         for whole, part in zip(out, compare_logits(q, p, target), strict=True):
@@ -70,20 +72,23 @@ def compare_batch(pruned: tuple[nn.Module, Activations], dense: tuple[nn.Module,
 
 
 def compare_logits(q: torch.Tensor, p: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """(loss, dense loss, KL, agree, right, dense right), each (B, P), for logits (B, P, V) and target ids (B, P)."""
+    """(loss, dense loss, KL, agree, right, dense right), each (B, P); see Compared.
+
+    q, p: logits (B, P, V) of the pruned and the dense model. target: ids (B, P).
+    """
     q, p = q.float(), p.float()
     loss, dense_loss = (cross_entropy(x.transpose(1, 2), target, reduction="none") for x in (q, p))
     top, dense_top = q.argmax(-1), p.argmax(-1)
-    q, p = q.double().log_softmax(-1), p.double().log_softmax(-1)  # float32 would blur a KL below 1e-6
+    q, p = q.double().log_softmax(-1), p.double().log_softmax(-1)  # a KL below 1e-6 would be lost in float32
     kl = (p.exp() * (p - q)).sum(-1).float()
     return loss, dense_loss, kl, top == dense_top, top == target, dense_top == target
 
 
 def mean_over_windows(values: torch.Tensor, member: torch.Tensor) -> tuple[float, float | None]:
-    """(mean, standard error) of values (n, T-1) where member bool (n, T-1) is set; None for fewer than two windows.
+    """(mean, standard error) of values (n, T-1) where member, bool (n, T-1), is True.
 
-    Tokens of one window hang together, so windows are what is drawn: the standard error of a ratio of two sums over
-    windows (Cochran, Sampling Techniques, 1977, section 6.4).
+    Tokens of one window are correlated, so the windows are taken as the sample, and the standard error is that of a
+    ratio of two sums over windows (Cochran, Sampling Techniques, 1977, section 6.4); None for fewer than two windows.
     """
     sums, counts = values.double().where(member, 0.0).sum(1), member.sum(1).double()
     sums, counts = sums[counts > 0], counts[counts > 0]

@@ -1,57 +1,62 @@
-"""Where the loss increase sits: which tokens, which places, which texts lost more than the whole.
+"""Damage: where the loss increased, that is, which tokens, positions and texts were hurt more than average.
 
-    increase    a predicted token's loss on the pruned model minus that on the dense one, nats
-    slice       some of the predicted tokens; one is named by its kind ("content") and its name ("numbers")
-    half        half the width of the 95 % interval of a slice's mean increase. Tokens of one window hang together, so
-                windows are what is drawn: Student's t over windows
-    verdict     "more" or "less" where the interval leaves the mean of all tokens outside
+    increase    a predicted token's loss on the pruned model minus its loss on the dense model, nats
+    slice       a subset of the predicted tokens, identified by a kind ("content") and a name ("numbers")
+    half        half the width of the 95 % confidence interval of a slice's mean increase, by Student's t over windows
+                (tokens of one window are correlated, so the windows are taken as the sample)
+    verdict     "more" or "less" if the mean increase of all tokens is outside the slice's interval
 
-Kinds: `frequency` tenths of the predicted tokens by how often they occur in the evaluation and calibration text,
-equally frequent ones together; `content` by what stands there; `position` by the tokens before it in its
-window; `text` by the named text. Twenty slices compared at 95 % show about one that differs by chance alone.
+Kinds of slices: `frequency`, tenths of the predicted tokens by how often they occur in the evaluation and calibration
+text, with equally frequent tokens in the same tenth; `content`, by the kind of token; `position`, by the number of
+tokens before it in its window; `text`, by evaluation text. Of twenty slices compared at 95 %, about one differs by
+chance alone.
 """
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ..data import Tokens
-from ..runtime.flag import flag
+from ..models import Tokenizer
+from ..runtime.flag import Settings, flag
 from . import Found, Subject
 from .compared import Compared, mean_over_windows
 
 compares = True
 
-MIN_WINDOWS = 5  # with fewer the interval would say nothing
-TOKENS, PASSAGES, PASSAGE = 20, 5, 32  # shown; length of a passage
+MIN_WINDOWS = 5  # below this an interval would be meaningless
+TOKENS, PASSAGES, PASSAGE = 20, 5, 32  # how many of the worst tokens and passages to report; tokens in a passage
 WORD = re.compile(r"[^\W_]+(?:['’\-.,][^\W_]+)*")
 RARE = "rare words (seen once)"
-SENTENCE_END = set(".!?:;\"“”‘»…([\n")  # what a word that begins a sentence may stand behind
+SENTENCE_END = set(".!?:;\"“”‘»…([\n")  # characters after which a word may begin a sentence
 TENTHS = ("rarest tenth of the tokens", "2nd rarest tenth", "3rd rarest tenth",
           *(f"{i}th rarest tenth" for i in range(4, 10)), "commonest tenth")
 
 
 @dataclass(frozen=True)
 class Config:
-    damage: bool = flag(False, "find the tokens and passages that lost most against the dense model; the record quotes "
-                               "them", section="evaluation", bears_on="measuring", rows=("pruned", "rounded"))
+    damage: bool = flag(False, "find the tokens and passages whose loss increased most over the dense model's; the "
+                               "record quotes them", section="evaluation", bears_on="measuring",
+                        rows=("pruned", "rounded"))
 
 
-def asked(cfg) -> bool:
-    """Not of the dense model, which would be compared with itself."""
+def asked(cfg: Settings) -> bool:
+    """Whether the flag is set; never for the dense model, which would be compared with itself."""
     return cfg.damage and cfg.method != "dense"
 
 
-def refuse(cfg) -> None:
-    """Raise ValueError without a text to compare on."""
+def refuse(cfg: Settings) -> None:
+    """Raise ValueError naming `--damage` if there is no text to compare on."""
     if not cfg.evaluations:
         raise ValueError("--damage: needs a text to compare on; give --evaluate")
 
 
 def measure(subject: Subject) -> Found:
-    """The record's `damage`."""
+    """The record's `damage`, over all texts."""
     names = subject.beside_dense
     if not names:
         return Found()
@@ -59,16 +64,16 @@ def measure(subject: Subject) -> Found:
                                          {name: subject.compare(name) for name in names}, subject.calibration)})
 
 
-def damage(tokenizer, texts: dict[str, Tokens], compared: dict[str, Compared],
-           calibration: Tokens | None = None) -> dict:
+def damage(tokenizer: Tokenizer, texts: dict[str, Tokens], compared: dict[str, Compared],
+           calibration: Tokens | None = None) -> dict[str, Any]:
     """The record's `damage`, plain values.
 
-    texts: {name: data.Tokens}, all of one window length; compared: {name: Compared} of the same. calibration:
-    data.Tokens that tell frequencies, or None.
+    texts: {name: Tokens}, all with windows of the same length. compared: {name: Compared} of the same texts.
+    calibration: Tokens that contribute to the token frequencies, or None.
 
     Keys: overall (tokens, windows, increase, half), slices (kind, name, tokens, windows, increase, half, verdict),
-    empty (kind: names of slices without tokens), found (what lost more than the whole, in words), tokens and passages
-    (those hurt most), frequency_from.
+    empty ({kind: names of slices without tokens}), found (the slices that lost more than the whole, in words), tokens
+    and passages (those hurt most), frequency_from.
     """
     ids = torch.cat([t.ids for t in texts.values()])
     real = torch.cat([compared[name].real for name in texts])
@@ -96,9 +101,11 @@ def damage(tokenizer, texts: dict[str, Tokens], compared: dict[str, Compared],
         "passages": worst_passages(tokenizer, texts, increase, real)}
 
 
-def mean_increase(increase, member, overall=None):
-    """{tokens, windows, increase, half, verdict} of the slice `member`, bool (n, T-1); the last where `overall` is
-    given."""
+def mean_increase(increase: torch.Tensor, member: torch.Tensor, overall: float | None = None) -> dict[str, Any]:
+    """{tokens, windows, increase, half} of the slice `member`, bool (n, T-1), and verdict if `overall` is given.
+
+    increase: (n, T-1), nats. overall: mean increase of all tokens.
+    """
     tokens, windows = int(member.sum()), int(member.any(1).sum())
     mean, stderr = mean_over_windows(increase, member) if tokens else (None, None)
     half = student(windows - 1) * stderr if windows >= MIN_WINDOWS else None
@@ -109,7 +116,7 @@ def mean_increase(increase, member, overall=None):
     return found | {"verdict": None if not apart else "more" if mean > overall else "less"}
 
 
-def student(nu):
+def student(nu: int) -> float:
     """97.5 % quantile of Student's t with nu >= 4 degrees of freedom, to 0.002 (Abramowitz and Stegun 26.7.5)."""
     z = 1.959963985
     terms = ((z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
@@ -117,24 +124,24 @@ def student(nu):
     return z + sum(term / nu**i for i, term in enumerate(terms, 1))
 
 
-def in_words(slices, overall):
-    """One sentence for each slice that lost more than the whole, the worst first."""
+def in_words(slices: list[dict[str, Any]], overall: dict[str, Any]) -> list[str]:
+    """One sentence per slice that lost more than the whole, the worst first."""
     worse = sorted((s for s in slices if s["verdict"] == "more"), key=lambda s: -s["increase"])
     return [f"{'places ' * (s['kind'] == 'position')}{s['name']} lost {s['increase']:.3g} ± {s['half']:.2g} nats, "
             f"the text as a whole {overall['increase']:.3g}" for s in worse]
 
 
-# ---------------------------------------------------------------- slices: {name: bool (n, T-1)}, a column a target
+# ---------------------------------------------------------------- slices: {name: bool (n, T-1)}, a column per target
 
-def by_text(texts):
-    """One slice a named text."""
+def by_text(texts: dict[str, Tokens]) -> dict[str, torch.Tensor]:
+    """One slice per evaluation text."""
     marks = torch.cat([torch.full((len(t.ids),), i) for i, t in enumerate(texts.values())])
     T = next(iter(texts.values())).ids.shape[1]
     return {f"text {name}": (marks == i)[:, None].expand(-1, T - 1) for i, name in enumerate(texts)}
 
 
-def by_position(ids):
-    """1-3, 4-15, 16-63, ... tokens before the target in its window."""
+def by_position(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Slices by the number of tokens before the target in its window: 1-3, 4-15, 16-63, ... ids: (n, T)."""
     before, found = torch.arange(1, ids.shape[1]), {}
     start = 1
     while start < ids.shape[1]:
@@ -145,26 +152,29 @@ def by_position(ids):
     return found
 
 
-def by_frequency(ids, real, known):
-    """Tenths of the predicted tokens, the rarest first. known: calibration ids."""
+def by_frequency(ids: torch.Tensor, real: torch.Tensor, known: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Tenths of the predicted tokens, the rarest first.
+
+    ids: (n, T). real: bool (n, T-1), False at padding. known: ids of the calibration text (N,).
+    """
     n = int(max(ids.max(), known.max() if len(known) else 0)) + 1
     counts = torch.bincount(ids[shown_of(real)], minlength=n) + torch.bincount(known, minlength=n)
     frequency = counts[ids[:, 1:]]
     levels, place = frequency[real].unique(return_inverse=True)
     here = torch.bincount(place, minlength=len(levels)).double()
-    middle = here.cumsum(0) - here / 2  # equally frequent tokens go to the tenth where the middle of them lies
+    middle = here.cumsum(0) - here / 2  # equally frequent tokens go into the tenth that contains their middle
     tenth = (10 * middle / here.sum()).long().clamp(max=9)
     of_token = torch.full_like(frequency, -1)
     of_token[real] = tenth[place]
     return {name: of_token == i for i, name in enumerate(TENTHS)}
 
 
-def by_content(ids, real, known, pieces):
-    """Numbers, names, rare words, punctuation, and the rest. A name may be a rare word as well.
+def by_content(ids: torch.Tensor, real: torch.Tensor, known: torch.Tensor, pieces: "Pieces") -> dict[str, torch.Tensor]:
+    """Numbers, names, rare words, punctuation, and the rest. A name may also be a rare word.
 
-    A number holds a digit. A name is a word with a capital that does not begin a sentence ("I" left out). A rare word
-    occurs once in evaluation and calibration text; words cut by a window's edge do not count. Punctuation holds no
-    letter or digit, white space included.
+    A number contains a digit. A name is a capitalised word that does not begin a sentence (except "I"). A rare word
+    occurs exactly once in the evaluation and calibration text; words cut by a window's edge do not count. Punctuation
+    contains no letter or digit and includes white space. Arguments as in `by_frequency`.
     """
     windows = [pieces.words(row[mark].tolist()) for row, mark in zip(ids, shown_of(real), strict=True)]
     counts = Counter(word.lower() for words in windows for word, *_ in words)
@@ -173,7 +183,7 @@ def by_content(ids, real, known, pieces):
     for row, words in enumerate(windows):
         for word, first, last, whole, inside in words:
             if first < 1:
-                continue  # its first token is the window's first, which nothing predicts
+                continue  # its first token is the window's first, which is not predicted
             span = slice(first - 1, last)
             if word[0].isupper() and inside and not re.match(r"I\b", word):
                 found["names"][row, span] = True
@@ -190,25 +200,25 @@ def by_content(ids, real, known, pieces):
     return found | {"all other words": ~torch.stack(list(found.values())).any(0)}
 
 
-def shown_of(real):
-    """bool (n, T) of the text in windows whose padding, if any, stands at the end."""
+def shown_of(real: torch.Tensor) -> torch.Tensor:
+    """bool (n, T), which tokens are text, from real (n, T-1), which targets are. Padding must be at the end."""
     return torch.cat([real.any(1, keepdim=True), real], 1)
 
 
-class Pieces(dict):
-    """{token id: its text}, with the space that begins a word, whatever the tokenizer's way to write it."""
+class Pieces(dict[int, str]):
+    """{token id: its text}, filled on access; a space that begins a word is kept, however the tokenizer encodes it."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
 
-    def __missing__(self, i):
+    def __missing__(self, i: int) -> str:
         text = self.tokenizer.decode([i], clean_up_tokenization_spaces=False)
         raw = self.tokenizer.convert_ids_to_tokens(i)
         self[i] = " " + text if str(raw).startswith("▁") and not text.startswith(" ") else text
         return self[i]
 
-    def words(self, ids):
-        """[(word, first token, last token, whether whole, whether inside a sentence)] of a list of token ids."""
+    def words(self, ids: list[int]) -> list[tuple[str, int, int, bool, bool]]:
+        """[(word, place of its first token, of its last, whether it is whole, whether it is inside a sentence)]."""
         texts = [self[i] for i in ids]
         owner = [n for n, text in enumerate(texts) for _ in text]
         text, found = "".join(texts), []
@@ -222,10 +232,12 @@ class Pieces(dict):
 
 # ---------------------------------------------------------------- the worst
 
-def worst_tokens(ids, increase, real, pieces, overall):
-    """The tokens whose occurrences together lost most beyond the mean: [{token, count, increase, excess}].
+def worst_tokens(ids: torch.Tensor, increase: torch.Tensor, real: torch.Tensor, pieces: Pieces,
+                 overall: float) -> list[dict[str, Any]]:
+    """The tokens that lost most in excess of the mean: [{token, count, increase, excess}], the worst first.
 
-    excess: count · (their mean increase - that of all), nats; so neither one bad occurrence nor many usual ones lead.
+    excess: count · (the token's mean increase - that of all tokens), nats. So neither a single bad occurrence nor a
+    large number of ordinary ones comes first.
     """
     targets = ids[:, 1:][real]
     counts = torch.bincount(targets)
@@ -236,7 +248,8 @@ def worst_tokens(ids, increase, real, pieces, overall):
             for i in excess.argsort(descending=True, stable=True)[:TOKENS].tolist() if excess[i] > 0]
 
 
-def worst_passages(tokenizer, texts, increase, real):
+def worst_passages(tokenizer: Tokenizer, texts: Mapping[str, Tokens], increase: torch.Tensor,
+                   real: torch.Tensor) -> list[dict[str, Any]]:
     """The passages of up to 32 tokens with the highest mean increase: [{text, window, position, increase, passage}]."""
     T = real.shape[1] + 1
     name_of = [(name, w) for name, t in texts.items() for w in range(len(t.ids))]
@@ -245,7 +258,7 @@ def worst_passages(tokenizer, texts, increase, real):
         part = slice(start, start + PASSAGE)
         counts = real[:, part].sum(1)
         mean = (increase[:, part] * real[:, part]).sum(1) / counts.clamp(min=1)
-        full = counts >= min(PASSAGE, T - 1) / 2  # a few tokens at an end would lead by chance
+        full = counts >= min(PASSAGE, T - 1) / 2  # a passage of very few tokens could come first by chance
         found += [(mean[w].item(), w, start) for w in full.nonzero()[:, 0].tolist() if mean[w] > 0]
     chosen = []
     for mean, w, start in sorted(found, key=lambda item: (-item[0], *item[1:]))[:PASSAGES]:

@@ -1,19 +1,19 @@
-"""How far the pruned model's predictions have moved from the dense model's on the same text, token by token.
+"""Divergence: how far the pruned model's predictions have moved from the dense model's, token by token.
 
-Perplexity is an average over one outcome a position; two models of equal perplexity may answer differently. Measured
-on whole distributions and on decisions (KL and flips as in arXiv 2407.09141):
+Perplexity depends on one outcome per position, so two models of equal perplexity may answer differently. Here whole
+distributions and decisions are compared (KL and flips as in arXiv 2407.09141):
 
     p, q     the dense and the pruned model's distribution over the next token
-    KL       sum_v p(v) (ln p(v) - ln q(v)), nats; 0 exactly where both agree
-    top-1    the likeliest token
-    right    the text goes on with the top-1
+    KL       sum_v p(v) (ln p(v) - ln q(v)), nats; exactly 0 where both agree
+    top-1    the most likely token
+    right    the text continues with the top-1 token
     flips    positions where exactly one of the two models is right
 """
 
 import math
 from dataclasses import dataclass
 
-from ..runtime.flag import flag
+from ..runtime.flag import Settings, flag
 from . import Found, Subject
 from .compared import Compared, mean_over_windows
 
@@ -26,19 +26,19 @@ class Config:
                             section="evaluation", bears_on="measuring", rows=("pruned", "rounded"))
 
 
-def asked(cfg) -> bool:
-    """Not of the dense model, which would be compared with itself."""
+def asked(cfg: Settings) -> bool:
+    """Whether the flag is set; never for the dense model, which would be compared with itself."""
     return cfg.divergence and cfg.method != "dense"
 
 
-def refuse(cfg) -> None:
-    """Raise ValueError without a text to compare on."""
+def refuse(cfg: Settings) -> None:
+    """Raise ValueError naming `--divergence` if there is no text to compare on."""
     if not cfg.evaluations:
         raise ValueError("--divergence: needs a text to compare on; give --evaluate")
 
 
 def measure(subject: Subject) -> Found:
-    """What `metrics` says of every text."""
+    """The `metrics` of every text."""
     found = Found()
     for name in subject.beside_dense:
         found.add(Found(*metrics(subject.compare(name), name)))
@@ -46,10 +46,10 @@ def measure(subject: Subject) -> Found:
 
 
 def metrics(compared: Compared, name: str) -> tuple[dict[str, float], dict[str, dict]]:
-    """({"NAME/kl": ...}, {"NAME/kl": how it was measured}) of one text.
+    """({"NAME/kl": value, ...}, {"NAME/kl": how it was measured, ...}) of the text `name`.
 
-    kl: mean, nats a token, with its standard error over windows. kl_p99: the smallest KL that 99 % of the tokens do not
-    exceed. top1_agreement: share of equal top-1. flips: share of flips, their two directions beside it.
+    kl: mean in nats per token; its info holds the standard error over windows. kl_p99: the 99 % quantile of the KL.
+    top1_agreement: share of positions with the same top-1. flips: share of flips; its info holds both directions.
     """
     real = compared.real
     n, windows = int(real.sum()), int(real.any(1).sum())

@@ -1,6 +1,10 @@
-"""Losses of single tokens: the model runs block by block, so only one block and a group of windows' activations are on
-the device at a time; the logits come in slices.
+"""Losses of single tokens.
+
+The model runs block by block, so that only one block and the activations of a group of windows are on the device at a
+time. Logits are computed in slices.
 """
+
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
@@ -10,15 +14,16 @@ from tqdm import tqdm
 from .. import calibrate, models
 from ..calibrate import Activations
 
-GROUP_BYTES = 2**31  # activations of the windows that go through the blocks together
+GROUP_BYTES = 2**31  # of activations of the windows that pass through the blocks together
 
 
 @torch.no_grad()
 def token_losses(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None, *, batch_size: int = 8,
                  device: str = "cpu", progress: str | None = None) -> torch.Tensor:
-    """Loss (nats) of every predicted token: float32 (n, T-1); 0 where mask (n, T) hides the target or its context.
+    """Loss in nats of every predicted token, float32 (n, T-1); 0 where the target or the token before it is padding.
 
-    ids: int64 (n, T). progress: text before a bar over blocks, or None.
+    ids: int64 (n, T). mask: bool (n, T), False at padding, or None. batch_size: windows per batch. device: where blocks
+    run. progress: label of a bar over the blocks, or None.
     """
     parts = groups(model, ids, batch_size)
     losses = []
@@ -29,43 +34,46 @@ def token_losses(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None 
             with at_head(model, device):
                 losses += [batch_losses(model, activations, i) for i in range(len(activations))]
     losses = torch.cat(losses)
-    return losses if mask is None else losses.where(predicted(mask), 0.0)  # not times 0: padding may give NaN
+    return losses if mask is None else losses.where(predicted(mask), 0.0)  # not multiplied by 0: padding may give NaN
 
 
 def predicted(mask: torch.Tensor) -> torch.Tensor:
-    """bool (n, T-1): which positions of mask (n, T) predict a token that is text, from one that is."""
+    """bool (n, T-1): where both a token and the next one are text, by mask bool (n, T)."""
     return mask[:, 1:] & mask[:, :-1]
 
 
 def groups(model: nn.Module, ids: torch.Tensor, batch_size: int, bytes: int = GROUP_BYTES) -> list[slice]:
-    """Slices of the windows that go through the blocks together: whole batches, at most `bytes` of activations."""
+    """Slices of the windows that pass through the blocks together: whole batches, at most `bytes` of activations.
+
+    ids: (n, T).
+    """
     width = getattr(models.config_of(model), "hidden_size", 1024)
     group = max(batch_size, bytes // (ids.shape[1] * width * 4) // batch_size * batch_size)
     return [slice(s, s + group) for s in range(0, len(ids), group)]
 
 
 def block_bar(models_: list[nn.Module], parts: list[slice], progress: str | None) -> tqdm:
-    """A bar over all blocks of all groups; progress: its text, or None for no bar."""
+    """A progress bar over all blocks of all groups. progress: its label, or None for no bar."""
     total = len(parts) * sum(len(models.blocks(m)[1]) for m in models_)
     return tqdm(total=total, desc=progress, unit="block", disable=progress is None, leave=False)
 
 
 def through_blocks(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, batch_size: int, device: str,
                    bar: tqdm) -> Activations:
-    """The Activations of these windows after all blocks, one block at a time on the device."""
+    """The Activations of ids (n, T), mask (n, T) or None, after all blocks, of which one at a time is on the device."""
     activations = calibrate.capture(model, ids, mask, batch_size=batch_size, device=device)
     for block in models.walk(model, device, bar=bar):
         calibrate.replay(block.module, activations, block.number)
     return activations
 
 
-def at_head(model: nn.Module, device: str):
-    """What `capture.logits` needs is on the device."""
+def at_head(model: nn.Module, device: str | torch.device) -> AbstractContextManager[None]:
+    """Within the context, the parts of the model that `calibrate.logits` needs are on the device."""
     return models.resident(models.rest_of(model, models.blocks(model)[1]), device)
 
 
 def batch_losses(model: nn.Module, activations: Activations, i: int) -> torch.Tensor:
-    """(B, T-1) losses on the CPU of one batch that has passed all blocks."""
+    """Losses in nats, float32 (B, T-1) on the CPU, of batch i of activations that have passed all blocks."""
     ids = activations.inputs[i]["input_ids"]
     out = torch.zeros(ids.shape[0], ids.shape[1] - 1)
     for positions, logits in calibrate.logits(model, activations, i):

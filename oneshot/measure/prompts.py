@@ -1,15 +1,15 @@
-"""A suite of prompts of the user's own: how often the model goes on as expected.
+"""Prompts: how often the model continues the user's own prompts as expected.
 
-One JSON object a line: {"prompt": "The capital of France is", "expected": "Paris"}. Both are text; with "choices", a
-list of texts with `expected` among them, the model chooses instead of writing.
+The file has one JSON object per line: {"prompt": "The capital of France is", "expected": "Paris"}. Both are strings.
+With "choices", a list of strings that contains `expected`, the model chooses instead of generating.
 
-    starts_with   share of the continuations that begin with `expected`, white space around both left out
-    contains      share of the continuations in which `expected` stands anywhere
-    chosen        share of the prompts with choices where `expected` is the likeliest: highest sum of its tokens'
-                  log-probabilities behind the prompt and a space, as lm-eval's `acc`; among equals the first
+    starts_with   share of the continuations that begin with `expected`, ignoring surrounding white space
+    contains      share of the continuations that contain `expected`
+    chosen        share of the prompts with choices where `expected` is the most likely choice: the highest sum of its
+                  tokens' log-probabilities after the prompt and a space, as lm-eval's `acc`; the first in case of ties
 
-Continuations are greedy, NEW_TOKENS long or as long as the longest `expected` needs, one prompt at a time: neither a
-checkpoint's generation settings nor what else is in the batch can change them.
+Continuations are greedy, NEW_TOKENS tokens long (more if the longest `expected` needs more), and computed one prompt at
+a time, so that neither a checkpoint's generation settings nor other prompts in a batch can affect them.
 """
 
 import hashlib
@@ -18,9 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from .. import models
-from ..runtime.flag import flag
+from ..data import Tokens
+from ..models import Tokenizer
+from ..runtime.flag import Settings, flag
 from . import Found, Subject
 
 NEW_TOKENS = 32
@@ -28,40 +31,40 @@ NEW_TOKENS = 32
 
 @dataclass(frozen=True)
 class Config:
-    prompts: str | None = flag(None, "file with a line {\"prompt\": ..., \"expected\": ...} each, if you like with "
-                                     "\"choices\": [...]: how often the model says it", section="evaluation",
-                               bears_on="measuring")
+    prompts: str | None = flag(None, "file of prompts, one {\"prompt\": ..., \"expected\": ...} per line, optionally "
+                                     "with \"choices\": [...]: measure how often the model answers as expected",
+                               section="evaluation", bears_on="measuring")
 
 
-def asked(cfg) -> bool:
-    """Whether there is a file."""
+def asked(cfg: Settings) -> bool:
+    """Whether there is a file of prompts."""
     return bool(cfg.prompts)
 
 
-def refuse(cfg) -> None:
-    """Raise ValueError naming the line that is wrong."""
+def refuse(cfg: Settings) -> None:
+    """Raise ValueError naming the line of the file that is wrong."""
     read(cfg.prompts)
 
 
-def prepare(cfg, model, tokenizer) -> None:
-    """Raise ValueError naming the line that does not fit the model."""
+def prepare(cfg: Settings, model: nn.Module, tokenizer: Tokenizer) -> None:
+    """Raise ValueError naming the line of the file that does not fit the model."""
     encoded(cfg.prompts, model, tokenizer)
 
 
-def identity(cfg, texts) -> list[str]:
+def identity(cfg: Settings, texts: dict[str, Tokens]) -> list[str]:
     """The hash of the prompts."""
     return [digest(cfg.prompts)]
 
 
 def measure(subject: Subject) -> Found:
-    """What `evaluate` says; the answers are the record's `prompts`."""
+    """The shares of `evaluate`; the answers become the record's `prompts`."""
     shares, how, answers = evaluate(subject.model, subject.tokenizer, subject.cfg.prompts, device=subject.cfg.device)
     return Found(shares, how, {"prompts": answers})
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One line of the file; `choices` is empty where there are none."""
+    """One line of the file. line: its number, from 1. choices: empty if there are none."""
 
     line: int
     prompt: str
@@ -70,10 +73,7 @@ class Prompt:
 
 
 def read(path: str) -> list[Prompt]:
-    """[Prompt] of a file.
-
-    Raises ValueError naming `--prompts` and the line that is wrong.
-    """
+    """The prompts in a file. Raises ValueError naming `--prompts` and the line that is wrong."""
     try:
         content = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -86,7 +86,7 @@ def read(path: str) -> list[Prompt]:
 
 
 def parse(line: str, number: int, where: str) -> Prompt:
-    """The Prompt on one line; `where` begins the error."""
+    """The Prompt on one line. where: the start of the error message."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -107,14 +107,14 @@ def parse(line: str, number: int, where: str) -> Prompt:
 
 
 def digest(path: str) -> str:
-    """sha256 of the prompts."""
+    """sha256 (hex) of the prompts in a file."""
     return hashlib.sha256(repr(read(path)).encode()).hexdigest()
 
 
-def encoded(path, model, tokenizer):
-    """([(Prompt, its ids)], tokens to write), refused before any long work where they do not fit the model.
+def encoded(path: str, model: nn.Module, tokenizer: Tokenizer) -> tuple[list[tuple[Prompt, list[int]]], int]:
+    """([(Prompt, its token ids)], number of tokens to generate).
 
-    Raises ValueError naming `--prompts` and the line.
+    Raises ValueError naming `--prompts` and the line whose prompt and continuation do not fit the model.
     """
     suite = read(path)
     new = max([NEW_TOKENS, *(len(ids_of(tokenizer, " " + p.expected, False)) for p in suite if not p.choices)])
@@ -123,21 +123,24 @@ def encoded(path, model, tokenizer):
         ids = ids_of(tokenizer, p.prompt.rstrip() if p.choices else p.prompt)
         room = max((len(ids_of(tokenizer, " " + c, False)) for c in p.choices), default=new)
         if most and len(ids) + room > most:
-            raise ValueError(f"--prompts {path}: line {p.line}: {len(ids)} tokens and {room} to come are more than the "
-                             f"{most} positions of the model")
+            raise ValueError(f"--prompts {path}: line {p.line}: {len(ids)} tokens and {room} new ones are more than "
+                             f"the {most} positions of the model; shorten the prompt")
         made.append((p, ids))
     return made, new
 
 
-def ids_of(tokenizer, text, special=True):
+def ids_of(tokenizer: Tokenizer, text: str, special: bool = True) -> list[int]:
+    """The token ids of a text, by default with special tokens."""
     return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
 
 
 @torch.no_grad()
-def evaluate(model, tokenizer, path, *, device="cpu"):
-    """({"NAME/starts_with": ...}, {"NAME/starts_with": how}, [{"line", "answer", "right"}]); NAME: the file's stem.
+def evaluate(model: nn.Module, tokenizer: Tokenizer, path: str, *,
+             device: str = "cpu") -> tuple[dict[str, float], dict[str, dict], list[dict]]:
+    """({"NAME/starts_with": share, ...}, {"NAME/starts_with": how it was measured, ...}, answers).
 
-    right: begins with `expected`, or chose it.
+    NAME: the file's stem. answers: one {"line", "answer", "right"} per prompt; right: whether the answer begins with
+    `expected`, or `expected` was chosen.
     """
     made, new = encoded(path, model, tokenizer)
     marks, answers = {"starts_with": [], "contains": [], "chosen": []}, []
@@ -161,8 +164,8 @@ def evaluate(model, tokenizer, path, *, device="cpu"):
     return shares, how, answers
 
 
-def greedy(model, ids, new):
-    """The `new` likeliest next tokens behind ids (1, T), one after the other; fewer where the model ends the text."""
+def greedy(model: nn.Module, ids: torch.Tensor, new: int) -> list[int]:
+    """Generate `new` tokens greedily after ids (1, T); fewer if the model ends the text."""
     ends = model.config.get_text_config(decoder=True).eos_token_id
     ends = set(ends) if isinstance(ends, list) else {ends}
     written, cache, token = [], None, ids
@@ -175,8 +178,8 @@ def greedy(model, ids, new):
     return written
 
 
-def likelihood(model, tokenizer, p, choice, device):
-    """Sum of the log-probabilities of a choice's tokens behind the prompt and a space."""
+def likelihood(model: nn.Module, tokenizer: Tokenizer, p: Prompt, choice: str, device: str) -> float:
+    """Sum of the log-probabilities of a choice's tokens after the prompt and a space."""
     context = p.prompt.rstrip()
     start, whole = len(ids_of(tokenizer, context)), ids_of(tokenizer, f"{context} {choice}")
     ids = torch.tensor([whole], device=device)

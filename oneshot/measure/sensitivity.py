@@ -1,7 +1,7 @@
-"""Sensitivity: what the model loses when ONE linear, or one kind of linear in all blocks, is pruned and nothing else.
+"""Sensitivity: how much the loss increases when only ONE linear, or one kind of linear in all blocks, is pruned.
 
-All linears are solved once on the dense model's inputs. Then each unit gets its pruned weights for one measurement and
-its dense ones back; the windows start from the dense hidden states in front of the unit's first block.
+All linears are solved once on the dense model's inputs. Then each unit gets its pruned weights for one measurement, and
+its dense weights back afterwards. The windows start from the dense hidden states before the unit's first block.
 """
 
 import dataclasses
@@ -17,27 +17,27 @@ from ..data import Tokens
 from ..models import Weight
 from ..prune import loop, shared_inputs
 from ..prune.job import Job
-from ..runtime.flag import flag
+from ..runtime.flag import Settings, flag
 from . import Found, Subject
 from .losses import at_head, batch_losses, predicted
 
-when = "before"  # what is pruned alone is pruned on the dense model
+when = "before"  # because each unit is pruned in a model that is otherwise dense
 
 
 @dataclass(frozen=True)
 class Config:
-    sensitivity: str = flag("none", "first prune one linear, or one kind of linear, at a time and measure the loss: "
-                                    "what must not be touched", section="evaluation", bears_on="measuring",
-                            choices=("none", "linear", "kind"), rows=("pruned",))
+    sensitivity: str = flag("none", "before the run, prune one linear layer, or one kind of linear layer, at a time "
+                                    "and measure the loss, to see what is harmful to prune", section="evaluation",
+                            bears_on="measuring", choices=("none", "linear", "kind"), rows=("pruned",))
 
 
-def asked(cfg) -> bool:
-    """Only where something is pruned."""
+def asked(cfg: Settings) -> bool:
+    """Whether the flag is set and the run prunes."""
     return cfg.sensitivity != "none" and cfg.prunes
 
 
-def refuse(cfg) -> None:
-    """Raise ValueError without a text to measure on."""
+def refuse(cfg: Settings) -> None:
+    """Raise ValueError naming `--sensitivity` if there is no text to measure on."""
     if not cfg.evaluations:
         raise ValueError("--sensitivity: needs a text to compare on; give --evaluate")
 
@@ -52,11 +52,11 @@ def measure(subject: Subject) -> Found:
 @torch.no_grad()
 def sensitivity(model: nn.Module, calibration: Tokens | None, job: Job, evaluation: Tokens, unit: str = "linear",
                 eval_batch_size: int | None = None) -> list[dict]:
-    """Rows for the record, the most sensitive first; the model is left as it was.
+    """Rows for the record, the most sensitive first; the model is unchanged at the end.
 
-    job: what each linear is pruned to. unit: "linear", or "kind", in all blocks. Each row: name; block (its first) and
-    linear; loss_increase in nats a token against the dense model; relative_error, the mean over the unit's linears;
-    weights.
+    job: what each linear is pruned to. unit: "linear", or "kind" for one kind of linear in all blocks. Keys of a row:
+    name; block, the number of its first; linear, its kind; loss_increase over the dense model, nats per token;
+    relative_error, mean over the unit's linears; weights, how many.
     """
     options = job.options
     measuring = dataclasses.replace(options, batch_size=eval_batch_size or options.batch_size)
@@ -88,7 +88,9 @@ def sensitivity(model: nn.Module, calibration: Tokens | None, job: Job, evaluati
 
 
 def units(model: nn.Module, unit: str) -> list[tuple[str, list[tuple[int, Weight]]]]:
-    """[(name, [(block number, weight), ...])] of what is pruned together, by first block. Experts count as one linear.
+    """[(name, [(block number, weight), ...])] of what is pruned together, in order of the first block.
+
+    unit: "linear" or "kind". All experts of a layer count as one linear.
     """
     found = {}
     for block in models.walk(model):
@@ -99,7 +101,7 @@ def units(model: nn.Module, unit: str) -> list[tuple[str, list[tuple[int, Weight
 
 
 def mean_loss(model: nn.Module, activations: Activations, b: int, real: torch.Tensor | None) -> float:
-    """Mean loss (nats a token) of activations in front of block b; real: bool (n, T-1), what counts, or None."""
+    """Mean loss in nats per token from activations at block b on. real: bool (n, T-1), what counts; None: all."""
     for block in models.walk(model, activations.device, start=b):
         calibrate.replay(block.module, activations, block.number)
     with at_head(model, activations.device):

@@ -1,4 +1,4 @@
-"""Which lm-eval tasks: found, refused where they cannot be measured, fetched, known again."""
+"""lm-eval tasks: find them, reject those that cannot be measured, load them, identify them by a hash."""
 
 import functools
 import hashlib
@@ -6,7 +6,9 @@ import itertools
 import json
 import logging
 import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..data import sources
 from ..runtime import environment
@@ -15,10 +17,10 @@ ZEROSHOT7 = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challen
 GROUPS = {"zeroshot7": ZEROSHOT7}
 
 
-def check(names: list[str], task_path: str | None = None, limit: int | None = None) -> None:
-    """`prepare`, and every document of local tasks looked at that a run with `limit` will ask.
+def check(names: Sequence[str], task_path: str | None = None, limit: int | None = None) -> None:
+    """Check as `prepare` does, then every document of local tasks that a run with `limit` uses.
 
-    Raises ValueError naming `--tasks` and the document.
+    Raises ValueError naming `--tasks` and the document that is wrong.
     """
     names, manager = prepare(names, task_path)
     if task_path:
@@ -26,14 +28,14 @@ def check(names: list[str], task_path: str | None = None, limit: int | None = No
             check_documents(name, task, limit)
 
 
-def prepare(names: list[str], task_path: str | None = None):
-    """(task names, lm-eval's task manager), after what can be refused without their data was refused.
+def prepare(names: Sequence[str], task_path: str | None = None) -> tuple[list[str], Any]:
+    """(task names, lm-eval's TaskManager), after all checks that need no task data.
 
-    names: lm-eval's task or group names, or "zeroshot7" for the papers' seven. task_path: a folder of task YAMLs of
-    your own, used instead of lm-eval's; the .jsonl files they name are read.
+    names: lm-eval's task or group names, or "zeroshot7" for the seven tasks of the papers. task_path: a folder with
+    your own task YAMLs, used instead of lm-eval's; the .jsonl files they name are checked as well.
 
     Raises ValueError naming `--tasks` or `--task-path` when lm-eval is missing, a task is unknown, a line of a file is
-    no JSON object, or the hub cannot be reached.
+    not a JSON object, or the hub cannot be reached.
     """
     try:
         import lm_eval  # noqa: F401
@@ -53,27 +55,28 @@ def prepare(names: list[str], task_path: str | None = None):
     return names, manager
 
 
-def local_manager(task_path):
+def local_manager(task_path: str) -> Any:
+    """lm-eval's TaskManager for the task YAMLs in a folder."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=task_path, include_defaults=False)
 
 
 @functools.cache
-def lm_evals_manager():
-    """lm-eval's own tasks: ten thousand YAMLs, read once."""
+def lm_evals_manager() -> Any:
+    """lm-eval's TaskManager for its own tasks: ten thousand YAMLs, read once."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
 
 
-def offline():
-    """Whether the user has told the Hugging Face libraries to stay with their cache."""
+def offline() -> bool:
+    """Whether HF_HUB_OFFLINE tells the Hugging Face libraries to use only their cache."""
     return os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on")
 
 
-def check_known(names, manager, task_path):
-    """Raise ValueError for names that lm-eval does not know; in a folder of one's own, saying what it has."""
+def check_known(names: Sequence[str], manager: Any, task_path: str | None) -> None:
+    """Raise ValueError naming `--tasks` for names that lm-eval does not know; for a local folder, list what it has."""
     if task_path and not manager.all_tasks:
         raise ValueError(f"--task-path {task_path}: holds no task YAML that lm-eval can read (task: or group: at its "
                          "top)")
@@ -89,8 +92,11 @@ def check_known(names, manager, task_path):
                      f"{', '.join(sorted(manager.all_tasks))}{more}")
 
 
-def configs(names, index):
-    """(name, YAML) of each task that the names stand for; groups and tags are followed."""
+def configs(names: Sequence[str], index: Mapping[str, Any]) -> Iterator[tuple[str, dict]]:
+    """(name, YAML as a dict) of each task that the names stand for, with groups and tags expanded.
+
+    index: the TaskManager's.
+    """
     for name in names:
         config = index[name].cfg or {}
         parts = index[name].tags if index[name].yaml_path is None else config.get("task")
@@ -100,20 +106,20 @@ def configs(names, index):
             yield from configs(sorted(part for part in parts if isinstance(part, str) and part in index), index)
 
 
-def fetch(names, manager):
-    """lm-eval's tasks with their data. Raises ValueError naming `--tasks`, whatever a YAML or its data has caused."""
+def fetch(names: Sequence[str], manager: Any) -> dict[str, Any]:
+    """lm-eval's tasks with their data. Raises ValueError naming `--tasks` for any error in a YAML or its data."""
     try:
         with quiet():
             return manager.load(names)
     except Exception as error:
-        what = "their data cannot be had" if isinstance(error, OSError) else "lm-eval cannot load them"
+        what = "their data cannot be loaded" if isinstance(error, OSError) else "lm-eval cannot load them"
         raise ValueError(f"--tasks {','.join(names)}: {what} ({first_line(error)}); --task-path takes tasks with "
                          "local files") from error
 
 
-def local_files(config):
+def local_files(config: Mapping[str, Any]) -> list[str]:
     """The .jsonl files that a task's YAML names."""
-    def walk(value):
+    def walk(value: Any) -> Iterator[str]:
         for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
             yield from walk(item)
         if isinstance(value, str):
@@ -123,8 +129,8 @@ def local_files(config):
     return [f for f in files if f.endswith(".jsonl") and "://" not in f and "*" not in f]
 
 
-def check_lines(file, where):
-    """Raise ValueError for the first line of a .jsonl that is no JSON object; `where` begins the error."""
+def check_lines(file: str, where: str) -> None:
+    """Raise ValueError for the first line of a .jsonl that is not a JSON object. where: the start of the message."""
     try:
         lines = Path(file).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -140,27 +146,30 @@ def check_lines(file, where):
             raise ValueError(f"{where}line {n}: must be a JSON object")
 
 
-def check_documents(name, task, limit=None):
-    """Raise ValueError for the first document that the task cannot ask: a field missing, an answer not offered."""
+def check_documents(name: str, task: Any, limit: int | None = None) -> None:
+    """Raise ValueError for the first document that the task cannot use: a field is missing, the answer is no choice.
+
+    task: lm-eval's. limit: check this many documents; None: all.
+    """
     for n, doc in enumerate(itertools.islice(task.eval_docs, limit), 1):
-        there = {k: v for k, v in doc.items() if v is not None}  # datasets fills in what a line lacks with None
+        there = {k: v for k, v in doc.items() if v is not None}  # datasets fills missing fields with None
         try:
             text, target = task.doc_to_text(there), task.doc_to_target(there)
             choices = None if task.config.doc_to_choice is None else task.doc_to_choice(there)
-        except Exception as error:  # a template of the user's, on data of the user's
+        except Exception as error:  # the user's template failed on the user's data
             raise ValueError(f"--tasks {name}: document {n} does not fit its YAML ({first_line(error)})") from error
         if task.OUTPUT_TYPE == "multiple_choice":
             if not (isinstance(choices, list) and choices):
                 raise ValueError(f"--tasks {name}: document {n}: its choices must be a list that is not empty")
-            gold = text if task.multiple_input else target  # WinoGrande's way: the contexts are the choices
+            gold = text if task.multiple_input else target  # as in WinoGrande, where the contexts are the choices
             if not all(pick in (range(len(choices)) if isinstance(pick, int) else choices)
                        for pick in (gold if isinstance(gold, list) else [gold])):
                 raise ValueError(f"--tasks {name}: document {n}: its answer {gold!r} is none of its choices, which are "
-                                 f"0 to {len(choices) - 1}")  # lm-eval would count it as wrong, always
+                                 f"0 to {len(choices) - 1}")  # lm-eval would always count it as wrong
 
 
-def digest(names: list[str], task_path: str | None = None) -> str:
-    """What a run's identity says of its tasks: sha256 of local ones, YAML and data; of lm-eval's its version."""
+def digest(names: Sequence[str], task_path: str | None = None) -> str:
+    """What identifies the tasks in a run's identity: sha256 of local tasks' YAML and data, or lm-eval's version."""
     names, manager = prepare(names, task_path)
     if not task_path:
         return f"lm_eval {environment.version('lm_eval')}"
@@ -173,26 +182,27 @@ def digest(names: list[str], task_path: str | None = None) -> str:
     return whole.hexdigest()
 
 
-def quiet():
-    """lm-eval's and datasets' chatter off: what a user must know is refused, or warned of in the record."""
+def quiet() -> "Levels":
+    """Within the context, lm-eval and datasets log errors only; oneshot reports what a user must know by itself."""
     return Levels("lm_eval", "datasets")
 
 
 class Levels:
-    """Only the errors of these loggers, while it lasts."""
+    """Within the context, the loggers of these names log errors only."""
 
-    def __init__(self, *names):
+    def __init__(self, *names: str):
         self.loggers = [logging.getLogger(name) for name in names]
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         self.before = [logger.level for logger in self.loggers]
         for logger in self.loggers:
             logger.setLevel(logging.ERROR)
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: Any) -> None:
         for logger, level in zip(self.loggers, self.before, strict=True):
             logger.setLevel(level)
 
 
-def first_line(error):
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text that is not empty; the name of its type if there is none."""
     return next((line.strip() for line in str(error).split("\n") if line.strip()), type(error).__name__)

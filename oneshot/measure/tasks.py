@@ -1,34 +1,40 @@
-"""Zero-shot tasks through lm-eval (EleutherAI), on the model in memory: no second copy, standard errors kept.
+"""Zero-shot tasks with lm-eval (EleutherAI), run on the model in memory without a second copy.
 
-What lm-eval says of a metric stands in `metric_info`, and with it what pairing two runs document by document takes
-(report/accuracy.py): which documents were right, one bit each.
+The record's `metric_info` keeps lm-eval's standard errors and, for every document, one bit that says whether the answer
+was right. With these, report/accuracy.py can compare two runs document by document.
 """
 
 import hashlib
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
 
 from .. import models
+from ..data import Tokens
 from ..data.choose import check_least
-from ..runtime.flag import flag, listed
+from ..models import Tokenizer
+from ..runtime.flag import Settings, flag, listed
 from . import Found, Subject
 from .task_list import GROUPS, check, digest, fetch, quiet
 from .task_list import prepare as prepared
 
-SCORED = ("multiple_choice", "loglikelihood")  # tasks of given continuations, scored by their log-probability
+SCORED = ("multiple_choice", "loglikelihood")  # output types that score given continuations by log-probability
 
 
 @dataclass(frozen=True)
 class Config:
-    tasks: str = flag("none", "lm-eval tasks to measure, separated by commas; zeroshot7: the papers' seven",
+    tasks: str = flag("none", "lm-eval tasks to measure, separated by commas; zeroshot7: the seven of the papers",
                       section="evaluation", bears_on="measuring")
-    task_path: str | None = flag(None, "folder of task YAMLs of your own, instead of lm-eval's", section="evaluation",
-                                 bears_on="measuring")
-    task_limit: int | None = flag(None, "measure on the first so many documents of each task", section="evaluation",
-                                  bears_on="measuring")
+    task_path: str | None = flag(None, "folder with your own task YAMLs, used instead of lm-eval's",
+                                 section="evaluation", bears_on="measuring")
+    task_limit: int | None = flag(None, "maximum number of documents of each task, the first ones",
+                                  section="evaluation", bears_on="measuring")
 
-    def check(self):
+    def check(self) -> None:
         """Raise ValueError naming the flag whose value cannot be used."""
         check_least(self, {"task_limit": 1})
 
@@ -38,39 +44,42 @@ class Config:
         return listed(self.tasks)
 
 
-def asked(cfg) -> bool:
+def asked(cfg: Settings) -> bool:
     """Whether there is a task."""
     return bool(cfg.task_names)
 
 
-def refuse(cfg) -> None:
-    """Raise ValueError for tasks that cannot be measured."""
+def refuse(cfg: Settings) -> None:
+    """Raise ValueError naming `--tasks` or `--task-path` for tasks that cannot be measured."""
     check(cfg.task_names, cfg.task_path, cfg.task_limit)
 
 
-def identity(cfg, texts) -> list[str]:
-    """The hash of local tasks, the version of lm-eval's own."""
+def identity(cfg: Settings, texts: dict[str, Tokens]) -> list[str]:
+    """The hash of local tasks; for lm-eval's own tasks its version."""
     return [digest(cfg.task_names, cfg.task_path)]
 
 
 def measure(subject: Subject) -> Found:
-    """What lm-eval says of every task."""
+    """The results of lm-eval for every task."""
     cfg = subject.cfg
     values, how, warnings = evaluate(subject.model, subject.tokenizer, cfg.task_names, task_path=cfg.task_path,
                                      limit=cfg.task_limit, **subject.options)
     return Found(values, how, warnings=warnings)
 
 
-def evaluate(model, tokenizer, names, *, task_path=None, batch_size=8, device="cpu", limit=None):
-    """({"task/metric": value}, {"task/metric": how}, [warning]) of lm-eval tasks.
+def evaluate(model: nn.Module, tokenizer: Tokenizer, names: Sequence[str], *, task_path: str | None = None,
+             batch_size: int = 8, device: str = "cpu",
+             limit: int | None = None) -> tuple[dict[str, float], dict[str, dict], list[str]]:
+    """({"task/metric": value}, {"task/metric": info}, warnings) of lm-eval tasks.
 
-    names, task_path: see `prepare`; bad documents of local tasks are for `check` to refuse. limit: measure on the
-    first so many documents of each task. how: see `flatten`.
+    names, task_path: see `task_list.prepare`; invalid documents of local tasks are rejected by `task_list.check`.
+    limit: maximum number of documents per task, the first ones. info: see `flatten`.
 
-    Raises ValueError naming `--tasks` when a task's data cannot be had or a choice is longer than the model's window.
+    Raises ValueError naming `--tasks` when a task's data cannot be loaded or a choice is longer than the model's
+    window.
     """
     asked, (names, manager) = names, prepared(names, task_path)
-    from lm_eval.evaluator import evaluate as lm_evaluate  # simple_evaluate would ask pip for every package first
+    from lm_eval.evaluator import evaluate as lm_evaluate  # simple_evaluate would query pip for every package first
     from lm_eval.models.huggingface import HFLM
 
     loaded = fetch(names, manager)
@@ -78,7 +87,7 @@ def evaluate(model, tokenizer, names, *, task_path=None, batch_size=8, device="c
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(device))
         try:
             found = lm_evaluate(wrapped, loaded, limit=limit, log_samples=True)
-        except AssertionError:  # lm-eval asserts that every continuation fits
+        except AssertionError:  # lm-eval asserts that every continuation fits the model's window
             refuse_long(wrapped, loaded["tasks"])
             raise
     metrics, info = flatten(found, {name: chance(task, found["samples"][name])
@@ -88,13 +97,14 @@ def evaluate(model, tokenizer, names, *, task_path=None, batch_size=8, device="c
     return metrics, info, cut_warnings(wrapped, loaded["tasks"], found["samples"])
 
 
-def flatten(found, chances):
-    """lm-eval's results as one flat pair of dicts; every metric without a filter suffix of its own.
+def flatten(found: Mapping[str, Any],
+            chances: Mapping[str, float | None]) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
+    """lm-eval's results as two flat dicts, {"task/metric": value} and {"task/metric": info}.
 
-    chances: {task: its chance level or None}. how of a metric: {"stderr": its standard error, "samples": documents,
-    "correct": which were right, hex, the first document the highest bit (None where a document's value is not 0 or
-    1), "documents": fingerprint of these documents as they were asked, "chance": expected of a guess, "group": the
-    group that a task was measured for}.
+    A metric's name has its filter as a suffix, unless that is "none". chances: {task: its chance level or None}. info:
+    {"stderr": standard error, "samples": number of documents, "correct": which were right, as hex with the first
+    document in the highest bit (None if a value is neither 0 nor 1), "documents": fingerprint of the documents as they
+    were asked, "chance": expected result of guessing, "group": the group that the task belongs to}.
     """
     metrics, info, subtasks = {}, {}, found.get("group_subtasks", {})
     parents = {child: group for group, children in subtasks.items() for child in children}
@@ -118,31 +128,34 @@ def flatten(found, chances):
     return metrics, info
 
 
-def leaves_of(task, subtasks):
-    """The tasks that a group consists of, in their order; of a task itself."""
+def leaves_of(task: str, subtasks: Mapping[str, Sequence[str]]) -> list[str]:
+    """The tasks that a group consists of, in order; for a task, itself."""
     return [leaf for child in subtasks[task] for leaf in leaves_of(child, subtasks)] if task in subtasks else [task]
 
 
-def samples_of(found, task, filtered):
-    """A task's documents as lm-eval logged them for one filter, in their order."""
+def samples_of(found: Mapping[str, Any], task: str, filtered: str) -> list[dict]:
+    """A task's documents as lm-eval logged them for one filter, in order."""
     return sorted((s for s in found["samples"].get(task, ()) if s["filter"] == filtered), key=lambda s: s["doc_id"])
 
 
-def bits(values, mean):
-    """Zeros and ones as hex, the first the highest bit; None if they are others, or `mean` is not theirs."""
+def bits(values: Sequence[float], mean: float) -> str | None:
+    """Zeros and ones as hex, the first in the highest bit; None for other values, or if `mean` is not their mean."""
     if not values or any(x not in (0, 1) for x in values) or not math.isclose(sum(values) / len(values), mean):
         return None
     return f"{int(''.join(str(int(x)) for x in values), 2):x}"
 
 
-def fingerprint(samples):
-    """16 hex digits of the documents, their prompts and their answers."""
-    told = [(s["doc_hash"], s["prompt_hash"], s["target_hash"]) for s in samples]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+def fingerprint(samples: Sequence[Mapping[str, Any]]) -> str:
+    """16 hex digits that identify the documents, their prompts and their answers."""
+    hashes = [(s["doc_hash"], s["prompt_hash"], s["target_hash"]) for s in samples]
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]
 
 
-def chance(task, samples):
-    """Expected share of right answers of a uniform guess among each document's choices; None without choices."""
+def chance(task: Any, samples: Sequence[Mapping[str, Any]]) -> float | None:
+    """Expected share of right answers when guessing uniformly among each document's choices; None without choices.
+
+    task: lm-eval's.
+    """
     if task.OUTPUT_TYPE != "multiple_choice" or not samples:
         return None
     shares = [(len(set(s["target"])) if isinstance(s["target"], list) else 1) / len(task.doc_to_choice(s["doc"]))
@@ -150,8 +163,9 @@ def chance(task, samples):
     return sum(shares) / len(shares)
 
 
-def mean_of(metrics, info, parts):
-    """(value, how) of the papers' mean over tasks, each counting the same."""
+def mean_of(metrics: Mapping[str, float], info: Mapping[str, dict],
+            parts: Sequence[str]) -> tuple[float, dict[str, Any]]:
+    """(value, info) of the unweighted mean over the metrics `parts`, as the papers report it."""
     errors, chances = ([info[p][key] for p in parts] for key in ("stderr", "chance"))
     return sum(metrics[p] for p in parts) / len(parts), {
         "stderr": None if None in errors else math.hypot(*errors) / len(parts),
@@ -159,8 +173,11 @@ def mean_of(metrics, info, parts):
         "chance": None if None in chances else sum(chances) / len(parts)}
 
 
-def refuse_long(wrapped, tasks):
-    """Raise ValueError for the first document with a continuation of more tokens than the model has positions."""
+def refuse_long(wrapped: Any, tasks: Mapping[str, Any]) -> None:
+    """Raise ValueError for the first document with a continuation of more tokens than the model has positions.
+
+    wrapped: lm-eval's HFLM. tasks: {name: lm-eval's task}.
+    """
     for name, task in tasks.items():
         for request in task.instances or ():
             if task.OUTPUT_TYPE in SCORED and (n := len(wrapped.tok_encode(request.args[1]))) > wrapped.max_length:
@@ -168,8 +185,8 @@ def refuse_long(wrapped, tasks):
                                  f"model has {wrapped.max_length} positions; leave the task or the document out")
 
 
-def cut_warnings(wrapped, tasks, samples):
-    """A line for each task of which documents are longer than the model's window: lm-eval drops what stands first."""
+def cut_warnings(wrapped: Any, tasks: Mapping[str, Any], samples: Mapping[str, Sequence[dict]]) -> list[str]:
+    """A warning for each task with documents longer than the model's window; lm-eval drops their beginning."""
     found = []
     for name, task in tasks.items():
         if task.OUTPUT_TYPE in SCORED:

@@ -1,11 +1,12 @@
-"""Models: load one, find its transformer blocks, see every prunable weight as an (R, C) matrix, go over a model.
+"""Models: load a model, find its transformer blocks, treat every prunable weight as an (R, C) matrix, iterate over it.
 
-    loading   load a folder, a hub name or the demo model
-    blocks    find the transformer blocks; `walk` yields them one at a time on the device
-    weights   one linear's weight as an (R, C) matrix
-    experts   fused experts, run one by one
+    loading   load a local folder, a model from the hub, or the demo model
+    blocks    find the transformer blocks; `walk` yields them one at a time, each on the device
+    weights   the weight of one linear layer ("a linear" throughout) as an (R, C) matrix
+    experts   fused mixture-of-experts layers, computed one expert at a time
+    intake    check a checkpoint's files before and after loading
 
-`walk` is the only place that goes over a model block by block.
+`walk` is the only place that iterates over a model block by block.
 """
 
 from .blocks import (
@@ -26,12 +27,12 @@ from .blocks import (
     walk,
 )
 from .experts import experts_one_by_one, is_experts
-from .intake import source_of
-from .loading import DEMO, fingerprint, load, quiet
+from .loading import DEMO, Tokenizer, fingerprint, load, quiet
+from .source import source_of
 from .weights import Conv1D, Weight, left_alone, mlp, silent, untouched, weights_of
 
 __all__ = [
-    "DEMO", "Block", "Conv1D", "Weight", "all_weights", "blocks", "compute_dtype", "config_of", "decoder",
+    "DEMO", "Block", "Conv1D", "Tokenizer", "Weight", "all_weights", "blocks", "compute_dtype", "config_of", "decoder",
     "experts_one_by_one", "fingerprint", "is_experts", "left_alone", "load", "max_positions", "mlp", "outside", "quiet",
     "resident", "rest_of", "shares_weights", "silent", "skipped", "source_of", "tensors_of", "unreached", "untouched",
     "walk", "weights_of",

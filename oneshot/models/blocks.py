@@ -1,13 +1,14 @@
-"""Transformer blocks: find them, bring tensors to the device, go over a model one block at a time.
+"""Transformer blocks: find them, move tensors to the device, iterate over a model one block at a time.
 
-    block       one transformer layer, whatever its family calls it
-    offloaded   where and as a tensor is kept while nothing computes with it (here: in CPU memory, in its stored dtype)
-    resident    on the device, in the dtype that is computed in
+    block       one transformer layer, whatever its model family calls it
+    offloaded   how a tensor is kept while nothing computes with it: in CPU memory, in its stored dtype
+    resident    on the device, in the dtype used for computing
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,28 +17,28 @@ from tqdm import tqdm
 from .weights import UNKNOWN, Weight, weights_of
 
 
-def config_of(model: nn.Module):
-    """The text part of a model's configuration."""
+def config_of(model: nn.Module) -> Any:
+    """The transformers config of a model's text decoder (of a multimodal model: that part alone)."""
     return model.config.get_text_config(decoder=True)
 
 
 def max_positions(model: nn.Module) -> int | None:
-    """Longest sequence the model was made for, or None when it does not say."""
+    """The longest sequence the model supports, in tokens; None if its config does not state one."""
     return getattr(config_of(model), "max_position_embeddings", None)
 
 
 def decoder(model: nn.Module) -> nn.Module:
-    """The part of the model that embeds and runs the blocks, without the output head."""
+    """The part of the model that holds the embeddings and the blocks, without the output head."""
     inner = model.get_decoder() if hasattr(model, "get_decoder") else None
-    if inner is None or inner is model or isinstance(inner, nn.Linear):  # ModernBERT calls its output head so
+    if inner is None or inner is model or isinstance(inner, nn.Linear):  # ModernBERT's `decoder` is its output head
         inner = model.base_model
     return inner
 
 
 def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """(name of the list, ModuleList of the transformer blocks).
+    """(name of the list within the model, ModuleList of the transformer blocks).
 
-    Raises ValueError when no ModuleList has the configuration's number of layers.
+    Raises ValueError naming `--model` when no ModuleList has the config's number of layers.
     """
     n = config_of(model).num_hidden_layers
     inner = decoder(model)
@@ -53,13 +54,13 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 @dataclass
 class Block:
-    """One transformer block on the way through a model.
+    """One transformer block, as `walk` yields it.
 
-    name: in the model, "model.layers.3". weights: all that can be pruned, fully named. skipped: [(full parameter name,
-    why it is left alone)]. stored: {parameter name within the block: dtype it is saved in}. changed: set it to True
-    before the next block to carry what was written to the resident parameters back to the offloaded ones. shared:
-    weights that an earlier block holds, too (Zamba2), by their names there. recurring: names of those that a later
-    block holds again.
+    name: full name in the model, such as "model.layers.3". weights: every prunable weight, under its full name.
+    skipped: [(full parameter name, why it is not pruned)]. stored: {parameter name within the block: dtype it is saved
+    in}. changed: set to True before asking for the next block to copy changed parameters back to the offloaded ones.
+    shared: weights that an earlier block holds as well (Zamba2), under their names there. recurring: names of weights
+    that a later block holds as well.
     """
 
     number: int
@@ -73,7 +74,7 @@ class Block:
     recurring: set[str] = field(default_factory=set)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The block's state dict as it will be stored: on the CPU, parameters in their stored dtype."""
+        """The block's state dict as it will be saved: on the CPU, parameters in their stored dtype."""
         return {n: t.to("cpu", self.stored.get(n, t.dtype)) for n, t in self.module.state_dict().items()}
 
 
@@ -81,9 +82,11 @@ def walk(model: nn.Module, device: str | torch.device | None = None, *, start: i
          bar: tqdm | None = None) -> Iterator[Block]:
     """Yield the model's blocks from number `start` on, one at a time, each resident on `device`.
 
-    device: None leaves the blocks offloaded, to look at or to change as they are stored. bar: moves on by one a block.
+    device: None leaves the blocks offloaded, to be read or changed in their stored form. bar: advances by one per
+    block.
 
-    The only place that goes over a model: what streams one from disk, or divides it among processes, changes this.
+    This is the only place that iterates over a model: to stream a model from disk, or to divide it among processes,
+    change this function.
     """
     path, block_list = blocks(model)
     first, last = sharing(block_list)
@@ -108,7 +111,7 @@ def walk(model: nn.Module, device: str | torch.device | None = None, *, start: i
 
 
 def sharing(block_list: nn.ModuleList) -> tuple[dict[int, int], dict[int, int]]:
-    """({id of a parameter: number of the first block that holds it}, the same of the last one)."""
+    """({id of a parameter: number of the first block that holds it}, the same for the last block)."""
     first, last = {}, {}
     for number, module in enumerate(block_list):
         for p in module.parameters():
@@ -124,19 +127,21 @@ def shares_weights(model: nn.Module) -> bool:
 
 
 def all_weights(model: nn.Module) -> Iterator[Weight]:
-    """Every prunable weight of an offloaded model, fully named."""
+    """Every prunable weight of an offloaded model, under its full name."""
     for block in walk(model):
         yield from block.weights
 
 
 def skipped(model: nn.Module) -> list[tuple[str, str]]:
-    """[(parameter name, why)] of every matrix that is not pruned, outside the blocks and within them."""
+    """[(full parameter name, why)] of every matrix that is not pruned, outside the blocks and within them."""
     return outside(model) + list(dict.fromkeys(entry for block in walk(model) for entry in block.skipped))
 
 
 def unreached(model: nn.Module) -> list[tuple[str, nn.Parameter, nn.Module]]:
-    """(full name, parameter, its module) of the matrices within the blocks that look prunable and are not: no router,
-    no bias, and no linear this program knows."""
+    """(full name, parameter, its module) of the matrices within the blocks that look prunable but are not.
+
+    These are neither routers nor biases, nor linears that this program recognises.
+    """
     path, _ = blocks(model)
     modules, names = dict(model.named_modules()), {n for n, why in skipped(model) if why.startswith(UNKNOWN)}
     return [(name, p, modules[name.rpartition(".")[0]]) for name, p in model.named_parameters()
@@ -144,11 +149,12 @@ def unreached(model: nn.Module) -> list[tuple[str, nn.Parameter, nn.Module]]:
 
 
 def outside(model: nn.Module) -> list[tuple[str, str]]:
-    """[(parameter name, why)] of the matrices outside the blocks: they are never pruned."""
+    """[(full parameter name, why)] of the matrices outside the blocks, which are never pruned."""
     inside = {id(p) for p in blocks(model)[1].parameters()}
     embedding, head = (getattr(m, "weight", None) for m in (model.get_input_embeddings(),
                                                             model.get_output_embeddings()))
-    def why(p):
+
+    def why(p: nn.Parameter) -> str:
         tied = p is embedding and p is head
         return "embedding, tied to the output head" if tied else "embedding" if p is embedding else \
             "output head" if p is head else "outside the transformer blocks"
@@ -156,17 +162,18 @@ def outside(model: nn.Module) -> list[tuple[str, str]]:
 
 
 def compute_dtype(device: str | torch.device, stored: torch.dtype) -> torch.dtype:
-    """float32 on a CPU (half precision is emulated or crippled there), else the stored dtype."""
+    """The dtype to compute in: float32 on a CPU, where 16-bit arithmetic is slow or emulated; else the stored dtype."""
     return torch.float32 if torch.device(device).type == "cpu" and stored != torch.float64 else stored
 
 
 @contextlib.contextmanager
-def resident(tensors: Iterable[torch.Tensor], device, *, write_back=False, dtype: torch.dtype | None = None):
-    """Bring parameters and buffers to `device` in their compute dtype; at the end put them where and as they were.
+def resident(tensors: Iterable[torch.Tensor], device: str | torch.device, *,
+             write_back: bool | Callable[[], bool] = False, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Within the context, parameters and buffers are on `device` in their compute dtype; afterwards as before.
 
-    write_back: whether parameters may have changed and are carried back; or a function that says so at the end. dtype:
-    to compute in (default: `compute_dtype`). Buffers keep theirs (rotary frequencies are float32 on purpose). Nothing
-    is copied where nothing changes.
+    write_back: whether to copy changed parameters back at the end, or a function that is asked then. dtype: the compute
+    dtype (default: `compute_dtype`). Buffers keep their own dtype (rotary frequencies are float32 on purpose). A tensor
+    that already has the right device and dtype is not copied.
     """
     away = []
     try:
@@ -187,11 +194,11 @@ def resident(tensors: Iterable[torch.Tensor], device, *, write_back=False, dtype
 
 
 def tensors_of(module: nn.Module) -> list[torch.Tensor]:
-    """Parameters and buffers of a module."""
+    """All parameters and buffers of a module."""
     return [*module.parameters(), *module.buffers()]
 
 
 def rest_of(module: nn.Module, block_list: nn.ModuleList) -> list[torch.Tensor]:
-    """Parameters and buffers of `module` outside the blocks."""
+    """All parameters and buffers of `module` outside the blocks in `block_list`."""
     inside = {id(t) for t in tensors_of(block_list)}
     return [t for t in tensors_of(module) if id(t) not in inside]

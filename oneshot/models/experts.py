@@ -1,10 +1,12 @@
-"""Fused experts: run them one by one, so that each one's inputs can be seen.
+"""Fused experts: compute them one at a time, so that the inputs of each expert can be observed.
 
-transformers holds the experts of a mixture as one 3-D parameter and runs them as one grouped product.
+transformers stores the experts of a mixture-of-experts layer as one 3-D parameter and runs them as one grouped matrix
+product.
 """
 
 import contextlib
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -14,21 +16,23 @@ EXPERTS_IMPLEMENTATION = "oneshot_one_by_one"
 
 
 class Layout(NamedTuple):
-    """How a module stores its fused experts. has_gate: gate and up are one parameter, `gate_up_proj`, else `up_proj`.
-    is_transposed: (E, C, R) instead of (E, R, C)."""
+    """How a module stores its fused experts.
+
+    has_gate: whether gate and up are one parameter, `gate_up_proj`; else there is `up_proj` only. is_transposed:
+    whether parameters are (E, C, R) instead of (E, R, C).
+    """
 
     has_gate: bool
     is_transposed: bool
 
     @property
     def parts(self) -> tuple[str, str]:
-        """Names of the two parameters, in the order in which tokens meet them."""
+        """The names of the two parameters, in the order in which they are applied."""
         return "gate_up_proj" if self.has_gate else "up_proj", "down_proj"
 
 
 def layout(module: nn.Module) -> Layout | None:
-    """The layout of a module of fused experts, behind transformers' experts interface or of a family in SORTED; None of
-    all other modules."""
+    """The layout of a module of fused experts, with transformers' experts interface or in SORTED; None for others."""
     if not isinstance(getattr(module, "down_proj", None), nn.Parameter) or module.down_proj.ndim != 3:
         return None
     if all(hasattr(module, a) for a in ("has_gate", "is_transposed", "is_concatenated")):
@@ -37,20 +41,21 @@ def layout(module: nn.Module) -> Layout | None:
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module holds fused experts that can be seen one by one."""
+    """Whether a module holds fused experts whose inputs can be observed one by one."""
     return layout(module) is not None
 
 
-# Experts that are fed all tokens once for each expert, those of other experts as zeros, outside the interface
+# Experts outside the interface that get all tokens once per expert, with zeros for the tokens of other experts
 SORTED = {"Llama4TextExperts": Layout(has_gate=True, is_transposed=True)}
 
 
 @contextlib.contextmanager
-def experts_one_by_one(model: nn.Module):
-    """Run fused experts in a loop, so that each one's inputs can be seen; the model's own way is restored at the end.
+def experts_one_by_one(model: nn.Module) -> Iterator[None]:
+    """Within the context, fused experts run in a loop; afterwards as before (by default as one grouped product).
 
-    transformers runs them as one grouped product by default. `module.observe(kind, expert, x, rows)` is called with the
-    inputs x of each expert's matrices and their row numbers among the layer's tokens, where the module has it.
+    If a module of experts has an attribute `observe`, then `observe(kind, expert, x, rows)` is called for each matrix
+    of each expert: kind, the parameter's name; x (tokens, C), its input; rows (tokens,), which of the layer's tokens
+    these are.
     """
     own = [m for m in model.modules() if type(m).__name__ in SORTED and layout(m)]
     for module in own:
@@ -64,8 +69,8 @@ def experts_one_by_one(model: nn.Module):
 
 
 @contextlib.contextmanager
-def _interface(model: nn.Module):
-    """The experts behind transformers' interface in a loop."""
+def _interface(model: nn.Module) -> Iterator[None]:
+    """Within the context, experts with transformers' experts interface run in a loop."""
     if not any(layout(m) and type(m).__name__ not in SORTED for m in model.modules()):
         yield
         return
@@ -80,12 +85,16 @@ def _interface(model: nn.Module):
         model.set_experts_implementation(before)
 
 
-def _experts_forward(self, hidden_states, top_k_index, top_k_weights):
-    """transformers' eager expert loop for every layout of the experts interface, with the inputs shown on the way."""
+def _experts_forward(self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor,
+                     top_k_weights: torch.Tensor) -> torch.Tensor:
+    """transformers' eager loop over experts, for every layout of the experts interface, with calls of `observe`.
+
+    hidden_states (tokens, H), top_k_index and top_k_weights (tokens, k) -> (tokens, H).
+    """
     up_name = "gate_up_proj" if self.has_gate else "up_proj"
     observe = getattr(self, "observe", None)
 
-    def linear(name, e, x, rows):
+    def linear(name: str, e: int, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         if observe:
             observe(name, e, x, rows)
         w = getattr(self, name)[e]
@@ -94,20 +103,23 @@ def _experts_forward(self, hidden_states, top_k_index, top_k_weights):
 
     out = torch.zeros_like(hidden_states)
     for e in top_k_index.unique().tolist():
-        if not 0 <= e < self.num_experts:  # expert parallelism marks absent experts so
+        if not 0 <= e < self.num_experts:  # expert parallelism marks absent experts this way
             continue
         rows, slot = torch.where(top_k_index == e)
         y = linear(up_name, e, hidden_states[rows], rows)
         y = self._apply_gate(y) if self.has_gate else self.act_fn(y)
         y = linear("down_proj", e, y, rows) * top_k_weights[rows, slot, None]
         if getattr(self, "has_post_expert_norm", False):
-            raise ValueError(f"{type(self).__name__}: experts with a norm behind them are not supported")
+            raise ValueError(f"{type(self).__name__}: experts followed by a norm are not supported")
         out.index_add_(0, rows, y.to(out.dtype))
     return out
 
 
-def _sorted_forward(self, hidden_states):
-    """Llama-4's forward, bit by bit, with each expert's inputs shown on the way: the rows of its tokens."""
+def _sorted_forward(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Llama 4's forward, bit for bit, with calls of `observe` on the rows of each expert's own tokens.
+
+    hidden_states (E·tokens, H): all tokens once per expert, zeros where a token is not the expert's -> the same shape.
+    """
     x = hidden_states.view(self.gate_up_proj.shape[0], -1, self.hidden_size)
     gate, up = torch.bmm(x, self.gate_up_proj).chunk(2, dim=-1)
     inner = up * self.act_fn(gate)

@@ -1,14 +1,17 @@
-"""Load a model and its tokenizer; know its weights again by their fingerprint."""
+"""Load a model and its tokenizer; identify its weights by a fingerprint."""
 
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..runtime.flag import flag as new_flag
-from . import intake
+from . import gguf, intake
+from .source import settle
 
 DEMO = Path(__file__).parent.parent / "demo" / "model"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -18,34 +21,44 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class LoadOptions:
     """Flags of loading a model."""
 
-    model: str = new_flag("demo", "local folder, hub name, or demo (the small model shipped with oneshot)",
+    model: str = new_flag("demo", "local folder, GGUF file, name on the hub, demo (the tiny model shipped with "
+                                  "oneshot), or smollm2 (a real one of 135M parameters, fetched once)",
                           section="what", bears_on="loading", shown=False, python=False)
-    dtype: str = new_flag("auto", "dtype the weights are kept and saved in; on a CPU all computing is float32",
+    dtype: str = new_flag("auto", "dtype in which weights are kept and saved; on a CPU all computing is in float32",
                           section="machine", bears_on="loading", python=False, choices=DTYPES)
     model_revision: str | None = new_flag(None, "revision of a hub model", section="machine", bears_on="loading",
                                           python=False)
     cache_dir: str | None = new_flag(None, "Hugging Face cache folder", section="machine", bears_on="output",
                                      python=True)
-    trust_remote_code: bool = new_flag(False, "run code that the model's repository brings; off for a reason",
-                                       section="machine", bears_on="loading", python=False, rows=("pruned",))
+    trust_remote_code: bool = new_flag(False, "run code from the model's repository; off by default, as such code can "
+                                              "do anything", section="machine", bears_on="loading", python=False,
+                                       rows=("pruned",))
 
-    def check(self):
+    def check(self) -> None:
         """Raise ValueError naming the flag whose value cannot be used."""
         if not self.model:
             raise ValueError("--model: is empty")
 
 
 def load(name: str | Path, *, dtype: str = "auto", revision: str | None = None, cache_dir: str | None = None,
-         trust_remote_code: bool = False, attn_implementation: str | None = None, flag: str = "--model"):
-    """(model, tokenizer) of a local folder, a hub name or "demo", on the CPU, weights in `dtype` ("auto": as stored).
+         trust_remote_code: bool = False, attn_implementation: str | None = None,
+         flag: str = "--model") -> tuple[nn.Module, Tokenizer]:
+    """(model, tokenizer) from a local folder, a GGUF file, a name on the hub, "demo" or "smollm2", on the CPU, in
+    evaluation mode.
 
-    Only safetensors inside the folder are read. Weights that transformers can dequantise (block FP8, MXFP4) come as
-    bfloat16. `intake.source_of(model)` then says what the files held. Raises ValueError naming `flag` when there is
-    nothing loadable, or when a part of the checkpoint would be lost.
+    dtype: "auto" (as stored) or the name of a torch dtype. revision, cache_dir, trust_remote_code, attn_implementation:
+    as for transformers' `from_pretrained`. Only safetensors files inside the folder are read. Weights that transformers
+    can dequantise (block FP8, MXFP4) become bfloat16. `models.source_of(model)` then says what the files held.
+
+    Raises ValueError naming `flag` when the model cannot be loaded, or when a part of the checkpoint would be lost.
     """
-    path = DEMO if str(name) == "demo" else Path(name).expanduser()
     said = f"{flag} {name}".strip()
+    found = {"demo": lambda: DEMO, gguf.SMOLLM2: lambda: gguf.smollm2(said)}.get(str(name), lambda: name)()
+    path = Path(found).expanduser()
+    if gguf.is_gguf(path):
+        return gguf.load(path, dtype, said)
     intake.check_path(path, said)
+    name = found
     local = path.is_dir()
     if not local and (str(name).count("/") > 1 or str(name).startswith((".", "/", "~")) or path.exists()):
         raise ValueError(f"{said}: no such folder")
@@ -54,19 +67,25 @@ def load(name: str | Path, *, dtype: str = "auto", revision: str | None = None, 
     config = intake.check_folder(path, said) if local else intake.check_hub(source, options, said)
     model, tokenizer, info = from_pretrained(source, config, options, {
         "dtype": dtype, "attn_implementation": attn_implementation}, said)
-    if info["missing_keys"]:  # transformers would go on with random numbers
+    if info["missing_keys"]:  # transformers would initialise them at random
         missing = sorted(info["missing_keys"])
         raise ValueError(f"{said}: its files lack {len(missing)} tensors, such as {missing[0]}; fetch it again")
     if info["mismatched_keys"]:
         key, stored, wanted = sorted(info["mismatched_keys"])[0]
         raise ValueError(f"{said}: {key} is {tuple(stored)} in its files, {tuple(wanted)} by its config; correct "
                          "config.json or fetch it again")
-    intake.settle(model, config, path if local else intake.hub_folder(source, options), said)
+    settle(model, config, path if local else intake.hub_folder(source, options), said)
     return model.eval().requires_grad_(False), tokenizer
 
 
-def from_pretrained(source: str, config: dict, options: dict, how: dict, said: str):
-    """(model, tokenizer, what transformers says of its loading). Whatever any library raises becomes one ValueError."""
+def from_pretrained(source: str, config: dict, options: dict, how: dict,
+                    said: str) -> tuple[nn.Module, Tokenizer, dict[str, Any]]:
+    """(model, tokenizer, transformers' loading info: missing_keys, mismatched_keys, ...).
+
+    source: folder or name on the hub. config: the checkpoint's. options: for model and tokenizer. how: for the model.
+
+    Raises ValueError, its message starting with `said`, for whatever any library raises.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -88,7 +107,7 @@ def from_pretrained(source: str, config: dict, options: dict, how: dict, said: s
 
 
 def quiet() -> None:
-    """Keep transformers' bars and remarks off stderr: what matters in them is an error or a warning of ours."""
+    """Turn off transformers' progress bars and log messages; what matters in them oneshot reports by itself."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -96,7 +115,7 @@ def quiet() -> None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """sha256 of every parameter's name, dtype, shape and bytes: which weights a run started from."""
+    """sha256 (hex) over every parameter's name, dtype, shape and bytes: identifies the weights a run starts from."""
     digest = hashlib.sha256()
     for name, p in model.named_parameters():
         digest.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())

@@ -1,15 +1,17 @@
-"""Weights: every prunable weight of a block as an (R, C) matrix, whatever way the model stores it.
+"""Weights: every prunable weight of a block as an (R, C) matrix, however the model stores it.
 
-    weight  one linear's: nn.Linear (R, C), transformers' Conv1D (C, R), or one expert's slice of a fused 3-D parameter
-            (E, R, C) or (E, C, R)
+    linear  one linear layer: nn.Linear with a weight (R, C), transformers' Conv1D with (C, R), or one expert of a fused
+            3-D parameter (E, R, C) or (E, C, R)
+    R, C    its outputs and inputs
 
-Everything is found generically; what is peculiar to a family stands in the tables below and nowhere else.
+Weights are found generically; what is specific to a model family is in the tables below and nowhere else.
 """
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,21 +19,22 @@ from transformers.pytorch_utils import Conv1D
 
 from .experts import layout
 
-LEFT_ALONE = {  # one of the last two parts of a linear's name: why it is never pruned
+LEFT_ALONE = {  # {one of the last two parts of a linear's name: why it is never pruned}
     "gate": "router", "router": "router", "shared_expert_gate": "router", "classifier": "router",
-    "altup": "mixing coefficients",  # Gemma-3n: 16x4 at most, they weigh whole copies of the hidden state
+    "altup": "mixing coefficients",  # Gemma 3n: 16x4 at most; they weight whole copies of the hidden state
 }
 UNKNOWN = "no linear this program knows"
-ATTENTION = ("attn", "attention", "mamba")  # one is in the name of the block's child that mixes tokens
+ATTENTION = ("attn", "attention", "mamba")  # the block's child that mixes tokens has one of these in its name
 
 
 @dataclass
 class Weight:
-    """One linear's weight as an (R, C) matrix, rows = outputs.
+    """The weight of one linear as an (R, C) matrix, rows = outputs.
 
-    linear: its name within the block, with the expert's number. kind: the same without it. owner: the module that is
-    fed. expert: its number, or None. transposed: whether it is stored as (C, R). stored: dtype it is saved in. block:
-    the block's name in the model, "" where only the block is known.
+    linear: the linear's name within the block, including the expert's number. kind: the same without that number.
+    owner: the module whose input it multiplies. parameter: where it is stored. expert: the expert's number, or None.
+    transposed: whether it is stored as (C, R). stored: the dtype it is saved in. block: the block's name in the model,
+    "" if only the block is known.
     """
 
     linear: str
@@ -45,7 +48,7 @@ class Weight:
 
     @property
     def name(self) -> str:
-        """Full name in the model."""
+        """The linear's full name in the model, such as "model.layers.3.mlp.up_proj"."""
         return f"{self.block}.{self.linear}" if self.block else self.linear
 
     @property
@@ -64,19 +67,19 @@ class Weight:
         return w.T if self.transposed else w
 
     def get(self) -> torch.Tensor:
-        """(R, C), float32 (float64 if the parameter is), not to be written to."""
+        """The weight (R, C) in float32 (float64 if stored so). It may share memory with the model: do not modify it."""
         w = self._slice()
         return w if w.dtype == torch.float64 else w.float()
 
     def set(self, W: torch.Tensor) -> None:
-        """Write W (R, C), rounded to the stored dtype; every zero becomes +0.0."""
+        """Write W (R, C) into the model, rounded to the stored dtype; negative zeros become +0.0."""
         self._slice().copy_(W.to(self.stored).add_(0.0))
 
 
 def weights_of(block: nn.Module, name: str = "") -> tuple[list[Weight], list[tuple[str, str]]]:
-    """(weights, skipped): every prunable weight of a block called `name`, and [(parameter name, why it is left alone)].
+    """(weights, skipped): every prunable weight of a block named `name`, and [(parameter name, why it is not pruned)].
 
-    Call it while the block is offloaded (not `resident`): the stored dtype is read off the parameters.
+    Call it while the block is offloaded (not `resident`), because the stored dtype is taken from the parameters.
     """
     weights, skipped, reached = [], [], set()
     for linear, module in block.named_modules():
@@ -105,22 +108,22 @@ def weights_of(block: nn.Module, name: str = "") -> tuple[list[Weight], list[tup
 
 
 def left_alone(name: str) -> str | None:
-    """Why the linear of this name is never pruned, or None."""
+    """Why the linear of this name is never pruned, or None if it may be."""
     return next((LEFT_ALONE[part] for part in name.split(".")[-2:] if part in LEFT_ALONE), None)
 
 
 def untouched(block: nn.Module) -> set[str]:
-    """Names of a block's parameters that neither pruning nor healing changes: routers, and what it does not know."""
+    """Names of the block's parameters that neither pruning nor healing changes: routers and unrecognised matrices."""
     routers = {name for name, _ in block.named_parameters() if left_alone(name.rpartition(".")[0])}
     return routers | {name for name, _ in weights_of(block)[1]}
 
 
 def mlp(block: nn.Module) -> list[Weight]:
-    """The weights of a block's linears behind its attention (or beside it): MLP, experts, per-layer inputs.
+    """The weights of all linears of a block that are not part of its attention: MLP, experts, per-layer inputs.
 
-    Raises ValueError when attention and the rest cannot be told apart.
+    Raises ValueError when attention and MLP cannot be told apart.
     """
-    def attends(name):
+    def attends(name: str) -> bool:
         return any(word in name.partition(".")[0] for word in ATTENTION)
 
     weights, skipped = weights_of(block)
@@ -134,12 +137,12 @@ def mlp(block: nn.Module) -> list[Weight]:
 
 
 @contextlib.contextmanager
-def silent(weights: Sequence[Weight]):
-    """The modules that hold these weights give zeros, and compute nothing."""
-    def zeros(x, *_, shape, **__):
+def silent(weights: Sequence[Weight]) -> Iterator[None]:
+    """Within the context, the modules that hold these weights return zeros without computing anything."""
+    def zeros(x: torch.Tensor, *_: Any, shape: tuple[int, int], **__: Any) -> torch.Tensor:
         return x.new_zeros(*x.shape[:-1], shape[0])
 
-    owners = {id(w.owner): (w.owner, w.shape) for w in weights}  # of experts, the last one's: the way down
+    owners = {id(w.owner): (w.owner, w.shape) for w in weights}  # of fused experts the last shape counts: down_proj's
     before = {key: owner.__dict__.get("forward") for key, (owner, _) in owners.items()}
     try:
         for owner, shape in owners.values():

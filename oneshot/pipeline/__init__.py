@@ -1,11 +1,12 @@
 """Pipeline: the only stage that knows the order of the others.
 
-    run       the story of one run, and the command `oneshot prune`
-    plan      which linear gets which pattern, and the job that is made of it
-    compress  prune or round a model by its plan, and prove what it then is
-    identity  what a run is known by, what its reader should know first
+    run       one run from start to end, and the command `oneshot prune`
+    plan      which linear gets which pattern, and the job made from that
+    compress  prune or round a model, and prove the result
+    identity  a run's identity (run_id), and the warnings that come first
     command   what the runs of one command share
-    checks    what is refused before anything is computed
-    api       the same from Python
-    generate  `oneshot generate`: continue a text, say how fast
+    checks    what is rejected before anything is computed
+    api       `oneshot.prune` for Python
+    attempt   a run that ends in a record even if it fails, for sweeps
+    generate  `oneshot generate`: generate text, measure the speed
 """

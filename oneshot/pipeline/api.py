@@ -1,8 +1,9 @@
-"""`oneshot prune` in Python: `oneshot.prune(model, ...)` on a model that is loaded already."""
+"""`oneshot prune` from Python: `oneshot.prune(model, ...)` on a model that is already loaded."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,8 @@ from .. import models, report
 from ..data import choose
 from ..data import given as given_tokens
 from ..measure import Subject
+from ..models import Tokenizer
+from ..models.source import undo_quantisation, was_dequantised
 from ..settings import flags, presets
 from ..settings.known import part_names, python_names, todays_names
 from . import checks, run
@@ -19,15 +22,17 @@ from .identity import describe, identify
 from .plan import make_plan
 
 
-def prune(model: nn.Module, tokenizer=None, *, method: str = "sparsegpt", pattern: str | float = "2:4",
-          calibration: str | torch.Tensor = "builtin", parts: dict | None = None, **settings) -> dict:
-    """Prune a loaded transformers model in place; the record of what was done, as `oneshot prune` writes it.
+def prune(model: nn.Module, tokenizer: Tokenizer | None = None, *, method: str = "sparsegpt",
+          pattern: str | float = "2:4", calibration: str | torch.Tensor = "builtin",
+          parts: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
+    """Prune a loaded transformers model in place; returns the record of the run, as `oneshot prune` writes it.
 
-    calibration: as `--calibration`, or token ids, int64 (n, seqlen). parts: settings of the method's, the
-    allocation's and the healing methods' parts, such as {"sparsegpt.damping": 0.1, "block.steps": 100}. settings: the
-    other flags by their names, e.g. nsamples=64, device="cuda", keep_dense="*.down_proj".
+    tokenizer: needed unless token ids are given. method, pattern: as for `--method` and `--pattern`, but one of each.
+    calibration: as for `--calibration`, or token ids, int64 (n, seqlen). parts: settings of solvers, refiners,
+    allocation and healing methods, such as {"sparsegpt.damping": 0.1, "block.steps": 100}. settings: the other flags by
+    name, such as nsamples=64, device="cuda", keep_dense="*.down_proj".
 
-    Raises ValueError naming the setting as the command line would.
+    Raises ValueError naming the setting, with the same message as the command line.
     """
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     name = "demo" if Path(name) == models.DEMO else name
@@ -49,6 +54,8 @@ def prune(model: nn.Module, tokenizer=None, *, method: str = "sparsegpt", patter
     checks.check_heal(cfg, model)
     checks.check_shared(cfg, model)
     plan = make_plan(cfg, model)
+    if was_dequantised(model):
+        undo_quantisation(model)
     with at_rest(model):
         if given:
             tokens = given_tokens(calibration)
@@ -62,7 +69,7 @@ def prune(model: nn.Module, tokenizer=None, *, method: str = "sparsegpt", patter
 
 @contextlib.contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
-    """The model as `models.load` gives it: no dropout, nothing but what is trained here asks for gradients."""
+    """Within the context, the model is in evaluation mode without gradients, as `models.load` returns it."""
     training = [m for m in model.modules() if m.training]
     asking = [p for p in model.parameters() if p.requires_grad]
     model.eval().requires_grad_(False)
@@ -75,7 +82,7 @@ def at_rest(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-def refuse_unknown(given: dict, known: Iterable[str], what: str) -> None:
-    """Raise ValueError for settings that are not known."""
+def refuse_unknown(given: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Raise ValueError naming the settings in `given` that are not among the `known` ones. what: what they are not."""
     if unknown := sorted(set(given) - set(known)):
         raise ValueError(f"{', '.join(unknown)}: {what}; there are {', '.join(known) or 'none'}")

@@ -1,5 +1,6 @@
-"""What is refused before anything is computed: settings that mean nothing together, places that cannot be written,
-devices and models that cannot be used. Each raises ValueError naming the flag.
+"""Checks before anything is computed: contradictory settings, unwritable folders, unusable devices and models.
+
+Each raises ValueError naming the flag.
 """
 
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from .. import checkpoint, heal, measure, models
-from ..models import intake
+from ..models.source import check_parameters
 from ..prune import patterns
 from ..prune.solvers import chain
 from ..runtime import environment
@@ -17,7 +18,7 @@ from ..settings import RunConfig
 
 
 def check(configs: Sequence[RunConfig]) -> None:
-    """Refuse what can be refused before a model is loaded. Raises ValueError naming the flag."""
+    """Reject what can be rejected before a model is loaded. Raises ValueError naming the flag."""
     for cfg in configs:
         check_devices(cfg)
         check_target(cfg)
@@ -33,10 +34,10 @@ def check(configs: Sequence[RunConfig]) -> None:
 
 
 def check_target(cfg: RunConfig) -> None:
-    """Refuse combinations of what to aim at that mean nothing."""
+    """Reject contradictory settings of what to aim at. Raises ValueError naming the flag."""
     if cfg.prunes and cfg.dense_target and not any(module.updates for module in chain(cfg.method)):
-        raise ValueError(f"--dense-target {cfg.dense_target:g}: --method {cfg.method} leaves the weights it keeps as "
-                         f"they are, so it cannot aim anywhere; use {cfg.method}+refit or sparsegpt")
+        raise ValueError(f"--dense-target {cfg.dense_target:g}: --method {cfg.method} leaves the weights it keeps "
+                         f"unchanged, so it cannot aim at a target; use {cfg.method}+refit or sparsegpt")
     spreads = isinstance(patterns.parse(cfg.pattern), patterns.Unstructured) if cfg.prunes else True
     if not spreads and cfg.allocate not in ("uniform", "mix"):
         raise ValueError(f"--allocate {cfg.allocate}: spreads a sparsity such as --pattern 0.5; {cfg.pattern} is the "
@@ -51,28 +52,31 @@ def check_target(cfg: RunConfig) -> None:
 
 
 def check_devices(cfg: RunConfig) -> None:
-    """Raise ValueError naming the flag when a device is not there."""
+    """Raise ValueError naming the flag when a device does not exist."""
     environment.check_device(cfg.device)
     if cfg.activations:
         environment.check_device(cfg.activations, "--activations")
 
 
 def check_heal(cfg: RunConfig, model: nn.Module) -> None:
-    """Raise ValueError where this model cannot be healed on this device by the methods asked for."""
+    """Raise ValueError naming the flag when this model cannot be healed on this device by the chosen methods."""
     for name, own in cfg.healing.items():
         getattr(heal.module(name), "check_model", lambda *args: None)(model, own, cfg.device)
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise ValueError for a model that does not predict the next token, naming a parameter that is not finite, no
-    floating-point weight or offloaded, or experts that cannot be seen one by one."""
+    """Raise ValueError naming `--model` for a model that cannot be pruned.
+
+    That is: one with an adapter; with a parameter that is offloaded, not finite or not floating-point; that does not
+    predict the next token; or whose experts cannot be observed one by one.
+    """
     if hasattr(model, "peft_config"):
         raise ValueError("--model: is a PeftModel; merge the adapter first (merge_and_unload), give the merged model")
-    intake.check_parameters(model, "--model")
+    check_parameters(model, "--model")
     _, block_list = models.blocks(model)
     causal = [m.is_causal for m in block_list.modules() if isinstance(getattr(m, "is_causal", None), bool)]
-    if causal and not any(causal):  # AutoModelForCausalLM loads BERT without a word
-        raise ValueError(f"--model: {type(model).__name__} looks at the tokens to come, so it is an encoder; only "
+    if causal and not any(causal):  # AutoModelForCausalLM silently loads BERT
+        raise ValueError(f"--model: {type(model).__name__} attends to later tokens, so it is an encoder; only "
                          "decoder-only models can be pruned")
     for name, p in model.named_parameters():
         if p.is_floating_point() and not torch.isfinite(p).all():
@@ -85,7 +89,7 @@ def check_model(model: nn.Module) -> None:
 
 
 def check_shared(cfg: RunConfig, model: nn.Module) -> None:
-    """Raise ValueError for what needs each block's own dense weights where blocks share theirs (Zamba2)."""
+    """Raise ValueError for settings that need each block's dense weights if blocks share weights (Zamba2)."""
     for flag, value in {"--heal": cfg.heals, "--dense-target": cfg.dense_target}.items():
         if cfg.prunes and value and models.shares_weights(model):
             raise ValueError(f"{flag}: blocks of this model share weights, so no block is dense once an earlier one is "
@@ -93,7 +97,7 @@ def check_shared(cfg: RunConfig, model: nn.Module) -> None:
 
 
 def unreached_warnings(model: nn.Module) -> list[str]:
-    """What of the blocks' weights looks prunable and is not, with its share, where that is more than a thousandth."""
+    """A warning about weights in the blocks that look prunable but are not, if they exceed 0.1 % of the blocks."""
     found = models.unreached(model)
     total = sum(p.numel() for p in models.blocks(model)[1].parameters())
     share = sum(p.numel() for _, p, _ in found) / total

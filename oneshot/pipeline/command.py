@@ -1,4 +1,4 @@
-"""What the runs of one command share, each computed once: text sampled from the model, solutions from shared inputs."""
+"""What the runs of one command share, computed once: text sampled from the model, solutions from shared inputs."""
 
 import contextlib
 import functools
@@ -11,6 +11,7 @@ from torch import nn
 
 from .. import checkpoint, models
 from ..data import Tokens, choose
+from ..models import Tokenizer
 from ..prune import shared_inputs
 from ..prune.job import Job, Result
 from ..settings import RunConfig
@@ -20,15 +21,15 @@ from .plan import allocated, chain_of, make_plan, needs_data
 Solution = tuple[Result, dict[str, torch.Tensor]]
 
 
-def load(cfg: RunConfig) -> tuple[nn.Module, object]:
-    """(model, tokenizer) as they are on disk."""
+def load(cfg: RunConfig) -> tuple[nn.Module, Tokenizer]:
+    """(model, tokenizer) as they are on disk. Raises ValueError naming `--model`."""
     return models.load(cfg.model, dtype=cfg.dtype, revision=cfg.model_revision, cache_dir=cfg.cache_dir,
                        trust_remote_code=cfg.trust_remote_code)
 
 
 @dataclass
 class Command:
-    """The runs of one command, in their order."""
+    """The runs of one command, in order."""
 
     configs: Sequence[RunConfig]
     _sampled: Tokens | None = field(default=None, repr=False)
@@ -47,16 +48,16 @@ class Command:
 
     @property
     def saves(self) -> bool:
-        """Whether any run writes a checkpoint: then the dense row is not computed again either."""
+        """Whether any run saves a checkpoint; the dense run is then not repeated either, if its record exists."""
         return any(cfg.save for cfg in self.configs)
 
     @property
     def resumes(self) -> bool:
-        """Whether the same command, given again, resumes what was interrupted."""
+        """Whether repeating the same command resumes what was interrupted."""
         return any(cfg.save and not cfg.shared_inputs for cfg in self.configs)
 
-    def calibration(self, cfg: RunConfig, model: nn.Module, tokenizer) -> Tokens | None:
-        """Calibration Tokens of a run; None when nothing needs them. What `--calibration self` samples is kept."""
+    def calibration(self, cfg: RunConfig, model: nn.Module, tokenizer: Tokenizer) -> Tokens | None:
+        """A run's calibration Tokens; None if nothing needs them. Text sampled for `--calibration self` is reused."""
         if not needs_data(cfg):
             return None
         if cfg.calibration != "self":
@@ -66,14 +67,14 @@ class Command:
         return self._sampled
 
     def solved(self, cfg: RunConfig) -> Solution | None:
-        """What `--shared-inputs` has found for a run; None for a run that solves on its own inputs."""
+        """A run's solution with `--shared-inputs`; None for a run that is solved on its own inputs."""
         return self._solutions[self.configs.index(cfg)] if cfg.prunes and cfg.shared_inputs else None
 
     @functools.cached_property
     def _solutions(self) -> dict[int, Solution]:
-        """{place of the run: its solution}, all from one pass over the data when the first run needs them.
+        """{place of the run in the command: its solution}, computed in one pass over the data on first use.
 
-        An allocation that looks at data takes one more, for all runs.
+        An allocation that needs data takes one more pass, shared by all runs.
         """
         runs = {i: cfg for i, cfg in enumerate(self.configs) if cfg.prunes and cfg.shared_inputs}
         cfg = next(iter(runs.values()))

@@ -1,4 +1,4 @@
-"""Compress: prune a model by its plan, or round it, and prove what it then is."""
+"""Compress: prune a model according to its plan, or round it, and prove the result."""
 
 import time
 
@@ -19,9 +19,9 @@ from .plan import Plan, allocated, job_of
 
 def compress(cfg: RunConfig, model: nn.Module, plan: Plan, calibration: Tokens | None,
              folder: Folder | None = None) -> Result:
-    """Do to the model, in place, what the settings ask for: prune, heal, or round; nothing for the dense model.
+    """Prune and heal, or round, the model in place as the settings ask; the dense model is left unchanged.
 
-    With a folder: keep each block, and resume after those kept before.
+    folder: save each finished block there, and resume after those that are already saved.
     """
     if cfg.row != "pruned":
         warnings = rtn.quantise_model(model, grids.parse(cfg.pattern)) if cfg.row == "rounded" else []
@@ -49,7 +49,7 @@ def circumstances(cfg: RunConfig, calibration: Tokens | None) -> dict:
 
 
 def heal_model(cfg: RunConfig, model: nn.Module, healers: tuple[heal.Heal, ...], result: Result) -> None:
-    """What heals the whole model at the end; what it says goes into the result."""
+    """Let the healing methods train the whole model; what they report goes into the result."""
     for name, healer in zip(cfg.heals, healers, strict=True):
         began = time.perf_counter()
         with loop.float32_products(cfg.tf32):
@@ -57,25 +57,25 @@ def heal_model(cfg: RunConfig, model: nn.Module, healers: tuple[heal.Heal, ...],
         if info is not None:
             result.warnings += [f"--heal {name}: {w}" for w in info.pop("warnings", [])]
             result.heal[name] = info | {"seconds": time.perf_counter() - began}
-    result.dense = None  # hidden states of the whole calibration set
+    result.dense = None  # frees the hidden states of the whole calibration set
 
 
 def prove_patterns(model: nn.Module, plan: Plan, rows: list[dict]) -> None:
-    """Every pattern on the stored weights once more, after all healing, and the zeros that are there now.
+    """Prove every pattern on the stored weights once more, after all healing, and update the zeros in the rows.
 
     Raises ProofError naming the linear whose pattern is broken.
     """
-    rows = {row["name"]: row for row in rows}
+    by_name = {row["name"]: row for row in rows}
     for weight in all_weights(model):
         W, name = weight.get(), weight.name
         prove(name not in plan or plan[name].holds(W), f"{name}: pattern {plan.get(name)} broken")
-        if row := rows.get(name):
+        if row := by_name.get(name):
             row["zeros"] = W.numel() - int(W.count_nonzero())
             row["surplus"] = row["zeros"] - row["target_zeros"]
 
 
 def sparsity(model: nn.Module) -> float:
-    """Share of zeros among the prunable weights, counted on what will be stored."""
+    """The share of zeros among all prunable weights, packed ones included, in their stored dtype."""
     zeros = total = 0
     for weight in all_weights(model):
         total += weight.size

@@ -1,7 +1,7 @@
-"""`oneshot generate DIR --prompt "..."`: continue a text with a model, dense or packed, and say how fast.
+"""`oneshot generate DIR --prompt "..."`: generate text with a dense or packed model and measure the speed.
 
-With `--compare OTHER_DIR` the other model continues the same prompt, and both stand side by side: text, time to the
-first token, tokens a second after it, peak memory. Greedy unless `--temperature` is given.
+With `--compare OTHER_DIR` the other model continues the same prompt, and both are shown side by side: text, time to the
+first token, tokens per second after it, memory of the weights, peak memory. Greedy unless `--temperature` is given.
 """
 
 import argparse
@@ -19,24 +19,26 @@ from ..runtime.command import Parser, exit_code
 
 
 class Clock:
-    """A streamer for `generate` that notes when each token came."""
+    """A streamer for transformers' `generate` that records when each token arrives."""
 
-    def __init__(self, device):
-        self.device, self.times = torch.device(device), []
+    def __init__(self, device: str):
+        self.device = torch.device(device)
+        self.times: list[float] = []
 
-    def put(self, value):
+    def put(self, value: torch.Tensor) -> None:
+        """Called with the prompt, then with each token."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.times.append(time.perf_counter())
 
-    def end(self):
-        """Nothing is left to note."""
+    def end(self) -> None:
+        """Called at the end."""
 
 
 def measure(name: str, flag: str, prompt: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Continue `prompt` with the model `name`: its text, seconds to the first token, tokens a second, bytes.
+    """Continue `prompt` with the model `name`: the text, seconds to the first token, tokens per second, bytes.
 
-    The first generation warms up and is not timed.
+    flag: the start of error messages. The first generation is a warm-up and is not timed.
     """
     gc.collect()
     environment.reset_peak_memory(args.device)
@@ -52,7 +54,7 @@ def measure(name: str, flag: str, prompt: str, args: argparse.Namespace) -> dict
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(args.device)
     length = inputs["input_ids"].shape[1]
     if not length:
-        raise ValueError("--prompt: not a single token; give some text")
+        raise ValueError("--prompt: has no token; give some text")
     most = models.max_positions(model)
     if most and length + args.max_new_tokens > most:
         raise ValueError(f"--max-new-tokens {args.max_new_tokens}: with a prompt of {length} tokens that is more than "
@@ -67,7 +69,7 @@ def measure(name: str, flag: str, prompt: str, args: argparse.Namespace) -> dict
         clock = Clock(args.device)
         began = time.perf_counter()
         out = model.generate(**inputs, **options, streamer=clock)
-    times = clock.times[1:]  # the first call brings the prompt
+    times = clock.times[1:]  # the first call is for the prompt
     return {"model": str(name) + (" (packed)" if packed else ""),
             "text": tokenizer.decode(out[0, length:], skip_special_tokens=True), "tokens": len(times),
             "first_s": times[0] - began,
@@ -77,7 +79,7 @@ def measure(name: str, flag: str, prompt: str, args: argparse.Namespace) -> dict
 
 
 def show(rows: list[dict], prompt: str) -> str:
-    """Continuations, then one line a model."""
+    """The continuations, then a table with one line per model."""
     lines = []
     for row in rows:
         lines += [f"--- {row['model']}", prompt + row["text"], ""]
@@ -90,12 +92,12 @@ def show(rows: list[dict], prompt: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command."""
+    """Run the command and return its exit code (runtime/command.py)."""
     return exit_code(lambda: run(argv))
 
 
 def run(argv: list[str] | None) -> None:
-    """Generate with one model or two, print what they say and how fast."""
+    """Generate with one or two models and print their texts and speeds. Raises ValueError naming the flag."""
     args = arguments(argv)
     models.quiet()
     environment.check_device(args.device)
@@ -109,17 +111,18 @@ def run(argv: list[str] | None) -> None:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    """What the command line says."""
+    """The parsed command line."""
     p = Parser(prog="oneshot generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("model", help="folder, hub name, or demo")
+    p.add_argument("model", help="folder, name on the hub, or demo")
     p.add_argument("--prompt", default="The history of science", help="text to continue (default: %(default)r)")
     p.add_argument("--compare", metavar="MODEL", help="a second model, for instance the dense one")
-    p.add_argument("--max-new-tokens", type=int, default=64)
+    p.add_argument("--max-new-tokens", type=int, default=64, metavar="N",
+                   help="number of tokens to generate (default: %(default)s)")
     p.add_argument("--temperature", type=float, help="sample at this temperature (default: greedy)")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1")
+    p.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+    p.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1")
     p.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: as stored on a GPU, float32 on a CPU")
-    p.add_argument("--static", action="store_true", help="static cache, compiled decoding (GPU)")
+    p.add_argument("--static", action="store_true", help="use a static cache and compiled decoding (GPU)")
     args = p.parse_args(argv)
     args.device = environment.resolve_device(args.device)
     return args

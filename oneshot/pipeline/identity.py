@@ -1,4 +1,4 @@
-"""What a run is known by, and what its reader should know before all else."""
+"""A run's identity: the fingerprint of its model and its run_id; and the warnings that come first in its record."""
 
 import hashlib
 from pathlib import Path
@@ -15,7 +15,7 @@ from .plan import keep_dense_warning
 
 
 def warnings(subject: Subject) -> list[str]:
-    """What the reader of a run's numbers should know first: of the model, of what stays dense, of the data."""
+    """What a reader of the run's numbers should know first: about the model, what stays dense, and the data."""
     cfg, model = subject.cfg, subject.model
     unreached = checks.unreached_warnings(model) if cfg.prunes else []
     return [*models.source_of(model).warnings, *unreached, *keep_dense_warning(cfg, model),
@@ -24,7 +24,7 @@ def warnings(subject: Subject) -> list[str]:
 
 def identify(cfg: RunConfig, model: nn.Module, calibration: Tokens | None,
              texts: dict[str, Tokens]) -> tuple[str, str]:
-    """(fingerprint of the weights, run_id), both of the model before anything is done to it."""
+    """(fingerprint of the weights, run_id). Call it before the model is changed."""
     weights = models.fingerprint(model)
     marks = [calibration.sha256 if calibration else None, *measure.identity(cfg, texts)]
     if cfg.prunes and cfg.allocate == "sensitivity":
@@ -33,7 +33,11 @@ def identify(cfg: RunConfig, model: nn.Module, calibration: Tokens | None,
 
 
 def digest(cfg: RunConfig, weights: str) -> str:
-    """sha256 of the record that an allocation by sensitivity reads. Raises ValueError if it is another model's."""
+    """sha256 (hex) of the record that `--allocate sensitivity` reads.
+
+    Raises ValueError naming `--sensitivity.record` if it was measured on another model. weights: this one's
+    fingerprint.
+    """
     file = cfg.allocation["sensitivity"].record
     _, measured = allocate.module("sensitivity").read(file)
     if measured != weights:
@@ -43,7 +47,7 @@ def digest(cfg: RunConfig, weights: str) -> str:
 
 
 def describe(cfg: RunConfig, model: nn.Module, weights: str) -> dict:
-    """What the record says of the model."""
+    """The record's `model`: name, family, numbers of parameters and blocks, dtype, fingerprint (`weights`)."""
     return {"name": Path(cfg.model.rstrip("/")).name, "family": model.config.model_type,
             "parameters": sum(p.numel() for p in model.parameters()),
             "prunable": sum(weight.size for weight in models.all_weights(model)),

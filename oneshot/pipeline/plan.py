@@ -1,8 +1,8 @@
-"""Plan: which linear gets which pattern, and the job that is made of it."""
+"""Plan: which linear gets which pattern, and the pruning job made from that."""
 
 import fnmatch
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -22,26 +22,28 @@ Plan = dict[str, Pattern]
 
 
 def chain_of(cfg: RunConfig) -> Chain:
-    """The solver chain with its settings."""
+    """The solver chain: [(solver or refiner, its Config), ...]."""
     return [(module, cfg.solver[solvers.short(module)]) for module in solvers.chain(cfg.method)]
 
 
 def pattern_of(cfg: RunConfig) -> Pattern:
-    """What `--pattern` asks for, its comparison group named."""
+    """The Pattern that `--pattern` asks for, with its comparison group set."""
     return patterns.parse(cfg.pattern, cfg.group).with_default_group(chain_of(cfg)[0][1].group)
 
 
 def needs_data(cfg: RunConfig) -> bool:
-    """Whether the run looks at calibration data."""
+    """Whether the run needs calibration data."""
     looks = cfg.layer_errors or cfg.heals or cfg.dense_target or allocate.module(cfg.allocate).needs
     return cfg.prunes and bool(looks or any(module.needs for module, _ in chain_of(cfg)))
 
 
 def make_plan(cfg: RunConfig, model: nn.Module) -> Plan:
-    """{linear: Pattern}, the same everywhere but for `--keep-dense` (`--allocate mix`: dense where it does not fit);
-    empty where nothing is pruned.
+    """{full linear name: Pattern} before allocation; {} if nothing is pruned.
 
-    Raises ValueError naming the flag that cannot be kept.
+    The pattern is the same everywhere, except for `--keep-dense`, and with `--allocate mix` for linears whose shape
+    does not allow it, which are dense here.
+
+    Raises ValueError naming the flag that cannot be satisfied.
     """
     if not cfg.prunes:
         return {}
@@ -57,9 +59,9 @@ def make_plan(cfg: RunConfig, model: nn.Module) -> Plan:
 
 
 def kept_dense(spec: str | None, names: Sequence[str]) -> set[str]:
-    """The linears among `names` that stay dense: globs of full names, or RECORD.json:N, the N most harmful to prune.
+    """The linears among `names` that stay dense. spec: the value of `--keep-dense`.
 
-    Raises ValueError naming `--keep-dense` and the entry that matches nothing.
+    Raises ValueError naming `--keep-dense` and an entry that matches nothing, or if nothing is left to prune.
     """
     kept = set()
     for entry in filter(None, (part.strip() for part in (spec or "").split(","))):
@@ -80,7 +82,10 @@ def kept_dense(spec: str | None, names: Sequence[str]) -> set[str]:
 
 
 def most_sensitive(file: str, count: int) -> list[str]:
-    """The `count` most harmful units of a record made with `--sensitivity`: linears, or kinds of linear."""
+    """The `count` most harmful units in the record of a run with `--sensitivity`: linears, or kinds of linear.
+
+    Raises ValueError naming `--keep-dense` if the file holds no such measurement.
+    """
     try:
         rows = json.loads(Path(file).read_text(encoding="utf-8"))["sensitivity"]
         return [row["name"] for row in rows[:count]]
@@ -89,16 +94,16 @@ def most_sensitive(file: str, count: int) -> list[str]:
                          "run with --sensitivity") from None
 
 
-def blocks_of(model: nn.Module, kept: set[str] = frozenset()) -> list[dict[str, allocate.Linear]]:
-    """[{linear: its shape and itemsize}], one dict a block, as allocations take them, without what stays dense."""
+def blocks_of(model: nn.Module, kept: Collection[str] = frozenset()) -> list[dict[str, allocate.Linear]]:
+    """[{linear: its shape and itemsize}], one dict per block, for allocation; without `kept`, which stay dense."""
     return [{w.name: allocate.Linear(*w.shape, w.stored.itemsize) for w in block.weights if w.name not in kept}
             for block in models.walk(model)]
 
 
 def allocated(configs: Sequence[RunConfig], model: nn.Module, plans: Sequence[Plan],
               calibration: Tokens | None) -> list[Plan]:
-    """The runs' plans with their zeros spread over the linears as `--allocate` says; one dense pass serves all runs."""
-    cfg = configs[0]  # the runs of a command differ in method and pattern
+    """The runs' plans with their zeros distributed as `--allocate` says; one dense calibration pass serves all runs."""
+    cfg = configs[0]  # the runs of a command differ only in method and pattern
     method, own = allocate.module(cfg.allocate), cfg.allocation.get(cfg.allocate)
     if not plans[0] or cfg.allocate == "uniform":
         return list(plans)
@@ -115,14 +120,14 @@ def allocated(configs: Sequence[RunConfig], model: nn.Module, plans: Sequence[Pl
 
 
 def job_of(cfg: RunConfig, plan: Plan, calibration: Tokens | None = None) -> Job:
-    """The job that these settings make of a plan."""
+    """The pruning job for a plan with these settings. calibration: determines the windows held out from healing."""
     healers = tuple(heal.module(name).Heal(cfg.healing[name], cfg.seed, cfg.progress) for name in cfg.heals)
     held_out = held_out_windows(len(calibration.ids), cfg.seed) if healers and calibration else ()
     return Job(plan, chain_of(cfg), cfg, healers, held_out)
 
 
 def keep_dense_warning(cfg: RunConfig, model: nn.Module) -> list[str]:
-    """What `--keep-dense` leaves dense, with its share of the prunable weights."""
+    """A warning that says what `--keep-dense` leaves dense, with its share of the prunable weights; [] without it."""
     if not (cfg.prunes and cfg.keep_dense):
         return []
     sizes = {weight.name: weight.size for weight in models.all_weights(model)}

@@ -1,4 +1,4 @@
-"""`oneshot prune` (`python -m oneshot.run`): prune a language model once and prove what it cost. The whole story:
+"""`oneshot prune`: prune a language model in one shot and measure what that cost. From start to end:
 
     load -> calibration tokens -> prune, block by block -> measure -> record, page, checkpoint
 """
@@ -29,13 +29,13 @@ SHORT_OF_MEMORY = "lower --batch-size, --gram-budget or --seqlen, or do without 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run what the command line asks for. Exit code: 0 done, 2 the user can mend it (one line on stderr says what)."""
+    """Run what the command line asks for and return the exit code (runtime/command.py)."""
     command = Command([])
 
-    def interrupted():
+    def interrupted() -> str:
         return "the same command resumes after the last finished block" if command.resumes else ""
 
-    def work():
+    def work() -> None:
         command.configs = settings.parse(argv)
         checks.check(command.configs)
         models.quiet()
@@ -52,10 +52,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(cfg: RunConfig, command: Command | None = None, reuse: Callable[[Path], dict | None] | None = None) -> dict:
-    """One run: its record. With `--save`, the pruned checkpoint as well; a finished one is not computed again.
+    """Do one run and return its record; with `--save` also save the pruned checkpoint, unless it is already finished.
 
-    command: the runs of one command, which share what they can. reuse: called with the record's file as soon as the
-    run_id is known; a record that it returns is taken.
+    command: the runs of the command that this one belongs to. reuse: called with the record's file as soon as the
+    run_id is known; if it returns a record, that is the result.
+
+    Raises ValueError naming the flag for user errors, OSError when files cannot be written.
     """
     command = command or Command([cfg])
     with command.locked([cfg]):
@@ -68,13 +70,13 @@ def made(cfg: RunConfig, command: Command, reuse: Callable[[Path], dict | None] 
     model, tokenizer = load(cfg)
     loaded = time.perf_counter()
     checks.check_model(model)
-    for other in (cfg, *command.configs):  # what does not fit is refused before the first row is computed
+    for other in (cfg, *command.configs):  # what does not fit the model is rejected before the first run is computed
         make_plan(other, model)
         checks.check_heal(other, model)
         checks.check_shared(other, model)
     texts = choose.evaluation(cfg, model, tokenizer)
     measure.prepare(cfg, model, tokenizer)
-    late = cfg.calibration == "self"  # follows from the weights and the settings, and takes long
+    late = cfg.calibration == "self"  # it follows from weights and settings, so it can wait until the run_id is checked
     calibration = None if late else command.calibration(cfg, model, tokenizer)
     weights, run_id = identify(cfg, model, calibration, texts)
     file = Path(cfg.results) / f"{run_id}.json"
@@ -103,8 +105,10 @@ def made(cfg: RunConfig, command: Command, reuse: Callable[[Path], dict | None] 
 
 
 def work(subject: Subject, plan: Plan, command: Command | None = None, folder: checkpoint.Folder | None = None) -> dict:
-    """Prune in place (or write what the command has solved) and measure: the record, but for what only the caller knows
-    (run_id, model)."""
+    """Prune in place (or write what the command has already solved), measure, and return the record.
+
+    Only the entries `run_id` and `model` are missing, which the caller adds.
+    """
     cfg, model, began = subject.cfg, subject.model, time.perf_counter()
     environment.reset_peak_memory(cfg.device)
     if cfg.prunes:

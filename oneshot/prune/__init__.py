@@ -1,10 +1,12 @@
-"""Prune: choose and set weights, block by block.
+"""Prune: choose which weights to remove and set those that stay, block by block.
 
-    options         how pruning computes
-    patterns        which shapes of sparsity there are
-    linalg          what solvers share
-    solvers/        one file, one way to choose and set the weights of ONE linear, or to refine them
-    allocate/       one file, one way to spread the zeros over the linears
+    options         how pruning is computed
+    patterns        the sparsity patterns
+    linalg          linear algebra shared by the solvers
+    solvers/        each file is a method to prune ONE linear, or to refine such a solution
+    allocate/       each file is a method to distribute the zeros over the linears
+    job             what to do to a model, and the rows of the record that say what was done
+    linear          solve one linear, write the new weight, prove its pattern
     loop            the block loop: collect, solve, write back, heal, replay
     shared_inputs   many solutions from one pass over the dense model's inputs
 

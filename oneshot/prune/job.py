@@ -1,4 +1,4 @@
-"""A pruning job: what is to be done to a model, and the rows that say what was done."""
+"""A pruning job: what to do to a model, and the rows of the record that say what was done."""
 
 import functools
 from collections.abc import Collection, Sequence
@@ -20,20 +20,22 @@ Chain = Sequence[tuple[ModuleType, Any]]  # [(solver or refiner, its Config), ..
 
 
 class Healer(Protocol):
-    """What the loop asks of a healing method at work; see heal/__init__.py."""
+    """What the block loop needs of a healing method; see heal/__init__.py."""
 
-    def before_block(self, block: Block, dense: Activations) -> None: ...
+    def before_block(self, block: Block, dense: Activations) -> None:
+        """Called while the block is still dense."""
 
-    def after_block(self, block: Block, activations: Activations, targets: list[torch.Tensor]) -> dict | None: ...
+    def after_block(self, block: Block, activations: Activations, targets: list[torch.Tensor]) -> dict | None:
+        """Called when the block has been pruned."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be done to a model, the same for all of its blocks.
+    """What to do to a model; the same for all of its blocks.
 
-    plan: {full linear name: Pattern}. chain: the solver, then its refiners, each with its Config. options: how it is
-    computed. healers: train what was kept, in this order; with any, the dense model's activations are kept beside the
-    pruned one's. held_out: numbers of the windows that no healer trains on; solvers use them all.
+    plan: {full linear name: Pattern}. chain: the solver, then its refiners, each with its Config. options: how to
+    compute. healers: the healing methods, in this order; with any, the dense model's activations are kept next to the
+    pruned model's. held_out: numbers of the windows that no healer trains on (solvers use all windows).
     """
 
     plan: dict[str, Pattern]
@@ -44,25 +46,25 @@ class Job:
 
     @functools.cached_property
     def needs(self) -> frozenset[str]:
-        """Which calibration statistics are collected."""
+        """The names of the calibration statistics to collect."""
         needs = frozenset().union(*(module.needs for module, _ in self.chain))
         needs |= {"sample"} if self.options.layer_errors else frozenset()
         return needs | ({"outer", "cross"} if self.options.dense_target else frozenset())
 
     @property
     def follows_dense(self) -> bool:
-        """Whether the dense model's activations are kept beside the pruned one's."""
+        """Whether the dense model's activations are kept next to the pruned model's."""
         return bool(self.healers or self.options.dense_target)
 
     @property
     def label(self) -> str:
-        """The chain as the user writes it: "wanda+refit"."""
+        """The chain as it is written for `--method`: "wanda+refit"."""
         return "+".join(solvers.short(module) for module, _ in self.chain)
 
 
 @dataclass
 class Rows:
-    """One block's rows for the record: its linears, itself, and every weaker path taken."""
+    """One block's rows of the record: one per linear, one for the block, and a warning for every fallback taken."""
 
     layers: list[dict] = field(default_factory=list)
     block: dict = field(default_factory=dict)
@@ -71,10 +73,10 @@ class Rows:
 
 @dataclass
 class Result:
-    """Rows for the record: one per linear, one per block, what was skipped, every weaker path taken.
+    """Rows of the record: one per linear, one per block, what was skipped, a warning for every fallback taken.
 
-    heal: what healed the whole model afterwards. dense: the dense model's activations behind its last block, where
-    they were kept. seconds: this job's share of the time that solved many at once.
+    heal: {method: what it reports} of healing the whole model. dense: the dense model's activations after its last
+    block, if they were kept. seconds: this job's share of the time if many jobs were solved at once.
     """
 
     layers: list[dict] = field(default_factory=list)
@@ -93,17 +95,19 @@ class Result:
 
 
 def skipped_rows(model: nn.Module) -> list[dict]:
-    """What is never pruned, as rows for the record, with its number of weights."""
+    """The record's `skipped`: every matrix that is never pruned, with the reason and its number of weights."""
     sizes = {name: p.numel() for name, p in model.named_parameters(remove_duplicate=False)}
     return [{"name": name, "reason": why, "weights": sizes.get(name, 0)} for name, why in models.skipped(model)]
 
 
 def make_plan(model: nn.Module, pattern: Pattern, chain: Chain, elsewhere: Pattern | None = None,
               kept: Collection[str] = ()) -> dict[str, Pattern]:
-    """{full linear name: Pattern} with `pattern` everywhere, its comparison group the solver's own unless named.
+    """{full linear name: Pattern} with `pattern` for every linear; its comparison group defaults to the solver's.
 
-    elsewhere: the pattern of the linears whose shape cannot have it; without one, ValueError names the first. kept:
-    names of the linears that stay dense.
+    elsewhere: the pattern for linears whose shape does not allow `pattern`. kept: names of linears that stay dense.
+
+    Raises ValueError naming `--pattern` and the first linear whose shape does not allow it, if there is no `elsewhere`;
+    and naming `--model` if it has no prunable linear.
     """
     plan = {}
     pattern = pattern.with_default_group(chain[0][1].group)

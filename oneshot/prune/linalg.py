@@ -1,27 +1,34 @@
-"""Linear algebra on a layer's Gram matrix, shared by the solvers; each result is kept with its Statistics.
+"""Linear algebra on a layer's Gram matrix, shared by the solvers. Results are cached in the layer's Statistics.
 
-    G   E[x xᵀ], (C, C)
+    G   E[x xᵀ], (C, C), the Gram matrix of the inputs (the papers' Hessian up to a factor)
     V   upper triangular with V Vᵀ = G + λI
     D   E[(x_dense - x) xᵀ], (C, C): how far the pruned model's inputs x have moved from the dense model's
-    s   sqrt(diag G), (C,): columns of W times s meet a Gram matrix of unit diagonal
+    s   sqrt(diag G), (C,): in the scale where W is multiplied by s, the Gram matrix has unit diagonal
+
+W and W_hat (R, C) are float32 or float64, and results have their dtype.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+
+from ..calibrate.statistics import Statistics
 
 SCARCE = 0.03  # ε with fewer tokens than inputs
 
 
 class NumericalError(ValueError):
-    """A layer's statistics cannot be used: not finite, or singular beyond what damping mends."""
+    """A layer's statistics cannot be used: they are not finite, or singular beyond what damping can fix."""
 
 
-def require_finite(mean_sq):
-    """Raise NumericalError unless E[x_j²] (C,) is finite: a NaN, an Inf or a square beyond the dtype came in."""
+def require_finite(mean_sq: torch.Tensor) -> None:
+    """Raise NumericalError unless E[x_j²] (C,) is finite (no NaN, no Inf, no overflow of a square)."""
     if not torch.isfinite(mean_sq).all():
         raise NumericalError("its inputs are not finite")
 
 
-def input_weighted(W, statistics):
+def input_weighted(W: torch.Tensor, statistics: Statistics) -> torch.Tensor:
     """|W_ij| · sqrt(E[x_j²]), (R, C): Wanda's score (arXiv 2306.11695, eq. 1). Needs `sum_sq` or `outer`.
 
     Raises NumericalError when the inputs are not finite.
@@ -30,31 +37,33 @@ def input_weighted(W, statistics):
     return W.abs() * statistics.mean_sq.sqrt().to(W)
 
 
-def upper_factor(statistics, damping, dtype):
-    """(V, dead, info): the factor of the damped Gram matrix and the inputs that were always zero (bool (C,)).
+def upper_factor(statistics: Statistics, damping: float,
+                 dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """(V, dead, info): the factor V (C, C) of the damped Gram matrix, and which inputs were always zero (bool (C,)).
 
-    λ = damping · mean(diag G) over the live inputs. A dead input gets that mean as its diagonal (SparseGPT's code puts
-    1, which depends on the activations' scale); its column of W is the caller's to clear. When the factorisation fails,
-    damping is raised tenfold up to 1, then all is tried again in float64; info says what was used.
+    λ = damping · mean(diag G) over the live inputs. A dead input gets that mean as its diagonal entry (SparseGPT's code
+    uses 1, which depends on the scale of the activations); the caller has to clear its column of W. If the
+    factorisation fails, the damping is raised tenfold up to 1, then all of this is repeated in float64; info, for the
+    record, says what was used. Needs `outer`.
 
     Raises NumericalError when nothing helps.
     """
     V, dead, info = statistics.derived(("upper_factor", damping, dtype),
                                        lambda: _upper_factor(statistics.G, damping, dtype))
-    return V, dead, {**info, "warnings": list(info["warnings"])}  # each linear's record its own: callers take it apart
+    return V, dead, {**info, "warnings": list(info["warnings"])}  # a copy per linear, as callers modify it
 
 
-def towards_dense(W, statistics, share, damping=0.01):
+def towards_dense(W: torch.Tensor, statistics: Statistics, share: float,
+                  damping: float = 0.01) -> tuple[torch.Tensor, list[str]]:
     """(W*, warnings): the target W* = W + share · W D (G + λI)⁻¹, (R, C).
 
-    As a layer for x it comes nearest to W x_dense at share 1.
-
-    Solvers that approach W* instead of W on the pruned model's inputs make up for errors of the layers before. The
-    whole way fits the noise of few samples; half of it is what helped. Needs `outer` and `cross`.
+    At share 1, W* x is the least-squares approximation of W x_dense. A solver that approximates W* instead of W on the
+    pruned model's inputs compensates for errors of earlier layers. Share 1 overfits few samples; 0.5 worked best. Needs
+    `outer` and `cross`.
 
     Raises NumericalError as `upper_factor` does.
     """
-    def shift():
+    def shift() -> tuple[torch.Tensor, list[str]]:
         V, _, info = upper_factor(statistics, damping, W.dtype)
         Y = torch.linalg.solve_triangular(V.T, statistics.cross.to(W.dtype) / statistics.n, upper=False, left=False)
         return torch.linalg.solve_triangular(V, Y, upper=True, left=False), info["warnings"]
@@ -63,14 +72,16 @@ def towards_dense(W, statistics, share, damping=0.01):
     return torch.addmm(W, W, moved, alpha=share), [f"dense target: {w}" for w in warnings]
 
 
-def _upper_factor(G, damping, dtype):
+def _upper_factor(G: torch.Tensor, damping: float,
+                  dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """See `upper_factor`."""
     diag = G.diagonal()
-    require_finite(diag)  # |G_ij|² <= G_ii G_jj: the diagonal speaks for all
+    require_finite(diag)  # |G_ij|² <= G_ii G_jj, so the diagonal suffices
     dead = diag == 0
     mean = diag[~dead].mean() if not dead.all() else torch.ones((), dtype=G.dtype, device=G.device)
 
-    def damped(used, precision):
-        A = G.flip(0, 1).to(precision)  # A = L Lᵀ reversed in both directions is G = V Vᵀ
+    def damped(used: float, precision: torch.dtype) -> torch.Tensor:
+        A = G.flip(0, 1).to(precision)  # reversing rows and columns turns A = L Lᵀ into G = V Vᵀ
         A.diagonal().add_(used * mean).add_(dead.flip(0) * mean)
         return A
 
@@ -78,17 +89,20 @@ def _upper_factor(G, damping, dtype):
     return L.flip(0, 1).to(dtype), dead, info
 
 
-def damped_cholesky(matrix, damping, dtype, dead):
-    """(L, what the record says of it) of matrix(damping, precision), symmetric, whose diagonal the damping raises.
+def damped_cholesky(matrix: Callable[[float, torch.dtype], torch.Tensor], damping: float, dtype: torch.dtype,
+                    dead: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+    """(L, info): the lower Cholesky factor (C, C) of matrix(damping, precision), and plain values for the record.
 
-    Where that fails the damping is raised tenfold up to 1, then all is tried again in float64; each is a warning.
+    matrix: gives a symmetric matrix (C, C) whose diagonal grows with the damping. dtype: the precision to try first.
+    dead: which inputs were always zero, bool (C,). On failure the damping is raised tenfold up to 1, then all of this
+    is repeated in float64, with a warning for each.
 
     Raises NumericalError when nothing helps.
     """
     for precision in (dtype, torch.float64):
         for used in damping_ladder(damping):
             L, failed = torch.linalg.cholesky_ex(matrix(used, precision))
-            if failed or not torch.isfinite(L.diagonal()).all():  # an overflow to Inf is no failure to LAPACK
+            if failed or not torch.isfinite(L.diagonal()).all():  # LAPACK does not report an overflow to Inf
                 continue
             warnings = [f"damping raised from {damping:g} to {used:g}: the Gram matrix is nearly singular"
                         ] if used != damping else []
@@ -97,20 +111,20 @@ def damped_cholesky(matrix, damping, dtype, dead):
     raise NumericalError(f"its Gram matrix is not positive definite even with damping {used:g} in float64")
 
 
-def damping_ladder(damping):
-    """damping, then ten times as much each time, up to 1."""
+def damping_ladder(damping: float) -> list[float]:
+    """The dampings to try: `damping`, then ten times as much each time, up to 1."""
     ladder = [damping]
     while ladder[-1] < 1:
         ladder.append(min(ladder[-1] * 10, 1.0) if ladder[-1] else 0.01)
     return ladder
 
 
-def unit_gram(statistics, dtype):
-    """(G, s, dead): the Gram matrix scaled to unit diagonal, G_ij / (s_i s_j) (C, C), undamped.
+def unit_gram(statistics: Statistics, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(G, s, dead): the Gram matrix scaled to unit diagonal, G_ij / (s_i s_j) (C, C), undamped; s (C,); dead bool (C,).
 
-    A dead input (bool (C,)) has s = 1 and nothing but zeros in G. (W-Ŵ) G (W-Ŵ)ᵀ is the same in both scales. With n
-    tokens, fewer than inputs, one may happen to be tiny in all of them: E[x_j²] then counts as n observations beside
-    one of the median, s_j² = (n E[x_j²] + median) / (n + 1), and the diagonal is not quite 1.
+    A dead input has s = 1 and only zeros in G. The error (W-Ŵ) G (W-Ŵ)ᵀ is the same in both scales. With n tokens and
+    more than n inputs, an input may by chance be tiny for all tokens. Then s_j² = (n E[x_j²] + median) / (n + 1), as if
+    the median over all inputs had been observed once more, and the diagonal is not exactly 1. Needs `outer`.
 
     Raises NumericalError when the inputs are not finite.
     """
@@ -118,7 +132,8 @@ def unit_gram(statistics, dtype):
     return statistics.derived(("unit_gram", dtype), lambda: _unit_gram(statistics.G, few, dtype))
 
 
-def _unit_gram(G, few, dtype):
+def _unit_gram(G: torch.Tensor, few: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `unit_gram`. few: the number of tokens if it is smaller than the number of inputs, else 0."""
     diag = G.diagonal()
     require_finite(diag)
     dead = diag == 0
@@ -132,26 +147,27 @@ def _unit_gram(G, few, dtype):
     return G, s, dead
 
 
-def epsilon(statistics, dtype):
-    """ε, what holds values where they are in the scale of `unit_gram`: moving them costs ε‖x - x_start‖².
+def epsilon(statistics: Statistics, dtype: torch.dtype) -> float:
+    """ε, the weight of a proximal term in the scale of `unit_gram`: changing values costs an extra ε‖x - x_start‖².
 
-    Without it, least squares on a singular G (few tokens) divides rounding errors by rounding errors: weights grow
-    a million times, at no cost on the calibration tokens. 4 √eps is 0.0014 in float32, where it moves an optimum by
-    less than 1 %. With fewer tokens than inputs more is needed: kept weights about as many as tokens fit their noise
-    (at 48 tokens, 96 inputs, half kept, 0.0014 leaves refit at 1.5 times Wanda's error on other tokens, 0.03 at 0.6).
+    Without it, least squares on a singular G (few tokens) divides rounding errors by rounding errors, and weights grow
+    a millionfold at no cost on the calibration tokens. In float32, 4 √eps is 0.0014 and moves an optimum by less than 1
+    %. With fewer tokens than inputs ε must be larger, because as many kept weights as tokens can fit noise (48 tokens,
+    96 inputs, half of them kept: on other tokens, refit's error is 1.5 times Wanda's with 0.0014, 0.6 times with 0.03).
     """
     return SCARCE if statistics.n < statistics.C else 4 * torch.finfo(dtype).eps ** 0.5
 
 
-def refit(W, W_hat, mask, statistics, steps, tolerance):
+def refit(W: torch.Tensor, W_hat: torch.Tensor, mask: torch.Tensor, statistics: Statistics, steps: int,
+          tolerance: float) -> tuple[torch.Tensor, int]:
     """(Ŵ, steps taken): the kept weights moved towards their least-squares values by conjugate gradients.
 
-    Each row minimises (w-ŵ) G (w-ŵ)ᵀ + ε‖(ŵ-ŵ_start) s‖² over its kept weights (`epsilon`); G's diagonal is the
-    preconditioner (ALPS, arXiv 2406.07831, algorithm 2). All rows at once, 2·R·C² operations a step and for start and
-    end. It ends with the first step that lowers this whole by less than `tolerance` of it. A row whose error has not
-    fallen stays as it was.
+    Each row minimises (w-ŵ) G (w-ŵ)ᵀ + ε‖(ŵ-ŵ_start) s‖² over its kept weights (`epsilon`), with G's diagonal as the
+    preconditioner (ALPS, arXiv 2406.07831, algorithm 2). All rows at once: 2·R·C² operations per step, and as many at
+    the start and at the end. Stops after the first step that lowers the objective (summed over rows) by less than
+    `tolerance` of it, or after `steps`. A row whose error has not fallen keeps its values. Needs `outer`.
 
-    W, W_hat (R, C), W_hat zero where the mask is False; float32 or float64.
+    W, W_hat: (R, C). mask: bool (R, C); W_hat is zero where it is False.
     """
     (G, s, _), eps = unit_gram(statistics, W.dtype), epsilon(statistics, W.dtype)
     X = (W_hat * s).contiguous()

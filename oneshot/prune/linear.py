@@ -1,4 +1,4 @@
-"""One linear: find its new weight, write it, prove it on what is stored."""
+"""One linear: compute its new weight, write it into the model, prove the pattern on what is stored."""
 
 import time
 from dataclasses import dataclass
@@ -17,7 +17,11 @@ from .solvers import Solution, magnitude
 
 @dataclass
 class Solved:
-    """One linear's new weight before it is written. seconds: spent on it. warnings: every weaker path taken."""
+    """One linear's new weight before it is written.
+
+    error: relative output error on the sample of tokens, or None. seconds: time spent on it. warnings: one for every
+    fallback taken.
+    """
 
     weight: Weight
     pattern: Pattern
@@ -28,10 +32,11 @@ class Solved:
 
 
 def solve(job: Job, weight: Weight, statistics: Statistics | None) -> Solved:
-    """Find one linear's new weight. Dropping its statistics drops all that was derived of them, too, unless another
-    linear is fed by the same input.
+    """Compute one linear's new weight. statistics: of its inputs, or None if there are none.
 
-    Raises ValueError naming the linear when weight or statistics are not finite.
+    Drop the statistics with the last linear that uses them: everything derived from them is cached there.
+
+    Raises ValueError naming the linear when its weight or statistics are not finite or cannot be used.
     """
     W, pattern, began = weight.get(), job.plan.get(weight.name, Dense()), time.perf_counter()
     if not torch.isfinite(W.sum()):  # a sum is finite only if all its terms are, and needs no second matrix
@@ -57,8 +62,10 @@ def solve(job: Job, weight: Weight, statistics: Statistics | None) -> Solved:
 
 
 def write(solved: Solved, rows: Rows) -> None:
-    """Write a linear's new weight into the model and its row into the record, after proof that the stored weight has
-    the pattern."""
+    """Write a linear's new weight into the model and append its row and warnings to `rows`.
+
+    Raises ValueError when the stored dtype cannot hold the weight, ProofError when what is stored lacks the pattern.
+    """
     weight, pattern, name = solved.weight, solved.pattern, solved.weight.name
     weight.set(solved.solution.W_hat)
     stored = weight.get()

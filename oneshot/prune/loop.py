@@ -1,10 +1,10 @@
 """The block loop: capture -> collect -> solve -> write back -> heal -> replay, one block at a time.
 
-Every block is pruned on what the already pruned blocks before it produce, as in SparseGPT and Wanda. Two passes over
-the data a block: one to collect statistics with the block still dense, one to carry the data through the pruned block.
-Where something aims at the dense model (`dense_target`, healing), the dense model's own activations pass through the
-blocks as they were: one more pass, and the activations twice. `dense_target` takes another pass for each time that
-statistics are collected, whose outputs it does not keep: they would be the activations a third time.
+Every block is pruned on the outputs of the already pruned blocks before it, as in SparseGPT and Wanda. That takes two
+passes over the data per block: one collects statistics with the block still dense, one runs the data through the pruned
+block. If the dense model's outputs are a target (`dense_target`, healing), its activations are kept as well and pass
+through the dense blocks: one more pass, and twice the memory for activations. `dense_target` takes a further pass each
+time statistics are collected; its outputs are not kept, as they would be a third copy of the activations.
 """
 
 import contextlib
@@ -32,13 +32,14 @@ __all__ = ["Chain", "Job", "Options", "Result", "Rows", "float32_products", "mak
 def prune_model(model: nn.Module, ids: torch.Tensor | None, mask: torch.Tensor | None, job: Job, *,
                 finished: Iterable[tuple[dict, dict]] = (),
                 on_block: Callable[[int, dict, dict], None] | None = None) -> Result:
-    """Prune the model in place; Result.
+    """Prune the model in place and return the Result.
 
-    ids: int64 (n, T) calibration tokens, mask: bool (n, T) or None. finished: (state dict, rows) of the blocks that an
-    earlier, interrupted run has pruned, in order. on_block(number, state dict, rows): called with each newly pruned
-    block as it will be stored.
+    ids: calibration tokens, int64 (n, T); None if the job needs no data. mask: bool (n, T), False at padding, or None.
+    finished: (state dict, rows) of the blocks that an earlier, interrupted run has pruned, in order. on_block(number,
+    state dict, rows): called with each newly pruned block as it will be saved.
 
-    Raises ValueError naming the linear when weights or statistics cannot be used.
+    Raises ValueError naming the linear when weights or statistics cannot be used, and naming `--stop-on-collapse` when
+    a block has collapsed.
     """
     result, finished = Result(skipped=skipped_rows(model)), iter(finished)
     last = len(models.blocks(model)[1]) - 1
@@ -63,8 +64,9 @@ def prune_model(model: nn.Module, ids: torch.Tensor | None, mask: torch.Tensor |
     return result
 
 
-def restore(block: Block, state: dict, activations: Activations | None, dense: Activations | None) -> None:
-    """Put the weights of a block pruned earlier into it, and carry the activations through."""
+def restore(block: Block, state: dict[str, torch.Tensor], activations: Activations | None,
+            dense: Activations | None) -> None:
+    """Load the weights of a block that was pruned earlier, and run the activations through it."""
     if dense:
         calibrate.replay(block.module, dense, block.number)
     block.module.load_state_dict(state)
@@ -73,7 +75,9 @@ def restore(block: Block, state: dict, activations: Activations | None, dense: A
 
 
 def not_aimed(layers: list[dict], dense_target: float) -> list[str]:
-    """One warning for all linears that could not aim at the dense model; from their rows, so a resumed run has it too.
+    """One warning for all linears that could not aim at the dense model's outputs.
+
+    It is made from the rows of the record, so that a resumed run has it too.
     """
     names = [row["name"] for row in layers if row["info"].get("dense_target") == 0.0]
     return [f"dense target {dense_target:g}: {len(names)} of {len(layers)} linears ({names[0]} and others like it) aim "
@@ -83,14 +87,14 @@ def not_aimed(layers: list[dict], dense_target: float) -> list[str]:
 
 def start(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, options: Options,
           held_out: Sequence[int] = ()) -> Activations:
-    """The activations of the calibration tokens at the first block."""
+    """The activations at the first block on ids int64 (n, T), mask bool (n, T) or None."""
     return calibrate.capture(model, ids, mask, batch_size=options.batch_size, held_out=held_out, device=options.device,
                              wait=Wait(options.activations, options.waiting_dtype))
 
 
 @contextlib.contextmanager
-def float32_products(tf32: bool):
-    """Float32 products in full precision, unless the user asks for TF32 (10 bits of mantissa) on the GPU."""
+def float32_products(tf32: bool) -> Iterator[None]:
+    """Within the context, float32 products have full precision, or with `tf32` 10 bits of mantissa on a GPU."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     try:
@@ -101,10 +105,10 @@ def float32_products(tf32: bool):
 
 def prune_block(job: Job, block: Block, activations: Activations | None, dense: Activations | None = None,
                 solved: Collection[str] = ()) -> Rows:
-    """Solve, write back and heal the resident block, then carry the activations through it; its rows.
+    """Solve, write back and heal the resident block, then run the activations through it; returns the block's rows.
 
-    dense: the dense model's activations at this block, where they are kept. solved: names of the linears that earlier
-    blocks have solved, of which this one may hold some again.
+    activations: the pruned model's at this block, or None if no data is needed. dense: the dense model's at this block,
+    if they are kept. solved: names of the linears that earlier blocks have solved, some of which this block may share.
     """
     rows, seconds, device = Rows(block={"block": block.number, "seconds": {}}), {}, job.options.device
     rows.block["seconds"] = seconds
@@ -133,19 +137,20 @@ def prune_block(job: Job, block: Block, activations: Activations | None, dense: 
 
 
 def heal_block(job: Job, block: Block, activations: Activations, dense: Activations, rows: Rows) -> None:
-    """Every healer's turn at a block that was pruned; what it says goes into the rows."""
+    """Let every healer train the pruned block; what they report goes into the rows."""
     for healer in job.healers:
         if info := healer.after_block(block, activations, dense.hidden):
             rows.warnings += [f"{block.name}: {w}" for w in info.pop("warnings", [])]
             rows.block["heal"] = info
 
 
-def solve_block(job: Job, block: Block, activations: Activations | None, teacher, rows: Rows,
-                solved: Collection[str] = ()) -> torch.Tensor | None:
-    """New weights for every linear of the block; returns the dense block's output on the first batch.
+def solve_block(job: Job, block: Block, activations: Activations | None, teacher: tuple[nn.Module, Activations] | None,
+                rows: Rows, solved: Collection[str] = ()) -> torch.Tensor | None:
+    """Compute and write new weights for every linear of the block; returns the dense block's output on the first batch.
 
-    In several passes when the Gram matrices do not fit the budget at once or with `true_sequential`. Only the latter
-    lets a pass see what the one before has pruned: otherwise new weights wait for the last pass.
+    teacher: (the dense block, the dense model's activations) if the linears aim at these. There are several passes if
+    the Gram matrices exceed the budget, or with `true_sequential`. With the latter each pass sees what the previous one
+    has pruned; otherwise all new weights are written after the last pass.
     """
     seconds, options = rows.block["seconds"], job.options
     remaining, dense_out = block.weights + [w for w in block.shared if w.name not in solved], None
@@ -158,7 +163,7 @@ def solve_block(job: Job, block: Block, activations: Activations | None, teacher
                     block.module, activations, block.number, remaining, job.needs, dense=teacher,
                     limits=Limits(options.gram_bytes, options.true_sequential))
             dense_out = out if dense_out is None else dense_out
-            if deferred:  # an expert idle so far may get tokens once the attention before it is pruned
+            if deferred:  # an expert without tokens may get some once the attention before it is pruned
                 deferred = [w for w in remaining if w.name not in statistics]
         put_off = {w.name for w in deferred}
         with clock(seconds, "solve", options.device):
@@ -180,7 +185,7 @@ def solve_block(job: Job, block: Block, activations: Activations | None, teacher
 
 @contextlib.contextmanager
 def clock(seconds: dict[str, float], key: str, device: str) -> Iterator[None]:
-    """Add the time spent inside to seconds[key]."""
+    """Add the seconds spent within the context to seconds[key]."""
     began = time.perf_counter()
     yield
     if torch.device(device).type == "cuda":

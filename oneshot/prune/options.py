@@ -1,4 +1,4 @@
-"""Options: how pruning computes. What it computes is in the plan and the chain of solvers."""
+"""Options: how pruning is computed. What is computed is given by the plan and the chain of solvers."""
 
 import math
 from dataclasses import dataclass
@@ -15,35 +15,36 @@ DTYPES = ("float32", "bfloat16", "float16")
 class Options:
     """Flags of the block loop.
 
-    device: "auto" becomes a GPU where there is one, else the CPU, as soon as Options are made.
+    device: "auto" is resolved when the Options are made, to a GPU if there is one, else to the CPU.
     """
 
-    true_sequential: bool = flag(False, "q,k,v, then o, then gate,up, then down, each on what is pruned before it",
-                                 section="what", preset=True)
-    dense_target: float = flag(0.0, "0 to 1: how far each linear aims at its output in the dense model instead of at "
-                                    "the dense linear's output on the pruned model's inputs (try 0.5)",
+    true_sequential: bool = flag(False, "prune q,k,v, then o, then gate,up, then down, each on the outputs of those "
+                                        "pruned before it", section="what", preset=True)
+    dense_target: float = flag(0.0, "0 to 1: how far each linear layer aims at its output in the dense model, instead "
+                                    "of at its dense weight's output on the pruned model's inputs (try 0.5)",
                                section="what", preset=True)
-    stop_on_collapse: bool = flag(False, "end with an error at the first block whose output falls apart (its error, "
-                                         "norm or effective dimensions out of bounds); else that is a warning",
+    stop_on_collapse: bool = flag(False, "stop with an error at the first block whose output collapses (error, norm or "
+                                         "effective dimensions out of bounds); without this flag it is a warning",
                                   section="what")
-    device: str = flag("auto", "where blocks are computed, one at a time: auto (a GPU where there is one), cpu, cuda, "
+    device: str = flag("auto", "where blocks are computed, one at a time: auto (a GPU if there is one), cpu, cuda, "
                                "cuda:1", section="machine", bears_on="loading", shown=False)
-    batch_size: int = flag(8, "windows at a time", section="machine")
-    activations: str | None = flag(None, "where activations wait between blocks (default: on the device)",
+    batch_size: int = flag(8, "windows per batch", section="machine")
+    activations: str | None = flag(None, "device that holds the activations between blocks (default: --device)",
                                    section="machine")
-    activation_dtype: str | None = flag(None, "as what they wait (default: as computed)", section="machine",
-                                        choices=DTYPES)
-    gram_budget: float = flag(4.0, "GiB of Gram matrices gathered at once; what does not fit takes further passes",
+    activation_dtype: str | None = flag(None, "dtype in which activations are held between blocks (default: as "
+                                              "computed)", section="machine", choices=DTYPES)
+    gram_budget: float = flag(4.0, "GiB of Gram matrices to collect at once; beyond that, further passes are made",
                               section="machine")
     tf32: bool = flag(False, "allow TF32 products on the GPU: faster, 10 bits of mantissa", section="machine")
-    layer_errors: bool = flag(True, "measure every linear's output error, on a sample of 256 tokens", section="machine")
+    layer_errors: bool = flag(True, "measure the output error of every linear layer, on a sample of 256 tokens",
+                              section="machine")
     progress: bool = flag(True, "show progress bars", section="output", bears_on="output", python=True)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "device", environment.resolve_device(self.device))
         self.check()
 
-    def check(self):
+    def check(self) -> None:
         """Raise ValueError naming the flag whose value cannot be used."""
         if self.batch_size < 1:
             raise ValueError(f"--batch-size {self.batch_size}: must be at least 1")
@@ -59,5 +60,5 @@ class Options:
 
     @property
     def waiting_dtype(self) -> torch.dtype | None:
-        """`activation_dtype` as torch has it."""
+        """`activation_dtype` as a torch.dtype; None: as computed."""
         return getattr(torch, self.activation_dtype) if self.activation_dtype else None

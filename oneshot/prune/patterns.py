@@ -1,14 +1,20 @@
-"""Which shapes of sparsity exist: how many zeros, where they may lie, whether a weight has them.
+"""Sparsity patterns: how many weights are zero, which ones may be, and whether a given weight has the pattern.
 
-A pattern is a frozen value with five questions answered: `keep(score)` (which weights stay), `zeros(R, C)` (how many
-go), `holds(W)` (does a stored weight have the shape), `check(R, C)` (can a weight of this shape have it at all) and
-`bytes(R, C, itemsize)` (what its kept values and their places take, `itemsize` bytes a value).
+A pattern is a frozen dataclass with
 
-Text form: `0.5` (half of the weights are zero), `2:4` (KEEPS 2 of every 4 in a row, NVIDIA's meaning; SparseGPT's code
-counts the removed ones), `dense`.
+    keep(score) -> mask         bool (R, C): which weights stay, for scores (R, C) of which the highest are kept
+    zeros(R, C) -> int          how many weights are removed, exactly
+    holds(W) -> bool            whether a stored weight (R, C) has the pattern
+    check(R, C)                 raise ValueError if a weight of this shape cannot have the pattern
+    bytes(R, C, itemsize)       storage of the kept values, `itemsize` bytes each, and of their positions
+    with_default_group(group)   the pattern with its comparison group set, unless the user has set one
+
+Written as text: `0.5` (half of the weights are zero), `2:4` (2 of every 4 in a row are KEPT, as NVIDIA means it;
+SparseGPT's code counts the removed ones), `dense`.
 
     R, C    rows (outputs) and columns (inputs) of a weight
     s       sparsity, the share of zeros
+    group   the weights that compete with one another, see Unstructured
 """
 
 import functools
@@ -22,14 +28,14 @@ import torch
 
 
 def count(s: float, n: int) -> int:
-    """floor(s * n) in decimal arithmetic: float arithmetic gives 28 for 29 % of 100."""
+    """floor(s * n), in decimal arithmetic because floats give 28 for 29 % of 100."""
     return int(Decimal(str(s)) * n)
 
 
 def lowest(score: torch.Tensor, k: int) -> torch.Tensor:
-    """True at the `k` lowest entries of each row of `score` (..., n); among equals the lower index goes first.
+    """bool (..., n), True at the `k` lowest entries of each row of `score` (..., n); ties go to the lower index.
 
-    By selection instead of sorting; equal scores at the threshold are told apart only when there are any.
+    By selection rather than sorting; ties at the threshold are resolved only if there are any.
     """
     if k <= 0:
         return torch.zeros_like(score, dtype=torch.bool)
@@ -45,9 +51,10 @@ def lowest(score: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def highest(rows: Sequence[torch.Tensor], n: int) -> Sequence[torch.Tensor]:
-    """The n highest of each column of `rows`, a sequence of (groups,), in descending order: halves, then merged.
+    """The n highest values of each group, in descending order: n tensors (groups,). rows: m tensors (groups,).
 
-    A few elementwise operations on long rows, where a sort would take the columns, m values each, one by one.
+    Sorts two halves recursively and merges them. This takes a few elementwise operations on long tensors, whereas a
+    sort would handle the groups of m values one by one.
     """
     if len(rows) == 1:
         return rows
@@ -55,61 +62,64 @@ def highest(rows: Sequence[torch.Tensor], n: int) -> Sequence[torch.Tensor]:
     return [nth_of_two(a, b, r) for r in range(1, min(n, len(rows)) + 1)]
 
 
-def halves(rows, n):
+def halves(rows: Sequence[torch.Tensor], n: int) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+    """`highest` of either half of `rows`."""
     middle = len(rows) // 2
     return highest(rows[:middle], n), highest(rows[middle:], n)
 
 
-def nth_of_two(a, b, r):
-    """The r-th highest of a ∪ b, both descending: the largest of a_r, b_r and min(a_i, b_(r-i)) for 0 < i < r."""
+def nth_of_two(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], r: int) -> torch.Tensor:
+    """The r-th highest of a ∪ b, both in descending order: max of a_r, b_r and min(a_i, b_(r-i)) for 0 < i < r."""
     return functools.reduce(torch.maximum, [
         *(half[r - 1] for half in (a, b) if r <= len(half)),
         *(torch.minimum(a[i - 1], b[r - i - 1]) for i in range(1, r) if i <= len(a) and r - i <= len(b))])
 
 
 def kth_smallest(score: torch.Tensor, k: int) -> torch.Tensor:
-    """The k-th smallest of each row of `score` (..., n), as (..., 1)."""
-    if score.device.type == "cpu":  # numpy's vectorised selection: 35 ms against 230 for 2048 rows of 5504
+    """The k-th smallest entry of each row of `score` (..., n), as (..., 1)."""
+    if score.device.type == "cpu":  # numpy's vectorised selection: 35 ms instead of 230 for 2048 rows of 5504
         return torch.from_numpy(np.partition(score.numpy(), k - 1, axis=-1)[..., k - 1 : k])
     return score.kthvalue(k, dim=-1, keepdim=True).values
 
 
 @dataclass(frozen=True)
 class Unstructured:
-    """A share `sparsity` of the weights is zero, counted within each comparison `group`.
+    """A share `sparsity` of the weights is zero, counted within each comparison group.
 
-    group: "matrix" (the whole weight), "row" (each output) or a number of columns (each block of so many columns, over
-    all rows). None leaves the choice to the solver, which puts its paper's own.
+    group: "matrix" (the whole weight), "row" (each output) or a number of columns (each column block of that width,
+    across all rows). None: the solver's default, which is what its paper uses.
     """
 
     sparsity: float
     group: str | int | None = None
 
-    def __str__(self):
-        return str(self.sparsity).removesuffix(".0")  # in full: read back, it asks for the same count
+    def __str__(self) -> str:
+        return str(self.sparsity).removesuffix(".0")  # all digits, so that `parse` of it gives the same count
 
-    def with_default_group(self, group):
+    def with_default_group(self, group: str | int | None) -> "Unstructured":
+        """This pattern, with `group` if it has none."""
         return self if self.group is not None else replace(self, group=group)
 
     def check(self, R: int, C: int) -> None:
-        """Every shape can have it."""
+        """Every shape allows it."""
 
-    def blocks(self, C):
-        """Column ranges within which the zeros are counted (one, unless the group is a number of columns)."""
+    def blocks(self, C: int) -> list[tuple[int, int]]:
+        """[(first, end)] of the column blocks within which zeros are counted; one unless the group is a number."""
         width = self.group if isinstance(self.group, int) else C
         return [(i, min(i + width, C)) for i in range(0, C, width)]
 
     def zeros(self, R: int, C: int) -> int:
+        """How many weights are removed: floor(s · size) in each comparison group."""
         if self.group == "row":
             return R * count(self.sparsity, C)
         return sum(count(self.sparsity, R * (j - i)) for i, j in self.blocks(C))
 
     def bytes(self, R: int, C: int, itemsize: int) -> int:
-        """Kept values and a bitmap, one bit a weight; never more than dense."""
+        """Bytes of the kept values and of a bitmap with one bit per weight; never more than dense."""
         return min(R * C * itemsize, (R * C - self.zeros(R, C)) * itemsize + -(-R * C // 8))
 
     def keep(self, score: torch.Tensor) -> torch.Tensor:
-        """Mask (R, C) of the weights that stay: all but the lowest of `score` in each group."""
+        """Mask, bool (R, C), of the weights that stay: all but the lowest of `score` (R, C) in each group."""
         if self.group == "row":
             return ~lowest(score, count(self.sparsity, score.shape[1]))
         parts = [score[:, i:j] for i, j in self.blocks(score.shape[1])]
@@ -117,7 +127,7 @@ class Unstructured:
         return masks[0] if len(masks) == 1 else torch.cat(masks, dim=1)
 
     def holds(self, W: torch.Tensor) -> bool:
-        """Whether W (R, C) has at least the zeros asked for, in every group."""
+        """Whether W (R, C) has at least the required number of zeros in every group."""
         R, C = W.shape
         if self.group == "row":
             return bool((C - W.count_nonzero(dim=1) >= count(self.sparsity, C)).all())
@@ -132,55 +142,61 @@ class NM:
     n: int
     m: int
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.n}:{self.m}"
 
     @property
-    def sparsity(self):
+    def sparsity(self) -> float:
+        """The share of zeros."""
         return 1 - self.n / self.m
 
     @property
-    def group(self):
+    def group(self) -> None:
+        """An N:M pattern has no comparison group to choose."""
         return None
 
-    def with_default_group(self, group):
+    def with_default_group(self, group: str | int | None) -> "NM":
+        """This pattern."""
         return self
 
     def check(self, R: int, C: int) -> None:
+        """Raise ValueError unless C is divisible by m."""
         if C % self.m:
             raise ValueError(f"pattern {self} needs a width divisible by {self.m}, this one is {C}")
 
     def zeros(self, R: int, C: int) -> int:
+        """How many weights are removed."""
         return R * C // self.m * (self.m - self.n)
 
     def bytes(self, R: int, C: int, itemsize: int) -> int:
-        """Kept values and, row by row, a number for each group that says which places they have.
+        """Bytes of the kept values and, for each group of m, of a number that encodes their positions.
 
-        2:4 as `oneshot_kernels` stores it, four bits a group: 0.5625 of the dense bytes at 16 bits a weight. Never more
-        than dense.
+        2:4 as `oneshot_kernels` stores it, with four bits per group: 0.5625 of the dense bytes at 16 bits per weight.
+        Never more than dense.
         """
         bits = 4 if (self.n, self.m) == (2, 4) else (math.comb(self.m, self.n) - 1).bit_length()
         return min(R * C * itemsize, (R * C - self.zeros(R, C)) * itemsize + R * math.ceil(C // self.m * bits / 8))
 
     def keep(self, score: torch.Tensor) -> torch.Tensor:
-        """Mask (R, C): the n highest of each m stay; among equals the lower index goes first."""
+        """Mask, bool (R, C): the n highest of each m in `score` (R, C) stay; ties are removed from the left."""
         self.check(*score.shape)
         columns = score.reshape(-1, self.m).T
         keep = torch.empty(columns.shape[1], self.m, dtype=torch.bool, device=score.device)
         return keep.copy_(self.keep_of(columns.contiguous()).T).view(score.shape)
 
     def keep_of(self, s: torch.Tensor) -> torch.Tensor:
-        """Mask (m, groups) for scores s (m, groups), one group a column: its n highest stay, as `keep` says."""
+        """Mask, bool (m, groups), for scores s (m, groups) with one group per column; otherwise as `keep`."""
         if self.n in (0, self.m):
             return torch.full_like(s, self.n > 0, dtype=torch.bool)
         keep = s >= nth_of_two(*halves(s.unbind(0), self.n), self.n)
-        if int(keep.count_nonzero()) > self.n * s.shape[1]:  # equal scores where the line is drawn
+        if int(keep.count_nonzero()) > self.n * s.shape[1]:  # ties at the threshold
             tied = keep.sum(0) > self.n
             first = s[:, tied].argsort(dim=0, stable=True)[: self.m - self.n]
             keep[:, tied] = torch.ones_like(keep[:, tied]).scatter_(0, first, False)
         return keep
 
     def holds(self, W: torch.Tensor) -> bool:
+        """Whether every group of m weights of W (R, C) has at most n nonzeros."""
         if W.shape[1] % self.m:
             return False
         columns = (W != 0).reshape(-1, self.m).unbind(1)
@@ -194,25 +210,30 @@ class Dense:
     sparsity = 0.0
     group = None
 
-    def __str__(self):
+    def __str__(self) -> str:
         return "dense"
 
-    def with_default_group(self, group):
+    def with_default_group(self, group: str | int | None) -> "Dense":
+        """This pattern."""
         return self
 
     def check(self, R: int, C: int) -> None:
-        pass
+        """Every shape allows it."""
 
     def zeros(self, R: int, C: int) -> int:
+        """None."""
         return 0
 
     def bytes(self, R: int, C: int, itemsize: int) -> int:
+        """Bytes of all weights."""
         return R * C * itemsize
 
     def keep(self, score: torch.Tensor) -> torch.Tensor:
+        """All weights stay: True (R, C)."""
         return torch.ones_like(score, dtype=torch.bool)
 
     def holds(self, W: torch.Tensor) -> bool:
+        """Always."""
         return True
 
 
@@ -220,9 +241,9 @@ Pattern = Unstructured | NM | Dense
 
 
 def parse(text: str, group: str | int | None = None) -> Pattern:
-    """The pattern that `text` names.
+    """The pattern written as `text`, with the comparison group `group` if it is unstructured.
 
-    Raises ValueError, naming `--pattern` or `--group`, when there is none.
+    Raises ValueError naming `--pattern` or `--group` when there is no such pattern.
     """
     text = str(text).strip()
     if text == "dense":
@@ -244,7 +265,7 @@ def parse(text: str, group: str | int | None = None) -> Pattern:
 
 
 def parse_group(group: str | int | None) -> str | int | None:
-    """None, "matrix", "row" or a positive number of columns."""
+    """A comparison group: None, "matrix", "row" or a positive number of columns. Raises ValueError naming `--group`."""
     if group in (None, "matrix", "row"):
         return group
     if str(group).isdecimal() and int(group) > 0:

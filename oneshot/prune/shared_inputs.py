@@ -1,7 +1,7 @@
-"""Shared inputs: solve many jobs from one pass over the DENSE model's inputs; and that pass itself.
+"""Shared inputs: solve many jobs from one pass over the DENSE model's inputs; and that dense calibration pass itself.
 
-Cheaper than a pass for each, and for comparing methods fairer in one way: all see the same inputs. What a pruned block
-does to the inputs of later blocks is not seen.
+This is cheaper than a pass per job, and a fair comparison of methods in that all see the same inputs. But no job sees
+how its pruned blocks change the inputs of later blocks.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,10 +22,11 @@ from .options import Options
 @torch.no_grad()
 def dense_pass(model: nn.Module, ids: torch.Tensor | None, mask: torch.Tensor | None, needs: Iterable[str],
                options: Options) -> Iterator[tuple[Block, list[Weight], dict[str, Statistics]]]:
-    """Walk the DENSE model: yields (block, weights, {weight's name: Statistics}), the block resident.
+    """The dense calibration pass: yields (block, weights, {weight's name: Statistics}), with the block resident.
 
-    Gram matrices beyond `gram_budget` come in further portions, so a block may be yielded several times, each time with
-    other weights. Without `needs` nothing is run and the statistics are empty.
+    ids: int64 (n, T), mask: bool (n, T) or None. needs: which statistics to collect; if empty, nothing is run and the
+    statistics are empty. If the Gram matrices exceed `gram_budget`, a block is yielded several times, each time with
+    other weights.
     """
     bar = tqdm(total=len(models.blocks(model)[1]), desc="calibrate (dense)", unit="block",
                disable=not options.progress, leave=False)
@@ -33,7 +34,7 @@ def dense_pass(model: nn.Module, ids: torch.Tensor | None, mask: torch.Tensor | 
         activations = start(model, ids, mask, options) if needs else None
         for block in models.walk(model, options.device, bar=bar):
             remaining = block.weights
-            if not activations:  # the solver looks at no data
+            if not activations:  # the solver needs no data
                 yield block, remaining, {}
                 continue
             while remaining:
@@ -48,12 +49,11 @@ def dense_pass(model: nn.Module, ids: torch.Tensor | None, mask: torch.Tensor | 
 @torch.no_grad()
 def prune_shared(model: nn.Module, ids: torch.Tensor | None, mask: torch.Tensor | None,
                  jobs: Sequence[Job]) -> list[tuple[Result, dict[str, torch.Tensor]]]:
-    """Solve many jobs from the DENSE model's inputs: [(Result, {full linear name: new weight}), ...], one a job; the
-    model is left as it was.
+    """Solve many jobs on the DENSE model's inputs: one (Result, {full linear name: new weight (R, C)}) per job.
 
-    One pass over the data serves all jobs, and so does what solvers compute of a Gram matrix and keep with its
-    Statistics (SparseGPT: one factorisation; ALPS: one for each penalty). The new weights are kept in the stored dtype
-    on the CPU: so many copies of the model's linears. Computed by the first job's options.
+    The model is unchanged at the end. All jobs share one pass over the data, and what solvers derive from a Gram matrix
+    (SparseGPT: one factorisation; ALPS: one per penalty). The new weights are kept on the CPU in the stored dtype, so
+    memory holds one copy of the model's linears per job. The first job's options apply to all.
     """
     options, needs = jobs[0].options, frozenset().union(*(job.needs for job in jobs))
     found = [(Result(skipped=skipped_rows(model)), {}) for _ in jobs]
@@ -65,11 +65,11 @@ def prune_shared(model: nn.Module, ids: torch.Tensor | None, mask: torch.Tensor 
                 linear.write(linear.solve(job, weight, own), rows)
                 new[weight.name] = weight.get().to("cpu", weight.stored, copy=True)
                 weight.set(W)
-        own = None  # the last one does not outlast its portion
+        own = None  # frees the last linear's statistics before the next pass collects more
     return found
 
 
 def write_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Put the weights of `prune_shared` into the model."""
+    """Write the new weights {full linear name: (R, C)} of one job of `prune_shared` into the model."""
     for weight in models.all_weights(model):
         weight.set(weights[weight.name])

@@ -1,6 +1,6 @@
 """Quantise: round weights to integers. One file, one method.
 
-    grids   which integers there are, and their exact bytes
+    grids   the integer formats and their exact bytes
     rtn     round to nearest: no data, no search
 
 A method is a module with `quantise_model(model, grid) -> warnings`, which rounds every prunable linear of an offloaded

@@ -1,12 +1,13 @@
-"""Round to nearest (RTN): what the same bytes would buy without pruning.
+"""Round to nearest (RTN): what the same number of bytes achieves without pruning.
 
-A pruned model's honest rival is not the dense one but a quantised one of equal size. No data, no search: each row is
-cut into groups of 128 inputs (the last may be narrower), and a group shares one float16 scale (grids.py).
+A pruned model should be compared not with the dense model but with a quantised model of the same size. No data, no
+search: each row is divided into groups of 128 inputs (the last may be smaller), and a group shares one float16 scale.
 
     s     a group's scale, max|w| / ((2^b - 1) / 2), rounded to float16
     code  round(w / s), at least -2^(b-1), at most 2^(b-1) - 1
 
-Simulated: s·code is written back, rounded to the stored dtype, as kernels that compute in that dtype see it.
+Quantisation is simulated: s·code is written back, rounded to the stored dtype, which is what kernels that compute in
+that dtype use.
 """
 
 import torch
@@ -17,7 +18,10 @@ from .grids import Integers
 
 
 def round_to_nearest(W: torch.Tensor, grid: Integers) -> tuple[torch.Tensor, int]:
-    """(Ŵ, groups whose scale vanished in float16 so that they became zero) for W (R, C), float32 or float64."""
+    """(Ŵ (R, C), number of groups that became zero because their scale underflowed float16) for W (R, C).
+
+    W is float32 or float64; Ŵ has its dtype.
+    """
     out, lost, half = torch.zeros_like(W), 0, 2 ** (grid.bits - 1)
     for part, result in zip(W.split(grid.group, dim=1), out.split(grid.group, dim=1), strict=True):
         largest = part.abs().amax(1, keepdim=True)
@@ -30,9 +34,9 @@ def round_to_nearest(W: torch.Tensor, grid: Integers) -> tuple[torch.Tensor, int
 
 @torch.no_grad()
 def quantise_model(model: nn.Module, grid: Integers) -> list[str]:
-    """Round every prunable linear of an offloaded model, in place; warnings.
+    """Round every prunable linear of an offloaded model in place; returns warnings.
 
-    Raises ValueError naming the linear that does not fit float16 scales.
+    Raises ValueError naming a linear whose weights are too large for float16 scales.
     """
     warnings = []
     for weight in models.all_weights(model):

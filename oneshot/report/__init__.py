@@ -7,6 +7,7 @@ made again at any time, on any machine, without a model.
     columns     what a record says: columns, values, names of runs, numbers as text
     accuracy    two runs' task results: the difference and its standard error
     table       the one writer of tables: terminal, markdown, HTML, csv
+    section     the part of a markdown file that a program writes, between two markers
     tables      a line for each run; methods down and patterns across
     task_table  tasks down, runs across
     figures/    one file for each kind of picture (matplotlib)

@@ -1,7 +1,9 @@
-"""Runtime: what the program stands on: the machine, files that are whole or absent, commands and their exit codes.
+"""Runtime: what every other stage builds on: the machine, atomic file writes, commands and their exit codes.
 
     environment   versions, device, memory
-    files         write whole or not at all
-    command       one place for errors and exit codes of every command
-    flag          how a stage declares a flag of its own
+    files         atomic writes
+    command       error handling and exit codes, in one place for every command
+    flag          how a stage declares its command-line flags
+    proof         check a promised result at run time
+    verb          a subpackage that can also be called as a function (`oneshot.prune`)
 """

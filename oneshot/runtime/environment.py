@@ -1,4 +1,4 @@
-"""Where a run happened: commit, device, versions, peak memory. Goes into every record."""
+"""Where a run happened: commit, device, versions, peak memory. Part of every record."""
 
 import contextlib
 import datetime
@@ -12,9 +12,12 @@ import torch
 
 
 def environment(device: str) -> dict:
-    """What a reader needs to judge or repeat a number: versions, device, threads, commit (None outside a checkout)."""
+    """The record's `environment`: versions, device, threads, date, commit (None outside a checkout), as plain values.
+
+    These are what a reader needs to judge or reproduce a number.
+    """
     commit = git("rev-parse", "--short=10", "HEAD")
-    changed = git("status", "--porcelain", "--", ":/", ":(top,exclude)results")  # results/ is what runs write
+    changed = git("status", "--porcelain", "--", ":/", ":(top,exclude)results")  # runs write into results/
     return {
         "oneshot": version("oneshot"), "commit": commit,
         "dirty": bool(changed) if commit else None,
@@ -26,7 +29,7 @@ def environment(device: str) -> dict:
 
 
 def version(package: str) -> str | None:
-    """Installed version, or None."""
+    """The installed version of a package, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -34,7 +37,7 @@ def version(package: str) -> str | None:
 
 
 def git(*args: str) -> str | None:
-    """Output of a git command in this package's checkout; None when there is none."""
+    """The output of a git command in this package's checkout; None when the package is not in a checkout."""
     here = Path(__file__).parent
     try:
         done = subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, timeout=20)
@@ -46,7 +49,7 @@ def git(*args: str) -> str | None:
 
 
 def device_name(device: str) -> str:
-    """"NVIDIA H200", or the processor's name."""
+    """The name of the GPU, such as "NVIDIA H200", or of the CPU, such as "cpu (AMD EPYC ...)"."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
@@ -57,12 +60,12 @@ def device_name(device: str) -> str:
 
 
 def resolve_device(device: str) -> str:
-    """"auto" as a device: a GPU where this torch sees one, else the CPU; others as they are."""
+    """Resolve "auto" to "cuda" if torch finds a GPU, else to "cpu"; return any other device unchanged."""
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def check_device(device: str, flag: str = "--device") -> None:
-    """Raise ValueError naming the flag when the device is not there."""
+    """Raise ValueError naming the flag when the device does not exist on this machine."""
     try:
         kind = torch.device(device).type
     except RuntimeError:
@@ -76,7 +79,7 @@ def check_device(device: str, flag: str = "--device") -> None:
 
 
 def check_writable(path: str | Path, flag: str) -> None:
-    """Raise ValueError naming the flag unless files can be written into `path`, which need not exist yet."""
+    """Raise ValueError naming the flag unless files can be written into the folder `path`, which need not exist yet."""
     there = next(p for p in (Path(path), *Path(path).parents) if p.exists())
     if not there.is_dir():
         raise ValueError(f"{flag} {path}: {there} is a file; give a folder")
@@ -85,21 +88,21 @@ def check_writable(path: str | Path, flag: str) -> None:
 
 
 def total_memory(device: str) -> int | None:
-    """Bytes of the GPU's memory; None for the CPU's, which may swap."""
+    """The GPU's memory in bytes; None for a CPU, whose memory may be swapped."""
     return torch.cuda.get_device_properties(device).total_memory if torch.device(device).type == "cuda" else None
 
 
 def reset_peak_memory(device: str) -> None:
-    """Begin a new measurement of peak memory, where the system can."""
+    """Start a new measurement of peak memory, if the system supports it."""
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    with contextlib.suppress(OSError):  # not Linux: the peak of the whole process is reported then
+    with contextlib.suppress(OSError):  # elsewhere than on Linux the peak since the start of the process is reported
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory(device: str) -> int:
-    """Bytes: the GPU's peak allocation, or the process's peak resident size."""
+    """Peak memory in bytes: the GPU's peak allocation, or the process's peak resident set size."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")

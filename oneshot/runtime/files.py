@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written under another name, synced, renamed."""
+"""Atomic file writes: write under a temporary name, sync, rename. A file is complete or it is not there."""
 
 import contextlib
 import json
@@ -6,6 +6,7 @@ import os
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 from .lock import Unsupported, try_lock
 
@@ -14,7 +15,7 @@ HOUR = 3600
 
 
 def write_text(text: str, path: str | Path) -> None:
-    """Put `text` into the file `path` atomically: a reader sees the old content or the new, never a half."""
+    """Write `text` to the file `path` atomically: a reader sees either the old content or the new."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -29,12 +30,12 @@ def write_text(text: str, path: str | Path) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    if os.name == "posix":  # the rename itself must reach the disk too
+    if os.name == "posix":  # the rename itself must reach the disk as well
         sync(path.parent)
 
 
-def write_json(data, path: str | Path) -> None:
-    """Write plain values as JSON, whole or not at all."""
+def write_json(data: Any, path: str | Path) -> None:
+    """Write plain values (dicts, lists, numbers, strings) as JSON, atomically."""
     write_text(json.dumps(data, indent=1) + "\n", path)
 
 
@@ -82,7 +83,7 @@ def process_is_there(pid: int) -> bool:
 
 
 def sync(path: str | Path) -> None:
-    """Make a file or folder survive a power cut."""
+    """Flush a file or folder to disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -91,7 +92,7 @@ def sync(path: str | Path) -> None:
 
 
 def umask() -> int:
-    """The permissions that new files do not get."""
+    """The process's umask: the permission bits that new files do not get."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -1,33 +1,36 @@
-"""Flags: each stage declares its own as fields of a frozen dataclass, with all that is to be known of them as metadata.
+"""Flags: each stage declares its own as fields of a frozen dataclass; a field's metadata describes the flag completely.
 
-What other places need to know of a flag (the record, the run's identity, the tables, Python, the presets) they read off
-this metadata; there are no lists of flag names anywhere else (settings/known.py derives what is needed).
+Everything else that depends on a flag (the record, the run's identity, the tables, the Python functions, the presets)
+is derived from this metadata by settings/known.py. There are no lists of flag names anywhere else.
 """
 
 import dataclasses
+from typing import Any
 
 BEARS_ON = ("pruning", "loading", "text", "measuring", "output")
+Settings = Any  # a run's settings.RunConfig, which combines the flags of all stages; early stages cannot import it
 
 
-def flag(default, help: str, *, section: str = "", bears_on: str = "pruning", shown: bool | None = None,
+def flag(default: Any, help: str, *, section: str = "", bears_on: str = "pruning", shown: bool | None = None,
          python: bool | None = None, preset: bool = False, rows: tuple[str, ...] | None = None,
-         choices: tuple | None = None, was: str | None = None, added: bool = False):
-    """A dataclass field that is a flag of the command line.
+         choices: tuple | None = None, was: str | None = None, added: bool = False) -> Any:
+    """A dataclass field that is a command-line flag. (Returns Any so that `name: int = flag(8, ...)` type-checks.)
 
-    help: for --help. section: of --help. bears_on: what a change of it changes:
+    help: its text in --help. section: its section there. bears_on: what the flag affects, one of
 
         pruning     what is done to the weights: part of a pruned run's identity
-        loading     which weights and which arithmetic: part of every run's identity
-        text        how text is read, for calibration and measuring alike: part of every run's identity
-        measuring   what is measured afterwards: part of every run's identity, no difference between two models
-        output      nothing in the numbers: where they go, what is printed
+        loading     which weights are used, and in which arithmetic: part of every run's identity
+        text        how text is read, for calibration and evaluation: part of every run's identity
+        measuring   what is measured afterwards: part of every run's identity, but no difference between two models
+        output      no number: only where results go and what is printed
 
-    shown: whether tables tell two runs apart by it (default: all but measuring and output). python: whether Python's
-    functions take it (default: what bears on pruning, loading and text, and progress). preset: whether it, given beside
-    `--method best`, changes the recipe. rows: which rows it bears on, of "pruned", "rounded" and "dense" (default:
-    pruning only on the pruned, the rest on all). choices: the values it may have. was: its name before: still a flag,
-    and what the run's identity is computed with, so that a renamed flag leaves old runs what they are. added: after the
-    first release: left out of record and identity where it has its default, for the same reason.
+    shown: whether tables use it to tell two runs apart (default: unless it bears on measuring or output). python:
+    whether the Python functions accept it (same default). preset: whether giving it together with `--method best`
+    changes the recipe. rows: the kinds of run it affects, of "pruned", "rounded" and "dense" (default: "pruned" alone
+    if it bears on pruning, else all). choices: the allowed values. was: its former name, which remains an alias and is
+    still used to compute the run's identity, so that renaming a flag leaves the ids of old runs unchanged. added:
+    whether it was added after the first release; it is then left out of record and identity at its default value, for
+    the same reason.
     """
     if bears_on not in BEARS_ON:
         raise ValueError(f"bears_on {bears_on}: give one of {', '.join(BEARS_ON)}")
@@ -40,6 +43,6 @@ def flag(default, help: str, *, section: str = "", bears_on: str = "pruning", sh
 
 
 def listed(text: str) -> list[str]:
-    """The parts of a comma list; none for "none"."""
+    """The entries of a comma-separated list, stripped; [] for "none"."""
     parts = [part.strip() for part in text.split(",")]
     return [] if parts == ["none"] else [part for part in parts if part]

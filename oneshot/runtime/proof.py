@@ -1,11 +1,11 @@
-"""Proofs: what the program promises of its results is checked on the results, also under `python -O`."""
+"""Proofs: what the program promises about its results is checked on the results, under `python -O` too."""
 
 
 class ProofError(RuntimeError):
-    """A result is not what was promised. A fault of this program, never of its user."""
+    """A result does not have a promised property: a bug in this program, never an error of its user."""
 
 
 def prove(holds: bool, broken: str) -> None:
-    """Raise ProofError saying what is `broken` unless `holds`."""
+    """Raise ProofError unless `holds`. broken: says which promise is broken, as the start of the message."""
     if not holds:
-        raise ProofError(f"{broken}; this is a fault of oneshot, please report it with the command")
+        raise ProofError(f"{broken}; this is a bug in oneshot, please report it with the command")

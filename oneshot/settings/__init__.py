@@ -1,12 +1,12 @@
-"""Settings: what a run is asked to do, from the command line, from Python, from a sweep's YAML.
+"""Settings: what a run is asked to do, from the command line, from Python or from a sweep's YAML.
 
     config       RunConfig: one model, one method, one pattern
-    known        every flag there is, and what its metadata says of it
+    known        all flags, derived from their metadata
     flags        the command line
-    wanda_flags  the flags of wanda's main.py in ours
+    wanda_flags  the flags of Wanda's main.py, translated to oneshot's
     presets      what `--method best` stands for
 
-Each stage declares its own flags beside the code that uses them (runtime/flag.py); nothing is listed twice.
+Each stage declares its own flags next to the code that uses them (runtime/flag.py); nothing is listed twice.
 """
 
 from .config import RunConfig

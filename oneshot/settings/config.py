@@ -1,10 +1,11 @@
-"""RunConfig: one run's settings, put together from the flags that the stages declare. Also the record's settings."""
+"""RunConfig: the settings of one run, combined from the flags that the stages declare; also the record's `settings`."""
 
 import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from .. import measure
 from ..data.choose import DataOptions
@@ -14,35 +15,36 @@ from ..prune.options import Options
 from ..runtime import environment
 from ..runtime.flag import flag, listed
 
-PARTS = {"solver": "solver", "healing": "recovery", "allocation": "allocation"}  # dicts of Configs: their names before
+PARTS = {"solver": "solver", "healing": "recovery", "allocation": "allocation"}  # {dict of Configs: its former name}
 
 
 @dataclass(frozen=True)
 class PruneOptions:
     """Flags that say what is done to the model."""
 
-    method: str = flag("magnitude,wanda,sparsegpt", "solver, or chain as in wanda+refit, or best; several by commas",
-                       section="what", bears_on="loading", shown=False, python=False)
-    effort: int = flag(3, "what --method best may cost, 1 to 5 (what it needs); see --method best below",
-                       section="what", bears_on="output", python=True)
-    pattern: str = flag("0.5,2:4", "0.5 = half of the weights are zero; 2:4 = 2 of 4 are KEPT; several by commas",
-                        section="what", bears_on="loading", shown=False, python=False)
-    group: str | None = flag(None, "where an unstructured pattern is counted: matrix, row, or a number of columns "
-                                   "(default: the method's own)", section="what", preset=True)
-    allocate: str = flag("uniform", "how the zeros are spread over the linears: see --allocate below", section="what",
-                         preset=True)
-    keep_dense: str | None = flag(None, "linears that stay dense, separated by commas: globs of full names such as "
-                                        "'model.layers.0.*,*.down_proj', or RECORD.json:N, the N most harmful to prune "
-                                        "in a record made with --sensitivity", section="what", preset=True, added=True)
+    method: str = flag("magnitude,wanda,sparsegpt", "a solver, a chain such as wanda+refit, or best; several separated "
+                                                    "by commas", section="what", bears_on="loading", shown=False,
+                       python=False)
+    effort: int = flag(3, "cost of --method best, 1 to 5; see --method best below", section="what", bears_on="output",
+                       python=True)
+    pattern: str = flag("0.5,2:4", "0.5: half of the weights are zero; 2:4: 2 of 4 are KEPT; several separated "
+                                   "by commas", section="what", bears_on="loading", shown=False, python=False)
+    group: str | None = flag(None, "comparison group of an unstructured pattern: matrix, row, or a number of columns "
+                                   "(default: the method's)", section="what", preset=True)
+    allocate: str = flag("uniform", "how the zeros are distributed over the linear layers; see --allocate below",
+                         section="what", preset=True)
+    keep_dense: str | None = flag(None, "linear layers that stay dense, separated by commas: globs of full names such "
+                                        "as 'model.layers.0.*,*.down_proj', or RECORD.json:N, the N most harmful to "
+                                        "prune in the record of a run with --sensitivity", section="what", preset=True,
+                                  added=True)
     heal: str = flag("none", "train the kept weights on the calibration windows: block, distil, or block,distil",
                      section="what", preset=True, was="recover")
-    shared_inputs: bool = flag(False, "solve all methods and patterns of the command from the DENSE model's inputs: "
-                                      "one pass over the data (one more to allocate); every Gram matrix is "
-                                      "factored once for all (alps: once for each of its penalties); blocks that fall "
-                                      "apart are not looked for, and a killed run begins anew", section="what",
-                               python=False, preset=True)
+    shared_inputs: bool = flag(False, "solve all methods and patterns of the command on the DENSE model's inputs, in "
+                                      "one pass over the data (two with --allocate); Gram matrices are factored once "
+                                      "for all (alps: once per penalty); collapsed blocks are not detected, and an "
+                                      "interrupted run starts over", section="what", python=False, preset=True)
 
-    def check(self):
+    def check(self) -> None:
         """Raise ValueError naming the flag whose value cannot be used."""
         patterns.parse_group(self.group)
         if self.method != "rtn":
@@ -53,20 +55,20 @@ class PruneOptions:
 class OutputOptions:
     """Flags that say where results go and which rows are shown beside the pruned ones."""
 
-    save: str | None = flag(None, "write the pruned model here, block by block: the same command continues a killed "
-                            "run; one folder each below it for several methods or patterns",
+    save: str | None = flag(None, "folder to save the pruned model in, block by block, so that the same command "
+                                  "resumes an interrupted run; with several methods or patterns, a subfolder for each",
                             section="output", bears_on="output")
-    format: str = flag("dense", "dense: zeros among the weights, loads everywhere; packed: 2:4 linears at 0.5625 "
-                                "of their bytes, loads after `import oneshot`", section="output", shown=False,
+    format: str = flag("dense", "dense: zeros are stored, loads everywhere; packed: 2:4 layers take 0.5625 of their "
+                                "dense bytes, loads after `import oneshot`", section="output", shown=False,
                        python=False, choices=("dense", "packed"))
     overwrite: bool = flag(False, "replace another run's result in --save", section="output", bears_on="output")
     results: str = flag("runs", "folder for the run's record (JSON) and page (HTML)", section="output",
                         bears_on="output")
     dense: bool = flag(True, "measure the dense model as well", section="output", bears_on="output")
-    quantised: bool = flag(False, "measure plain int8, int4 and the integers of equal bytes as well, nothing pruned",
-                           section="output", bears_on="output")
+    quantised: bool = flag(False, "also measure the unpruned model rounded to int8, int4 and to integers of as many "
+                                  "bytes as the patterns", section="output", bears_on="output")
 
-    def check(self):
+    def check(self) -> None:
         """Raise ValueError naming the flag whose value cannot be used."""
         for name in ("save", "results"):
             if getattr(self, name) == "":
@@ -74,15 +76,15 @@ class OutputOptions:
 
 
 MEASURED = tuple(measure.module(name).Config for name in measure.names())
-STAGES = (OutputOptions, Options, *reversed(MEASURED), DataOptions, PruneOptions, LoadOptions)  # fields: from the last
+STAGES = (OutputOptions, Options, *reversed(MEASURED), DataOptions, PruneOptions, LoadOptions)  # the last one's first
 
 
 @dataclass(frozen=True)
 class RunConfig(*STAGES):
-    """One model, one method, one pattern. None means: decided when the model is known.
+    """One model, one method, one pattern. A value of None is decided when the model is known.
 
-    preset: the name under which the settings were asked for (best-3). solver, healing, allocation: {name of a part of
-    the method's chain, of a healing method, of an allocation: its Config}.
+    preset: the preset that the settings come from, such as "best-3". solver: {part of the method's chain: its Config}.
+    healing: {healing method: its Config}. allocation: {allocation method: its Config}.
     """
 
     preset: str | None = None
@@ -90,11 +92,11 @@ class RunConfig(*STAGES):
     healing: dict = field(default_factory=dict)
     allocation: dict = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "device", environment.resolve_device(self.device))
         self.check()
 
-    def check(self):
+    def check(self) -> None:
         """Raise ValueError naming the first flag whose value cannot be used."""
         for stage in STAGES:
             if hasattr(stage, "check"):
@@ -102,21 +104,21 @@ class RunConfig(*STAGES):
 
     @property
     def prunes(self) -> bool:
-        """Whether anything is pruned; else the row is there for comparison: the dense model, or a rounded one."""
+        """Whether anything is pruned; if not, the run is for comparison: the dense model, or a rounded one."""
         return self.method not in ("dense", "rtn")
 
     @property
     def row(self) -> str:
-        """Which kind of row this run is: "pruned", "rounded" or "dense"."""
+        """The kind of this run and of its row in tables: "pruned", "rounded" or "dense"."""
         return "pruned" if self.prunes else "rounded" if self.method == "rtn" else "dense"
 
     @property
     def heals(self) -> list[str]:
-        """The methods that heal what was pruned, in their order."""
+        """The healing methods, in order."""
         return listed(self.heal)
 
-    def settings(self) -> dict:
-        """All that bears on the numbers, as plain values: for the record and the run_id."""
+    def settings(self) -> dict[str, Any]:
+        """Everything that affects the numbers, as plain values, for the record and the run_id."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata and self._bears(f)}
         if self.prunes:
             plain["preset"] = self.preset
@@ -125,12 +127,12 @@ class RunConfig(*STAGES):
         return plain
 
     def _bears(self, f: dataclasses.Field) -> bool:
-        """Whether a flag bears on this row's numbers."""
+        """Whether a flag affects the numbers of this run."""
         at_default = f.metadata["added"] and getattr(self, f.name) == f.default
         return f.metadata["bears_on"] != "output" and self.row in f.metadata["rows"] and not at_default
 
     def run_id(self, *fingerprints: str | None) -> str:
-        """Readable name and a hash of all settings and of what they were applied to (model, windows)."""
+        """A readable name with a hash of all settings and of the `fingerprints` of model and windows."""
         before = {f.name: f.metadata["was"] for f in fields(self) if f.metadata and f.metadata["was"]} | PARTS
         settings = {before.get(name, name): value for name, value in self.settings().items()}
         whole = json.dumps([settings, fingerprints], sort_keys=True, default=str)

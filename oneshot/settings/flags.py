@@ -1,7 +1,7 @@
-"""The command line: flags made from what the stages declare (known.py), and wanda's own flags translated.
+"""The command line: flags derived from what the stages declare (known.py), and Wanda's flags, translated.
 
-`--a-b` and `--a_b` are the same flag. The flags of a part (solver, refiner, allocation, healing method) carry its name:
-`--sparsegpt.damping 0.1`.
+`--a-b` and `--a_b` are the same flag. The flags of a part (solver, refiner, allocation, healing method) have its name
+in front: `--sparsegpt.damping 0.1`.
 """
 
 import argparse
@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from .. import heal
 from ..prune import allocate, solvers
@@ -25,23 +27,23 @@ EXAMPLES = """examples:
       the built-in model, three methods, two patterns: a table in minutes
   oneshot prune --model meta-llama/Llama-3.1-8B --method sparsegpt --pattern 2:4 --calibration c4 \\
       --evaluate wikitext2 --save llama-2of4
-      a checkpoint that from_pretrained loads, and `oneshot verify` proves
+      saves a checkpoint that from_pretrained loads and `oneshot verify` checks
   oneshot prune --model ./my-model --calibration my.jsonl --column text --evaluate held_out.txt
 
-The flags of wanda's main.py (--prune_method --sparsity_ratio --sparsity_type --save --save_model --use_variant ...)
-work with their meaning there.
+The flags of Wanda's main.py (--prune_method --sparsity_ratio --sparsity_type --save --save_model --use_variant ...)
+work as they do there.
 """
 
 UNSET = object()
 
 
 def parser() -> Parser:
-    """The argument parser: RunConfig's fields, every part's, and wanda's names."""
+    """The argument parser of `oneshot prune`: RunConfig's flags, those of every part, and Wanda's."""
     p = Parser(prog="oneshot prune", usage="oneshot prune [flags]", formatter_class=Formatter, epilog=EXAMPLES,
                allow_abbrev=False,
-               description="Prune a pretrained language model once, from a few calibration samples, without training; "
-                           "measure what that cost. (The same as python -m oneshot.run.)")
-    sections = {}
+               description="Prune a pretrained language model in one shot, from a few calibration samples, and measure "
+                           "exactly what that cost. Without flags: the demo model, in minutes.")
+    sections: dict[str, Any] = {}
     for flag in known().values():
         if not flag.chosen_by:
             title = flag.metadata["section"]
@@ -54,7 +56,7 @@ def parser() -> Parser:
             for flag in known().values():
                 if flag.chosen_by and flag.name.partition(".")[0] == name:
                     add_flag(group, flag)
-    wanda = p.add_argument_group("wanda's main.py")
+    wanda = p.add_argument_group("Wanda's main.py")
     for name, text in WANDA.items():
         wanda.add_argument(f"--{name}", help=text, type=float if name == "sparsity_ratio" else str)
     wanda.add_argument("--use_variant", action="store_true", help="as --wanda.use-variant")
@@ -63,15 +65,15 @@ def parser() -> Parser:
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
-    """Prints defaults where there are any worth printing."""
+    """Adds the default to the help text of every flag that has one worth printing."""
 
-    def _get_help_string(self, action):
+    def _get_help_string(self, action: argparse.Action) -> str:
         shown = action.default not in (None, argparse.SUPPRESS, False, True)
         return (action.help or "") + (" (default: %(default)s)" if shown else "")
 
 
-def add_flag(group, flag: Known) -> None:
-    """Add one flag to a group of the parser; a switch turns its default."""
+def add_flag(group: Any, flag: Known) -> None:
+    """Add one flag to an argument group of the parser. A switch inverts its default."""
     help_text, choices = flag.metadata["help"], flag.metadata.get("choices")
     if flag.is_switch:
         group.add_argument(*flag.options, dest=flag.name, default=flag.default,
@@ -84,15 +86,18 @@ def add_flag(group, flag: Known) -> None:
 
 
 def normalise(argv: Sequence[str], options: Iterable[str]) -> list[str]:
-    """Flags as the parser knows them, whether written with underscores or dashes."""
+    """The command line with every flag spelt as in `options`, whether written with underscores or dashes."""
     spelt = {name.replace("_", "-"): name for name in options}
     words = [arg.partition("=") for arg in argv]
     return [spelt.get(name.replace("_", "-"), name) + eq + value if name.startswith("--") else name + eq + value
             for name, eq, value in words]
 
 
-def read(argv: Sequence[str] | None = None) -> dict:
-    """{flag: value} of what a command line gives, wanda's said in ours. Raises ValueError naming the flag."""
+def read(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """{flag: value} of the flags given on a command line, Wanda's translated. Raises ValueError naming the flag.
+
+    argv: None means sys.argv.
+    """
     p = parser()
     argv = sys.argv[1:] if argv is None else list(argv)
     options = [option for action in p._actions for option in action.option_strings]
@@ -107,21 +112,21 @@ def read(argv: Sequence[str] | None = None) -> dict:
     return given
 
 
-def prunes(given: dict) -> bool:
-    """Whether any of the methods given prunes."""
+def prunes(given: dict[str, Any]) -> bool:
+    """Whether any of the given methods prunes."""
     return any(method != "dense" for method in split(given, "method"))
 
 
 def parse(argv: Sequence[str] | None = None) -> list[RunConfig]:
-    """The runs a command line asks for, the dense one last: what is wrong with the others shows at once.
+    """The runs that a command line asks for, the dense one last, so that errors in the others show early.
 
     Raises ValueError naming the flag.
     """
     return expand(read(argv))
 
 
-def expand(given: dict) -> list[RunConfig]:
-    """The runs that flags and their values ask for; see `parse`."""
+def expand(given: dict[str, Any]) -> list[RunConfig]:
+    """The runs that {flag: value} asks for; see `parse`."""
     given = todays_names(given)
     chosen = {f.name: given[f.name] for f in fields(RunConfig) if f.name in given}
     methods, texts = split(given, "method"), split(given, "pattern")
@@ -141,13 +146,13 @@ def expand(given: dict) -> list[RunConfig]:
     return runs + rounded + dense
 
 
-def row(chosen: dict, method: str, pattern: str) -> RunConfig:
-    """A row for comparison, the same road without pruning: the dense model, or all linears rounded to integers."""
+def row(chosen: dict[str, Any], method: str, pattern: str) -> RunConfig:
+    """A run for comparison, with the same settings but no pruning: the dense model, or all linears rounded."""
     return RunConfig(**{**chosen, "method": method, "pattern": pattern, "save": None})
 
 
-def build(given: dict) -> RunConfig:
-    """RunConfig from flags and their values, each part's own ("sparsegpt.damping") put into that part's Config."""
+def build(given: dict[str, Any]) -> RunConfig:
+    """The RunConfig for {flag: value}; a part's flags ("sparsegpt.damping") go into that part's Config."""
     cfg = RunConfig(**{f.name: given[f.name] for f in fields(RunConfig) if f.name in given})
     modules = {"solver": solvers.chain(cfg.method), "healing": [heal.module(name) for name in cfg.heals],
                "allocation": [allocate.module(cfg.allocate)]}
@@ -156,15 +161,18 @@ def build(given: dict) -> RunConfig:
                            for part, found in modules.items()})
 
 
-def configured(module, given: dict):
-    """A part's Config with the values given for it as "part.field"."""
+def configured(module: ModuleType, given: dict[str, Any]) -> Any:
+    """The Config of a part's module, with the values that are given as "part.field"."""
     name = solvers.short(module)
     return module.Config(**{f.name: given[f"{name}.{f.name}"] for f in fields(module.Config)
                             if f"{name}.{f.name}" in given})
 
 
-def check_parts(asked: dict[str, dict], given: dict) -> None:
-    """Refuse a part's flag when no run uses that part: it would do nothing. asked: {method: all its flags}."""
+def check_parts(asked: dict[str, dict[str, Any]], given: dict[str, Any]) -> None:
+    """Raise ValueError naming a flag of a part that no run uses, as it would have no effect.
+
+    asked: {method: all flags of its run}. given: the flags that the user gave.
+    """
     used = {solvers.short(m) for own in asked.values() for m in solvers.chain(own["method"])}
     used |= {name for own in asked.values() for name in (*listed(own.get("heal", "none")), own.get("allocate"))}
     for name in given:
@@ -176,8 +184,8 @@ def check_parts(asked: dict[str, dict], given: dict) -> None:
                              "out")
 
 
-def split(given: dict, name: str) -> list[str]:
-    """The entries of a comma list, each once."""
+def split(given: dict[str, Any], name: str) -> list[str]:
+    """The entries of the comma-separated flag `name`, each once. Raises ValueError if there are none."""
     entries = [entry.strip() for entry in given.get(name, known()[name].default).split(",") if entry.strip()]
     if not entries:
         raise ValueError(f"--{name}: nothing given")

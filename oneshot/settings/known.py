@@ -1,66 +1,72 @@
-"""Every flag there is, and what its metadata says of it."""
+"""All flags, with what follows from their metadata."""
 
 import functools
+from collections.abc import Mapping
 from dataclasses import Field, dataclass, fields
 from types import ModuleType
+from typing import Any
 
 from .. import heal
 from ..prune import allocate, solvers
 from .config import RunConfig
 
-PACKAGES = {"method": solvers, "allocate": allocate, "heal": heal}  # the flag that names parts: their package
+PACKAGES = {"method": solvers, "allocate": allocate, "heal": heal}  # {flag that chooses parts: the parts' package}
 
 
 @dataclass(frozen=True)
 class Known:
-    """One flag. name: as an attribute or a part's, "nsamples", "sparsegpt.damping". chosen_by: the flag that names its
-    part ("method", "allocate", "heal"), None of RunConfig's own."""
+    """One flag.
+
+    name: "nsamples", or with its part "sparsegpt.damping". field: where it is declared. chosen_by: the flag that
+    chooses its part ("method", "allocate", "heal"); None for RunConfig's own flags.
+    """
 
     name: str
     field: Field
     chosen_by: str | None = None
 
     @property
-    def default(self):
+    def default(self) -> Any:
+        """The default value."""
         return self.field.default
 
     @property
     def is_switch(self) -> bool:
-        """Whether it takes no value: it turns a default."""
+        """Whether the flag takes no value but inverts its default."""
         return isinstance(self.default, bool)
 
     @property
     def option(self) -> str:
-        """As it is written on the command line: "--nsamples", "--no-dense"."""
+        """The flag as it is written on the command line: "--nsamples", "--no-dense"."""
         name = self.name.replace("_", "-")
         return f"--no-{name}" if self.default is True else f"--{name}"
 
     @property
     def options(self) -> list[str]:
-        """The same, and its name before."""
+        """All spellings of the flag: `option`, and its former name if it had one."""
         before = self.metadata.get("was")
         return [self.option] + ([f"--{before.replace('_', '-')}"] if before else [])
 
     @property
-    def metadata(self):
-        """See runtime/flag.py."""
+    def metadata(self) -> Mapping[str, Any]:
+        """What runtime/flag.py has recorded about the flag."""
         return self.field.metadata
 
     @property
     def type(self) -> type:
-        """What its value is read as."""
+        """The type of its value on the command line: int, float or str."""
         return next((k for k in (int, float) if self.field.type in (k, k | None, k.__name__)), str)
 
 
 def parts(package: ModuleType) -> list[str]:
-    """The names of a package's parts."""
+    """The names of all parts in a package."""
     found = package.names()
     return found["solver"] + found["refiner"] if isinstance(found, dict) else found
 
 
 @functools.cache
 def known() -> dict[str, Known]:
-    """{name: Known} of every flag: RunConfig's, then every part's."""
+    """{name: Known} of every flag: RunConfig's first, then those of every part."""
     found = {f.name: Known(f.name, f) for f in fields(RunConfig) if f.metadata}
     for chosen_by, package in PACKAGES.items():
         for part in parts(package):
@@ -70,26 +76,29 @@ def known() -> dict[str, Known]:
 
 
 def python_names() -> list[str]:
-    """The settings that Python's functions take by name."""
+    """The names of the settings that the Python functions accept."""
     return [k.name for k in known().values() if not k.chosen_by and k.metadata["python"]]
 
 
 def part_names() -> list[str]:
-    """The settings of parts: "sparsegpt.damping"."""
+    """The names of the settings of parts, such as "sparsegpt.damping"."""
     return [k.name for k in known().values() if k.chosen_by]
 
 
 def changes_preset() -> set[str]:
-    """The flags that, given beside `--method best`, change its recipe."""
+    """The names of the flags that change the recipe when given together with `--method best`."""
     return {k.name for k in known().values() if k.metadata.get("preset")}
 
 
 def tells_apart(name: str) -> bool:
-    """Whether tables tell two runs apart by a setting of a record; parts' always, and what is not known any more."""
+    """Whether tables use the setting `name` of a record to tell two runs apart.
+
+    Always true for settings of parts, and for those that no longer exist.
+    """
     return name not in ("preset",) and (name not in known() or known()[name].metadata.get("shown", True))
 
 
-def todays_names(given: dict) -> dict:
-    """Settings by the names they have today: {"recover": ...} becomes {"heal": ...}."""
+def todays_names(given: dict[str, Any]) -> dict[str, Any]:
+    """Settings under their current names: {"recover": ...} becomes {"heal": ...}."""
     before = {k.metadata["was"]: k.name for k in known().values() if k.metadata.get("was")}
     return {before.get(name, name): value for name, value in given.items()}

@@ -1,33 +1,35 @@
-"""Presets: what `--method best` stands for at each `--effort`, as measured by scripts/best.py (results/best/best.md).
+"""Presets: what `--method best` stands for at each `--effort`, as measured by scripts/bench/best.py.
 
-A preset is nothing but flags; whatever is given beside it on the command line wins, and a star behind the name in
-tables says so (best-3*).
+A preset is nothing but a set of flags. Flags given on the command line take precedence, which tables mark by a star
+after the name (best-3*).
 """
 
-from ..runtime.flag import listed
-from .known import changes_preset
+from typing import Any
 
-EFFORTS = {  # effort: (what it is, the flags); each adds to what the one before it costs
-    1: ("SparseGPT's mask with the best values for it", {"method": "sparsegpt+refit"}),
-    2: ("ALPS aimed at the dense model", {"method": "alps", "dense_target": 0.5}),
+from ..runtime.flag import listed
+from .known import changes_preset, todays_names
+
+EFFORTS: dict[int, tuple[str, dict[str, Any]]] = {  # {effort: (description, flags)}, in order of increasing cost
+    1: ("SparseGPT's mask with refitted values", {"method": "sparsegpt+refit"}),
+    2: ("ALPS aimed at the dense model's outputs", {"method": "alps", "dense_target": 0.5}),
     3: ("ALPS, each block healed, then a distillation (the whole model on the device), both short", {
         "method": "alps", "heal": "block,distil", "block.steps": 25, "distil.steps": 25}),
     4: ("the same, longer", {
         "method": "alps", "heal": "block,distil", "block.steps": 60, "distil.steps": 60}),
-    5: ("the same, at leisure", {
+    5: ("the same, longest", {
         "method": "alps", "heal": "block,distil", "block.steps": 100, "distil.steps": 300}),
 }
 NAMES = ("best",)
 
 
-def expand(method: str, given: dict) -> dict:
-    """All flags of a run whose `--method` is `method`: a preset's own below those given, others as they are.
+def expand(method: str, given: dict[str, Any]) -> dict[str, Any]:
+    """All flags of a run with `--method method`: those given and, for a preset, its flags that are not given.
 
     Raises ValueError naming `--method` or `--effort`.
     """
     if "+" in method and set(NAMES) & set(method.split("+")):
-        raise ValueError(f"--method {method}: best is a whole recipe, nothing goes before or behind it; choose its "
-                         "--effort, or name the solver, such as alps+refit")
+        raise ValueError(f"--method {method}: best is a whole recipe, not part of a chain; choose its --effort, or "
+                         "name the solver, such as alps+refit")
     if method not in NAMES:
         return {**given, "method": method}
     effort = given.get("effort", 3)
@@ -41,17 +43,27 @@ def expand(method: str, given: dict) -> dict:
     return asked | {"preset": f"{method}-{effort}{changed}"}
 
 
-def check_effort(methods: list[str], given: dict) -> None:
-    """Raise ValueError where `--effort` is given and no method is a preset."""
+def recipe(given: dict[str, Any]) -> dict[str, Any]:
+    """All settings that `given` asks for, under their current names and with a preset expanded.
+
+    Equal recipes do the same to a model.
+    """
+    given = todays_names(given)
+    whole = expand(given["method"], given)
+    return {name: value for name, value in whole.items() if name not in ("preset", "effort")}
+
+
+def check_effort(methods: list[str], given: dict[str, Any]) -> None:
+    """Raise ValueError if `--effort` is given but no method is a preset."""
     if "effort" in given and not set(methods) & set(NAMES):
         raise ValueError(f"--effort {given['effort']}: goes with --method best")
 
 
 def explain() -> str:
-    """Two lines for each effort, for `--help`."""
+    """Two lines per effort, for `--help`."""
     return "\n".join(f"--effort {k}   {text}\n             {said(flags)}" for k, (text, flags) in EFFORTS.items())
 
 
-def said(flags: dict) -> str:
-    """Flags as they are written on the command line."""
+def said(flags: dict[str, Any]) -> str:
+    """Flags as they are written on a command line."""
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in flags.items())

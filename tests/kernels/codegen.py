@@ -17,10 +17,10 @@ from pathlib import Path
 
 import triton
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "bench"))
 
-import _gpu_bench_checks as checks
-import _gpu_bench_measure as measure
+import gpu_checks as checks
+import gpu_measure as measure
 from oneshot_kernels.gpu import decode as decode_module
 from oneshot_kernels.gpu import expand as expand_module
 from triton.backends.compiler import GPUTarget
@@ -133,21 +133,21 @@ def expand_variant(architecture: str, _name: str) -> dict:
 
 
 def bench_variant(architecture: str, name: str) -> dict:
-    """Facts about a kernel of scripts/gpu_bench.py: what a first GPU session runs before anything else."""
+    """Facts about a kernel of scripts/bench/gpu.py: what a first GPU session runs before anything else."""
     kernel, signature, constants, warps = {
         "bench: fragment map": (
-            checks._one_instruction,
+            checks.one_instruction,
             {"a_ptr": "*i32", "b_ptr": "*i32", "metadata_ptr": "*i32", "c_ptr": "*fp32"},
             {"STEP": 3, "FP16": False, "INTERP": False},
             1,
         ),
         "bench: mma.sp rate": (
-            measure._mma_sp_rate,
+            measure.mma_sp_rate,
             {"a_ptr": "*i32", "c_ptr": "*fp32", "ITERATIONS": "i32"},
             {"WARPS": 8, "INTERP": False},
             8,
         ),
-        "bench: read": (measure._read, {"x_ptr": "*i32", "sum_ptr": "*i32"}, {"BLOCK": 4096, "BLOCKS": 8}, 8),
+        "bench: read": (measure.read, {"x_ptr": "*i32", "sum_ptr": "*i32"}, {"BLOCK": 4096, "BLOCKS": 8}, 8),
     }[name]
     return {"warps": warps, **facts(compile_kernel(kernel, signature, constants, architecture, warps))}
 

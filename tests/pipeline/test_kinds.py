@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import families
+import gguf_files
 import pytest
 import tiny
 import torch
@@ -18,6 +19,7 @@ from tiny import plain_pages  # noqa: F401
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import oneshot
+from oneshot import models
 from oneshot.checkpoint import verify
 from oneshot.runtime.files import write_text
 
@@ -102,9 +104,9 @@ def claimed(method):
 
 
 def gguf(folder):
+    pytest.importorskip("gguf")
     folder.mkdir()
-    (folder / "model.gguf").write_bytes(b"GGUF")
-    return folder / "model.gguf"
+    return gguf_files.write(folder / "model.gguf")
 
 
 def adapter(folder):
@@ -180,7 +182,7 @@ KINDS = {  # kind: (makes the folder, further flags, the dtypes that come out or
     "GPTQ": (claimed("gptq"), (), "quantised (gptq)"),
     "AWQ": (claimed("awq"), (), "quantised (awq)"),
     "bitsandbytes": (claimed("bitsandbytes"), (), "quantised (bitsandbytes)"),
-    "GGUF": (gguf, (), "GGUF files are not read"),
+    "GGUF": (gguf, (), {"BF16"}),
     "LoRA adapter": (adapter, (), "merge the adapter first"),
     "pickles": (pickles, (), "save it as safetensors first"),
     "multimodal, loaded in part": (multimodal, (), "would be lost"),
@@ -221,7 +223,7 @@ def test_kind(kind, tmp_path, capsys):
         return
     assert code == 0, err
     record = json.loads((out / "oneshot.json").read_text())["record"]
-    inside, entries = dtypes_of(model), dtypes_of(out)
+    inside, entries = dtypes_of(model) if model.is_dir() else {}, dtypes_of(out)
     weights = {n: e for n, e in entries.items() if len(e.shape) > 1}
     assert {e.dtype for e in weights.values()} == outcome
     assert verify.main([str(out), "--quiet", *more]) == 0
@@ -255,6 +257,37 @@ def test_the_readme_says_so():
     if os.environ.get("ONESHOT_WRITE"):
         write_text(now, README)
     assert now == text or os.environ.get("ONESHOT_WRITE"), "stale: ONESHOT_WRITE=1 python -m pytest " + __file__
+
+
+def test_gguf_is_the_same_model(tmp_path):
+    pytest.importorskip("gguf")
+    model, tokenizer = oneshot.load(gguf_files.write(tmp_path / "model.gguf"))
+    want = families.tiny("llama").to(torch.bfloat16)
+    for name, p in model.state_dict().items():
+        if "q_proj" not in name and "k_proj" not in name:
+            assert torch.equal(p, want.state_dict()[name]), name
+    assert tokenizer("abc")["input_ids"][-3:] == [3, 4, 5] and models.source_of(model).quantised == "GGUF F32"
+
+
+@pytest.mark.parametrize("content, words", [(b"GGUF", "cannot be loaded"), (b"", "cannot be loaded")])
+def test_damaged_gguf(content, words, tmp_path):
+    pytest.importorskip("gguf")
+    (tmp_path / "model.gguf").write_bytes(content)
+    with pytest.raises(ValueError, match=f"^--model .*model.gguf: {words}"):
+        oneshot.load(tmp_path / "model.gguf")
+
+
+def test_python_on_a_model_that_transformers_dequantised(tmp_path):
+    """What the user's own `save_pretrained` writes then is what was pruned."""
+    model = AutoModelForCausalLM.from_pretrained(fp8(tmp_path / "in"), dtype="auto")
+    record = oneshot.prune(model, method="magnitude", pattern="2:4", calibration=torch.zeros(2, 8, dtype=torch.long),
+                           progress=False)
+    model.save_pretrained(tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert record["sparsity"] >= 0.5 and "quantization_config" not in json.loads(
+        (tmp_path / "out" / "config.json").read_text())
+    for (name, p), q in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q), name
 
 
 def test_side_files_are_copied(tmp_path):

@@ -3,7 +3,6 @@
 import json
 import math
 
-import families
 import pytest
 import tiny
 import torch
@@ -11,12 +10,9 @@ from tiny import place, plain_pages  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import oneshot
-from oneshot import data, models
 from oneshot.data import choose
 from oneshot.measure import perplexity
-from oneshot.pipeline import compress
 from oneshot.prune import loop, shared_inputs
-from oneshot.prune.patterns import parse
 from oneshot.report import page
 from oneshot.report.record import KEYS
 
@@ -198,7 +194,7 @@ def test_line_of_a_wanda_script(place, tmp_path):  # noqa: F811
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.num_hidden_layers == tiny.BLOCKS
 
 
-# ---------------------------------------------------------------- Python
+
 
 def test_three_lines_of_python(place, compared):  # noqa: F811
     model, tokenizer = oneshot.load(str(place / "model"))
@@ -214,39 +210,6 @@ def test_three_lines_of_python(place, compared):  # noqa: F811
     assert [row["zeros"] for row in record["layers"]] == [row["zeros"] for row in there["layers"]]
     assert json.loads(json.dumps(record)) == record
     assert page.html([record]).startswith("<!DOCTYPE html>")
-
-
-def test_python_takes_token_ids_and_solver_settings(place):  # noqa: F811
-    model, _ = oneshot.load(str(place / "model"))
-    ids = torch.randint(3, 20, (4, 16), generator=torch.Generator().manual_seed(0))
-    record = oneshot.prune(model, method="sparsegpt", pattern=0.25, calibration=ids, progress=False,
-                           parts={"sparsegpt.damping": 0.5})
-    assert record["settings"]["solver"]["sparsegpt"]["damping"] == 0.5
-    assert record["data"]["calibration"]["sha256"] == data.given(ids).sha256
-    assert record["sparsity"] == 0.25
-
-
-def test_python_on_a_model_that_asks_for_gradients_and_drops_out():
-    """As `from_pretrained` and a training loop leave it; models.load gives neither."""
-    frozen, model = families.tiny("gpt2"), families.tiny("gpt2")
-    model.train().requires_grad_(True)
-    model.transformer.drop.eval()
-    modes, ids = [m.training for m in model.modules()], torch.randint(3, 20, (12, 16))
-    for one in (frozen, model):
-        oneshot.prune(one, method="wanda", pattern="2:4", calibration=ids, heal="block,distil", progress=False,
-                      batch_size=4, parts={"block.steps": 2, "distil.steps": 2})
-    assert all(torch.equal(p, q) for p, q in zip(frozen.parameters(), model.parameters(), strict=True))
-    assert [m.training for m in model.modules()] == modes
-    assert all(p.requires_grad and p.grad is None for p in model.parameters())
-    assert not any(p.requires_grad for p in frozen.parameters())
-
-
-def test_python_knows_the_demo_model():
-    model, tokenizer = oneshot.load("demo")
-    record = oneshot.prune(model, tokenizer, method="magnitude", pattern="2:4", progress=False, layer_errors=False,
-                           nsamples=1, seqlen=16)
-    assert record["model"]["name"] == "demo" == record["settings"]["model"]
-    assert not [w for w in record["warnings"] if "suits the demo model" in w]
 
 
 def test_one_sampling_serves_all_runs_of_a_command(place, tmp_path, monkeypatch):  # noqa: F811
@@ -280,38 +243,9 @@ def test_nothing_is_spread_where_nothing_is_removed(place, capsys, allocate):  #
     assert f"--allocate {allocate}: spreads a sparsity" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("words", "settings"), [
-    ("--effort 5: goes with --method best", {"effort": 5}),
-    ("nsample", {"nsample": 3}), ("save", {"save": "out"}), ("tokenizer", {}), ("--pattern", {"pattern": "2:5"}),
-    ("wanda.dampin", {"parts": {"wanda.dampin": 1}}), ("--method", {"method": "wander"}),
-    ("64 positions", {"calibration": torch.ones(1, 65, dtype=torch.long)}),
-    ("integers", {"calibration": torch.ones(1, 8)})], ids=lambda x: x if isinstance(x, str) else "")
-def test_python_refuses_what_the_command_line_refuses(place, words, settings):  # noqa: F811
-    model, _ = oneshot.load(str(place / "model"))
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    if words not in ("tokenizer", "64 positions", "integers"):
-        settings = {"calibration": torch.ones(1, 8, dtype=torch.long)} | settings
-    with pytest.raises(ValueError, match=words):
-        oneshot.prune(model, **{"method": "wanda", "pattern": "2:4", "progress": False} | settings)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-
-
 @pytest.mark.usefixtures("plain_pages")
 def test_dense_is_measured_once_where_a_run_is_saved(place, tmp_path, monkeypatch):  # noqa: F811
     argv = tiny.flags(place, save=tmp_path / "out", results=tmp_path / "runs")
     assert tiny.main(*argv) == 0
     monkeypatch.setattr(perplexity, "token_losses", lambda *args, **kwargs: pytest.fail("measured again"))
     assert tiny.main(*argv) == 0
-
-
-def test_zeros_are_counted_on_what_is_there_after_all_healing():
-    model = families.tiny("llama")
-    record = oneshot.prune(model, calibration=torch.randint(3, families.VOCAB, (8, families.T)), method="wanda",
-                           progress=False, batch_size=4)
-    row, weight = record["layers"][0], next(models.all_weights(model))
-    W = weight.get()
-    W[tuple(W.nonzero()[0])] = 0  # what training or rounding may do
-    weight.set(W)
-    plan = {row["name"]: parse("2:4")}
-    compress.prove_patterns(model, plan, record["layers"])
-    assert weight.name == row["name"] and row["zeros"] == row["target_zeros"] + 1 and row["surplus"] == 1

@@ -1,21 +1,23 @@
 # ruff: noqa: RUF005 - inside a kernel Triton takes `a + (b,)`, not `(*a, b)`
-"""The decode kernel: 1 to 64 tokens on the sparse tensor cores, one launch, weights read once.
+"""The decode kernel: 1 to 64 tokens on the sparse tensor cores, in one launch that reads the weights once.
 
     M, N, K   tokens, outputs, inputs              T    token tiles of 8, ceil(M / 8)
     NT        row tiles of 16 (fragment.py)        R    row tiles per program
     KB8       blocks of 256 columns                PARTS 2 with SwiGLU (gate and up), else 1
     WARPS     warps per program; they split K      STAGES  depth of the software pipeline
 
-At these sizes time is bytes: a packed weight is 0.5625 of a dense one, so 1.78x is the limit. Three choices serve that:
+At these sizes the time is proportional to the bytes read: a packed weight has 0.5625 of the bytes of a dense one, so
+the speedup is at most 1.78. Three choices serve that:
 
-* Weights are the rows (M) of the MMA and tokens its columns (N = 8): one token wastes arithmetic, which is free
-  here, and no weight bytes.
-* `tl.range(num_stages=...)` turns the weights' loads into asynchronous copies to shared memory, although there is
-  no `tl.dot`. Without it ptxas puts each load next to its use and the memory system idles.
-* Warps split K and add up in shared memory at the end: a fixed order, so equal inputs give equal bits, no atomics.
+* Weights are the rows (M) of the MMA and tokens its columns (N = 8). With one token this wastes arithmetic, which is
+  free here, but no weight bytes.
+* `tl.range(num_stages=...)` turns the loads of weights into asynchronous copies to shared memory, although there is no
+  `tl.dot`. Without it ptxas places each load next to its use, and the memory system idles.
+* Warps split K and are summed in shared memory at the end, in a fixed order and without atomics, so that equal inputs
+  give equal bits.
 
-x stays row-major. The RMSNorm in front multiplies x by the gain (the weights stay bit-exact), sums x² on the way
-and scales the finished sum: y = (x·gain)Wᵀ / rms(x). In float16, x·gain has to stay below 65504.
+x stays row-major. The optional RMSNorm on x multiplies it by the gain (so that the weights stay bit-exact), sums x²
+along the way, and scales the final sum: y = (x·gain)Wᵀ / rms(x). In float16, x·gain must stay below 65504.
 """
 
 from dataclasses import dataclass
@@ -33,20 +35,20 @@ TOKEN_TILE = 8
 
 @dataclass(frozen=True)
 class Config:
-    """Launch parameters of the decode kernel."""
+    """Launch parameters of the decode kernel: row tiles per program, warps, pipeline stages."""
 
     row_tiles: int = 1
     warps: int = 8
     stages: int = 3
     direct_x: bool = True
-    """Read x into registers through L1 instead of staging it in shared memory beside the weights."""
+    """Whether to read x into registers through L1, instead of staging it in shared memory with the weights."""
 
 
 def default_config(tokens: int, k: int, swiglu: bool = False) -> Config:
-    """An estimate from compiled sizes (tests/kernels/test_sparse24_codegen.py: no spills), until `tune` has measured.
+    """The Config used until `tune` has measured, chosen so that the compiled kernel does not spill registers.
 
-    A K that is not a multiple of 256 stages x in shared memory, about warps · (4 T + 4.5) KiB: kept under the 99 KiB
-    that an Ada block may have.
+    If K is not a multiple of 256, x is staged in shared memory, which takes about warps · (4 T + 4.5) KiB; this is kept
+    below the 99 KiB available to a block on Ada.
     """
     if k % K_PAD:
         return Config(row_tiles=1, warps=8 if tokens <= 8 else 4 if tokens <= 32 else 2, stages=2)
@@ -56,13 +58,13 @@ def default_config(tokens: int, k: int, swiglu: bool = False) -> Config:
 
 
 def shape_flags(k: int, config: Config) -> tuple[int, bool, bool]:
-    """(warps launched, WHOLE_K, EVEN_WARPS) for K inputs: what of the compiled variant depends on the shape."""
+    """(warps launched, WHOLE_K, EVEN_WARPS) for K inputs: the properties of the compiled variant that depend on K."""
     blocks = -(-k // K_PAD)
     warps = min(config.warps, triton.next_power_of_2(blocks))
     return warps, k % K_PAD == 0, blocks % warps == 0
 
 
-# No integer is specialised on: sizes would otherwise compile variants that the self-test never saw.
+# No specialisation on integers, which would compile variants that the self-test has not checked.
 @triton.jit(do_not_specialize=["M", "N", "NT", "K", "KB8"])
 def _decode_kernel(
     values_ptr, metadata_ptr, x_ptr, gain_ptr, bias_ptr, residual_ptr, y_ptr, M, N, NT, K, KB8, eps,
@@ -70,10 +72,10 @@ def _decode_kernel(
     NORM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, WHOLE_K: tl.constexpr,
     EVEN_WARPS: tl.constexpr, DIRECT_X: tl.constexpr, FP16: tl.constexpr, INTERP: tl.constexpr,
 ):  # fmt: skip
-    """Program p computes row tiles pR .. pR + R - 1 (of gate and of up with SWIGLU) for all tokens.
+    """Program p computes row tiles pR .. pR + R - 1 (with SWIGLU of both gate and up) for all tokens.
 
-    values, metadata, x, gain are int32 pointers (two 16-bit floats a word). WHOLE_K: K is a multiple of 256.
-    EVEN_WARPS: every warp has the same number of blocks. Where neither fails, no load along K needs a mask.
+    values, metadata, x, gain are int32 pointers (two 16-bit floats per word). WHOLE_K: K is a multiple of 256.
+    EVEN_WARPS: all warps have the same number of blocks. If both hold, no load along K needs a mask.
     """
     PARTS: tl.constexpr = 2 if SWIGLU else 1
     pid = tl.program_id(0)
@@ -94,7 +96,7 @@ def _decode_kernel(
 
     for block in tl.range(0, KB8, WARPS, num_stages=STAGES):
         in_range = (block + warp) < KB8
-        x_block = tl.minimum(block + warp, KB8 - 1) * 128  # a warp past the end repeats a block, times zero weights
+        x_block = tl.minimum(block + warp, KB8 - 1) * 128  # a warp past the end repeats a block, with zero weights
         gains = ()
         if NORM:
             for step in tl.static_range(8):
@@ -113,7 +115,7 @@ def _decode_kernel(
             total = square[t]
             for step in tl.static_range(8):
                 pair = (block + warp) * 128 + step * 16 + pair_in_block
-                if DIRECT_X:  # tokens past the end repeat the last one: columns of the product that are never stored
+                if DIRECT_X:  # tokens past the end repeat the last one; their columns of the product are never stored
                     x = load_b(x_ptr + tl.minimum(token, M - 1) * (K // 2) + x_block + q, step, WARPS, INTERP)
                 elif WHOLE_K and EVEN_WARPS:
                     x = tl.load(x_ptr + token * (K // 2) + pair, mask=token < M, other=0)
@@ -132,7 +134,7 @@ def _decode_kernel(
         new_acc = ()
         for part in tl.static_range(PARTS):
             for r in tl.static_range(R):
-                tile = tl.minimum(pid * R + r, NT // PARTS - 1)  # past the end: load the last one, never store
+                tile = tl.minimum(pid * R + r, NT // PARTS - 1)  # a tile past the end repeats the last, never stored
                 base = (tile + part * (NT // PARTS)).to(tl.int64) * KB8
                 metadata_at = metadata_ptr + (base + block) * 128 + i
                 if EVEN_WARPS:
@@ -160,7 +162,7 @@ def _decode_kernel(
     token_in_tile = 2 * ((j // 4) % 4) + j % 2
     for t in tl.static_range(T):
         token = 8 * t + token_in_tile
-        if NORM:  # sum of squares over warps and a row's four lanes, then to the lanes that hold the token's outputs
+        if NORM:  # sum of squares over warps and a row's four lanes, moved to the lanes with the token's outputs
             squares = tl.sum(tl.sum(tl.reshape(square[t], (WARPS, 8, 16)), axis=2), axis=0)
             scales = 1.0 / tl.sqrt(squares / K + eps)
             match = token_in_tile[:, None] == tl.arange(0, 8)[None, :]
@@ -186,7 +188,7 @@ def _decode_kernel(
 
 
 def as_words(x: torch.Tensor) -> torch.Tensor:
-    """16-bit floats (..., K) as int32 pairs (..., K/2). Copies what is not contiguous or starts at an odd element."""
+    """16-bit floats (..., K) viewed as int32 pairs (..., K/2); copied if not contiguous or not aligned to 4 bytes."""
     x = x.contiguous()
     return (x.clone() if x.storage_offset() % 2 else x).view(torch.int32)
 
@@ -205,24 +207,26 @@ def decode(
     out_dtype: torch.dtype | None = None,
     config: Config | None = None,
 ) -> torch.Tensor:
-    """x (M, K) times the fragment-ordered weight, float32 accumulation -> (M, n), in x's dtype or `out_dtype`.
+    """x (M, K) times a weight in fragment order, accumulated in float32 -> (M, n) in x's dtype or `out_dtype`.
 
-    `values`, `metadata` are `to_fragments`' (with row_blocks=2 for `swiglu`, where n counts gate rows alone); bias (n,)
-    or (2n,) with `swiglu`; residual (M, n) contiguous; norm_gain (K,) in x's dtype. Same meaning as `reference.linear`.
-    Raises ValueError for more than 64 tokens.
+    values, metadata: from `to_fragments` (with row_blocks=2 for `swiglu`, where n counts only the gate's rows). bias:
+    (n,), with `swiglu` (2n,). residual: (M, n), contiguous. norm_gain: (K,) in x's dtype. Same result as
+    `reference.linear`.
+
+    Raises ValueError for more than 64 tokens, or a weight of another shape or dtype.
     """
     m, k = x.shape
     if not 0 < m <= MAX_TOKENS:
         raise ValueError(f"the decode kernel takes 1 to {MAX_TOKENS} tokens, got {m}; use expand.matmul above that")
-    assert x.dtype == values.dtype and values.shape[1] * K_BLOCK == -(-k // K_PAD) * K_PAD
+    tiles, blocks, parts = values.shape[0], metadata.shape[1], 2 if swiglu else 1
+    if x.dtype != values.dtype or values.shape[1] * K_BLOCK != -(-k // K_PAD) * K_PAD or tiles // parts * ROWS < n:
+        raise ValueError(f"the decode kernel got x {tuple(x.shape)} {x.dtype} and {n} outputs for a weight "
+                         f"{tuple(values.shape)} {values.dtype} of another shape or dtype")
     config = config or default_config(m, k, swiglu)
-    tiles, blocks = values.shape[0], metadata.shape[1]
     warps, whole_k, even_warps = shape_flags(k, config)
     y = x.new_empty(m, n, dtype=out_dtype or x.dtype)
-    grid = (triton.cdiv(tiles // (2 if swiglu else 1), config.row_tiles),)
-    assert grid[0] * config.row_tiles * ROWS >= n
     words = as_words(x)
-    _decode_kernel[grid](
+    _decode_kernel[(triton.cdiv(tiles // parts, config.row_tiles),)](
         values.view(torch.int32),
         metadata,
         words,
@@ -230,12 +234,7 @@ def decode(
         x if bias is None else bias,
         x if residual is None else residual,
         y,
-        m,
-        n,
-        tiles,
-        k,
-        blocks,
-        norm_eps,
+        *(m, n, tiles, k, blocks, norm_eps),
         T=triton.cdiv(m, TOKEN_TILE),
         R=config.row_tiles,
         WARPS=warps,

@@ -1,12 +1,12 @@
-"""The middle kernel and scratch expansion: expand 2:4 in registers, then an ordinary tensor-core product.
+"""The middle kernel, which expands 2:4 weights in registers for an ordinary tensor-core product; and full expansion.
 
     M, N, K   tokens, outputs, inputs            BM, BN, BK   a program's tile of each
     NT        row tiles of 16 (fragment.py)      KB           k-blocks of 32 columns (padded)
-    SPLIT     programs that share one output tile, each with its part of K
+    SPLIT     number of programs that share one output tile, each with a part of K
 
-For about 64 to 512 tokens, where the product is no longer bound by bytes alone, and on every GPU without `mma.sp`
-(AMD, older NVIDIA): this is plain Triton, so it also runs entirely under the interpreter. It reads the same
-fragment-ordered tensors as the decode kernel; one copy of the weights serves all sizes.
+Used for about 64 to 512 tokens, where the time is no longer determined by bytes alone, and on every GPU without
+`mma.sp` (AMD, older NVIDIA). This is plain Triton, so it also runs entirely under the interpreter. It reads the same
+fragment-ordered tensors as the decode kernel: one copy of the weights serves all sizes.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from .mma_sp import INTERPRET
 
 @dataclass(frozen=True)
 class Config:
-    """Launch parameters of the middle kernel."""
+    """Launch parameters of the middle kernel: rows, tokens, columns are BN, BM, BK; split is SPLIT."""
 
     rows: int = 64
     tokens: int = 64
@@ -31,7 +31,7 @@ class Config:
 
 
 def default_config(tokens: int, n: int, k: int) -> Config:
-    """An estimate until `tune` has measured: fill about 132 multiprocessors (H100, H200), splitting K if need be."""
+    """The Config used until `tune` has measured: fills 132 multiprocessors (H100, H200), splitting K if needed."""
     wide = tokens > 256 and n >= 8192
     rows, columns_of_x = (128, 128) if wide else (64, max(16, min(64, triton.next_power_of_2(tokens))))
     programs = triton.cdiv(n, rows) * triton.cdiv(tokens, columns_of_x)
@@ -45,14 +45,14 @@ def default_config(tokens: int, n: int, k: int) -> Config:
 def _load_expanded(values_ptr, metadata_ptr, first_tile, first_block, NT, KB, BN: tl.constexpr, BK: tl.constexpr):
     """Dense tile (BN, BK) of 16-bit patterns, int16, from row tile `first_tile` and k-block `first_block` on.
 
-    Out-of-range tiles repeat the last one (never stored by the caller); out-of-range k-blocks come back as zeros.
+    Tiles out of range repeat the last one (the caller never stores them); k-blocks out of range are zeros.
     """
     TILES: tl.constexpr = BN // 16
     BLOCKS: tl.constexpr = BK // 32
     tile = tl.minimum(first_tile + tl.arange(0, TILES), NT - 1).to(tl.int64)
     block = first_block + tl.arange(0, BLOCKS)
 
-    # A fragment is 128 contiguous words; the loads stay 16 bytes wide and the reorder happens in registers.
+    # A fragment is 128 contiguous words: loads are 16 bytes wide, and the reordering happens in registers.
     word = tl.arange(0, 128)
     at = (tile[:, None, None] * KB + block[None, :, None]) * 128 + word[None, None, :]
     pairs = tl.load(values_ptr + at, mask=block[None, :, None] < KB, other=0)
@@ -84,7 +84,7 @@ def _load_expanded(values_ptr, metadata_ptr, first_tile, first_block, NT, KB, BN
 
 @triton.jit
 def _as_float(bits, FP16: tl.constexpr, INTERP: tl.constexpr):
-    """int16 patterns -> the 16-bit float to multiply; float32 under the interpreter, whose bfloat16 dot is wrong."""
+    """int16 patterns as 16-bit floats; as float32 for bfloat16 under the interpreter, whose bfloat16 dot is wrong."""
     if FP16:
         return bits.to(tl.float16, bitcast=True)
     elif INTERP:
@@ -150,13 +150,17 @@ def matmul(
     out_dtype: torch.dtype | None = None,
     config: Config | None = None,
 ) -> torch.Tensor:
-    """x (M, K) contiguous times the fragment-ordered weight, float32 accumulation -> (M, n), x's dtype or `out_dtype`.
+    """x (M, K) times a weight in fragment order, accumulated in float32 -> (M, n) in x's dtype or `out_dtype`.
 
-    bias (n,), residual (M, n) contiguous. With split > 1 the parts are float32 and torch adds them in a fixed order:
-    deterministic, no atomics.
+    x must be contiguous. bias: (n,). residual: (M, n), contiguous. With split > 1 the parts are float32 and torch adds
+    them in a fixed order, deterministically and without atomics.
+
+    Raises ValueError if x is not contiguous or of another dtype than the weight.
     """
     m, k = x.shape
-    assert x.dtype == values.dtype and x.is_contiguous()
+    if x.dtype != values.dtype or not x.is_contiguous():
+        raise ValueError(f"the middle kernel takes contiguous x in the weight's dtype {values.dtype}, got {x.dtype}"
+                         + ("" if x.is_contiguous() else ", not contiguous"))
     config = config or default_config(m, n, k)
     dtype = out_dtype or x.dtype
     split = config.split
@@ -195,7 +199,7 @@ def matmul(
 
 
 def expand(values: torch.Tensor, metadata: torch.Tensor, n: int, k: int) -> torch.Tensor:
-    """The fragment-ordered weight as a dense (n, k) matrix of its dtype, bit for bit."""
+    """A weight in fragment order as a dense (n, k) matrix of its dtype, bit for bit."""
     dense = values.new_empty(n, k)
     rows, columns = 32, 128
     grid = (triton.cdiv(n, rows), triton.cdiv(k, columns))

@@ -1,16 +1,16 @@
-"""Fragment order: the packed weight as the sparse tensor cores want it in their registers. Made once, at load.
+"""Fragment order: the packed weight in the order in which sparse tensor cores expect it in registers. Made at load.
 
     N, K    rows and columns of the weight          NT   row tiles of 16, ceil(N / 16)
     KB      k-blocks of 32 columns, padded to a multiple of 8 (256 columns)
     g, q    a warp's lane is 4g + q, g in 0..7, q in 0..3
     chunk   the two kept values of one group of four: 32 bits, first value in the low half
 
-One warp-wide `mma.sp.m16n8k32` multiplies 16 rows by 32 columns of the weight. PTX ISA, "Matrix Fragments for sparse
-mma.m16n8k32 with .f16/.bf16", says which lane must hold which chunk in which of its four registers:
+One warp-wide `mma.sp.m16n8k32` multiplies 16 rows by 32 columns of the weight. Which lane must hold which chunk in
+which of its four registers is defined in the PTX ISA, "Matrix Fragments for sparse mma.m16n8k32 with .f16/.bf16":
 
 `values` (NT, KB, 32, 8), 16-bit floats, the last dimension being four registers of two values: register 2h + r of
-lane 4g + q holds the chunk of row g + 8r and group q + 4h. A lane's share is 16 contiguous bytes and a warp's 512, so
-that one instruction loads a fragment without a single byte wasted.
+lane 4g + q holds the chunk of row g + 8r and group q + 4h. A lane's part is 16 contiguous bytes and a warp's 512, so
+that one instruction loads a fragment without wasting a byte.
 
 `metadata` (NT, KB/8, 32, 4), int32: one 16-byte load per lane serves eight k-blocks. Word w serves k-blocks 2w and
 2w + 1; the instruction's sparsity selector s takes it from lanes q = 2s and 2s + 1 of each g, so lane 4g + 2s + c
@@ -25,24 +25,26 @@ import torch.nn.functional as F
 from ..reference import Packed
 
 ROWS = 16
-"""Rows in a tile: the M of the instruction."""
+"""Rows in a tile: M of the instruction."""
 K_BLOCK = 32
-"""Columns in a k-block: the K of the instruction."""
+"""Columns in a k-block: K of the instruction."""
 K_PAD = 256
-"""Columns are padded to a multiple of this: eight k-blocks share a 16-byte metadata load."""
+"""Columns are padded to a multiple of this, as eight k-blocks share a 16-byte metadata load."""
 _EMPTY_PAIR = 0x44  # two groups with positions (0, 1)
 
 
 def padded_rows(n: int, row_blocks: int = 1) -> int:
-    """Rows in fragment order: each of the `row_blocks` equal parts is padded to whole tiles on its own."""
+    """The number of rows in fragment order: each of the `row_blocks` equal parts is padded to whole tiles by itself."""
     return row_blocks * -(-(n // row_blocks) // ROWS) * ROWS
 
 
 def to_fragments(packed: Packed, row_blocks: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """Row-major `Packed` -> (values, metadata) in fragment order, on the same device.
 
-    `row_blocks` > 1 starts each equal part of the rows on a tile of its own, as SwiGLU's gate and up need it.
-    Raises ValueError for dtypes other than float16 and bfloat16, and where N is not divisible by `row_blocks`.
+    row_blocks: if greater than 1, each of that many equal parts of the rows starts at a new tile, as needed for
+    SwiGLU's gate and up.
+
+    Raises ValueError for dtypes other than float16 and bfloat16, and if N is not divisible by `row_blocks`.
     """
     values, metadata, (n, k) = packed
     if values.dtype not in (torch.float16, torch.bfloat16):
@@ -54,7 +56,7 @@ def to_fragments(packed: Packed, row_blocks: int = 1) -> tuple[torch.Tensor, tor
     pad_rows = rows // row_blocks - part
 
     codes = metadata.clone()
-    if k % 8:  # the last byte's high half is no group of W: give it positions (0, 1)
+    if k % 8:  # the high half of the last byte is not a group of W: give it positions (0, 1)
         codes[:, -1] |= _EMPTY_PAIR & 0xF0
     codes = codes.view(row_blocks, part, -1)
     codes = F.pad(codes, (0, columns // 8 - codes.shape[-1], 0, pad_rows), value=_EMPTY_PAIR)
@@ -71,7 +73,7 @@ def to_fragments(packed: Packed, row_blocks: int = 1) -> tuple[torch.Tensor, tor
 
 
 def from_fragments(values: torch.Tensor, metadata: torch.Tensor, n: int, k: int, row_blocks: int = 1) -> Packed:
-    """The inverse of `to_fragments`: drops the padding, returns the row-major `Packed`, byte for byte."""
+    """The inverse of `to_fragments`: the row-major `Packed` of a weight (n, k) without padding, byte for byte."""
     tiles, k_blocks = values.shape[:2]
     rows, part = tiles * ROWS, n // row_blocks
     packed = (

@@ -1,14 +1,14 @@
-"""The sparse tensor-core instruction as a Triton function, with a twin that emulates it for the interpreter.
+"""The sparse tensor-core instruction as a Triton function, and an emulation of it for the interpreter.
 
     WARPS     warps in the program; every tensor here is 1-D, (WARPS * 128,): warp, lane, register
-    g, q      lane = 4g + q (fragment.py has the whole map)
-    STEP      which of the eight k-blocks under one metadata load, 0..7: word STEP // 2, selector STEP % 2
-    pair      int32 holding two neighbouring 16-bit floats, the first in the low half
+    g, q      lane = 4g + q (see fragment.py for the complete map)
+    STEP      which of the eight k-blocks of one metadata load, 0..7: word STEP // 2, selector STEP % 2
+    pair      int32 with two neighbouring 16-bit floats, the first in the low half
 
-Triton has no sparse dot. But `tl.inline_asm_elementwise(pack=4)` hands each assembly instance four consecutive
-elements of every operand, and with four elements per lane and 32 lanes per warp these are exactly one lane's
-registers of one `mma.sp.m16n8k32`. Triton does not promise that mapping: tests/kernels/test_sparse24_codegen.py reads
-it from the compiled layout, and selftest.py asks the GPU itself.
+Triton has no sparse dot. But `tl.inline_asm_elementwise(pack=4)` passes four consecutive elements of every operand to
+each instance of the assembly, and with four elements per lane and 32 lanes per warp these are exactly one lane's
+registers of one `mma.sp.m16n8k32`. Triton does not guarantee that mapping: a test reads it from the compiled layout,
+and selftest.py checks it on the GPU itself.
 
 A (weight):  register 2h + r of lane 4g + q = chunk of row g + 8r, group q + 4h
 B (x):       register r of lane 4g + q      = pair at columns 8r + 2q, 8r + 2q + 1 of token g
@@ -21,14 +21,14 @@ import triton
 import triton.language as tl
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
-"""True where kernels run on CPU under Triton's interpreter. Fixed when the kernels are defined, as Triton's own is."""
+"""True if kernels run on the CPU under Triton's interpreter. Fixed when the kernels are defined, as in Triton."""
 
 _OPERANDS = tl.constexpr("=f,=f,=f,=f,r,r,r,r,r,r,r,r,f,f,f,f,r,r,r,r")
 
 
 @triton.constexpr_function
 def _instruction(step, fp16):
-    """PTX of one k-block. The metadata word and the selector are baked in: choosing them costs no instruction."""
+    """PTX of one k-block. Metadata word and selector are compile-time constants, so they cost no instruction."""
     kind = "f16" if fp16 else "bf16"
     return (
         f"mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.{kind}.{kind}.f32 "
@@ -54,11 +54,11 @@ def _load_b(step):
 
 @triton.jit
 def load_b(pointer, STEP: tl.constexpr, WARPS: tl.constexpr, INTERP: tl.constexpr):
-    """B fragment straight from global memory (L1) into registers -> int32 (WARPS * 128,).
+    """Load a B fragment directly from global memory (L1) into registers -> int32 (WARPS * 128,).
 
-    `pointer` (WARPS * 128,) to int32: the lane's first pair of the 256-column block, the same for its four registers.
-    Hidden in assembly because Triton's pipeliner would stage x in shared memory like the weights, where at 8 tokens
-    it takes as much room as they do; all programs on a multiprocessor read the same x, so L1 has it.
+    pointer: (WARPS * 128,), to int32: the lane's first pair in the 256-column block, the same for its four registers.
+    In assembly, because Triton's pipeliner would stage x in shared memory like the weights, where at 8 tokens it takes
+    as much space as they do. All programs on a multiprocessor read the same x, so it is in L1.
     """
     if INTERP:
         return tl.load(pointer + 16 * STEP + 4 * (tl.arange(0, WARPS * 128) % 4))
@@ -99,9 +99,10 @@ def join_pair(low, high, FP16: tl.constexpr, INTERP: tl.constexpr):
 
 @triton.jit
 def _emulate(a, b, c, metadata, STEP: tl.constexpr, WARPS: tl.constexpr, FP16: tl.constexpr):
-    """`mma_sp` in plain Triton, from the fragment map above: expands the 16 x 32 tile and multiplies in float32.
+    """`mma_sp` in plain Triton, following the fragment map above: expands the 16 x 32 tile and multiplies in float32.
 
-    Interpreter only. It proves packing, addresses, masks and reductions; that hardware agrees with the map, it cannot.
+    For the interpreter only. It can show that packing, addresses, masks and reductions are right, but not that the
+    hardware agrees with the map.
     """
     a = tl.reshape(a, (WARPS, 8, 4, 2, 2))  # g q h r
     b = tl.reshape(b, (WARPS, 8, 4, 4))  # token q r

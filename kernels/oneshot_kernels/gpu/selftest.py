@@ -1,7 +1,7 @@
-"""Asks the GPU itself whether the decode kernel is right, once per process and compiled variant.
+"""Check the decode kernel on the GPU itself, once per process and compiled variant.
 
-The kernel relies on which lane gets which element of an inline-assembly operand. Triton promises nothing there, so
-a new Triton, driver or GPU could silently compute nonsense. A tiny product against float64 settles it.
+The kernel relies on which lane gets which element of an inline-assembly operand. Triton does not guarantee that, so
+with a new Triton, driver or GPU it could silently compute wrong results. A small product is compared with float64.
 """
 
 import functools
@@ -18,11 +18,11 @@ from .fragment import K_PAD, ROWS, to_fragments
 from .mma_sp import INTERPRET
 
 LIMIT = 2e-2
-"""Largest relative error. bfloat16 outputs err 2e-3, a normed or gated product 6e-3; a wrong lane errs about 1."""
+"""Largest accepted relative error. In bfloat16 it is 2e-3, with norm or gate 6e-3; with a wrong lane it is about 1."""
 
 
 def random_24(n: int, k: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-    """A random 2:4 weight (n, k) with unit-variance products, on the generator's device."""
+    """A random 2:4 weight (n, k), scaled for outputs of unit variance, on the generator's device."""
     weight = torch.randn(n, k, generator=generator, device=generator.device) * (2 / k) ** 0.5
     groups = weight.view(n, k // 4, 4)
     kept = groups.abs().topk(2, dim=-1).indices
@@ -30,14 +30,14 @@ def random_24(n: int, k: int, dtype: torch.dtype, generator: torch.Generator) ->
 
 
 def relative_error(got: torch.Tensor, truth: torch.Tensor) -> float:
-    """||got - truth|| / ||truth||; infinite for NaN, so that NaN never passes a comparison."""
+    """||got - truth|| / ||truth||; infinite instead of NaN, so that NaN never passes a comparison."""
     error = ((got.double() - truth).norm() / truth.norm()).item()
     return math.inf if math.isnan(error) else error
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What the compiler sees of a launch: everything that could change the layout."""
+    """The properties of a launch that affect compilation, and so could change the layout."""
 
     config: Config
     tokens: int
@@ -49,15 +49,16 @@ class Variant:
     even_warps: bool
 
 
-def variant(config: Config, tokens: int, k: int, dtype, device, norm: bool, swiglu: bool) -> Variant:
-    """The variant that a call with this many tokens and K inputs runs."""
+def variant(config: Config, tokens: int, k: int, dtype: torch.dtype, device: torch.device, norm: bool,
+            swiglu: bool) -> Variant:
+    """The Variant that a call with this many tokens and k inputs uses."""
     warps, whole_k, even_warps = shape_flags(k, config)
     tile_tokens = -(-tokens // TOKEN_TILE) * TOKEN_TILE
     return Variant(replace(config, warps=warps), tile_tokens, dtype, device, norm, swiglu, whole_k, even_warps)
 
 
 def measure(v: Variant) -> float:
-    """Relative error of one compiled variant on a random problem that uses every part of it."""
+    """The relative error of one compiled variant on a random problem that exercises every part of it."""
     device, dtype, swiglu = v.device, v.dtype, v.swiglu
     generator = torch.Generator(device=device).manual_seed(0)
     n = 2 * ROWS * v.config.row_tiles
@@ -77,9 +78,9 @@ def measure(v: Variant) -> float:
 
 @functools.cache
 def trusted(v: Variant) -> bool:
-    """True if this variant computes the right thing on this GPU. Warns, once, where it does not.
+    """Whether this variant computes correct results on this GPU; if not, it warns, once.
 
-    Raises RuntimeError when first asked during CUDA graph capture, where nothing can be compared.
+    Raises RuntimeError when first called during CUDA graph capture, where results cannot be compared.
     """
     if INTERPRET:
         return True

@@ -1,7 +1,8 @@
-"""Honest GPU times for kernels of microseconds.
+"""Meaningful GPU times for kernels that take microseconds.
 
-Launching one by one measures the launches; repeating one call measures the L2 cache. So: one CUDA graph over calls that
-each have their own copy of the weights, at least four times the L2 in all, and the median of its replays.
+Launching kernels one by one would measure the launches, and repeating one call would measure the L2 cache. So a CUDA
+graph is made of calls that each have their own copy of the weights, together at least four times the size of the L2,
+and the median time of its replays is taken.
 """
 
 import statistics
@@ -14,13 +15,13 @@ _MIN_CALLS = 16
 
 
 def copies_needed(weight_bytes: int, device: torch.device) -> int:
-    """How many distinct copies of a weight make at least four L2 caches, and at least 16 calls a graph."""
+    """The number of copies of a weight that fill four L2 caches, at least 16."""
     l2 = torch.cuda.get_device_properties(device).L2_cache_size
     return max(_MIN_CALLS, -(-4 * l2 // weight_bytes))
 
 
 def graph_microseconds(calls: Sequence[Callable[[], object]]) -> float:
-    """Median time of one call in µs. Each call must be capturable; the first ones are run as warm-up."""
+    """The median time of one call in µs. Every call must be capturable; the first three are run as a warm-up."""
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         for call in calls[:3]:

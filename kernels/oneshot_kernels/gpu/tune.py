@@ -1,16 +1,16 @@
-"""Measure every path on this GPU, once, and write the table that `dispatch` reads.
+"""Measure every path on this GPU once, and write the table that `dispatch` reads.
 
-    python -m oneshot_kernels.tune --model DIR            the layers of a Hugging Face model, from DIR/config.json
-    python -m oneshot_kernels.tune --shapes 6144x4096,28672x4096:swiglu --tokens 1,8,64,512
+    python -m oneshot_kernels.gpu.tune --model DIR        the layers of a Hugging Face model, from DIR/config.json
+    python -m oneshot_kernels.gpu.tune --shapes 6144x4096,28672x4096:swiglu --tokens 1,8,64,512
 
-A shape is ROWSxK; `:swiglu` means gate and up stacked, with the activation behind.
+A shape is ROWSxK; `:swiglu` means gate and up stacked, followed by the activation.
 """
 
 import argparse
 import functools
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,12 +24,12 @@ from .selftest import random_24, relative_error
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 LIMIT = 1e-2
-"""Largest error relative to float64 of a candidate that may be timed; unfused bfloat16 SwiGLU errs 4e-3."""
+"""Largest accepted relative error of a candidate, compared with float64; for unfused bfloat16 SwiGLU it is 4e-3."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A weight to tune for: `rows` x `k`, gate and up stacked with `swiglu`."""
+    """A weight (rows, k) to tune for; with `swiglu`, gate and up stacked."""
 
     rows: int
     k: int
@@ -37,7 +37,7 @@ class Shape:
 
     @classmethod
     def parse(cls, text: str) -> "Shape":
-        """'6144x4096' or '28672x4096:swiglu'. Raises ValueError for anything else."""
+        """The Shape written as "6144x4096" or "28672x4096:swiglu". Raises ValueError for anything else."""
         size, _, kind = text.strip().partition(":")
         rows, x, k = size.partition("x")
         if not (rows.isdigit() and x and k.isdigit()) or kind not in ("", "swiglu"):
@@ -46,12 +46,15 @@ class Shape:
 
     @property
     def outputs(self) -> int:
-        """Outputs of the layer."""
+        """The number of outputs of the layer."""
         return self.rows // 2 if self.swiglu else self.rows
 
 
 def model_shapes(config: dict) -> list[Shape]:
-    """The fused layers of a Llama-like model from its config.json: qkv, o, gate and up, down."""
+    """The fused layers of a Llama-like model, from its config.json: qkv, o, gate and up, down.
+
+    Raises ValueError if the config lacks an entry.
+    """
     try:
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
         intermediate = config["intermediate_size"]
@@ -69,14 +72,14 @@ def model_shapes(config: dict) -> list[Shape]:
 
 
 def decode_candidates(tokens: int) -> list[decode.Config]:
-    """Launch parameters worth timing. Staged x only where its shared memory leaves room: one token tile."""
+    """Launch parameters worth timing for the decode kernel. x is staged in shared memory only for one token tile."""
     row_tiles = (1, 2) if tokens <= 32 else (1, 2, 4)
     direct = (True, False) if tokens <= decode.TOKEN_TILE else (True,)
     return [decode.Config(*c) for c in itertools.product(row_tiles, (4, 8, 16), (2, 3, 4), direct)]
 
 
 def middle_candidates(tokens: int) -> list[expand.Config]:
-    """Launch parameters worth timing for the middle kernel, in its useful range."""
+    """Launch parameters worth timing for the middle kernel; [] outside its useful range of tokens."""
     if not 16 <= tokens <= 1024:
         return []
     tile = max(16, min(128, triton.next_power_of_2(tokens)))
@@ -88,7 +91,7 @@ def middle_candidates(tokens: int) -> list[expand.Config]:
     return out
 
 
-Timer = Callable[[list[Callable[[], object]]], float]
+Timer = Callable[[Sequence[Callable[[], object]]], float]
 
 
 def time_candidates(
@@ -100,10 +103,12 @@ def time_candidates(
     copies: int,
     configs: dict[str, list] | None = None,
 ) -> list[dict]:
-    """Time every path and candidate of one layer at one number of tokens -> [{path, config, us, error}].
+    """Time every path and candidate of one layer for one number of tokens -> [{path, config, us, error}].
 
-    `copies` distinct weights take turns (timing.py says why). `configs` narrows the candidates of the paths it names.
-    A candidate that does not fit the device is left out; one that computes something wrong raises RuntimeError.
+    timer: gives the µs per call of a list of calls. copies: number of distinct weights to use in turn (see timing.py).
+    configs: {path: its candidates} to replace the default ones. A candidate that does not fit the device is left out.
+
+    Raises RuntimeError for a candidate with wrong results.
     """
     generator = torch.Generator(device=device).manual_seed(0)
     weight = random_24(shape.rows, shape.k, dtype, generator)
@@ -136,7 +141,7 @@ def time_candidates(
 
 
 def fastest(rows: list[dict]) -> dict:
-    """The table's row: {path: {"us", "config"}}, the fastest candidate of each path."""
+    """A row of the table, the fastest candidate of each path: {path: {"us", "config"}}."""
     best = {}
     for row in rows:
         if row["path"] not in best or row["us"] < best[row["path"]]["us"]:
@@ -145,11 +150,13 @@ def fastest(rows: list[dict]) -> dict:
 
 
 def poison(m: int, n: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Leave NaNs where torch's allocator will most likely put the next (m, n) output: an unwritten element shows."""
+    """Leave NaNs where torch's allocator will most likely put the next (m, n) output, to reveal unwritten elements."""
     torch.full((m, n), torch.nan, dtype=dtype, device=device)
 
 
-def _candidates(problem: dispatch.Problem, x: torch.Tensor, blob: torch.Tensor | None, shape: Shape, configs: dict):
+def _candidates(problem: dispatch.Problem, x: torch.Tensor, blob: torch.Tensor | None, shape: Shape,
+                configs: dict[str, list]) -> Iterator[tuple[str, object]]:
+    """(path, Config or algorithm or None) of everything to time."""
     usable = {name for name, reason in dispatch.refusals(problem).items() if reason is None}
     for path, everything in (("decode", decode_candidates), ("middle", middle_candidates)):
         if path in usable:
@@ -160,8 +167,8 @@ def _candidates(problem: dispatch.Problem, x: torch.Tensor, blob: torch.Tensor |
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m oneshot_kernels.tune", description=__doc__.splitlines()[0])
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m oneshot_kernels.gpu.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="folder with a Hugging Face config.json")
     parser.add_argument("--shapes", help="comma-separated ROWSxK[:swiglu]")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="comma-separated numbers of tokens")
@@ -190,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def add_to_table(path: Path, shape: Shape, dtype: torch.dtype, device: torch.device, tokens: int, row: dict) -> None:
-    """Add one measured row to the device's table, keeping what is there."""
+    """Add one measured row to the device's table in `path`, keeping the other rows."""
     entries = {key: dict(rows) for key, rows in dispatch.load_table(path).items()}
     key = dispatch.Problem(tokens, shape.rows, shape.k, dtype, device, swiglu=shape.swiglu).key
     entries.setdefault(key, {})[tokens] = row

@@ -1,76 +1,89 @@
-"""Allocation: how much of each linear goes. One file, one way; the file name is its `--allocate` name.
+"""Allocation: how the zeros are distributed over the linears. One file, one method, named as for `--allocate`.
 
-A way is a module with
+A method is a module with
 
-    needs       which Statistics it surveys, a frozenset (see statistics.py); empty: it looks at no data
-    Config      a frozen dataclass: its flags, with `metadata={"help": ...}` each
-    measure(linears, pattern, cfg) -> {name: plain values}        only where `needs` is not empty
+    needs       which Statistics it measures on, a frozenset (calibrate/statistics.py); empty: it needs no data
+    Config      a frozen dataclass: its flags, each made by `runtime.flag.flag`
+    measure(linears, pattern, cfg) -> {name: plain values}        only if `needs` is not empty
     plan(measured, blocks, pattern, cfg) -> {name: Pattern}
-    check(blocks, pattern, cfg)     only of a way that gives a linear which cannot have the pattern another one: raises
-                                    ValueError, before anything is computed, when there is no plan
+    check(blocks, pattern, cfg)     only of a method that can give a linear another pattern if its shape does not allow
+                                    `pattern`: raises ValueError, before anything is computed, when there is no plan
 
-    linears     {name: (weight, statistics)} of one block of the DENSE model, of all its linears that saw tokens;
-                weight() gives W (R, C): asked for when it is used, so that one float32 copy is held at a time
-    measured    the values of all blocks; a linear that saw no token is missing and gets what its neighbours get
-    blocks      [{name: Linear}], the model's linears in its order
-    pattern     what `--pattern` asks for, its comparison group named
+    linears     {name: (weight, statistics)} of all linears of one block of the DENSE model that saw tokens; weight()
+                gives W (R, C) and is called only when needed, so that one float32 copy is held at a time
+    measured    {name: plain values} of all blocks; a linear that saw no token is missing, but the plan covers it too
+    blocks      [{name: Linear}], one dict per block, in the model's order
+    pattern     what `--pattern` asks for, with its comparison group set
 
-Law of all but `mix` (whose own is its budget), for any measurements: as many zeros as with the pattern everywhere,
-within one weight for each row of the model's linears; exactly with the group "matrix". Where equal measurements mean
-equal needs (owl; error with `early` 1; not sensitivity, which ranks), they give the pattern everywhere. Nothing random,
-no globals.
+Law of every method but `mix` (whose law is its budget), whatever was measured: the plan has as many zeros as the
+pattern applied everywhere, to within one weight per row of the model's linears, and exactly with the group "matrix". If
+equal measurements mean equal needs (owl; error with `early` 1; not sensitivity, which ranks), they give the pattern
+everywhere. Nothing is random, and there is no global state.
 """
 
 import importlib
 import pkgutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
-from ..patterns import Unstructured, count
+from ...calibrate.statistics import Statistics
+from ..patterns import Pattern, Unstructured, count
 
 
 class Linear(NamedTuple):
-    """Of one linear: outputs, inputs, bytes of a stored weight."""
+    """One linear: its outputs, its inputs, the bytes of one stored weight."""
 
     R: int
     C: int
     itemsize: int
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, int]:
+        """(R, C)."""
         return self.R, self.C
 
 
-def names():
+Linears = Mapping[str, tuple[Callable[[], torch.Tensor], Statistics]]
+Measured = dict[str, dict[str, Any]]
+Blocks = Sequence[Mapping[str, Linear]]
+Plan = dict[str, Pattern]
+
+
+def names() -> list[str]:
     """All `--allocate` names, sorted."""
     return sorted(m.name for m in pkgutil.iter_modules(__path__))
 
 
-def module(name):
-    """The module of one way. Raises ValueError naming `--allocate` when there is none."""
+def module(name: str) -> ModuleType:
+    """The module of one method. Raises ValueError naming `--allocate` when there is none."""
     if name not in names():
         raise ValueError(f"--allocate {name}: there are {', '.join(names())}")
     return importlib.import_module(f"{__name__}.{name}")
 
 
-def sizes(blocks):
+def sizes(blocks: Blocks) -> dict[str, int]:
     """{name: number of weights}."""
     return {name: linear.R * linear.C for block in blocks for name, linear in block.items()}
 
 
-def meet(wanted, blocks, pattern, lowest=0.0, highest=1.0):
-    """The plan {name: Pattern} nearest to what is wanted that has the zeros of the pattern everywhere.
+def meet(wanted: Mapping[str, float], blocks: Blocks, pattern: Pattern, lowest: float = 0.0,
+         highest: float = 1.0) -> Plan:
+    """The plan closest to the `wanted` sparsities that has as many zeros as `pattern` applied everywhere.
 
-    wanted: {name: sparsity}, of which only the differences count: all are shifted alike until their mean, weighted by
-    parameters, is the pattern's, none leaving [lowest, highest] by more than rounding. Then they are rounded to whole
-    weights of their comparison groups. The zeros are met exactly with the group "matrix", within the smallest row count
-    of a linear with "row". With a number of columns all blocks of a linear have one count, so its zeros change by as
-    many as it has blocks: where that leaves more than one weight a row between the plan and the pattern everywhere,
-    which takes linears of more blocks than all have rows, the differences shrink by tenths until it does not.
+    wanted: {name: sparsity}, of which only the differences matter: all are shifted by the same amount until their mean,
+    weighted by parameters, is the pattern's sparsity, within [lowest, highest] up to rounding. Then they are rounded to
+    whole weights of their comparison groups. The number of zeros is exact with the group "matrix", and within the
+    smallest row count of any linear with "row". With a number of columns, all column blocks of a linear have the same
+    count, so its zeros change in steps of its number of blocks. If that leaves more than one weight per row between the
+    plan and the pattern everywhere (there are more column blocks in a linear than rows in all linears), the differences
+    are reduced by tenths until it does not.
 
-    Raises ValueError when the pattern is not unstructured: an N:M leaves nothing to allocate.
+    Raises ValueError naming `--allocate` when the pattern is not unstructured: an N:M leaves nothing to distribute.
     """
     if not isinstance(pattern, Unstructured):
         raise ValueError(f"--allocate: a pattern of {pattern} is the same everywhere; give a sparsity such as "
@@ -79,7 +92,7 @@ def meet(wanted, blocks, pattern, lowest=0.0, highest=1.0):
     shapes = {name: linear.shape for block in blocks for name, linear in block.items()}
     exact = shifted(np.array([wanted[name] for name in size], dtype=float), np.array(list(size.values()), dtype=float),
                     mean, lowest, highest)
-    for lost in range(11):  # at ten tenths the plan is the pattern everywhere
+    for lost in range(11):  # with ten tenths gone the plan is the pattern everywhere
         near = dict(zip(size, exact + lost / 10 * (mean - exact), strict=True))
         plan, missing = in_whole_weights(near, shapes, pattern, lowest, highest)
         if abs(missing) <= sum(R for R, _ in shapes.values()):
@@ -87,17 +100,19 @@ def meet(wanted, blocks, pattern, lowest=0.0, highest=1.0):
     return plan
 
 
-def in_whole_weights(exact, shapes, pattern, lowest, highest):
-    """(plan, zeros that it lacks): exact {name: sparsity} rounded to whole weights of a group.
+def in_whole_weights(exact: Mapping[str, float], shapes: Mapping[str, tuple[int, int]], pattern: Unstructured,
+                     lowest: float, highest: float) -> tuple[Plan, int]:
+    """(plan, how many zeros it lacks): the sparsities `exact` rounded to whole weights per comparison group.
 
-    Those nearest to the next count give way until no step brings the zeros nearer to the pattern's, not beyond them.
+    The linears closest to the next count are changed by one, until no such step brings the number of zeros closer to
+    the pattern's without passing it.
     """
     group = {name: group_size(pattern, *shape) for name, shape in shapes.items()}
-    places = {name: s * group[name] for name, s in exact.items()}  # zeros of a group, not yet whole
+    places = {name: s * group[name] for name, s in exact.items()}  # zeros per group, before rounding
     bounds = {name: (whole(lowest * n), min(whole(highest * n), n - 1)) for name, n in group.items()}
     removed = {name: min(max(whole(k), bounds[name][0]), bounds[name][1]) for name, k in places.items()}
 
-    def zeros(name, k):
+    def zeros(name: str, k: int) -> int:
         return rounded(pattern, k, group[name]).zeros(*shapes[name])
 
     missing = sum(pattern.zeros(*shape) for shape in shapes.values()) - sum(map(zeros, removed, removed.values()))
@@ -116,8 +131,8 @@ def in_whole_weights(exact, shapes, pattern, lowest, highest):
     return {name: rounded(pattern, k, group[name]) for name, k in removed.items()}, missing
 
 
-def shifted(wanted, size, mean, lowest, highest):
-    """wanted + t within [lowest, highest], t such that the mean weighted by `size` is `mean`; arrays (n,)."""
+def shifted(wanted: np.ndarray, size: np.ndarray, mean: float, lowest: float, highest: float) -> np.ndarray:
+    """wanted + t clipped to [lowest, highest], with t such that the mean weighted by `size` is `mean`; arrays (n,)."""
     below, above = lowest - wanted.max(), highest - wanted.min()
     for _ in range(100):
         t = (below + above) / 2
@@ -126,18 +141,18 @@ def shifted(wanted, size, mean, lowest, highest):
     return np.clip(wanted + t, lowest, highest)
 
 
-def group_size(pattern, R, C):
-    """How many weights a comparison group has (a ragged last block of columns has fewer)."""
+def group_size(pattern: Unstructured, R: int, C: int) -> int:
+    """The number of weights in a comparison group (an incomplete last column block has fewer)."""
     return C if pattern.group == "row" else R * (min(pattern.group, C) if isinstance(pattern.group, int) else C)
 
 
-def whole(k):
-    """floor(k), rounding errors of k forgiven."""
+def whole(k: float) -> int:
+    """floor(k), tolerant of rounding errors in k."""
     return int(k + 1e-6)
 
 
-def rounded(pattern, k, n):
-    """The pattern that removes k of a group of n, its sparsity with as few decimals as say so."""
+def rounded(pattern: Unstructured, k: int, n: int) -> Unstructured:
+    """The pattern that removes k of a group of n, its sparsity written with as few decimals as possible."""
     if count(pattern.sparsity, n) == k:
         return pattern
     digits = 1

@@ -1,41 +1,43 @@
-"""Error: every linear is pruned to where one more weight costs the same.
+"""Error: every linear is pruned to the sparsity at which removing one more weight costs the same.
 
-    e_l(s)  ‖(W - Ŵ)x‖² / ‖Wx‖² of linear l at sparsity s, Ŵ by Wanda's mask in the pattern's comparison group
+    e_l(s)  relative error ‖(W - Ŵ)x‖² / ‖Wx‖² of linear l at sparsity s, Ŵ by Wanda's mask in the pattern's group
     n_l     its number of weights
-    w_b     weight of block b: from `early` at the first to 1 at the last, geometrically
+    w_b     weight of block b: geometric, from `early` at the first block to 1 at the last
 
-    minimise Σ_l w_b n_l e_l(s_l)   with   Σ_l n_l s_l = s Σ_l n_l,   |s_l - s| <= spread
+    minimise Σ_l w_b n_l e_l(s_l)   subject to   Σ_l n_l s_l = s Σ_l n_l,   |s_l - s| <= spread
 
-Raw errors are not comparable between linears, whose outputs differ in size by orders of magnitude; relative ones are a
-linear's own signal-to-noise ratio. Times n_l, equal curves mean equal sparsity whatever the sizes. What a linear's
-error does further up is not seen: early blocks look easy, and without w_b (`early` 1) the plan can be far worse than
-the uniform one. The default was the best of those tried, 1 to 15, on two small models with Wanda at 60 %; it beat the
-uniform plan on one of them only. Nor is it seen that a solver may mend errors by new weights.
+Absolute errors cannot be compared between linears, because the sizes of their outputs differ by orders of magnitude;
+relative errors can. With the factor n_l, equal curves give equal sparsities whatever the sizes. The effect of an error
+on later blocks is not measured, so early blocks seem easy to prune, and without w_b (`early` 1) the plan can be far
+worse than the uniform one. The default was the best of several values from 1 to 15 on two small models with Wanda at
+60 %, and it beat the uniform plan on only one of them. Nor is it measured that a solver can compensate for errors.
 
 At the optimum w_b e_l'(s_l) = μ for all l. The curve is measured at `points` sparsities on the Statistics' sample of
-tokens; its slopes, made to rise by the lower convex hull, are taken to be linear from the middle of one interval to
-that of the next, so that s_l(μ) is continuous, and μ is found by bisection.
+tokens. Its slopes, made increasing by the lower convex hull, are interpolated linearly between the midpoints of the
+intervals, so that s_l(μ) is continuous; μ is found by bisection.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ...runtime.flag import flag
 from ..linalg import input_weighted
-from . import meet, sizes
+from ..patterns import Pattern
+from . import Blocks, Linears, Measured, Plan, meet, sizes
 
 needs = frozenset({"sum_sq", "sample"})
-TILT = 1e-6  # share of the mean slope added over a sparsity of 1: where errors leave it open, sparsities are equal
+TILT = 1e-6  # added to the slopes, in mean slopes per unit of sparsity: where errors tie, sparsities become equal
 
 
 @dataclass(frozen=True)
 class Config:
-    spread: float = flag(0.08, "a linear's sparsity differs from the mean by at most this")
-    points: int = flag(9, "sparsities at which every linear's error is measured")
-    early: float = flag(15.0, "how much more an error counts in the first block than in the last")
+    spread: float = flag(0.08, "a linear layer's sparsity differs from the mean by at most this")
+    points: int = flag(9, "number of sparsities at which the error of every linear layer is measured")
+    early: float = flag(15.0, "how many times as much an error counts in the first block as in the last")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.spread <= 1:
             raise ValueError(f"--error.spread {self.spread}: must be from 0 to 1")
         if self.points < 3:
@@ -44,8 +46,8 @@ class Config:
             raise ValueError(f"--error.early {self.early}: must be positive")
 
 
-def measure(linears, pattern, cfg):
-    """{name: {"sparsity": [...], "error": [...]}}, the curve of each linear."""
+def measure(linears: Linears, pattern: Pattern, cfg: Config) -> Measured:
+    """{name: {"sparsity": [...], "error": [...]}}, the curve e_l of each linear."""
     measured, grid = {}, np.linspace(*bounds(pattern, cfg), cfg.points).round(6).tolist()
     for name, (weight, statistics) in linears.items():
         W = weight()
@@ -55,8 +57,8 @@ def measure(linears, pattern, cfg):
     return measured
 
 
-def plan(measured, blocks, pattern, cfg):
-    """One sparsity a linear."""
+def plan(measured: Measured, blocks: Blocks, pattern: Pattern, cfg: Config) -> Plan:
+    """One sparsity per linear."""
     size, slopes = sizes(blocks), {}
     for b, block in enumerate(blocks):
         weight = cfg.early ** (1 - b / max(len(blocks) - 1, 1))
@@ -69,14 +71,16 @@ def plan(measured, blocks, pattern, cfg):
     return meet(wanted, blocks, pattern, *bounds(pattern, cfg))
 
 
-def bounds(pattern, cfg):
-    """The sparsities a linear may have: (lowest, highest)."""
+def bounds(pattern: Pattern, cfg: Config) -> tuple[float, float]:
+    """(lowest, highest) sparsity that a linear may have."""
     return max(pattern.sparsity - cfg.spread, 0.0), min(pattern.sparsity + cfg.spread, 1.0)
 
 
-def convex_slopes(s, e):
-    """(sparsities, slopes) of the lower convex hull of the points (s, e): in the middles of the grid's intervals, and
-    continued to both ends; arrays (len(s) + 1,)."""
+def convex_slopes(s: Sequence[float], e: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """(sparsities, slopes) of the lower convex hull of the points (s, e); arrays (len(s) + 1,).
+
+    The slopes are at the midpoints of the intervals of s, and extrapolated to both ends.
+    """
     hull = [0]
     for i in range(1, len(s)):
         while len(hull) > 1 and (e[hull[-1]] - e[hull[-2]]) * (s[i] - s[hull[-1]]) >= \
@@ -90,10 +94,11 @@ def convex_slopes(s, e):
     return np.concatenate([s[:1], (s[1:] + s[:-1]) / 2, s[-1:]]), np.concatenate([ends[:1], slopes, ends[1:]])
 
 
-def equal_slope(slopes, size, mean):
-    """{name: sparsity} where all slopes are one μ and the mean weighted by size is `mean`.
+def equal_slope(slopes: Mapping[str, tuple[np.ndarray, np.ndarray]], size: Mapping[str, int],
+                mean: float) -> dict[str, float]:
+    """{name: sparsity} at which all slopes equal one μ and the mean weighted by `size` is `mean`.
 
-    slopes: {name: (sparsities, rising slopes there)}.
+    slopes: {name: (sparsities, increasing slopes there)}.
     """
     if not slopes:
         return {}

@@ -1,32 +1,37 @@
 """Mix: one of several patterns for each linear, within a budget of bytes.
 
     e_lp    relative error ‖(W - Ŵ)x‖² / ‖Wx‖² of linear l under pattern p, Ŵ by Wanda's mask
-    b_lp    bytes of linear l under pattern p (`Pattern.bytes`), in the dtype it is stored in, as the record counts them
+    n_l     number of weights of linear l
+    b_lp    bytes of linear l under pattern p (`Pattern.bytes`) in its stored dtype, as the record counts them
 
-    minimise Σ_l n_l e_lp(l)   with   Σ_l b_lp(l) <= budget · Σ_l (dense bytes of l)
+    minimise Σ_l n_l e_lp(l)   subject to   Σ_l b_lp(l) <= budget · Σ_l (dense bytes of l)
 
-The candidates are the run's `--pattern` and those of `also`: 2:4 and dense is what hardware runs (SpenseGPT, arXiv
-2606.10445, mixes the two within a linear). Every linear starts from its cheapest; then the step along the lower convex
-hull of (bytes, error) that saves most error for its bytes is taken, and so on, passing over those that do not fit.
+The candidates are the run's `--pattern` and those of `also`; 2:4 and dense are what hardware can run (SpenseGPT, arXiv
+2606.10445, mixes the two within a linear). Every linear starts with its smallest candidate. Then, repeatedly, the step
+along a linear's lower convex hull of (bytes, error) that saves the most error per byte is taken; steps that exceed the
+budget are skipped.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from ...runtime.flag import flag
 from .. import patterns
 from ..linalg import input_weighted
-from . import sizes
+from ..patterns import Pattern
+from . import Blocks, Linear, Linears, Measured, Plan, sizes
 
 needs = frozenset({"sum_sq", "sample"})
+Point = tuple[int, float, Pattern]  # (bytes, error, pattern)
 
 
 @dataclass(frozen=True)
 class Config:
-    budget: float = flag(0.75, "bytes of all linears, as a share of the dense ones")
+    budget: float = flag(0.75, "bytes of all linear layers, as a share of their dense bytes")
     also: str = flag("dense", "patterns to mix with --pattern: dense or N:M, separated by commas")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 < self.budget <= 1:
             raise ValueError(f"--mix.budget {self.budget}: must be above 0 and at most 1")
         for text in self.also.split(","):
@@ -38,13 +43,13 @@ class Config:
                 raise ValueError(f"--mix.also {text}: give dense or N:M patterns such as 4:8, separated by commas")
 
 
-def candidates(pattern, cfg):
-    """The patterns to choose from, the run's own first."""
+def candidates(pattern: Pattern, cfg: Config) -> list[Pattern]:
+    """The patterns to choose from, `pattern` first."""
     return list(dict.fromkeys([pattern, *(patterns.parse(text) for text in cfg.also.split(","))]))
 
 
-def fits(pattern, shape):
-    """Whether a weight of this shape can have the pattern."""
+def fits(pattern: Pattern, shape: Sequence[int]) -> bool:
+    """Whether a weight of this shape (R, C) can have the pattern."""
     try:
         pattern.check(*shape)
     except ValueError:
@@ -52,8 +57,8 @@ def fits(pattern, shape):
     return True
 
 
-def measure(linears, pattern, cfg):
-    """{name: {pattern: relative error}} for the candidates that its shape can have."""
+def measure(linears: Linears, pattern: Pattern, cfg: Config) -> Measured:
+    """{name: {pattern as text: relative error}} of the candidates that a linear's shape allows."""
     measured = {}
     for name, (weight, statistics) in linears.items():
         W = weight()
@@ -63,8 +68,8 @@ def measure(linears, pattern, cfg):
     return measured
 
 
-def check(blocks, pattern, cfg):
-    """Raise ValueError when a shape can have none of the candidates, or the cheapest of each exceed the budget."""
+def check(blocks: Blocks, pattern: Pattern, cfg: Config) -> None:
+    """Raise ValueError when a shape allows none of the candidates, or the smallest candidates exceed the budget."""
     spent = sum(min(p.bytes(*linear) for p in possible(name, linear, pattern, cfg))
                 for block in blocks for name, linear in block.items())
     dense = dense_bytes(blocks)
@@ -73,8 +78,8 @@ def check(blocks, pattern, cfg):
                          "dense bytes; raise the budget or add a sparser pattern to --mix.also")
 
 
-def plan(measured, blocks, pattern, cfg):
-    """One of the candidates for each linear; one that was not measured gets the cheapest. Raises as `check` does."""
+def plan(measured: Measured, blocks: Blocks, pattern: Pattern, cfg: Config) -> Plan:
+    """One of the candidates per linear; a linear that was not measured gets the smallest. Raises as `check` does."""
     check(blocks, pattern, cfg)
     size, chosen, steps, limit = sizes(blocks), {}, [], cfg.budget * dense_bytes(blocks)
     for name, linear in ((name, linear) for block in blocks for name, linear in block.items()):
@@ -90,8 +95,8 @@ def plan(measured, blocks, pattern, cfg):
     return {name: choice[2] for name, choice in chosen.items()}
 
 
-def possible(name, linear, pattern, cfg):
-    """The candidates that a linear can have. Raises ValueError when there is none."""
+def possible(name: str, linear: Linear, pattern: Pattern, cfg: Config) -> list[Pattern]:
+    """The candidates that a linear's shape allows. Raises ValueError naming `--mix.also` when there are none."""
     found = [p for p in candidates(pattern, cfg) if fits(p, linear.shape)]
     if not found:
         raise ValueError(f"--mix.also {cfg.also}: {name} ({linear.R}x{linear.C}) can have none of these patterns, "
@@ -99,12 +104,13 @@ def possible(name, linear, pattern, cfg):
     return found
 
 
-def dense_bytes(blocks):
+def dense_bytes(blocks: Blocks) -> int:
+    """Bytes of all linears when dense."""
     return sum(linear.R * linear.C * linear.itemsize for block in blocks for linear in block.values())
 
 
-def lower_hull(points):
-    """The points (bytes, error, pattern) of the lower convex hull by rising bytes and falling error, cheapest first."""
+def lower_hull(points: Iterable[Point]) -> list[Point]:
+    """The points on the lower convex hull, in order of increasing bytes and decreasing error."""
     hull = []
     for p in sorted(points, key=lambda p: p[:2]):
         if hull and p[1] >= hull[-1][1]:

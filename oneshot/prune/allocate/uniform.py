@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass
 
-needs = frozenset()
+from ..patterns import Pattern
+from . import Blocks, Measured, Plan
+
+needs: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -10,6 +13,6 @@ class Config:
     pass
 
 
-def plan(measured, blocks, pattern, cfg):
-    """The pattern itself for every linear."""
+def plan(measured: Measured, blocks: Blocks, pattern: Pattern, cfg: Config) -> Plan:
+    """The same pattern for every linear."""
     return {name: pattern for block in blocks for name in block}

@@ -1,35 +1,43 @@
-"""Solvers: choose and set the weights of ONE linear. One file, one method; the file name is the `--method` name.
+"""Solvers: prune ONE linear. One file, one method, named as for `--method`.
 
 A solver is a module with
 
-    needs       which calibration statistics it reads, a frozenset of names (calibrate/statistics.py)
-    updates     whether weights that stay get new values
-    Config      a frozen dataclass: its flags, each made by `runtime.flag.flag`, and `group`: its paper's comparison
-                group for an unstructured pattern ("matrix", "row" or a number of columns)
+    needs       which calibration statistics it uses, a frozenset of names (calibrate/statistics.py)
+    updates     whether kept weights get new values
+    Config      a frozen dataclass: its flags, each made by `runtime.flag.flag`, and `group`, the comparison group for
+                an unstructured pattern that its paper uses ("matrix", "row" or a number of columns)
     prune(W, statistics, pattern, cfg) -> Solution
 
-where W (R, C) is the dense weight (floating point, at least float32; left untouched), rows = outputs. It is a pure
-function: no device moves, no globals, nothing random.
+where W (R, C) is the dense weight, rows = outputs, in float32 or float64; it must not be modified. `prune` is a pure
+function: it moves nothing between devices, uses no global state, and is not random.
 
-A refiner has `refine(W, solution, statistics, pattern, cfg) -> Solution` instead of `prune` and keeps one law: the
-layer's quadratic error tr((W-Ŵ) G (W-Ŵ)ᵀ) never grows beyond rounding, and the pattern still holds. `--method
-wanda+refit` chains: the first name is a solver, each further one a refiner. A refiner reports only its own diagnostics.
+A refiner has `refine(W, solution, statistics, pattern, cfg) -> Solution` instead of `prune` and obeys one law: the
+layer's quadratic error tr((W-Ŵ) G (W-Ŵ)ᵀ) never grows, beyond rounding, and the pattern still holds. `--method
+wanda+refit` chains them: the first name is a solver, the others are refiners. A refiner reports only its own
+diagnostics.
 """
 
 import importlib
 import pkgutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
 
 import torch
+
+from ...calibrate.statistics import Statistics
+from ..patterns import Pattern
 
 
 @dataclass
 class Solution:
-    """What a solver decided.
+    """What a solver found.
 
     W_hat: (R, C), the new weight, zero wherever the mask is False.
-    mask: bool (R, C), the decision; a kept weight may happen to be zero.
-    info: plain values for the record ("damping": used). `info["warnings"]`, list of str, says every weaker path taken.
+    mask: bool (R, C), which weights are kept; a kept weight may happen to be zero.
+    info: plain values for the record ("damping": the one used). `info["warnings"]`, a list of str, has one entry for
+    every fallback taken.
     """
 
     W_hat: torch.Tensor
@@ -37,23 +45,23 @@ class Solution:
     info: dict = field(default_factory=dict)
 
 
-def names():
-    """All `--method` parts there are: {"solver": [...], "refiner": [...]}, sorted."""
-    found = {"solver": [], "refiner": []}
+def names() -> dict[str, list[str]]:
+    """All parts of a `--method`: {"solver": [...], "refiner": [...]}, sorted."""
+    found: dict[str, list[str]] = {"solver": [], "refiner": []}
     for m in sorted(m.name for m in pkgutil.iter_modules(__path__)):
         found["refiner" if hasattr(module(m), "refine") else "solver"].append(m)
     return found
 
 
-def module(name):
+def module(name: str) -> ModuleType:
     """The module of one solver or refiner."""
     return importlib.import_module(f"{__name__}.{name}")
 
 
-def chain(method):
+def chain(method: str) -> list[ModuleType]:
     """The modules that `--method` names, solver first: "wanda+refit" -> [wanda, refit].
 
-    Raises ValueError naming `--method` when a part is unknown or stands in the wrong place.
+    Raises ValueError naming `--method` when a part is unknown or in the wrong place.
     """
     known, parts = names(), method.split("+")
     for place, name in enumerate(parts):
@@ -62,19 +70,21 @@ def chain(method):
             other = "refiner" if kind == "solver" else "solver"
             hint = f" ({name} is a {other}: a chain is one solver, then refiners)" if name in known[other] else ""
             raise ValueError(f"--method {method}: {name!r} is not a {kind}{hint}; there are "
-                             f"{', '.join(known[kind])}" + ("" if place else ", and alone dense and best"))
+                             f"{', '.join(known[kind])}" + ("" if place else ", and, without a chain, dense and best"))
     return [module(name) for name in parts]
 
 
-def short(module):
-    """A solver's own name."""
+def short(module: ModuleType) -> str:
+    """The name of a solver, refiner or any other module of a method: its module's last name."""
     return module.__name__.rsplit(".", 1)[-1]
 
 
-def solve(W, statistics, pattern, steps):
-    """Run a chain on one linear. steps: [(module, cfg), ...], the first a solver, the rest refiners.
+def solve(W: torch.Tensor, statistics: Statistics | None, pattern: Pattern,
+          steps: Sequence[tuple[ModuleType, Any]]) -> Solution:
+    """Run a chain on one linear's weight W (R, C). steps: [(module, its Config), ...], a solver, then refiners.
 
-    The info of all parts is kept: the solver's as it is, a refiner's under its name ("refit.steps", "refit2.steps").
+    statistics: of the linear's inputs; None only if no part needs any. The info of all parts is kept: the solver's as
+    it is, a refiner's under its name ("refit.steps", "refit2.steps").
     """
     (solver, cfg), *refiners = steps
     solution, met = solver.prune(W, statistics, pattern, cfg), []

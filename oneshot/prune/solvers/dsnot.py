@@ -1,32 +1,34 @@
-"""DSnoT, dynamic sparse no training (arXiv 2310.08915): swap removed for kept weights until a row's mean error is low.
+"""DSnoT, dynamic sparse no training (arXiv 2310.08915): swap removed and kept weights to lower each row's mean error.
 
     c_ij    W_ij E[x_j], what a weight contributes to its output on average
     e_i     Σ_{removed j} c_ij, the expected error of output i
-    grow    of the removed weights whose return lowers |e_i|, the one of largest |c_ij| / Var(x_j)
-    drop    of the kept weights whose loss lowers |e_i|, the one of lowest |W_ij| · sqrt(E[x_j²])
+    grow    of the removed weights whose return lowers |e_i|, the one with the largest |c_ij| / Var(x_j)
+    drop    of the kept weights whose removal lowers |e_i|, the one with the lowest |W_ij| · sqrt(E[x_j²])
 
-From a start mask (`start`), every row tries at most `cycles` swaps, all rows at once; a weight moves at most once, so
-a swap is never undone. N:M drops within the group of the weight that returns, a group of columns within those columns;
-counts never change. No weight is updated. Weights on inputs of mean 0 contribute nothing and are never moved.
+From a start mask (`start`), every row tries at most `cycles` swaps, all rows at once. A weight moves at most once, so a
+swap is never undone. With N:M the dropped weight is in the same group as the grown one, with a group of columns within
+those columns, so counts never change. No weight is updated. Weights on inputs of mean 0 contribute nothing and never
+move.
 
-Against the paper and its code (github.com/zyxxmu/DSnoT, `lib/prune.py`):
-- A row stops when |e_i| is at most `threshold` times what it was at the start. In the code 0.1 is compared with an
-  error summed over the tokens of a window, which depends on the window's length and on the scale of the activations;
-  and `--without_same_sign` (type=bool, True whatever is given) lets unstructured rows swap on past zero, up to the
-  last cycle. Here a swap that would not lower |e_i| is not made, and the row stops.
-- N:M there drops the lowest score of the group even where that raises |e_i|; here such a candidate is passed over.
-- There, when the candidates of one sign run out, kept weights are "grown" and a count drifts; here the row stops.
-- The code leaves the MLP alone by default (`--skip_layer mlp`); here all linears are treated alike: a solver sees one
-  linear, not its place. On the small models tried, the swaps in the MLP are what costs.
+Differences from the paper and its code (github.com/zyxxmu/DSnoT, `lib/prune.py`):
+- A row stops when |e_i| is at most `threshold` times its value at the start. Their code compares 0.1 with an error
+  summed over the tokens of a window, which depends on the window's length and on the scale of the activations; and
+  `--without_same_sign` (type=bool, so True whatever is given) lets unstructured rows swap past zero until the last
+  cycle. Here a swap that would not lower |e_i| is not made, and the row stops.
+- With N:M their code drops the lowest score of the group even if that raises |e_i|; here such a candidate is skipped. -
+When the candidates of one sign run out, their code "grows" kept weights and a count drifts; here the row stops. - Their
+code skips the MLP by default (`--skip_layer mlp`). Here all linears are treated alike, because a solver sees one
+  linear and not its place in the model. On the small models tried, swaps in the MLP are what hurts.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
+from ...calibrate.statistics import Statistics
 from ...runtime.flag import flag
 from ..linalg import input_weighted
-from ..patterns import NM
+from ..patterns import NM, Pattern
 from . import Solution
 
 needs = frozenset({"sum", "sum_sq"})
@@ -36,12 +38,12 @@ STARTS = ("wanda", "magnitude")
 
 @dataclass(frozen=True)
 class Config:
-    start: str = field(default="wanda", metadata={"help": "whose mask to start from", "choices": STARTS})
-    cycles: int = flag(50, "swaps a row may try")
-    threshold: float = flag(0.1, "share of its first expected error at which a row stops")
+    start: str = flag("wanda", "method whose mask to start from", choices=STARTS)
+    cycles: int = flag(50, "maximum number of swaps per row")
+    threshold: float = flag(0.1, "a row stops when its expected error is at most this share of the initial one")
     group = "row"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.start not in STARTS:
             raise ValueError(f"--dsnot.start {self.start}: give {' or '.join(STARTS)}")
         if self.cycles < 0:
@@ -50,8 +52,8 @@ class Config:
             raise ValueError(f"--dsnot.threshold {self.threshold}: must not be negative")
 
 
-def prune(W, statistics, pattern, cfg):
-    """The mask after the swaps; kept weights stay as they are. info["swaps"]: how many were made in all.
+def prune(W: torch.Tensor, statistics: Statistics, pattern: Pattern, cfg: Config) -> Solution:
+    """The mask after the swaps; kept weights are unchanged. info["swaps"]: the number of swaps over all rows.
 
     Raises NumericalError when the inputs are not finite.
     """
@@ -59,7 +61,7 @@ def prune(W, statistics, pattern, cfg):
     pattern = pattern.with_default_group(cfg.group)
     mask = pattern.keep(score if cfg.start == "wanda" else W.abs())
     mean, mean_sq = statistics.mean.to(W), statistics.mean_sq.to(W)
-    rounding = 8 * torch.finfo(W.dtype).eps * mean_sq  # a constant input's variance is lost in the subtraction
+    rounding = 8 * torch.finfo(W.dtype).eps * mean_sq  # the variance of a constant input is lost in the subtraction
     var = torch.maximum(mean_sq - mean.square(), rounding)
     c = W * mean
     gain = torch.where(c == 0, 0, c.abs() / var)
@@ -67,16 +69,17 @@ def prune(W, statistics, pattern, cfg):
     return Solution(W * mask, mask, {"swaps": swaps})
 
 
-def swap(mask, c, gain, score, pattern, cfg):
-    """Make the swaps in `mask` (R, C), in place; how many."""
+def swap(mask: torch.Tensor, c: torch.Tensor, gain: torch.Tensor, score: torch.Tensor, pattern: Pattern,
+         cfg: Config) -> int:
+    """Make the swaps in `mask` in place and return their number. mask, c, gain (to grow), score (to drop): (R, C)."""
     C = mask.shape[1]
     width = pattern.m if isinstance(pattern, NM) else pattern.group if isinstance(pattern.group, int) else None
     growable = torch.stack([candidates(gain, ~mask & (c * sign > 0), cfg.cycles) for sign in (1, -1)])
-    if width is None:  # of a whole row only the first few of either sign can ever be dropped
+    if width is None:  # in a whole row, only the lowest few of either sign can ever be dropped
         window = torch.cat([candidates(-score, mask & (c * sign > 0), cfg.cycles) for sign in (1, -1)], dim=1)
     k, rows, swaps = growable.shape[2], torch.arange(len(mask), device=mask.device), 0
-    place = torch.zeros(2, len(mask), dtype=torch.long, device=mask.device)  # how many candidates have had their turn
-    free = mask.clone()  # kept from the start on, may be dropped
+    place = torch.zeros(2, len(mask), dtype=torch.long, device=mask.device)  # how many candidates were already tried
+    free = mask.clone()  # kept since the start, so they may be dropped
     e = (c * ~mask).sum(1)
     enough, active = cfg.threshold * e.abs(), e != 0
     for _ in range(cfg.cycles):
@@ -102,21 +105,28 @@ def swap(mask, c, gain, score, pattern, cfg):
     return swaps
 
 
-def candidates(value, eligible, n):
-    """Columns of the n largest values among the eligible of each row, (R, n or fewer), -1 where there are no more."""
+def candidates(value: torch.Tensor, eligible: torch.Tensor, n: int) -> torch.Tensor:
+    """Columns of the n largest eligible values of each row, int64 (R, min(n, C)); -1 where there are no more.
+
+    value, eligible (bool): (R, C).
+    """
     top = value.masked_fill(~eligible, -torch.inf).topk(min(n, value.shape[1]), dim=1)
     return top.indices.masked_fill(top.values == -torch.inf, -1)
 
 
-def window_of(columns, width, C):
-    """The columns that share a group of `width` with each of columns (R,): (R, width), -1 beyond the last column."""
+def window_of(columns: torch.Tensor, width: int, C: int) -> torch.Tensor:
+    """The columns in the same group of `width` as columns (R,): int64 (R, width), -1 beyond the last column."""
     first = (columns - columns % width).unsqueeze(1)
     window = first + torch.arange(width, device=columns.device)
     return window.masked_fill(window >= C, -1)
 
 
-def lowest_in(window, score, c, free, e):
-    """(column, found), (R,) both: of each row's window the free weight of lowest score whose loss lowers |e|."""
+def lowest_in(window: torch.Tensor, score: torch.Tensor, c: torch.Tensor, free: torch.Tensor,
+              e: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(column, found), both (R,): in each row's window, the free weight of lowest score whose removal lowers |e|.
+
+    window: columns, int64 (R, n), -1 for none. score, c, free (bool): (R, C). e: (R,).
+    """
     at = window.clamp(min=0)
     may_go = (window >= 0) & free.gather(1, at) & (c.gather(1, at) * e.unsqueeze(1) < 0)
     value, place = score.gather(1, at).masked_fill(~may_go, torch.inf).min(dim=1, keepdim=True)

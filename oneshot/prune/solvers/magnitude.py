@@ -1,10 +1,14 @@
-"""Magnitude: the smallest weights go. The baseline of every pruning paper; looks at no data."""
+"""Magnitude: remove the smallest weights. The baseline of every pruning paper; needs no data."""
 
 from dataclasses import dataclass
 
+import torch
+
+from ...calibrate.statistics import Statistics
+from ..patterns import Pattern
 from . import Solution
 
-needs = frozenset()
+needs: frozenset[str] = frozenset()
 updates = False
 
 
@@ -13,7 +17,7 @@ class Config:
     group = "matrix"
 
 
-def prune(W, statistics, pattern, cfg):
-    """Keep the largest |W|; kept weights stay as they are."""
+def prune(W: torch.Tensor, statistics: Statistics | None, pattern: Pattern, cfg: Config) -> Solution:
+    """Keep the largest |W|; kept weights are unchanged."""
     mask = pattern.keep(W.abs())
     return Solution(W * mask, mask)

@@ -1,64 +1,66 @@
-"""SparseGPT (arXiv 2301.00774): columns from left to right; a removed weight's error is made good by those right of it.
+"""SparseGPT (arXiv 2301.00774): prune columns from left to right; those to the right compensate for removed weights.
 
     G       E[x xᵀ] + λI, (C, C), the damped Gram matrix (the paper's Hessian H up to a factor)
     V       upper triangular, G = V Vᵀ
     U       V⁻¹, the paper's Cholesky factor of H⁻¹ = Uᵀ U
-    E       W - Ŵ over the columns done, zero at the others, (R, C)
-    b       mask block (paper: 128 columns), whose mask is chosen at once from the weights as they are then
+    E       W - Ŵ for the columns that are done, zero for the others, (R, C)
+    b       width of a mask block (paper: 128 columns), whose mask is chosen at once from its current weights
 
-The paper forms H⁻¹ and its Cholesky factor U, three factorisations and 7/3 C³ operations. U is not needed: a row's
-error is ‖(w - ŵ) V‖², so with the columns left of block B done, the free weights take their best values when
-(w - ŵ) V = 0 there, that is
+The paper computes H⁻¹ and its Cholesky factor U, which takes three factorisations and 7/3 C³ operations. U is not
+needed: a row's error is ‖(w - ŵ) V‖², so when the columns left of mask block B are done, the free weights have their
+best values if (w - ŵ) V = 0 there, that is
 
     W_B = W⁰_B + (E V)_B V_BB⁻¹        and the score of w_j is (w_j V_jj)² = (w_j / U_jj)².
 
-One Cholesky factorisation (C³/3) is left, and the compensation from earlier blocks is one product, read but not written
-column by column. Inside a block U_BB = V_BB⁻¹ is the paper's own, and its column loop runs on it. W is held transposed:
-columns are contiguous.
+This leaves one Cholesky factorisation (C³/3), and the compensation for all earlier blocks is a single matrix product.
+Within a block U_BB = V_BB⁻¹ is exactly the paper's, and its column loop is used. W is held transposed, so that columns
+are contiguous.
 """
 
 from dataclasses import dataclass
 
 import torch
 
+from ...calibrate.statistics import Statistics
 from ...runtime.flag import flag
 from ..linalg import upper_factor
-from ..patterns import NM
+from ..patterns import NM, Pattern
 from . import Solution
 
 needs = frozenset({"outer"})
 updates = True
-SUB_BLOCK = 16  # columns updated one by one before the rest of the block sees them
-SPAN = 4  # blocks that take the compensation of everything before them in one product
+SUB_BLOCK = 16  # columns that are updated one by one before the rest of the mask block is updated
+SPAN = 4  # mask blocks that get the compensation for everything before them in one product
 
 
 @dataclass(frozen=True)
 class Config:
     damping: float = flag(0.01, "λ as a share of the mean of G's diagonal")
-    block_size: int = flag(128, "b, columns whose mask is chosen at once (unstructured)")
+    block_size: int = flag(128, "b, number of columns whose mask is chosen at once (unstructured)")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.damping >= 0:
             raise ValueError(f"--sparsegpt.damping {self.damping}: must not be negative")
         if self.block_size < 1:
             raise ValueError(f"--sparsegpt.block_size {self.block_size}: must be at least 1")
 
     @property
-    def group(self):
+    def group(self) -> int:
+        """The default comparison group: a mask block."""
         return self.block_size
 
 
-def prune(W, statistics, pattern, cfg):
-    """Mask and compensated weights.
+def prune(W: torch.Tensor, statistics: Statistics, pattern: Pattern, cfg: Config) -> Solution:
+    """Find the mask and the compensated weights.
 
-    An unstructured pattern's group is the mask block (`block_size` unless the user names another number of columns);
-    the groups "row" and "matrix" fix the whole mask from the dense weights before the first column.
+    An unstructured pattern is counted within each mask block (`block_size` columns, unless the user sets another
+    number). With the groups "row" and "matrix" the whole mask is chosen from the dense weights before the first column.
 
     Raises NumericalError when G is not finite or not positive definite even at damping 1.
     """
     R, C = W.shape
     V, dead, info = upper_factor(statistics, cfg.damping, W.dtype)
-    E = W.T.clone(memory_format=torch.contiguous_format)  # (C, R): W⁰ where a block is still to come
+    E = W.T.clone(memory_format=torch.contiguous_format)  # (C, R); blocks that are still to come hold W⁰
     E[dead] = 0
     d = V.diagonal().unsqueeze(1)
     mask = torch.empty(C, R, dtype=torch.bool, device=W.device)
@@ -72,7 +74,7 @@ def prune(W, statistics, pattern, cfg):
     for i in range(0, C, b):
         B = slice(i, min(i + b, C))
         first = i - i % (SPAN * b)
-        if i == first:  # what all blocks before this span compensate: one wide product, twice as fast
+        if i == first:  # the compensation for all blocks before this span, as one wide product: twice as fast
             S = slice(first, min(first + SPAN * b, C))
             before = V[:first, S].T @ E[:first] if first else E.new_zeros(S.stop - S.start, R)
         eye = torch.eye(B.stop - i, dtype=W.dtype, device=W.device)
@@ -88,16 +90,16 @@ def prune(W, statistics, pattern, cfg):
     return Solution(W_hat.T, mask.T, info)
 
 
-def keep(pattern, scaled):
-    """Mask (b, R) of the largest |scaled| (b, R), counted in the weight's own orientation."""
+def keep(pattern: Pattern, scaled: torch.Tensor) -> torch.Tensor:
+    """Mask, bool (b, R), of the largest |scaled| (b, R), counted in the weight's own orientation."""
     return pattern.keep(scaled.T.abs()).T
 
 
-def solve_block(W, U, mask, nm):
-    """The paper's column loop on one block, in place: W (b, R) becomes Ŵ. For N:M `mask` (b, R) is chosen on the way,
-    at every m-th column from the weights as they are then.
+def solve_block(W: torch.Tensor, U: torch.Tensor, mask: torch.Tensor, nm: NM | None) -> None:
+    """The paper's column loop on one mask block, in place: W (b, R) becomes Ŵ. U: (b, b).
 
-    Two levels: a column updates only its sub-block; the rest of the block takes the sub-block's errors in one product.
+    mask: bool (b, R). For an N:M pattern it is chosen here, at every m-th column from the current weights. A column
+    updates only its own sub-block; the rest of the block gets the sub-block's errors in one product.
     """
     b, m = len(W), nm.m if nm else 1
     d, rows = U.diagonal().unbind(0), W.unbind(0)

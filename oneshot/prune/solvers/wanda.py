@@ -1,6 +1,6 @@
 """Wanda (arXiv 2306.11695): weight magnitude times the norm of its input, compared within each output row.
 
-    S_ij = |W_ij| · sqrt(E[x_j²])      (eq. 1; the paper's ‖X_j‖ is this up to one factor for all)
+    S_ij = |W_ij| · sqrt(E[x_j²])      (eq. 1; the paper's ‖X_j‖ up to a common factor)
 
 No weight is updated.
 """
@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ...calibrate.statistics import Statistics
 from ...runtime.flag import flag
 from ..linalg import input_weighted
-from ..patterns import Unstructured
+from ..patterns import Pattern, Unstructured
 from . import Solution
 
 needs = frozenset({"sum_sq"})
@@ -20,16 +21,17 @@ updates = False
 
 @dataclass(frozen=True)
 class Config:
-    use_variant: bool = flag(False, "rows may differ in sparsity (unstructured): each loses its lowest scores up to "
-                                    "one share of the sum")
+    use_variant: bool = flag(False, "let rows differ in sparsity (unstructured): each row loses its lowest scores up "
+                                    "to the same share of their sum")
 
     @property
-    def group(self):
+    def group(self) -> str:
+        """The default comparison group."""
         return "matrix" if self.use_variant else "row"
 
 
-def prune(W, statistics, pattern, cfg):
-    """Keep the highest scores of each row (unstructured) or of each group (N:M).
+def prune(W: torch.Tensor, statistics: Statistics, pattern: Pattern, cfg: Config) -> Solution:
+    """Keep the highest scores of each row (unstructured) or of each group of m (N:M); kept weights are unchanged.
 
     Raises NumericalError when the inputs are not finite.
     """
@@ -44,12 +46,12 @@ def prune(W, statistics, pattern, cfg):
     return Solution(W * mask, mask, info)
 
 
-def share_of_row(S):
-    """The share of its row's sum that a score and all lower ones make up, (R, C).
+def share_of_row(S: torch.Tensor) -> torch.Tensor:
+    """(R, C): for each score in S (R, C), the share of its row's sum that it and all lower scores make up.
 
-    The paper's variant (`use_variant` in its code) removes what lies below one share α for all rows, and finds by
-    bisection in [0, 0.8] the α that meets the layer's sparsity within 0.1 %. Ranking by the share itself is that
-    bisection's limit, with the exact count.
+    The paper's variant (`use_variant` in its code) removes, in every row, what is below a share α, and finds by
+    bisection in [0, 0.8] the α that meets the layer's sparsity to within 0.1 %. Ranking by the share itself is the
+    limit of that bisection, with an exact count.
     """
     ordered, order = S.sort(dim=1, stable=True)
     share = ordered.cumsum(1).div_(S.sum(1, keepdim=True).clamp_min_(torch.finfo(S.dtype).tiny))

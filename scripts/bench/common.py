@@ -1,0 +1,48 @@
+"""What the benchmarks of pruning share: how fast this machine multiplies, and how the published code is called."""
+
+import time
+from collections.abc import Callable
+from itertools import cycle
+
+import torch
+from torch import nn
+
+from oneshot import calibrate
+from oneshot.calibrate import Activations
+from oneshot.prune import patterns
+
+
+def matmul_rate(n: int) -> float:
+    """Floating-point operations a second of the best of five large float32 products: the ceiling of everything here."""
+    a, b = torch.randn(4 * n, n), torch.randn(n, n)
+    a @ b
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - began)
+    return 8 * n**3 / min(times)
+
+
+def removed(pattern: patterns.Pattern) -> tuple[float, int, int]:
+    """A pattern as published.py takes it: (share removed, n of each m REMOVED, m); n is 0 where it is unstructured."""
+    return (pattern.sparsity, *((pattern.m - pattern.n, pattern.m) if isinstance(pattern, patterns.NM) else (0, 0)))
+
+
+def caller(activations: Activations, b: int) -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
+    """The published loop's call(block, x) for block b: activations of one window a batch, which pass in their order,
+    as often as they like."""
+    order = cycle(range(len(activations)))
+
+    def call(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        i = next(order)
+        activations.hidden[i] = x
+        return calibrate.forward(block, activations, b, i)
+    return call
+
+
+def written(program: str, environment: dict) -> str:
+    """The line of a page that says how and where it came about."""
+    e = environment
+    return (f"Written by `python scripts/bench/{program}`; commit {e['commit']}{' (dirty)' if e['dirty'] else ''}, "
+            f"{e['device']}, {e['threads']} thread{'s' * (e['threads'] > 1)}, torch {e['torch']}, {e['date']}.")

@@ -1,0 +1,207 @@
+"""Tables from the run records: results/tables.md, tables.csv and runs.csv, and those in the README.
+
+    python scripts/tables/tables.py            # write them
+    python scripts/tables/tables.py --check    # exit 1 if they are stale
+
+    tables.csv    a line per model, calibration text, metric, method and pattern: mean, standard deviation over seeds
+    runs.csv      a line per run, numbers in full
+
+A pure function of results/runs/*.json, results/best/*.json and results/bench/packed.json. Text outside the markers is
+left alone.
+"""
+
+import argparse
+import csv
+import io
+import json
+import re
+import statistics
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import best_rows
+import best_table
+
+from oneshot import report
+from oneshot.report import section, table, tables, task_table
+from oneshot.runtime.command import Parser, exit_code
+from oneshot.runtime.files import write_text
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = "scripts/tables/tables.py"
+Groups = dict[tuple[str, str, report.Column], list[dict]]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 1 where --check finds something stale."""
+    p = Parser(prog=f"python {PROGRAM}", description=__doc__, allow_abbrev=False,
+               formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--runs", type=Path, default=ROOT / "results" / "runs")
+    p.add_argument("--root", type=Path, default=ROOT, help="where README.md and results/tables.md are")
+    p.add_argument("--check", action="store_true", help="write nothing, exit 1 if a file would change")
+
+    def work():
+        args = p.parse_args(argv)
+        stale = write_all(read(args.runs), args.root, args.check)
+        print("\n".join(f"{'stale' if args.check else 'written'}: {f}" for f in stale) or "up to date")
+        return 1 if stale and args.check else 0
+    return exit_code(work)
+
+
+def write_all(records: list[dict], root: Path, check: bool) -> list[Path]:
+    """Write what is stale, or only find it if `check`. The stale files."""
+    stale = []
+    texts = {"README.md": lambda old: with_best(replaced(old, "pruning", readme_table(records)), root),
+             "results/tables.md": lambda old: with_packed(replaced(old, "pruning", all_tables(records)), root),
+             "results/tables.csv": lambda old: tables_csv(records),
+             "results/runs.csv": lambda old: tables.table(records, "csv")}
+    for name, content in texts.items():
+        file = root / name
+        old = file.read_text(encoding="utf-8") if file.exists() else ""
+        if shortened(new := content(old)) != shortened(old):
+            stale.append(file)
+            if not check:
+                write_text(new, file)
+    return stale
+
+
+def shortened(text: str) -> str:
+    """The text, its numbers to 12 digits: in the last ones sums differ from one Python to the next."""
+    return re.sub(r"\d+\.\d{9,}(e[-+]?\d+)?", lambda number: f"{float(number[0]):.12g}", text)
+
+
+def replaced(text: str, name: str, content: str) -> str:
+    """`text` with its section `name` written anew."""
+    return section.replace(text, name, PROGRAM, content)
+
+
+def read(folder: Path) -> list[dict]:
+    """The records in a folder, in the order of their file names. Raises ValueError when there is no such folder."""
+    if not folder.is_dir():
+        raise ValueError(f"--runs {folder}: no such folder; scripts/sweep/sweep.py writes one")
+    return [report.read(f) for f in sorted(folder.glob("*.json"))]
+
+
+def groups(records: Iterable[dict]) -> Groups:
+    """{(model, calibration, report.Column): finished records}: what one table compares, the dense (and rounded) runs
+    in each."""
+    texts, dense = {}, {}
+    for record in records:
+        if record.get("status") != "finished":
+            continue
+        calibration, model = (record.get("data") or {}).get("calibration"), record["model"]["name"]
+        if not report.is_pruned(record):  # what is dense or rounded was not calibrated
+            dense.setdefault(model, []).append(record)
+        else:
+            text = calibration["source"].split(";")[0] if calibration else "nothing"
+            texts.setdefault((model, text), []).append(record)
+    found = {}
+    for (model, text), pruned in texts.items():
+        rows = [*dense.get(model, []), *pruned]
+        for column in report.columns(rows):
+            measured = [r for r in rows if report.value(r, column) is not None]
+            if "stderr" not in column.metric and not all(map(report.is_dense, measured)):
+                found[model, text, column] = measured
+    return found
+
+
+def readme_table(records: list[dict]) -> str:
+    """One table per model and text: methods down, patterns across."""
+    parts = ["Perplexity; the window stands behind the @. " + where(r for r in records if kinds(r) != {"task"})]
+    for (model, calibration, column), rows in groups(records).items():
+        if report.is_task(rows, column):
+            continue
+        text = f"; measured on {column.text}" * bool(column.text)
+        pivot = tables.pivot(rows, column.metric, "markdown")
+        parts.append(f"**{model}**, calibrated on {calibration}{text}\n\n{pivot}")
+    return "\n\n".join(parts) if records else "no runs yet"
+
+
+def all_tables(records: list[dict]) -> str:
+    """The same, then the tasks, then every other run as a row."""
+    parts = ["# Results", readme_table(records), *tasks_section(records)]
+    every = [r for r in records if kinds(r) != {"task"}]
+    return "\n\n".join([*parts, "## Every run", tables.table(every, "markdown")])
+
+
+def kinds(record: dict) -> set[str]:
+    """What a run measured: of {"task", "text"}."""
+    return {"task" if report.is_task([record], column) else "text" for column in report.columns([record])}
+
+
+def tasks_section(records: list[dict]) -> list[str]:
+    """[heading, how they were measured, table] of the runs that measured lm-eval tasks; [] where none did."""
+    measured = [r for r in records if "task" in kinds(r)]
+    if not measured:
+        return []
+    texts = {r["data"]["calibration"]["source"].split(";")[0] for r in measured if r["data"]["calibration"]}
+    versions = {str(r["environment"].get("lm_eval")) for r in measured}
+    limits = {r["settings"].get("task_limit") for r in measured} - {None}
+    told = [f"lm-eval {', '.join(sorted(versions))}, model in memory", f"calibrated on {', '.join(sorted(texts))}"]
+    told += [f"at most the first {', '.join(map(str, sorted(limits)))} documents of a task"] * bool(limits)
+    return ["## Tasks", f"{'; '.join(told)}. {where(measured)}", task_table.table(measured, "markdown")]
+
+
+def with_best(text: str, root: Path) -> str:
+    """`text` with the section of what best.py measured, where that has run."""
+    rows = best_rows.shown(root / "results" / "best")
+    return replaced(text, "best", best_table.headline(rows)) if rows else text
+
+
+def with_packed(text: str, root: Path) -> str:
+    """`text` with the section of what packed.py measured, where that has run."""
+    file = root / "results" / "bench" / "packed.json"
+    return replaced(text, "packed", packed_section(json.loads(file.read_text()))) if file.exists() else text
+
+
+def packed_section(out: dict) -> str:
+    """What packed.py measured, as its JSON holds it."""
+    e, s = out["environment"], out["settings"]
+    head = ["model", "dtype", "text", "dense ppl", "packed ppl", "relative difference", "dense KiB", "packed KiB",
+            "ratio", "verified"]
+    body = []
+    for row in out["models"]:
+        size = [f"{row['bytes'][form] / 1024:.0f}" for form in ("dense", "packed")]
+        proof = "NO" if any(row["faults"].values()) else f"{row['tensors_compared']} equal"
+        body += [[row["model"], row["dtype"], f"{p['text']} @{p['window']}", f"{p['dense']:.4f}", f"{p['packed']:.4f}",
+                  f"{p['relative_difference']:.1e}", *size, f"{row['ratio']:.4f}", proof] for p in row["perplexity"]]
+    return "\n".join([
+        "## Packed 2:4 checkpoints", "",
+        f"`scripts/bench/packed.py`: {s['method']}, seed {s['seed']}; {e['device']}, threads {e['threads']}, torch "
+        f"{e['torch']}, transformers {e['transformers']}, commit {e['commit']}{' (dirty)' if e['dirty'] else ''}. "
+        "Stored in the dtype, computed in float32; the window stands behind the @. Bytes: those of the pruned linears "
+        "in the files, metadata included. Verified: `oneshot verify --twin` on every tensor.", "",
+        table.render(head, body, "markdown", text={"model", "dtype", "text", "verified"}).rstrip()])
+
+
+def tables_csv(records: list[dict]) -> str:
+    """Every number of the tables in a line of its own: mean, sample standard deviation and number of runs."""
+    out = io.StringIO()
+    lines = csv.writer(out, lineterminator="\n")
+    lines.writerow(["model", "calibration", "metric", "method", "pattern", "mean", "std", "runs"])
+    for (model, calibration, column), rows in groups(records).items():
+        cells = {}
+        for record, series in zip(rows, report.series(rows), strict=True):
+            cells.setdefault((series, report.pattern_of(record)), []).append(report.value(record, column))
+        for (series, pattern), xs in cells.items():
+            std = statistics.stdev(xs) if len(xs) > 1 else None
+            lines.writerow([model, calibration, column.header, series, pattern, statistics.fmean(xs), std, len(xs)])
+    return out.getvalue()
+
+
+def where(records: Iterable[dict]) -> str:
+    """One line on how the numbers came about."""
+    records = [r for r in records if r.get("status") == "finished"]
+
+    def values(key):
+        return ", ".join(sorted({str(r["environment"][key]) for r in records}))
+    seeds = ", ".join(sorted({str(r["settings"]["seed"]) for r in records if "seed" in r["settings"]}, key=int))
+    several = " Where there are several seeds: mean ± standard deviation." * (seeds.count(",") > 0)
+    return (f"Seed {seeds}, {values('device')}, torch {values('torch')}, "
+            f"transformers {values('transformers')}, commit {values('commit')}; one record a run in `results/runs`."
+            + several)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
