@@ -44,7 +44,8 @@ def change(draw, place, key):
 
 JSON = {
     "dropped": lambda draw, place, key: place.pop(key), "renamed or doubled": rename, "swapped": swap,
-    "changed": change, "null": put(None), "abc": put("abc"), "-1": put(-1), "0": put(0), "1e300": put(1e300), "10^30": put(10**30),
+    "changed": change, "null": put(None), "abc": put("abc"), "-1": put(-1), "0": put(0), "1e300": put(1e300),
+    "10^30": put(10**30),
     "[]": put([]), "{}": put({}), "true": put(True), "NaN": put(float("nan")), "half an emoji": put("\ud83d"),
     "../x": put("../x"), "nested": put(json.loads("[" * 500 + "]" * 500)),
 }

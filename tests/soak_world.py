@@ -60,17 +60,19 @@ def begin(work, log) -> int:
     """Process id of a forked child that does `work` and ends with the code it returns; 70 for what it raises."""
     if pid := os.fork():
         return pid
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os.dup2(log.fileno(), 2)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    code = 70
     try:
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(log.fileno(), 2)
+        sys.stdout = open(1, "w", closefd=False, errors="backslashreplace")  # noqa: SIM115
+        sys.stderr = open(2, "w", closefd=False, errors="backslashreplace")  # noqa: SIM115
         code = work()
     except BaseException:
         traceback.print_exc()
-        code = 70
-    sys.stderr.flush()
-    os._exit(code)
+    finally:  # never on into the parent's code
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def end(pid: int, log, began: float, kill_after: float | None = None) -> Ended:
@@ -88,7 +90,7 @@ def end(pid: int, log, began: float, kill_after: float | None = None) -> Ended:
     log.seek(0)
     lines = tiny.said(log.read())
     if kill_after is None and os.waitstatus_to_exitcode(status) == -signal.SIGKILL:
-        lines.append("Traceback (most recent call last)\nkilled: took too long")
+        lines += ["Traceback (most recent call last)", f"killed: took more than {LIMIT} s"]
     return Ended(os.waitstatus_to_exitcode(status), lines, time.monotonic() - began)
 
 
