@@ -32,7 +32,7 @@ class LoadOptions:
                                      python=True)
     trust_remote_code: bool = new_flag(False, "run code from the model's repository; off by default, as such code can "
                                               "do anything", section="machine", bears_on="loading", python=False,
-                                       rows=("pruned",))
+                                       rows=("pruned",), trusts=True)
 
     def check(self) -> None:
         """Raise ValueError naming the flag whose value cannot be used."""
