@@ -31,6 +31,9 @@ class Config:
                       section="evaluation", bears_on="measuring")
     task_path: str | None = flag(None, "folder with your own task YAMLs, used instead of lm-eval's",
                                  section="evaluation", bears_on="measuring")
+    trust_task_code: bool = flag(False, "run what the YAMLs in --task-path bring: lm-eval executes their Jinja "
+                                        "templates and !function lines", section="evaluation", bears_on="output",
+                                 trusts=True)
     task_limit: int | None = flag(None, "maximum number of documents of each task, the first ones",
                                   section="evaluation", bears_on="measuring")
 
@@ -51,6 +54,9 @@ def asked(cfg: Settings) -> bool:
 
 def refuse(cfg: Settings) -> None:
     """Raise ValueError naming `--tasks` or `--task-path` for tasks that cannot be measured."""
+    if cfg.task_path and not cfg.trust_task_code:
+        raise ValueError(f"--task-path {cfg.task_path}: lm-eval executes code in task YAMLs (Jinja templates, "
+                         "!function lines); look at them, then add --trust-task-code")
     check(cfg.task_names, cfg.task_path, cfg.task_limit)
 
 

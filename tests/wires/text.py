@@ -117,7 +117,7 @@ def suite(b):
     return b.tmp / "suite.jsonl"
 
 
-@wire("tasks", "task_path", "task_limit")
+@wire("tasks", "task_path", "task_limit", "trust_task_code")
 def _(b):
     pytest.importorskip("lm_eval")
     record = b.record(tasks="letters", task_path=task(b), task_limit=2)
