@@ -98,7 +98,7 @@ def page(rows: list[dict], seed: int) -> str:
     counts = collections.Counter(row["group"] for row in rows)
     spent = sum(row["seconds"] for row in rows)
     wrong, broke = (sum(row["outcome"].startswith(word) for row in rows) for word in BAD)
-    lines = ["# Soak", "", "Written by `make soak` (tests/soak.py). " + ", ".join(f"{n} {g}" for g, n in counts.items())
+    lines = ["# Soak", "", "Written by `make soak` (tests/soak.py). " + ", ".join(f"{counts[g]} {g}" for g in GROUPS)
              + f" in {spent / 60:.0f} minutes: **{wrong} wrong results, {broke} tracebacks.**", "",
              f"Commit {where['commit']}{' and changes' if where['dirty'] else ''}, {where['device']}, "
              f"{where['threads']} thread, Python {where['python']}, torch {where['torch']}, transformers "

@@ -47,7 +47,9 @@ class Ended:
     def traceback(self) -> str:
         """The last line of a traceback; "" where there is none."""
         broke = any(line.startswith("Traceback (most recent call last)") for line in self.lines)
-        return self.lines[-1] if broke or self.code in (70, -signal.SIGSEGV, -signal.SIGABRT) else ""
+        at = [line.split("/")[-1].strip() for line in self.lines if line.lstrip().startswith("File ")]
+        return " ".join([*self.lines[-1:], *at[-2:]]) if broke or self.code in (70, -signal.SIGSEGV, -signal.SIGABRT) \
+            else ""
 
     @property
     def refused(self) -> bool:
