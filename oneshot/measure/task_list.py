@@ -5,13 +5,14 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data import sources
+from ..data import hub
 from ..runtime import environment
+from ..runtime.hub import hub_away, offline
+from ..runtime.inputs import parse_json, read_text
 
 ZEROSHOT7 = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")  # wanda, sparsegpt
 GROUPS = {"zeroshot7": ZEROSHOT7}
@@ -44,7 +45,7 @@ def prepare(names: Sequence[str], task_path: str | None = None) -> tuple[list[st
     if task_path and not Path(task_path).is_dir():
         raise ValueError(f"--task-path {task_path}: no such folder")
     names = list(dict.fromkeys(task for name in names for task in GROUPS.get(name, (name,))))
-    if not task_path and not offline() and (why := sources.hub_away()):
+    if not task_path and not offline() and (why := hub_away()):
         raise ValueError(f"--tasks {','.join(names)}: the hub with their data cannot be reached ({why}); use "
                          "--task-path with local files, or HF_HUB_OFFLINE=1 if they are in the cache")
     manager = local_manager(task_path) if task_path else lm_evals_manager()
@@ -68,11 +69,6 @@ def lm_evals_manager() -> Any:
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
-
-
-def offline() -> bool:
-    """Whether HF_HUB_OFFLINE tells the Hugging Face libraries to use only their cache."""
-    return os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on")
 
 
 def check_known(names: Sequence[str], manager: Any, task_path: str | None) -> None:

@@ -10,7 +10,6 @@ from torch import nn
 
 from .. import models, report
 from ..data import choose
-from ..data import given as given_tokens
 from ..measure import Subject
 from ..models import Tokenizer
 from ..models.source import undo_quantisation, was_dequantised
@@ -58,8 +57,7 @@ def prune(model: nn.Module, tokenizer: Tokenizer | None = None, *, method: str =
         undo_quantisation(model)
     with at_rest(model):
         if given:
-            tokens = given_tokens(calibration)
-            choose.window(model, tokens.ids.shape[1], "calibration: windows of")
+            tokens = choose.given(calibration, model, tokenizer)
         else:
             tokens = Command([cfg]).calibration(cfg, model, tokenizer)
         weights, run_id = identify(cfg, model, tokens, {})

@@ -208,7 +208,7 @@ def test_bad_input(tmp_path, place, capsys):
 
 def test_without_the_hub_it_says_so_at_once(monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(task_list.sources, "hub_away", lambda: "no route")
+    monkeypatch.setattr(task_list, "hub_away", lambda: "no route")
     with pytest.raises(ValueError, match=r"--tasks boolq,rte.*no route.*--task-path"):
         task_list.prepare(["zeroshot7"])
 

@@ -6,7 +6,7 @@ import datasets
 import pytest
 
 from oneshot import heal
-from oneshot.data import sources
+from oneshot.data import hub as hub_module
 from oneshot.pipeline import plan
 from wires import wire
 
@@ -72,7 +72,7 @@ def hub(b, name, value, get=None):
         return datasets.Dataset.from_dict({"text": [letters]})
     with b.monkeypatch.context() as patch:
         patch.setattr(datasets, "load_dataset", load_dataset)
-        patch.setattr(sources, "hub_away", lambda: None)
+        patch.setattr(hub_module, "hub_away", lambda: None)
         b.record(calibration="owner/name", **{name: value})
     assert asked == [value]
 
