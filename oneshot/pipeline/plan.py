@@ -1,9 +1,7 @@
 """Plan: which linear gets which pattern, and the pruning job made from that."""
 
 import fnmatch
-import json
 from collections.abc import Collection, Sequence
-from pathlib import Path
 
 from torch import nn
 
@@ -16,6 +14,8 @@ from ..prune import job as jobs
 from ..prune.job import Chain, Job
 from ..prune.patterns import Dense, Pattern
 from ..prune.shared_inputs import dense_pass
+from ..runtime.command import one_line
+from ..runtime.inputs import parse_json, read_text
 from ..settings import RunConfig
 
 Plan = dict[str, Pattern]
@@ -87,11 +87,15 @@ def most_sensitive(file: str, count: int) -> list[str]:
     Raises ValueError naming `--keep-dense` if the file holds no such measurement.
     """
     try:
-        rows = json.loads(Path(file).read_text(encoding="utf-8"))["sensitivity"]
-        return [row["name"] for row in rows[:count]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--keep-dense {file}: holds no sensitivities ({type(error).__name__}); give the record of a "
-                         "run with --sensitivity") from None
+        rows = parse_json(read_text(file))["sensitivity"]
+        names = [row["name"] for row in rows[:count]]
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError("names that are no text")
+        return names
+    except (ValueError, LookupError, TypeError) as error:
+        why = f"no {error} in it" if isinstance(error, LookupError) else one_line(error)
+        raise ValueError(f"--keep-dense {file}: holds no sensitivities ({why}); give the record of a run with "
+                         "--sensitivity") from None
 
 
 def blocks_of(model: nn.Module, kept: Collection[str] = frozenset()) -> list[dict[str, allocate.Linear]]:
