@@ -122,7 +122,7 @@ def test_what_is_no_regular_file_is_not_read(tokenizer, tmp_path, suffix):
 
 @pytest.mark.parametrize("spec", ["a" * 5000, "a" * 5000 + ".txt", "~nobody-of-that-name/a.txt", "", " ", "a\nb"])
 def test_odd_names(tokenizer, spec):
-    with pytest.raises(ValueError, match="^--calibration "):
+    with pytest.raises(ValueError, match=r"^--calibration "):
         calibrate(tokenizer, spec)
 
 
@@ -191,7 +191,7 @@ def test_content_in_parts_and_what_a_table_has_filled_up(talking, tmp_path):
 
 
 @pytest.mark.parametrize(("row", "says"), [
-    ({"messages": [{"role": "system", "content": "be kind"}, *CHAT]}, ["template refuses", "System role not supported"]),
+    ({"messages": [{"role": "system", "content": "be kind"}, *CHAT]}, ["template refuses", "System role not"]),
     ({"messages": [{"role": "user", "content": 5}]}, ["record 1", "int"]),
     ({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}, ["record 1", "more than text"]),
     ({"messages": [{"role": "user", "content": " "}]}, ["no text"]),
@@ -271,8 +271,8 @@ def test_text_beyond_the_embedding_is_refused_by_name(tokenizer):
     tokenizer.add_tokens(["<|im_start|>"])
     beyond = len(tokenizer) - 1
     tokens = data.given(torch.tensor([[1, 2, beyond], [1, 2, 3]]))
-    with pytest.raises(ValueError, match=rf"^--calibration x: token {beyond} \('<\|im_start\|>'\) is beyond the 64 rows"):
-        embedding.fitting(tokens, model, tokenizer, "--calibration x")
+    with pytest.raises(ValueError, match=rf"^--evaluate x: token {beyond} \('<\|im_start\|>'\) is beyond the 64"):
+        embedding.fitting(tokens, model, tokenizer, "--evaluate x")
     for bad in ([[1, 2, 64]], [[-1, 2, 3]]):
         with pytest.raises(ValueError, match=r"^calibration: token (64|-1) .*64 rows"):
             choose.given(torch.tensor(bad), model)
