@@ -72,7 +72,7 @@ MOMENTS = {
     "final-half-written": lambda: before(folder, "manifest"),
     "before-config": lambda: before(os, "replace", moved("config.json")),
     "before-manifest": lambda: before(os, "replace", moved("oneshot.json")),
-    "cleaning": lambda: before(shutil, "rmtree", lambda path, *_: Path(path).name == ".oneshot"),
+    "cleaning": lambda: before(folder.Folder, "drop_work", lambda self, **_: (self.path / "oneshot.json").exists()),
 }
 
 

@@ -1,14 +1,23 @@
 """Checkpoint: save a pruned model together with what is needed to verify it.
 
     folder    the folder that `--save` names, written crash-safe
+    lock      only one process at a time writes into it
+    owner     which run a folder belongs to, and which of its files oneshot wrote
+    kept      finished blocks, saved for a run that may be interrupted
     manifest  what was done to each tensor, and hashes to check it by
+    contents  hashes of all files of a folder, and of all tensors in them
+    claims    whether a manifest agrees with itself
+    sealed    JSON files that contain their own hash
     outcome   compare a saved folder with the model and with the input
     packed    the packed 2:4 format
     bytes     the storage of the weights, pruned and dense
     verify    `oneshot verify`: check a folder against its manifest
 """
 
-from .folder import Folder, owner_of
+from .folder import Folder
+from .lock import FolderLock, locked
 from .manifest import MANIFEST, SCHEMA, WORK, digest, manifest, pattern_of, read_manifest
+from .owner import owner_of
 
-__all__ = ["MANIFEST", "SCHEMA", "WORK", "Folder", "digest", "manifest", "owner_of", "pattern_of", "read_manifest"]
+__all__ = ["MANIFEST", "SCHEMA", "WORK", "Folder", "FolderLock", "digest", "locked", "manifest", "owner_of",
+           "pattern_of", "read_manifest"]

@@ -1,6 +1,8 @@
 """Checkpoints: a pruned model in a folder that `AutoModelForCausalLM.from_pretrained` loads, written crash-safe.
 
-    DIR/.oneshot/run.json                  the run_id of the run that writes here
+    DIR/.oneshot/lock                      the lock of the process that writes here
+    DIR/.oneshot/run.json                  the run_id of the run that writes here, the files in DIR that oneshot wrote,
+                                           and the run's plan
     DIR/.oneshot/block_00007.safetensors   a finished block: its tensors, and its rows of the record in the header
     DIR/.oneshot/final/                    the checkpoint while it is being written
     DIR/oneshot.json                       the manifest, moved into place last: only a finished folder has it
@@ -10,81 +12,171 @@ under its final name.
 """
 
 import contextlib
-import json
+import functools
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
 from ..models import Tokenizer, source_of
-from ..runtime.files import sync, umask, write_json, write_text
-from . import packed
-from .manifest import MANIFEST, WORK, manifest, read_manifest
+from ..prune import patterns
+from ..runtime.files import remove_parts, sync, umask, write_text
+from . import contents, kept, owner, packed, sealed
+from .lock import FolderLock
+from .manifest import MANIFEST, WORK, manifest, old, read_manifest, read_sealed
 from .outcome import check_saved, copy_side_files
+from .owner import Own, clear, owner_of
+
+Plan = dict[str, patterns.Pattern]
 
 
 class Folder:
-    """The folder that `--save` names, for one run. Nothing in it changes before the run's first block is saved.
+    """The folder that `--save` names, locked for one run. Except for the lock, nothing in it changes before the run's
+    first block is saved.
 
-    overwrite: whether it may replace the result of another run.
+    overwrite: whether it may replace the result of another run. lock: the folder's lock, if the caller holds it;
+    otherwise the Folder takes it and keeps it until `release`.
 
-    Raises ValueError naming `--save` when the folder holds another run, or anything else.
+    computed_with: plain values that the bits of a block depend on (threads, device, versions), saved with each block.
+    plan: the run's plan if it was computed from data, saved with the first block.
+
+    Raises ValueError naming `--save` when the folder holds another run or anything else, or when another process
+    writes into it.
     """
 
-    def __init__(self, path: str | Path, run_id: str, overwrite: bool = False):
+    def __init__(self, path: str | Path, run_id: str, overwrite: bool = False, lock: FolderLock | None = None):
         self.path, self.run_id = Path(path), run_id
         self.work = self.path / WORK
-        owner = owner_of(self.path)
-        if owner not in (None, run_id) and not overwrite:
-            raise ValueError(f"--save {path}: holds another run ({owner}); --overwrite replaces it")
-        self.ours, self.claimed = owner == run_id, False
+        self.computed_with: dict = {}
+        self.plan: Plan | None = None
+        self._used: list[dict] = []  # what each kept block was computed with
+        self._first: dict = {}  # what the kept plan was computed with
+        self._seal, self._warnings = "", []  # of the last kept block; of those that were dropped
+        self._lock, self._own_lock = lock or FolderLock(path), lock is None
+        try:
+            self._open(overwrite)
+        except BaseException:
+            self.release()
+            raise
 
-    @property
-    def finished(self) -> bool:
-        """Whether the folder holds this run's finished checkpoint."""
-        return self.ours and (self.path / MANIFEST).is_file()
+    def _open(self, overwrite: bool) -> None:
+        """Check what is in the folder, now that no other process can change it."""
+        found = owner_of(self.path)
+        if found not in (None, self.run_id) and not overwrite:
+            raise ValueError(f"--save {self.path}: holds another run ({found}); --overwrite replaces it")
+        self.ours, self.claimed = found == self.run_id, False
+        self._own = owner.own_files(self.path)
+        self._noted = owner.read_run(self.path) if self.ours else {}
+        self.finished = self.ours and (self.path / MANIFEST).is_file() and not self.faults
+        if self.finished:
+            self.drop_work()  # left by a run that was killed at its very end, or when it began to replace this one
+        else:
+            owner.check_foreign(self.path, self._own)
+        remove_parts(self.path)
+
+    def release(self) -> None:
+        """Release the lock, if this object took it."""
+        if self._own_lock:
+            self._lock.release()
+
+    @functools.cached_property
+    def faults(self) -> list[str]:
+        """If this run finished earlier: one line for each file or tensor that is not as it was written.
+
+        Every file is hashed, which takes as long as the fingerprint of the input model that each run computes.
+        """
+        if not (self.ours and (self.path / MANIFEST).is_file()):
+            return []
+        try:
+            data, whole = read_sealed(self.path)
+        except ValueError as error:
+            return [str(error)]
+        found = contents.absent(self.path) if old(data) else contents.differences(self.path, data)
+        return [str(fault) for fault in found] + ([] if whole else [f"{MANIFEST}: was changed after it was written"])
 
     @property
     def record(self) -> dict:
         """The record of the finished run."""
         return read_manifest(self.path)["record"]
 
-    def blocks(self) -> Iterator[tuple[dict[str, torch.Tensor], dict]]:
-        """Yield (state dict, rows of the record) of the blocks finished so far, in order."""
-        b = 0
-        while self.ours and (file := self._block(b)).is_file():
-            with safe_open(file, "pt") as f:
-                if f.metadata()["run_id"] != self.run_id:  # left by a run that --overwrite replaced
-                    return
-                yield {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["rows"])  # noqa: SIM118
-            b += 1
+    def kept_plan(self) -> Plan | None:
+        """The plan that the saved blocks were pruned by, if there is one: an allocation that is computed again, say
+        with more threads, may differ by one zero."""
+        if not (self.ours and self._block(0).is_file() and self._noted.get("plan")):
+            return None
+        self._first = self._noted["computed_with"]
+        return {name: patterns.parse(*entry) for name, entry in self._noted["plan"].items()}
 
-    def _block(self, b: int) -> Path:
-        """The file of block b."""
-        return self.work / f"block_{b:05d}.safetensors"
+    def blocks(self) -> Iterator[tuple[kept.State, dict]]:
+        """Yield (state dict, rows of the record) of the blocks finished so far, in order.
+
+        The first block that is not as it was saved is removed together with all later ones; see `warnings`.
+        """
+        number = 0
+        while self.ours and any(later >= number for later in self._numbers()):
+            try:
+                state, rows, used, self._seal = kept.read(self._block(number), self.run_id, number, self._seal)
+            except kept.Damaged as why:
+                self._drop_from(number, f"block {number} that an interrupted run had saved {why}; it is pruned again, "
+                                        "and so are all later ones")
+                return
+            self._used.append(used)
+            yield state, rows
+            number += 1
+
+    def warnings(self) -> list[str]:
+        """What the record should say of the saved blocks: those that were removed, those computed otherwise."""
+        plan = kept.other_circumstances("its allocation was", self._first, self.computed_with) if self._first else []
+        return self._warnings + plan + kept.of_blocks(self._used, self.computed_with)
+
+    def _block(self, number: int) -> Path:
+        """The file of a block."""
+        return self.work / kept.name_of(number)
+
+    def _numbers(self) -> list[int]:
+        """The numbers of the saved blocks."""
+        return sorted(int(file.stem.removeprefix("block_")) for file in self.work.glob("block_*.safetensors")
+                      if owner.WORK_FILES.fullmatch(file.name))
+
+    def _drop_from(self, number: int, why: str) -> None:
+        """Remove the saved blocks from `number` on."""
+        with writing(self.path):
+            for later in self._numbers():
+                if later >= number:
+                    remove(self._block(later))
+        self._warnings.append(why)
 
     def claim(self) -> None:
         """Mark the folder as this run's, then remove what earlier runs left, so that it always has an owner."""
         if not self.claimed:
-            self.work.mkdir(parents=True, exist_ok=True)
-            write_json({"run_id": self.run_id}, self.work / "run.json")
-            clear(self.path)
+            self._note()
+            if not self.ours:
+                self.drop_work(but=owner.RUN)
+            clear(self.path, self._own.removable)
             self.ours = self.claimed = True
 
-    def save_block(self, b: int, state: dict[str, torch.Tensor], rows: dict) -> None:
+    def _note(self) -> None:
+        """Write run.json."""
+        plan = {name: [str(p), p.group] for name, p in self.plan.items()} if self.plan else None
+        sealed.write({"run_id": self.run_id, "files": sorted(self._own.removable), "nameless": self._own.nameless,
+                      "computed_with": self._first or self.computed_with, "plan": plan}, self.work / owner.RUN)
+
+    def save_block(self, number: int, state: kept.State, rows: dict) -> None:
         """Save a finished block, its state dict and its rows of the record; an interrupted run resumes after it."""
         with writing(self.path):
+            self._lock.check()
             self.claim()
             state = {k: v.contiguous() for k, v in state.items()}
-            part = self._block(b).with_suffix(".part")
-            save_file(state, part, metadata={"run_id": self.run_id, "rows": json.dumps(rows)})
+            header = kept.header(self.run_id, number, state, rows, self.computed_with, self._seal)
+            part = self._block(number).with_suffix(".part")
+            save_file(state, part, metadata=header)
             sync(part)
-            os.replace(part, self._block(b))
+            os.replace(part, self._block(number))
+            self._seal = header["seal"]
 
     def finish(self, model: nn.Module, tokenizer: Tokenizer, record: dict, form: str = "dense",
                page: Callable[[dict], str] | None = None) -> dict:
@@ -101,26 +193,51 @@ class Folder:
             record = data["record"] = record | {"packed": data["packed"], "warnings": record["warnings"] + [
                 f"{name}: stays dense in the packed checkpoint ({why})" for name, why in data["left_dense"].items()]}
         with writing(self.path):
+            self._lock.check()
             self.claim()
             final = self.work / "final"
-            shutil.rmtree(final, ignore_errors=True)
+            remove(final)
             model.save_pretrained(final)
             tokenizer.save_pretrained(final)
             check_saved(final, model, source_of(model))
             copy_side_files(source_of(model).folder, final)
             if page:
                 write_text(page(record), final / "report.html")
-            write_json(data, final / MANIFEST)
-            files = sorted(f.name for f in final.iterdir())
-            last = ["config.json", MANIFEST]  # without the first nothing loads; without the second it is not finished
-            for name in [f for f in files if f not in last] + last:
-                if (final / name).is_file():
-                    (final / name).chmod(0o666 & ~umask())  # safetensors writes 0600
-                sync(final / name)
-                os.replace(final / name, self.path / name)
-            sync(self.path)
-        shutil.rmtree(self.work, ignore_errors=True)
+            data |= contents.describe(final)
+            sealed.write(data, final / MANIFEST)
+            self._move(final, list(data["files"]))
+        self.drop_work()
         return record
+
+    def _move(self, final: Path, names: list[str]) -> None:
+        """Move the files of these names and the manifest into place. Raises ValueError for a foreign file there."""
+        last = ["config.json", MANIFEST]  # without the former nothing loads, without the latter nothing is finished
+        names = [name for name in names if name not in last] + last
+        owner.refuse_foreign(self.path, [name for name in names if name not in self._own.replaceable and (
+            contents.inside(self.path, name) is None or os.path.lexists(self.path / name))])
+        self._own = Own(self._own.removable | {*names}, self._own.replaceable | {*names}, self._own.nameless)
+        self._note()
+        for name in names:
+            (final / name).chmod(0o666 & ~umask())  # safetensors writes 0600
+            sync(final / name)
+            (self.path / name).parent.mkdir(exist_ok=True, parents=True)
+            os.replace(final / name, self.path / name)
+        sync(self.path)
+
+    def drop_work(self, but: str = "") -> None:
+        """Remove the work files of any run: those with the names that oneshot gives them, and nothing else."""
+        for file in list(self.work.iterdir()) if self.work.is_dir() else ():
+            if file.name != but and (file.name == "final" or owner.WORK_FILES.fullmatch(file.name)):
+                with contextlib.suppress(OSError):
+                    remove(file)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link (not its target) or a folder with its contents, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -132,32 +249,3 @@ def writing(path: str | Path) -> Iterator[None]:
         why = getattr(error, "strerror", None) or str(error)
         raise OSError(f"--save {path}: cannot be written ({why}); fix that and repeat the same command, it resumes"
                       ) from error
-
-
-def owner_of(path: str | Path) -> str | None:
-    """The run_id of the run that a folder belongs to, finished or not; None if it is empty or does not exist.
-
-    Raises ValueError naming `--save` when the path is a file, or the folder holds anything else.
-    """
-    path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"--save {path}: is a file; give a folder")
-    for file, get in ((path / MANIFEST, lambda m: m["record"]["run_id"]), (path / WORK / "run.json",
-                                                                           lambda m: m["run_id"])):
-        if file.is_file():
-            try:
-                return get(json.loads(file.read_text()))
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"--save {path}: {file.name} is damaged; remove the folder") from None
-    if path.is_dir() and any(entry.name != WORK for entry in path.iterdir()):
-        raise ValueError(f"--save {path}: this folder holds files that are not oneshot's; choose another")
-    return None
-
-
-def clear(path: Path) -> None:
-    """Remove the files of an earlier checkpoint: first the one that marks it as finished, then the one it loads by."""
-    for name in (MANIFEST, "config.json"):
-        (path / name).unlink(missing_ok=True)
-    for file in path.iterdir():
-        if file.is_file() and file.suffix in (".json", ".safetensors", ".html", ".jinja", ".txt", ".model"):
-            file.unlink()

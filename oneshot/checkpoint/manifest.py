@@ -1,7 +1,15 @@
-"""The manifest of a finished checkpoint: what was done to each tensor, and hashes to check it by."""
+"""The manifest of a finished checkpoint: what was done to each tensor, and hashes to check it by.
+
+    schema          2; 1 has no `files` and `stored_tensors`, and no seal
+    format          "dense" or "packed"; packed ones also have `packed` and `left_dense` (packed.py)
+    record          the run's record
+    tensors         {linear: its pattern, zeros, sha256 of its dense bytes, ...} of all prunable linears
+    files           {name: {"bytes", "sha256"}} of every other file that the run wrote
+    stored_tensors  {name: {"file", "dtype", "shape", "sha256"}} of every tensor in the safetensors files
+    sha256_of_this  the hash of all text before it (sealed.py)
+"""
 
 import hashlib
-import json
 from pathlib import Path
 
 import torch
@@ -10,8 +18,10 @@ from torch import nn
 from .. import models
 from ..models import Weight
 from ..prune import patterns
+from . import sealed
+from .contents import MANIFEST, WORK
 
-MANIFEST, WORK, SCHEMA = "oneshot.json", ".oneshot", 1
+SCHEMA, READABLE = 2, (1, 2)
 
 
 def manifest(model: nn.Module, record: dict) -> dict:
@@ -36,6 +46,14 @@ def read_manifest(path: str | Path) -> dict:
 
     Raises ValueError when there is none, or when it is damaged or from another version.
     """
+    return read_sealed(path)[0]
+
+
+def read_sealed(path: str | Path) -> tuple[dict, bool]:
+    """(the manifest of a finished folder, whether it is as it was written; always True for schema 1).
+
+    Raises ValueError when there is none, or when it is damaged or from another version.
+    """
     file = Path(path) / MANIFEST
     if not file.is_file():
         inside = sorted(f.parent.name for f in Path(path).glob(f"*/{MANIFEST}"))
@@ -44,14 +62,20 @@ def read_manifest(path: str | Path) -> dict:
                             if (Path(path) / WORK).is_dir() else "")
                          + (f"; it holds some: give one of {', '.join(inside)}" if inside else ""))
     try:
-        data = json.loads(file.read_text())
+        data, whole = sealed.read(file)
     except ValueError:
         raise ValueError(f"{file}: not readable as JSON") from None
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+    if data.get("schema") not in READABLE:
         raise ValueError(f"{file}: written by another version of oneshot; prune again")
-    if not all(isinstance(data.get(key), dict) for key in ("record", "tensors")):
+    needed = ("record", "tensors") if old(data) else ("record", "tensors", "files", "stored_tensors")
+    if not all(isinstance(data.get(key), dict) for key in needed):
         raise ValueError(f"{file}: is damaged; prune again")
-    return data
+    return data, whole or old(data)
+
+
+def old(data: dict) -> bool:
+    """Whether a manifest is of schema 1, without hashes of files."""
+    return data["schema"] == 1 and "files" not in data and "stored_tensors" not in data
 
 
 def pattern_of(entry: dict) -> patterns.Pattern:

@@ -1,9 +1,11 @@
 """`oneshot verify DIR`: check a saved checkpoint against its manifest.
 
-Loads the folder like any user of it would. Checks for every linear layer, in its stored dtype, that the pattern holds
-and that the number of zeros and the hash of its bytes are the recorded ones; and that no prunable linear layer is
-missing from the manifest. Lists what was never pruned. Exit code: 0, everything is as recorded; 1, something is not;
-2, there is nothing to check.
+Hashes every file that the run wrote and names each tensor that has changed: weights, norms, embeddings, biases, packed
+values. Loads the folder like any user of it would. Checks for every linear layer, in its stored dtype, that the pattern
+holds and that the number of zeros and the hash of its bytes are the recorded ones; and that no prunable linear layer is
+missing from the manifest. Checks that the manifest agrees with itself: patterns, groups, zeros, format, settings. Lists
+what was never pruned, and what is not checked. Exit code: 0, everything is as recorded; 1, something is not; 2, there
+is nothing to check.
 
 With `--twin OTHER` it also checks that both folders hold the same model, tensor by tensor; packed weights are compared
 as the dense matrices they represent.
@@ -11,46 +13,84 @@ as the dense matrices they represent.
 
 import argparse
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from .. import models
 from ..models import Weight
 from ..runtime.command import Parser, exit_code
-from . import packed
-from .manifest import digest, pattern_of, read_manifest
+from . import claims, contents, packed
+from .contents import MANIFEST, Fault
+from .manifest import digest, old, pattern_of, read_sealed
 
 
-def verify(path: str | Path) -> tuple[list[dict], list[str], list[tuple[str, str]]]:
-    """(rows, faults, skipped): one dict per linear, one line per fault, [(tensor that was not pruned, why)].
+class Verified(NamedTuple):
+    """What `verify` found.
+
+    rows: one dict per linear. faults: one line per fault. skipped: [(tensor that was not pruned, why)]. files, tensors:
+    how many were hashed. unchecked: what the manifest records nothing of.
+    """
+
+    rows: list[dict]
+    faults: list[str]
+    skipped: list[tuple[str, str]]
+    files: int = 0
+    tensors: int = 0
+    unchecked: tuple[str, ...] = ()
+
+
+def verify(path: str | Path) -> Verified:
+    """Check a folder against its manifest.
 
     Raises ValueError when the folder is not a finished checkpoint of oneshot, or cannot be loaded.
     """
-    if not Path(path).is_dir():
+    path = Path(path)
+    if not path.is_dir():
         raise ValueError(f"{path}: no such folder; give one that oneshot prune --save wrote")
-    data = read_manifest(path)
-    model, _ = models.load(str(path), flag="")
-    entries, rows, faults = dict(data["tensors"]), [], []
-    found = len(packed.linears(model))
-    if found != data.get("packed", {}).get("linears", 0):
-        faults.append(f"{found} packed linears, recorded {data.get('packed', {}).get('linears', 0)}")
+    data, whole = read_sealed(path)
+    faults = [] if whole else [Fault(MANIFEST, "was changed after it was written")]
+    changed = contents.differences(path, data)
+    try:
+        with packed.unchecked():
+            model, _ = models.load(str(path), flag="")
+    except ValueError as error:
+        more = f"; not as recorded: {changed[0]}" + (f" and {len(changed) - 1} more" if changed[1:] else "")
+        raise ValueError(f"{error}{more if changed else ''}") from None
+    faults += claims.check(data) + claims.check_packed(data, model)
     packed.to_dense(model)  # the recorded hashes are of the dense weights, so they also show that packing lost nothing
+    rows, found = check_linears(model, data)
+    bad = {fault.name for fault in found}
+    faults += found + [fault for fault in changed if not fault.tensor or fault.name.rpartition(".")[0] not in bad]
+    unchecked = [f"{name} (not the run's)" for name in contents.files_of(path) if name not in data.get("files", {})]
+    if old(data):
+        unchecked = ["norms, embeddings, biases, config and tokenizer (an older oneshot recorded no hashes of files)"]
+    return Verified(rows, list(map(str, faults)), models.skipped(model), len(data.get("files", {})),
+                    len(data.get("stored_tensors", {})), tuple(unchecked))
+
+
+def check_linears(model: torch.nn.Module, data: dict) -> tuple[list[dict], list[Fault]]:
+    """(rows, faults): every linear of a loaded model compared with a manifest."""
+    entries, rows, faults, zeros, total = dict(data["tensors"]), [], [], 0, 0
     for weight in models.all_weights(model):
         name = weight.name
-        entry = entries.pop(name, None)
+        entry, zero = entries.pop(name, None), int((weight.get() == 0).sum())
+        zeros, total = zeros + zero, total + weight.size
         if entry is None:
-            faults.append(f"{name}: can be pruned but is not in the manifest")
+            faults.append(Fault(name, "can be pruned but is not in the manifest"))
             continue
         try:
             wrong = check(weight, entry)
-        except (KeyError, TypeError, ValueError):
-            faults.append(f"{name}: its entry in the manifest is damaged")
+        except (AttributeError, KeyError, TypeError, ValueError):
+            faults.append(Fault(name, "its entry in the manifest is damaged"))
             continue
-        faults += [f"{name}: {text}" for text in wrong]
+        faults += [Fault(name, text) for text in wrong]
         rows.append({"name": name, "pattern": entry["pattern"], "shape": weight.shape, "dtype": entry["dtype"],
-                     "zeros": int((weight.get() == 0).sum()), "proved": not wrong})
-    faults += [f"{name}: in the manifest but not in the model" for name in entries]
-    return rows, faults, models.skipped(model)
+                     "zeros": zero, "proved": not wrong})
+    faults += [Fault(name, "in the manifest but not in the model") for name in entries]
+    if not faults and total and data["record"].get("sparsity") != zeros / total:
+        faults.append(Fault(MANIFEST, f"sparsity {data['record'].get('sparsity')} recorded, it is {zeros / total}"))
+    return rows, faults
 
 
 def compare(path: str | Path, twin: str | Path) -> tuple[int, list[str]]:
@@ -76,7 +116,8 @@ def dense_tensors(path: str | Path, flag: str = "") -> dict[str, torch.Tensor]:
 
     flag: the start of error messages.
     """
-    model, _ = models.load(str(path), flag=flag)
+    with packed.unchecked():  # what has changed shows in the comparison
+        model, _ = models.load(str(path), flag=flag)
     packed.to_dense(model)
     transposed = {f"{weight.name}.weight" for weight in models.all_weights(model) if weight.transposed}
     return {name: t.T if name in transposed else t for name, t in model.state_dict().items()}
@@ -114,27 +155,38 @@ def run(argv: list[str] | None) -> int:
     parser.add_argument("--quiet", action="store_true", help="print only faults and the verdict")
     args = parser.parse_args(argv)
     models.quiet()
-    rows, faults, left = verify(args.folder)
+    found = verify(args.folder)
     equal, different = compare(args.folder, args.twin) if args.twin else (0, [])
     if not args.quiet:
-        show(rows, left)
-    for fault in faults + different:
+        show(found)
+    for fault in found.faults + different:
         print(f"FAULT {fault}")
-    print(f"{len(rows)} linears checked, {len(left)} tensors not pruned: {verdict(faults, 'all proved')}")
+    print(f"{len(found.rows)} linears checked, {len(found.skipped)} tensors not pruned: "
+          f"{verdict(found.faults, 'all proved')} ({scope(found)})")
     if args.twin:
         print(f"{equal} tensors compared with {args.twin}: {verdict(different, 'all equal')}")
-    return 1 if faults or different else 0
+    return 1 if found.faults or different else 0
 
 
-def show(rows: list[dict], left: list[tuple[str, str]]) -> None:
-    """Print one line per linear, then what was not pruned."""
-    width = max((len(r["name"]) for r in rows), default=0)
-    for r in rows:
+def scope(found: Verified) -> str:
+    """How much was hashed and what was not checked, in words."""
+    first, more = ", ".join(found.unchecked[:3]), len(found.unchecked) - 3
+    hashed = f"{found.files} files and the {found.tensors} tensors in them hashed" if found.files else ""
+    left = f"not checked: {first}" + (f" and {more} more" if more > 0 else "") if found.unchecked else ""
+    return "; ".join(filter(None, [hashed, left]))
+
+
+def show(found: Verified) -> None:
+    """Print one line per linear, then what was not pruned, then what was not checked."""
+    width = max((len(r["name"]) for r in found.rows), default=0)
+    for r in found.rows:
         R, C = r["shape"]
         print(f"{'ok  ' if r['proved'] else 'BAD '} {r['name']:<{width}}  {r['pattern']:>6}  "
               f"{R:>6} x {C:<6} {r['zeros'] / (R * C):8.4%} zero  {r['dtype']}")
-    for name, reason in left:
+    for name, reason in found.skipped:
         print(f"not pruned  {name}: {reason}")
+    for text in found.unchecked:
+        print(f"not checked {text}")
 
 
 def verdict(faults: list[str], good: str) -> str:

@@ -117,7 +117,7 @@ def window(model: nn.Module, asked: int | None, flag: str) -> int:
 def warnings(cfg: Settings, model: nn.Module, calibration: Tokens | None,
              evaluations: dict[str, Tokens]) -> list[str]:
     """What a reader of this run's numbers should know about its data, one line each."""
-    found = [w for t in (calibration, *evaluations.values()) if t for w in t.warnings]
+    found: list[str | None] = [w for t in (calibration, *evaluations.values()) if t for w in t.warnings]
     if calibration:
         widest = max(weight.shape[1] for weight in models.all_weights(model))
         found.append(windows.token_warning(calibration, widest))

@@ -82,6 +82,13 @@ def settle(model: nn.Module, config: dict, folder: Path | None, said: str) -> No
     remember(model, Source(folder, method, entries, left.names, tuple(warnings)))
 
 
+def was_dequantised(model: nn.Module) -> bool:
+    """Whether transformers dequantised the weights while loading: `save_pretrained` would quantise them again."""
+    conversions = getattr(model, "_weight_conversions", None) or ()
+    operations = [op for conversion in conversions for op in getattr(conversion, "operations", None) or ()]
+    return any("dequant" in type(op).__name__.lower() for op in operations)
+
+
 def undo_quantisation(model: nn.Module) -> None:
     """Make a model save dequantised weights as they are; transformers would convert them back to what nothing loads."""
     model.hf_quantizer = None

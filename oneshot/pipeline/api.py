@@ -13,7 +13,7 @@ from ..data import choose
 from ..data import given as given_tokens
 from ..measure import Subject
 from ..models import Tokenizer
-from ..models.source import undo_quantisation
+from ..models.source import undo_quantisation, was_dequantised
 from ..settings import flags, presets
 from ..settings.known import part_names, python_names, todays_names
 from . import checks, run
@@ -54,7 +54,7 @@ def prune(model: nn.Module, tokenizer: Tokenizer | None = None, *, method: str =
     checks.check_heal(cfg, model)
     checks.check_shared(cfg, model)
     plan = make_plan(cfg, model)
-    if getattr(model, "hf_quantizer", None):  # dequantised while loading: `save_pretrained` would undo that
+    if was_dequantised(model):
         undo_quantisation(model)
     with at_rest(model):
         if given:

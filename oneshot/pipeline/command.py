@@ -1,5 +1,6 @@
 """What the runs of one command share, computed once: text sampled from the model, solutions from shared inputs."""
 
+import contextlib
 import functools
 import time
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from .. import models
+from .. import checkpoint, models
 from ..data import Tokens, choose
 from ..models import Tokenizer
 from ..prune import shared_inputs
@@ -32,6 +33,18 @@ class Command:
 
     configs: Sequence[RunConfig]
     _sampled: Tokens | None = field(default=None, repr=False)
+    _locks: dict[str, checkpoint.FolderLock] = field(default_factory=dict, repr=False)
+
+    def locked(self, configs: Sequence[RunConfig]) -> contextlib.AbstractContextManager[None]:
+        """Keep other processes out of all folders that these runs save into.
+
+        Raises ValueError naming `--save` where one is at work.
+        """
+        return checkpoint.locked([cfg.save for cfg in configs if cfg.save], self._locks)
+
+    def folder(self, cfg: RunConfig, run_id: str) -> checkpoint.Folder | None:
+        """The locked folder that a run saves into; None where it saves nothing."""
+        return checkpoint.Folder(cfg.save, run_id, cfg.overwrite, self._locks[cfg.save]) if cfg.save else None
 
     @property
     def saves(self) -> bool:

@@ -11,6 +11,7 @@ from ..models import all_weights
 from ..prune import loop
 from ..prune.job import Result, skipped_rows
 from ..quantise import grids, rtn
+from ..runtime import environment
 from ..runtime.proof import prove
 from ..settings import RunConfig
 from .plan import Plan, allocated, job_of
@@ -25,14 +26,26 @@ def compress(cfg: RunConfig, model: nn.Module, plan: Plan, calibration: Tokens |
     if cfg.row != "pruned":
         warnings = rtn.quantise_model(model, grids.parse(cfg.pattern)) if cfg.row == "rounded" else []
         return Result(skipped=skipped_rows(model), warnings=warnings)
-    [plan] = allocated([cfg], model, [plan], calibration)
+    kept = folder.kept_plan() if folder else None
+    [plan] = [kept] if kept else allocated([cfg], model, [plan], calibration)
+    if folder:
+        folder.computed_with = circumstances(cfg, calibration)
+        folder.plan = plan if cfg.allocate != "uniform" else None
     job = job_of(cfg, plan, calibration)
     ids, mask = (calibration.ids, calibration.mask) if calibration else (None, None)
     finished, on_block = (folder.blocks(), folder.save_block) if folder else ((), None)
     result = loop.prune_model(model, ids, mask, job, finished=finished, on_block=on_block)
+    result.warnings += folder.warnings() if folder else []
     heal_model(cfg, model, job.healers, result)
     prove_patterns(model, plan, result.layers)
     return result
+
+
+def circumstances(cfg: RunConfig, calibration: Tokens | None) -> dict:
+    """What the bits of a block depend on beside the run's settings: a run that resumes with others says so."""
+    found = environment.environment(cfg.device)
+    return {key: found[key] for key in ("threads", "device", "torch", "transformers", "oneshot", "commit")} | {
+        "calibration": calibration.sha256[:12] if calibration else None}
 
 
 def heal_model(cfg: RunConfig, model: nn.Module, healers: tuple[heal.Heal, ...], result: Result) -> None:

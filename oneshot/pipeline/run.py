@@ -17,6 +17,7 @@ from ..quantise import grids
 from ..report import page, summary
 from ..runtime import environment
 from ..runtime.command import exit_code
+from ..runtime.files import remove_parts
 from ..settings import RunConfig
 from . import checks
 from .command import Command, load
@@ -40,10 +41,11 @@ def main(argv: list[str] | None = None) -> int:
         models.quiet()
         print(f"device: {environment.device_name(command.configs[0].device)}", file=sys.stderr)
         records = []
-        for cfg in command.configs:
-            records.append(run(cfg, command))
-            if len(command.configs) > 1:
-                print(summary.line(records[-1]), file=sys.stderr, flush=True)
+        with command.locked(command.configs):
+            for cfg in command.configs:
+                records.append(run(cfg, command))
+                if len(command.configs) > 1:
+                    print(summary.line(records[-1]), file=sys.stderr, flush=True)
         print(summary.text(records, Path(command.configs[0].results)))
 
     return exit_code(work, interrupted=interrupted, memory=SHORT_OF_MEMORY)
@@ -57,7 +59,14 @@ def run(cfg: RunConfig, command: Command | None = None, reuse: Callable[[Path], 
 
     Raises ValueError naming the flag for user errors, OSError when files cannot be written.
     """
-    began, command = time.perf_counter(), command or Command([cfg])
+    command = command or Command([cfg])
+    with command.locked([cfg]):
+        return made(cfg, command, reuse)
+
+
+def made(cfg: RunConfig, command: Command, reuse: Callable[[Path], dict | None] | None) -> dict:
+    """The record of one run whose folder is locked; see `run`."""
+    began = time.perf_counter()
     model, tokenizer = load(cfg)
     loaded = time.perf_counter()
     checks.check_model(model)
@@ -71,7 +80,10 @@ def run(cfg: RunConfig, command: Command | None = None, reuse: Callable[[Path], 
     calibration = None if late else command.calibration(cfg, model, tokenizer)
     weights, run_id = identify(cfg, model, calibration, texts)
     file = Path(cfg.results) / f"{run_id}.json"
-    folder = checkpoint.Folder(cfg.save, run_id, cfg.overwrite) if cfg.save else None
+    folder = command.folder(cfg, run_id)
+    remove_parts(cfg.results)
+    if folder and folder.faults:
+        print(f"{cfg.save}: finished earlier, but {'; '.join(folder.faults[:3])}: pruning again", file=sys.stderr)
     if folder and folder.finished:
         print(f"{cfg.save}: finished earlier, stored result", file=sys.stderr)
         return report.write(report.checked(folder.record, cfg.save), file)

@@ -1,9 +1,17 @@
 """Atomic file writes: write under a temporary name, sync, rename. A file is complete or it is not there."""
 
+import contextlib
 import json
 import os
+import re
+import time
 from pathlib import Path
 from typing import Any
+
+from .lock import Unsupported, try_lock
+
+PART = re.compile(r"\..+\.(json|html)\.(?P<pid>\d+)\.part")  # what a kill leaves of `write_text`
+HOUR = 3600
 
 
 def write_text(text: str, path: str | Path) -> None:
@@ -13,6 +21,8 @@ def write_text(text: str, path: str | Path) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(part, "w", encoding="utf-8", newline="\n") as file:
+            with contextlib.suppress(OSError):  # `remove_parts` leaves alone what is locked
+                try_lock(file.fileno())
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -27,6 +37,49 @@ def write_text(text: str, path: str | Path) -> None:
 def write_json(data: Any, path: str | Path) -> None:
     """Write plain values (dicts, lists, numbers, strings) as JSON, atomically."""
     write_text(json.dumps(data, indent=1) + "\n", path)
+
+
+def remove_parts(folder: str | Path) -> list[str]:
+    """Remove what killed processes left of half-written files in a folder; their names. Never raises.
+
+    Only files named as `write_text` names them, which nobody has locked and whose process is gone; where there is a
+    process of that number again, or none can be told, after an hour.
+    """
+    removed = []
+    with contextlib.suppress(OSError):
+        for entry in list(os.scandir(folder)):
+            match = PART.fullmatch(entry.name)
+            with contextlib.suppress(OSError):
+                if match and entry.is_file(follow_symlinks=False) and abandoned(entry, int(match["pid"])):
+                    os.unlink(entry.path)
+                    removed.append(entry.name)
+    return removed
+
+
+def abandoned(entry: os.DirEntry, pid: int) -> bool:
+    """Whether nobody is writing this file any more."""
+    if process_is_there(pid) and time.time() - entry.stat().st_mtime < HOUR:
+        return False
+    handle = os.open(entry.path, os.O_RDWR)
+    try:
+        return try_lock(handle)
+    except Unsupported:
+        return time.time() - entry.stat().st_mtime >= HOUR
+    finally:
+        os.close(handle)
+
+
+def process_is_there(pid: int) -> bool:
+    """Whether this machine runs a process of that number; True where that cannot be asked."""
+    if os.name != "posix":  # elsewhere os.kill ends the process
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
 
 
 def sync(path: str | Path) -> None:

@@ -97,7 +97,7 @@ def number(text: str) -> float | str:
         return text
 
 
-def text(value):
+def text(value) -> str | int:
     """A value as a cell."""
     if isinstance(value, float):
         return "" if math.isnan(value) else f"{value:.6g}"

@@ -49,6 +49,7 @@ class Bench:
 
 @triton.jit
 def read(x_ptr, sum_ptr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+    """Sum so many blocks: nothing but reading."""
     first = tl.program_id(0).to(tl.int64) * BLOCK * BLOCKS
     total = tl.zeros((BLOCK,), tl.int32)
     for block in tl.static_range(BLOCKS):
@@ -58,6 +59,7 @@ def read(x_ptr, sum_ptr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
 
 @triton.jit
 def mma_sp_rate(a_ptr, c_ptr, ITERATIONS, WARPS: tl.constexpr, INTERP: tl.constexpr):
+    """mma.sp again and again on what is in registers."""
     i = tl.arange(0, WARPS * 128)
     a = tl.load(a_ptr + i)
     codes = tl.full((WARPS * 128,), 0x44444444, tl.int32)

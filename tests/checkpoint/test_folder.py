@@ -10,7 +10,7 @@ import killed_runs
 import pytest
 import tiny
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from tiny import place, plain_pages  # noqa: F401
 from transformers import AutoModelForCausalLM
 
@@ -79,7 +79,7 @@ def test_killed_run_looks_unfinished(killed, moment, capfd):
         with pytest.raises((OSError, ValueError)):
             AutoModelForCausalLM.from_pretrained(folder)
     for file in (folder / ".oneshot").glob("block_*.safetensors"):
-        writer.safe_open(file, "pt")  # a file under its final name is whole
+        safe_open(file, "pt")  # a file under its final name is whole
 
 
 def test_whole_run_leaves_no_work_files(killed):
@@ -128,12 +128,11 @@ def test_calibration_on_itself_is_not_sampled_again(place, tmp_path, monkeypatch
 def test_another_command_is_refused_unless_it_overwrites(finished, capfd):
     folder, argv = finished
     before = untouched(folder)
-    (folder / "model-00001-of-00002.safetensors").write_bytes(b"left by an earlier, larger model")
     capfd.readouterr()
     assert tiny.main(*argv, "--nsamples", 4) == 2
     [error] = tiny.said(capfd.readouterr().err)
     assert "--overwrite" in error
-    assert {k: v for k, v in untouched(folder).items() if "00001" not in k} == before
+    assert untouched(folder) == before
     assert tiny.main(*argv, "--nsamples", 4, "--overwrite") == 0
     assert manifest(folder)["record"]["settings"]["nsamples"] == 4
     assert set(untouched(folder)) == set(before)
@@ -193,7 +192,7 @@ def full_in_rust(*args, **kwargs):
 @pytest.mark.parametrize(("owner", "name", "failure", "allowed"), [
     (writer, "save_file", full_in_rust, 1), (writer, "save_file", full, 0), (writer, "sync", full, 2),
     (writer, "manifest", full, 0), (torch.nn.Module, "save_pretrained", full_in_rust, 0),
-    (writer, "write_json", full, 1), (os, "replace", full, 6)], ids=lambda x: getattr(x, "__name__", x))
+    (writer.sealed, "write", full, 1), (os, "replace", full, 6)], ids=lambda x: getattr(x, "__name__", x))
 def test_full_disk(place, tmp_path, monkeypatch, capfd, owner, name, failure, allowed):  # noqa: F811
     argv = tiny.flags(place, "--no-dense", save=tmp_path / "out", results=tmp_path / "runs")
     if owner is torch.nn.Module:
@@ -217,10 +216,16 @@ def test_full_disk(place, tmp_path, monkeypatch, capfd, owner, name, failure, al
 
 def test_folder_is_owned_from_its_first_block_on(tmp_path):
     folder = checkpoint.Folder(tmp_path / "out", "a")
-    assert not (tmp_path / "out").exists() and not folder.finished and list(folder.blocks()) == []
+    assert [*untouched(tmp_path / "out")] == [".oneshot/lock"] and not folder.finished and list(folder.blocks()) == []
+    folder.release()
+    assert not (tmp_path / "out").exists()
+    folder = checkpoint.Folder(tmp_path / "out", "a")
     block = torch.nn.Linear(4, 4)
     folder.save_block(0, block.state_dict(), {"layers": [], "warnings": []})
-    [(state, rows)] = checkpoint.Folder(tmp_path / "out", "a").blocks()
+    folder.release()
+    again = checkpoint.Folder(tmp_path / "out", "a")
+    [(state, rows)] = again.blocks()
+    again.release()
     assert torch.equal(state["weight"], block.weight) and rows == {"layers": [], "warnings": []}
     with pytest.raises(ValueError, match=r"holds another run \(a\)"):
         checkpoint.Folder(tmp_path / "out", "b")

@@ -222,8 +222,9 @@ def metadata_key(tensors):
 
 
 def test_damaged_metadata_is_refused_while_loading(twins, tmp_path):
-    """Whatever the device: the GPU kernels would multiply with it."""
+    """Whatever the device: the GPU kernels would multiply with it. Also where no manifest says that it has changed."""
     folder = tiny.copy(twins[1], tmp_path / "spoilt")
+    (folder / checkpoint.MANIFEST).unlink()
     tiny.change_weights(folder, lambda t: t[metadata_key(t)].fill_(0xFF))
     with pytest.raises(ValueError, match="bad metadata: row 0, group 0"):
         load(folder)

@@ -1,6 +1,6 @@
 """Not a test: a sweep that is killed and started again, and a worker that dies. Prints what came of it as JSON.
 
-    python tests/killed_sweep.py SWEEP.yaml AGAIN.yaml RESULTS
+    python tests/scripts/killed_sweep.py SWEEP.yaml AGAIN.yaml RESULTS
 
 Processes are forked with one thread, so that the program is imported once; only the second sweep's worker is spawned,
 as it is in use.
@@ -13,9 +13,9 @@ import sys
 import time
 from pathlib import Path
 
-import _sweep_workers as workers
 import sweep
 import torch
+import workers
 
 
 def begin(file, results):
@@ -69,9 +69,10 @@ def main(file, again, results):
     torch.set_num_threads(1)
     sys.stdout = sys.stderr
     workers.START = "fork"
+    configs = sweep.expand(sweep.load(Path(file)), file, results.parent / "dying")
+    workers.attempt(configs[0])  # here, so that the children find everything imported
     told = {"ended": kill_after(3, file, results)}
     told["kept"] = {f.name: f.read_text() for f in results.glob("*.json")}
-    configs = sweep.expand(sweep.load(Path(file)), file, results.parent / "dying")
     told["dying"] = dying([c for c in configs if c.method == "wanda"][:3])
     workers.START = "spawn"
     told["code"] = sweep.main([again, "--results", str(results)])

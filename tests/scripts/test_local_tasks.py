@@ -1,4 +1,4 @@
-"""scripts/local_tasks.py: its YAMLs ask what they say, against log-probabilities taken by hand."""
+"""scripts/reproduce/local_tasks.py: its YAMLs ask what they say, against log-probabilities taken by hand."""
 
 import json
 

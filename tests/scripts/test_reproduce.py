@@ -4,13 +4,13 @@ import argparse
 import importlib
 from pathlib import Path
 
-import _reproduce as shared
+import paper as shared
 import pytest
 from tiny import place  # noqa: F401
 
 from oneshot import report
 
-SCRIPTS = ("reproduce_alps", "reproduce_sparsegpt", "reproduce_wanda")
+SCRIPTS = ("alps", "sparsegpt", "wanda")
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +61,7 @@ def test_published_numbers_are_those_of_the_papers_shape(name):
 def test_windows_and_seeds_of_the_papers():
     papers = {name: importlib.import_module(name).PAPER for name in SCRIPTS}
     assert {name: (p.window, p.seeds) for name, p in papers.items()} == {
-        "reproduce_alps": (2048, 5), "reproduce_sparsegpt": (2048, 1), "reproduce_wanda": (4096, 1)}
+        "alps": (2048, 5), "sparsegpt": (2048, 1), "wanda": (4096, 1)}
     assert all(p.flags == {"calibration": "c4", "evaluate": "wikitext2", "nsamples": 128} for p in papers.values())
 
 
@@ -93,7 +93,7 @@ def test_what_can_run_stands_beside(place, paper, tmp_path, capsys):  # noqa: F8
 def test_a_second_time_the_records_are_taken(place, paper, tmp_path, capsys, monkeypatch):  # noqa: F811
     words = ["--models", place, "--only", "WANDA", "--seeds", "1"]
     first = go(paper, tmp_path / "runs", capsys, *words)
-    monkeypatch.setattr("oneshot.run.work", lambda *args: pytest.fail("computed again"))
+    monkeypatch.setattr("oneshot.pipeline.run.work", lambda *args: pytest.fail("computed again"))
     assert go(paper, tmp_path / "runs", capsys, *words)[1] == first[1] and len(first[1]) == 1
 
 
@@ -116,7 +116,7 @@ def test_size(place, tmp_path, capsys, monkeypatch, device, there, words):  # no
     monkeypatch.setattr(shared, "free", lambda place: there * 2**30)
     monkeypatch.setattr(shared, "attempt", lambda cfg: pytest.fail("was run"))
     slow = ["--slow"] if there == 10 else []
-    _, table, _ = go("reproduce_wanda", tmp_path / "runs", capsys, "--models", tmp_path, "--only", "7b", "wanda", "2:4",
+    _, table, _ = go("wanda", tmp_path / "runs", capsys, "--models", tmp_path, "--only", "7b", "wanda", "2:4",
                      "--calibration", "builtin", "--evaluate", "builtin", "--device", device, *slow)
     [cells] = table.values()
     assert not [word for word in words if word not in cells[3]], cells
@@ -125,7 +125,7 @@ def test_size(place, tmp_path, capsys, monkeypatch, device, there, words):  # no
 def test_needs_grow_with_the_model_and_free_memory_is_known():
     small, large = (shared.Model("m", n, h, 4 * h, 24) for n, h in ((1e9, 2048), (7e9, 4096)))
     args = argparse.Namespace(models=None, seeds=1, results=Path("runs"))
-    paper = importlib.import_module("reproduce_alps").PAPER
+    paper = importlib.import_module("alps").PAPER
     cfg = shared.configure(paper, shared.Row(small, "wanda", "2:4", 1.0, None), args, ["--device=cpu"])[0]
     assert 2e9 < shared.needs(small, cfg)["cpu"] < shared.needs(large, cfg)["cpu"] < 40e9
     free = shared.free("cpu")
@@ -138,6 +138,6 @@ def test_needs_grow_with_the_model_and_free_memory_is_known():
     (["--pattern", "2:4"], ["--pattern", "--only"]), (["--save=x"], ["--save"]),
     (["--device", "abacus"], ["--device"])])
 def test_bad_flags(tmp_path, capsys, argv, words):
-    code, table, err = go("reproduce_sparsegpt", tmp_path / "runs", capsys, *argv)
+    code, table, err = go("sparsegpt", tmp_path / "runs", capsys, *argv)
     assert code == 2 and not table and err.count("\n") == 1, err
     assert not [word for word in words if word not in err], err

@@ -3,14 +3,14 @@
 import json
 from pathlib import Path
 
-import _sweep_index as index
-import _sweep_workers as workers
+import index
 import pytest
 import sweep
 import tiny
+import workers
 from tiny import place  # noqa: F401
 
-from oneshot import report
+from oneshot import models, report
 from oneshot.pipeline import run
 from oneshot.report import tables
 
@@ -50,12 +50,12 @@ WHOLE = {("model", "dense", "dense", None): "finished",
 @pytest.fixture
 def loads(monkeypatch):
     """How many models were loaded."""
-    real, calls = run.models.load, []
+    real, calls = models.load, []
 
     def counted(*args, **kwargs):
         calls.append(args)
         return real(*args, **kwargs)
-    monkeypatch.setattr(run.models, "load", counted)
+    monkeypatch.setattr(models, "load", counted)
     return calls
 
 
@@ -79,6 +79,19 @@ def test_a_file_becomes_configurations(place, tmp_path):  # noqa: F811
     assert [(c.method, c.pattern, c.seed) for c in other] == [("sparsegpt", "0.5", 7), ("sparsegpt", "2:4", 7)]
     assert all(c.true_sequential and not c.layer_errors and c.solver["sparsegpt"].damping == 0.1 for c in other)
     assert not any(c.progress for c in found)
+
+
+def test_a_flags_former_name_is_the_same_flag(place, tmp_path):  # noqa: F811
+    old, new = ([c for c in configs(write(tmp_path / name, place, **{name: "block"})) if c.prunes]
+                for name in ("recover", "heal"))
+    assert old == new and all(c.heals == ["block"] for c in new)
+
+
+@pytest.mark.parametrize("name", ["demo", "small"])
+def test_the_sweeps_that_are_here_can_be_read(name):
+    file = Path(sweep.__file__).with_name(f"{name}.yaml")
+    found = configs(file)
+    assert len(found) == {"demo": 5, "small": 137}[name] and len({c.run_id() for c in found}) == len(found)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 20])
@@ -229,10 +242,10 @@ def test_a_later_success_removes_the_failure(place, tmp_path):  # noqa: F811
 
 
 def test_a_bug_of_ours_does_not_stop_the_rest(place, tmp_path, monkeypatch):  # noqa: F811
-    def broken(cfg, *args):
-        if cfg.method == "magnitude":
+    def broken(subject, *args):
+        if subject.cfg.method == "magnitude":
             raise RuntimeError("the axle\nbroke")
-        return real(cfg, *args)
+        return real(subject, *args)
     real = run.work
     monkeypatch.setattr(run, "work", broken)
     assert go(write(tmp_path, place, seeds=["0"]), tmp_path / "runs") == 1

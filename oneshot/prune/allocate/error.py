@@ -87,11 +87,11 @@ def convex_slopes(s: Sequence[float], e: Sequence[float]) -> tuple[np.ndarray, n
                 (e[i] - e[hull[-1]]) * (s[hull[-1]] - s[hull[-2]]):
             hull.pop()
         hull.append(i)
-    s = np.asarray(s)
-    e = np.interp(s, s[hull], np.asarray(e)[hull])
-    slopes = np.diff(e) / np.maximum(np.diff(s), 1e-12)
+    x = np.asarray(s)
+    y = np.interp(x, x[hull], np.asarray(e)[hull])
+    slopes = np.diff(y) / np.maximum(np.diff(x), 1e-12)
     ends = 1.5 * slopes[[0, -1]] - 0.5 * slopes[[1, -2]]
-    return np.concatenate([s[:1], (s[1:] + s[:-1]) / 2, s[-1:]]), np.concatenate([ends[:1], slopes, ends[1:]])
+    return np.concatenate([x[:1], (x[1:] + x[:-1]) / 2, x[-1:]]), np.concatenate([ends[:1], slopes, ends[1:]])
 
 
 def equal_slope(slopes: Mapping[str, tuple[np.ndarray, np.ndarray]], size: Mapping[str, int],

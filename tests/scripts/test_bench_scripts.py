@@ -1,0 +1,131 @@
+"""scripts/bench at toy size: prune, solvers, packed. (best.py: test_best.py; gpu.py: tests/kernels/interpreted.)"""
+
+import json
+import re
+import tempfile
+
+import common
+import packed
+import prune
+import pytest
+import solvers
+import tables
+import torch
+
+from oneshot import calibrate, models
+from oneshot.pipeline import run
+from oneshot.prune import patterns
+from oneshot.prune import solvers as ours
+
+
+def plain(text):
+    """A table without its padding."""
+    return re.sub(" +", " ", text)
+
+
+def test_prune(tmp_path, capsys):
+    assert prune.main(["--toy", "--out", str(tmp_path)]) == 0, capsys.readouterr().err
+    out = json.loads((tmp_path / "prune.json").read_text())
+    assert list(out["runs"]) == ["sparsegpt 0.5", "sparsegpt 2:4", "wanda 0.5"]
+    for timed in out["runs"].values():
+        assert timed["published"]["forward"] > 0 and timed["oneshot"]["forward"] > 0
+        assert set(timed["published"]) == set(timed["oneshot"]) == set(prune.PARTS)
+    page = (tmp_path / "prune.md").read_text()
+    assert "## The column loop alone" in page and "| 176 x 64 | 2:4 |" in plain(page)
+    assert capsys.readouterr().out == page
+    (tmp_path / "prune.md").unlink()
+    assert prune.main(["--page", "--out", str(tmp_path)]) == 0 and (tmp_path / "prune.md").read_text() == page
+
+
+def test_both_sides_prune_a_copy(monkeypatch):
+    """The model is left as it was, and what is timed is pruned."""
+    seen = []
+    real = prune.ours_block
+
+    def look(block, *args):
+        real(block, *args)
+        seen.extend(float((w.get() == 0).float().mean()) for w in block.weights)
+    monkeypatch.setattr(prune, "ours_block", look)
+    args = prune.parse_args(["--toy"])
+    monkeypatch.setattr(models, "walk", remembered := Walk(models.walk))
+    prune.measure(args)
+    assert len(seen) == 3 * 7 and all(share == pytest.approx(0.5, abs=0.01) for share in seen)
+    assert all(torch.equal(w.get(), before) for w, before in remembered.weights)
+
+
+class Walk:
+    """models.walk, with the weights of every block that it yields as they were then."""
+
+    def __init__(self, real):
+        self.real, self.weights = real, []
+
+    def __call__(self, *args, **kwargs):
+        for block in self.real(*args, **kwargs):
+            self.weights += [(w, w.get().clone()) for w in block.weights]
+            yield block
+
+
+def test_the_page_needs_its_numbers(tmp_path, capsys):
+    for script in (prune, solvers):
+        assert script.main(["--page", "--out", str(tmp_path)]) == 2
+        assert ".json" in capsys.readouterr().err
+
+
+def test_patterns_as_the_published_code_takes_them():
+    assert common.removed(patterns.parse("0.7")) == (0.7, 0, 0)
+    assert common.removed(patterns.parse("3:4")) == (0.25, 1, 4)  # it counts those that go
+
+
+def test_the_published_loop_runs_windows_in_their_order():
+    model, _ = models.load("demo", dtype="float32")
+    ids = torch.arange(3, 27).view(3, 8)
+    activations = calibrate.capture(model, ids, batch_size=1)
+    _, blocks = models.blocks(model)
+    call, inputs = common.caller(activations, 0), list(activations.hidden)
+    twice = [[call(blocks[0], x) for x in inputs] for _ in range(2)]
+    whole = calibrate.capture(model, ids, batch_size=3)
+    calibrate.replay(blocks[0], whole, 0)
+    for out in twice:
+        torch.testing.assert_close(torch.cat(out), whole.hidden[0])
+
+
+def test_solvers(tmp_path):
+    assert solvers.main(["--toy", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "solvers.json").read_text())["rows"]
+    assert {r["method"] for r in rows} >= set(ours.names()["solver"]) and len(rows) % 4 == 0
+    assert all(r["seconds"] > 0 and r["error"] > 0 for r in rows)
+    assert all(r["error"] == 1 for r in rows if r["method"] == "sparsegpt")
+    swaps = [r for r in rows if r["method"].endswith("+swaps")]
+    assert swaps and all(r["floor_flops"] is None for r in swaps)  # rows leave its rounds: rounds say no floor
+    assert "| alps |" in plain((tmp_path / "solvers.md").read_text())
+
+
+def test_packed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run.page, "of_one", lambda record: "")
+    small = ["--only", "demo", "--dtype", "float16", "--method", "magnitude", "--windows", "2"]
+    assert packed.main([*small, "--out", str(tmp_path / "results" / "bench")]) == 0, capsys.readouterr().err
+    text = (tmp_path / "results" / "bench" / "packed.json").read_text()
+    row, = json.loads(text)["models"]
+    assert row["packed_linears"] == row["linears"] == 35 and row["ratio"] == 0.5625
+    assert [p["windows"] for p in row["perplexity"]] == [2, 2]
+    assert all(p["dense"] == pytest.approx(p["packed"], rel=1e-6) for p in row["perplexity"])
+    assert str(tmp_path) not in text and tempfile.gettempdir() not in text
+    section = plain(tables.with_packed("", tmp_path))
+    assert f"| demo | float16 | builtin:prose @256 | {row['perplexity'][0]['dense']:.4f} |" in section
+
+
+def test_packed_says_which_claim_is_broken():
+    good = {"model": "m", "dtype": "bfloat16", "linears": 2, "packed_linears": 2, "ratio": 0.5625,
+            "perplexity": [{"text": "t", "relative_difference": 1e-9}], "faults": {"packed": [], "twin": []}}
+    assert packed.faults(good) == []
+    for change, word in (({"packed_linears": 1}, "1 of 2"), ({"ratio": 0.6}, "0.6000x"),
+                         ({"faults": {"twin": ["w: 3 values"]}}, "w: 3 values"),
+                         ({"perplexity": [{"text": "t", "relative_difference": float("nan")}]}, "perplexity on t")):
+        told, = packed.faults(good | change)
+        assert told.startswith("m bfloat16: ") and word in told
+
+
+def test_without_the_small_models_it_says_so(tmp_path, capsys):
+    assert packed.main(["--shared", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: --shared") and "not part of the repository" in err and err.count("\n") == 1

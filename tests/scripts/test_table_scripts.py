@@ -1,0 +1,180 @@
+"""scripts/tables, on invented records and on those of results/; and what holds for every script."""
+
+import ast
+import csv
+import importlib
+import re
+from pathlib import Path
+
+import best_table
+import figures
+import pytest
+import tables
+import test_accuracy
+import test_report
+
+from oneshot import report
+from oneshot.report import section
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted((ROOT / "scripts").rglob("*.py"))
+PROGRAMS = [file for file in SCRIPTS if "__main__" in file.read_text()]
+
+
+# ------------------------------------------------------------------ tables
+
+def test_tables_are_not_stale():
+    assert tables.main(["--check"]) == 0, "run python scripts/tables/tables.py"
+    assert best_table.main(["--check"]) == 0, "run python scripts/tables/best_table.py"
+
+
+@pytest.mark.parametrize("program", [tables.PROGRAM, "scripts/tables.py"])
+def test_tables_notice_a_change(tmp_path, program):
+    """Also in a section that bears an older program's name."""
+    (tmp_path / "none").mkdir()
+    (tmp_path / "README.md").write_text(section.replace("before\n", "pruning", program, "old") + "\nafter\n")
+    arguments = ["--runs", str(tmp_path / "none"), "--root", str(tmp_path)]
+    assert tables.main([*arguments, "--check"]) == 1
+    assert tables.main(arguments) == 0
+    assert tables.main([*arguments, "--check"]) == 0
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert text.count("written by") == 1 and f"pruning: written by {tables.PROGRAM} -->" in text
+
+
+@pytest.fixture
+def sweep_of_records(tmp_path):
+    """A folder of invented records: seeds, two windows counts of one text, and a run that failed."""
+    runs = [*test_report.sweep(), test_report.record("wanda", "0.5", 33.0, window=512)]
+    other = test_report.record("wanda", "0.5", 44.0, sha="9c" * 32, seed=5)  # as many tokens of another text
+    failed = {"schema": 1, "run_id": "x-failed", "status": "failed", "error": "it broke", "settings": {"model": "demo"},
+              "metrics": {}}
+    for r in [*runs, other, failed]:
+        if "data" in r:
+            r["model"] |= {"parameters": 100_000, "dtype": "bfloat16"}
+            if r["settings"]["method"] == "dense":
+                r["data"]["calibration"] = None
+            r["environment"] |= {"device": "cpu", "torch": "2", "transformers": "5"}
+        report.write(r, tmp_path / "runs" / f"{r['run_id']}.json")
+    return tmp_path
+
+
+def test_tables_give_mean_and_spread_over_seeds(sweep_of_records):
+    assert tables.main(["--runs", str(sweep_of_records / "runs"), "--root", str(sweep_of_records)]) == 0
+    lines = list(csv.DictReader((sweep_of_records / "results" / "tables.csv").open()))
+    [line] = [x for x in lines if x["method"] == "wanda" and x["pattern"] == "0.6"]
+    assert float(line["mean"]) == pytest.approx((20 + 20.125) / 2) and line["runs"] == "2"
+    assert float(line["std"]) == pytest.approx(0.125 / 2**0.5)
+    halves = [x for x in lines if x["method"] == "wanda" and x["pattern"] == "0.5"]
+    assert sorted((x["runs"], float(x["mean"])) for x in halves) == [("1", 33.0), ("1", 44.0), ("2", 20.0625)]
+    assert len({x["metric"] for x in halves}) == 3, "windows and texts stay apart"
+    text = (sweep_of_records / "README.md").read_text()
+    assert "20.06 ± 0.09" in text and "it broke" not in text
+    assert "failed: it broke" in (sweep_of_records / "results" / "tables.md").read_text()
+    every = list(csv.DictReader((sweep_of_records / "results" / "runs.csv").open()))
+    assert len(every) == 22 and sum(x["status"] == "failed: it broke" for x in every) == 1
+
+
+def test_figures_are_written_for_each_table(sweep_of_records):
+    out = sweep_of_records / "figures"
+    assert figures.main(["--runs", str(sweep_of_records / "runs"), "--out", str(out), "--formats", "svg,png"]) == 0
+    names = sorted(f.name for f in out.iterdir())
+    assert len(names) == 2 * (3 + 1 + 1)  # each text's bytes, the errors; one text met several patterns
+    assert {"demo-builtin-ppl-512-on-text-bytes.svg", "demo-builtin-ppl-512-on-text-bytes.png"} < set(names)
+    assert [name for name in names if "sparsity.svg" in name] == [
+        "demo-builtin-ppl-256--60-windows--7a7a7a7a--on-text-sparsity.svg"]
+    assert "demo-on-text-error.svg" in names
+
+
+def test_rounded_runs_stand_beside_the_pruned_ones_but_have_no_sparsity():
+    rounded = test_report.record("rtn", ppl=12.5, blocks=0)
+    rounded["settings"]["pattern"], rounded["data"]["calibration"] = "int8", None
+    runs = [test_report.record("dense", ppl=10.0), rounded, test_report.record("wanda", ppl=15.0),
+            test_report.record("wanda", "0.5", ppl=14.0)]
+    (rows,) = tables.groups(runs).values()
+    assert rows == runs
+    seen = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures.figures, "fig_perplexity", lambda rows, metric: seen.update(sparsity=rows))
+        patch.setattr(figures.figures, "fig_bytes", lambda rows, *_: seen.update(bytes=rows))
+        figures.draw(runs)
+    assert rounded in seen["bytes"] and rounded not in seen["sparsity"]
+
+
+@pytest.mark.parametrize("script", [tables, figures], ids=lambda script: script.__name__)
+def test_bad_input_of_tables_and_figures(script, tmp_path, capsys):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "a.json").write_text("{")
+    for argv, word in ((["--runs", str(tmp_path / "absent")], "absent"), (["--run", "x"], "--run"),
+                       (["--runs", str(tmp_path / "runs")], "a.json")):
+        assert script.main(argv) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and err.count("\n") == 1 and word in err
+
+
+def test_tasks_have_a_section_of_their_own_and_stay_out_of_the_readme(tmp_path):
+    for method, answers in (("dense", [1, 1, 0, 1]), ("wanda", [0, 1, 0, 1])):
+        r = test_accuracy.run(method, answers)
+        r["settings"] |= {"tasks": "letters", "task_limit": 4}
+        r["model"] |= {"parameters": 100_000}
+        r["data"]["calibration"] = None if method == "dense" else {"source": "c4.jsonl (3 documents); joined"}
+        r["environment"] |= {"device": "cpu", "torch": "2", "transformers": "5", "lm_eval": "0.4"}
+        report.write(r, tmp_path / "runs" / f"{r['run_id']}.json")
+    assert tables.main(["--runs", str(tmp_path / "runs"), "--root", str(tmp_path)]) == 0
+    text = (tmp_path / "results" / "tables.md").read_text()
+    assert "calibrated on c4.jsonl (3 documents); at most the first 4 documents" in text
+    assert "| letters acc | " in text and "0.500° (-0.250 ± 0.250 ~)" in text and "2 of 2 values" in text
+    assert "letters" not in (tmp_path / "README.md").read_text()
+
+
+# ------------------------------------------------------------------ every script
+
+@pytest.mark.parametrize("file", PROGRAMS, ids=lambda file: file.stem)
+def test_help_of_every_script(file, capsys):
+    if file.stem == "gpu":
+        pytest.importorskip("triton", reason="the kernels need Triton (pip install triton)")
+    with pytest.raises(SystemExit) as ended:
+        module = importlib.import_module(file.stem)
+        paper = [module.PAPER] if hasattr(module, "PAPER") else []
+        module.main(*paper, ["--help"])
+    out = capsys.readouterr().out
+    assert ended.value.code == 0 and "usage: " in out and f"python scripts/{file.parent.name}/" in out
+
+
+def test_the_readmes_name_each_script_and_what_they_name_is_there():
+    for readme in (ROOT / "scripts" / "README.md", ROOT / "results" / "README.md"):
+        named = re.findall(r"scripts/[\w/]+\.\w+", readme.read_text())
+        assert named and all((ROOT / name).exists() for name in named), readme
+    text = (ROOT / "scripts" / "README.md").read_text()
+    assert not [file.name for file in SCRIPTS if file.name not in text]
+    names = [file.stem for file in SCRIPTS]
+    assert len(names) == len(set(names)), "tests import them by these names"
+
+
+def test_results_hold_nothing_that_their_readme_does_not_name():
+    text = (ROOT / "results" / "README.md").read_text()
+    found = [f.relative_to(ROOT / "results") for f in (ROOT / "results").iterdir() if f.name != "README.md"]
+    assert not [name for name in map(str, found) if f"`{name}" not in text]
+
+
+def private(source):
+    """What a source uses of other modules though its name begins with an underscore; torch's own is torch's matter."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom | ast.Import):
+            names = [getattr(node, "module", "") or "", *(alias.name for alias in node.names)]
+            found |= {name for name in names if re.search(r"(^|\.)_[a-z]", name)}
+        if isinstance(node, ast.Attribute) and re.match("_[a-z]", node.attr):
+            used = ast.unparse(node)
+            found |= set() if used.split(".")[0] in ("self", "torch", "os") else {used}
+    return found
+
+
+@pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: file.stem)
+def test_no_script_reads_what_is_private(file):
+    assert not private(file.read_text())
+
+
+def test_what_is_private_is_found():
+    assert private("from a import _b") == {"_b"} and private("import _a") == {"_a"} and private("a._b.c") == {"a._b"}
+    assert private("self._a = torch._b(a.b)") == set()
