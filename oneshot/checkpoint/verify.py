@@ -40,8 +40,10 @@ class Verified(NamedTuple):
     unchecked: tuple[str, ...] = ()
 
 
-def verify(path: str | Path) -> Verified:
+def verify(path: str | Path, trust_remote_code: bool = False) -> Verified:
     """Check a folder against its manifest.
+
+    trust_remote_code: run code that the folder brings, to load its model.
 
     Raises ValueError when the folder is not a finished checkpoint of oneshot, or cannot be loaded.
     """
@@ -53,7 +55,7 @@ def verify(path: str | Path) -> Verified:
     changed = contents.differences(path, data)
     try:
         with packed.unchecked():
-            model, _ = models.load(str(path), flag="")
+            model, _ = models.load(str(path), flag="", trust_remote_code=trust_remote_code)
     except ValueError as error:
         more = f"; not as recorded: {changed[0]}" + (f" and {len(changed) - 1} more" if changed[1:] else "")
         raise ValueError(f"{error}{more if changed else ''}") from None
@@ -93,12 +95,12 @@ def check_linears(model: torch.nn.Module, data: dict) -> tuple[list[dict], list[
     return rows, faults
 
 
-def compare(path: str | Path, twin: str | Path) -> tuple[int, list[str]]:
+def compare(path: str | Path, twin: str | Path, trust_remote_code: bool = False) -> tuple[int, list[str]]:
     """(number of tensors compared, one line per difference) for two checkpoints of the same model, packed or dense.
 
     Names, shapes, dtypes and values must be equal. Packed linears are compared as the dense matrices they represent.
     """
-    ours, theirs = dense_tensors(path), dense_tensors(twin, "--twin")
+    ours, theirs = (dense_tensors(folder, flag, trust_remote_code) for folder, flag in ((path, ""), (twin, "--twin")))
     faults = [f"{name}: only in {path}" for name in ours if name not in theirs]
     faults += [f"{name}: only in {twin}" for name in theirs if name not in ours]
     shared = [name for name in ours if name in theirs]
@@ -111,13 +113,13 @@ def compare(path: str | Path, twin: str | Path) -> tuple[int, list[str]]:
     return len(shared), faults
 
 
-def dense_tensors(path: str | Path, flag: str = "") -> dict[str, torch.Tensor]:
+def dense_tensors(path: str | Path, flag: str = "", trust_remote_code: bool = False) -> dict[str, torch.Tensor]:
     """{name: tensor} of a checkpoint, with linears as (R, C) whether they are stored packed, dense or transposed.
 
     flag: the start of error messages.
     """
     with packed.unchecked():  # what has changed shows in the comparison
-        model, _ = models.load(str(path), flag=flag)
+        model, _ = models.load(str(path), flag=flag, trust_remote_code=trust_remote_code)
     packed.to_dense(model)
     transposed = {f"{weight.name}.weight" for weight in models.all_weights(model) if weight.transposed}
     return {name: t.T if name in transposed else t for name, t in model.state_dict().items()}
@@ -152,11 +154,12 @@ def run(argv: list[str] | None) -> int:
     parser.add_argument("folder", help="a folder that oneshot prune --save wrote")
     parser.add_argument("--twin", metavar="OTHER", help="another folder that must hold the same model, tensor by "
                                                         "tensor, such as the dense version of a packed checkpoint")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that the folder brings, to load it")
     parser.add_argument("--quiet", action="store_true", help="print only faults and the verdict")
     args = parser.parse_args(argv)
     models.quiet()
-    found = verify(args.folder)
-    equal, different = compare(args.folder, args.twin) if args.twin else (0, [])
+    found = verify(args.folder, args.trust_remote_code)
+    equal, different = compare(args.folder, args.twin, args.trust_remote_code) if args.twin else (0, [])
     if not args.quiet:
         show(found)
     for fault in found.faults + different:

@@ -43,8 +43,8 @@ def measure(name: str, flag: str, prompt: str, args: argparse.Namespace) -> dict
     gc.collect()
     environment.reset_peak_memory(args.device)
     on_cpu = torch.device(args.device).type == "cpu"
-    model, tokenizer = models.load(name, flag=flag,
-                                   dtype="float32" if on_cpu and args.dtype == "auto" else args.dtype)
+    dtype = "float32" if on_cpu and args.dtype == "auto" else args.dtype
+    model, tokenizer = models.load(name, flag=flag, dtype=dtype, trust_remote_code=args.trust_remote_code)
     model.to(args.device)
     packed = bool(linears(model))
     if packed and not on_cpu:  # q, k, v and gate, up in one launch each
@@ -122,6 +122,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
     p.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1")
     p.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: as stored on a GPU, float32 on a CPU")
+    p.add_argument("--trust-remote-code", action="store_true", help="run code that the model's repository brings")
     p.add_argument("--static", action="store_true", help="use a static cache and compiled decoding (GPU)")
     args = p.parse_args(argv)
     args.device = environment.resolve_device(args.device)
