@@ -99,7 +99,7 @@ def sensitivities(file: str) -> dict:
         why = "entries without a name"
     except (ValueError, LookupError, TypeError) as error:
         why = f"no {error} in it" if isinstance(error, LookupError) else one_line(error)
-    raise ValueError(f"--keep-dense {file}: holds no sensitivities ({why}); give the record of a run with --sensitivity")
+    raise ValueError(f"--keep-dense {file}: holds no sensitivities ({why}); give a record made with --sensitivity")
 
 
 def kept_mark(cfg: RunConfig, model: nn.Module, weights: str) -> str:
