@@ -80,6 +80,7 @@ MOE = ("mixtral", "qwen3_moe", "qwen2_moe", "gpt_oss", "deepseek_v3", "granitemo
        "gemma4_moe", "llama4")
 NOT_REACHED = {  # what looks prunable in a block and is reported instead of pruned
     "jamba": ("mamba.A_log", "mamba.conv1d.weight"),
+    "bamba": ("mamba.conv1d.weight",),
     "qwen3_next": ("linear_attn.conv1d.weight",),
 }
 REFUSED = ("xlm", "rwkv")  # they do more between their blocks than hand on a hidden state

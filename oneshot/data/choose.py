@@ -39,7 +39,7 @@ class DataOptions:
                             "without it (Gemma), else as the tokenizer does it by default", section="data",
                     bears_on="text", choices=encode.MODES, added=True)
     per_line: bool = flag(False, "treat each line of a .txt file as a document", section="data", bears_on="text")
-    column: str | None = flag(None, "column that holds the text or the conversations (default: text, else messages, else "
+    column: str | None = flag(None, "column that holds the text or conversations (default: text, else messages, else "
                                     "the only one with text)", section="data", bears_on="text")
     data_config: str | None = flag(None, "configuration of a hub data set", section="data", bears_on="text")
     split: str | None = flag(None, "split of a hub data set", section="data", bears_on="text")
@@ -72,7 +72,7 @@ def calibration(cfg: Settings, model: nn.Module, tokenizer: Tokenizer) -> Tokens
 
 
 def given(ids: torch.Tensor, model: nn.Module, tokenizer: Tokenizer | None = None) -> Tokens:
-    """Tokens from ids made by the caller, integers (n, seqlen). Raises ValueError for ids that the model cannot take."""
+    """Tokens from ids made by the caller, int (n, seqlen). Raises ValueError for ids that the model cannot take."""
     tokens = windows.given(ids)
     window(model, tokens.ids.shape[1], "calibration: windows of")
     return embedding.fitting(tokens, model, tokenizer, "calibration")

@@ -44,7 +44,7 @@ def within(ids: torch.Tensor, known: int) -> bool:
 
 @contextlib.contextmanager
 def guarded(model: nn.Module, tokenizer: Tokenizer, said: str) -> Iterator[None]:
-    """Within the context, the model refuses token ids beyond its embedding; a GPU would only say that it has crashed."""
+    """Within the context, the model refuses token ids beyond its embedding; on a GPU they would end the process."""
     def look(module: nn.Module, args: tuple) -> None:
         if args and isinstance(args[0], torch.Tensor) and not args[0].is_floating_point():
             check(args[0], model, tokenizer, said)

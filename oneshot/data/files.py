@@ -112,8 +112,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
     """A file's bytes, unpacked, while they are read; whatever goes wrong meanwhile is an Unusable."""
     try:
         check_file(path)
-        packing = path.suffix.lower()
-        with unpack_zst(path) if packing == ".zst" else gzip.open(path) if packing == ".gz" else open(path, "rb") as file:
+        with {".gz": gzip.open, ".zst": open_zst}.get(path.suffix.lower(), open_plain)(path) as file:
             yield file
     except Unusable:
         raise
@@ -121,7 +120,12 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         raise Unusable(f"cannot read {path.name} ({reason(error)}); check the path, use UTF-8") from error
 
 
-def unpack_zst(path: Path) -> BinaryIO:
+def open_plain(path: Path) -> BinaryIO:
+    """The bytes of a file as it is."""
+    return open(path, "rb")
+
+
+def open_zst(path: Path) -> BinaryIO:
     """A .zst file's bytes, by Python's own module where it has one."""
     try:
         from compression import zstd  # Python 3.14

@@ -33,7 +33,8 @@ def sample_from_model(model: nn.Module | None, tokenizer: Tokenizer, nsamples: i
     drawn, was_training = [], model.training
     model.eval()
     try:
-        with tqdm(total=total * (seqlen - 1), desc="sampling", unit=" tokens", disable=not progress) as bar:
+        with models.own_code(f"--calibration self: {type(model).__name__} cannot be run token by token"), \
+                tqdm(total=total * (seqlen - 1), desc="sampling", unit=" tokens", disable=not progress) as bar:
             for number, first in enumerate(batches):
                 # Seeded by a hash: with seed + number, seeds 0 and 1 would share most of their batches.
                 mixed = random.Random(f"{seed}/{number}").getrandbits(63)

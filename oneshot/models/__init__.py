@@ -36,7 +36,7 @@ from .weights import Conv1D, Weight, left_alone, mlp, silent, untouched, weights
 
 __all__ = [
     "DEMO", "Block", "Conv1D", "Tokenizer", "Weight", "all_weights", "blocks", "compute_dtype", "config_of", "decoder",
-    "embedded", "experts_one_by_one", "fingerprint", "is_experts", "left_alone", "load", "max_positions", "mlp", "outside", "own_code", "quiet",
-    "resident", "rest_of", "shares_weights", "silent", "skipped", "source_of", "tensors_of", "unreached", "untouched",
-    "walk", "weights_of",
+    "embedded", "experts_one_by_one", "fingerprint", "is_experts", "left_alone", "load", "max_positions", "mlp",
+    "outside", "own_code", "quiet", "resident", "rest_of", "shares_weights", "silent", "skipped", "source_of",
+    "tensors_of", "unreached", "untouched", "walk", "weights_of",
 ]

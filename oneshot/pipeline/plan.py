@@ -1,9 +1,7 @@
 """Plan: which linear gets which pattern, and the pruning job made from that."""
 
 import fnmatch
-import json
 from collections.abc import Collection, Sequence
-from pathlib import Path
 
 from torch import nn
 
@@ -16,6 +14,8 @@ from ..prune import job as jobs
 from ..prune.job import Chain, Job
 from ..prune.patterns import Dense, Pattern
 from ..prune.shared_inputs import dense_pass
+from ..runtime.command import one_line
+from ..runtime.inputs import parse_json, read_text
 from ..settings import RunConfig
 
 Plan = dict[str, Pattern]
@@ -93,14 +93,13 @@ def most_sensitive(file: str, count: int) -> list[str]:
 def sensitivities(file: str) -> dict:
     """The record in a file, if it holds what `--sensitivity` measured. Raises ValueError naming `--keep-dense`."""
     try:
-        record = json.loads(Path(file).read_text(encoding="utf-8"))
+        record = parse_json(read_text(file))
         if all(isinstance(row["name"], str) for row in record["sensitivity"]) and record["model"]["fingerprint"]:
             return record
-    except OSError as error:
-        raise ValueError(f"--keep-dense {file}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        pass
-    raise ValueError(f"--keep-dense {file}: holds no sensitivities; give the record of a run with --sensitivity")
+        why = "entries without a name"
+    except (ValueError, LookupError, TypeError) as error:
+        why = f"no {error} in it" if isinstance(error, LookupError) else one_line(error)
+    raise ValueError(f"--keep-dense {file}: holds no sensitivities ({why}); give a record made with --sensitivity")
 
 
 def kept_mark(cfg: RunConfig, model: nn.Module, weights: str) -> str:

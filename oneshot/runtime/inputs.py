@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair: such a string is no text and cannot be written as UTF-8
+ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")  # one in JSON, half or whole
 
 
 def check_file(path: str | Path) -> None:
@@ -42,6 +43,16 @@ def parse_json(text: str) -> Any:
         raise ValueError("not JSON that can be read (nested too deeply)") from None
     except ValueError as error:  # also an integer of too many digits
         raise ValueError(f"not JSON ({error})") from None
+
+
+def parse_object(text: str) -> dict:
+    """The JSON object that a text stands for, all of its strings good ones. Raises ValueError."""
+    found = parse_json(text)
+    if not isinstance(found, dict):
+        raise ValueError("must be a JSON object")
+    if ESCAPED.search(text) and SURROGATE.search(json.dumps(found, ensure_ascii=False)):
+        raise ValueError("holds half of a surrogate pair (a cut emoji); correct it")
+    return found
 
 
 def check_string(text: str) -> None:

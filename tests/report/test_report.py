@@ -141,7 +141,7 @@ def test_not_finite_metrics_stay_valid_json_and_come_back(tmp_path, bad):
 
 
 @pytest.mark.parametrize("content, says", [
-    ("", "no valid JSON"), ("{", "no valid JSON"), ("[1]", "not a run"), ('{"a": 1}', "not a run record"),
+    ("", "not JSON"), ("{", "not JSON"), ("[1]", "not a run"), ('{"a": 1}', "not a run record"),
     ('{"schema": 7, "run_id": "x", "environment": {"oneshot": "9.1"}}', "schema 7 .by oneshot 9.1.")])
 def test_what_is_no_record_is_refused_by_name(tmp_path, content, says):
     path = tmp_path / "x.json"

@@ -46,6 +46,14 @@ def _(b):
     assert [text_of(b, documents="separate", per_line=each, **lines)["windows"] for each in (False, True)] == [1, 4]
 
 
+@wire("bos")
+def _(b):
+    found = {mode: text_of(b, bos=mode) for mode in ("auto", "each", "first", "none")}
+    assert len({found[mode]["sha256"] for mode in ("auto", "each", "first")}) == 3
+    assert found["none"]["sha256"] == found["auto"]["sha256"], "this tokenizer adds none by default"
+    assert "each after <s>" in found["each"]["source"]
+
+
 @wire("column")
 def _(b):
     assert text_of(b, calibration=b.place / "rows.jsonl", column="a")["sha256"] != \
