@@ -1,4 +1,4 @@
-"""What is contacted and executed: nothing, where all input is local and nobody has said that code is trusted."""
+"""What is contacted and executed: nothing, where all input is local and nobody has said that code is to be trusted."""
 
 import json
 import os
@@ -77,8 +77,7 @@ def test_nothing_is_contacted_when_all_input_is_local(place, tmp_path):  # noqa:
     run = ["prune", *tiny.flags(place, method="magnitude", nsamples=2, eval_windows=2, results=tmp_path / "runs",
                                 calibration=tmp_path / "t.parquet", save=tmp_path / "saved", tasks="mine",
                                 task_path=tasks_at, prompts=tmp_path / "p.jsonl",
-                                evaluate=f"a={tmp_path / 't.csv'},b={tmp_path / 't.jsonl'},"
-                                         f"c={place / 'evaluation.txt'}")]
+                                evaluate=f"{tmp_path / 't.csv'},b={tmp_path / 't.jsonl'},{place / 'evaluation.txt'}")]
     demo = ["prune", *tiny.flags(place, "--no-dense", model="demo", calibration="builtin", evaluate="builtin",
                                  nsamples=2, eval_windows=1, results=tmp_path / "runs")]
     commands = [run, demo, ["verify", str(tmp_path / "saved"), "--twin", str(tmp_path / "saved")],
