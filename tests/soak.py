@@ -1,6 +1,6 @@
 """The soak: hundreds of kills, pairs of processes, bit flips and mutations. `make soak`; a short slice is in the suite.
 
-    python tests/soak.py [--work build/soak] [--kills 300] [--pairs 60] [--flips 300] [--mutations 300] [--seed 0]
+    python tests/soak.py [--work build/soak] [--kills 600] [--pairs 150] [--flips 600] [--mutations 1000] [--seed 0]
                          [--page results/soak.md]
 
 No result may be wrong with exit code 0, and nothing may end in a traceback: exit code 1 then. WORK/outcomes.jsonl keeps
@@ -26,7 +26,7 @@ from oneshot import models  # noqa: E402
 from oneshot.runtime.environment import environment  # noqa: E402
 from oneshot.runtime.files import write_text  # noqa: E402
 
-GROUPS = {"kills": 300, "pairs": 60, "flips": 300, "mutations": 300}
+GROUPS = {"kills": 600, "pairs": 150, "flips": 600, "mutations": 1000}
 BAD = ("WRONG", "TRACEBACK")
 
 
