@@ -2,6 +2,7 @@
 
 import fnmatch
 import json
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -67,9 +68,10 @@ def kept_dense(spec: str | None, names: Sequence[str]) -> set[str]:
     for entry in filter(None, (part.strip() for part in (spec or "").split(","))):
         file, colon, count = entry.rpartition(":")
         if colon and file.endswith(".json") and count.isdecimal():
-            wanted = most_sensitive(file, int(count))
-            found = {name for name in names for unit in wanted if name == unit or name.startswith(f"{unit}.")
-                     or (f".{unit}" in name and name.endswith(f".{unit}"))}
+            units = {unit: members(unit, names) for unit in most_sensitive(file, int(count))}
+            if missing := [unit for unit, found in units.items() if not found]:
+                raise ValueError(f"--keep-dense {entry}: the model has no {missing[0]}; give a record of this model")
+            found = set().union(*units.values())
         else:
             found = set(fnmatch.filter(names, entry))
         if not found:
@@ -79,6 +81,12 @@ def kept_dense(spec: str | None, names: Sequence[str]) -> set[str]:
     if len(kept) == len(names):
         raise ValueError(f"--keep-dense {spec}: keeps all linears dense, nothing is left to prune")
     return kept
+
+
+def members(unit: str, names: Sequence[str]) -> set[str]:
+    """The linears among `names` that a unit of `--sensitivity` stands for: itself, all experts, all blocks."""
+    return {name for name in names for kind in (name, re.sub(r"\.\d+$", "", name))
+            if kind == unit or kind.endswith(f".{unit}")}
 
 
 def most_sensitive(file: str, count: int) -> list[str]:
