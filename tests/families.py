@@ -49,7 +49,7 @@ FAMILIES = {
     "modernbert": ("modernbert-decoder", {"local_attention": WINDOW, "num_key_value_heads": 4,
                                           "layer_types": SLIDING["layer_types"]}),
     "xlm": ("xlm", {"emb_dim": 32, "n_layers": 2, "n_heads": 4}),
-    "rwkv": ("rwkv", {"attention_hidden_size": 32}),
+    "rwkv": ("rwkv", {"attention_hidden_size": 32, "num_hidden_layers": 8}),  # it rescales after every sixth
     "cohere2": ("cohere2", {**HEAD, **SLIDING}),
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": ("qwen3_moe", {**HEAD, **QWEN_MOE}),
@@ -62,6 +62,8 @@ FAMILIES = {
     "jamba": ("jamba", {"num_experts": 4, "num_experts_per_tok": 2, "expert_layer_period": 2,
                         "expert_layer_offset": 1, "attn_layer_period": 2, "attn_layer_offset": 1,
                         "mamba_d_state": 8, "mamba_d_conv": 4, "mamba_dt_rank": 8}),
+    "bamba": ("bamba", {"num_hidden_layers": 3, "attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8,
+                        "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_d_conv": 4, "mamba_chunk_size": 8}),
     "qwen3_next": ("qwen3_next", {**HEAD, **QWEN_MOE, **SHARED, **LINEAR_ATTENTION}),
     "llama4": ("llama4_text", {**HEAD, "num_local_experts": 4, "num_experts_per_tok": 1,
                                "intermediate_size_mlp": 48, "interleave_moe_layer_step": 2,
@@ -78,6 +80,7 @@ MOE = ("mixtral", "qwen3_moe", "qwen2_moe", "gpt_oss", "deepseek_v3", "granitemo
        "gemma4_moe", "llama4")
 NOT_REACHED = {  # what looks prunable in a block and is reported instead of pruned
     "jamba": ("mamba.A_log", "mamba.conv1d.weight"),
+    "bamba": ("mamba.conv1d.weight",),
     "qwen3_next": ("linear_attn.conv1d.weight",),
 }
 REFUSED = ("xlm", "rwkv")  # they do more between their blocks than hand on a hidden state

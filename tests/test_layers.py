@@ -19,7 +19,7 @@ METHODS = ("prune.solvers", "prune.allocate", "heal", "measure")  # `names()` of
 PURE = {"runtime.flag", "calibrate.statistics", "prune.patterns", "prune.linalg"}  # what solvers and allocations see
 ONLY_IN = {  # library: the stages, or the one file, that know it
     "transformers": {"models", "checkpoint.packed"},  # packed is a format that transformers itself loads
-    "datasets": {"data.sources"},
+    "datasets": {"data.hub"},
     "lm_eval": {"measure"},
     "matplotlib": {"report.figures"},
     "jinja2": {"report.page"},
@@ -180,8 +180,8 @@ def test_files_and_functions_stay_small():
     ("oneshot.measure.damage", "from .divergence import metrics", "do not import each other"),
     ("oneshot.calibrate.activations", "from transformers import AutoConfig", "only in"),
     ("oneshot.measure.tasks", "import lm_eval", "inside the function"),
-    ("oneshot.measure.tasks", "def f():\n    import datasets", "only in data.sources"),
-    ("oneshot.data.sources", "import datasets", "inside the function"),
+    ("oneshot.measure.tasks", "def f():\n    import datasets", "only in data.hub"),
+    ("oneshot.data.hub", "import datasets", "inside the function"),
     ("oneshot.report.figures.depth", "class A:\n    from matplotlib import pyplot", "inside the function"),
     ("oneshot.report.tables", "def f():\n    import matplotlib", "only in report.figures"),
     ("oneshot.measure.speed", "import oneshot_kernels", "only in"),

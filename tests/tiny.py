@@ -74,6 +74,7 @@ def flags(place, *more, **changed):
     given = {"model": place / "model", "method": "wanda", "pattern": "2:4", "calibration": place / "calibration.txt",
              "evaluate": place / "evaluation.txt", "nsamples": 8, "seqlen": WINDOW, "batch_size": 4,
              "results": place / "runs"} | changed
+    more = (*more, "--trust-task-code") if "task_path" in changed else more
     pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in given.items() if value is not None]
     return [*(part for pair in pairs for part in pair), "--no-progress", *map(str, more)]
 

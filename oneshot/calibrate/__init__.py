@@ -1,6 +1,7 @@
 """Calibrate: run the calibration tokens through the blocks and collect statistics of every linear's inputs.
 
-    activations   the hidden states between blocks: capture them, replay a block, compute logits
+    activations   the hidden states between blocks: capture them, replay a block
+    head          logits from the hidden states after the last block
     collect       collect the statistics of a block's linears by hooks, in one forward pass of the block
     statistics    running sums over one linear's inputs
     health        whether a pruned block's output has collapsed
@@ -12,14 +13,11 @@ from .activations import (
     batches,
     capture,
     forward,
-    logits,
-    logits_to_keep,
     replay,
-    slices_logits,
-    tail,
     tree_map,
 )
 from .collect import Limits, collect
+from .head import logits, logits_to_keep, slices_logits, tail
 from .statistics import NEEDS, SAMPLE, Statistics
 
 __all__ = ["NEEDS", "SAMPLE", "Activations", "Limits", "Statistics", "Wait", "batches", "capture", "collect", "forward",

@@ -13,7 +13,6 @@ every block; a stub records its (args, kwargs) and returns its input. Only the e
 import contextlib
 import copy
 import functools
-import inspect
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -37,7 +36,7 @@ class Activations:
     """The hidden states of all batches at one block, with everything needed to run the remaining blocks on them.
 
     device: where blocks run. place, dtype: where and in which dtype hidden states are kept between blocks (dtype None:
-    as computed). returns_tuple: whether blocks return a tuple. calls[block][batch]: (args, kwargs), with HIDDEN in
+    as computed). returns: what blocks return, see `returned`. calls[block][batch]: (args, kwargs), with HIDDEN in
     place of the hidden state. inputs: the model's own arguments, one dict per batch. hidden, rows, held: one entry per
     batch, see above.
     """
@@ -45,7 +44,7 @@ class Activations:
     device: torch.device
     place: torch.device
     dtype: torch.dtype | None
-    returns_tuple: bool
+    returns: int | None
     calls: list[list[tuple]]
     inputs: list[dict[str, torch.Tensor]] = field(default_factory=list)
     hidden: list[torch.Tensor] = field(default_factory=list)
@@ -77,23 +76,23 @@ class Activations:
 HIDDEN = object()
 
 
-class _Stub(nn.Module):
+class Stub(nn.Module):
     """Takes the place of a block: calls `record(args, kwargs)`, then returns `out`, or its input if `out` is None."""
 
     def __init__(self, real: nn.Module, record: Callable[[tuple, dict], None] | None, out: torch.Tensor | None = None,
-                 returns_tuple: bool = False):
+                 returns: int | None = None):
         super().__init__()
-        self.__dict__.update(real=real, record=record, out=out, returns_tuple=returns_tuple)
+        self.__dict__.update(real=real, record=record, out=out, returns=returns)
 
     def __getattr__(self, name: str) -> Any:  # models read attributes of their layers, such as attention_type
         return getattr(self.__dict__["real"], name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor]:
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor | None, ...]:
         """See the class."""
         if self.record:
             self.record(args, kwargs)
         out = self.out if self.out is not None else args[0] if args else kwargs["hidden_states"]
-        return (out,) if self.returns_tuple else out
+        return out if self.returns is None else (out, *[None] * (self.returns - 1))
 
 
 @contextlib.contextmanager
@@ -122,7 +121,7 @@ def capture(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = Non
     _, block_list = models.blocks(model)
     inner, device, wait = models.decoder(model), torch.device(device), wait or Wait()
     activations = Activations(device, torch.device(wait.place or device), wait.dtype,
-                              returns_tuple(model, ids, device), [[] for _ in block_list])
+                              returned(model, ids, device), [[] for _ in block_list])
     intern, first = _Intern(), []
 
     def record(b: int, args: tuple, kwargs: dict) -> None:
@@ -139,7 +138,7 @@ def capture(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = Non
             raise ValueError("it does more between its blocks than pass their outputs on")
         activations.calls[b].append(tree_map(intern, (args, kwargs)))
 
-    stubs = [_Stub(block, functools.partial(record, b), returns_tuple=activations.returns_tuple)
+    stubs = [Stub(block, functools.partial(record, b), returns=activations.returns)
              for b, block in enumerate(block_list)]
     with models.resident(models.rest_of(inner, block_list), device), stubbed(block_list, stubs):
         for windows, held in batches(len(ids), batch_size, held_out):
@@ -147,11 +146,8 @@ def capture(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = Non
             inputs = {"input_ids": ids[windows].to(device)}
             if mask is not None:
                 inputs["attention_mask"] = mask[windows].long().to(device)
-            try:
+            with models.own_code(cannot(model), ()):  # also when blocks should return more than one tensor
                 inner(**inputs, use_cache=False)
-            except (TypeError, ValueError) as error:  # also when blocks should return more than one tensor
-                kind = type(model).__name__
-                raise ValueError(f"--model: {kind} cannot be run block by block: {error}") from error
             activations.inputs.append(inputs)
             activations.held.append(held)
             padded = mask is not None and not bool(mask[windows].all())
@@ -173,10 +169,16 @@ def batches(n: int, size: int, held_out: Sequence[int] = ()) -> list[tuple[torch
             for part in windows.tensor_split(-(-len(windows) // size))]
 
 
-@torch.no_grad()
-def returns_tuple(model: nn.Module, ids: torch.Tensor, device: torch.device) -> bool:
-    """Whether the model's blocks return a tuple (Bloom, Falcon; GPT-1: a list) rather than a tensor.
+def cannot(module: nn.Module) -> str:
+    """The start of the message for a model, or a block, whose own code fails."""
+    return f"--model: {type(module).__name__} cannot be run block by block"
 
+
+@torch.no_grad()
+def returned(model: nn.Module, ids: torch.Tensor, device: torch.device) -> int | None:
+    """What the model's blocks return: None: a tensor; n: n values, of which all but the first are None (Bamba: 2).
+
+    1 also if the others are not None (Bloom, Falcon; GPT-1: a list): where the model takes them, `capture` refuses it.
     Found by running block 0 on two tokens of ids (n, T).
     """
     _, block_list = models.blocks(model)
@@ -184,13 +186,18 @@ def returns_tuple(model: nn.Module, ids: torch.Tensor, device: torch.device) -> 
 
     def ask(args: tuple, kwargs: dict) -> None:
         with models.resident(models.tensors_of(first), device):
-            answer.append(isinstance(first(*args, **kwargs), (tuple, list)))
+            answer.append(first(*args, **kwargs))
         raise _Enough
 
-    with models.resident(models.rest_of(inner, block_list), device), contextlib.suppress(_Enough), \
-            stubbed(block_list, [_Stub(first, ask), *block_list[1:]]):
+    with models.own_code(cannot(model), ()), models.resident(models.rest_of(inner, block_list), device), \
+            contextlib.suppress(_Enough), stubbed(block_list, [Stub(first, ask), *block_list[1:]]):
         inner(input_ids=ids[:1, :2].to(device), use_cache=False)
-    return answer[0]
+    if not answer:
+        raise ValueError(f"{cannot(model)}: it does not call its first block")
+    out = answer[0]
+    if not isinstance(out, (tuple, list)):
+        return None
+    return len(out) if all(value is None for value in out[1:]) else 1
 
 
 class _Enough(Exception):
@@ -243,7 +250,8 @@ def forward(block: nn.Module, activations: Activations, b: int, i: int) -> torch
         return t.to(activations.device, torch.float32 if upcast else t.dtype)
 
     args, kwargs = tree_map(bring, activations.calls[b][i])
-    out = block(*args, **kwargs)
+    with models.own_code(cannot(block)):
+        out = block(*args, **kwargs)
     return out[0] if isinstance(out, (tuple, list)) else out
 
 
@@ -259,35 +267,3 @@ def replay(block: nn.Module, activations: Activations, b: int) -> torch.Tensor |
         first = out if first is None else first
         activations.put(i, out)
     return first
-
-
-def logits(model: nn.Module, activations: Activations, i: int, *,
-           elements: int = 2**26) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield (positions (P,), logits (B, P, V)) of batch i, for activations that have passed all blocks.
-
-    At most `elements` logits at a time, so that a large vocabulary cannot exhaust the memory. The parts of the model
-    outside the blocks must be resident on the activations' device.
-    """
-    B, T = activations.inputs[i]["input_ids"].shape
-    step = max(1, elements // (B * models.config_of(model).vocab_size)) if slices_logits(model) else T
-    for positions in torch.arange(T, device=activations.device).split(step):
-        with torch.no_grad():
-            yield positions, tail(model, activations, i, positions)
-
-
-def tail(model: nn.Module, activations: Activations, i: int, positions: torch.Tensor) -> torch.Tensor:
-    """Logits (B, P, V) at `positions` (P,) of batch i, computed by the model's own code after its last block."""
-    _, block_list = models.blocks(model)
-    hidden = activations.hidden[i].to(activations.device, model.get_input_embeddings().weight.dtype)
-    with stubbed(block_list, [_Stub(block, None, hidden, activations.returns_tuple) for block in block_list]):
-        return model(**activations.inputs[i], use_cache=False, **logits_to_keep(model, positions)).logits
-
-
-def slices_logits(model: nn.Module) -> bool:
-    """Whether the model can compute the logits of selected positions only (nearly every model can)."""
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
-
-
-def logits_to_keep(model: nn.Module, positions: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The keyword arguments that restrict the model's logits to `positions` (P,); none if it cannot."""
-    return {"logits_to_keep": positions} if slices_logits(model) else {}

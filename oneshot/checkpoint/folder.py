@@ -121,8 +121,8 @@ class Folder:
             try:
                 state, rows, used, self._seal = kept.read(self._block(number), self.run_id, number, self._seal)
             except kept.Damaged as why:
-                self._drop_from(number, f"block {number} that an interrupted run had saved {why}; it is pruned again, "
-                                        "and so are all later ones")
+                self._drop_from(number, f"block {number}, saved by the interrupted run, {why}; it is pruned again, and "
+                                        "so are all later ones")
                 return
             self._used.append(used)
             yield state, rows

@@ -58,15 +58,15 @@ def read(file: Path, run_id: str, number: int, before: str) -> tuple[State, dict
         raise Damaged(f"cannot be read ({' '.join(str(error).split())[:100]})") from None
     found = entries.pop("seal", None)
     if found is None:
-        raise Damaged("has no hash: an older oneshot kept it")
+        raise Damaged("has no hash (an older oneshot wrote it)")
     if found != seal(entries, state):
-        raise Damaged("its bytes are not those that were kept")
+        raise Damaged("does not have the bytes that were saved")
     if entries["run_id"] != run_id:
         raise Damaged(f"is another run's ({entries['run_id']})")
     if entries["number"] != str(number):
         raise Damaged(f"is block {entries['number']}")
     if entries["before"] != before:
-        raise Damaged("was pruned on another block before it")
+        raise Damaged("follows another block than the one before it")
     return state, json.loads(entries["rows"]), json.loads(entries["computed_with"]), found
 
 

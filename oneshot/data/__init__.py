@@ -1,7 +1,9 @@
 """Data: the text that a run calibrates and evaluates on, as windows of tokens.
 
-    sources      read text from files, data sets on the hub, and the built-in text
+    sources      read text, by its name: built in, from files or from data sets on the hub (text, files, hub, columns)
     windows      turn text into windows of tokens
+    encode       turn documents and conversations into token ids; where a BOS token stands
+    embedding    token ids that the model has no row for
     sample_self  sample text from the model itself
     perturb      add typos and the like to evaluation text
     choose       select what a run's settings ask for

@@ -1,17 +1,19 @@
 """Choose: the calibration and evaluation windows that a run's settings ask for."""
 
 import dataclasses
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from .. import models
 from ..models import Tokenizer
 from ..runtime.flag import Settings, flag
-from . import windows
+from . import embedding, encode, files, windows
 from .perturb import KINDS
 from .sources import TextOptions
 from .windows import Tokens
@@ -22,7 +24,9 @@ class DataOptions:
     """Flags of the calibration text, and of how any text is read."""
 
     calibration: str = flag("builtin", "builtin, self (sampled from the model), wikitext2, c4, ptb, a hub data set, or "
-                                       "a .txt .jsonl .json .parquet .csv file", section="data", python=False)
+                                       "a .txt .jsonl .json .parquet .csv file (also .gz, .zst); a column messages "
+                                       "of {role, content} goes through the tokenizer's chat template",
+                            section="data", python=False)
     nsamples: int = flag(128, "number of calibration windows", section="data")
     seqlen: int | None = flag(None, "tokens per window (default: min(2048, the model's positions))", section="data")
     seed: int = flag(0, "selects the calibration windows; with --heal also the held-out windows, the order of training "
@@ -30,8 +34,13 @@ class DataOptions:
     documents: str = flag("join", "join: windows run across documents, as in the papers; separate: each document is a "
                                   "window of its own, padded and masked", section="data", bears_on="text",
                           choices=("join", "separate"))
+    bos: str = flag("auto", "where windows have a BOS token: each (every window starts with it), first (the text, or "
+                            "each document that is a window, does), none; auto: each for models that break down "
+                            "without it (Gemma), else as the tokenizer does it by default", section="data",
+                    bears_on="text", choices=encode.MODES, added=True)
     per_line: bool = flag(False, "treat each line of a .txt file as a document", section="data", bears_on="text")
-    column: str | None = flag(None, "column that holds the text", section="data", bears_on="text")
+    column: str | None = flag(None, "column that holds the text or conversations (default: text, else messages, else "
+                                    "the only one with text)", section="data", bears_on="text")
     data_config: str | None = flag(None, "configuration of a hub data set", section="data", bears_on="text")
     split: str | None = flag(None, "split of a hub data set", section="data", bears_on="text")
     revision: str | None = flag(None, "revision of a hub data set", section="data", bears_on="text")
@@ -55,10 +64,18 @@ def check_least(options: Any, least: dict[str, int]) -> None:
 def calibration(cfg: Settings, model: nn.Module, tokenizer: Tokenizer) -> Tokens:
     """The calibration windows. Raises ValueError naming `--calibration` when they cannot be made."""
     with models.resident(models.tensors_of(model) if cfg.calibration == "self" else (), cfg.device):
-        return windows.calibration(tokenizer, cfg.calibration, nsamples=cfg.nsamples,
-                                   seqlen=window(model, cfg.seqlen, "--seqlen"), seed=cfg.seed,
-                                   options=text_options(cfg), model=model, batch_size=cfg.batch_size,
-                                   progress=cfg.progress)
+        tokens = windows.calibration(tokenizer, cfg.calibration, nsamples=cfg.nsamples,
+                                     seqlen=window(model, cfg.seqlen, "--seqlen"), seed=cfg.seed,
+                                     options=text_options(cfg, model, tokenizer), model=model,
+                                     batch_size=cfg.batch_size, progress=cfg.progress)
+    return embedding.fitting(tokens, model, tokenizer, f"--calibration {cfg.calibration}")
+
+
+def given(ids: torch.Tensor, model: nn.Module, tokenizer: Tokenizer | None = None) -> Tokens:
+    """Tokens from ids made by the caller, int (n, seqlen). Raises ValueError for ids that the model cannot take."""
+    tokens = windows.given(ids)
+    window(model, tokens.ids.shape[1], "calibration: windows of")
+    return embedding.fitting(tokens, model, tokenizer, "calibration")
 
 
 def evaluation(cfg: Settings, model: nn.Module, tokenizer: Tokenizer) -> dict[str, Tokens]:
@@ -72,10 +89,12 @@ def evaluation(cfg: Settings, model: nn.Module, tokenizer: Tokenizer) -> dict[st
         window(model, cfg.seqlen, "--seqlen")
     for name, spec in named(cfg).items():
         pinned = cfg.revision if spec == cfg.calibration else None  # --split and --revision are the calibration set's
-        options = dataclasses.replace(text_options(cfg), split=None, revision=pinned)
+        options = dataclasses.replace(text_options(cfg, model, tokenizer), split=None, revision=pinned)
         for kind in (None, *(KINDS if cfg.robustness else ())):
-            evaluations[f"{name}+{kind}" if kind else name] = windows.evaluation(
-                tokenizer, spec, seqlen=length, max_windows=cfg.eval_windows, options=options, perturbation=kind)
+            tokens = windows.evaluation(tokenizer, spec, seqlen=length, max_windows=cfg.eval_windows, options=options,
+                                        perturbation=kind)
+            evaluations[f"{name}+{kind}" if kind else name] = embedding.fitting(tokens, model, tokenizer,
+                                                                                f"--evaluate {spec}")
     return evaluations
 
 
@@ -87,8 +106,8 @@ def named(cfg: Settings) -> dict[str, str]:
     texts = {}
     for spec in cfg.evaluations:
         name, given, source = spec.partition("=")
-        if not given or Path(spec).is_file():
-            name, source = Path(spec).stem if Path(spec).suffix else spec.replace("/", "_"), spec
+        if not given or os.path.isfile(spec):
+            name, source = files.stem(Path(spec)) if Path(spec).suffix else spec.replace("/", "_"), spec
         elif not re.fullmatch(r"[^\s/+]+", name) or not source:
             raise ValueError(f"--evaluate {spec}: give NAME=FILE, the name without spaces, / and +")
         if name in texts:
@@ -97,10 +116,17 @@ def named(cfg: Settings) -> dict[str, str]:
     return texts
 
 
-def text_options(cfg: Settings) -> TextOptions:
-    """The TextOptions that these settings stand for."""
+def text_options(cfg: Settings, model: nn.Module, tokenizer: Tokenizer) -> TextOptions:
+    """The TextOptions that these settings stand for with this model."""
     return TextOptions(column=cfg.column, config=cfg.data_config, split=cfg.split, revision=cfg.revision,
-                       cache_dir=cfg.cache_dir, per_line=cfg.per_line, documents=cfg.documents)
+                       cache_dir=cfg.cache_dir, per_line=cfg.per_line, documents=cfg.documents,
+                       bos="each" if cfg.bos == "auto" and needs_bos(model, tokenizer) else cfg.bos)
+
+
+def needs_bos(model: nn.Module, tokenizer: Tokenizer) -> bool:
+    """Whether a model breaks down on windows without a BOS token: Gemma (lm-evaluation-harness#2049)."""
+    return tokenizer.bos_token_id is not None and any(
+        "gemma" in config.model_type for config in (model.config, models.config_of(model)))
 
 
 def window(model: nn.Module, asked: int | None, flag: str) -> int:
@@ -131,9 +157,8 @@ def warnings(cfg: Settings, model: nn.Module, calibration: Tokens | None,
 
 def same_text(cfg: Settings, spec: str) -> bool:
     """Whether the evaluation text `spec` is the text that the run calibrates on."""
-    ours, theirs = Path(cfg.calibration), Path(spec)
-    if ours.is_file() and theirs.is_file():
-        return ours.samefile(theirs)
+    if os.path.isfile(cfg.calibration) and os.path.isfile(spec):
+        return os.path.samefile(cfg.calibration, spec)
     return spec == cfg.calibration and cfg.split in ("test", "validation")  # the default split is train
 
 

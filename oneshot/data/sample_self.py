@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from .. import models
 from ..models import Tokenizer
-from .sources import Unusable
+from .text import Unusable
 
 
 @torch.no_grad()
@@ -28,11 +29,12 @@ def sample_from_model(model: nn.Module | None, tokenizer: Tokenizer, nsamples: i
     if positions is not None and seqlen > positions:
         raise Unusable(f"the model has {positions} positions; use --seqlen {positions} or less")
     total = math.ceil(nsamples * 4 / 3)
-    batches = _first_tokens(tokenizer, total, seed).to(model.device).split(batch_size)
+    batches = _first_tokens(tokenizer, total, seed, models.embedded(model)).to(model.device).split(batch_size)
     drawn, was_training = [], model.training
     model.eval()
     try:
-        with tqdm(total=total * (seqlen - 1), desc="sampling", unit=" tokens", disable=not progress) as bar:
+        with models.own_code(f"--calibration self: {type(model).__name__} cannot be run token by token"), \
+                tqdm(total=total * (seqlen - 1), desc="sampling", unit=" tokens", disable=not progress) as bar:
             for number, first in enumerate(batches):
                 # Seeded by a hash: with seed + number, seeds 0 and 1 would share most of their batches.
                 mixed = random.Random(f"{seed}/{number}").getrandbits(63)
@@ -46,12 +48,15 @@ def sample_from_model(model: nn.Module | None, tokenizer: Tokenizer, nsamples: i
     return ids[likeliest], how
 
 
-def _first_tokens(tokenizer: Tokenizer, n: int, seed: int) -> torch.Tensor:
-    """Ids (n, 1) to start from: bos; without one eos, which then separates documents; without either random tokens."""
+def _first_tokens(tokenizer: Tokenizer, n: int, seed: int, known: int) -> torch.Tensor:
+    """Ids (n, 1) to start from: bos; without one eos, which then separates documents; without either random tokens.
+
+    known: the model's embedding has rows for the ids below it.
+    """
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
+        if token is not None and token < known:
             return torch.full((n, 1), token)
-    ordinary = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
+    ordinary = sorted(set(range(min(known, len(tokenizer)))) - set(tokenizer.all_special_ids))
     return torch.tensor(random.Random(seed).choices(ordinary, k=n)).view(n, 1)
 
 

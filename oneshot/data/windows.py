@@ -10,6 +10,8 @@ becomes windows of `seqlen` tokens:
              of the first 1100 documents of the validation shard, joined by a space.
   separate   Each document is a window of its own, truncated at `seqlen` or padded and masked.
 
+Where a BOS token stands, and how conversations are written out: encode.py.
+
 Every user error is a ValueError of one line: the flag, what is wrong, what to do.
 """
 
@@ -24,11 +26,12 @@ from torch import nn
 from tqdm import tqdm
 
 from ..models import Tokenizer
+from .encode import Encoder
 from .perturb import perturbed
 from .sample_self import sample_from_model
-from .sources import HUB_SETS, TextOptions, Unusable, read
+from .sources import AS_IT_COMES, HUB_SETS, TextOptions, Unusable, read
+from .text import Document, Text
 
-AS_IT_COMES = TextOptions()
 # In C4, 3 % of the documents are longer than 9,000 characters (about 2048 tokens), and 0.1 % longer than 36,000.
 MAX_DRAWS = 20_000
 # Calibration text beyond this many characters is not joined: tokenising takes 240 to 360 bytes of memory per token
@@ -80,25 +83,27 @@ def calibration(tokenizer: Tokenizer, spec: str, *, nsamples: int, seqlen: int, 
             ids, how = sample_from_model(model, tokenizer, nsamples, seqlen, seed, batch_size, progress)
             return _tokens(ids, None, how)
         text, mask, warnings = read(spec, options, evaluate=False), None, []
+        encoder = Encoder(tokenizer, options.bos, text.chat)
         draw = random.Random(seed)  # Python's generator gives the same numbers on every machine
         if options.documents == "separate":
             order = draw.sample(range(len(text.documents)), len(text.documents))
             shuffled = (text.documents[i] for i in order)
-            ids, mask, how = _document_windows(tokenizer, shuffled, seqlen, nsamples)
+            ids, mask, how = _document_windows(encoder, shuffled, seqlen, nsamples)
         elif spec == "c4":
-            ids = _windows_in_documents(tokenizer, text.documents, nsamples, seqlen, draw, progress)
+            ids = _windows_in_documents(encoder, text.documents, nsamples, seqlen, draw, progress)
             how = f"{nsamples} random windows of {seqlen} in longer documents"
         else:
             limit = max(MAX_CHARACTERS, 10 * nsamples * seqlen)
-            joined = text.joined(limit)
-            if len(joined) == limit:
+            joined, cut_off = encoder.together(text, limit)
+            if cut_off:
                 warnings.append(f"{spec}: windows are drawn from its first {limit} characters only")
-            windows = _cut(_tokenize(tokenizer, joined), seqlen)
+            windows = encoder.cut(joined, seqlen)
             ids = windows[draw.sample(range(len(windows)), min(nsamples, len(windows)))]
-            how = f"joined by {text.glue!r}, {len(ids)} random of {len(windows)} windows of {seqlen}"
+            how = f"joined by {_glue(text)!r}, {len(ids)} random of {len(windows)} windows of {seqlen}"
         if len(ids) < nsamples:
             warnings.append(f"{spec}: {len(ids)} windows instead of {nsamples}, the text holds no more")
-        return _tokens(ids, mask, f"{text.source}; {how}, seed {seed}", (*text.warnings, *warnings))
+        return _tokens(ids, mask, f"{text.source}; {how}{encoder.described()}, seed {seed}",
+                       (*text.warnings, *warnings))
 
 
 def evaluation(tokenizer: Tokenizer, spec: str, *, seqlen: int, options: TextOptions = AS_IT_COMES,
@@ -112,18 +117,19 @@ def evaluation(tokenizer: Tokenizer, spec: str, *, seqlen: int, options: TextOpt
     with _naming("--evaluate", spec):
         _check_sizes(seqlen, 1, options)
         text, mask = read(spec, options, evaluate=True), None
+        encoder = Encoder(tokenizer, options.bos, text.chat)
         if perturbation:
-            changed = [perturbed(document or "", perturbation) for document in text.documents]
+            changed = [_perturbed(document, perturbation) for document in text.documents]
             text = replace(text, documents=changed, source=f"{text.source}, with {perturbation} in a tenth of it")
         limits = (max_windows, HUB_SETS[spec].evaluation_windows if spec in HUB_SETS else None)
         limit = min((limit for limit in limits if limit is not None), default=None)
         if options.documents == "separate":
-            ids, mask, how = _document_windows(tokenizer, text.documents, seqlen, limit)
+            ids, mask, how = _document_windows(encoder, text.documents, seqlen, limit)
         else:
-            windows = _cut(_tokenize(tokenizer, text.joined()), seqlen)
+            windows = encoder.cut(encoder.together(text)[0], seqlen)
             ids = windows[:limit]
-            how = f"joined by {text.glue!r}, first {len(ids)} of {len(windows)} windows of {seqlen}"
-        return _tokens(ids, mask, f"{text.source}; {how}", text.warnings)
+            how = f"joined by {_glue(text)!r}, first {len(ids)} of {len(windows)} windows of {seqlen}"
+        return _tokens(ids, mask, f"{text.source}; {how}{encoder.described()}", text.warnings)
 
 
 def given(ids: torch.Tensor) -> Tokens:
@@ -156,34 +162,40 @@ def _check_sizes(seqlen: int, nsamples: int, options: TextOptions) -> None:
 
 def _tokens(ids: torch.Tensor, mask: torch.Tensor | None, source: str, warnings: tuple[str, ...] = ()) -> Tokens:
     """Tokens with their hash."""
-    digest = hashlib.sha256()
+    return Tokens(ids, mask, source, digest(ids, mask), warnings)
+
+
+def digest(ids: torch.Tensor, mask: torch.Tensor | None) -> str:
+    """sha256 of the shapes and bytes of ids (n, seqlen) and mask (n, seqlen) or None."""
+    found = hashlib.sha256()
     for tensor in [ids] if mask is None else [ids, mask]:
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.numpy().tobytes())
-    return Tokens(ids, mask, source, digest.hexdigest(), warnings)
+        found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.numpy().tobytes())
+    return found.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------- windows
 
 
-def _tokenize(tokenizer: Tokenizer, text: str | None) -> list[int]:
-    """Token ids with the tokenizer's default special tokens, as in the papers: a bos, if there is one, at the start.
-
-    verbose=False suppresses the warning that the text is longer than the model's context; it is cut afterwards.
-    """
-    return tokenizer(text or "", verbose=False)["input_ids"]
+def _glue(text: Text) -> str:
+    """What stands between joined documents: nothing between conversations, which end as their template says."""
+    return "" if text.chat else text.glue
 
 
-def _cut(tokens: list[int], seqlen: int) -> torch.Tensor:
-    """Consecutive windows (n, seqlen) of a sequence of tokens; an incomplete last one is dropped."""
-    n = len(tokens) // seqlen
-    if n == 0:
-        raise Unusable(f"{len(tokens)} tokens, shorter than one window of {seqlen}; use --seqlen {len(tokens)} or "
-                       "less, or more text")
-    return torch.tensor(tokens[: n * seqlen]).view(n, seqlen)
+def _perturbed(document: Document, kind: str) -> Document:
+    """A document changed as perturb.py does; of a conversation, what the messages say."""
+    if not isinstance(document, list):
+        return perturbed(document or "", kind)
+    return [message | {"content": perturbed(message["content"] or "", kind)} for message in document]
 
 
-def _document_windows(tokenizer: Tokenizer, documents: Iterable[str | None], seqlen: int,
+def padding(tokenizer: Tokenizer, known: int | None = None) -> int:
+    """The token that stands where a window has no text: the tokenizer's, else eos, else 0; among the `known` first."""
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(token for token in candidates if token is not None and (known is None or token < known))
+
+
+def _document_windows(encoder: Encoder, documents: Iterable[Document], seqlen: int,
                       limit: int | None) -> tuple[torch.Tensor, torch.Tensor | None, str]:
     """(ids (n, seqlen), mask (n, seqlen) or None, description) with one window per document, at most `limit`.
 
@@ -193,14 +205,13 @@ def _document_windows(tokenizer: Tokenizer, documents: Iterable[str | None], seq
     for document in documents:
         if len(rows) == limit:
             break
-        row = _tokenize(tokenizer, document)
+        row = encoder.start + encoder.document(document)
         if len(row) >= 2:
             rows.append(torch.tensor(row[:seqlen]))
             n_cut += len(row) > seqlen
     if not rows:
         raise Unusable("no document has two tokens or more; use another text")
-    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    ids = torch.full((len(rows), seqlen), next(token for token in candidates if token is not None))
+    ids = torch.full((len(rows), seqlen), padding(encoder.tokenizer))
     mask = torch.zeros(len(rows), seqlen, dtype=torch.bool)
     for i, row in enumerate(rows):
         ids[i, : len(row)], mask[i, : len(row)] = row, True
@@ -208,17 +219,17 @@ def _document_windows(tokenizer: Tokenizer, documents: Iterable[str | None], seq
     return ids, None if mask.all() else mask, how
 
 
-def _windows_in_documents(tokenizer: Tokenizer, documents: Sequence[str | None], nsamples: int, seqlen: int,
+def _windows_in_documents(encoder: Encoder, documents: Sequence[Document], nsamples: int, seqlen: int,
                           draw: random.Random, progress: bool) -> torch.Tensor:
     """Ids (nsamples, seqlen), drawn exactly as Wanda's get_c4 does after random.seed(seed), so they are the same."""
-    windows = []
+    windows, length = [], seqlen - len(encoder.start)
     for _ in tqdm(range(nsamples), desc="calibration windows", disable=not progress):
         for _ in range(MAX_DRAWS):
-            row = _tokenize(tokenizer, documents[draw.randint(0, len(documents) - 1)])
-            if len(row) > seqlen:
+            row = encoder.document(documents[draw.randint(0, len(documents) - 1)])
+            if len(row) > length:
                 break
         else:
             raise Unusable(f"no document longer than {seqlen} tokens in {MAX_DRAWS} draws; lower --seqlen")
-        start = draw.randint(0, len(row) - seqlen - 1)
-        windows.append(row[start : start + seqlen])
+        start = draw.randint(0, len(row) - length - 1)
+        windows.append(encoder.start + row[start : start + length])
     return torch.tensor(windows)

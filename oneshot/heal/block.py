@@ -96,7 +96,7 @@ class Heal(Base):
         parts = {"attention": attention, "mlp": mlp}
         warnings = [f"{part}: {w}" for part, info in parts.items() for w in info.pop("warnings")]
         after = mean(loss, held)
-        if held and after > before:
+        if held and not after <= before:  # a NaN is no gain
             whole.restore(start)
             warnings.append(f"attention and MLP one by one made the held-out loss worse, {before:.3g} to {after:.3g}: "
                             "left as it was")

@@ -13,7 +13,6 @@ a time, so that neither a checkpoint's generation settings nor other prompts in 
 """
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +20,10 @@ import torch
 from torch import nn
 
 from .. import models
-from ..data import Tokens
+from ..data import Tokens, embedding, encode
 from ..models import Tokenizer
 from ..runtime.flag import Settings, flag
+from ..runtime.inputs import parse_object, read_text
 from . import Found, Subject
 
 NEW_TOKENS = 32
@@ -75,9 +75,9 @@ class Prompt:
 def read(path: str) -> list[Prompt]:
     """The prompts in a file. Raises ValueError naming `--prompts` and the line that is wrong."""
     try:
-        content = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--prompts {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        content = read_text(path)
+    except ValueError as error:
+        raise ValueError(f"--prompts {path}: {error}") from None
     lines = content.split("\n")
     suite = [parse(line, n, f"--prompts {path}: line {n}: ") for n, line in enumerate(lines, 1) if line.strip()]
     if not suite:
@@ -88,11 +88,9 @@ def read(path: str) -> list[Prompt]:
 def parse(line: str, number: int, where: str) -> Prompt:
     """The Prompt on one line. where: the start of the error message."""
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}not JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise ValueError(f'{where}must be an object with "prompt" and "expected"')
+        row = parse_object(line)
+    except ValueError as error:
+        raise ValueError(f'{where}{error}; give {{"prompt": "...", "expected": "..."}}') from None
     for key in ("prompt", "expected"):
         if not isinstance(row.get(key), str) or not row[key].strip():
             raise ValueError(f'{where}"{key}" must be text that is not empty')
@@ -121,6 +119,8 @@ def encoded(path: str, model: nn.Module, tokenizer: Tokenizer) -> tuple[list[tup
     made, most = [], models.max_positions(model)
     for p in suite:
         ids = ids_of(tokenizer, p.prompt.rstrip() if p.choices else p.prompt)
+        for text in (ids, *(ids_of(tokenizer, f"{p.prompt.rstrip()} {choice}") for choice in p.choices)):
+            embedding.check(torch.tensor(text, dtype=torch.long), model, tokenizer, f"--prompts {path}: line {p.line}")
         room = max((len(ids_of(tokenizer, " " + c, False)) for c in p.choices), default=new)
         if most and len(ids) + room > most:
             raise ValueError(f"--prompts {path}: line {p.line}: {len(ids)} tokens and {room} new ones are more than "
@@ -130,8 +130,11 @@ def encoded(path: str, model: nn.Module, tokenizer: Tokenizer) -> tuple[list[tup
 
 
 def ids_of(tokenizer: Tokenizer, text: str, special: bool = True) -> list[int]:
-    """The token ids of a text, by default with special tokens."""
-    return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    """The token ids of a text, by default with special tokens. Raises ValueError naming `--prompts`."""
+    try:
+        return encode.encode(tokenizer, text, special)
+    except encode.Unusable as error:
+        raise ValueError(f"--prompts: {error}") from error
 
 
 @torch.no_grad()
@@ -144,7 +147,8 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, path: str, *,
     """
     made, new = encoded(path, model, tokenizer)
     marks, answers = {"starts_with": [], "contains": [], "chosen": []}, []
-    with models.resident(models.tensors_of(model), device):
+    with models.resident(models.tensors_of(model), device), \
+            models.own_code(f"--prompts {path}: {type(model).__name__} cannot be run on them"):
         for p, ids in made:
             ids = torch.tensor([ids], device=device)
             if p.choices:

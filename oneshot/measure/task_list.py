@@ -1,17 +1,19 @@
 """lm-eval tasks: find them, reject those that cannot be measured, load them, identify them by a hash."""
 
+import contextlib
 import functools
 import hashlib
 import itertools
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data import sources
+from ..data import hub
 from ..runtime import environment
+from ..runtime.hub import hub_away, offline
+from ..runtime.inputs import check_file, parse_object, read_text
 
 ZEROSHOT7 = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")  # wanda, sparsegpt
 GROUPS = {"zeroshot7": ZEROSHOT7}
@@ -24,7 +26,7 @@ def check(names: Sequence[str], task_path: str | None = None, limit: int | None 
     """
     names, manager = prepare(names, task_path)
     if task_path:
-        for name, task in fetch(names, manager)["tasks"].items():
+        for name, task in fetch(names, manager, task_path)["tasks"].items():
             check_documents(name, task, limit)
 
 
@@ -44,15 +46,27 @@ def prepare(names: Sequence[str], task_path: str | None = None) -> tuple[list[st
     if task_path and not Path(task_path).is_dir():
         raise ValueError(f"--task-path {task_path}: no such folder")
     names = list(dict.fromkeys(task for name in names for task in GROUPS.get(name, (name,))))
-    if not task_path and not offline() and (why := sources.hub_away()):
+    if not task_path and not offline() and (why := hub_away()):
         raise ValueError(f"--tasks {','.join(names)}: the hub with their data cannot be reached ({why}); use "
                          "--task-path with local files, or HF_HUB_OFFLINE=1 if they are in the cache")
+    for file in sorted(Path(task_path).glob("**/*.yaml")) if task_path else ():
+        check_is_file(file, f"--task-path {task_path}: {file.name}: ")
     manager = local_manager(task_path) if task_path else lm_evals_manager()
     check_known(names, manager, task_path)
     for name, config in configs(names, manager.task_index) if task_path else ():
         for file in local_files(config):
-            check_lines(file, f"--tasks {name}: {file}: ")
+            check_is_file(file, f"--tasks {name}: {file}: ")
+            if file.endswith(".jsonl"):
+                check_lines(file, f"--tasks {name}: {file}: ")
     return names, manager
+
+
+def check_is_file(file: str | Path, where: str) -> None:
+    """Raise ValueError that starts with `where` for what cannot be read to its end: a folder, a pipe, a device."""
+    try:
+        check_file(file)
+    except ValueError as error:
+        raise ValueError(f"{where}cannot be read ({error})") from None
 
 
 def local_manager(task_path: str) -> Any:
@@ -68,11 +82,6 @@ def lm_evals_manager() -> Any:
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
-
-
-def offline() -> bool:
-    """Whether HF_HUB_OFFLINE tells the Hugging Face libraries to use only their cache."""
-    return os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on")
 
 
 def check_known(names: Sequence[str], manager: Any, task_path: str | None) -> None:
@@ -106,10 +115,13 @@ def configs(names: Sequence[str], index: Mapping[str, Any]) -> Iterator[tuple[st
             yield from configs(sorted(part for part in parts if isinstance(part, str) and part in index), index)
 
 
-def fetch(names: Sequence[str], manager: Any) -> dict[str, Any]:
-    """lm-eval's tasks with their data. Raises ValueError naming `--tasks` for any error in a YAML or its data."""
+def fetch(names: Sequence[str], manager: Any, task_path: str | None = None) -> dict[str, Any]:
+    """lm-eval's tasks with their data. Raises ValueError naming `--tasks` for any error in a YAML or its data.
+
+    Nobody is told of what lies in `task_path`: `datasets` reports even local files to the hub, which counts downloads.
+    """
     try:
-        with quiet():
+        with quiet(), hub.uncounted() if task_path else contextlib.nullcontext():
             return manager.load(names)
     except Exception as error:
         what = "their data cannot be loaded" if isinstance(error, OSError) else "lm-eval cannot load them"
@@ -118,7 +130,7 @@ def fetch(names: Sequence[str], manager: Any) -> dict[str, Any]:
 
 
 def local_files(config: Mapping[str, Any]) -> list[str]:
-    """The .jsonl files that a task's YAML names."""
+    """The local files that a task's YAML names as its data."""
     def walk(value: Any) -> Iterator[str]:
         for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
             yield from walk(item)
@@ -126,24 +138,24 @@ def local_files(config: Mapping[str, Any]) -> list[str]:
             yield value
 
     files = walk((config.get("dataset_kwargs") or {}).get("data_files"))
-    return [f for f in files if f.endswith(".jsonl") and "://" not in f and "*" not in f]
+    return [f for f in files if Path(f).suffix and "://" not in f and "*" not in f]
 
 
 def check_lines(file: str, where: str) -> None:
     """Raise ValueError for the first line of a .jsonl that is not a JSON object. where: the start of the message."""
     try:
-        lines = Path(file).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{where}cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        lines = read_text(file).split("\n")
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from None
     if not any(line.strip() for line in lines):
         raise ValueError(f"{where}holds no document")
     for n, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            good = not line.strip() or isinstance(json.loads(line), dict)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}line {n}: not JSON ({error.msg} at column {error.colno})") from None
-        if not good:
-            raise ValueError(f"{where}line {n}: must be a JSON object")
+            parse_object(line)
+        except ValueError as error:
+            raise ValueError(f"{where}line {n}: {error}") from None
 
 
 def check_documents(name: str, task: Any, limit: int | None = None) -> None:
@@ -174,7 +186,7 @@ def digest(names: Sequence[str], task_path: str | None = None) -> str:
     if not task_path:
         return f"lm_eval {environment.version('lm_eval')}"
     whole = hashlib.sha256()
-    for name, task in sorted(fetch(names, manager)["tasks"].items()):
+    for name, task in sorted(fetch(names, manager, task_path)["tasks"].items()):
         config = {k: v for k, v in task.dump_config().items() if k not in ("dataset_kwargs", "metadata")}  # no paths
         whole.update(json.dumps([name, config], sort_keys=True, default=str).encode())
         for split in sorted(task.dataset):

@@ -4,17 +4,20 @@ The record's `metric_info` keeps lm-eval's standard errors and, for every docume
 was right. With these, report/accuracy.py can compare two runs document by document.
 """
 
+import copy
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from .. import models
-from ..data import Tokens
+from ..data import Tokens, embedding, encode
 from ..data.choose import check_least
 from ..models import Tokenizer
 from ..runtime.flag import Settings, flag, listed
@@ -31,6 +34,9 @@ class Config:
                       section="evaluation", bears_on="measuring")
     task_path: str | None = flag(None, "folder with your own task YAMLs, used instead of lm-eval's",
                                  section="evaluation", bears_on="measuring")
+    trust_task_code: bool = flag(False, "run what the YAMLs in --task-path bring: lm-eval executes their Jinja "
+                                        "templates and !function lines", section="evaluation", bears_on="output",
+                                 trusts=True)
     task_limit: int | None = flag(None, "maximum number of documents of each task, the first ones",
                                   section="evaluation", bears_on="measuring")
 
@@ -51,7 +57,24 @@ def asked(cfg: Settings) -> bool:
 
 def refuse(cfg: Settings) -> None:
     """Raise ValueError naming `--tasks` or `--task-path` for tasks that cannot be measured."""
+    if cfg.task_path and not cfg.trust_task_code:
+        raise ValueError(f"--task-path {cfg.task_path}: lm-eval executes code in task YAMLs (Jinja templates, "
+                         "!function lines); look at them, then add --trust-task-code")
     check(cfg.task_names, cfg.task_path, cfg.task_limit)
+
+
+def prepare(cfg: Settings, model: nn.Module, tokenizer: Tokenizer) -> None:
+    """Raise ValueError naming a document of local tasks with a token that the model's embedding has no row for."""
+    if not cfg.task_path or max(tokenizer.get_vocab().values(), default=0) < models.embedded(model):
+        return
+    names, manager = prepared(cfg.task_names, cfg.task_path)
+    for name, task in fetch(names, manager, cfg.task_path)["tasks"].items():
+        for n, doc in enumerate(itertools.islice(task.eval_docs, cfg.task_limit), 1):
+            texts = [task.doc_to_text(doc), task.doc_to_target(doc)]
+            texts += task.doc_to_choice(doc) if task.config.doc_to_choice is not None else []
+            for text in texts:
+                ids = torch.tensor(encode.encode(tokenizer, text) if isinstance(text, str) else [], dtype=torch.long)
+                embedding.check(ids, model, tokenizer, f"--tasks {name}: document {n}")
 
 
 def identity(cfg: Settings, texts: dict[str, Tokens]) -> list[str]:
@@ -82,9 +105,11 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, names: Sequence[str], *, ta
     from lm_eval.evaluator import evaluate as lm_evaluate  # simple_evaluate would query pip for every package first
     from lm_eval.models.huggingface import HFLM
 
-    loaded = fetch(names, manager)
-    with models.resident(models.tensors_of(model), device), quiet():
-        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(device))
+    loaded, said = fetch(names, manager, task_path), f"--tasks {','.join(asked)}"
+    with models.resident(models.tensors_of(model), device), quiet(), models.own_code(f"{said}: cannot be measured"), \
+            embedding.guarded(model, tokenizer, said):
+        own = copy.deepcopy(tokenizer)  # lm-eval gives it a pad token, which does not belong into a saved checkpoint
+        wrapped = HFLM(pretrained=model, tokenizer=own, batch_size=batch_size, device=str(device))
         try:
             found = lm_evaluate(wrapped, loaded, limit=limit, log_samples=True)
         except AssertionError:  # lm-eval asserts that every continuation fits the model's window

@@ -5,6 +5,7 @@
     weights   the weight of one linear layer ("a linear" throughout) as an (R, C) matrix
     experts   fused mixture-of-experts layers, computed one expert at a time
     intake    check a checkpoint's files before and after loading
+    own_code  what a model's own code raises, in one line
 
 `walk` is the only place that iterates over a model block by block.
 """
@@ -16,6 +17,7 @@ from .blocks import (
     compute_dtype,
     config_of,
     decoder,
+    embedded,
     max_positions,
     outside,
     resident,
@@ -28,12 +30,13 @@ from .blocks import (
 )
 from .experts import experts_one_by_one, is_experts
 from .loading import DEMO, Tokenizer, fingerprint, load, quiet
+from .own_code import own_code
 from .source import source_of
 from .weights import Conv1D, Weight, left_alone, mlp, silent, untouched, weights_of
 
 __all__ = [
     "DEMO", "Block", "Conv1D", "Tokenizer", "Weight", "all_weights", "blocks", "compute_dtype", "config_of", "decoder",
-    "experts_one_by_one", "fingerprint", "is_experts", "left_alone", "load", "max_positions", "mlp", "outside", "quiet",
-    "resident", "rest_of", "shares_weights", "silent", "skipped", "source_of", "tensors_of", "unreached", "untouched",
-    "walk", "weights_of",
+    "embedded", "experts_one_by_one", "fingerprint", "is_experts", "left_alone", "load", "max_positions", "mlp",
+    "outside", "own_code", "quiet", "resident", "rest_of", "shares_weights", "silent", "skipped", "source_of",
+    "tensors_of", "unreached", "untouched", "walk", "weights_of",
 ]

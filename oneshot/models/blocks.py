@@ -22,6 +22,13 @@ def config_of(model: nn.Module) -> Any:
     return model.config.get_text_config(decoder=True)
 
 
+def embedded(model: nn.Module) -> int:
+    """The number of token ids that the model's embedding has rows for; some tokenizers know more."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    rows = isinstance(weight, torch.Tensor) and weight.ndim == 2
+    return weight.shape[0] if rows else config_of(model).vocab_size
+
+
 def max_positions(model: nn.Module) -> int | None:
     """The longest sequence the model supports, in tokens; None if its config does not state one."""
     return getattr(config_of(model), "max_position_embeddings", None)
@@ -45,6 +52,9 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     classes = set(getattr(model, "_no_split_modules", None) or ())
     lists = [(name, m) for name, m in model.named_modules()
              if isinstance(m, nn.ModuleList) and len(m) == n and any(m is part for part in inner.modules())]
+    if not n:
+        raise ValueError(f"--model: {type(model).__name__} has no transformer blocks (num_hidden_layers is {n}); "
+                         "nothing can be pruned")
     named = [(name, m) for name, m in lists if type(m[0]).__name__ in classes]
     if not lists:
         raise ValueError(f"--model: {type(model).__name__} has no list of {n} transformer blocks; "

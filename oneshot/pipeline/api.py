@@ -10,11 +10,10 @@ from torch import nn
 
 from .. import models, report
 from ..data import choose
-from ..data import given as given_tokens
 from ..measure import Subject
 from ..models import Tokenizer
 from ..models.source import undo_quantisation, was_dequantised
-from ..settings import flags, presets
+from ..settings import flags, presets, values
 from ..settings.known import part_names, python_names, todays_names
 from . import checks, run
 from .command import Command
@@ -42,8 +41,8 @@ def prune(model: nn.Module, tokenizer: Tokenizer | None = None, *, method: str =
     settings = todays_names(settings)
     refuse_unknown(settings, python_names(), "no such setting here")
     refuse_unknown(parts or {}, part_names(), "no such setting of a part")
-    asked = {**settings, **(parts or {}), "model": name, "pattern": str(pattern), "evaluate": "none",
-             "calibration": "given" if given else calibration}
+    asked = values.plain({**settings, **(parts or {}), "model": name, "pattern": str(pattern), "evaluate": "none",
+                          "method": method, "calibration": "given" if given else calibration})
     presets.check_effort([method], asked)
     whole = presets.expand(method, asked)
     flags.check_parts({method: whole}, asked)
@@ -58,8 +57,7 @@ def prune(model: nn.Module, tokenizer: Tokenizer | None = None, *, method: str =
         undo_quantisation(model)
     with at_rest(model):
         if given:
-            tokens = given_tokens(calibration)
-            choose.window(model, tokens.ids.shape[1], "calibration: windows of")
+            tokens = choose.given(calibration, model, tokenizer)
         else:
             tokens = Command([cfg]).calibration(cfg, model, tokenizer)
         weights, run_id = identify(cfg, model, tokens, {})

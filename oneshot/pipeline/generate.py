@@ -13,9 +13,11 @@ import torch
 
 from .. import models
 from ..checkpoint.packed import linears
+from ..data import embedding
 from ..models.loading import DTYPES
 from ..runtime import environment
 from ..runtime.command import Parser, exit_code
+from ..settings.values import MOST
 
 
 class Clock:
@@ -51,10 +53,13 @@ def measure(name: str, flag: str, prompt: str, args: argparse.Namespace) -> dict
         from oneshot_kernels import sparsify
 
         sparsify(model)
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(args.device)
+    with models.own_code("--prompt: the tokenizer cannot take it"):
+        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     length = inputs["input_ids"].shape[1]
     if not length:
         raise ValueError("--prompt: has no token; give some text")
+    embedding.check(inputs["input_ids"].long(), model, tokenizer, "--prompt")
+    inputs = inputs.to(args.device)
     most = models.max_positions(model)
     if most and length + args.max_new_tokens > most:
         raise ValueError(f"--max-new-tokens {args.max_new_tokens}: with a prompt of {length} tokens that is more than "
@@ -68,7 +73,8 @@ def measure(name: str, flag: str, prompt: str, args: argparse.Namespace) -> dict
         torch.manual_seed(args.seed)
         clock = Clock(args.device)
         began = time.perf_counter()
-        out = model.generate(**inputs, **options, streamer=clock)
+        with models.own_code(f"{flag} {name}: {type(model).__name__} cannot generate".strip(), ()):
+            out = model.generate(**inputs, **options, streamer=clock)
     times = clock.times[1:]  # the first call is for the prompt
     return {"model": str(name) + (" (packed)" if packed else ""),
             "text": tokenizer.decode(out[0, length:], skip_special_tokens=True), "tokens": len(times),
@@ -105,6 +111,8 @@ def run(argv: list[str] | None) -> None:
         raise ValueError("--max-new-tokens: must be at least 1")
     if args.temperature is not None and not args.temperature > 0:
         raise ValueError(f"--temperature {args.temperature:g}: must be above 0; leave it out for greedy")
+    if abs(args.seed) > MOST[int]:
+        raise ValueError(f"--seed {args.seed}: must be a number from {-MOST[int]} to {MOST[int]}")
     rows = [measure(name, flag, args.prompt, args) for name, flag in ((args.model, ""), (args.compare, "--compare"))
             if name]
     print(show(rows, args.prompt))

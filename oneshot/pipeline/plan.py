@@ -1,10 +1,7 @@
 """Plan: which linear gets which pattern, and the pruning job made from that."""
 
 import fnmatch
-import json
-import re
 from collections.abc import Collection, Sequence
-from pathlib import Path
 
 from torch import nn
 
@@ -17,6 +14,8 @@ from ..prune import job as jobs
 from ..prune.job import Chain, Job
 from ..prune.patterns import Dense, Pattern
 from ..prune.shared_inputs import dense_pass
+from ..runtime.command import one_line
+from ..runtime.inputs import parse_json, read_text
 from ..settings import RunConfig
 
 Plan = dict[str, Pattern]
@@ -68,10 +67,8 @@ def kept_dense(spec: str | None, names: Sequence[str]) -> set[str]:
     for entry in filter(None, (part.strip() for part in (spec or "").split(","))):
         file, colon, count = entry.rpartition(":")
         if colon and file.endswith(".json") and count.isdecimal():
-            units = {unit: members(unit, names) for unit in most_sensitive(file, int(count))}
-            if missing := [unit for unit, found in units.items() if not found]:
-                raise ValueError(f"--keep-dense {entry}: the model has no {missing[0]}; give a record of this model")
-            found = set().union(*units.values())
+            wanted = most_sensitive(file, int(count))
+            found = {name for name in names for unit in wanted if f".{unit}." in f".{name}."}
         else:
             found = set(fnmatch.filter(names, entry))
         if not found:
@@ -83,23 +80,38 @@ def kept_dense(spec: str | None, names: Sequence[str]) -> set[str]:
     return kept
 
 
-def members(unit: str, names: Sequence[str]) -> set[str]:
-    """The linears among `names` that a unit of `--sensitivity` stands for: itself, all experts, all blocks."""
-    return {name for name in names for kind in (name, re.sub(r"\.\d+$", "", name))
-            if kind == unit or kind.endswith(f".{unit}")}
-
-
 def most_sensitive(file: str, count: int) -> list[str]:
     """The `count` most harmful units in the record of a run with `--sensitivity`: linears, or kinds of linear.
 
     Raises ValueError naming `--keep-dense` if the file holds no such measurement.
     """
+    if count < 1:
+        raise ValueError(f"--keep-dense {file}:{count}: the number of linears must be at least 1")
+    return [row["name"] for row in sensitivities(file)["sensitivity"][:count]]
+
+
+def sensitivities(file: str) -> dict:
+    """The record in a file, if it holds what `--sensitivity` measured. Raises ValueError naming `--keep-dense`."""
     try:
-        rows = json.loads(Path(file).read_text(encoding="utf-8"))["sensitivity"]
-        return [row["name"] for row in rows[:count]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--keep-dense {file}: holds no sensitivities ({type(error).__name__}); give the record of a "
-                         "run with --sensitivity") from None
+        record = parse_json(read_text(file))
+        if all(isinstance(row["name"], str) for row in record["sensitivity"]) and record["model"]["fingerprint"]:
+            return record
+        why = "entries without a name"
+    except (ValueError, LookupError, TypeError) as error:
+        why = f"no {error} in it" if isinstance(error, LookupError) else one_line(error)
+    raise ValueError(f"--keep-dense {file}: holds no sensitivities ({why}); give a record made with --sensitivity")
+
+
+def kept_mark(cfg: RunConfig, model: nn.Module, weights: str) -> str:
+    """What `--keep-dense` means for this model, as part of a run's identity: the names of what stays dense.
+
+    Raises ValueError if a record that it names was measured on another model. weights: this one's fingerprint.
+    """
+    for entry in (part.strip() for part in cfg.keep_dense.split(",")):
+        file = entry.rpartition(":")[0]
+        if file.endswith(".json") and sensitivities(file)["model"]["fingerprint"] != weights:
+            raise ValueError(f"--keep-dense {entry}: was measured on another model; use --sensitivity with this one")
+    return ",".join(sorted(kept_dense(cfg.keep_dense, [weight.name for weight in models.all_weights(model)])))
 
 
 def blocks_of(model: nn.Module, kept: Collection[str] = frozenset()) -> list[dict[str, allocate.Linear]]:

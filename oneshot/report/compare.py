@@ -6,12 +6,11 @@ or a checkpoint that --save wrote (a folder with oneshot.json). A run that is fo
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..checkpoint import MANIFEST, WORK
+from ..checkpoint import MANIFEST, WORK, sealed
 from ..runtime import environment
 from ..runtime.command import Parser, exit_code
 from . import tables, task_table
@@ -77,7 +76,10 @@ def records_at(path: Path) -> list[dict]:
 def of_manifest(file: Path) -> dict:
     """The record inside a checkpoint's manifest."""
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))["record"]
-    except (ValueError, KeyError, TypeError):
+        data, whole = sealed.read(file)
+        record = data["record"]
+    except (ValueError, KeyError):
         raise ValueError(f"{file}: damaged, or not written by oneshot; prune again") from None
+    if not whole and data.get("schema", 1) != 1:  # schema 1 had no seal
+        raise ValueError(f"{file}: was changed after it was written; repeat the command that wrote it")
     return checked(record, file)

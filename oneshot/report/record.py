@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 
 from ..runtime.files import write_text
+from ..runtime.inputs import parse_json, read_text
 
 SCHEMA = 1
 # The order of the keys in the file: short entries come first. Keys not listed here follow in alphabetical order.
@@ -51,9 +52,9 @@ def read(path: str | Path) -> dict:
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give the run record (a .json file) in it")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = parse_json(read_text(path))
     except ValueError as error:
-        raise ValueError(f"{path} is not a run record: no valid JSON ({error}); run once more") from None
+        raise ValueError(f"{path} is not a run record: {error}; run once more") from None
     return checked(record, path)
 
 
@@ -85,9 +86,11 @@ def in_todays_words(record: dict) -> dict:
         new["settings"] = _renamed(new["settings"], {"recover": "heal", "recovery": "healing"})
     if isinstance(new.get("blocks"), list):
         new["blocks"] = [_renamed(block, {"repair": "heal"}) for block in new["blocks"]]
-        for block in new["blocks"]:
+        for old, block in zip(record["blocks"], new["blocks"], strict=True):
             if isinstance(block, dict) and "seconds" in block:
                 block["seconds"] = _renamed(block["seconds"], {"repair": "heal"})
+            if isinstance(old, dict) and "repair" in old:
+                block["heal"] = {"block": old["repair"]}
     return new
 
 

@@ -10,8 +10,11 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from os import PathLike
+from typing import Any, NoReturn
+
+from .inputs import check_string
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,6 +26,24 @@ class Parser(argparse.ArgumentParser):
             close = difflib.get_close_matches(unknown[1].partition("=")[0], self._option_string_actions, 1)
             message = f"{unknown[1]}: no such flag" + (f", did you mean {close[0]}?" if close else "")
         raise ValueError(f"{message.removeprefix('argument ')} (--help lists the flags)")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """As argparse does; raises ValueError naming a flag whose value is no text that can be written anywhere."""
+        found = super().parse_args(args, namespace)
+        for action in self._actions:
+            value = getattr(found, action.dest, None)
+            for text in value if isinstance(value, list) else [value]:
+                if isinstance(text, str | PathLike):
+                    self.check(action, str(text))
+        return found
+
+    def check(self, action: argparse.Action, text: str) -> None:
+        """Raise ValueError naming the flag for a value that `check_string` refuses."""
+        try:
+            check_string(text)
+        except ValueError as error:
+            name = next(iter(action.option_strings), action.metavar or action.dest)
+            raise ValueError(f"{name} {ascii(text)[1:-1]:.100}: {error}") from None
 
 
 def exit_code(work: Callable[[], int | None], *, interrupted: Callable[[], str] = lambda: "",
@@ -38,10 +59,19 @@ def exit_code(work: Callable[[], int | None], *, interrupted: Callable[[], str] 
         return 130
     except (ValueError, OSError) as error:
         return fail(one_line(error))
-    except RuntimeError as error:  # torch.OutOfMemoryError, recognised by name so that this module needs no torch
-        if type(error).__name__ != "OutOfMemoryError":
+    except Exception as error:
+        if type(error).__name__ == "SafetensorError":  # what a full disk is called there, which is no OSError
+            return fail(one_line(error))
+        if not out_of_memory(error):
             raise
         return fail(f"out of memory ({one_line(error)}); {memory}")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory is short, a GPU's or the machine's."""
+    name = type(error).__name__  # torch.OutOfMemoryError, recognised by name so that this module needs no torch
+    return isinstance(error, MemoryError) or name == "OutOfMemoryError" or \
+        (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
 def fail(text: str) -> int:

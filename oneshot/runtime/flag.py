@@ -13,7 +13,7 @@ Settings = Any  # a run's settings.RunConfig, which combines the flags of all st
 
 def flag(default: Any, help: str, *, section: str = "", bears_on: str = "pruning", shown: bool | None = None,
          python: bool | None = None, preset: bool = False, rows: tuple[str, ...] | None = None,
-         choices: tuple | None = None, was: str | None = None, added: bool = False) -> Any:
+         choices: tuple | None = None, was: str | None = None, added: bool = False, trusts: bool = False) -> Any:
     """A dataclass field that is a command-line flag. (Returns Any so that `name: int = flag(8, ...)` type-checks.)
 
     help: its text in --help. section: its section there. bears_on: what the flag affects, one of
@@ -30,12 +30,13 @@ def flag(default: Any, help: str, *, section: str = "", bears_on: str = "pruning
     if it bears on pruning, else all). choices: the allowed values. was: its former name, which remains an alias and is
     still used to compute the run's identity, so that renaming a flag leaves the ids of old runs unchanged. added:
     whether it was added after the first release; it is then left out of record and identity at its default value, for
-    the same reason.
+    the same reason. trusts: whether it lets code run that came with a model or with data; only a person at a command
+    line may turn it on, no file of settings.
     """
     if bears_on not in BEARS_ON:
         raise ValueError(f"bears_on {bears_on}: give one of {', '.join(BEARS_ON)}")
     metadata = {"help": help, "section": section, "bears_on": bears_on, "preset": preset, "choices": choices,
-                "was": was, "added": added,
+                "was": was, "added": added, "trusts": trusts,
                 "shown": bears_on not in ("measuring", "output") if shown is None else shown,
                 "python": bears_on not in ("measuring", "output") if python is None else python,
                 "rows": rows or (("pruned",) if bears_on == "pruning" else ("pruned", "rounded", "dense"))}

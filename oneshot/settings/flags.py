@@ -17,7 +17,7 @@ from ..prune import allocate, solvers
 from ..quantise.grids import widths
 from ..runtime.command import Parser
 from ..runtime.flag import listed
-from . import presets
+from . import presets, values
 from .config import RunConfig
 from .known import PACKAGES, Known, known, parts, todays_names
 from .wanda_flags import WANDA, apply_wanda
@@ -127,7 +127,7 @@ def parse(argv: Sequence[str] | None = None) -> list[RunConfig]:
 
 def expand(given: dict[str, Any]) -> list[RunConfig]:
     """The runs that {flag: value} asks for; see `parse`."""
-    given = todays_names(given)
+    given = values.plain(todays_names(given))
     chosen = {f.name: given[f.name] for f in fields(RunConfig) if f.name in given}
     methods, texts = split(given, "method"), split(given, "pattern")
     dense = [row(chosen, "dense", "dense")] if given.get("dense", True) or "dense" in methods else []

@@ -1,7 +1,7 @@
 """lm-eval tasks on local files: a folder of YAMLs for --task-path, so that tasks run without the hub.
 
     python scripts/reproduce/local_tasks.py --shared ../shared --out build/tasks
-    oneshot prune --tasks foundry_piqa,lambada --task-path build/tasks
+    oneshot prune --tasks foundry_piqa,lambada --task-path build/tasks --trust-task-code
 
     foundry_*    data/tasks/foundry_*.jsonl, LLM Foundry's form: {"query", "choices", "gold"}; of WinoGrande
                  {"context_options", "continuation", "gold"}: the contexts differ, scored on the same continuation

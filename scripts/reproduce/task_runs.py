@@ -37,8 +37,8 @@ def work(args: argparse.Namespace) -> int:
     save = ["--save", args.save] if args.save else []
     return run.main(["--model", "demo", "--method", "wanda,sparsegpt", "--pattern", "2:4", "--evaluate", "none",
                      "--calibration", str(args.shared / "data" / "c4_sample.jsonl"), "--tasks", ",".join(names),
-                     "--task-path", str(TASKS), "--task-limit", str(args.limit), "--results", str(args.results),
-                     "--batch-size", "16", *save])
+                     "--task-path", str(TASKS), "--trust-task-code", "--task-limit", str(args.limit),
+                     "--results", str(args.results), "--batch-size", "16", *save])
 
 
 if __name__ == "__main__":

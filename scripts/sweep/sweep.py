@@ -41,6 +41,7 @@ from oneshot.pipeline.attempt import failure_file
 from oneshot.report import tables, task_table
 from oneshot.runtime import environment
 from oneshot.runtime.command import Parser, exit_code, one_line
+from oneshot.runtime.files import remove_parts
 from oneshot.settings import RunConfig, parse
 from oneshot.settings.known import Known, known, todays_names
 
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def work(args: argparse.Namespace) -> int:
     """Make the runs of this share, or list them. Exit code: see above."""
-    configs = share(expand(load(args.file), args.file, args.results), *args.shard)
+    configs = share(expand(load(args.file), args.file, args.results, trusted(args)), *args.shard)
     environment.check_writable(args.results, "--results")
     for cfg in configs:
         checks.check_devices(cfg)
@@ -74,10 +75,22 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--shard", type=shard, default=(1, 1), metavar="I/N", help="only the I-th of N equal shares")
     p.add_argument("--results", type=Path, default=Path("results/runs"), help="folder of the records")
     p.add_argument("--list", action="store_true", help="run nothing, say what is finished")
+    for flag in trusting():
+        p.add_argument(flag.option, action="store_true", help=f"{flag.metadata['help']} (of all models; no YAML may)")
     args = p.parse_args(argv)
     if args.workers < 0:
         raise ValueError(f"--workers {args.workers}: give the number of processes")
     return args
+
+
+def trusting() -> list[Known]:
+    """The flags that let code run which came with a model or with data: only a person may give them."""
+    return [flag for flag in known().values() if flag.metadata.get("trusts")]
+
+
+def trusted(args: argparse.Namespace) -> list[str]:
+    """Those that the command line gives."""
+    return [flag.option for flag in trusting() if getattr(args, flag.name)]
 
 
 def shard(text: str) -> tuple[int, int]:
@@ -119,21 +132,24 @@ def load(file: Path) -> dict:
     return spec
 
 
-def expand(spec: dict, file: Path, results: Path) -> list[RunConfig]:
-    """The RunConfigs of a sweep, each once, in a fixed order. Raises ValueError naming file, model and flag."""
+def expand(spec: dict, file: Path, results: Path, more: Sequence[str] = ()) -> list[RunConfig]:
+    """The RunConfigs of a sweep, each once, in a fixed order. more: further words of each run's command line.
+
+    Raises ValueError naming file, model and flag.
+    """
     shared = {key: value for key, value in spec.items() if key != "models"}
     found = {}
     for place, entry in enumerate(spec["models"], 1):
         settings = shared | (entry if isinstance(entry, dict) else {"model": entry})
         try:
-            for cfg in configs_of(settings, results):
+            for cfg in configs_of(settings, results, more):
                 found.setdefault(json.dumps(cfg.settings(), sort_keys=True, default=str), cfg)
         except ValueError as error:
             raise ValueError(f"{file}, model {place} ({settings.get('model')}): {error}") from None
     return list(found.values())
 
 
-def configs_of(settings: dict, results: Path) -> list[RunConfig]:
+def configs_of(settings: dict, results: Path, more: Sequence[str] = ()) -> list[RunConfig]:
     """The RunConfigs of one model: what the command line would make of the same settings, for each seed."""
     if "model" not in settings:
         raise ValueError("`model:` is missing")
@@ -141,7 +157,7 @@ def configs_of(settings: dict, results: Path) -> list[RunConfig]:
     for key in own.keys() & OWN.keys():
         raise ValueError(f"{key}: {OWN[key]}")
     seeds = several("seeds", own.pop("seeds", ["0"]))
-    argv = ["--results", str(results), "--no-progress"]
+    argv = ["--results", str(results), "--no-progress", *more]
     for key, value in own.items():
         if key in LISTS:
             argv += [f"--{LISTS[key]}", ",".join(several(key, value))]
@@ -166,6 +182,8 @@ def words(name: str, value, flag: Known | None) -> list[str]:
         raise ValueError(f"{name}: give one value, not a mapping")
     if value in ("", "null", "~"):
         return []
+    if flag and flag.metadata.get("trusts"):
+        raise ValueError(f"{name}: a file cannot say that code is to be trusted; give {flag.option} to the sweep")
     if flag is None or not flag.is_switch:
         return [f"--{name}={value}"]
     if value.lower() not in ("true", "false"):
@@ -177,6 +195,9 @@ def words(name: str, value, flag: Known | None) -> list[str]:
 
 def sweep(configs: Sequence[RunConfig], workers: int) -> int:
     """Make the runs that are not finished; the table of all. Exit code."""
+    for folder in {Path(cfg.results) for cfg in configs}:
+        remove_parts(folder)
+        remove_parts(folder / index.FOLDER)
     keys = [index.key_of(cfg) for cfg in configs]
     done = {i: run_id for i, cfg in enumerate(configs) if (run_id := index.finished(cfg))}
     left = [cfg for i, cfg in enumerate(configs) if i not in done]

@@ -145,7 +145,7 @@ def test_damaged_block_is_pruned_again_with_all_behind_it(place, whole, tmp_path
     assert pruned == list(range(first, tiny.BLOCKS))
     assert same_weights(tmp_path / "out" / "model.safetensors", whole / "model.safetensors")
     [warning] = manifest(tmp_path / "out")["record"]["warnings"]
-    assert warning.startswith(f"block {first} that an interrupted run had saved ") and "pruned again" in warning
+    assert warning.startswith(f"block {first}, saved by the interrupted run, ") and "pruned again" in warning
     assert verify.main([str(tmp_path / "out"), "--quiet"]) == 0
 
 

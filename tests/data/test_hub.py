@@ -10,7 +10,8 @@ import pytest
 from characters import assert_refused, calibrate, character_tokenizer, spell
 
 from oneshot import data
-from oneshot.data import TextOptions, sources, windows
+from oneshot.data import TextOptions, windows
+from oneshot.data import hub as hub_module
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def hub(monkeypatch, tmp_path):
     Hub.asked = []
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
-    monkeypatch.setattr(sources, "hub_away", lambda: None)
+    monkeypatch.setattr(hub_module, "hub_away", lambda: None)
     return Hub
 
 

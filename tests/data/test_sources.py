@@ -71,7 +71,7 @@ def test_builtin_text(tokenizer, tmp_path, monkeypatch):
         ("binary.txt", b"\xff\xfe\x00", {}, ["binary.txt", "UTF-8"]),
         ("bad.jsonl", '"a"\n\n{"text": \n', {}, ["line 3", "JSON"]),
         ("bad.json", "[1, ", {}, ["JSON"]),
-        ("lines.json", '"a"\n"b"', {}, ["JSON", ".jsonl"]),
+        ("lines.json", '"a"\nb', {}, ["line 2", "JSON"]),
         ("object.json", '{"text": "a"}', {}, ["dict", "list"]),
         ("numbers.json", "[1, 2]", {}, ["record 1", "int"]),
         ("column.jsonl", '{"a": "x", "b": "y"}', {"column": "c"}, ["'c'", "--column", "a, b"]),

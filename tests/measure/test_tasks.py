@@ -208,6 +208,25 @@ def test_bad_input(tmp_path, place, capsys):
 
 def test_without_the_hub_it_says_so_at_once(monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(task_list.sources, "hub_away", lambda: "no route")
+    monkeypatch.setattr(task_list, "hub_away", lambda: "no route")
     with pytest.raises(ValueError, match=r"--tasks boolq,rte.*no route.*--task-path"):
         task_list.prepare(["zeroshot7"])
+
+
+def test_nothing_of_a_yaml_runs_before_the_user_trusts_it(place, tmp_path, capsys):
+    """A template and a function that leave a mark: neither runs without --trust-task-code."""
+    folder = tmp_path / "yaml"
+    folder.mkdir()
+    (tmp_path / "d.jsonl").write_text('{"q": "a", "c": ["x", "y"], "a": 0}\n')
+    (folder / "utils.py").write_text(f"open({str(tmp_path / 'FUNCTION')!r}, 'w')\n\n\ndef f(doc):\n    return 0\n")
+    touch = "{{ cycler.__init__.__globals__.os.system('touch " + str(tmp_path / "JINJA") + "') }}"
+    (folder / "mine.yaml").write_text(
+        f"task: mine\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path / 'd.jsonl'}}}}}\n"
+        f"test_split: test\noutput_type: multiple_choice\ndoc_to_text: \"{touch}\"\ndoc_to_choice: '{{{{c}}}}'\n"
+        "doc_to_target: !function utils.f\nmetric_list: [{metric: acc}]\n")
+    argv = [a for a in tiny.flags(place, "--no-dense", evaluate="none", tasks="mine", task_path=folder)
+            if a != "--trust-task-code"]
+    assert tiny.main(*argv) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert "--trust-task-code" in err and err.startswith(f"error: --task-path {folder}: ")
+    assert not (tmp_path / "FUNCTION").exists() and not (tmp_path / "JINJA").exists()

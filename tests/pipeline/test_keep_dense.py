@@ -114,18 +114,21 @@ def test_experts_are_kept_with_their_layer_or_their_kind(tmp_path, unit):
     names = [w.name for w in models.all_weights(families.tiny("mixtral"))]
     file = tmp_path / "record.json"
     whole = {"linear": "model.layers.1.mlp.experts.down_proj", "kind": "mlp.experts.down_proj"}[unit]
-    file.write_text(json.dumps({"sensitivity": [{"name": whole}]}))
+    file.write_text(json.dumps({"model": {"fingerprint": "x"}, "sensitivity": [{"name": whole}]}))
     want = {n for n in names if ".experts.down_proj." in n and (unit == "kind" or ".layers.1." in n)}
     assert kept_dense(f"{file}:1", names) == want and len(want) == (4 if unit == "linear" else 8)
 
 
+RECORD = '{"sensitivity": [{"name": "mlp.up_proj"}], "model": {"fingerprint": "x"}}'
+
+
 @pytest.mark.parametrize("content, entry, words", [
-    (None, "r.json:2", "holds no sensitivities (FileNotFoundError)"), ("{}", "r.json:2", "(KeyError)"),
-    ("no", "r.json:2", "(JSONDecodeError)"), ("[]", "r.json:2", "(TypeError)"),
-    ('{"sensitivity": [{"name": "mlp.up_proj"}, {"name": "mlp.fc"}]}', "r.json:2", "the model has no mlp.fc; give"),
-    ('{"sensitivity": [{"name": "mlp.up_proj"}]}', "r.json:0", "matches none"),
-    ('{"sensitivity": [{"name": "mlp.up_proj"}]}', "r.json", "matches none"),
-    ('{"sensitivity": [{"name": "mlp.up_proj"}]}', "r.json:two", "matches none")])
+    (None, "r.json:2", "holds no sensitivities (No such file"), ("{}", "r.json:2", "no 'sensitivity' in it"),
+    ("no", "r.json:2", "holds no sensitivities"), ("[]", "r.json:2", "holds no sensitivities"),
+    ('{"sensitivity": [{"name": "mlp.up_proj"}]}', "r.json:1", "no 'model' in it"),
+    ('{"sensitivity": [{"name": 3}], "model": {"fingerprint": "x"}}', "r.json:1", "entries without a name"),
+    (RECORD, "r.json:0", "at least 1"), (RECORD, "r.json", "matches none"), (RECORD, "r.json:two", "matches none"),
+    (RECORD.replace("up_proj", "fc"), "r.json:1", "matches none")])
 def test_a_record_that_does_not_serve_is_refused(tmp_path, monkeypatch, content, entry, words):
     monkeypatch.chdir(tmp_path)
     if content:
@@ -140,14 +143,23 @@ def test_a_record_that_has_changed_is_another_run(place, tmp_path, measured, cap
     file = tmp_path / "record.json"
     argv = tiny.flags(place, "--no-dense", evaluate="none", keep_dense=f"{file}:1", save=tmp_path / "out",
                       results=tmp_path / "runs")
-    rows = measured["linear"][1]["sensitivity"]
-    file.write_text(json.dumps({"sensitivity": rows}))
+    told = measured["linear"][1]
+    rows = told["sensitivity"]
+    file.write_text(json.dumps(told))
     assert tiny.main(*argv) == 0
-    file.write_text(json.dumps({"sensitivity": rows[1:]}))
+    file.write_text(json.dumps(told | {"sensitivity": rows[1:]}))
     assert tiny.main(*argv) == 2 and "holds another run" in capfd.readouterr().err
     assert tiny.main(*argv, "--overwrite") == 0
     record = checkpoint.read_manifest(tmp_path / "out")["record"]
     assert [row["name"] for row in record["layers"] if row["pattern"] == "dense"] == [rows[1]["name"]]
+
+
+def test_a_record_of_another_model_is_refused(place, tmp_path, measured, capfd):  # noqa: F811
+    told = measured["linear"][1]
+    file = tmp_path / "record.json"
+    file.write_text(json.dumps(told | {"model": told["model"] | {"fingerprint": "another"}}))
+    assert tiny.main(*tiny.flags(place, keep_dense=f"*.o_proj,{file}:2", results=tmp_path / "runs")) == 2
+    assert "was measured on another model" in capfd.readouterr().err and not (tmp_path / "runs").exists()
 
 
 # ---------------------------------------------------------------- with all else

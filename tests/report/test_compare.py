@@ -82,7 +82,7 @@ def test_a_failed_run_is_a_row(go, tmp_path):
 @pytest.mark.parametrize(("make", "words"), [
     (lambda d: None, ["x: no such file or folder"]),
     (lambda d: (d / "x").mkdir(), ["x: holds no run record"]),
-    (lambda d: (d / "x").write_text("{"), ["x is not a run record", "no valid JSON"]),
+    (lambda d: (d / "x").write_text("{"), ["x is not a run record", "not JSON"]),
     (lambda d: (d / "x").write_bytes(b"\xff\xfe\x00"), ["x is not a run record"]),
     (lambda d: (d / "x").write_text("[1]"), ["x is not a run record", "schema"]),
     (lambda d: (d / "x").write_text('{"schema": 1, "run_id": "a", "metrics": 3}'), ["x", "`metrics`"]),

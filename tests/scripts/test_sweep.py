@@ -293,3 +293,13 @@ def test_a_worker_that_dies_is_a_failed_row_and_is_replaced(killed):
     (_, first, _), (seed, second, error), (_, third, _) = killed[0]["dying"]
     assert (first, second, third, seed) == ("finished", "failed", "finished", 1)
     assert "SIGKILL" in error and "out of memory" in error
+
+
+@pytest.mark.parametrize("flag", ["trust_remote_code", "trust-task-code"])
+def test_no_file_can_say_that_code_is_to_be_trusted(flag, tmp_path, capsys):
+    file = tmp_path / "sweep.yaml"
+    file.write_text(f"methods: [wanda]\npatterns: [0.5]\nmodels: [demo]\n{flag}: true\n")
+    assert sweep.main([str(file), "--list", "--results", str(tmp_path)]) == 2
+    assert f"give --{flag.replace('_', '-')} to the sweep" in capsys.readouterr().err
+    file.write_text("methods: [wanda]\npatterns: [0.5]\nmodels: [demo]\n")
+    assert sweep.main([str(file), "--list", "--results", str(tmp_path), f"--{flag.replace('_', '-')}"]) == 0

@@ -177,8 +177,8 @@ def changed(cfg, field):
 def test_run_id_changes_with_any_setting_but_not_with_output_flags(field):
     cfg = one("--method", "wanda", "--pattern", "0.5")
     same = changed(cfg, field).run_id("weights", "data") == cfg.run_id("weights", "data")
-    assert same == (field.name in ("cache_dir", "save", "overwrite", "results", "dense", "progress", "effort",
-                                   "quantised"))
+    assert same == (field.name in ("cache_dir", "save", "overwrite", "results", "dense", "progress", "trust_task_code",
+                                   "effort", "quantised"))
 
 
 def test_run_id_changes_with_weights_data_and_solver_settings():

@@ -6,7 +6,7 @@ import datasets
 import pytest
 
 from oneshot import heal
-from oneshot.data import sources
+from oneshot.data import hub as hub_module
 from oneshot.pipeline import plan
 from wires import wire
 
@@ -46,6 +46,14 @@ def _(b):
     assert [text_of(b, documents="separate", per_line=each, **lines)["windows"] for each in (False, True)] == [1, 4]
 
 
+@wire("bos")
+def _(b):
+    found = {mode: text_of(b, bos=mode) for mode in ("auto", "each", "first", "none")}
+    assert len({found[mode]["sha256"] for mode in ("auto", "each", "first")}) == 3
+    assert found["none"]["sha256"] == found["auto"]["sha256"], "this tokenizer adds none by default"
+    assert "each after <s>" in found["each"]["source"]
+
+
 @wire("column")
 def _(b):
     assert text_of(b, calibration=b.place / "rows.jsonl", column="a")["sha256"] != \
@@ -72,7 +80,7 @@ def hub(b, name, value, get=None):
         return datasets.Dataset.from_dict({"text": [letters]})
     with b.monkeypatch.context() as patch:
         patch.setattr(datasets, "load_dataset", load_dataset)
-        patch.setattr(sources, "hub_away", lambda: None)
+        patch.setattr(hub_module, "hub_away", lambda: None)
         b.record(calibration="owner/name", **{name: value})
     assert asked == [value]
 
@@ -117,7 +125,7 @@ def suite(b):
     return b.tmp / "suite.jsonl"
 
 
-@wire("tasks", "task_path", "task_limit")
+@wire("tasks", "task_path", "task_limit", "trust_task_code")
 def _(b):
     pytest.importorskip("lm_eval")
     record = b.record(tasks="letters", task_path=task(b), task_limit=2)

@@ -55,11 +55,14 @@ def read(path: str) -> tuple[dict[str, float], str]:
     if not path:
         raise ValueError("--allocate sensitivity: give --sensitivity.record, the record of a run with "
                          "--sensitivity linear")
+    if not Path(path).is_file():
+        raise ValueError(f"--sensitivity.record {path}: no such file; give the record of a run with --sensitivity "
+                         "linear")
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
         found = {row["name"]: row["loss_increase"] / row["weights"] for row in record["sensitivity"]}
         mark = record["model"]["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"--sensitivity.record {path}: holds no sensitivities ({type(error).__name__}); give the "
                          "record of a run with --sensitivity linear") from None
     return found, mark

@@ -58,7 +58,7 @@ class Config:
         if not self.rest >= 0:
             raise ValueError(f"--alps.rest {self.rest}: must not be negative")
         if self.refit_steps < 0:
-            raise ValueError(f"--alps.refit_steps {self.refit_steps}: must not be negative")
+            raise ValueError(f"--alps.refit-steps {self.refit_steps}: must not be negative")
 
 
 def prune(W: torch.Tensor, statistics: Statistics, pattern: Pattern, cfg: Config) -> Solution:

@@ -42,7 +42,7 @@ class Config:
         if not self.damping >= 0:
             raise ValueError(f"--sparsegpt.damping {self.damping}: must not be negative")
         if self.block_size < 1:
-            raise ValueError(f"--sparsegpt.block_size {self.block_size}: must be at least 1")
+            raise ValueError(f"--sparsegpt.block-size {self.block_size}: must be at least 1")
 
     @property
     def group(self) -> int:

@@ -1,0 +1,121 @@
+"""Columns: which column of a data set holds the text, and its texts or conversations.
+
+A conversation is a list of messages with `role` and `content`; a column of them becomes text by the tokenizer's chat
+template (encode.py). Without `--column` it is the column `text`, else conversations in `messages`, else the only column
+that holds text. Instructions spread over several columns are refused: how they are put together is for the user to say.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from ..runtime.inputs import SURROGATE
+from .text import Conversation, Document, Unusable
+
+TEXT, CHAT, TURNS, OTHER = "text", "chat", "from/value", ""  # what a column holds
+INSTRUCTIONS = (("instruction", "output"), ("instruction", "response"), ("prompt", "completion"),
+                ("prompt", "response"), ("query", "response"), ("question", "answer"), ("input", "output"),
+                ("chosen", "rejected"))  # Alpaca, Dolly, TRL and others
+
+
+def pick(records: Iterable[Any], wanted: str | None) -> tuple[list[Document], bool]:
+    """(documents, whether they are conversations) of records: strings themselves, of objects the chosen column.
+
+    Nulls are left out. Raises Unusable naming the record that does not fit.
+    """
+    found, column, kind = [], None, TEXT
+    for number, record in enumerate(records, 1):
+        if record is None:
+            continue
+        if column is None and isinstance(record, dict) and not found:
+            kinds = {name: kind_of(value) for name, value in record.items()}
+            column = choose(kinds, wanted)
+            kind = CHAT if kinds[column] == CHAT else TEXT
+        if column is not None:
+            if not isinstance(record, dict) or column not in record:
+                raise Unusable(f"record {number} has no column {column!r}; correct it or change --column")
+            record = record[column]
+        if record is not None:
+            found.append(checked(record, number, kind))
+    return found, kind == CHAT
+
+
+def checked(value: Any, number: int, kind: str) -> Document:
+    """A record's text or conversation. Raises Unusable naming the record."""
+    if kind == CHAT:
+        if kind_of(value) != CHAT:
+            raise Unusable(f"record {number} is no conversation (a list of messages with role and content); correct it "
+                           "or change --column")
+        return messages(value, number)
+    if not isinstance(value, str):
+        raise Unusable(f"record {number} is of type {type(value).__name__}, not text; correct it or change --column")
+    if not value.isascii() and SURROGATE.search(value):
+        raise Unusable(f"record {number} holds half of a surrogate pair (a cut emoji); correct it")
+    return value
+
+
+def messages(value: list[dict], number: int) -> Conversation:
+    """A conversation with plain content, and without the entries that a table has filled up with nulls.
+
+    Content in parts is joined. Raises Unusable for a part that is no text.
+    """
+    found = []
+    for message in value:
+        message = {key: entry for key, entry in message.items() if entry is not None or key == "content"}
+        content = message["content"]
+        if isinstance(content, list):
+            if any(not isinstance(part, dict) or not isinstance(part.get("text"), str) for part in content):
+                raise Unusable(f"record {number}: a message holds more than text; leave the record out")
+            message["content"] = content = "".join(part["text"] for part in content)
+        if not isinstance(content, str | None):
+            raise Unusable(f"record {number}: a message's content is of type {type(content).__name__}, not text; "
+                           "correct it")
+        if SURROGATE.search(content or ""):
+            raise Unusable(f"record {number} holds half of a surrogate pair (a cut emoji); correct it")
+        found.append(message)
+    return found
+
+
+def kind_of(value: Any) -> str:
+    """What a record's entry holds: TEXT, CHAT, TURNS (a conversation in ShareGPT's words) or OTHER."""
+    if isinstance(value, str):
+        return TEXT
+    if not isinstance(value, list) or not value or not all(isinstance(part, dict) for part in value):
+        return OTHER
+    if all(isinstance(part.get("role"), str) and "content" in part for part in value):
+        return CHAT
+    return TURNS if all("from" in part and "value" in part for part in value) else OTHER
+
+
+def has_text(document: Document) -> bool:
+    """Whether a document is more than white space."""
+    parts = [document] if isinstance(document, str | None) else [message["content"] for message in document]
+    return any(part and part.strip() for part in parts)
+
+
+def choose(columns: dict[str, str], wanted: str | None) -> str:
+    """The name of the column to use. columns: {name: what it holds, as `kind_of` says}. Raises Unusable."""
+    if wanted is not None and wanted not in columns:
+        raise Unusable(f"no column {wanted!r}; --column must be one of {listed(columns)}")
+    turns = next((name for name, kind in columns.items() if kind == TURNS), None)
+    if turns and wanted in (None, turns) and "text" not in columns and columns.get("messages") != CHAT:
+        raise Unusable(f"its column {turns} holds conversations as from and value; write them as role (user, "
+                       "assistant) and content, so that the tokenizer's chat template takes them")
+    if wanted is not None:
+        return wanted
+    if "text" in columns:
+        return "text"
+    if columns.get("messages") == CHAT:
+        return "messages"
+    with_text = [name for name, kind in columns.items() if kind == TEXT]
+    if len(with_text) == 1:
+        return with_text[0]
+    if pair := next((pair for pair in INSTRUCTIONS if set(pair) <= set(columns)), None):
+        raise Unusable(f"its columns {listed(columns)} are instructions and answers: write each row as a column "
+                       f'messages, [{{"role": "user", "content": {pair[0]}}}, {{"role": "assistant", "content": '
+                       f"{pair[1]}}}], so that the tokenizer's chat template joins them, or name one by --column")
+    raise Unusable(f"which column is the text? Name it with --column: one of {listed(columns)}")
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names joined by commas."""
+    return ", ".join(names) or "(none)"
