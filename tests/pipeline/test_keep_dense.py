@@ -217,11 +217,13 @@ def test_verify_proves_it(run, form, capfd):
 def test_healing_trains_it_and_leaves_it_dense(place, run):  # noqa: F811
     record, weights, _ = run("*.o_proj", heal="block", **{"block.steps": 20, "block.lr": 0.003})
     dense = tiny.weights(place / "model")
+    gained = []
     for block in record["blocks"]:
         name = f"model.layers.{block['block']}.self_attn.o_proj.weight"
-        gained = block["heal"]["held_out_after"] < block["heal"]["held_out_before"]
-        assert not (weights[name] == 0).any() and torch.equal(weights[name], dense[name]) != gained
-    assert any(block["heal"]["held_out_after"] < block["heal"]["held_out_before"] for block in record["blocks"])
+        told = block["heal"]["block"]
+        gained.append(told["held_out_after"] < told["held_out_before"])
+        assert not (weights[name] == 0).any() and torch.equal(weights[name], dense[name]) != gained[-1]
+    assert any(gained)
     assert {r["pattern"] for r in record["layers"] if r["linear"] == "self_attn.o_proj"} == {"dense"}
 
 
