@@ -57,7 +57,8 @@ def verify(path: str | Path, trust_remote_code: bool = False) -> Verified:
         with packed.unchecked():
             model, _ = models.load(str(path), flag="", trust_remote_code=trust_remote_code)
     except ValueError as error:
-        more = f"; not as recorded: {changed[0]}" + (f" and {len(changed) - 1} more" if changed[1:] else "")
+        more = f"; not as recorded: {changed[0]}" if changed else ""
+        more += f" and {len(changed) - 1} more" if changed[1:] else ""
         raise ValueError(f"{error}{more if changed else ''}") from None
     faults += claims.check(data) + claims.check_packed(data, model)
     packed.to_dense(model)  # the recorded hashes are of the dense weights, so they also show that packing lost nothing

@@ -134,9 +134,10 @@ def evaluation(tokenizer: Tokenizer, spec: str, *, seqlen: int, options: TextOpt
 
 def given(ids: torch.Tensor) -> Tokens:
     """Tokens from ids made by the caller, integers (n, seqlen). Raises ValueError for another shape or dtype."""
-    if ids.ndim != 2 or ids.is_floating_point():
-        raise ValueError(f"calibration: token ids must be integers (n, seqlen), these are {ids.dtype} "
-                         f"{tuple(ids.shape)}")
+    integers = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    if not integers or ids.ndim != 2 or len(ids) < 1 or ids.shape[1] < 2:
+        raise ValueError("calibration: token ids must be integers (n, seqlen), at least one window of two; these are "
+                         f"{ids.dtype} {tuple(ids.shape)}")
     return _tokens(ids.long().cpu(), None, f"{ids.shape[0]} windows of {ids.shape[1]} given as token ids")
 
 

@@ -107,6 +107,8 @@ def run(argv: list[str] | None) -> None:
     args = arguments(argv)
     models.quiet()
     environment.check_device(args.device)
+    if not args.model:
+        raise ValueError("model: is empty; give a folder, a name on the hub, or demo")
     if args.max_new_tokens < 1:
         raise ValueError("--max-new-tokens: must be at least 1")
     if args.temperature is not None and not args.temperature > 0:

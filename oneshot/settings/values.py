@@ -39,4 +39,5 @@ def checked(flag: Known, value: Any) -> Any:
             raise ValueError(f"{said}: must be {kind[1]}, not {type(value).__name__}")
         if value != value or not -MOST[flag.type] <= value <= MOST[flag.type]:
             raise ValueError(f"{said}: must be a number from {-MOST[flag.type]:g} to {MOST[flag.type]:g}")
+        value = flag.type(value)
     return value
