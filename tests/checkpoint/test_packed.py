@@ -16,6 +16,7 @@ from oneshot.checkpoint import packed, verify
 from oneshot.pipeline import generate, run
 from oneshot.report import page
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*loaded unchecked")
 PROMPT = "the rain"
 
 
