@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,7 +105,7 @@ def text_of(file: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def damaged(path: Path, file: Path):
+def damaged(path: Path, file: Path) -> Iterator[None]:
     """Whatever reading raises as one ValueError."""
     try:
         yield

@@ -437,3 +437,20 @@ def test_parts_of_killed_processes_go_and_nothing_else(place, tmp_path):  # noqa
         assert tiny.main(*command(place, tmp_path / "out")) == 0
     left = {f.name for f in runs.iterdir() if f.name.endswith(".part")}
     assert left == {*stay, f".folder.json.{dead}.part", f".link.json.{dead}.part", f".c.json.{dead}.part"}
+
+
+def test_files_in_folders_below_are_hashed_moved_and_removed_too(place, tmp_path):  # noqa: F811
+    model, folder = tiny.copy(place / "model", tmp_path / "model"), tmp_path / "out"
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(model)
+    argv = command(place, folder, model=model)
+    assert tiny.main(*argv) == 0
+    nested = folder / "additional_chat_templates" / "tool_use.jinja"
+    assert nested.is_file() and "additional_chat_templates/tool_use.jinja" in manifest(folder)["files"]
+    assert verify.main([str(folder), "--quiet"]) == 0
+    nested.write_text("{{ other }}")
+    assert verify.main([str(folder), "--quiet"]) == 1
+    assert tiny.main(*argv) == 0 and nested.read_text() == "{{ tools }}"
+    assert tiny.main(*command(place, folder, "--overwrite")) == 0
+    assert not nested.parent.exists()
