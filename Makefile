@@ -35,7 +35,7 @@ pythons:         ## the core on the oldest and the newest Python, each in an env
 bench: $(STAMP)  ## this program against the published way, on this machine
 	$(BIN)/python scripts/bench/prune.py
 
-soak: $(STAMP)   ## hundreds of kills, pairs of processes, bit flips and mutations; an hour, continues where it was
+soak: $(STAMP)   ## hundreds of kills, pairs of processes, bit flips and mutations; a quarter of an hour, continues where it was
 	$(BIN)/python tests/soak.py --page results/soak.md
 
 clean:
