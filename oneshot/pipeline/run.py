@@ -17,7 +17,7 @@ from ..quantise import grids
 from ..report import page, summary
 from ..runtime import environment
 from ..runtime.command import exit_code
-from ..runtime.files import remove_parts
+from ..runtime.files import remove_parts, writing
 from ..settings import RunConfig
 from . import checks
 from .command import Command, load
@@ -46,7 +46,9 @@ def main(argv: list[str] | None = None) -> int:
                 records.append(run(cfg, command))
                 if len(command.configs) > 1:
                     print(summary.line(records[-1]), file=sys.stderr, flush=True)
-        print(summary.text(records, Path(command.configs[0].results)))
+        with writing("--results", command.configs[0].results):
+            told = summary.text(records, Path(command.configs[0].results))
+        print(told)
 
     return exit_code(work, interrupted=interrupted, memory=SHORT_OF_MEMORY)
 
@@ -86,7 +88,8 @@ def made(cfg: RunConfig, command: Command, reuse: Callable[[Path], dict | None] 
         print(f"{cfg.save}: finished earlier, but {'; '.join(folder.faults[:3])}: pruning again", file=sys.stderr)
     if folder and folder.finished:
         print(f"{cfg.save}: finished earlier, stored result", file=sys.stderr)
-        return report.write(report.checked(folder.record, cfg.save), file)
+        with writing("--results", cfg.results):
+            return report.write(report.checked(folder.record, cfg.save), file)
     if not cfg.prunes and command.saves and file.is_file():
         return report.read(file)
     if reuse and (record := reuse(file)):
@@ -101,7 +104,8 @@ def made(cfg: RunConfig, command: Command, reuse: Callable[[Path], dict | None] 
     record["seconds"] |= {"load": loaded - began, "data": prepared - loaded, "total": time.perf_counter() - began}
     if folder:
         record = folder.finish(model, tokenizer, report.storable(record), cfg.format, page.of_one)
-    return report.write(record, file)
+    with writing("--results", cfg.results):
+        return report.write(record, file)
 
 
 def work(subject: Subject, plan: Plan, command: Command | None = None, folder: checkpoint.Folder | None = None) -> dict:

@@ -5,9 +5,11 @@ import json
 import os
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .inputs import reason
 from .lock import Unsupported, try_lock
 
 PART = re.compile(r"\..+\.(json|html)\.(?P<pid>\d+)\.part")  # what a kill leaves of `write_text`
@@ -80,6 +82,16 @@ def process_is_there(pid: int) -> bool:
     except OSError:  # somebody else's
         return True
     return True
+
+
+@contextlib.contextmanager
+def writing(flag: str, path: str | Path) -> Iterator[None]:
+    """Within the context, an OSError (a full disk, no permission) becomes a ValueError naming the flag."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{flag} {path}: cannot be written ({reason(error)}); give the command again once it can, or "
+                         "choose another place") from error
 
 
 def sync(path: str | Path) -> None:
