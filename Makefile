@@ -8,7 +8,7 @@ NEWEST ?= python3.13
 CORE   := tests/test_layers.py $(patsubst %,tests/%,calibrate checkpoint/test_folder.py data pipeline report/test_report.py \
           settings $(patsubst %,prune/test_%.py,patterns solvers linalg))
 
-.PHONY: demo test check core pythons bench clean
+.PHONY: demo test check core pythons bench soak clean
 
 $(STAMP): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,9 @@ pythons:         ## the core on the oldest and the newest Python, each in an env
 
 bench: $(STAMP)  ## this program against the published way, on this machine
 	$(BIN)/python scripts/bench/prune.py
+
+soak: $(STAMP)   ## hundreds of kills, pairs of processes, bit flips and mutations; an hour, continues where it was
+	$(BIN)/python tests/soak.py --page results/soak.md
 
 clean:
 	rm -rf $(VENV) build runs *.egg-info

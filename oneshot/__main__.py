@@ -35,7 +35,8 @@ def usage() -> str:
     lines = [f"  oneshot {verb:<9} {text}" for verb, (_, text) in COMMANDS.items()]
     return "\n".join(["Prune a language model in one shot, measure exactly what that cost, run it faster.", "", *lines,
                       "",
-                      "`oneshot VERB --help` lists a verb's flags."])
+                      "`oneshot VERB --help` lists a verb's flags. Without a verb it is prune, which without flags",
+                      "prunes the built-in model."])
 
 
 if __name__ == "__main__":

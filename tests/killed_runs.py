@@ -96,7 +96,7 @@ def main(place):
     sys.stdout = sys.stderr
 
     def command(name):
-        return tiny.flags(place, "--no-dense", method="sparsegpt", save=place / name)
+        return tiny.flags(place, "--no-dense", method="sparsegpt", eval_windows=8, save=place / name)
     assert tiny.main(*command("whole")) == 0  # here, so that the children find everything imported
     told = {}
     for moment, prepare in MOMENTS.items():

@@ -1,6 +1,6 @@
 """The soak: hundreds of kills, pairs of processes, bit flips and mutations. `make soak`; a short slice is in the suite.
 
-    python tests/soak.py [--work build/soak] [--kills 300] [--pairs 60] [--flips 300] [--mutations 300] [--seed 0]
+    python tests/soak.py [--work build/soak] [--kills 600] [--pairs 150] [--flips 600] [--mutations 1000] [--seed 0]
                          [--page results/soak.md]
 
 No result may be wrong with exit code 0, and nothing may end in a traceback: exit code 1 then. WORK/outcomes.jsonl keeps
@@ -26,7 +26,7 @@ from oneshot import models  # noqa: E402
 from oneshot.runtime.environment import environment  # noqa: E402
 from oneshot.runtime.files import write_text  # noqa: E402
 
-GROUPS = {"kills": 300, "pairs": 60, "flips": 300, "mutations": 300}
+GROUPS = {"kills": 600, "pairs": 150, "flips": 600, "mutations": 1000}
 BAD = ("WRONG", "TRACEBACK")
 
 
@@ -98,7 +98,7 @@ def page(rows: list[dict], seed: int) -> str:
     counts = collections.Counter(row["group"] for row in rows)
     spent = sum(row["seconds"] for row in rows)
     wrong, broke = (sum(row["outcome"].startswith(word) for row in rows) for word in BAD)
-    lines = ["# Soak", "", "Written by `make soak` (tests/soak.py). " + ", ".join(f"{n} {g}" for g, n in counts.items())
+    lines = ["# Soak", "", "Written by `make soak` (tests/soak.py). " + ", ".join(f"{counts[g]} {g}" for g in GROUPS)
              + f" in {spent / 60:.0f} minutes: **{wrong} wrong results, {broke} tracebacks.**", "",
              f"Commit {where['commit']}{' and changes' if where['dirty'] else ''}, {where['device']}, "
              f"{where['threads']} thread, Python {where['python']}, torch {where['torch']}, transformers "

@@ -23,7 +23,7 @@ from oneshot import checkpoint
 from oneshot.checkpoint import verify
 from oneshot.report import page
 
-LIMIT, MEMORY = 60, 24 * 2**30  # seconds and bytes of address space of one child
+LIMIT, MEMORY = 60, 6 * 2**30  # seconds and bytes of address space of one child
 SWEEP = """methods: [wanda, magnitude]
 patterns: [0.5]
 seeds: [0, 1]
@@ -47,7 +47,9 @@ class Ended:
     def traceback(self) -> str:
         """The last line of a traceback; "" where there is none."""
         broke = any(line.startswith("Traceback (most recent call last)") for line in self.lines)
-        return self.lines[-1] if broke or self.code in (70, -signal.SIGSEGV, -signal.SIGABRT) else ""
+        at = [line.split("/")[-1].strip() for line in self.lines if line.lstrip().startswith("File ")]
+        broke = broke or self.code not in (0, 1, 2, -signal.SIGKILL)
+        return " ".join([*self.lines[-1:], *at[-2:], f"(exit code {self.code})"]) if broke else ""
 
     @property
     def refused(self) -> bool:
@@ -101,12 +103,12 @@ def child(work, kill_after: float | None = None) -> Ended:
         return end(begin(work, log), log, began, kill_after)
 
 
-def verified(folder: Path, *more) -> tuple[int, list[str]]:
-    """(exit code, lines) of `oneshot verify`, in this process. Raises whatever it raises."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = verify.main([str(folder), "--quiet", *map(str, more)])
-    return code, (out.getvalue() + err.getvalue()).splitlines()
+def verified(folder: Path) -> Ended:
+    """`oneshot verify` of a folder, its lines of stdout among those of stderr."""
+    def work():
+        with contextlib.redirect_stdout(sys.stderr):
+            return verify.main([str(folder), "--quiet"])
+    return child(work)
 
 
 @dataclass

@@ -5,12 +5,13 @@ import shlex
 from pathlib import Path
 
 import pytest
+from tiny import plain_pages  # noqa: F401
 
 from oneshot.__main__ import main
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 HERE = {"meta-llama/Llama-3.1-8B": "demo", "c4": "builtin", "wikitext2": "builtin:prose", "cuda": "cpu"}
-SMALL = {"prune": ["--nsamples", "4", "--eval-windows", "2", "--no-progress"], "verify": [],
+SMALL = {"prune": ["--nsamples", "2", "--seqlen", "32", "--eval-windows", "2", "--no-progress"], "verify": [],
          "generate": ["--max-new-tokens", "4"]}
 
 
@@ -20,6 +21,7 @@ def commands():
     return [shlex.split(line) for line in blocks.splitlines() if line.startswith("oneshot ")]
 
 
+@pytest.mark.usefixtures("plain_pages")
 def test_commands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     ran = commands()

@@ -16,7 +16,7 @@ SHARED = ("shape", "pattern", "group", "target_zeros", "zeros")  # stand in the 
 
 
 def check(data: dict) -> list[Fault]:
-    """What does not agree in a manifest (README, Record); an entry that cannot be read is a fault."""
+    """What does not agree in a manifest; an entry that cannot be read is a fault."""
     faults = []
     for part in (check_tensors, check_rows, check_settings, check_format):
         try:

@@ -4,6 +4,7 @@
     DIR/.oneshot/run.json                  the run_id of the run that writes here, the files in DIR that oneshot wrote,
                                            and the run's plan
     DIR/.oneshot/block_00007.safetensors   a finished block: its tensors, and its rows of the record in the header
+    DIR/.oneshot/parts/                    the next block while it is being written (safetensors has files of its own)
     DIR/.oneshot/final/                    the checkpoint while it is being written
     DIR/oneshot.json                       the manifest, moved into place last: only a finished folder has it
 
@@ -156,6 +157,8 @@ class Folder:
             self._note()
             if not self.ours:
                 self.drop_work(but=owner.RUN)
+            remove(self.work / "parts")
+            (self.work / "parts").mkdir()
             clear(self.path, self._own.removable)
             self.ours = self.claimed = True
 
@@ -172,7 +175,7 @@ class Folder:
             self.claim()
             state = {k: v.contiguous() for k, v in state.items()}
             header = kept.header(self.run_id, number, state, rows, self.computed_with, self._seal)
-            part = self._block(number).with_suffix(".part")
+            part = self.work / "parts" / kept.name_of(number)
             save_file(state, part, metadata=header)
             sync(part)
             os.replace(part, self._block(number))
@@ -227,7 +230,7 @@ class Folder:
     def drop_work(self, but: str = "") -> None:
         """Remove the work files of any run: those with the names that oneshot gives them, and nothing else."""
         for file in list(self.work.iterdir()) if self.work.is_dir() else ():
-            if file.name != but and (file.name == "final" or owner.WORK_FILES.fullmatch(file.name)):
+            if file.name != but and owner.WORK_FILES.fullmatch(file.name):
                 with contextlib.suppress(OSError):
                     remove(file)
 

@@ -22,9 +22,10 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import models
+from ..models.intake import PACKED
 from . import contents, manifest
 
-METHOD = "oneshot_2of4"
+METHOD = PACKED
 HINT = "run `import oneshot` before from_pretrained"
 
 

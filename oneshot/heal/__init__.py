@@ -65,8 +65,7 @@ class Heal:
 def names() -> list[str]:
     """All `--heal` methods, sorted."""
     found = (m.name for m in pkgutil.iter_modules(__path__))
-    return sorted(name for name in found if hasattr(importlib.import_module(f"{__name__}.{name}"), "Heal")
-                  and name != "train")
+    return sorted(name for name in found if hasattr(importlib.import_module(f"{__name__}.{name}"), "Heal"))
 
 
 def module(name: str) -> ModuleType:

@@ -50,11 +50,11 @@ class Config:
 def check_model(model: nn.Module, cfg: Config, device: str) -> None:
     """Raise ValueError naming `--block.unit` if attention and MLP of a block cannot be told apart."""
     if cfg.unit == "parts":
-        for b, block in enumerate(models.blocks(model)[1]):
+        for block in models.walk(model):
             try:
-                models.mlp(block)
+                models.mlp(block.module)
             except ValueError as error:
-                raise ValueError(f"--block.unit parts: block {b}: {error}; use --block.unit block") from None
+                raise ValueError(f"--block.unit parts: block {block.number}: {error}; use --block.unit block") from None
 
 
 class Heal(Base):
@@ -96,7 +96,7 @@ class Heal(Base):
         parts = {"attention": attention, "mlp": mlp}
         warnings = [f"{part}: {w}" for part, info in parts.items() for w in info.pop("warnings")]
         after = mean(loss, held)
-        if held and after > before:
+        if held and not after <= before:  # a NaN is no gain
             whole.restore(start)
             warnings.append(f"attention and MLP one by one made the held-out loss worse, {before:.3g} to {after:.3g}: "
                             "left as it was")

@@ -53,7 +53,7 @@ class Heal(Base):
         """Train the pruned model on the batches of `dense`."""
         _, block_list = models.blocks(model)
         stored = {name: p.dtype for name, p in block_list.named_parameters()}
-        leave = {f"{b}.{name}" for b, block in enumerate(block_list) for name in models.untouched(block)}
+        leave = {f"{block.number}.{name}" for block in models.walk(model) for name in models.untouched(block.module)}
         whole = models.tensors_of(model)
         bar = tqdm(total=self.cfg.steps, desc="distil", unit="step", disable=not self.progress, leave=False)
         with models.resident(whole, dense.device, write_back=True, dtype=torch.float32), bar, \

@@ -84,6 +84,12 @@ class Trainable:
         """A copy of the parameters, in CPU memory because it is rarely needed."""
         return {name: p.data.to("cpu", copy=True) for name, p in self.parameters.items()}
 
+    @torch.no_grad()
+    def round(self) -> None:
+        """Round the parameters as they will be saved; they stay in the dtype they are trained in."""
+        for name, p in self.parameters.items():
+            p.data.copy_(p.data.to(self.stored[name]))
+
     def restore(self, snapshot: dict[str, torch.Tensor]) -> None:
         """Set the parameters to a snapshot."""
         for name, p in self.parameters.items():
@@ -122,6 +128,13 @@ def fit(trainable: Trainable, loss: Callable[[int], torch.Tensor], held: Sequenc
     if attempt:
         warnings.append(f"learning rate lowered from {lr:g} to {rate:g}" if best < before else
                         f"nothing gained at learning rates from {lr:g} down to {rate:g}: left as it was")
+    if before is not None and best < before:
+        trainable.round()  # the loss of what will be saved
+        best = fitting.held_out_loss()
+        if not best <= before:
+            trainable.restore(start)
+            best = before
+            warnings.append("rounding to the stored dtype cost more than was gained: left as it was")
     if before is None:
         warnings.append("one window only: nothing held out, no early stop; raise --nsamples")
     return {"steps": done, "lr": rate, "held_out_before": before, "held_out_after": best, "warnings": warnings}

@@ -13,6 +13,7 @@ from ..runtime.hub import hub_away
 
 INDEX = "model.safetensors.index.json"
 DEQUANTISED = ("fp8", "mxfp4")  # what transformers turns into bfloat16 while it loads
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers")  # their number in a config
 PACKED = "oneshot_2of4"  # checkpoint/packed.py
 LAYERS = 10_000  # no model has more
 
@@ -69,8 +70,17 @@ def check_folder(path: Path, said: str) -> dict:
             if pickles else "no safetensors weights in this folder"))
     config = read_json(path / "config.json", said)
     check_config(config, said)
-    shards(path, said)
+    check_layers(config, shards(path, said), said)
     return config
+
+
+def check_layers(config: dict, files: Iterable[Path], said: str) -> None:
+    """Raise ValueError if the config asks for more layers than the files could fill: building them takes all memory."""
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    layers = max((n for part in parts for key in LAYERS if isinstance(n := part.get(key), int)), default=0)
+    if layers > 1000 and layers > (tensors := len(headers(files, said))):
+        raise ValueError(f"{said}: its config names {layers:g} layers, its files hold {tensors} tensors; correct "
+                         "config.json or fetch it again")
 
 
 def check_adapter(path: Path, said: str) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..runtime.flag import flag as new_flag
+from ..runtime.hub import hub_away
 from . import gguf, intake
 from .source import settle
 
@@ -63,6 +64,7 @@ def load(name: str | Path, *, dtype: str = "auto", revision: str | None = None, 
     if not local and (str(name).count("/") > 1 or str(name).startswith((".", "/", "~")) or path.exists()):
         raise ValueError(f"{said}: no such folder")
     options = {"revision": revision, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
+    options |= {} if local else {"local_files_only": bool(hub_away())}
     source = str(path) if local else str(name)
     config = intake.check_folder(path, said) if local else intake.check_hub(source, options, said)
     model, tokenizer, info = from_pretrained(source, config, options, {

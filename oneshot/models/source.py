@@ -72,8 +72,8 @@ def settle(model: nn.Module, config: dict, folder: Path | None, said: str) -> No
     if method is None:
         check_dtypes(entries, model, said)
     left = lost(entries, model) if entries else Lost((), 0)
-    named = config.get("architectures")
-    architecture = named[0] if isinstance(named, list) and named else None
+    names = config.get("architectures")
+    architecture = names[0] if isinstance(names, list) and names else None
     if left.names and architecture not in (None, type(model).__name__):
         raise ValueError(f"{said}: is a {architecture}, of which only {type(model).__name__} is loaded: {left} would "
                          "be lost; save the language model alone and give that")

@@ -68,8 +68,7 @@ def kept_dense(spec: str | None, names: Sequence[str]) -> set[str]:
         file, colon, count = entry.rpartition(":")
         if colon and file.endswith(".json") and count.isdecimal():
             wanted = most_sensitive(file, int(count))
-            found = {name for name in names for unit in wanted if name == unit or name.startswith(f"{unit}.")
-                     or (f".{unit}" in name and name.endswith(f".{unit}"))}
+            found = {name for name in names for unit in wanted if f".{unit}." in f".{name}."}
         else:
             found = set(fnmatch.filter(names, entry))
         if not found:
@@ -86,16 +85,33 @@ def most_sensitive(file: str, count: int) -> list[str]:
 
     Raises ValueError naming `--keep-dense` if the file holds no such measurement.
     """
+    if count < 1:
+        raise ValueError(f"--keep-dense {file}:{count}: the number of linears must be at least 1")
+    return [row["name"] for row in sensitivities(file)["sensitivity"][:count]]
+
+
+def sensitivities(file: str) -> dict:
+    """The record in a file, if it holds what `--sensitivity` measured. Raises ValueError naming `--keep-dense`."""
     try:
-        rows = parse_json(read_text(file))["sensitivity"]
-        names = [row["name"] for row in rows[:count]]
-        if not all(isinstance(name, str) for name in names):
-            raise ValueError("names that are no text")
-        return names
+        record = parse_json(read_text(file))
+        if all(isinstance(row["name"], str) for row in record["sensitivity"]) and record["model"]["fingerprint"]:
+            return record
+        why = "entries without a name"
     except (ValueError, LookupError, TypeError) as error:
         why = f"no {error} in it" if isinstance(error, LookupError) else one_line(error)
-        raise ValueError(f"--keep-dense {file}: holds no sensitivities ({why}); give the record of a run with "
-                         "--sensitivity") from None
+    raise ValueError(f"--keep-dense {file}: holds no sensitivities ({why}); give a record made with --sensitivity")
+
+
+def kept_mark(cfg: RunConfig, model: nn.Module, weights: str) -> str:
+    """What `--keep-dense` means for this model, as part of a run's identity: the names of what stays dense.
+
+    Raises ValueError if a record that it names was measured on another model. weights: this one's fingerprint.
+    """
+    for entry in (part.strip() for part in cfg.keep_dense.split(",")):
+        file = entry.rpartition(":")[0]
+        if file.endswith(".json") and sensitivities(file)["model"]["fingerprint"] != weights:
+            raise ValueError(f"--keep-dense {entry}: was measured on another model; use --sensitivity with this one")
+    return ",".join(sorted(kept_dense(cfg.keep_dense, [weight.name for weight in models.all_weights(model)])))
 
 
 def blocks_of(model: nn.Module, kept: Collection[str] = frozenset()) -> list[dict[str, allocate.Linear]]:

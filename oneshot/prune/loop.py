@@ -141,7 +141,8 @@ def heal_block(job: Job, block: Block, activations: Activations, dense: Activati
     for healer in job.healers:
         if info := healer.after_block(block, activations, dense.hidden):
             rows.warnings += [f"{block.name}: {w}" for w in info.pop("warnings", [])]
-            rows.block["heal"] = info
+            name = type(healer).__module__.rpartition(".")[2]
+            rows.block.setdefault("heal", {})[name] = info
 
 
 def solve_block(job: Job, block: Block, activations: Activations | None, teacher: tuple[nn.Module, Activations] | None,

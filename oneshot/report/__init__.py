@@ -1,6 +1,6 @@
 """Report: run records, and everything that is made of them. Comes after the measurements, before the pipeline.
 
-A record is the JSON of one run (README, Record). Tables, pictures and pages are pure functions of records: they can be
+A record is the JSON of one run. Tables, pictures and pages are pure functions of records: they can be
 made again at any time, on any machine, without a model.
 
     record      the file: write, read, check, old names

@@ -1,6 +1,6 @@
 """What a record says: pure functions of records, used by every table, picture and page.
 
-    record   the dict that a run fills (README, Record)
+    record   the dict that a run fills
     column   one measured quantity: a metric AND its window, so that two windows never share a column
     header   a column's name for people: "wikitext2 ppl @2048"
     variant  the settings in which the runs of one model and method differ: "nsamples 64, seed 1"

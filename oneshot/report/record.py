@@ -86,9 +86,11 @@ def in_todays_words(record: dict) -> dict:
         new["settings"] = _renamed(new["settings"], {"recover": "heal", "recovery": "healing"})
     if isinstance(new.get("blocks"), list):
         new["blocks"] = [_renamed(block, {"repair": "heal"}) for block in new["blocks"]]
-        for block in new["blocks"]:
+        for old, block in zip(record["blocks"], new["blocks"], strict=True):
             if isinstance(block, dict) and "seconds" in block:
                 block["seconds"] = _renamed(block["seconds"], {"repair": "heal"})
+            if isinstance(old, dict) and "repair" in old:
+                block["heal"] = {"block": old["repair"]}
     return new
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from .inputs import reason
 from .lock import Unsupported, try_lock
 
-PART = re.compile(r"\..+\.(json|html)\.(?P<pid>\d+)\.part")  # what a kill leaves of `write_text`
+PART = re.compile(r"\.(.+\.(json|html)|[0-9a-f]{32})\.(?P<pid>\d+)\.part")  # what a kill leaves of `write_text`
 HOUR = 3600
 
 
@@ -81,6 +81,8 @@ def process_is_there(pid: int) -> bool:
         return False
     except OSError:  # somebody else's
         return True
+    with contextlib.suppress(OSError, IndexError):  # ended, but nobody has asked for its exit code: an orphan
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return True
 
 

@@ -41,6 +41,7 @@ from oneshot.pipeline.attempt import failure_file
 from oneshot.report import tables, task_table
 from oneshot.runtime import environment
 from oneshot.runtime.command import Parser, exit_code, one_line
+from oneshot.runtime.files import remove_parts
 from oneshot.settings import RunConfig, parse
 from oneshot.settings.known import Known, known, todays_names
 
@@ -194,6 +195,9 @@ def words(name: str, value, flag: Known | None) -> list[str]:
 
 def sweep(configs: Sequence[RunConfig], workers: int) -> int:
     """Make the runs that are not finished; the table of all. Exit code."""
+    for folder in {Path(cfg.results) for cfg in configs}:
+        remove_parts(folder)
+        remove_parts(folder / index.FOLDER)
     keys = [index.key_of(cfg) for cfg in configs]
     done = {i: run_id for i, cfg in enumerate(configs) if (run_id := index.finished(cfg))}
     left = [cfg for i, cfg in enumerate(configs) if i not in done]

@@ -392,7 +392,8 @@ def test_links_among_the_work_files_are_not_followed(place, tmp_path, monkeypatc
     victim.mkdir()
     (victim / "thesis.tex").write_text("mine")
     (work / "final").symlink_to(victim)
-    (work / "block_00002.part").symlink_to(victim / "thesis.tex")
+    shutil.rmtree(work / "parts")
+    (work / "parts").symlink_to(victim)
     assert tiny.main(*argv) == 0
     assert contents_of(victim) == {"thesis.tex": b"mine"} and not work.exists()
 
@@ -406,7 +407,7 @@ def test_work_files_of_a_dead_run_go_and_nothing_else(place, tmp_path, monkeypat
     (work / "mine.txt").write_text("mine")
     other = [*argv, "--method", "magnitude", "--overwrite"]
     interrupted(other, monkeypatch, after=0)
-    assert sorted(f.name for f in work.iterdir()) == ["block_00000.safetensors", "mine.txt", "run.json"]
+    assert sorted(f.name for f in work.iterdir()) == ["block_00000.safetensors", "mine.txt", "parts", "run.json"]
     assert tiny.main(*other) == 0
     assert [f.name for f in work.iterdir()] == ["mine.txt"]
     assert manifest(tmp_path / "out")["record"]["warnings"] == []
@@ -416,7 +417,8 @@ def test_leftovers_in_a_finished_folder_go(finished):
     folder, argv = finished
     work = folder / ".oneshot"
     (work / "final").mkdir(parents=True)
-    for name in ("lock", "block_00000.safetensors", "final/config.json", ".run.json.99999999.part"):
+    (work / "parts").mkdir()
+    for name in ("lock", "block_00000.safetensors", "final/config.json", ".run.json.99999999.part", "parts/.tmpAbCd"):
         (work / name).write_text("")
     assert tiny.main(*argv) == 0
     assert not work.exists()

@@ -207,3 +207,31 @@ def test_records_of_all_pairs_are_whole(pairs):
     for file in (pairs[0] / "pair-runs").iterdir():
         assert file.suffix in (".json", ".html")
         assert file.suffix == ".html" or json.loads(file.read_text())["status"] == "finished"
+
+
+@pytest.mark.parametrize("error", [OSError(locks.errno.ENOSPC, "No space left on device"),
+                                   PermissionError(locks.errno.EACCES, "Permission denied"),
+                                   OSError(locks.errno.EROFS, "Read-only file system")], ids=lambda e: e.strerror)
+def test_a_lock_that_cannot_be_written_is_one_line(place, tmp_path, monkeypatch, capfd, error):  # noqa: F811
+    real = os.open
+
+    def failing(path, *args, **kwargs):
+        if str(path).endswith(".oneshot/lock"):
+            raise error
+        return real(path, *args, **kwargs)
+    monkeypatch.setattr(locks.os, "open", failing)
+    assert tiny.main(*tiny.flags(place, save=tmp_path / "a" / "out", results=tmp_path / "runs")) == 2
+    [line] = tiny.said(capfd.readouterr().err)
+    assert line.startswith("error: --save ") and error.strerror in line and not (tmp_path / "a").exists()
+
+
+def test_a_full_disk_does_not_hinder_the_lock(tmp_path, monkeypatch):
+    """Only the name in it is missing."""
+    real = os.write
+    monkeypatch.setattr(locks.os, "write", lambda *args: (_ for _ in ()).throw(OSError(locks.errno.ENOSPC, "full")))
+    first = Lock(tmp_path / "lock")
+    first.take()
+    monkeypatch.setattr(locks.os, "write", real)
+    with pytest.raises(Taken, match="its name is not known"):
+        Lock(tmp_path / "lock").take()
+    first.release()

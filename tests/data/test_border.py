@@ -43,7 +43,7 @@ def test_packed_files_give_the_same_text(tokenizer, tmp_path, suffix, packing):
     plain, packed = tmp_path / f"t.{suffix}", tmp_path / f"t.{suffix}.{packing}"
     plain.write_text("\n\n".join(STORIES)) if suffix == "txt" else write(plain, STORIES, "story")
     if packing == "gz":
-        packed.write_bytes(gzip.compress(plain.read_bytes()))
+        packed.write_bytes(gzip.compress(plain.read_bytes(), mtime=0))
     else:
         zstandard = pytest.importorskip("zstandard")
         packed.write_bytes(zstandard.compress(plain.read_bytes()))
@@ -54,7 +54,7 @@ def test_packed_files_give_the_same_text(tokenizer, tmp_path, suffix, packing):
 def test_c4s_own_shards(tokenizer, tmp_path):
     """Named .json.gz, one object a line; also after gunzip."""
     lines = "".join(json.dumps({"text": text, "url": "u", "timestamp": "t"}) + "\n" for text in STORIES)
-    (tmp_path / "c4-train.00000.json.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "c4-train.00000.json.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
     (tmp_path / "c4-train.00000.json").write_text(lines)
     found = {data.evaluation(tokenizer, str(file), seqlen=10).sha256 for file in tmp_path.iterdir()}
     assert found == {data.evaluation(tokenizer, str(write(tmp_path / "t.json", STORIES)), seqlen=10).sha256}
@@ -80,7 +80,7 @@ WORDS = json.dumps("a" * 50)
 @pytest.mark.parametrize(("name", "content", "says"), [
     ("deep.json", DEEP, ["nested too deeply"]),
     ("deep.jsonl", f"{WORDS}\n{DEEP}\n", ["line 2", "nested too deeply"]),
-    ("deep.json.gz", gzip.compress(DEEP.encode()), ["nested too deeply"]),
+    ("deep.json.gz", gzip.compress(DEEP.encode(), mtime=0), ["nested too deeply"]),
     ("closed.jsonl", DEEP + "]" * 100_000, ["line 1", "nested too deeply"]),
     ("digits.jsonl", "9" * 5000, ["line 1", "not JSON"]),
     ("half.jsonl", f'{{"text": "whole"}}\n{HALF}\n', ["record 2", "surrogate"]),
@@ -91,7 +91,7 @@ WORDS = json.dumps("a" * 50)
     ("utf16.txt", "some text".encode("utf-16"), ["utf16.txt", "UTF-8"]),
     ("latin.jsonl", '{"text": "é"}'.encode("latin-1"), ["latin.jsonl", "UTF-8"]),
     ("latin.csv", "text\né\n".encode("latin-1"), ["latin.csv", "UTF-8"]),
-    ("cut.txt.gz", gzip.compress(b"a" * 10_000)[:-20], ["cut.txt.gz", "read"]),
+    ("cut.txt.gz", gzip.compress(b"a" * 10_000, mtime=0)[:-20], ["cut.txt.gz", "read"]),
     ("no.jsonl.gz", b"no gzip at all", ["no.jsonl.gz", "read"]),
     ("empty.txt.gz", b"", ["no text"]),
     ("empty.csv", "", ["no text"]),

@@ -90,8 +90,8 @@ def test_parts_help_and_lose_no_zero(name):
     for weight in models.all_weights(healed):
         assert parse("2:4").holds(weight.get()), weight.name
     for row in result.blocks:
-        assert set(row["heal"]["parts"]) == {"attention", "mlp"} and row["heal"]["steps"] <= 30
-        assert row["heal"]["held_out_after"] < row["heal"]["held_out_before"]
+        assert set(row["heal"]["block"]["parts"]) == {"attention", "mlp"} and row["heal"]["block"]["steps"] <= 30
+        assert row["heal"]["block"]["held_out_after"] < row["heal"]["block"]["held_out_before"]
     assert kl(dense, healed, tokens()) < 0.9 * kl(dense, plain, tokens())
 
 

@@ -30,7 +30,8 @@ def test_healing_helps_and_loses_no_zero(name, method):
     dense, plain, healed = (families.tiny(name) for _ in range(3))
     heal_pruned(plain, "none")
     result = heal_pruned(healed, method, **steps(method, 30))
-    said = [info for info in (*(row.get("heal") for row in result.blocks), result.heal.get(method)) if info]
+    said = [row["heal"][method] for row in result.blocks if "heal" in row]
+    said += [result.heal[method]] if method in result.heal else []
     assert said and all(info["held_out_after"] <= info["held_out_before"] for info in said)
     for weight in models.all_weights(healed):
         assert parse("2:4").holds(weight.get()), weight.name

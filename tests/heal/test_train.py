@@ -80,8 +80,8 @@ def test_a_model_whose_held_out_windows_ask_for_the_opposite_is_left_as_it_was(m
     plain, healed = families.tiny("llama"), families.tiny("llama")
     heal_pruned(plain, "none")
     result = heal_pruned(healed, "block", **{"block.steps": 16})
-    for b in result.blocks:
-        assert b["heal"]["held_out_after"] == b["heal"]["held_out_before"] < 0 < b["heal"]["steps"]
+    for info in (b["heal"]["block"] for b in result.blocks):
+        assert info["held_out_after"] == info["held_out_before"] < 0 < info["steps"]
     assert sum("left as it was" in w for w in result.warnings) == 2
     for p, q in zip(plain.parameters(), healed.parameters(), strict=True):
         assert torch.equal(p, q)

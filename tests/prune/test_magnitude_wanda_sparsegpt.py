@@ -97,7 +97,7 @@ def test_sparsegpt_counts_dead_inputs_and_clears_their_weights():
 
 @pytest.mark.parametrize("flags", [{"damping": -0.1}, {"damping": float("nan")}, {"block_size": 0}], ids=str)
 def test_sparsegpt_flags_are_checked(flags):
-    with pytest.raises(ValueError, match=f"--sparsegpt.{next(iter(flags))}"):
+    with pytest.raises(ValueError, match=f"^--sparsegpt.{next(iter(flags)).replace('_', '-')} "):
         case("sparsegpt", **flags)
 
 

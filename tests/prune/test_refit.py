@@ -119,5 +119,5 @@ def test_no_part_of_a_chain_overwrites_what_another_noted(solver):
     ("alps.rest", -0.1), ("alps.refit_steps", -1)])
 def test_flags_are_checked(flag, value):
     part, name = flag.split(".")
-    with pytest.raises(ValueError, match=f"--{flag} "):
+    with pytest.raises(ValueError, match=f"^--{flag.replace('_', '-')} "):
         solvers.module(part).Config(**{name: value})

@@ -174,7 +174,7 @@ def test_old_words_are_read_as_todays_and_the_file_stays(tmp_path):
     assert path.read_bytes() == before and old == of_version_0_1(), "neither the file nor the input changed"
     assert not re.search("recover|repair", json.dumps(new))
     assert new["settings"]["heal"] == "block,distil" and new["settings"]["healing"]["distil"] == {"steps": 7}
-    assert new["heal"] == old["recovery"] and new["blocks"][0]["heal"] == {"steps": 6}
+    assert new["heal"] == old["recovery"] and new["blocks"][0]["heal"] == {"block": {"steps": 6}}
     assert new["blocks"][0]["seconds"] == {"collect": 1.0, "heal": 2.0} and new["blocks"][1] == old["blocks"][1]
     assert list(new["settings"]) == [{"recover": "heal", "recovery": "healing"}.get(k, k) for k in old["settings"]]
     assert report.method_of(new) == "alps, owl, block, distil" and seconds(new)["other pruning"] > 2

@@ -120,7 +120,7 @@ def _points(records: list[dict], measure: Callable[[dict], float | None], among:
     for record, name in zip(records, series(records, among), strict=True):
         row = names[identity(record)], clean(pattern_of(record))
         for layer in [] if is_dense(record) else record.get("layers") or []:
-            x = measure(layer)
+            x = None if layer.get("pattern") == "dense" else measure(layer)  # left dense on purpose
             if x is not None and math.isfinite(x):
                 which = kind(layer.get("linear", layer.get("name")))
                 line = points.setdefault(row, {}).setdefault(which, {}).setdefault(name, {})
