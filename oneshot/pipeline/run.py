@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from .. import checkpoint, measure, models, report, settings
+from .. import checkpoint, measure, models, report
 from ..checkpoint.bytes import model_bytes
 from ..data import choose
 from ..measure import Subject
@@ -18,8 +18,8 @@ from ..report import page, summary
 from ..runtime import environment
 from ..runtime.command import exit_code
 from ..runtime.files import remove_parts, writing
-from ..settings import RunConfig
-from . import checks
+from ..settings import RunConfig, flags
+from . import checks, idle
 from .command import Command, load
 from .compress import compress, sparsity
 from .identity import describe, identify, warnings
@@ -36,8 +36,10 @@ def main(argv: list[str] | None = None) -> int:
         return "the same command resumes after the last finished block" if command.resumes else ""
 
     def work() -> None:
-        command.configs = settings.parse(argv)
+        given = flags.read(argv)
+        command.configs = flags.expand(given)
         checks.check(command.configs)
+        idle.check(given, command.configs)
         models.quiet()
         print(f"device: {environment.device_name(command.configs[0].device)}", file=sys.stderr)
         records = []

@@ -27,7 +27,7 @@ def one_line(place, tmp_path, capfd):  # noqa: F811
     """`one_line(*more, main=, argv=, **changed)`: the one line of a command that is refused, without "error: "."""
     def check(*more, main=tiny.main, argv=None, **changed):
         if argv is None:
-            given = {"results": tmp_path / "runs", "method": "magnitude", "nsamples": 2, "eval_windows": 2} | changed
+            given = {"results": tmp_path / "runs", "method": "magnitude", "nsamples": 2} | changed
             code = main(*tiny.flags(place, "--no-dense", *more, **given))
         else:
             code = main([str(word) for word in argv])
