@@ -25,7 +25,7 @@ def sample_from_model(model: nn.Module | None, tokenizer: Tokenizer, nsamples: i
     """
     if model is None:
         raise Unusable("needs a model to sample from; pass model=")
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    positions = models.max_positions(model)
     if positions is not None and seqlen > positions:
         raise Unusable(f"the model has {positions} positions; use --seqlen {positions} or less")
     total = math.ceil(nsamples * 4 / 3)

@@ -30,8 +30,14 @@ def embedded(model: nn.Module) -> int:
 
 
 def max_positions(model: nn.Module) -> int | None:
-    """The longest sequence the model supports, in tokens; None if its config does not state one."""
-    return getattr(config_of(model), "max_position_embeddings", None)
+    """The longest sequence the model supports, in tokens; None if its config does not state one.
+
+    Raises ValueError naming `--model` for what is no number.
+    """
+    most = getattr(config_of(model), "max_position_embeddings", None)
+    if not isinstance(most, int | None):
+        raise ValueError(f"--model: its config says that max_position_embeddings is {most!r:.60}; correct it")
+    return most
 
 
 def decoder(model: nn.Module) -> nn.Module:

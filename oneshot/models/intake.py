@@ -96,6 +96,9 @@ def check_config(config: dict, said: str) -> None:
                          "the weights to model.safetensors")
     if config.get("is_encoder_decoder"):
         raise ValueError(f"{said}: is an encoder-decoder model; only decoder-only models can be pruned")
+    for key, value in config.items():  # transformers would build a part for each of them, for ever
+        if isinstance(value, int) and abs(value) >= 2**40:
+            raise ValueError(f"{said}: its config says that {key} is {str(value)[:30]}; correct it or fetch it again")
     method = quantisation(config)
     if method not in (None, *DEQUANTISED, PACKED):
         raise ValueError(f"{said}: its weights are quantised ({method}); give the unquantised checkpoint: pruning "

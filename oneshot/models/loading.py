@@ -102,7 +102,8 @@ def from_pretrained(source: str, config: dict, options: dict, how: dict,
         if local and not any(Path(source).glob("*token*")) and not any(Path(source).glob("*vocab*")):
             raise ValueError(f"{said}: no tokenizer in this folder; copy the tokenizer's files into it") from error
         lines = [line.strip() for line in str(error).split("\n") if line.strip()]
-        why = " ".join(lines[:1 + lines[0].endswith(":")]) if lines else type(error).__name__
+        why = " ".join(lines[:1 + lines[0].endswith(":")])[:300] if lines else type(error).__name__
+        why = f"{type(error).__name__}: {why}" if isinstance(error, KeyError) else why  # else but a name in quotes
         where = "" if local else "no such folder here, and as a hub name it "
         raise ValueError(f"{said}: {where}cannot be loaded ({why})") from error
     return model, tokenizer, info

@@ -6,6 +6,7 @@
     identity  a run's identity (run_id), and the warnings that come first
     command   what the runs of one command share
     checks    what is rejected before anything is computed
+    idle      flags that would change nothing
     api       `oneshot.prune` for Python
     attempt   a run that ends in a record even if it fails, for sweeps
     generate  `oneshot generate`: generate text, measure the speed

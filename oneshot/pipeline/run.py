@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from .. import checkpoint, measure, models, report, settings
+from .. import checkpoint, measure, models, report
 from ..checkpoint.bytes import model_bytes
 from ..data import choose
 from ..measure import Subject
@@ -17,9 +17,9 @@ from ..quantise import grids
 from ..report import page, summary
 from ..runtime import environment
 from ..runtime.command import exit_code
-from ..runtime.files import remove_parts
-from ..settings import RunConfig
-from . import checks
+from ..runtime.files import remove_parts, writing
+from ..settings import RunConfig, flags
+from . import checks, idle
 from .command import Command, load
 from .compress import compress, sparsity
 from .identity import describe, identify, warnings
@@ -36,8 +36,10 @@ def main(argv: list[str] | None = None) -> int:
         return "the same command resumes after the last finished block" if command.resumes else ""
 
     def work() -> None:
-        command.configs = settings.parse(argv)
+        given = flags.read(argv)
+        command.configs = flags.expand(given)
         checks.check(command.configs)
+        idle.check(given, command.configs)
         models.quiet()
         print(f"device: {environment.device_name(command.configs[0].device)}", file=sys.stderr)
         records = []
@@ -46,7 +48,9 @@ def main(argv: list[str] | None = None) -> int:
                 records.append(run(cfg, command))
                 if len(command.configs) > 1:
                     print(summary.line(records[-1]), file=sys.stderr, flush=True)
-        print(summary.text(records, Path(command.configs[0].results)))
+        with writing("--results", command.configs[0].results):
+            told = summary.text(records, Path(command.configs[0].results))
+        print(told)
 
     return exit_code(work, interrupted=interrupted, memory=SHORT_OF_MEMORY)
 
@@ -86,7 +90,8 @@ def made(cfg: RunConfig, command: Command, reuse: Callable[[Path], dict | None] 
         print(f"{cfg.save}: finished earlier, but {'; '.join(folder.faults[:3])}: pruning again", file=sys.stderr)
     if folder and folder.finished:
         print(f"{cfg.save}: finished earlier, stored result", file=sys.stderr)
-        return report.write(report.checked(folder.record, cfg.save), file)
+        with writing("--results", cfg.results):
+            return report.write(report.checked(folder.record, cfg.save), file)
     if not cfg.prunes and command.saves and file.is_file():
         return report.read(file)
     if reuse and (record := reuse(file)):
@@ -101,7 +106,8 @@ def made(cfg: RunConfig, command: Command, reuse: Callable[[Path], dict | None] 
     record["seconds"] |= {"load": loaded - began, "data": prepared - loaded, "total": time.perf_counter() - began}
     if folder:
         record = folder.finish(model, tokenizer, report.storable(record), cfg.format, page.of_one)
-    return report.write(record, file)
+    with writing("--results", cfg.results):
+        return report.write(record, file)
 
 
 def work(subject: Subject, plan: Plan, command: Command | None = None, folder: checkpoint.Folder | None = None) -> dict:

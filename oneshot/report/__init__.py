@@ -4,6 +4,7 @@ A record is the JSON of one run. Tables, pictures and pages are pure functions o
 made again at any time, on any machine, without a model.
 
     record      the file: write, read, check, old names
+    shape       of what kind each part of a record is
     columns     what a record says: columns, values, names of runs, numbers as text
     accuracy    two runs' task results: the difference and its standard error
     table       the one writer of tables: terminal, markdown, HTML, csv

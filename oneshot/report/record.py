@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..runtime.files import write_text
 from ..runtime.inputs import parse_json, read_text
+from . import shape
 
 SCHEMA = 1
 # The order of the keys in the file: short entries come first. Keys not listed here follow in alphabetical order.
@@ -73,7 +74,10 @@ def checked(record, path: str | Path) -> dict:
         writer = (record.get("environment") or {}).get("oneshot", "?")
         raise ValueError(f"{path} has schema {record['schema']} (by oneshot {writer}), this version "
                          f"reads {SCHEMA}: run again, or use the version that wrote it")
-    return _with_lost_values(in_todays_words(record))
+    record = in_todays_words(record)
+    if wrong := shape.fault(record):
+        raise ValueError(f"{path} is not a run record: its {wrong}; run once more")
+    return _with_lost_values(record)
 
 
 def in_todays_words(record: dict) -> dict:

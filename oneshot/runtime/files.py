@@ -5,9 +5,11 @@ import json
 import os
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .inputs import reason
 from .lock import Unsupported, try_lock
 
 PART = re.compile(r"\.(.+\.(json|html)|[0-9a-f]{32})\.(?P<pid>\d+)\.part")  # what a kill leaves of `write_text`
@@ -82,6 +84,16 @@ def process_is_there(pid: int) -> bool:
     with contextlib.suppress(OSError, IndexError):  # ended, but nobody has asked for its exit code: an orphan
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return True
+
+
+@contextlib.contextmanager
+def writing(flag: str, path: str | Path) -> Iterator[None]:
+    """Within the context, an OSError (a full disk, no permission) becomes a ValueError naming the flag."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{flag} {path}: cannot be written ({reason(error)}); give the command again once it can, or "
+                         "choose another place") from error
 
 
 def sync(path: str | Path) -> None:
