@@ -29,6 +29,9 @@ def check(configs: Sequence[RunConfig]) -> None:
             environment.check_writable(cfg.save, "--save")
             if Path(cfg.save).resolve() == Path(cfg.model).resolve():
                 raise ValueError(f"--save {cfg.save}: is the model's own folder; choose another")
+            if Path(cfg.results).resolve().is_relative_to(Path(cfg.save).resolve()):
+                raise ValueError(f"--results {cfg.results}: lies in the folder of --save {cfg.save}, which holds one "
+                                 "checkpoint and nothing else; choose another")
         environment.check_writable(cfg.results, "--results")
     measure.refuse(configs[0])
 

@@ -175,6 +175,22 @@ def test_places_to_write(refused, place, tmp_path, monkeypatch):  # noqa: F811
     refused(["--save", "no permission"], save=tmp_path / "locked")
 
 
+@pytest.mark.parametrize("below", ["", "runs", "runs/../.", "a/b"])
+@pytest.mark.parametrize("method", ["wanda", "dense,wanda"])
+def test_records_in_the_folder_of_the_checkpoint(refused, tmp_path, below, method):
+    """They would be foreign files there, so that a damaged or unfinished checkpoint could not be made again."""
+    save = tmp_path / "save"
+    save.mkdir()
+    refused(["--results", "--save"], save=save, results=save / below, method=method, evaluate="none")
+    assert not list(save.iterdir())
+
+
+def test_records_above_the_folders_of_several_checkpoints(place, tmp_path):  # noqa: F811
+    argv = tiny.flags(place, "--no-dense", method="magnitude,wanda", evaluate="none", save=tmp_path / "save",
+                      results=tmp_path / "save")
+    assert tiny.main(*argv) == 0 and tiny.main(*argv) == 0
+
+
 def test_nothing_to_save(refused):
     refused(["--save", "nothing is pruned"], method="dense")
 
