@@ -104,6 +104,9 @@ def from_pretrained(source: str, config: dict, options: dict, how: dict,
         local = Path(source).is_dir()
         if local and not any(Path(source).glob("*token*")) and not any(Path(source).glob("*vocab*")):
             raise ValueError(f"{said}: no tokenizer in this folder; copy the tokenizer's files into it") from error
+        if "trust_remote_code" in str(error) and not options["trust_remote_code"]:
+            raise ValueError(f"{said}: needs Python code that lies beside its weights; look at it, then add "
+                             "--trust-remote-code") from error
         lines = [line.strip() for line in str(error).split("\n") if line.strip()]
         why = " ".join(lines[:1 + lines[0].endswith(":")])[:300] if lines else type(error).__name__
         why = f"{type(error).__name__}: {why}" if isinstance(error, KeyError) else why  # else but a name in quotes

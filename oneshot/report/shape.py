@@ -18,7 +18,7 @@ SHAPE: dict[str, Any] = {
     "blocks": [{"seconds": {ANY: NUMBER}, "heal": {}, **dict.fromkeys(
         ("block", "relative_error", "norm_ratio", "dimensions", "dimensions_dense", "dimensions_ratio"), NUMBER)}],
     "model": {"name": TEXT, "family": TEXT, "dtype": TEXT, "fingerprint": TEXT, "parameters": NUMBER,
-              "prunable": NUMBER, "blocks": NUMBER},
+              "prunable": NUMBER, "in_blocks": NUMBER, "blocks": NUMBER},
     "data": {"calibration": TOKENS, "evaluation": {ANY: TOKENS}},
     "metric_info": {ANY: {"stderr": NUMBER, "samples": NUMBER, "correct": TEXT, "documents": TEXT, "chance": NUMBER,
                           "group": TEXT, "window": NUMBER, "windows": NUMBER, "tokens": NUMBER, "new_tokens": NUMBER,

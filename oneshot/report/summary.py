@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from . import tables, task_table
-from .columns import identity, is_dense, is_pruned, left_dense, method_of, pattern_of, percent
+from .columns import dense_in_blocks, identity, is_dense, is_pruned, left_dense, method_of, pattern_of, percent
 from .page import write_html
 
 
@@ -41,7 +41,9 @@ def dense_lines(records: list[dict]) -> list[str]:
         parts = [f"{percent(share)} {reason}" for reason, share in left_dense(record)]
         if parts:
             whole = percent(sum(share for _, share in left_dense(record)))
-            found.setdefault(identity(record), f"left dense: {whole} of the model's weights ({', '.join(parts)})")
+            inside = f", {percent(blocks)} of the blocks'" if (blocks := dense_in_blocks(record)) is not None else ""
+            found.setdefault(identity(record),
+                             f"left dense: {whole} of the model's weights{inside} ({', '.join(parts)})")
     return list(found.values())
 
 
