@@ -77,8 +77,8 @@ def check_model(model: nn.Module) -> None:
         raise ValueError("--model: is a PeftModel; merge the adapter first (merge_and_unload), give the merged model")
     check_parameters(model, "--model")
     _, block_list = models.blocks(model)
-    causal = [m.is_causal for m in block_list.modules() if isinstance(getattr(m, "is_causal", None), bool)]
-    if causal and not any(causal):  # AutoModelForCausalLM silently loads BERT
+    said = [getattr(m, name, None) for m in block_list.modules() for name in ("is_causal", "is_decoder")]
+    if False in said and True not in said:  # AutoModelForCausalLM silently loads BERT
         raise ValueError(f"--model: {type(model).__name__} attends to later tokens, so it is an encoder; only "
                          "decoder-only models can be pruned")
     for name, p in model.named_parameters():

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from tiny import place, plain_pages  # noqa: F401
-from transformers import BertConfig, BertForMaskedLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 pytestmark = pytest.mark.usefixtures("plain_pages")
 
@@ -147,12 +147,22 @@ def test_checkpoints_that_cannot_be_loaded(refused, place, tmp_path):  # noqa: F
     refused(["--model", "tokenizer"], model=spoilt("tokenizer", lambda f: (f / "tokenizer.json").unlink()))
 
 
-def test_encoder_only_model(refused, tmp_path):
-    config = BertConfig(vocab_size=32, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-                        max_position_embeddings=64)
-    BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
-    tiny.tokenizer().save_pretrained(tmp_path / "bert")
-    refused(["--model", "Bert", "decoder-only"], model=tmp_path / "bert")
+@pytest.mark.parametrize("kind", ["bert", "roformer", "rembert", "megatron-bert", "roberta"])
+def test_encoder_only_model(refused, tmp_path, kind):
+    """AutoModelForCausalLM loads each of them without a word."""
+    config = AutoConfig.for_model(kind, vocab_size=32, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                                  intermediate_size=48, max_position_embeddings=64, pad_token_id=0)
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / kind)
+    tiny.tokenizer().save_pretrained(tmp_path / kind)
+    refused(["--model", "decoder-only"], model=tmp_path / kind)
+
+
+def test_an_encoder_made_a_decoder_is_one(place, tmp_path):  # noqa: F811
+    config = AutoConfig.for_model("roformer", vocab_size=32, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                                  intermediate_size=48, max_position_embeddings=64, pad_token_id=0, is_decoder=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    assert tiny.main(*tiny.flags(place, "--no-dense", model=tmp_path / "model", results=tmp_path / "runs")) == 0
 
 
 def test_places_to_write(refused, place, tmp_path, monkeypatch):  # noqa: F811
