@@ -148,12 +148,13 @@ def test_checkpoints_that_cannot_be_loaded(refused, place, tmp_path):  # noqa: F
 
 
 @pytest.mark.parametrize("kind", ["bert", "roformer", "rembert", "megatron-bert", "roberta"])
-def test_encoder_only_model(refused, tmp_path, kind):
+def test_encoder_only_model(refused, tmp_path, capfd, kind):
     """AutoModelForCausalLM loads each of them without a word."""
     config = AutoConfig.for_model(kind, vocab_size=32, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
                                   intermediate_size=48, max_position_embeddings=64, pad_token_id=0)
     AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / kind)
     tiny.tokenizer().save_pretrained(tmp_path / kind)
+    capfd.readouterr()  # what transformers says of saving
     refused(["--model", "decoder-only"], model=tmp_path / kind)
 
 
