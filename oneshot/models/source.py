@@ -155,6 +155,17 @@ def check_dtypes(entries: dict[str, Entry], model: nn.Module, said: str) -> None
                              "the unquantised checkpoint")
 
 
+def check_kind(model: object, said: str) -> None:
+    """Raise ValueError for what is no transformers model, or one whose decoder needs an encoder."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"{said}: is a {type(model).__name__}, no transformers model; oneshot.load loads one")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{said}: {type(model).__name__} is an encoder-decoder model; only decoder-only models can be "
+                         "pruned")
+
+
 def check_parameters(model: nn.Module, said: str) -> None:
     """Raise ValueError naming a parameter that is not a floating-point weight of at least 16 bits, or has no memory."""
     packed = {id(p) for m in model.modules() if hasattr(m, "packed") for p in m.parameters()}

@@ -202,6 +202,12 @@ def test_records_above_the_folders_of_several_checkpoints(place, tmp_path):  # n
     assert tiny.main(*argv) == 0 and tiny.main(*argv) == 0
 
 
+@pytest.mark.parametrize("flag", ["save", "results", "model", "task_path"])
+def test_names_that_no_file_can_have(refused, flag):
+    refused([f"--{flag.replace('_', '-')} xxx", "too long"], **{"tasks": "mine"} if flag == "task_path" else {},
+            **{flag: "x" * 300})
+
+
 def test_nothing_to_save(refused):
     refused(["--save", "nothing is pruned"], method="dense")
 
