@@ -28,6 +28,7 @@ SHAPE: dict[str, Any] = {
     "skipped": [{"name": TEXT, "reason": TEXT, "weights": NUMBER}],
     "sensitivity": [{"name": TEXT, "linear": TEXT, "block": NUMBER, "loss_increase": NUMBER, "weights": NUMBER,
                      "relative_error": NUMBER}],
+    "say": [{"prompt": TEXT, "answer": TEXT}],
     "prompts": [{"line": NUMBER, "answer": TEXT, "right": PLAIN}],
     "damage": {"frequency_from": TEXT, "found": [TEXT], "empty": {ANY: [TEXT]},
                "overall": {"half": NUMBER, "increase": NUMBER, "tokens": NUMBER, "windows": NUMBER},

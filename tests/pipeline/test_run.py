@@ -51,7 +51,7 @@ def test_every_combination_has_its_record(compared):
 
 def test_record_says_what_was_done(compared, place):  # noqa: F811
     record = compared[1]["sparsegpt", "2:4"]
-    assert list(record) == [key for key in KEYS if key not in ("damage", "prompts", "sensitivity")]
+    assert list(record) == [key for key in KEYS if key not in ("damage", "prompts", "say", "sensitivity")]
     assert len(record["layers"]) == 7 * tiny.BLOCKS and len(record["blocks"]) == tiny.BLOCKS
     row = record["layers"][-1]
     assert (row["name"], row["shape"], row["pattern"]) == (f"model.layers.{tiny.BLOCKS - 1}.mlp.down_proj", [32, 48],
