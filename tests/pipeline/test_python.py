@@ -81,3 +81,13 @@ def test_zeros_are_counted_on_what_is_there_after_all_healing():
     plan = {row["name"]: parse("2:4")}
     compress.prove_patterns(model, plan, record["layers"])
     assert weight.name == row["name"] and row["zeros"] == row["target_zeros"] + 1 and row["surplus"] == 1
+
+
+def test_python_refuses_an_adapter():
+    """A PeftModel, and a model that transformers' own `add_adapter` was called on, say so by their `peft_config`."""
+    model = families.tiny("llama")
+    model.peft_config = {"default": {}}
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="PeftModel; merge the adapter first"):
+        oneshot.prune(model, method="magnitude", pattern="2:4", progress=False)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
