@@ -193,14 +193,19 @@ def mean(loss: Callable[[int], torch.Tensor], batches: Sequence[int]) -> float |
 
 
 def distance(block: Block, activations: Activations, targets: list[torch.Tensor]) -> Callable[[int], torch.Tensor]:
-    """A block's loss function: loss(i) is ‖block(X) - Y‖² / ‖Y - X‖² on batch i, over the tokens that are not padding.
+    """A block's loss function: loss(i) is Σ ‖block(x) - y‖² / ‖y‖² over Σ ‖y - x‖² / ‖y‖² on batch i, a scalar tensor.
 
-    X: the activations at the block. Y: the targets, (B, T, H) per batch.
+    x, y: one token's activations at the block, and its target; the sums are over the tokens that are not padding.
+    targets: (B, T, H) per batch. The division by ‖y‖² makes all tokens count alike: what follows a block first
+    normalises each token, and in many models a single token, the first, is a hundred times the others' size and would
+    be all that an unweighted loss sees.
     """
     def loss(i: int) -> torch.Tensor:
         out = calibrate.forward(block.module, activations, block.number, i).float()
         Y, X = (t.to(activations.device).float() for t in (targets[i], activations.hidden[i]))
         if activations.rows[i] is not None:
             out, Y, X = (t.reshape(-1, t.shape[-1])[activations.rows[i]] for t in (out, Y, X))
-        return (out - Y).square().sum() / (Y - X).square().sum()
+        size = Y.square().sum(-1)
+        share = size.where(size > 0, 1.0).reciprocal()
+        return ((out - Y).square().sum(-1) * share).sum() / ((Y - X).square().sum(-1) * share).sum()
     return loss

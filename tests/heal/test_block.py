@@ -9,7 +9,7 @@ from healing import SAMPLE, heal_pruned, kl, tokens
 
 from oneshot import calibrate, models
 from oneshot.heal import block as by_block
-from oneshot.heal.train import Trainable, held_out_windows
+from oneshot.heal.train import Trainable, distance, held_out_windows
 from oneshot.pipeline import api
 from oneshot.prune.patterns import parse
 from oneshot.settings import flags
@@ -137,3 +137,22 @@ def test_a_family_without_parts_is_refused_before_anything_is_pruned():
         models.mlp(torch.nn.ModuleDict({"fc": torch.nn.Linear(2, 2)}))
     with pytest.raises(ValueError, match=r"--block\.unit layer: give block or parts"):
         flags.build({"method": "wanda", "pattern": "0.5", "heal": "block", "block.unit": "layer"})
+
+
+def test_the_loss_counts_all_tokens_alike():
+    """As written out in float64, padding left out; and a token a thousand times as large has no more weight."""
+    walked, activations = first_block("llama")
+    gen = torch.Generator().manual_seed(0)
+    targets = [x + 0.3 * torch.randn(x.shape, generator=gen) for x in activations.hidden]
+    targets[0][1, 2] *= 1000
+    with torch.no_grad():
+        found = distance(walked, activations, targets)(0)
+        out = calibrate.forward(walked.module, activations, 0, 0)
+    X, Y, out = (t.double() for t in (activations.hidden[0], targets[0], out))
+    above = below = 0.0
+    for window, token in activations.rows[0].view(X.shape[:2]).nonzero().tolist():
+        x, y, o = (t[window, token] for t in (X, Y, out))
+        above, below = above + ((o - y) @ (o - y) / (y @ y)).item(), below + ((y - x) @ (y - x) / (y @ y)).item()
+    assert found.item() == pytest.approx(above / below, rel=1e-5)
+    targets[0][1, 2] *= 1000
+    assert distance(walked, activations, targets)(0).item() == pytest.approx(found.item(), rel=0.01)
