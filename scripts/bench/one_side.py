@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 def main(side: str, source: str, tokens: str, method: str, dtype: str, out: str) -> None:
     """Load, prune, save, and write what was measured."""
     ids, folder = torch.load(tokens), Path(out)
-    prune = {"oneshot": by_oneshot, "llmcompressor": by_llmcompressor}[side](method)  # imports before the clock starts
+    program = {"oneshot": by_oneshot, "llmcompressor": by_llmcompressor}[side]
+    prune = program(method, source)  # imports, before the clock starts
     model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype)).eval()
     loaded = resident("VmHWM")
     began, used = time.perf_counter(), time.process_time()
@@ -33,26 +34,28 @@ def main(side: str, source: str, tokens: str, method: str, dtype: str, out: str)
     (folder / "measured.json").write_text(json.dumps(measured))
 
 
-def by_oneshot(method: str):
+def by_oneshot(method: str, source: str):
     """prune(model, ids) by this program."""
     import oneshot
 
     return lambda model, ids: oneshot.prune(model, method=method, pattern="2:4", calibration=ids, progress=False)
 
 
-def by_llmcompressor(method: str):
+def by_llmcompressor(method: str, source: str):
     """prune(model, ids) by llm-compressor, with its own defaults and pipeline."""
     from datasets import Dataset
     from llmcompressor import oneshot as run
     from llmcompressor.modifiers import pruning
+    from transformers import AutoTokenizer
 
+    tokenizer = AutoTokenizer.from_pretrained(source)  # it asks for one, though the windows are tokens already
     kind = {"sparsegpt": "SparseGPTModifier", "wanda": "WandaPruningModifier"}[method]
     recipe = getattr(pruning, kind)(sparsity=0.5, mask_structure="2:4", targets=["Linear"], ignore=["re:.*lm_head"])
 
     def prune(model: torch.nn.Module, ids: torch.Tensor) -> None:
         rows = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
-        run(model=model, dataset=rows, recipe=recipe, max_seq_length=ids.shape[1], num_calibration_samples=len(ids),
-            shuffle_calibration_samples=False)
+        run(model=model, processor=tokenizer, dataset=rows, recipe=recipe, max_seq_length=ids.shape[1],
+            num_calibration_samples=len(ids), shuffle_calibration_samples=False)
     return prune
 
 

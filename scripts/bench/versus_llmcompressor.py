@@ -85,6 +85,7 @@ def measure(args: argparse.Namespace, file: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         source, tokens = Path(folder) / "dense", Path(folder) / "tokens.pt"
         model.save_pretrained(source)
+        tokenizer.save_pretrained(source)
         torch.save(calibration.ids, tokens)
         for method, side, dtype in RUNS:
             if any((r["method"], r["side"], r["dtype"]) == (method, side, dtype) for r in found["rows"]):
