@@ -1,0 +1,159 @@
+"""Slices: the smaller model that computes the same as one in which whole units are zero.
+
+    unit        columns of a consumer that are zero, and the rows of its producers that compute their input
+    producer    loses these rows, and its bias those entries
+    consumer    loses these columns
+
+Which units go is read off the consumers: of those of which the cut leaves fewer, the ones whose columns are all zero. A
+kept unit may be zero as well (a ReLU neuron that never fires): then the first zero ones go, which makes no difference.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .. import models
+from ..models import Block, groups, smaller
+from ..models.groups import Width
+from ..runtime.proof import prove
+from .cut import Cut, consumers
+
+
+@dataclass
+class Report:
+    """What was cut off.
+
+    keep: numbers of the blocks that are left. units: {full name of a consumer in the larger model: int64, the units
+    that are left}, of those that lost any. notes: what a reader of the record should know.
+    """
+
+    keep: list[int]
+    units: dict[str, torch.Tensor]
+    notes: list[str]
+
+
+def cut_model(model: nn.Module, cut: Cut) -> tuple[nn.Module, Report]:
+    """(the smaller model, Report): a new model with the weights that are left, copied; `model` is unchanged.
+
+    Raises ValueError naming what the family's config cannot say, ProofError for a unit that is not zero.
+    """
+    n = len(models.blocks(model)[1])
+    keep = [i for i in range(n) if i not in cut.dropped]
+    if not keep:
+        raise ValueError(f"--shrink: would drop all {n} blocks; give a larger share")
+    units = kept_units(model, cut)
+    counts = uniform(model, cut, units)
+    config, notes = smaller.smaller_config(model, keep, counts, biases_added(model))
+    made = smaller.empty_model(model, config)
+    smaller.check_blocks(model, made, keep)
+    return smaller.fill(model, made, sliced_state(model, made, keep, units), keep), Report(keep, units, notes)
+
+
+def kept_units(model: nn.Module, cut: Cut) -> dict[str, torch.Tensor]:
+    """{full name of a consumer: int64, the units that stay}, of those that lose any."""
+    found = {}
+    for block, width in consumers(model, cut):
+        left = cut.left(block, width)
+        if left < width.count:
+            own = next(w for w in block.weights if w.linear == width.consumer)
+            zero = ~(own.get() != 0).any(0).view(-1, width.size).any(1)
+            name = f"{block.name}.{width.consumer}"
+            gone = zero.nonzero()[:, 0][: width.count - left]
+            prove(len(gone) == width.count - left, f"{name}: {len(gone)} units are zero, {width.count - left} should be")
+            stays = torch.ones(width.count, dtype=torch.bool)
+            stays[gone.cpu()] = False
+            found[name] = stays.nonzero()[:, 0]
+    return found
+
+
+def uniform(model: nn.Module, cut: Cut, units: dict[str, torch.Tensor]) -> dict[str, int]:
+    """{kind: how many units are left} of the kinds that lose any. Raises ValueError where blocks differ."""
+    counts: dict[str, set[int]] = {}
+    for block, width in consumers(model, cut):
+        stays = units.get(f"{block.name}.{width.consumer}")
+        counts.setdefault(width.kind, set()).add(width.count if stays is None else len(stays))
+    lost = {width.kind for block, width in consumers(model, cut) if f"{block.name}.{width.consumer}" in units}
+    if uneven := [kind for kind in lost if len(counts[kind]) > 1]:
+        raise ValueError(f"--shrink: {' and '.join(uneven)} would differ from block to block "
+                         f"({', '.join(map(str, sorted(counts[uneven[0]])))}), which no ordinary config says")
+    return {kind: counts[kind].pop() for kind in lost}
+
+
+def biases_added(model: nn.Module) -> bool:
+    """Whether linears of the blocks have biases that the family's class would not give them by its config."""
+    config = models.config_of(model)
+    _, block_list = models.blocks(model)
+    asked = [getattr(config, name, None) for name in smaller.MISTRAL_LACKS]
+    linears = [m for m in block_list.modules() if isinstance(m, nn.Linear)]
+    return None not in asked and not all(asked) and any(m.bias is not None for m in linears)
+
+
+def indices(block: Block, width: Width, stays: torch.Tensor, found: dict) -> None:
+    """Add to `found`, {(parameter's name, expert or None): [(dimension, indices)]}, what stays of one consumer.
+
+    Dimensions count within one weight as it is stored.
+    """
+    weights = {w.linear: w for w in block.weights}
+    own = weights[width.consumer]
+    columns = torch.arange(own.shape[1]).view(width.count, width.size)[stays].flatten()
+    put(found, own, 0 if own.transposed else 1, columns)
+    for name, rows in width.rows.items():
+        weight = weights[name]
+        kept = rows[stays].flatten().sort().values
+        put(found, weight, 1 if weight.transposed else 0, kept)
+        stem = weight.kind if weight.expert is not None else weight.linear
+        bias = f"{stem}_bias" if weight.expert is not None else f"{stem}.bias"
+        found.setdefault((bias, weight.expert), []).append((0, kept))
+    for name, rows in width.vectors.items():
+        found.setdefault((name, None), []).append((0, rows[stays].flatten().sort().values))
+
+
+def put(found: dict, weight: models.Weight, dim: int, kept: torch.Tensor) -> None:
+    """Note which indices of a weight stay along one dimension."""
+    name = weight.kind if weight.expert is not None else f"{weight.linear}.weight"
+    found.setdefault((name, weight.expert), []).append((dim, kept))
+
+
+def sliced(t: torch.Tensor, cuts: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
+    """t without what does not stay along each dimension; a copy."""
+    for dim, kept in cuts:
+        t = t.index_select(dim, kept.to(t.device))
+    return t.clone(memory_format=torch.contiguous_format)
+
+
+def block_state(block: Block, units: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The block's state dict without the units that go."""
+    found: dict = {}
+    for width in groups.widths(block.module):
+        if (stays := units.get(f"{block.name}.{width.consumer}")) is not None:
+            indices(block, width, stays, found)
+    state = {}
+    for name, t in block.module.state_dict().items():
+        experts = {e: cuts for (key, e), cuts in found.items() if key == name and e is not None}
+        if experts:
+            state[name] = torch.stack([sliced(t[e], experts[e]) for e in range(len(t))])
+        else:
+            state[name] = sliced(t, found.get((name, None), []))
+    return state
+
+
+def sliced_state(model: nn.Module, made: nn.Module, keep: list[int],
+                 units: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The smaller model's state dict. A bias that only it has is zero."""
+    path, _ = models.blocks(model)
+    state = {name: t.clone() for name, t in model.state_dict().items() if not name.startswith(f"{path}.")}
+    for block in models.walk(model):
+        if block.number in keep:
+            place = keep.index(block.number)
+            state |= {f"{path}.{place}.{name}": t for name, t in block_state(block, units).items()}
+    for name, t in made.state_dict().items():
+        if name not in state and name.endswith(".bias"):
+            state[name] = torch.zeros(t.shape, dtype=t.dtype)
+    return state
+
+
+def become(model: nn.Module, other: nn.Module) -> None:
+    """Make the object `model` the other model, so that whoever holds it holds the smaller one."""
+    model.__class__ = type(other)
+    model.__dict__ = other.__dict__
