@@ -9,9 +9,10 @@
     ΔW_K = (Rᵀ diag(w) h_K / N) (h_Kᵀ diag(w) h_K / N + μI)⁻¹
 
 No parameter is new, nothing is trained step by step. μ is one of RIDGES, as shares of the mean diagonal, by the error
-on the held-out windows; where none lowers it, nothing is changed. Without held-out windows nothing is folded. It needs
-a linear whose zeros are whole columns, and whose output is added to the hidden state as it is (no norm behind it);
-elsewhere it leaves the block as it was and says so.
+on the held-out windows; where none lowers it, nothing is changed. Without held-out windows nothing is folded. Where the
+zeros are no whole columns, each row is solved on its own kept weights by conjugate gradients. It needs a linear that is
+no expert, and whose output is added to the hidden state as it is (no norm behind it); elsewhere it leaves the block as
+it was and says so.
 """
 
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from ..runtime.flag import flag
 from . import Heal as Base
 
 RIDGES = (0.03, 0.3, 3.0, 30.0)
+STEPS = 50  # of conjugate gradients
 
 
 @dataclass(frozen=True)
@@ -48,18 +50,16 @@ class Heal(Base):
         with torch.no_grad(), models.resident(tensors, activations.device, write_back=True, dtype=torch.float32):
             W = weight.get()
             kept = W.any(0)
-            if not bool((W[:, kept] != 0).float().mean() > 0.99):
-                return nothing(f"the zeros of {weight.linear} are no whole columns")
             if not any(activations.held):
                 return nothing("no window is held out (--nsamples)")
             if not writes_plainly(block, weight, activations):
                 return nothing(f"the output of {weight.linear} is not added to the hidden state as it is")
             train, held = sums(block, weight, kept, activations, targets)
-            best, change = choose(train, held)
+            best, change = choose(train, held, W[:, kept] != 0)
             before, after = held.missing, held.missing + (best or 0.0)
             if change is not None:
                 W = W.clone()
-                W[:, kept] += change[0] * (W[:, kept] != 0)
+                W[:, kept] += change[0]
                 weight.set(W)
         return {"linear": weight.linear, "ridge": change[1] if change else 0.0, "held_out_before": before,
                 "held_out_after": after, "warnings": []}
@@ -139,8 +139,11 @@ def writes_plainly(block: Block, weight: Weight, activations: Activations) -> bo
     return bool((out - without - own).norm() <= 1e-3 * own.norm() + 1e-5 * out.norm())
 
 
-def choose(train: Sums, held: Sums) -> tuple[float | None, tuple[torch.Tensor, float] | None]:
-    """(change of the held-out error, (ΔW_K (H, C) float32, ridge)); Nones where no ridge lowers it."""
+def choose(train: Sums, held: Sums, mask: torch.Tensor) -> tuple[float | None, tuple[torch.Tensor, float] | None]:
+    """(change of the held-out error, (ΔW_K (H, C) float32, ridge)); Nones where no ridge lowers it.
+
+    mask: bool (H, C), the weights that are not zero.
+    """
     best, found = None, None
     mean = train.G.diagonal().mean()
     for ridge in RIDGES:
@@ -149,8 +152,24 @@ def choose(train: Sums, held: Sums) -> tuple[float | None, tuple[torch.Tensor, f
         L, failed = torch.linalg.cholesky_ex(A)
         if failed:
             continue
-        change = torch.cholesky_solve(train.B.T, L).T
+        change = torch.cholesky_solve(train.B.T, L).T if bool(mask.all()) else on_mask(A, train.B, mask)
         gain = float(((change @ held.G) * change).sum() - 2 * (change * held.B).sum())
         if gain < (best or 0.0):
             best, found = gain, (change.float(), ridge)
     return best, found
+
+
+def on_mask(A: torch.Tensor, B: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """X (H, C), zero off the mask, that minimises tr(X A Xᵀ) - 2 tr(X Bᵀ) row by row, by conjugate gradients."""
+    X, keep = torch.zeros_like(B), mask.to(B)
+    r = B * keep
+    P, rr = r.clone(), r.square().sum(1)
+    for _ in range(STEPS):
+        AP = (P @ A) * keep
+        curvature = (P * AP).sum(1)
+        a = torch.where(curvature > 0, rr / curvature, 0).unsqueeze(1)
+        X += a * P
+        r = r - a * AP
+        rr, last = r.square().sum(1), rr
+        P = r + torch.where(last > 0, rr / last, 0).unsqueeze(1) * P
+    return X
