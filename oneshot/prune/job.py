@@ -60,7 +60,7 @@ class Job:
     @property
     def follows_dense(self) -> bool:
         """Whether the dense model's activations are kept next to the pruned model's."""
-        return bool(self.healers or self.options.dense_target or self.weighs)
+        return bool(self.healers or self.options.dense_target or self.weighs or self.staged)
 
     @property
     def weighs(self) -> bool:
@@ -101,7 +101,10 @@ class Result:
     warnings: list[str] = field(default_factory=list)
     heal: dict = field(default_factory=dict)
     dense: Activations | None = None
+    pruned: Activations | None = None
     seconds: float = 0.0
+    shrunk: dict | None = None
+    kept_units: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def add(self, rows: Rows) -> None:
         """Append a block's rows."""

@@ -66,7 +66,7 @@ def prune_model(model: nn.Module, ids: torch.Tensor | None, mask: torch.Tensor |
             result.add(rows)
             if job.options.stop_on_collapse and (found := health.collapses(rows.block)):
                 raise ValueError(f"--stop-on-collapse: {block.name}: {'; '.join(found)}")
-    result.dense = dense
+    result.dense, result.pruned = dense, activations
     result.warnings += not_aimed(result.layers, job.options.dense_target)
     return result
 

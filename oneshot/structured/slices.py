@@ -50,6 +50,17 @@ def cut_model(model: nn.Module, cut: Cut) -> tuple[nn.Module, Report]:
     return smaller.fill(model, made, sliced_state(model, made, keep, units), keep), Report(keep, units, notes)
 
 
+def possible(model: nn.Module, cut: Cut) -> bool:
+    """Whether the family's own code can be built without the blocks that a cut drops, each behaving as before."""
+    keep = [i for i in range(len(models.blocks(model)[1])) if i not in cut.dropped]
+    try:
+        config, _ = smaller.smaller_config(model, keep, {})
+        smaller.check_blocks(model, smaller.empty_model(model, config), keep)
+    except ValueError:
+        return False
+    return bool(keep)
+
+
 def kept_units(model: nn.Module, cut: Cut) -> dict[str, torch.Tensor]:
     """{full name of a consumer: int64, the units that stay}, of those that lose any."""
     found = {}

@@ -65,13 +65,18 @@ def chain(method: str) -> list[ModuleType]:
 
     Raises ValueError naming `--method` when a part is unknown or in the wrong place.
     """
+    return chain_named(method, "--method")
+
+
+def chain_named(method: str, flag: str) -> list[ModuleType]:
+    """The modules of a chain, which was given as `flag`; see `chain`."""
     known, parts = names(), method.split("+")
     for place, name in enumerate(parts):
         kind = "refiner" if place else "solver"
         if name not in known[kind]:
             other = "refiner" if kind == "solver" else "solver"
             hint = f" ({name} is a {other}: a chain is one solver, then refiners)" if name in known[other] else ""
-            raise ValueError(f"--method {method}: {name!r} is not a {kind}{hint}; there are "
+            raise ValueError(f"{flag} {method}: {name!r} is not a {kind}{hint}; there are "
                              f"{', '.join(known[kind])}" + ("" if place else ", and, without a chain, dense and best"))
     return [module(name) for name in parts]
 

@@ -1,0 +1,185 @@
+"""Shrink: make the model smaller before anything else is done to it. From start to end:
+
+    order of blocks -> cuts within the budget -> walk the best -> slice -> heal the whole -> an ordinary smaller model
+"""
+
+import fnmatch
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from .. import calibrate, heal, models
+from ..checkpoint import Folder
+from ..data import Tokens
+from ..heal.train import held_out_windows
+from ..models import source
+from ..prune import loop, solvers
+from ..prune.job import Job, Result
+from ..settings import RunConfig
+from ..structured import Cut, budget, cut, depth, search, slices
+from .plan import kept_dense
+
+WINDOWS = 4096  # tokens, at most, on which the order of blocks is measured
+
+
+def shrink(cfg: RunConfig, model: nn.Module, calibration: Tokens, folder: Folder | None = None,
+           finished: Iterator = iter(()), on_block: Callable | None = None) -> Result:
+    """Make the model smaller in place, as the settings ask; `result.shrunk` says what was done.
+
+    folder: keeps the cut that was chosen, so that a run that resumes need not choose again. finished, on_block: as for
+    `loop.prune_model`.
+    """
+    began = time.perf_counter()
+    ids, mask = calibration.ids, calibration.mask
+    job = job_of(cfg, model, calibration)
+    chosen = folder.kept_choice() if folder else None
+    if chosen is None:
+        found, about = choose(cfg, model, calibration, job)
+        chosen = {"cut": found.plain(), **about}
+    if folder:
+        folder.choice = chosen
+    found = Cut.of(chosen["cut"])
+    decided = time.perf_counter()
+    before, blocks = cut.whole(model), len(models.blocks(model)[1])
+    widths = {f"{b.name}.{w.consumer}": w for b, w in cut.consumers(model, found)}
+    result = loop.prune_model(model, ids, mask, search.job_for(job, model, found), finished=finished, on_block=on_block)
+    made, report = slices.cut_model(model, found)
+    left = sum(p.numel() for p in models.blocks(made)[1].parameters())
+    source.remember(model, replace(models.source_of(model), entries={}, left=()))
+    slices.become(model, made)
+    heal_model(cfg, model, job.healers, result)
+    result.shrunk = {
+        "method": cfg.shrink_method, "share": left / before, "parameters": left, "parameters_before": before,
+        "blocks": len(report.keep), "blocks_before": blocks, **chosen,
+        "units": [unit_row(row, widths, report) for row in result.layers],
+        "kept_blocks": report.keep, "seconds": {"choose": decided - began, "walk": time.perf_counter() - decided}}
+    result.warnings += report.notes
+    result.kept_units = report.units
+    result.layers, result.pruned = [], None
+    return result
+
+
+def unit_row(row: dict, widths: dict, report: slices.Report) -> dict:
+    """The record's row of one consumer."""
+    width = widths[row["name"]]
+    return {"name": row["name"], "block": row["block"], "kind": width.kind, "of": width.count,
+            "left": len(report.units[row["name"]]), "relative_error": row["relative_error"],
+            "seconds": row["seconds"], "info": row["info"]}
+
+
+def chain_of(cfg: RunConfig) -> list:
+    """The chain of `--shrink-method`: [(module, its Config), ...]."""
+    return [(module, cfg.solver[solvers.short(module)]) for module in solvers.chain(cfg.shrink_method)]
+
+
+def job_of(cfg: RunConfig, model: nn.Module, calibration: Tokens) -> Job:
+    """How a cut is done: the chain, the healers, the windows held out; which cut, `search.job_for` adds."""
+    chain = chain_of(cfg)
+    options = replace(cfg, dense_target=cfg.shrink_target, stop_on_collapse=False)
+    healers = tuple(heal.module(name).Heal(cfg.healing[name], cfg.seed, cfg.progress) for name in cfg.heals)
+    held = held_out_windows(len(calibration.ids), cfg.seed) if healers or "held" in chain_needs(chain) else ()
+    job = Job({}, chain, options, healers, held, staged=True)
+    return replace(job, gradients=gradients(cfg, model, calibration, job)) if "gradient" in job.needs else job
+
+
+def chain_needs(chain: list) -> frozenset[str]:
+    """What statistics a chain needs."""
+    return frozenset().union(*(module.needs for module, _ in chain))
+
+
+def gradients(cfg: RunConfig, model: nn.Module, calibration: Tokens, job: Job) -> dict:
+    """{full linear name: Gradient} of all linears, on the dense model."""
+    activations = loop.start(model, calibration.ids, calibration.mask, cfg, job.held_out)
+    return calibrate.gradients(model, activations, [w.name for w in models.all_weights(model)], cfg.progress)
+
+
+def protected(cfg: RunConfig, model: nn.Module) -> tuple[set[int], set[str]]:
+    """(numbers of blocks that never go, kinds of units that never go), by `--keep-dense`.
+
+    Raises ValueError naming the flag where it keeps some units of a kind and not those of other blocks.
+    """
+    if not cfg.keep_dense:
+        return set(), set()
+    names = [w.name for w in models.all_weights(model)]
+    kept = kept_dense(cfg.keep_dense, names)
+    blocks = {b.number for b in models.walk(model) if any(w.name in kept for w in b.weights)}
+    kinds: dict[str, list[bool]] = {}
+    for block, width in cut.consumers(model):
+        whole = [f"{block.name}.{name}" in kept for name in (width.consumer, *width.rows)]
+        kinds.setdefault(width.kind, []).append(any(whole))
+    held = {kind for kind, keeps in kinds.items() if any(keeps)}
+    return blocks, held
+
+
+def choose(cfg: RunConfig, model: nn.Module, calibration: Tokens, job: Job) -> tuple[Cut, dict]:
+    """(the cut, what was measured to choose it)."""
+    n, (fixed, kinds) = len(models.blocks(model)[1]), protected(cfg, model)
+    check(cfg, n, fixed)
+    if cfg.drop is not None:
+        order, rows = list(cfg.dropped_blocks), []
+    else:
+        wanted = n - cfg.layers if cfg.layers is not None else most_blocks(cfg, n)
+        rows = order_of(cfg, model, calibration, wanted, fixed) if wanted else []
+        order = [row["block"] for row in rows]
+        if cfg.layers is not None and len(order) < wanted:
+            raise ValueError(f"--layers {cfg.layers}: only {len(order)} of the {n} blocks can go")
+    if cfg.shrink is None:
+        return Cut(tuple(sorted(order))), {"order": rows, "tried": []}
+    sizes = budget.Sizes.of(model)
+    target = cfg.shrink * cut.whole(model)
+    if cfg.drop is not None or cfg.layers is not None:
+        found = budget.neurons_for(model, target, order, (), sizes.left, kinds)
+        if found is None:
+            raise ValueError(f"--shrink {cfg.shrink:g}: cannot be reached with the neurons of the blocks that are left")
+        return found, {"order": rows, "tried": []}
+    cuts = budget.candidates(model, target, order, sizes.left, cfg.tries, kinds)
+    simple = replace(job, healers=tuple(h for h in job.healers if type(h).__module__.endswith("fold")))
+    found, tried = search.best(model, calibration.ids, calibration.mask, simple, cuts, cfg.progress)
+    return found, {"order": rows, "tried": tried}
+
+
+def most_blocks(cfg: RunConfig, n: int) -> int:
+    """How many blocks might go within the budget; 0 where neurons alone are asked for."""
+    return 0 if cfg.tries == 1 else min(n - 1, int((1 - cfg.shrink) * n + 0.999))
+
+
+def check(cfg: RunConfig, n: int, fixed: set[int]) -> None:
+    """Raise ValueError naming the flag for blocks that do not exist, are protected, or would leave none."""
+    for number in cfg.dropped_blocks:
+        if number >= n:
+            raise ValueError(f"--drop {number}: the model has {n} blocks, numbered from 0 to {n - 1}")
+        if number in fixed:
+            raise ValueError(f"--drop {number}: --keep-dense keeps a linear of this block; leave out one of the two")
+    if len(cfg.dropped_blocks) >= n:
+        raise ValueError(f"--drop {cfg.drop}: would drop all {n} blocks")
+    if cfg.layers is not None and cfg.layers >= n:
+        raise ValueError(f"--layers {cfg.layers}: the model has {n} blocks, so nothing would go")
+
+
+def order_of(cfg: RunConfig, model: nn.Module, calibration: Tokens, count: int, fixed: set[int]) -> list[dict]:
+    """The rows of `depth`: which blocks go first."""
+    few = max(1, WINDOWS // calibration.ids.shape[1])
+    ids, mask = calibration.ids[:few], None if calibration.mask is None else calibration.mask[:few]
+
+    def allowed(blocks: list[int]) -> bool:
+        return slices.possible(model, Cut(tuple(blocks)))
+    with models.experts_one_by_one(model), loop.float32_products(cfg.tf32):
+        activations = loop.start(model, ids, mask, cfg)
+        if cfg.order == "influence":
+            return depth.by_influence(model, activations, count, fixed, allowed)
+        return depth.by_kl(model, activations, count, fixed, allowed, cfg.progress)
+
+
+def heal_model(cfg: RunConfig, model: nn.Module, healers: tuple[heal.Heal, ...], result: Result) -> None:
+    """Let the healing methods train the whole model; what they report goes into the result."""
+    for name, healer in zip(cfg.heals, healers, strict=True):
+        began = time.perf_counter()
+        with loop.float32_products(cfg.tf32):
+            info = healer.after_model(model, result.dense)
+        if info is not None:
+            result.warnings += [f"--heal {name}: {w}" for w in info.pop("warnings", [])]
+            result.heal[name] = info | {"seconds": time.perf_counter() - began}
+    result.dense = None  # frees the hidden states of the whole calibration set
