@@ -189,15 +189,15 @@ class Folder:
             self._seal = header["seal"]
 
     def finish(self, model: nn.Module, tokenizer: Tokenizer, record: dict, form: str = "dense",
-               page: Callable[[dict], str] | None = None) -> dict:
+               page: Callable[[dict], str] | None = None, more: dict | None = None) -> dict:
         """Write checkpoint, page and manifest, move them into place, remove the work files; returns the saved record.
 
         form: "dense" (zeros are stored) or "packed" (2:4 linears are replaced in the model, see packed.py). page:
-        returns the text of report.html for a record.
+        returns the text of report.html for a record. more: further entries of the manifest.
 
         Raises OSError naming `--save` if writing fails, ProofError if what was saved is not the model.
         """
-        data = manifest(model, record)
+        data = manifest(model, record) | (more or {})
         if form == "packed":
             data |= packed.pack_checkpoint(model, data["tensors"])
             record = data["record"] = record | {"packed": data["packed"], "warnings": record["warnings"] + [

@@ -66,7 +66,7 @@ def pruned(cfg: RunConfig, model: nn.Module, plan: Plan, calibration: Tokens | N
 
 def joined(smaller: Result, result: Result) -> Result:
     """The Result of both steps: the blocks' rows of the first, the linears' of the second, all warnings."""
-    result.shrunk, result.kept_units = smaller.shrunk, smaller.kept_units
+    result.shrunk = smaller.shrunk
     result.shrunk["walked"] = smaller.blocks
     result.heal = smaller.heal | {(f"{name}.pruned" if name in smaller.heal else name): info
                                   for name, info in result.heal.items()}

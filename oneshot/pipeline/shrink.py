@@ -19,7 +19,7 @@ from ..models import source
 from ..prune import loop, solvers
 from ..prune.job import Job, Result
 from ..settings import RunConfig
-from ..structured import Cut, budget, cut, depth, search, slices
+from ..structured import Cut, budget, cut, depth, origin, search, slices
 from .plan import kept_dense
 
 WINDOWS = 4096  # tokens, at most, on which the order of blocks is measured
@@ -57,7 +57,6 @@ def shrink(cfg: RunConfig, model: nn.Module, calibration: Tokens, folder: Folder
         "units": [unit_row(row, widths, report) for row in result.layers],
         "kept_blocks": report.keep, "seconds": {"choose": decided - began, "walk": time.perf_counter() - decided}}
     result.warnings += report.notes
-    result.kept_units = report.units
     result.layers, result.pruned = [], None
     return result
 
@@ -66,8 +65,14 @@ def unit_row(row: dict, widths: dict, report: slices.Report) -> dict:
     """The record's row of one consumer."""
     width = widths[row["name"]]
     return {"name": row["name"], "block": row["block"], "kind": width.kind, "of": width.count,
-            "left": len(report.units[row["name"]]), "relative_error": row["relative_error"],
+            "left": len(report.units[row["name"]]), "kept": origin.spans(report.units[row["name"]]), "relative_error": row["relative_error"],
             "seconds": row["seconds"], "info": row["info"]}
+
+
+def origin_of(cfg: RunConfig, dense: nn.Module, model: nn.Module, record: dict) -> dict:
+    """The manifest's `origin` of a smaller model. dense: the model as it was loaded. record: the run's."""
+    units = {row["name"]: origin.numbers(row["kept"]) for row in record["shrunk"]["units"]}
+    return origin.describe(dense, model, record["shrunk"]["kept_blocks"], units, bool(set(cfg.heals) - {"fold"}))
 
 
 def chain_of(cfg: RunConfig) -> list:

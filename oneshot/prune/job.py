@@ -104,7 +104,6 @@ class Result:
     pruned: Activations | None = None
     seconds: float = 0.0
     shrunk: dict | None = None
-    kept_units: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def add(self, rows: Rows) -> None:
         """Append a block's rows."""
