@@ -17,7 +17,7 @@ from ..quantise import grids, rtn
 from ..runtime import environment
 from ..runtime.proof import prove
 from ..settings import RunConfig
-from .plan import Plan, allocated, job_of, make_plan
+from .plan import Plan, allocated, job_of, kept_dense, make_plan
 from .shrink import gradients, heal_model, shrink
 
 
@@ -36,7 +36,10 @@ def compress(cfg: RunConfig, model: nn.Module, plan: Plan, calibration: Tokens |
     smaller = None
     if cfg.shrinks:
         blocks = len(all_blocks(model)[1])
+        names = [weight.name for weight in all_weights(model)]
+        kept = kept_dense(cfg.keep_dense, names) if cfg.keep_dense else set()
         smaller = shrink(cfg, model, calibration, folder, finished, on_block)
+        cfg = replace(cfg, keep_dense=renamed(kept, model, smaller.shrunk["kept_blocks"]))
         plan = make_plan(cfg, model)
         on_block = (lambda number, *rest: folder.save_block(blocks + number, *rest)) if folder else None
     result = pruned(cfg, model, plan, calibration, folder, finished, on_block)
@@ -62,6 +65,15 @@ def pruned(cfg: RunConfig, model: nn.Module, plan: Plan, calibration: Tokens | N
     heal_model(cfg if job.healers else replace(cfg, heal="none"), model, job.healers, result)
     prove_patterns(model, plan, result.layers)
     return result
+
+
+def renamed(kept: set[str], model: nn.Module, blocks: list[int]) -> str | None:
+    """`--keep-dense` for the smaller model: the names in it of linears that were to stay dense; None for none."""
+    path, _ = all_blocks(model)
+    before = {f"{path}.{number}.": f"{path}.{place}." for place, number in enumerate(blocks)}
+    found = [new + name.removeprefix(old) for name in sorted(kept) for old, new in before.items()
+             if name.startswith(old)]
+    return ",".join(found) or None
 
 
 def joined(smaller: Result, result: Result) -> Result:

@@ -3,7 +3,6 @@
     order of blocks -> cuts within the budget -> walk the best -> slice -> heal the whole -> an ordinary smaller model
 """
 
-import fnmatch
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -18,6 +17,7 @@ from ..heal.train import held_out_windows
 from ..models import source
 from ..prune import loop, solvers
 from ..prune.job import Job, Result
+from ..prune.patterns import NM, parse
 from ..settings import RunConfig
 from ..structured import Cut, budget, cut, depth, origin, search, slices
 from .plan import kept_dense
@@ -133,16 +133,17 @@ def choose(cfg: RunConfig, model: nn.Module, calibration: Tokens, job: Job) -> t
             raise ValueError(f"--layers {cfg.layers}: only {len(order)} of the {n} blocks can go")
     if cfg.shrink is None:
         return Cut(tuple(sorted(order))), {"order": rows, "tried": []}
-    sizes = budget.Sizes.of(model)
-    target = cfg.shrink * cut.whole(model)
+    pattern = parse(cfg.pattern)
+    own = budget.Budget(cfg.shrink * cut.whole(model), budget.Sizes.of(model).left, frozenset(kinds),
+                        pattern.m if isinstance(pattern, NM) else 1)
     if cfg.drop is not None or cfg.layers is not None:
-        found = budget.neurons_for(model, target, order, (), sizes.left, kinds)
+        found = budget.neurons_for(model, own, order)
         if found is None:
             raise ValueError(f"--shrink {cfg.shrink:g}: cannot be reached with the neurons of the blocks that are left")
         return found, {"order": rows, "tried": []}
-    cuts = budget.candidates(model, target, order, sizes.left, cfg.tries, kinds)
     simple = replace(job, healers=tuple(h for h in job.healers if type(h).__module__.endswith("fold")))
-    found, tried = search.best(model, calibration.ids, calibration.mask, simple, cuts, cfg.progress)
+    found, tried = search.best(model, (calibration.ids, calibration.mask), simple,
+                               budget.Mixtures(model, own, order), cfg.tries, cfg.progress)
     return found, {"order": rows, "tried": tried}
 
 

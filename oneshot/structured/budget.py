@@ -1,13 +1,14 @@
 """Budget: the cuts that leave a given share of the blocks' parameters, from neurons alone to blocks alone.
 
     target      parameters of the blocks that may be left
-    candidate   a number of blocks that go (the first of an order), a number of KV groups left in each of the others,
+    mixture     a number of blocks that go (the first of an order), a number of KV groups left in each of the others,
                 and as many neurons in each as the target then allows
 
 The counts are the same in every block, so that the family's ordinary config says them. Neurons are left in multiples
-of `rounded`, for the sake of kernels and of N:M patterns.
+of 8 where a layer has many, for the sake of kernels and of N:M patterns.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -49,60 +50,77 @@ class Sizes:
                    for b, (size, own) in enumerate(zip(self.blocks, self.units, strict=True)) if b not in cut.dropped)
 
 
-def rounded(count: int) -> int:
-    """The multiple in which the neurons of a layer of `count` are left."""
-    return 8 if count >= 256 and not count % 8 else 4 if count >= 64 and not count % 4 else 1
-
-
-def neurons_for(model: nn.Module, target: float, dropped: Sequence[int], heads: tuple[tuple[str, int], ...],
-                cost: Cost, without: Sequence[str] = ()) -> Cut | None:
-    """The cut of most neurons whose cost is at most `target`; None if there is none.
-
-    heads: ((kind, left),) or (). without: kinds of neurons that must not lose any.
+@dataclass(frozen=True)
+class Budget:
+    """What a cut may leave. target: its cost at most. cost: of a cut. without: kinds that must not lose any unit.
+    multiple: of which the neurons left in a layer must be one, such as the M of an N:M pattern.
     """
-    known = {kind: width for kind, width in kinds(model).items() if kind != groups.HEADS and kind not in without}
-    steps = sorted({width.count // rounded(width.count) for width in known.values()} or {1})[-1]
+
+    target: float
+    cost: Cost
+    without: frozenset[str] = frozenset()
+    multiple: int = 1
+
+    def fits(self, cut: Cut) -> bool:
+        """Whether a cut is small enough."""
+        return self.cost(cut) <= self.target
+
+    def step(self, count: int) -> int:
+        """The multiple in which the neurons of a layer of `count` are left."""
+        usual = 8 if count >= 256 and not count % 8 else 4 if count >= 64 and not count % 4 else 1
+        return math.lcm(usual, self.multiple)
+
+
+def neurons_for(model: nn.Module, budget: Budget, dropped: Sequence[int],
+                heads: tuple[tuple[str, int], ...] = ()) -> Cut | None:
+    """The cut of most neurons that fits, without the blocks `dropped`; None if there is none.
+
+    heads: ((kind, left),) or ().
+    """
+    known = {kind: width for kind, width in kinds(model).items()
+             if kind != groups.HEADS and kind not in budget.without and width.count >= budget.step(width.count)}
+    steps = max((width.count // budget.step(width.count) for width in known.values()), default=1)
 
     def at(k: int) -> Cut:
         left = []
         for kind, width in known.items():
-            unit = rounded(width.count)
-            count = max(unit, int(width.count // unit * k / steps) * unit)
+            unit = budget.step(width.count)
+            count = width.count if k == steps else max(unit, int(width.count // unit * k / steps) * unit)
             if count < width.count:
                 left.append((kind, count))
         return Cut(tuple(sorted(dropped)), (*heads, *left))
 
-    low, high = 0, steps + 1  # the largest k that is cheap enough; the cost grows with k
-    while high - low > 1:
+    if budget.fits(at(steps)):
+        return at(steps)
+    low, high = 0, steps  # the largest k that fits; the cost grows with k
+    while known and high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if cost(at(middle)) <= target else (low, middle)
+        low, high = (middle, high) if budget.fits(at(middle)) else (low, middle)
     return at(low) if low else None
 
 
-def candidates(model: nn.Module, target: float, order: Sequence[int], cost: Cost, tries: int,
-               without: Sequence[str] = ()) -> list[Cut]:
-    """At most `tries` cuts within the target, different in how much depth, heads and neurons give.
+class Mixtures:
+    """The cuts within a budget, by how many blocks go and how many KV groups are left in each of the others.
 
-    order: blocks in the order in which they can go. without: kinds that must not lose any.
-
-    Raises ValueError naming `--shrink` if none is small enough.
+    order: blocks in the order in which they can go. depths: numbers of blocks that may go, until blocks alone are
+    enough. heads: the choices of ((kind, left),), the first of which leaves all.
     """
-    heads = kinds(model).get(groups.HEADS) if groups.HEADS not in without else None
-    choices = [()]
-    if heads is not None and heads.count > 1:
-        least = heads.count // 2 if heads.count > 2 else 1
-        choices += [((groups.HEADS, left),) for left in dict.fromkeys((heads.count - max(1, heads.count // 4), least))]
-    most = next((d for d in range(len(order) + 1) if cost(Cut(tuple(sorted(order[:d])))) <= target), len(order))
-    found: dict[Cut, None] = {}
-    depths = spread(most, max(1, -(-tries // len(choices))))
-    for choice in choices:
-        for d in depths:
-            cut = neurons_for(model, target, order[:d], choice, cost, without)
-            if cut is not None:
-                found.setdefault(cut)
-    if not found:
-        raise ValueError("--shrink: leaves less than one unit in every layer; give a larger share")
-    return list(found)[:tries]
+
+    def __init__(self, model: nn.Module, budget: Budget, order: Sequence[int]):
+        self.model, self.budget, self.order = model, budget, list(order)
+        known = kinds(model).get(groups.HEADS) if groups.HEADS not in budget.without else None
+        self.heads: list[tuple[tuple[str, int], ...]] = [()]
+        if known is not None and known.count > 1:
+            fewer = (known.count - max(1, known.count // 4), known.count // 2)
+            self.heads += [((groups.HEADS, left),) for left in dict.fromkeys(fewer) if 0 < left < known.count]
+        enough = (d for d in range(len(order) + 1) if budget.fits(Cut(tuple(sorted(order[:d])))))
+        self.most = next(enough, len(order))
+
+    def at(self, depth: int, heads: int) -> Cut | None:
+        """The cut with so many blocks gone and the choice number `heads`; None where nothing fits."""
+        if not (0 <= depth <= self.most and 0 <= heads < len(self.heads)):
+            return None
+        return neurons_for(self.model, self.budget, self.order[:depth], self.heads[heads])
 
 
 def spread(most: int, n: int) -> list[int]:

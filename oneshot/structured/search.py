@@ -5,7 +5,7 @@ put back.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -16,6 +16,7 @@ from .. import models
 from ..models import groups
 from ..prune import loop
 from ..prune.job import Job, Result
+from .budget import Mixtures
 from .cut import Cut, patterns
 from .depth import divergence
 
@@ -62,13 +63,44 @@ def of_result(model: nn.Module, result: Result) -> float:
     return divergence(model, result.dense, result.pruned, held or None)
 
 
-def best(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, job: Job, cuts: Sequence[Cut],
+def best(model: nn.Module, tokens: tuple[torch.Tensor, torch.Tensor | None], job: Job, mixtures: Mixtures, tries: int,
          progress: bool = False) -> tuple[Cut, list[dict]]:
-    """(the best of the cuts, a row of the record for each)."""
-    if len(cuts) == 1:
-        return cuts[0], [cuts[0].plain()]
-    rows = []
-    for cut in tqdm(cuts, desc="mixtures", unit="walk", disable=not progress, leave=False):
-        rows.append(cut.plain() | {"kl": measured(model, ids, mask, job, cut)})
-    place = min(range(len(cuts)), key=lambda i: rows[i]["kl"])
-    return cuts[place], rows
+    """(the best cut found, a row of the record for each that was tried, in order).
+
+    First neurons alone, blocks alone, and half of either; at the best depth, fewer KV groups; then from the best of all
+    one step at a time in depth. Each is walked once, `tries` at most. tokens: (ids, mask).
+
+    Raises ValueError naming `--shrink` if no cut is small enough.
+    """
+    known: dict[tuple[int, int], tuple[float, Cut]] = {}
+    rows: list[dict] = []
+    bar = tqdm(total=tries, desc="mixtures", unit="walk", disable=not progress, leave=False)
+
+    def look(depth: int, heads: int) -> None:
+        cut = mixtures.at(depth, heads)
+        if cut is None or (depth, heads) in known or len(known) >= tries:
+            return
+        kl = measured(model, *tokens, job, cut) if tries > 1 else 0.0
+        known[depth, heads] = kl, cut
+        rows.append(cut.plain() | ({"kl": kl} if tries > 1 else {}))
+        bar.update()
+
+    def least() -> tuple[int, int]:
+        return min(known, key=lambda place: (known[place][0], place))
+
+    with bar:
+        for depth in dict.fromkeys((0, mixtures.most, mixtures.most // 2)):
+            look(depth, 0)
+        for depth in range(mixtures.most + 1) if not known else ():  # nothing fits without fewer KV groups
+            for heads in range(len(mixtures.heads)):
+                look(depth, heads)
+        if not known:
+            raise ValueError("--shrink: leaves less than one unit in every layer; give a larger share")
+        for heads in range(1, len(mixtures.heads)):
+            look(least()[0], heads)
+        before = -1
+        while len(known) > before:
+            before, (depth, heads) = len(known), least()
+            look(depth - 1, heads)
+            look(depth + 1, heads)
+    return known[least()][1], rows
