@@ -3,6 +3,7 @@
     order of blocks -> cuts within the budget -> walk the best -> slice -> heal the whole -> an ordinary smaller model
 """
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,6 +15,7 @@ from .. import calibrate, heal, models
 from ..checkpoint import Folder
 from ..data import Tokens
 from ..heal.train import held_out_windows
+from ..measure import latency
 from ..models import source
 from ..prune import loop, solvers
 from ..prune.job import Job, Result
@@ -26,7 +28,7 @@ WINDOWS = 4096  # tokens, at most, on which the order of blocks is measured
 
 
 def shrink(cfg: RunConfig, model: nn.Module, calibration: Tokens, folder: Folder | None = None,
-           finished: Iterator = iter(()), on_block: Callable | None = None) -> Result:
+           finished: Iterator | tuple = (), on_block: Callable | None = None) -> Result:
     """Make the model smaller in place, as the settings ask; `result.shrunk` says what was done.
 
     folder: keeps the cut that was chosen, so that a run that resumes need not choose again. finished, on_block: as for
@@ -65,8 +67,8 @@ def unit_row(row: dict, widths: dict, report: slices.Report) -> dict:
     """The record's row of one consumer."""
     width = widths[row["name"]]
     return {"name": row["name"], "block": row["block"], "kind": width.kind, "of": width.count,
-            "left": len(report.units[row["name"]]), "kept": origin.spans(report.units[row["name"]]), "relative_error": row["relative_error"],
-            "seconds": row["seconds"], "info": row["info"]}
+            "left": len(report.units[row["name"]]), "kept": origin.spans(report.units[row["name"]]),
+            "relative_error": row["relative_error"], "seconds": row["seconds"], "info": row["info"]}
 
 
 def origin_of(cfg: RunConfig, dense: nn.Module, model: nn.Module, record: dict) -> dict:
@@ -133,9 +135,8 @@ def choose(cfg: RunConfig, model: nn.Module, calibration: Tokens, job: Job) -> t
             raise ValueError(f"--layers {cfg.layers}: only {len(order)} of the {n} blocks can go")
     if cfg.shrink is None:
         return Cut(tuple(sorted(order))), {"order": rows, "tried": []}
-    pattern = parse(cfg.pattern)
-    own = budget.Budget(cfg.shrink * cut.whole(model), budget.Sizes.of(model).left, frozenset(kinds),
-                        pattern.m if isinstance(pattern, NM) else 1)
+    pattern, (target, cost) = parse(cfg.pattern), cost_of(cfg, model)
+    own = budget.Budget(target, cost, frozenset(kinds), pattern.m if isinstance(pattern, NM) else 1)
     if cfg.drop is not None or cfg.layers is not None:
         found = budget.neurons_for(model, own, order)
         if found is None:
@@ -145,6 +146,27 @@ def choose(cfg: RunConfig, model: nn.Module, calibration: Tokens, job: Job) -> t
     found, tried = search.best(model, (calibration.ids, calibration.mask), simple,
                                budget.Mixtures(model, own, order), cfg.tries, cfg.progress)
     return found, {"order": rows, "tried": tried}
+
+
+def cost_of(cfg: RunConfig, model: nn.Module) -> tuple[float, budget.Cost]:
+    """(the target, the cost of a cut) by `--by`.
+
+    bytes: of the blocks' weights in the pattern that the smaller model is pruned to. latency: the time of decoding one
+    token, in turns with the dense model, as a share of that one's; every shape is built and measured once.
+    """
+    sizes, whole = budget.Sizes.of(model), cut.whole(model)
+    if cfg.by == "parameters":
+        return cfg.shrink * whole, sizes.left
+    if cfg.by == "bytes":
+        side, itemsize = 4096, torch.empty(0, dtype=model.dtype).itemsize
+        share = parse(cfg.pattern, cfg.group).bytes(side, side, itemsize) / (side * side * itemsize)
+        return cfg.shrink * whole, lambda c: sizes.left(c) * share
+
+    @functools.cache
+    def measured(c: Cut) -> float:
+        named = {"model": slices.first_units(model, c), "dense": model}
+        return 1 / latency.compare(named, cfg.device, rounds=5)["model"]["decode1"]["speedup"]
+    return cfg.shrink, measured
 
 
 def most_blocks(cfg: RunConfig, n: int) -> int:

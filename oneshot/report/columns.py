@@ -19,7 +19,8 @@ from . import accuracy
 NESTED = tuple(PARTS)  # settings that hold parts' settings: {part: {name: value}}
 OFF = (None, False, 0.0, "none", "uniform")  # values by which a setting is switched off
 HIGHER_IS_BETTER = ("acc", "exact_match", "em", "f1", "agreement", "mcc", "bleu", "rouge",
-                    "top1_agreement", "starts_with", "contains", "chosen")
+                    "top1_agreement", "starts_with", "contains", "chosen", "prefill_speedup", "decode1_speedup",
+                    "decode8_speedup")
 
 
 # ---------------------------------------------------------------- columns: what was measured

@@ -42,7 +42,20 @@ def cut_model(model: nn.Module, cut: Cut) -> tuple[nn.Module, Report]:
     keep = [i for i in range(n) if i not in cut.dropped]
     if not keep:
         raise ValueError(f"--shrink: would drop all {n} blocks; give a larger share")
-    units = kept_units(model, cut)
+    return with_units(model, cut, keep, kept_units(model, cut))
+
+
+def first_units(model: nn.Module, cut: Cut) -> nn.Module:
+    """A model of the cut's shape with whatever units come first: to measure its time."""
+    keep = [i for i in range(len(models.blocks(model)[1])) if i not in cut.dropped]
+    units = {f"{block.name}.{width.consumer}": torch.arange(cut.left(block, width))
+             for block, width in consumers(model, cut) if cut.left(block, width) < width.count}
+    return with_units(model, cut, keep, units)[0]
+
+
+def with_units(model: nn.Module, cut: Cut, keep: list[int],
+               units: dict[str, torch.Tensor]) -> tuple[nn.Module, Report]:
+    """See `cut_model`, for units that were chosen."""
     counts = uniform(model, cut, units)
     config, notes = smaller.smaller_config(model, keep, counts, biases_added(model))
     made = smaller.empty_model(model, config)
@@ -71,7 +84,8 @@ def kept_units(model: nn.Module, cut: Cut) -> dict[str, torch.Tensor]:
             zero = ~(own.get() != 0).any(0).view(-1, width.size).any(1)
             name = f"{block.name}.{width.consumer}"
             gone = zero.nonzero()[:, 0][: width.count - left]
-            prove(len(gone) == width.count - left, f"{name}: {len(gone)} units are zero, {width.count - left} should be")
+            prove(len(gone) == width.count - left, 
+                  f"{name}: {len(gone)} units are zero, {width.count - left} should be")
             stays = torch.ones(width.count, dtype=torch.bool)
             stays[gone.cpu()] = False
             found[name] = stays.nonzero()[:, 0]
