@@ -18,8 +18,8 @@ from .activations import (
     tree_map,
 )
 from .collect import Limits, collect
-from .head import logits, logits_to_keep, slices_logits, tail
 from .gradients import gradients
+from .head import logits, logits_to_keep, slices_logits, tail
 from .statistics import NEEDS, SAMPLE, Gradient, Statistics
 
 __all__ = ["NEEDS", "SAMPLE", "Activations", "Gradient", "Limits", "Statistics", "Wait", "batches", "capture",

@@ -1,4 +1,4 @@
-"""Fold: the linear map that best makes up for what is missing goes into the block's last linear (ReplaceMe, 2505.02819).
+"""Fold: the linear map that best makes up for what is missing goes into a block's last linear (ReplaceMe, 2505.02819).
 
     h       input of the linear by which a block writes into the hidden state last (down_proj), (N, C), K its columns
             that are not zero

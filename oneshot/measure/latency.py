@@ -162,7 +162,8 @@ def watched(block_list: nn.ModuleList, spent: dict[str, float], device: str) -> 
     for block in block_list:
         for name, child in block.named_children():
             attends = any(word in name for word in models.ATTENTION)
-            if (attends or any(word in name for word in ("mlp", "feed", "ffn", "moe"))) and next(child.parameters(), None) is not None:
+            known = attends or any(word in name for word in ("mlp", "feed", "ffn", "moe"))
+            if known and next(child.parameters(), None) is not None:
                 handles.append(child.register_forward_pre_hook(enter))
                 handles.append(child.register_forward_hook(
                     lambda module, *args, part="attention" if attends else "mlp": leave(module, part=part)))

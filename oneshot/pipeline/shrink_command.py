@@ -7,14 +7,29 @@ solver that chooses and refits the units (default obs). With a `--pattern` besid
 pruned to it by `--method`, and `--shrink-method` makes it smaller.
 """
 
+import argparse
 import sys
 
+from ..runtime.command import Parser
 from . import run
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code (runtime/command.py)."""
-    return run.main(translated(sys.argv[1:] if argv is None else list(argv)))
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if {"-h", "--help"} & set(argv):
+        parser().parse_args(["--help"])
+    return run.main(translated(argv))
+
+
+def parser() -> Parser:
+    """What `--help` shows."""
+    p = Parser(prog="oneshot shrink", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+               usage="oneshot shrink [--to SHARE | --layers N | --drop 3,7] [flags of oneshot prune]")
+    p.add_argument("--to", metavar="SHARE", help="share of the blocks' parameters that is left (default: 0.75)")
+    p.add_argument("--by", metavar="WHAT", help="parameters, bytes or latency")
+    p.add_argument("--method", help="solver that chooses and refits the units (default: obs)")
+    return p
 
 
 def translated(argv: list[str]) -> list[str]:
@@ -22,7 +37,7 @@ def translated(argv: list[str]) -> list[str]:
     words = [word.partition("=") for word in argv]
     names = {name.replace("_", "-") for name, _, _ in words if name.startswith("--")}
     found = [("--shrink" if name == "--to" else name) + eq + value for name, eq, value in words]
-    if not names & {"--to", "--shrink", "--layers", "--drop", "--help"} and "-h" not in argv:
+    if not names & {"--to", "--shrink", "--layers", "--drop"}:
         found += ["--shrink", "0.75"]
     if "--pattern" in names:
         return found

@@ -77,7 +77,8 @@ class OutputOptions:
 
 
 MEASURED = tuple(measure.module(name).Config for name in measure.names())
-STAGES = (OutputOptions, Options, *reversed(MEASURED), DataOptions, ShrinkOptions, PruneOptions, LoadOptions)  # the last one's first
+STAGES = (OutputOptions, Options, *reversed(MEASURED), DataOptions, ShrinkOptions, PruneOptions,
+          LoadOptions)  # the last one's first
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,9 @@
     depth     the order in which blocks can go: block influence, and KL to the dense model
     budget    the cuts that leave a given share of the blocks' parameters, bytes or time
     search    walk a model through several cuts, and choose by the KL on held-out windows
-    walk      one cut done to a model: choose, refit, fold, heal, slice
 
-Which units go is decided by the solvers of prune/ on the consumer, where a unit is a block of columns (patterns.Columns);
-structured/ only slices what has become zero.
+Which units go is decided by the solvers of prune/ on the consumer, where a unit is a block of columns
+(patterns.Columns); structured/ only slices what has become zero.
 """
 
 from .cut import Cut

@@ -18,8 +18,8 @@ class ShrinkOptions:
                                 section="smaller", preset=True, added=True)
     by: str = flag("parameters", "what the share is of: parameters or bytes of the blocks, or latency, the measured "
                                  "time of decoding a token", section="smaller", choices=BYS, preset=True, added=True)
-    layers: int | None = flag(None, "how many transformer blocks are left; with --shrink neurons and KV groups give the "
-                                    "rest", section="smaller", preset=True, added=True)
+    layers: int | None = flag(None, "how many transformer blocks are left; with --shrink their neurons give the rest",
+                              section="smaller", preset=True, added=True)
     drop: str | None = flag(None, "transformer blocks that go, by their numbers from 0: '3,7'", section="smaller",
                             preset=True, added=True)
     shrink_method: str = flag("obs", "solver that chooses and refits neurons and KV groups, any of --method",

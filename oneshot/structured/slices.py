@@ -84,7 +84,7 @@ def kept_units(model: nn.Module, cut: Cut) -> dict[str, torch.Tensor]:
             zero = ~(own.get() != 0).any(0).view(-1, width.size).any(1)
             name = f"{block.name}.{width.consumer}"
             gone = zero.nonzero()[:, 0][: width.count - left]
-            prove(len(gone) == width.count - left, 
+            prove(len(gone) == width.count - left,
                   f"{name}: {len(gone)} units are zero, {width.count - left} should be")
             stays = torch.ones(width.count, dtype=torch.bool)
             stays[gone.cpu()] = False

@@ -60,7 +60,7 @@ def test_the_manifest_says_of_every_tensor_whether_it_is_as_it_was(place, tmp_pa
 def test_verify_finds_what_is_not_as_recorded(place, tmp_path, capsys):  # noqa: F811
     assert shrink(place, to=0.7, tries=1, save=tmp_path / "out", results=tmp_path) == 0
     out, name = tmp_path / "out", "model.layers.1.mlp.up_proj.weight"
-    with pytest.raises(ValueError, match="--original .*: is not the model"):
+    with pytest.raises(ValueError, match=r"--original .*: is not the model"):
         verify.verify(out, original=str(tiny.save_model(tmp_path / "other", seed=3)))
     manifest = json.loads((out / "oneshot.json").read_text())
 
@@ -84,7 +84,8 @@ def test_verify_finds_what_is_not_as_recorded(place, tmp_path, capsys):  # noqa:
     ({"layers": 0}, "--layers 0"), ({"drop": "7"}, "--drop 7"), ({"drop": "x"}, "--drop x"),
     ({"drop": "0,1,2"}, "--drop 0,1,2"), ({"drop": "1", "layers": 2}, "--drop"), ({"to": 0.5, "tries": 0}, "--tries 0"),
     ({"to": 0.5, "method": "nope"}, "--method nope"), ({"to": 0.5, "method": "refit"}, "--method refit"),
-    ({"to": 0.5, "shrink_target": 2}, "--shrink-target 2"), ({"drop": "1", "keep_dense": "model.layers.1.*"}, "--drop 1"),
+    ({"to": 0.5, "shrink_target": 2}, "--shrink-target 2"),
+    ({"drop": "1", "keep_dense": "model.layers.1.*"}, "--drop 1"),
     ({"to": 0.5, "method": "wanda", "shrink_target": 0.5}, "--shrink-target 0.5"),
     ({"to": 0.5, "keep_dense": "*"}, "--keep-dense *"), ({"drop": "1", "order": "influence"}, "--order"),
     ({"pattern": "2:4", "shrink_method": "wanda", "method": "dense"}, "--")])

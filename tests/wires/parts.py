@@ -16,7 +16,7 @@ VALUES = {  # flag of a solver or a refiner: a value that gives other weights th
     "refit.steps": 1, "refit.tolerance": 0.5,
     "swaps.candidates": 6, "swaps.depth": 1, "swaps.beginnings": 8, "swaps.rounds": 1,
 }
-OBS = {"shrink": 0.7, "shrink_method": "obs", "pattern": "dense"}
+OBS = {"method": "obs", "shrink": 0.7, "tries": 1, "pattern": "dense"}
 OTHERS = {  # flag of an allocation or a healing method: such a value, and what stands beside it
     "arithmetic.slope": (0.4, {"allocate": "arithmetic"}),
     "error.spread": (0.3, {"allocate": "error"}), "error.points": (3, {"allocate": "error", "error.spread": 0.3}),
@@ -27,8 +27,7 @@ OTHERS = {  # flag of an allocation or a healing method: such a value, and what 
     "block.unit": ("parts", {"heal": "block", "block.steps": 2}), "block.steps": (3, {"heal": "block"}),
     "block.lr": (0.001, {"heal": "block", "block.steps": 2}),
     "obs.step": (1.0, OBS), "obs.ridge": (3.0, OBS), "obs.refit": (False, OBS), "obs.weigh": (False, OBS),
-    "flap.bias": (False, {"shrink": 0.7, "shrink_method": "flap", "pattern": "dense"}),
-    "fold.everywhere": (False, {**OBS, "heal": "fold"}),
+    "fold.everywhere": (False, {**OBS, "heal": "fold", "nsamples": 40}),
     "distil.steps": (3, {"heal": "distil"}), "distil.lr": (1e-4, {"heal": "distil", "distil.steps": 2}),
 }
 
@@ -53,8 +52,17 @@ for flag, value in VALUES.items():
     part = flag.partition(".")[0]
     beside = {"method": f"wanda+{part}" if part in solvers.names()["refiner"] else part}
     CHECKS[flag] = functools.partial(reaches, name=flag, value=value, beside=beside)
+CHECKS["flap.bias"] = lambda b: _flap(b)
 for flag, (value, beside) in OTHERS.items():
     CHECKS[flag] = functools.partial(reaches, name=flag, value=value, beside={"method": "wanda", **beside})
+
+
+def _flap(b):
+    """Only with it do linears get biases."""
+    given = {"method": "flap", "shrink_method": "flap", "shrink": 0.7, "tries": 1, "pattern": "dense"}
+    with_bias, without = b.weights(**given), b.weights(**given | {"flap.bias": False})
+    assert any(name.endswith("down_proj.bias") for name in with_bias)
+    assert not any(name.endswith(".bias") for name in without)
 
 
 @wire("sensitivity.record", "sensitivity.spread")
