@@ -10,7 +10,7 @@ A pattern is a frozen dataclass with
     with_default_group(group)   the pattern with its comparison group set, unless the user has set one
 
 Written as text: `0.5` (half of the weights are zero), `2:4` (2 of every 4 in a row are KEPT, as NVIDIA means it;
-SparseGPT's code counts the removed ones), `dense`. Columns are cut off afterwards: --shrink asks for them, no --pattern.
+SparseGPT's code counts the removed ones), `dense`. Columns are cut off afterwards; --shrink asks for them.
 
     R, C    rows (outputs) and columns (inputs) of a weight
     s       sparsity, the share of zeros
