@@ -42,6 +42,6 @@ setup(
     extras_require={
         "eval": ["lm-eval>=0.4.13", "accelerate"],
         "gguf": ["gguf>=0.10"],
-        "dev": ["pytest>=8", "pytest-xdist", "ruff", "hypothesis"],
+        "dev": ["pytest>=8", "pytest-xdist", "ruff", "hypothesis", "zstandard"],
     },
 )

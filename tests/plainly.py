@@ -86,3 +86,16 @@ def gated(module, up_name, e, x):
     y = y + module.gate_up_proj_bias[e]  # GPT-OSS: gate and up take turns, and are clamped
     gate, up = y[..., ::2].clamp(max=7.0), y[..., 1::2].clamp(-7.0, 7.0)
     return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+
+def written_plainly(model, tokenizer, prompt, new):
+    """The greedy continuation, the whole text run anew for each token."""
+    ids = tokenizer(prompt)["input_ids"]
+    start = len(ids)
+    while len(ids) < start + new:
+        with torch.no_grad():
+            token = int(model(torch.tensor([ids])).logits[0, -1].argmax())
+        if token == tokenizer.eos_token_id:
+            break
+        ids.append(token)
+    return tokenizer.decode(ids[start:], skip_special_tokens=True)

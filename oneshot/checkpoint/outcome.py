@@ -34,7 +34,7 @@ def check_saved(folder: Path, model: nn.Module, source: Source) -> None:
         entry = found[name]
         prove(entry.shape == shape and DTYPES.get(entry.dtype) == dtype,
               f"{where}: {name} is {entry.dtype} {entry.shape}, should be {dtype} {shape}")
-    known, accepted = lost(source.entries, model).names, set(source.left)
+    known, accepted = lost(source.entries, model, source.quantised).names, set(source.left)
     new = [name for name in known if name not in accepted]
     prove(not new, f"{where}: {len(new)} tensors of the input are not in it, such as {new[:1]}")
 

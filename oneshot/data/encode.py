@@ -95,13 +95,16 @@ def encode(tokenizer: Tokenizer, text: str, special: bool = True) -> list[int]:
         raise Unusable(f"the model's tokenizer cannot take its text ({reason(error)})") from error
 
 
-def template(tokenizer: Tokenizer, conversation: Conversation) -> str:
-    """A conversation as the model was trained to read it. Raises Unusable."""
+def template(tokenizer: Tokenizer, conversation: Conversation, answer: bool = False) -> str:
+    """A conversation as the model was trained to read it; with `answer`, up to where the model answers.
+
+    Raises Unusable.
+    """
     if not getattr(tokenizer, "chat_template", None):
         raise Unusable("holds conversations, and the model's tokenizer has no chat template to write them out; give "
                        "text, or a model whose tokenizer has one")
     try:
-        text = tokenizer.apply_chat_template(conversation, tokenize=False)
+        text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=answer)
     except Exception as error:  # a template can raise anything, and does so to refuse roles it does not know
         roles = ", ".join(message["role"] for message in conversation[:4])
         raise Unusable(f"the tokenizer's chat template refuses the conversation {roles} ... ({reason(error)}); correct "

@@ -15,6 +15,7 @@ from ..runtime.inputs import check_file, parse_json, reason
 from . import columns
 from .columns import listed
 from .text import Document, Text, TextOptions, Unusable
+from .zst import open_zst
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".csv")
 PACKED = (".gz", ".zst")
@@ -123,19 +124,6 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 def open_plain(path: Path) -> BinaryIO:
     """The bytes of a file as it is."""
     return open(path, "rb")
-
-
-def open_zst(path: Path) -> BinaryIO:
-    """A .zst file's bytes, by Python's own module where it has one."""
-    try:
-        from compression import zstd  # Python 3.14
-    except ImportError:
-        try:
-            import zstandard
-        except ImportError as error:
-            raise Unusable(".zst files need zstandard: pip install zstandard") from error
-        return zstandard.open(path, "rb")
-    return zstd.open(path, "rb")
 
 
 def parquet(path: Path, wanted: str | None) -> tuple[list[Document], bool]:

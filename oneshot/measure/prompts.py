@@ -25,6 +25,7 @@ from ..models import Tokenizer
 from ..runtime.flag import Settings, flag
 from ..runtime.inputs import parse_object, read_text
 from . import Found, Subject
+from .greedy import greedy
 
 NEW_TOKENS = 32
 
@@ -166,20 +167,6 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, path: str, *,
     how = {f"{name}/{key}": {"samples": len(found)} | ({} if key == "chosen" else {"new_tokens": new})
            for key, found in marks.items() if found}
     return shares, how, answers
-
-
-def greedy(model: nn.Module, ids: torch.Tensor, new: int) -> list[int]:
-    """Generate `new` tokens greedily after ids (1, T); fewer if the model ends the text."""
-    ends = model.config.get_text_config(decoder=True).eos_token_id
-    ends = set(ends) if isinstance(ends, list) else {ends}
-    written, cache, token = [], None, ids
-    for _ in range(new):
-        out = model(input_ids=token, past_key_values=cache, use_cache=True)
-        token, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
-        if token.item() in ends:
-            break
-        written.append(token.item())
-    return written
 
 
 def likelihood(model: nn.Module, tokenizer: Tokenizer, p: Prompt, choice: str, device: str) -> float:

@@ -101,18 +101,21 @@ def check_known(names: Sequence[str], manager: Any, task_path: str | None) -> No
                      f"{', '.join(sorted(manager.all_tasks))}{more}")
 
 
-def configs(names: Sequence[str], index: Mapping[str, Any]) -> Iterator[tuple[str, dict]]:
+def configs(names: Sequence[str], index: Mapping[str, Any], within: tuple[str, ...] = ()) -> Iterator[tuple[str, dict]]:
     """(name, YAML as a dict) of each task that the names stand for, with groups and tags expanded.
 
-    index: the TaskManager's.
+    index: the TaskManager's. within: the groups that are being expanded. Raises ValueError for a group within itself.
     """
     for name in names:
+        if name in within:
+            raise ValueError(f"--tasks {within[0]}: the group {name} holds itself; correct its YAML")
         config = index[name].cfg or {}
         parts = index[name].tags if index[name].yaml_path is None else config.get("task")
         if isinstance(parts, str) or not parts:
             yield name, config
         else:
-            yield from configs(sorted(part for part in parts if isinstance(part, str) and part in index), index)
+            yield from configs(sorted(part for part in parts if isinstance(part, str) and part in index), index,
+                               (*within, name))
 
 
 def fetch(names: Sequence[str], manager: Any, task_path: str | None = None) -> dict[str, Any]:

@@ -170,13 +170,18 @@ def shard_names(index: dict, said: str) -> list[str]:
 
 
 def headers(files: Iterable[Path], said: str) -> dict[str, Entry]:
-    """{tensor name: Entry} from the headers of safetensors files. Raises ValueError naming a damaged file."""
+    """{tensor name: Entry} from the headers of safetensors files.
+
+    Raises ValueError naming a damaged file, or a tensor that is in two files.
+    """
     found = {}
     for file in files:
         try:
             with safe_open(file, "pt") as f:
                 for name in f.keys():  # noqa: SIM118
                     part = f.get_slice(name)
+                    if name in found:
+                        raise ValueError(f"{said}: {name} is in {found[name].file} and in {file.name}; fetch it again")
                     found[name] = Entry(part.get_dtype(), tuple(part.get_shape()), file.name)
         except (SafetensorError, OSError, RuntimeError) as error:
             raise ValueError(f"{said}: {file.name} is damaged ({error}); fetch it again") from None

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from ..runtime.flag import flag as new_flag
 from ..runtime.hub import hub_away
 from . import gguf, intake
-from .source import settle
+from .source import larger_class, settle
 
 DEMO = Path(__file__).parent.parent / "demo" / "model"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -70,7 +70,10 @@ def load(name: str | Path, *, dtype: str = "auto", revision: str | None = None, 
     model, tokenizer, info = from_pretrained(source, config, options, {
         "dtype": dtype, "attn_implementation": attn_implementation}, said)
     if info["missing_keys"]:  # transformers would initialise them at random
-        missing = sorted(info["missing_keys"])
+        missing, own = sorted(info["missing_keys"]), type(model).__name__
+        if source_class := larger_class(config, model):
+            raise ValueError(f"{said}: is a {source_class}, without {len(missing)} tensors of a {own}, such as "
+                             f"{missing[0]}; give a causal language model")
         raise ValueError(f"{said}: its files lack {len(missing)} tensors, such as {missing[0]}; fetch it again")
     if info["mismatched_keys"]:
         key, stored, wanted = sorted(info["mismatched_keys"])[0]
@@ -101,6 +104,9 @@ def from_pretrained(source: str, config: dict, options: dict, how: dict,
         local = Path(source).is_dir()
         if local and not any(Path(source).glob("*token*")) and not any(Path(source).glob("*vocab*")):
             raise ValueError(f"{said}: no tokenizer in this folder; copy the tokenizer's files into it") from error
+        if "trust_remote_code" in str(error) and not options["trust_remote_code"]:
+            raise ValueError(f"{said}: needs Python code that lies beside its weights; look at it, then add "
+                             "--trust-remote-code") from error
         lines = [line.strip() for line in str(error).split("\n") if line.strip()]
         why = " ".join(lines[:1 + lines[0].endswith(":")])[:300] if lines else type(error).__name__
         why = f"{type(error).__name__}: {why}" if isinstance(error, KeyError) else why  # else but a name in quotes

@@ -4,6 +4,7 @@ What goes in must come out: a tensor of the input that the loaded class does not
 the names, shapes and dtypes in the safetensors headers are compared with those that the loaded model will save.
 """
 
+import re
 import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,9 @@ from torch import nn
 
 from .intake import DEQUANTISED, Entry, headers, quantisation, shards
 
-RECOMPUTED = ("inv_freq", "attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias", "position_ids")
+RECOMPUTED = re.compile(r"(.*\.)?(inv_freq|position_ids|(attn|attention)\.masked_bias)")  # tables in old checkpoints
+CAUSAL_MASK = re.compile(r"(.*\.)?(attn|attention)\.bias")  # likewise, (1, 1, T, T); a vector of that name is learnt
+SCALES = ("_scale_inv", ".weight_scale", ".input_scale", "_blocks", "_scales")  # beside quantised values
 FLOATS = {"F64", "F32", "F16", "BF16"}  # dtypes that a weight may have, as safetensors calls them
 
 
@@ -63,7 +66,8 @@ def settle(model: nn.Module, config: dict, folder: Path | None, said: str) -> No
     config: of the checkpoint. folder: its files, or None if unknown. said: the start of error messages. Raises
     ValueError if the model's class uses only a part of the checkpoint, or a weight is not floating-point.
     """
-    method, warnings, entries = quantisation(config), [], headers(shards(folder, said), said) if folder else {}
+    method, warnings, files = quantisation(config), [], shards(folder, said) if folder else []
+    entries = headers(files, said)
     if method in DEQUANTISED:
         undo_quantisation(model)
         warnings.append(f"its weights came quantised ({method}) and are computed and saved as "
@@ -71,16 +75,32 @@ def settle(model: nn.Module, config: dict, folder: Path | None, said: str) -> No
     check_parameters(model, said)
     if method is None:
         check_dtypes(entries, model, said)
-    left = lost(entries, model) if entries else Lost((), 0)
-    names = config.get("architectures")
-    architecture = names[0] if isinstance(names, list) and names else None
-    if left.names and architecture not in (None, type(model).__name__):
-        raise ValueError(f"{said}: is a {architecture}, of which only {type(model).__name__} is loaded: {left} would "
+    left = lost(entries, model, method) if entries else Lost((), 0)
+    if left.names and (whole := larger_class(config, model)):
+        raise ValueError(f"{said}: is a {whole}, of which only {type(model).__name__} is loaded: {left} would "
                          "be lost; save the language model alone and give that")
+    if folder and (unread := sorted({*folder.glob("*.safetensors")} - {*files})):
+        size = sum(file.stat().st_size for file in unread) / 1e6
+        warnings.append(f"{said}: {len(unread)} more safetensors files ({size:.3g} MB), such as {unread[0].name}, are "
+                        "not read and not in what is saved")
     if left.names:
         warnings.insert(0, f"{said}: {left}, are in its files but not in {type(model).__name__}: they are not in what "
                            "is saved")
     remember(model, Source(folder, method, entries, left.names, tuple(warnings)))
+
+
+def architecture(config: dict) -> str | None:
+    """The class that a checkpoint says it is of."""
+    names = config.get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else None
+
+
+def larger_class(config: dict, model: nn.Module) -> str | None:
+    """What a checkpoint is, if the loaded class is another, say the language model of a multimodal one; else None."""
+    own, kind = architecture(config), config.get("model_type")
+    if own not in (None, type(model).__name__):
+        return own
+    return kind if isinstance(kind, str) and kind != model.config.model_type else None
 
 
 def was_dequantised(model: nn.Module) -> bool:
@@ -109,13 +129,22 @@ def will_save(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]
     return {name: (tuple(t.shape), t.dtype) for name, t in saved.items()}
 
 
-def lost(entries: dict[str, Entry], model: nn.Module) -> Lost:
-    """The tensors of the input that the loaded model will not save, except tied weights and RECOMPUTED tables."""
-    kept, scales = will_save(model), quantised_parts(entries)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    names = tuple(name for name in entries if name not in kept and name not in scales and name not in tied
-                  and not name.endswith(RECOMPUTED))
+def lost(entries: dict[str, Entry], model: nn.Module, method: str | None) -> Lost:
+    """The tensors of the input that the loaded model will not save. method: by which they are quantised, or None.
+
+    Not lost are tied weights, tables that the class computes itself, scales of quantised weights, and names of the base
+    class ("h.0..." for "transformer.h.0...", as GPT-2 is published), which transformers takes as well.
+    """
+    kept = {*will_save(model), *(getattr(model, "all_tied_weights_keys", None) or {})}
+    names = tuple(name for name, entry in entries.items() if not (
+        name in kept or f"{model.base_model_prefix}.{name}" in kept - entries.keys() or is_table(name, entry)
+        or (method in DEQUANTISED and name.endswith(SCALES))))
     return Lost(names, sum(entries[name].bytes for name in names))
+
+
+def is_table(name: str, entry: Entry) -> bool:
+    """Whether a tensor is one that old checkpoints hold and every class computes by itself."""
+    return bool(RECOMPUTED.fullmatch(name) or (CAUSAL_MASK.fullmatch(name) and len(entry.shape) == 4))
 
 
 def check_dtypes(entries: dict[str, Entry], model: nn.Module, said: str) -> None:
@@ -126,10 +155,15 @@ def check_dtypes(entries: dict[str, Entry], model: nn.Module, said: str) -> None
                              "the unquantised checkpoint")
 
 
-def quantised_parts(entries: dict[str, Entry]) -> set[str]:
-    """Names of the tensors from which weights were dequantised, besides their values: scales, and MXFP4's blocks."""
-    return {name for name in entries if name.endswith(("_scale_inv", ".weight_scale", ".input_scale", "_blocks",
-                                                       "_scales"))}
+def check_kind(model: object, said: str) -> None:
+    """Raise ValueError for what is no transformers model, or one whose decoder needs an encoder."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"{said}: is a {type(model).__name__}, no transformers model; oneshot.load loads one")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{said}: {type(model).__name__} is an encoder-decoder model; only decoder-only models can be "
+                         "pruned")
 
 
 def check_parameters(model: nn.Module, said: str) -> None:

@@ -33,7 +33,7 @@ def prune(model: nn.Module, tokenizer: Tokenizer | None = None, *, method: str =
 
     Raises ValueError naming the setting, with the same message as the command line.
     """
-    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
     name = "demo" if Path(name) == models.DEMO else name
     given = isinstance(calibration, torch.Tensor)
     if not given and tokenizer is None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .. import checkpoint, heal, measure, models
-from ..models.source import check_parameters
+from ..models.source import check_kind, check_parameters
 from ..prune import patterns
 from ..prune.solvers import chain
 from ..runtime import environment
@@ -20,6 +20,9 @@ from ..settings import RunConfig
 def check(configs: Sequence[RunConfig]) -> None:
     """Reject what can be rejected before a model is loaded. Raises ValueError naming the flag."""
     for cfg in configs:
+        for flag, path in (("--model", cfg.model), ("--save", cfg.save), ("--results", cfg.results),
+                           ("--task-path", cfg.task_path)):
+            environment.check_name(path, flag)
         check_devices(cfg)
         check_target(cfg)
         if cfg.format == "packed" and cfg.prunes and (cfg.pattern != "2:4" or not cfg.save):
@@ -29,6 +32,9 @@ def check(configs: Sequence[RunConfig]) -> None:
             environment.check_writable(cfg.save, "--save")
             if Path(cfg.save).resolve() == Path(cfg.model).resolve():
                 raise ValueError(f"--save {cfg.save}: is the model's own folder; choose another")
+            if Path(cfg.results).resolve().is_relative_to(Path(cfg.save).resolve()):
+                raise ValueError(f"--results {cfg.results}: lies in the folder of --save {cfg.save}, which holds one "
+                                 "checkpoint and nothing else; choose another")
         environment.check_writable(cfg.results, "--results")
     measure.refuse(configs[0])
 
@@ -81,15 +87,16 @@ def check_heal(cfg: RunConfig, model: nn.Module) -> None:
 def check_model(model: nn.Module) -> None:
     """Raise ValueError naming `--model` for a model that cannot be pruned.
 
-    That is: one with an adapter; with a parameter that is offloaded, not finite or not floating-point; that does not
-    predict the next token; or whose experts cannot be observed one by one.
+    That is: no decoder-only transformers model; one with an adapter; with a parameter that is offloaded, not finite or
+    not floating-point; that does not predict the next token; or whose experts cannot be observed one by one.
     """
     if hasattr(model, "peft_config"):
         raise ValueError("--model: is a PeftModel; merge the adapter first (merge_and_unload), give the merged model")
+    check_kind(model, "--model")
     check_parameters(model, "--model")
     _, block_list = models.blocks(model)
-    causal = [m.is_causal for m in block_list.modules() if isinstance(getattr(m, "is_causal", None), bool)]
-    if causal and not any(causal):  # AutoModelForCausalLM silently loads BERT
+    said = [getattr(m, name, None) for m in block_list.modules() for name in ("is_causal", "is_decoder")]
+    if False in said and True not in said:  # AutoModelForCausalLM silently loads BERT
         raise ValueError(f"--model: {type(model).__name__} attends to later tokens, so it is an encoder; only "
                          "decoder-only models can be pruned")
     for name, p in model.named_parameters():

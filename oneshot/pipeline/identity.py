@@ -50,8 +50,9 @@ def digest(cfg: RunConfig, weights: str) -> str:
 
 def describe(cfg: RunConfig, model: nn.Module, weights: str) -> dict:
     """The record's `model`: name, family, numbers of parameters and blocks, dtype, fingerprint (`weights`)."""
+    blocks = models.blocks(model)[1]
     return {"name": Path(cfg.model.rstrip("/")).name, "family": model.config.model_type,
             "parameters": sum(p.numel() for p in model.parameters()),
             "prunable": sum(weight.size for weight in models.all_weights(model)),
-            "dtype": str(model.dtype).removeprefix("torch."), "blocks": len(models.blocks(model)[1]),
-            "fingerprint": weights}
+            "in_blocks": sum(p.numel() for p in blocks.parameters()),
+            "dtype": str(model.dtype).removeprefix("torch."), "blocks": len(blocks), "fingerprint": weights}

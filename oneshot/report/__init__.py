@@ -11,6 +11,7 @@ made again at any time, on any machine, without a model.
     section     the part of a markdown file that a program writes, between two markers
     tables      a line for each run; methods down and patterns across
     task_table  tasks down, runs across
+    said        what each model says to the prompts of --say
     figures/    one file for each kind of picture (matplotlib)
     pictures    which of them a page has, with headings and captions
     page        one self-contained HTML page (page.html.j2, page.css)

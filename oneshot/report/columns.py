@@ -280,3 +280,11 @@ def left_dense(record: dict) -> list[tuple[str, float]]:
         if total and row.get("weights"):
             shares[str(row["reason"])] = shares.get(str(row["reason"]), 0.0) + row["weights"] / total
     return sorted(shares.items(), key=lambda item: -item[1])
+
+
+def dense_in_blocks(record: dict) -> float | None:
+    """Share of the transformer blocks' weights, vectors included, that is never pruned; None where not known."""
+    model = record.get("model") or {}
+    if not model.get("in_blocks") or model.get("prunable") is None:
+        return None
+    return 1 - model["prunable"] / model["in_blocks"]

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..checkpoint import MANIFEST, WORK, sealed
 from ..runtime import environment
 from ..runtime.command import Parser, exit_code
-from . import tables, task_table
+from . import said, tables, task_table
 from .page import write_html
 from .record import checked, read
 
@@ -41,8 +41,9 @@ def compare(args: argparse.Namespace) -> None:
     environment.check_writable(args.page.parent, "--page")
     write_html(records, args.page, args.title)
     print(tables.table(records, args.format), end="")
-    if args.format != "csv" and (tasks := task_table.table(records, args.format)):
-        print("\n" + tasks, end="")
+    for more in (task_table, said) if args.format != "csv" else ():
+        if text := more.table(records, args.format):
+            print("\n" + text, end="")
     print(f"report: {args.page}", file=sys.stderr)
 
 

@@ -14,8 +14,8 @@ from .table import render
 
 # The parts of a record that a page shows in a form of their own, or leaves out ("schema", "blocks").
 KNOWN = {"schema", "run_id", "status", "error", "settings", "model", "data", "environment", "metrics", "metric_info",
-         "sparsity", "bytes", "warnings", "damage", "sensitivity", "peak_memory_bytes", "seconds", "skipped", "blocks",
-         "layers"}
+         "sparsity", "bytes", "warnings", "damage", "sensitivity", "say", "peak_memory_bytes", "seconds", "skipped",
+         "blocks", "layers"}
 
 
 def details(record: dict) -> dict:

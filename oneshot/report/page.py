@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from ..runtime.files import write_text
-from . import task_table
+from . import said, task_table
 from .columns import (
     clean,
     columns,
@@ -45,7 +45,8 @@ def html(records: list[dict], title: str | None = None) -> str:
     return _template().render(
         title=title or _title(records, names), subtitle=_subtitle(records), warnings=_warnings(records, names),
         results=Markup(table(records, "html")), legend=_legend(records),
-        tasks=Markup(task_table.table(records, "html")), pivots=_pivots(records), pictures=_pictures(records),
+        tasks=Markup(task_table.table(records, "html")), said=Markup(said.table(records, "html")),
+        pivots=_pivots(records), pictures=_pictures(records),
         runs=[details(record) | {"name": name} for record, name in zip(records, names, strict=True)])
 
 

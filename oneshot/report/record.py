@@ -15,8 +15,8 @@ from . import shape
 SCHEMA = 1
 # The order of the keys in the file: short entries come first. Keys not listed here follow in alphabetical order.
 KEYS = ("schema", "run_id", "status", "settings", "model", "data", "environment", "metrics", "metric_info",
-        "sparsity", "bytes", "warnings", "damage", "sensitivity", "prompts", "heal", "peak_memory_bytes", "seconds",
-        "skipped", "blocks", "layers")
+        "sparsity", "bytes", "warnings", "damage", "sensitivity", "prompts", "say", "heal", "peak_memory_bytes",
+        "seconds", "skipped", "blocks", "layers")
 
 
 def write(record: dict, path: str | Path) -> dict:

@@ -18,7 +18,7 @@ SHAPE: dict[str, Any] = {
     "blocks": [{"seconds": {ANY: NUMBER}, "heal": {}, **dict.fromkeys(
         ("block", "relative_error", "norm_ratio", "dimensions", "dimensions_dense", "dimensions_ratio"), NUMBER)}],
     "model": {"name": TEXT, "family": TEXT, "dtype": TEXT, "fingerprint": TEXT, "parameters": NUMBER,
-              "prunable": NUMBER, "blocks": NUMBER},
+              "prunable": NUMBER, "in_blocks": NUMBER, "blocks": NUMBER},
     "data": {"calibration": TOKENS, "evaluation": {ANY: TOKENS}},
     "metric_info": {ANY: {"stderr": NUMBER, "samples": NUMBER, "correct": TEXT, "documents": TEXT, "chance": NUMBER,
                           "group": TEXT, "window": NUMBER, "windows": NUMBER, "tokens": NUMBER, "new_tokens": NUMBER,
@@ -28,6 +28,7 @@ SHAPE: dict[str, Any] = {
     "skipped": [{"name": TEXT, "reason": TEXT, "weights": NUMBER}],
     "sensitivity": [{"name": TEXT, "linear": TEXT, "block": NUMBER, "loss_increase": NUMBER, "weights": NUMBER,
                      "relative_error": NUMBER}],
+    "say": [{"prompt": TEXT, "answer": TEXT}],
     "prompts": [{"line": NUMBER, "answer": TEXT, "right": PLAIN}],
     "damage": {"frequency_from": TEXT, "found": [TEXT], "empty": {ANY: [TEXT]},
                "overall": {"half": NUMBER, "increase": NUMBER, "tokens": NUMBER, "windows": NUMBER},

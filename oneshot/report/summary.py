@@ -4,8 +4,8 @@ import hashlib
 import re
 from pathlib import Path
 
-from . import tables, task_table
-from .columns import identity, is_dense, is_pruned, left_dense, method_of, pattern_of, percent
+from . import said, tables, task_table
+from .columns import dense_in_blocks, identity, is_dense, is_pruned, left_dense, method_of, pattern_of, percent
 from .page import write_html
 
 
@@ -26,7 +26,7 @@ def text(records: list[dict], results: Path) -> str:
     name = ids[0] if len(ids) == 1 else f"compare-{hashlib.sha256(' '.join(ids).encode()).hexdigest()[:8]}"
     page = results / f"{name}.html"
     write_html(records, page)
-    lines = [t for t in (tables.table(records), task_table.table(records)) if t]
+    lines = [t for t in (tables.table(records), task_table.table(records), said.table(records)) if t]
     lines += dense_lines(records)
     for record in records:
         lines += [f"{asked(record)}: {text}" for text in findings(record)]
@@ -41,7 +41,9 @@ def dense_lines(records: list[dict]) -> list[str]:
         parts = [f"{percent(share)} {reason}" for reason, share in left_dense(record)]
         if parts:
             whole = percent(sum(share for _, share in left_dense(record)))
-            found.setdefault(identity(record), f"left dense: {whole} of the model's weights ({', '.join(parts)})")
+            inside = f", {percent(blocks)} of the blocks'" if (blocks := dense_in_blocks(record)) is not None else ""
+            found.setdefault(identity(record),
+                             f"left dense: {whole} of the model's weights{inside} ({', '.join(parts)})")
     return list(found.values())
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import errno
 import importlib.metadata
 import os
 import platform
@@ -76,6 +77,17 @@ def check_device(device: str, flag: str = "--device") -> None:
         raise ValueError(f"{flag} {device}: there are {torch.cuda.device_count()} CUDA devices")
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"{flag} {device}: only cpu and cuda are supported")
+
+
+def check_name(path: str | Path | None, flag: str) -> None:
+    """Raise ValueError naming the flag if no file system takes a path of this name."""
+    try:
+        os.lstat(path or ".")
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ValueError(f"{flag} {str(path)[:50]}...: {error.strerror}; choose another") from None
 
 
 def check_writable(path: str | Path, flag: str) -> None:

@@ -13,7 +13,8 @@ Settings = Any  # a run's settings.RunConfig, which combines the flags of all st
 
 def flag(default: Any, help: str, *, section: str = "", bears_on: str = "pruning", shown: bool | None = None,
          python: bool | None = None, preset: bool = False, rows: tuple[str, ...] | None = None,
-         choices: tuple | None = None, was: str | None = None, added: bool = False, trusts: bool = False) -> Any:
+         choices: tuple | None = None, was: str | None = None, added: bool = False, trusts: bool = False,
+         repeated: bool = False) -> Any:
     """A dataclass field that is a command-line flag. (Returns Any so that `name: int = flag(8, ...)` type-checks.)
 
     help: its text in --help. section: its section there. bears_on: what the flag affects, one of
@@ -31,12 +32,13 @@ def flag(default: Any, help: str, *, section: str = "", bears_on: str = "pruning
     still used to compute the run's identity, so that renaming a flag leaves the ids of old runs unchanged. added:
     whether it was added after the first release; it is then left out of record and identity at its default value, for
     the same reason. trusts: whether it lets code run that came with a model or with data; only a person at a command
-    line may turn it on, no file of settings.
+    line may turn it on, no file of settings. repeated: whether a command line may give it several times; its value is
+    all of them, one a line.
     """
     if bears_on not in BEARS_ON:
         raise ValueError(f"bears_on {bears_on}: give one of {', '.join(BEARS_ON)}")
     metadata = {"help": help, "section": section, "bears_on": bears_on, "preset": preset, "choices": choices,
-                "was": was, "added": added, "trusts": trusts,
+                "was": was, "added": added, "trusts": trusts, "repeated": repeated,
                 "shown": bears_on not in ("measuring", "output") if shown is None else shown,
                 "python": bears_on not in ("measuring", "output") if python is None else python,
                 "rows": rows or (("pruned",) if bears_on == "pruning" else ("pruned", "rounded", "dense"))}

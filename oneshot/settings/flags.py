@@ -72,6 +72,14 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
         return (action.help or "") + (" (default: %(default)s)" if shown else "")
 
 
+class Lines(argparse.Action):
+    """A flag that may be given several times: its values, one a line."""
+
+    def __call__(self, _: Any, found: argparse.Namespace, value: str, option: str | None = None) -> None:
+        before = getattr(found, self.dest, None)
+        setattr(found, self.dest, f"{before}\n{value}" if isinstance(before, str) else value)
+
+
 def add_flag(group: Any, flag: Known) -> None:
     """Add one flag to an argument group of the parser. A switch inverts its default."""
     help_text, choices = flag.metadata["help"], flag.metadata.get("choices")
@@ -80,9 +88,10 @@ def add_flag(group: Any, flag: Known) -> None:
                            help=f"do not {help_text}" if flag.default else help_text,
                            action="store_false" if flag.default else "store_true")
         return
+    several = {"action": Lines} if flag.metadata.get("repeated") else {}
     metavar = None if choices else flag.option.removeprefix("--").rsplit(".", 1)[-1].upper()
     group.add_argument(*flag.options, dest=flag.name, default=flag.default, type=flag.type, choices=choices,
-                       help=help_text, metavar=metavar)
+                       help=help_text, metavar=metavar, **several)
 
 
 def normalise(argv: Sequence[str], options: Iterable[str]) -> list[str]:

@@ -127,6 +127,8 @@ def load(file: Path) -> dict:
         raise ValueError(f"{file}: cannot be read ({error.strerror}); give a sweep's YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: no valid YAML ({one_line(error)})") from None
+    except RecursionError:
+        raise ValueError(f"{file}: no YAML that can be read (nested too deeply)") from None
     if not isinstance(spec, dict) or not isinstance(spec.get("models"), list) or not spec["models"]:
         raise ValueError(f"{file}: needs a list `models:` of names or mappings (--help has an example)")
     return spec
@@ -153,6 +155,8 @@ def configs_of(settings: dict, results: Path, more: Sequence[str] = ()) -> list[
     """The RunConfigs of one model: what the command line would make of the same settings, for each seed."""
     if "model" not in settings:
         raise ValueError("`model:` is missing")
+    if isinstance(settings["model"], list) or settings["model"] in ("", "null", "~"):
+        raise ValueError("model: give a name or a folder")
     own = todays_names({key.replace("-", "_"): value for key, value in settings.items()})
     for key in own.keys() & OWN.keys():
         raise ValueError(f"{key}: {OWN[key]}")

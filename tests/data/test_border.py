@@ -3,8 +3,11 @@
 import gzip
 import json
 import os
+import random
 import sys
 import threading
+import types
+import zlib
 
 import datasets
 import pytest
@@ -13,7 +16,7 @@ from characters import STORIES, assert_refused, calibrate, character_tokenizer, 
 from families import tiny as family
 
 from oneshot import data
-from oneshot.data import TextOptions, choose, embedding
+from oneshot.data import TextOptions, choose, embedding, files
 from oneshot.data import hub as hub_module
 from oneshot.settings import RunConfig
 
@@ -68,6 +71,32 @@ def test_zst_without_the_package_says_what_to_install(tokenizer, tmp_path, monke
     (tmp_path / "t.jsonl.zst").write_bytes(b"x")
     for flag in ("--calibration", "--evaluate"):
         assert_refused(tokenizer, flag, tmp_path / "t.jsonl.zst", ["pip install zstandard"])
+
+
+def standing_in(monkeypatch):
+    """zlib in the place of zstandard: its objects have the same methods, so that this is tested without the package."""
+    module = types.ModuleType("zstandard")
+    module.ZstdDecompressor = lambda: types.SimpleNamespace(decompressobj=lambda: zlib.decompressobj(31))
+    monkeypatch.setitem(sys.modules, "zstandard", module)
+    return gzip.compress
+
+
+@pytest.mark.parametrize("package", ["zlib", "zstandard"])
+@pytest.mark.parametrize("lines", [3, 40_000])
+def test_zst_files_are_read_whole_or_not_at_all(tokenizer, tmp_path, monkeypatch, package, lines):
+    """Several frames, as parallel compressors write them, are one file; one that is cut off anywhere is refused."""
+    monkeypatch.setitem(sys.modules, "compression", None)
+    compress = standing_in(monkeypatch) if package == "zlib" else pytest.importorskip("zstandard").compress
+    draw = random.Random(0)
+    text = "".join(json.dumps({"text": f"{draw.random()}"}) + "\n" for _ in range(lines)).encode()
+    whole, cut = compress(text) + compress(text), tmp_path / "cut.jsonl.zst"
+    (tmp_path / "t.jsonl.zst").write_bytes(whole)
+    assert len(files.read(tmp_path / "t.jsonl.zst", TextOptions()).documents) == 2 * lines
+    for end in (3, len(whole) // 4, len(whole) // 2 + 30, len(whole) - 1):
+        cut.write_bytes(whole[:end])
+        assert_refused(tokenizer, "--calibration", cut, ["cannot read cut.jsonl.zst", "ends"])
+    cut.write_bytes(whole + b"more")
+    assert_refused(tokenizer, "--calibration", cut, ["cannot read cut.jsonl.zst"])
 
 
 # ------------------------------------------------------------------------------------------- what cannot be used

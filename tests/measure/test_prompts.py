@@ -5,6 +5,7 @@ import json
 import pytest
 import tiny
 import torch
+from plainly import written_plainly
 from tiny import place, plain_pages  # noqa: F401
 
 from oneshot import models
@@ -14,19 +15,6 @@ from oneshot.measure import prompts
 def save(path, *rows):
     path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n")
     return path
-
-
-def written_plainly(model, tokenizer, prompt, new):
-    """The greedy continuation, the whole text run anew for each token."""
-    ids = tokenizer(prompt)["input_ids"]
-    start = len(ids)
-    while len(ids) < start + new:
-        with torch.no_grad():
-            token = int(model(torch.tensor([ids])).logits[0, -1].argmax())
-        if token == tokenizer.eos_token_id:
-            break
-        ids.append(token)
-    return tokenizer.decode(ids[start:], skip_special_tokens=True)
 
 
 def test_shares_are_counted_on_plain_continuations(place, tmp_path):  # noqa: F811

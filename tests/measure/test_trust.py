@@ -177,6 +177,15 @@ def test_documents_of_any_content(place, tmp_path, capsys, row, words):  # noqa:
     assert line.startswith("error: --tasks mine: ") and words in line and len(line) < 500, line
 
 
+@pytest.mark.parametrize("files", [{"g": "g"}, {"g": "h", "h": "g"}])
+def test_a_group_that_holds_itself(place, tmp_path, capsys, files):  # noqa: F811
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install lm-eval)")
+    for name, part in files.items():
+        (tmp_path / f"{name}.yaml").write_text(f"group: {name}\ntask: [{part}]\n")
+    assert tiny.main(*tiny.flags(place, "--no-dense", evaluate="none", tasks="g", task_path=tmp_path)) == 2
+    assert "error: --tasks g: the group g holds itself" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["rows.jsonl", "other.yaml"])
 def test_pipes_among_the_tasks(place, tmp_path, capsys, name):  # noqa: F811
     pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install lm-eval)")
@@ -223,11 +232,13 @@ def test_the_models_own_code_is_run_by_generate_and_verify_when_trusted(place, t
     saved, mark = tmp_path / "saved", tmp_path / "MARK"
     run = tiny.flags(place, "--no-dense", model=folder, save=saved, results=tmp_path / "runs")
     generate_it = [str(saved), "--max-new-tokens", "2", "--prompt", "a dog"]
-    assert tiny.main(*run) == 2 and "--model" in capsys.readouterr().err and not mark.exists()
+    err = capsys.readouterr().err if tiny.main(*run) == 2 else ""
+    assert "--model" in err and "--trust-remote-code" in err and not mark.exists()
     assert tiny.main(*run, "--trust-remote-code") == 0
     for main, argv in ((verify.main, [str(saved), "--quiet"]), (generate.main, generate_it)):
         mark.unlink()
         assert main(argv) == 2 and not mark.exists(), argv
+        assert "add --trust-remote-code" in capsys.readouterr().err
         assert main([*argv, "--trust-remote-code"]) == 0
         mark.touch()
 

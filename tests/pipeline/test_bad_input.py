@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from tiny import place, plain_pages  # noqa: F401
-from transformers import BertConfig, BertForMaskedLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 pytestmark = pytest.mark.usefixtures("plain_pages")
 
@@ -147,12 +147,23 @@ def test_checkpoints_that_cannot_be_loaded(refused, place, tmp_path):  # noqa: F
     refused(["--model", "tokenizer"], model=spoilt("tokenizer", lambda f: (f / "tokenizer.json").unlink()))
 
 
-def test_encoder_only_model(refused, tmp_path):
-    config = BertConfig(vocab_size=32, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-                        max_position_embeddings=64)
-    BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
-    tiny.tokenizer().save_pretrained(tmp_path / "bert")
-    refused(["--model", "Bert", "decoder-only"], model=tmp_path / "bert")
+@pytest.mark.parametrize("kind", ["bert", "roformer", "rembert", "megatron-bert", "roberta"])
+def test_encoder_only_model(refused, tmp_path, capfd, kind):
+    """AutoModelForCausalLM loads each of them without a word."""
+    config = AutoConfig.for_model(kind, vocab_size=32, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                                  intermediate_size=48, max_position_embeddings=64, pad_token_id=0)
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / kind)
+    tiny.tokenizer().save_pretrained(tmp_path / kind)
+    capfd.readouterr()  # what transformers says of saving
+    refused(["--model", "decoder-only"], model=tmp_path / kind)
+
+
+def test_an_encoder_made_a_decoder_is_one(place, tmp_path):  # noqa: F811
+    config = AutoConfig.for_model("roformer", vocab_size=32, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                                  intermediate_size=48, max_position_embeddings=64, pad_token_id=0, is_decoder=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    assert tiny.main(*tiny.flags(place, "--no-dense", model=tmp_path / "model", results=tmp_path / "runs")) == 0
 
 
 def test_places_to_write(refused, place, tmp_path, monkeypatch):  # noqa: F811
@@ -173,6 +184,28 @@ def test_places_to_write(refused, place, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
     refused(["--results", "no permission"], results=tmp_path / "locked", save=None)
     refused(["--save", "no permission"], save=tmp_path / "locked")
+
+
+@pytest.mark.parametrize("below", ["", "runs", "runs/../.", "a/b"])
+@pytest.mark.parametrize("method", ["wanda", "dense,wanda"])
+def test_records_in_the_folder_of_the_checkpoint(refused, tmp_path, below, method):
+    """They would be foreign files there, so that a damaged or unfinished checkpoint could not be made again."""
+    save = tmp_path / "save"
+    save.mkdir()
+    refused(["--results", "--save"], save=save, results=save / below, method=method, evaluate="none")
+    assert not list(save.iterdir())
+
+
+def test_records_above_the_folders_of_several_checkpoints(place, tmp_path):  # noqa: F811
+    argv = tiny.flags(place, "--no-dense", method="magnitude,wanda", evaluate="none", save=tmp_path / "save",
+                      results=tmp_path / "save")
+    assert tiny.main(*argv) == 0 and tiny.main(*argv) == 0
+
+
+@pytest.mark.parametrize("flag", ["save", "results", "model", "task_path"])
+def test_names_that_no_file_can_have(refused, flag):
+    refused([f"--{flag.replace('_', '-')} xxx", "too long"], **{"tasks": "mine"} if flag == "task_path" else {},
+            **{flag: "x" * 300})
 
 
 def test_nothing_to_save(refused):

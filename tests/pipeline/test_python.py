@@ -60,6 +60,16 @@ def test_python_refuses_what_the_command_line_refuses(place, words, settings):  
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+def test_python_refuses_what_is_no_decoder():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    t5 = T5ForConditionalGeneration(T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=32))
+    for model, words in ((t5, "is an encoder-decoder model"), (torch.nn.Linear(4, 4), "Linear, no transformers model"),
+                         ("demo", "str, no transformers model")):
+        with pytest.raises(ValueError, match=f"^--model: .*{words}"):
+            oneshot.prune(model, calibration=torch.ones(1, 8, dtype=torch.long), progress=False)
+
+
 def test_zeros_are_counted_on_what_is_there_after_all_healing():
     model = families.tiny("llama")
     record = oneshot.prune(model, calibration=torch.randint(3, families.VOCAB, (8, families.T)), method="wanda",
@@ -71,3 +81,13 @@ def test_zeros_are_counted_on_what_is_there_after_all_healing():
     plan = {row["name"]: parse("2:4")}
     compress.prove_patterns(model, plan, record["layers"])
     assert weight.name == row["name"] and row["zeros"] == row["target_zeros"] + 1 and row["surplus"] == 1
+
+
+def test_python_refuses_an_adapter():
+    """A PeftModel, and a model that transformers' own `add_adapter` was called on, say so by their `peft_config`."""
+    model = families.tiny("llama")
+    model.peft_config = {"default": {}}
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="PeftModel; merge the adapter first"):
+        oneshot.prune(model, method="magnitude", calibration=torch.randint(3, 20, (4, 16)), progress=False)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

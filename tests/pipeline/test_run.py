@@ -51,7 +51,7 @@ def test_every_combination_has_its_record(compared):
 
 def test_record_says_what_was_done(compared, place):  # noqa: F811
     record = compared[1]["sparsegpt", "2:4"]
-    assert list(record) == [key for key in KEYS if key not in ("damage", "prompts", "sensitivity")]
+    assert list(record) == [key for key in KEYS if key not in ("damage", "prompts", "say", "sensitivity")]
     assert len(record["layers"]) == 7 * tiny.BLOCKS and len(record["blocks"]) == tiny.BLOCKS
     row = record["layers"][-1]
     assert (row["name"], row["shape"], row["pattern"]) == (f"model.layers.{tiny.BLOCKS - 1}.mlp.down_proj", [32, 48],
@@ -63,7 +63,8 @@ def test_record_says_what_was_done(compared, place):  # noqa: F811
     model = AutoModelForCausalLM.from_pretrained(place / "model")
     assert record["model"] | {"fingerprint": 0} == {
         "name": "model", "family": "llama", "parameters": sum(p.numel() for p in model.parameters()), "fingerprint": 0,
-        "prunable": tiny.BLOCKS * (32 * 32 * 2 + 16 * 32 * 2 + 3 * 32 * 48), "dtype": "float32", "blocks": tiny.BLOCKS}
+        "prunable": tiny.BLOCKS * (32 * 32 * 2 + 16 * 32 * 2 + 3 * 32 * 48), "dtype": "float32", "blocks": tiny.BLOCKS,
+        "in_blocks": sum(p.numel() for p in model.model.layers.parameters())}
     assert record["sparsity"] == 0.5
     assert record["data"]["calibration"]["windows"] == 8 and record["data"]["calibration"]["tokens"] == 8 * tiny.WINDOW
     windows = (place / "evaluation.txt").stat().st_size // tiny.WINDOW
@@ -129,6 +130,8 @@ def test_table_at_the_end(place, tmp_path, capfd):  # noqa: F811
     assert f"ppl @{tiny.WINDOW}" in lines[0] and "/ dense" in lines[0]
     assert "dense" in lines[2] and "wanda" in lines[3] and "50.00 %" in lines[3]
     assert lines[-1] == f"report: {next(tmp_path.glob('*.html'))}"
+    [dense] = [line for line in lines if line.startswith("left dense: ")]
+    assert "of the blocks'" in dense and "embedding" in dense and "output head" in dense
     assert [line.split(":")[0] for line in err.splitlines()] == ["device", "wanda 2", "dense"]  # no one else's remarks
 
 

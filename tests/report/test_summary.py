@@ -16,6 +16,20 @@ def test_damage_and_sensitivity_are_summed_up():
     assert summary.findings(record()) == []
 
 
+def test_what_stays_dense_stands_below_the_table():
+    """Its share of the model and of the blocks, with the reasons, once for all runs of a model."""
+    skipped = [{"name": "e", "reason": "embedding", "weights": 30}, {"name": "h", "reason": "router", "weights": 6},
+               {"name": "i", "reason": "router", "weights": 4}]
+    own = {"name": "m", "parameters": 200, "prunable": 144, "in_blocks": 160, "fingerprint": "f"}
+    runs = [record(method) | {"model": own, "skipped": skipped} for method in ("wanda", "alps", "dense")]
+    assert summary.dense_lines(runs) == ["left dense: 20.00 % of the model's weights, 10.00 % of the blocks' "
+                                         "(15.00 % embedding, 5.00 % router)"]
+    del own["in_blocks"]  # a record of before
+    assert summary.dense_lines(runs) == ["left dense: 20.00 % of the model's weights (15.00 % embedding, "
+                                         "5.00 % router)"]
+    assert summary.dense_lines(runs[2:]) == []
+
+
 def test_warnings_that_differ_in_numbers_alone_stand_as_one():
     blocks = [f"model.layers.{b} collapsed: norm ratio {b + 2}.5" for b in range(8)]
     lines = summary.warnings([record("wanda", warnings=blocks), record("alps", warnings=[blocks[0], "few tokens"])])

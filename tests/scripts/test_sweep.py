@@ -115,6 +115,9 @@ def test_shards_share_everything_out(n):
     ("models: [demo]\nseeds: [1]\nseeds: [2]", ["seeds is given twice"]),
     ("models: [{nsamples: 3}]", ["model 1", "`model:` is missing"]),
     ("models: demo", ["`models:`"]), ("", ["`models:`"]), ("models: [demo", ["no valid YAML"]),
+    ("[" * 50_000, ["nested too deeply"]), ("models: [demo, null]", ["model 2", "a name"]),
+    ("models: ['']", ["model 1", "a name"]), ("models: [[demo]]", ["model 1", "a name"]),
+    ("models: [{model: [demo]}]", ["model 1", "a name"]),
 ], ids=lambda x: x.replace("\n", "; ")[:40] if isinstance(x, str) else "")
 def test_bad_files(tmp_path, capsys, text, words):
     (tmp_path / "bad.yaml").write_text(text)

@@ -119,6 +119,12 @@ def _(b):
     assert {row["block"] for row in b.record(sensitivity="linear", **text)["sensitivity"]} == {0, 1, 2}
 
 
+@wire("say")
+def _(b):
+    found = b.record("--say", "the", "--say", "on")
+    assert [entry["prompt"] for entry in found["say"]] == ["the", "on"] and "say" not in b.record()
+
+
 def suite(b):
     """A suite of one prompt."""
     (b.tmp / "suite.jsonl").write_text(json.dumps({"prompt": "the", "expected": "a"}))
