@@ -16,12 +16,12 @@ from ..checkpoint import Folder
 from ..data import Tokens
 from ..heal.train import held_out_windows
 from ..measure import latency
-from ..models import source
+from ..models import groups, source
 from ..prune import loop, solvers
 from ..prune.job import Job, Result
 from ..prune.patterns import NM, parse
 from ..settings import RunConfig
-from ..structured import Cut, budget, cut, depth, origin, search, slices
+from ..structured import Cut, budget, cut, depth, origin, search, slices, spread
 from .plan import kept_dense
 
 WINDOWS = 4096  # tokens, at most, on which the order of blocks is measured
@@ -133,30 +133,52 @@ def choose(cfg: RunConfig, model: nn.Module, calibration: Tokens, job: Job) -> t
         order = [row["block"] for row in rows]
         if cfg.layers is not None and len(order) < wanted:
             raise ValueError(f"--layers {cfg.layers}: only {len(order)} of the {n} blocks can go")
+    parts = cut.parts(model, [part for part in cfg.dropped_parts if part[0]])
     if cfg.shrink is None:
-        return Cut(tuple(sorted(order))), {"order": rows, "tried": []}
-    pattern, (target, cost) = parse(cfg.pattern), cost_of(cfg, model)
-    own = budget.Budget(target, cost, frozenset(kinds), pattern.m if isinstance(pattern, NM) else 1)
+        return Cut(tuple(sorted(order)), (), parts), {"order": rows, "tried": []}
+    pattern, (target, cost) = parse(cfg.pattern), cost_of(cfg, model, bool(parts))
+    biases = slices.biases_added(model) or (slices.can_add_biases(model)
+                                            and any(getattr(own, "bias", False) for _, own in job.chain))
+    own = budget.Budget(target, cost, frozenset(kinds), pattern.m if isinstance(pattern, NM) else 1, parts,
+                        lambda c: slices.says(model, c, biases))
+    tokens, tried = (calibration.ids, calibration.mask), []
+    simple = replace(job, healers=tuple(h for h in job.healers if type(h).__module__.endswith("fold")))
     if cfg.drop is not None or cfg.layers is not None:
         found = budget.neurons_for(model, own, order)
         if found is None:
             raise ValueError(f"--shrink {cfg.shrink:g}: cannot be reached with the neurons of the blocks that are left")
-        return found, {"order": rows, "tried": []}
-    simple = replace(job, healers=tuple(h for h in job.healers if type(h).__module__.endswith("fold")))
-    found, tried = search.best(model, (calibration.ids, calibration.mask), simple,
-                               budget.Mixtures(model, own, order), cfg.tries, cfg.progress)
+    else:
+        found, tried = search.best(model, tokens, simple, budget.Mixtures(model, own, order), cfg.tries, cfg.progress)
+    if cfg.uneven:
+        found, tried = uneven(cfg, model, tokens, simple, own, found, tried)
     return found, {"order": rows, "tried": tried}
 
 
-def cost_of(cfg: RunConfig, model: nn.Module) -> tuple[float, budget.Cost]:
-    """(the target, the cost of a cut) by `--by`.
+def uneven(cfg: RunConfig, model: nn.Module, tokens: tuple, job: Job, own: budget.Budget, even: Cut,
+           tried: list[dict]) -> tuple[Cut, list[dict]]:
+    """(the cut with neurons spread by need, or `even` where that has the lower KL; what was tried)."""
+    if groups.NEURONS in own.without or groups.NEURONS not in cut.kinds(model):
+        raise ValueError("--uneven: this model has no neurons that could differ from layer to layer")
+    exact = replace(own, target=cfg.shrink * cut.whole(model), cost=lambda c: cut.parameters(model, c))
+    found = spread.spread(model, exact, even, spread.curves(model, *tokens, cfg, even, own))
+    if found is None:
+        return even, tried
+    kls = [search.measured(model, *tokens, job, c) for c in (even, found)]
+    rows = [c.plain() | {"kl": kl} for c, kl in zip((even, found), kls, strict=True)]
+    return (found if kls[1] < kls[0] else even), [*tried, *rows]
+
+
+def cost_of(cfg: RunConfig, model: nn.Module, parts: bool = False) -> tuple[float, budget.Cost]:
+    """(the target, the cost of a cut) by `--by`. parts: whether attentions or MLPs go alone.
 
     bytes: of the blocks' weights in the pattern that the smaller model is pruned to. latency: the time of decoding one
     token, in turns with the dense model, as a share of that one's; every shape is built and measured once.
     """
     sizes, whole = budget.Sizes.of(model), cut.whole(model)
+    if (parts or cfg.uneven) and cfg.by != "parameters":
+        raise ValueError(f"--by {cfg.by}: goes with the same width in every layer only; leave out --uneven and parts")
     if cfg.by == "parameters":
-        return cfg.shrink * whole, sizes.left
+        return cfg.shrink * whole, (lambda c: cut.parameters(model, c)) if parts else sizes.left
     if cfg.by == "bytes":
         side, itemsize = 4096, torch.empty(0, dtype=model.dtype).itemsize
         share = parse(cfg.pattern, cfg.group).bytes(side, side, itemsize) / (side * side * itemsize)
@@ -176,7 +198,7 @@ def most_blocks(cfg: RunConfig, n: int) -> int:
 
 def check(cfg: RunConfig, n: int, fixed: set[int]) -> None:
     """Raise ValueError naming the flag for blocks that do not exist, are protected, or would leave none."""
-    for number in cfg.dropped_blocks:
+    for _, number in cfg.dropped_parts:
         if number >= n:
             raise ValueError(f"--drop {number}: the model has {n} blocks, numbered from 0 to {n - 1}")
         if number in fixed:

@@ -53,13 +53,16 @@ class Sizes:
 @dataclass(frozen=True)
 class Budget:
     """What a cut may leave. target: its cost at most. cost: of a cut. without: kinds that must not lose any unit.
-    multiple: of which the neurons left in a layer must be one, such as the M of an N:M pattern.
+    multiple: of which the neurons left in a layer must be one, such as the M of an N:M pattern. own: what is given of
+    single consumers, as in a Cut. allowed: whether a config can say a cut.
     """
 
     target: float
     cost: Cost
     without: frozenset[str] = frozenset()
     multiple: int = 1
+    own: tuple[tuple[str, int], ...] = ()
+    allowed: Callable[[Cut], bool] = lambda cut: True
 
     def fits(self, cut: Cut) -> bool:
         """Whether a cut is small enough."""
@@ -88,7 +91,7 @@ def neurons_for(model: nn.Module, budget: Budget, dropped: Sequence[int],
             count = width.count if k == steps else max(unit, int(width.count // unit * k / steps) * unit)
             if count < width.count:
                 left.append((kind, count))
-        return Cut(tuple(sorted(dropped)), (*heads, *left))
+        return Cut(tuple(sorted(dropped)), (*heads, *left), budget.own)
 
     if budget.fits(at(steps)):
         return at(steps)
@@ -120,7 +123,8 @@ class Mixtures:
         """The cut with so many blocks gone and the choice number `heads`; None where nothing fits."""
         if not (0 <= depth <= self.most and 0 <= heads < len(self.heads)):
             return None
-        return neurons_for(self.model, self.budget, self.order[:depth], self.heads[heads])
+        cut = neurons_for(self.model, self.budget, self.order[:depth], self.heads[heads])
+        return cut if cut is not None and self.budget.allowed(cut) else None
 
 
 def spread(most: int, n: int) -> list[int]:

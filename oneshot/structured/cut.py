@@ -1,7 +1,7 @@
 """Cut: which blocks go, and how many units of each kind stay in those that are left."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -52,19 +52,35 @@ def consumers(model: nn.Module, cut: Cut | None = None) -> Iterator[tuple[Block,
 
 
 def patterns(model: nn.Module, cut: Cut) -> dict[str, Columns]:
-    """{full name of a consumer: its pattern}, of those that lose anything.
+    """{full name of a consumer: its pattern}, of those that lose anything. Only `own` may leave nothing of one.
 
     Raises ValueError naming what cannot be left.
     """
     found = {}
     for block, width in consumers(model, cut):
         left = cut.left(block, width)
-        if not 0 < left <= width.count:
+        own = dict(cut.own).get(f"{block.name}.{width.consumer}") is not None
+        if not (0 if own else 1) <= left <= width.count:
             raise ValueError(f"--shrink: leaves {left} of the {width.count} {width.kind} of {block.name}."
                              f"{width.consumer}; give a larger share")
         if left < width.count:
             found[f"{block.name}.{width.consumer}"] = Columns(left, width.count, width.size)
     return found
+
+
+def parts(model: nn.Module, wanted: Sequence[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
+    """((consumer, 0), ...) of attentions and MLPs that go alone. wanted: ("attn" or "mlp", number of the block).
+
+    Raises ValueError naming `--drop` for a block without such a part.
+    """
+    found = []
+    for part, number in wanted:
+        kind = groups.HEADS if part == "attn" else groups.NEURONS
+        own = [f"{b.name}.{w.consumer}" for b, w in consumers(model) if (b.number, w.kind) == (number, kind)]
+        if len(own) != 1:
+            raise ValueError(f"--drop {part}:{number}: block {number} has no {part} that could be taken out alone")
+        found.append((own[0], 0))
+    return tuple(found)
 
 
 def kinds(model: nn.Module) -> dict[str, Width]:

@@ -20,8 +20,11 @@ class ShrinkOptions:
                                  "time of decoding a token", section="smaller", choices=BYS, preset=True, added=True)
     layers: int | None = flag(None, "how many transformer blocks are left; with --shrink their neurons give the rest",
                               section="smaller", preset=True, added=True)
-    drop: str | None = flag(None, "transformer blocks that go, by their numbers from 0: '3,7'", section="smaller",
-                            preset=True, added=True)
+    drop: str | None = flag(None, "transformer blocks that go, by their numbers from 0: '3,7'; attention or MLP alone: "
+                                  "'mlp:3,attn:7' (loads after `import oneshot` only)", section="smaller", preset=True,
+                            added=True)
+    uneven: bool = flag(False, "let layers differ in width where that loses less; such a model loads after `import "
+                               "oneshot` only", section="smaller", preset=True, added=True)
     shrink_method: str = flag("obs", "solver that chooses and refits neurons and KV groups, any of --method",
                               section="smaller", preset=True, added=True)
     order: str = flag("kl", "order in which blocks go: kl, by the KL to the dense model, measured anew after each; "
@@ -42,7 +45,9 @@ class ShrinkOptions:
             raise ValueError(f"--tries {self.tries}: must be at least 1")
         if not 0 <= self.shrink_target <= 1:
             raise ValueError(f"--shrink-target {self.shrink_target:g}: give a share from 0 to 1")
-        self.dropped_blocks  # noqa: B018 - raises for a list that cannot be read
+        self.dropped_parts  # noqa: B018 - raises for a list that cannot be read
+        if self.uneven and self.shrink is None:
+            raise ValueError("--uneven: says how a --shrink is spread over the layers; give that too")
         if self.drop is not None and self.layers is not None:
             raise ValueError("--drop: says which blocks go, --layers how many are left; give one of them")
         solvers.chain_named(self.shrink_method, "--shrink-method")
@@ -54,11 +59,20 @@ class ShrinkOptions:
 
     @property
     def dropped_blocks(self) -> tuple[int, ...]:
-        """The blocks of `--drop`. Raises ValueError naming the flag for anything but numbers."""
+        """The numbers of the whole blocks of `--drop`."""
+        return tuple(number for part, number in self.dropped_parts if not part)
+
+    @property
+    def dropped_parts(self) -> tuple[tuple[str, int], ...]:
+        """("" or "attn" or "mlp", number of the block) of all that `--drop` names.
+
+        Raises ValueError naming the flag for anything else.
+        """
         parts = [part.strip() for part in (self.drop or "").split(",") if part.strip()]
         if self.drop is not None and not parts:
             raise ValueError("--drop: nothing given")
-        for part in parts:
-            if not re.fullmatch(r"\d{1,6}", part):
-                raise ValueError(f"--drop {part}: give numbers of blocks such as 3,7")
-        return tuple(sorted({int(part) for part in parts}))
+        found = [re.fullmatch(r"(?:(attn|mlp):)?(\d{1,6})", part) for part in parts]
+        for part, match in zip(parts, found, strict=True):
+            if not match:
+                raise ValueError(f"--drop {part}: give numbers of blocks such as 3,7, or mlp:3,attn:7")
+        return tuple(sorted({(match[1] or "", int(match[2])) for match in found}))

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from .. import models
-from ..models import Block, groups, smaller
+from ..models import Block, groups, smaller, uneven
 from ..models.groups import Width
 from ..runtime.proof import prove
+from . import ragged
 from .cut import Cut, consumers
 
 
@@ -36,6 +37,8 @@ class Report:
 def cut_model(model: nn.Module, cut: Cut) -> tuple[nn.Module, Report]:
     """(the smaller model, Report): a new model with the weights that are left, copied; `model` is unchanged.
 
+    With `cut.own`, layers may differ in width; such a model loads after `import oneshot` only.
+
     Raises ValueError naming what the family's config cannot say, ProofError for a unit that is not zero.
     """
     n = len(models.blocks(model)[1])
@@ -46,7 +49,7 @@ def cut_model(model: nn.Module, cut: Cut) -> tuple[nn.Module, Report]:
 
 
 def first_units(model: nn.Module, cut: Cut) -> nn.Module:
-    """A model of the cut's shape with whatever units come first: to measure its time."""
+    """A model of the shape of a cut without `own`, with whatever units come first: to measure its time."""
     keep = [i for i in range(len(models.blocks(model)[1])) if i not in cut.dropped]
     units = {f"{block.name}.{width.consumer}": torch.arange(cut.left(block, width))
              for block, width in consumers(model, cut) if cut.left(block, width) < width.count}
@@ -60,7 +63,25 @@ def with_units(model: nn.Module, cut: Cut, keep: list[int],
     config, notes = smaller.smaller_config(model, keep, counts, biases_added(model))
     made = smaller.empty_model(model, config)
     smaller.check_blocks(model, made, keep)
-    return smaller.fill(model, made, sliced_state(model, made, keep, units), keep), Report(keep, units, notes)
+    shapes, gone = ragged.differences(model, made, cut, keep, units, block_state) if cut.own else ({}, {})
+    uneven.reshape(made, shapes, gone)
+    smaller.fill(model, made, sliced_state(model, made, keep, units), keep)
+    if shapes or gone:
+        ragged.check(model, made, cut)
+        uneven.mark(made, shapes, gone)
+        notes = [*notes, f"{len(shapes) + len(gone)} linears and parts differ from layer to layer: it loads after "
+                         "`import oneshot` only"]
+    return made, Report(keep, units, notes)
+
+
+def says(model: nn.Module, cut: Cut, biases: bool = False) -> bool:
+    """Whether the family's config can say a cut. biases: whether every linear gets one."""
+    keep = [i for i in range(len(models.blocks(model)[1])) if i not in cut.dropped]
+    try:
+        smaller.smaller_config(model, keep, dict(cut.kept), biases)
+    except ValueError:
+        return False
+    return True
 
 
 def possible(model: nn.Module, cut: Cut) -> bool:
@@ -99,19 +120,25 @@ def uniform(model: nn.Module, cut: Cut, units: dict[str, torch.Tensor]) -> dict[
         stays = units.get(f"{block.name}.{width.consumer}")
         counts.setdefault(width.kind, set()).add(width.count if stays is None else len(stays))
     lost = {width.kind for block, width in consumers(model, cut) if f"{block.name}.{width.consumer}" in units}
-    if uneven := [kind for kind in lost if len(counts[kind]) > 1]:
-        raise ValueError(f"--shrink: {' and '.join(uneven)} would differ from block to block "
-                         f"({', '.join(map(str, sorted(counts[uneven[0]])))}), which no ordinary config says")
+    differ = [kind for kind in lost if len(counts[kind]) > 1]
+    if cut.own:
+        lost -= set(differ)
+    elif differ:
+        raise ValueError(f"--shrink: {' and '.join(differ)} would differ from block to block "
+                         f"({', '.join(map(str, sorted(counts[differ[0]])))}), which no ordinary config says")
     return {kind: counts[kind].pop() for kind in lost}
+
+
+def can_add_biases(model: nn.Module) -> bool:
+    """Whether the family's config can give linears biases that this model's do not have."""
+    asked = [getattr(models.config_of(model), name, None) for name in smaller.MISTRAL_LACKS]
+    return None not in asked and not all(asked)
 
 
 def biases_added(model: nn.Module) -> bool:
     """Whether linears of the blocks have biases that the family's class would not give them by its config."""
-    config = models.config_of(model)
-    _, block_list = models.blocks(model)
-    asked = [getattr(config, name, None) for name in smaller.MISTRAL_LACKS]
-    linears = [m for m in block_list.modules() if isinstance(m, nn.Linear)]
-    return None not in asked and not all(asked) and any(m.bias is not None for m in linears)
+    linears = [m for m in models.blocks(model)[1].modules() if isinstance(m, nn.Linear)]
+    return can_add_biases(model) and any(m.bias is not None for m in linears)
 
 
 def indices(block: Block, width: Width, stays: torch.Tensor, found: dict) -> None:
@@ -172,7 +199,10 @@ def sliced_state(model: nn.Module, made: nn.Module, keep: list[int],
         if block.number in keep:
             place = keep.index(block.number)
             state |= {f"{path}.{place}.{name}": t for name, t in block_state(block, units).items()}
-    for name, t in made.state_dict().items():
+    wanted = made.state_dict()
+    empty = {name.rpartition(".")[0].rpartition(".")[0] for name, t in wanted.items() if not t.numel()}
+    state = {name: t for name, t in state.items() if name in wanted or not any(name.startswith(f"{m}.") for m in empty)}
+    for name, t in wanted.items():
         if name not in state and name.endswith(".bias"):
             state[name] = torch.zeros(t.shape, dtype=t.dtype)
     return state

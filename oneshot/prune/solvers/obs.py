@@ -79,8 +79,12 @@ def inverse(V: torch.Tensor) -> torch.Tensor:
     return U.T @ U
 
 
-def remove(W: torch.Tensor, P: torch.Tensor, pattern: Columns, step: float) -> torch.Tensor:
-    """bool (C / size,): which units are kept. W (R, C) and P (C, C) are changed in place, see above."""
+def remove(W: torch.Tensor, P: torch.Tensor, pattern: Columns, step: float,
+           trace: list[float] | None = None) -> torch.Tensor:
+    """bool (C / size,): which units are kept. W (R, C) and P (C, C) are changed in place, see above.
+
+    trace: gets the exact increase of the layer's error of each step.
+    """
     units, size = W.shape[1] // pattern.size, pattern.size
     kept = torch.ones(units, dtype=torch.bool, device=W.device)
     to_go = pattern.count - pattern.kept  # of each `count` units
@@ -93,6 +97,8 @@ def remove(W: torch.Tensor, P: torch.Tensor, pattern: Columns, step: float) -> t
         gone = (gone + torch.arange(0, units, pattern.count, device=W.device).unsqueeze(1)).flatten()
         S = columns[gone].flatten()
         solved = torch.linalg.solve(P[S][:, S], P[S])
+        if trace is not None:
+            trace.append(float((torch.linalg.solve(P[S][:, S], W[:, S].T) * W[:, S].T).sum()))
         W.addmm_(W[:, S], solved, alpha=-1)
         P.addmm_(P[:, S], solved, alpha=-1)
         W[:, S] = 0
