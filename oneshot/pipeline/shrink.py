@@ -24,7 +24,7 @@ from ..settings import RunConfig
 from ..structured import Cut, budget, cut, depth, origin, search, slices, spread
 from .plan import kept_dense
 
-WINDOWS = 4096  # tokens, at most, on which the order of blocks is measured
+ORDER, SEARCH = 4096, 16384  # tokens, at most, on which the order of blocks and the mixtures are measured
 
 
 def shrink(cfg: RunConfig, model: nn.Module, calibration: Tokens, folder: Folder | None = None,
@@ -141,8 +141,9 @@ def choose(cfg: RunConfig, model: nn.Module, calibration: Tokens, job: Job) -> t
                                             and any(getattr(own, "bias", False) for _, own in job.chain))
     own = budget.Budget(target, cost, frozenset(kinds), pattern.m if isinstance(pattern, NM) else 1, parts,
                         lambda c: slices.says(model, c, biases))
-    tokens, tried = (calibration.ids, calibration.mask), []
-    simple = replace(job, healers=tuple(h for h in job.healers if type(h).__module__.endswith("fold")))
+    tokens, tried = first(calibration, SEARCH), []
+    simple = replace(job, healers=tuple(h for h in job.healers if type(h).__module__.endswith("fold")),
+                     held_out=held_out_windows(len(tokens[0]), cfg.seed) if job.held_out else ())
     if cfg.drop is not None or cfg.layers is not None:
         found = budget.neurons_for(model, own, order)
         if found is None:
@@ -152,6 +153,12 @@ def choose(cfg: RunConfig, model: nn.Module, calibration: Tokens, job: Job) -> t
     if cfg.uneven:
         found, tried = uneven(cfg, model, tokens, simple, own, found, tried)
     return found, {"order": rows, "tried": tried}
+
+
+def first(calibration: Tokens, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(ids, mask) of the first windows with at most `count` tokens, but of two windows at least."""
+    few = max(2, count // calibration.ids.shape[1])
+    return calibration.ids[:few], None if calibration.mask is None else calibration.mask[:few]
 
 
 def uneven(cfg: RunConfig, model: nn.Module, tokens: tuple, job: Job, own: budget.Budget, even: Cut,
@@ -211,8 +218,7 @@ def check(cfg: RunConfig, n: int, fixed: set[int]) -> None:
 
 def order_of(cfg: RunConfig, model: nn.Module, calibration: Tokens, count: int, fixed: set[int]) -> list[dict]:
     """The rows of `depth`: which blocks go first."""
-    few = max(1, WINDOWS // calibration.ids.shape[1])
-    ids, mask = calibration.ids[:few], None if calibration.mask is None else calibration.mask[:few]
+    ids, mask = first(calibration, ORDER)
 
     def allowed(blocks: list[int]) -> bool:
         return slices.possible(model, Cut(tuple(blocks)))

@@ -8,6 +8,7 @@ import families
 import jobs
 import pytest
 import torch
+from cutting import cut_of, logits, zeroed
 from families import tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -19,36 +20,11 @@ from oneshot.structured import Cut, cut_model
 from oneshot.structured import cut as cuts
 
 FAMILIES = [name for name in families.FAMILIES if name not in families.REFUSED]
-LEFT = {groups.NEURONS: 0.5, groups.EXPERTS: 0.5, groups.SHARED: 0.5, groups.HEADS: 0.5}
 NO_HEADS = ("opt", "opt-350m", "gpt2", "gpt_neox", "gpt_neox-serial", "openai-gpt", "gptj", "bloom", "falcon",
             "falcon-new", "falcon-alibi", "mpt", "modernbert", "cohere2", "gemma3n", "gemma4", "gemma4_moe")
 NO_NEURONS = ("openai-gpt", "bloom", "mpt", "gemma3n")
 REFUSES = ("modernbert", "jamba", "bamba", "gemma3n", "gemma4", "gemma4_moe")  # their config fixes which layer is what
 ALLOWED = {("modernbert", 1)}
-
-
-def cut_of(model, kinds=None, dropped=()):
-    """A Cut that leaves LEFT of each of the kinds (default: all that the family can lose)."""
-    known = cuts.kinds(model)
-    return Cut(tuple(dropped), tuple((kind, int(width.count * LEFT[kind])) for kind, width in known.items()
-                                     if kinds is None or kind in kinds))
-
-
-@torch.no_grad()
-def zeroed(model, cut, seed=0):
-    """Zero random units of every consumer as the cut leaves; in place."""
-    gen = torch.Generator().manual_seed(seed)
-    for block, width in cuts.consumers(model, cut):
-        own = next(w for w in block.weights if w.linear == width.consumer)
-        W = own.get().clone().view(own.shape[0], width.count, width.size)
-        W[:, torch.randperm(width.count, generator=gen)[cut.left(block, width):]] = 0
-        own.set(W.view(own.shape))
-    return model
-
-
-@torch.no_grad()
-def logits(model, ids):
-    return model(input_ids=ids, use_cache=False).logits
 
 
 @pytest.mark.parametrize("name", FAMILIES)

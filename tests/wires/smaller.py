@@ -2,7 +2,7 @@
 
 from oneshot.measure import latency
 from oneshot.prune import linear
-from oneshot.structured import depth, search
+from oneshot.structured import depth, search, spread
 from wires import differ, wire
 
 SMALLER = {"method": "obs", "pattern": "dense", "shrink": 0.7, "tries": 1}
@@ -76,3 +76,13 @@ def _(b):
     assert {"latency/prefill_ms", "latency/decode1_speedup", "latency/decode8_ms"} <= record["metrics"].keys()
     assert record["latency"]["dense"]["parameters"] == record["latency"]["model"]["parameters"]
     assert not any("latency" in name for name in b.record(method="magnitude")["metrics"])
+
+
+@wire("uneven")
+def _(b):
+    with b.seen(spread, "spread", lambda *_: 1) as found:
+        b.record("--uneven", **SMALLER | {"tries": 2})
+    assert found
+    with b.seen(spread, "spread", lambda *_: 1) as found:
+        b.record(**SMALLER)
+    assert not found
