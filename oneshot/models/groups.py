@@ -19,6 +19,7 @@ from .experts import layout
 from .weights import Weight, weights_of
 
 NEURONS, EXPERTS, SHARED, HEADS = "neurons", "expert neurons", "shared neurons", "KV groups"
+QUERIES = "query heads"  # of each KV group; the other way to make an attention narrower
 MLPS = (  # consumer, producers, all by their last names within one module (OPT: within the block)
     ("down_proj", ("gate_proj", "up_proj")), ("down_proj", ("gate_up_proj",)), ("down_proj", ("up_proj",)),
     ("fc2", ("fc1",)), ("c_proj", ("c_fc",)), ("dense_4h_to_h", ("dense_h_to_4h",)), ("fc_out", ("fc_in",)),
@@ -33,11 +34,14 @@ FIELDS = {  # {model type: {kind: the config's name for how many there are}}, wh
                                                            EXPERTS: "intermediate_size", SHARED: "intermediate_size"}}
 USUAL = {  # {kind: the first of these that the config has}
     NEURONS: ("intermediate_size",), EXPERTS: ("moe_intermediate_size", "intermediate_size"),
-    SHARED: ("shared_expert_intermediate_size", "moe_intermediate_size"), HEADS: ("num_key_value_heads",)}
+    SHARED: ("shared_expert_intermediate_size", "moe_intermediate_size"), HEADS: ("num_key_value_heads",),
+    QUERIES: ("num_attention_heads",)}
 FIXED = {  # {model type: {kind: why its config cannot say fewer}}
     **{name: {HEADS: "its attention is as wide as the hidden state"} for name in
        ("opt", "gpt2", "gpt_neox", "gptj", "openai-gpt", "bloom", "falcon", "mpt", "modernbert-decoder", "cohere2")},
     "gemma3n_text": {NEURONS: "its layers share and mask them"}, "gemma4_text": {HEADS: "its layers share KV heads"}}
+for _name in FIXED:
+    FIXED[_name] = {**FIXED[_name], QUERIES: FIXED[_name].get(HEADS, "")}
 for _name in ("openai-gpt", "bloom", "mpt"):
     FIXED[_name] = {**FIXED[_name], NEURONS: "its MLP has four times the hidden width, which no config entry changes"}
 FIXED["gemma3n_text"][HEADS] = FIXED["gemma4_text"][HEADS]
@@ -48,8 +52,9 @@ class Width:
     """The units of one consumer.
 
     kind: one of the names above. consumer: the linear's name within the block. count: how many units; size: columns of
-    the consumer that belong to each, consecutive. rows: {producer's name within the block: int64 (count, r), the rows
-    of each unit}. vectors: the same for parameters of one dimension that are no biases (GPT-OSS's sinks).
+    the consumer that belong to each, consecutive. segments: how many times there are `count` of them, of each of which
+    as many go (query heads: once for each KV group). rows: {producer's name within the block: int64 (segments · count,
+    r), the rows of each unit}. vectors: the same for parameters of one dimension that are no biases (GPT-OSS's sinks).
     """
 
     kind: str
@@ -58,13 +63,18 @@ class Width:
     size: int
     rows: dict[str, torch.Tensor] = field(repr=False, compare=False)
     vectors: dict[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+    segments: int = 1
 
 
 def widths(block: nn.Module) -> list[Width]:
-    """All consumers of a block whose units this program knows: attention first, then MLPs and experts."""
+    """All consumers of a block whose units this program knows: attention first, then MLPs and experts.
+
+    An attention with several query heads per KV group is there twice, as HEADS and as QUERIES.
+    """
     weights = {w.linear: w for w in weights_of(block)[0]}
     found = [*_attentions(block, weights), *_mlps(block, weights)]
-    return sorted(found, key=lambda w: (w.kind != HEADS, list(weights).index(w.consumer)))
+    place = list(weights).index
+    return sorted(found, key=lambda w: (w.kind not in (HEADS, QUERIES), w.kind == QUERIES, place(w.consumer)))
 
 
 def why_fixed(model_type: str, kind: str) -> str | None:
@@ -139,6 +149,11 @@ def _attentions(block: nn.Module, weights: dict[str, Weight]) -> list[Width]:
             stem, sinks = name.rpartition(".")[0], getattr(module, "sinks", None)
             vectors = {f"{stem}.sinks": torch.arange(heads).view(groups, -1)} if sinks is not None else {}
             found.append(Width(HEADS, name, groups, weight.shape[1] // groups, rows, vectors))
+            if heads > groups and "q_proj" in last:
+                query = beside[last.index("q_proj")]
+                own = {query.linear: torch.arange(query.shape[0]).view(heads, -1)}
+                each = {key: v.view(heads, 1) for key, v in vectors.items()}
+                found.append(Width(QUERIES, name, heads // groups, size, own, each, groups))
     return found
 
 

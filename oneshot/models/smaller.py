@@ -36,7 +36,7 @@ def smaller_config(model: nn.Module, keep: Sequence[int], counts: Mapping[str, i
     said = f"--shrink: a {model.config.model_type} model"
     text = copy.deepcopy(config_of(model))
     changes = {**layer_entries(text, keep), **width_entries(text, counts, said)}
-    if groups.HEADS in counts and getattr(text, "head_dim", None) is None:
+    if {groups.HEADS, groups.QUERIES} & counts.keys() and getattr(text, "head_dim", None) is None:
         changes["head_dim"] = head_size(model)
     if biases:
         if not all(hasattr(text, name) for name in MISTRAL_LACKS):
@@ -89,6 +89,11 @@ def width_entries(config: Any, counts: Mapping[str, int], said: str) -> dict[str
         why, name = groups.why_fixed(config.model_type, kind), groups.config_field(config, kind)
         if why or name is None:
             raise ValueError(f"{said} cannot lose {kind}: {why or 'its config has no entry for their number'}")
+        if kind == groups.QUERIES:
+            if groups.HEADS in counts:
+                raise ValueError(f"{said}: loses either {groups.HEADS} or {groups.QUERIES}, not both at once")
+            changes[name] = count * config.num_key_value_heads
+            continue
         if kind == groups.HEADS:
             group = config.num_attention_heads // config.num_key_value_heads
             changes |= {name: count, "num_attention_heads": count * group}

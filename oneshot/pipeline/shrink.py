@@ -24,7 +24,7 @@ from ..settings import RunConfig
 from ..structured import Cut, budget, cut, depth, origin, search, slices, spread
 from .plan import kept_dense
 
-ORDER, SEARCH = 4096, 16384  # tokens, at most, on which the order of blocks and the mixtures are measured
+ORDER, SEARCH = 2048, 16384  # tokens, at most, on which the order of blocks and the mixtures are measured
 
 
 def shrink(cfg: RunConfig, model: nn.Module, calibration: Tokens, folder: Folder | None = None,
@@ -46,7 +46,8 @@ def shrink(cfg: RunConfig, model: nn.Module, calibration: Tokens, folder: Folder
     found = Cut.of(chosen["cut"])
     decided = time.perf_counter()
     before, blocks = cut.whole(model), len(models.blocks(model)[1])
-    widths = {f"{b.name}.{w.consumer}": w for b, w in cut.consumers(model, found)}
+    widths = {f"{b.name}.{w.consumer}": (cut.key_of(b, w), w) for b, w in cut.consumers(model, found)
+              if found.left(b, w) < w.count}
     result = loop.prune_model(model, ids, mask, search.job_for(job, model, found), finished=finished, on_block=on_block)
     made, report = slices.cut_model(model, found)
     left = sum(p.numel() for p in models.blocks(made)[1].parameters())
@@ -65,9 +66,9 @@ def shrink(cfg: RunConfig, model: nn.Module, calibration: Tokens, folder: Folder
 
 def unit_row(row: dict, widths: dict, report: slices.Report) -> dict:
     """The record's row of one consumer."""
-    width = widths[row["name"]]
-    return {"name": row["name"], "block": row["block"], "kind": width.kind, "of": width.count,
-            "left": len(report.units[row["name"]]), "kept": origin.spans(report.units[row["name"]]),
+    key, width = widths[row["name"]]
+    return {"name": key, "block": row["block"], "kind": width.kind, "of": width.segments * width.count,
+            "left": len(report.units[key]), "kept": origin.spans(report.units[key]),
             "relative_error": row["relative_error"], "seconds": row["seconds"], "info": row["info"]}
 
 

@@ -38,7 +38,7 @@ class Sizes:
             for width in groups.widths(block.module):
                 if width.kind in known:
                     count, size = own.get(width.kind, (width.count, 0))
-                    own[width.kind] = count, size + unit_size(width, weights, block.module)
+                    own[width.kind] = count, size + width.segments * unit_size(width, weights, block.module)
             blocks.append(sum(p.numel() for p in block.module.parameters()))
             units.append(own)
         return cls(tuple(blocks), tuple(units))
@@ -81,7 +81,7 @@ def neurons_for(model: nn.Module, budget: Budget, dropped: Sequence[int],
     heads: ((kind, left),) or ().
     """
     known = {kind: width for kind, width in kinds(model).items()
-             if kind != groups.HEADS and kind not in budget.without and width.count >= budget.step(width.count)}
+             if kind not in {groups.HEADS, groups.QUERIES, *budget.without} and width.count >= budget.step(width.count)}
     steps = max((width.count // budget.step(width.count) for width in known.values()), default=1)
 
     def at(k: int) -> Cut:
@@ -105,17 +105,19 @@ def neurons_for(model: nn.Module, budget: Budget, dropped: Sequence[int],
 class Mixtures:
     """The cuts within a budget, by how many blocks go and how many KV groups are left in each of the others.
 
-    order: blocks in the order in which they can go. depths: numbers of blocks that may go, until blocks alone are
-    enough. heads: the choices of ((kind, left),), the first of which leaves all.
+    order: blocks in the order in which they can go. most: how many, until blocks alone are enough. heads: the choices
+    of ((kind, left),), the first of which leaves all; KV groups before query heads.
     """
 
     def __init__(self, model: nn.Module, budget: Budget, order: Sequence[int]):
         self.model, self.budget, self.order = model, budget, list(order)
-        known = kinds(model).get(groups.HEADS) if groups.HEADS not in budget.without else None
         self.heads: list[tuple[tuple[str, int], ...]] = [()]
-        if known is not None and known.count > 1:
-            fewer = (known.count - max(1, known.count // 4), known.count // 2)
-            self.heads += [((groups.HEADS, left),) for left in dict.fromkeys(fewer) if 0 < left < known.count]
+        for kind in (groups.HEADS, groups.QUERIES):
+            known = kinds(model).get(kind) if kind not in budget.without else None
+            if known is not None and known.count > 1:
+                fewer = (known.count - max(1, known.count // 4), known.count // 2)
+                fewer = fewer[:1] if kind == groups.QUERIES else fewer
+                self.heads += [((kind, left),) for left in dict.fromkeys(fewer) if 0 < left < known.count]
         enough = (d for d in range(len(order) + 1) if budget.fits(Cut(tuple(sorted(order[:d])))))
         self.most = next(enough, len(order))
 

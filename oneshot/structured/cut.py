@@ -40,7 +40,13 @@ class Cut:
 
     def left(self, block: Block, width: Width) -> int:
         """How many units of one consumer stay."""
-        return dict(self.own).get(f"{block.name}.{width.consumer}", dict(self.kept).get(width.kind, width.count))
+        usual = dict(self.kept).get(width.kind, width.count)
+        return usual if width.kind == groups.QUERIES else dict(self.own).get(f"{block.name}.{width.consumer}", usual)
+
+
+def key_of(block: Block, width: Width) -> str:
+    """The full name of a consumer; with a word behind it where its units are query heads, not KV groups."""
+    return f"{block.name}.{width.consumer}" + (f" ({groups.QUERIES})" if width.kind == groups.QUERIES else "")
 
 
 def consumers(model: nn.Module, cut: Cut | None = None) -> Iterator[tuple[Block, Width]]:
@@ -64,6 +70,9 @@ def patterns(model: nn.Module, cut: Cut) -> dict[str, Columns]:
             raise ValueError(f"--shrink: leaves {left} of the {width.count} {width.kind} of {block.name}."
                              f"{width.consumer}; give a larger share")
         if left < width.count:
+            if f"{block.name}.{width.consumer}" in found:
+                raise ValueError(f"--shrink: {block.name}.{width.consumer} loses either {groups.HEADS} or "
+                                 f"{groups.QUERIES}, not both at once")
             found[f"{block.name}.{width.consumer}"] = Columns(left, width.count, width.size)
     return found
 
@@ -107,7 +116,7 @@ def parameters(model: nn.Module, cut: Cut) -> int:
         total += sum(p.numel() for p in block.module.parameters())
         shapes = {w.linear: w for w in block.weights}
         for width in groups.widths(block.module):
-            gone = width.count - cut.left(block, width)
+            gone = width.segments * (width.count - cut.left(block, width))
             total -= gone * unit_size(width, shapes, block.module)
     return total
 

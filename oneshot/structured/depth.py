@@ -17,18 +17,37 @@ from .. import calibrate, models
 from ..calibrate import Activations
 
 ORDERS = ("kl", "influence")
-AMONG = 8
+AMONG = 6
+KEPT = 2**28  # numbers of the dense model's log-probabilities that are kept
 
 
 @torch.no_grad()
-def divergence(model: nn.Module, dense: Activations, cut: Activations, batches: Sequence[int] | None = None) -> float:
-    """KL(dense ‖ cut), nats per token, of activations that have passed all blocks. batches: which; None: all."""
+def teacher(model: nn.Module, dense: Activations) -> list[list[torch.Tensor]] | None:
+    """The dense model's log-probabilities, float32, per batch and slice of positions; None if they are too many.
+
+    dense: activations that have passed all blocks.
+    """
+    tokens = sum(i["input_ids"].numel() for i in dense.inputs)
+    if tokens * models.config_of(model).vocab_size > KEPT:
+        return None
+    with models.resident(models.rest_of(model, models.blocks(model)[1]), dense.device):
+        return [[p.float().log_softmax(-1) for _, p in calibrate.logits(model, dense, i)] for i in range(len(dense))]
+
+
+@torch.no_grad()
+def divergence(model: nn.Module, dense: Activations, cut: Activations, batches: Sequence[int] | None = None,
+               known: list[list[torch.Tensor]] | None = None) -> float:
+    """KL(dense ‖ cut), nats per token, of activations that have passed all blocks. batches: which; None: all.
+
+    known: what `teacher` gave.
+    """
     total = n = 0.0
     _, block_list = models.blocks(model)
     with models.resident(models.rest_of(model, block_list), dense.device):
         for i in range(len(dense)) if batches is None else batches:
-            for (at, p), (_, q) in zip(calibrate.logits(model, dense, i), calibrate.logits(model, cut, i), strict=True):
-                p, q = p.float().log_softmax(-1), q.float().log_softmax(-1)
+            taught = known[i] if known else (p.float().log_softmax(-1) for _, p in calibrate.logits(model, dense, i))
+            for p, (at, q) in zip(taught, calibrate.logits(model, cut, i), strict=True):
+                q = q.float().log_softmax(-1)
                 each = (p.exp() * (p - q)).sum(-1)
                 if dense.rows[i] is not None:
                     each = each[dense.rows[i].view(len(each), -1)[:, at]]
@@ -62,6 +81,7 @@ def by_kl(model: nn.Module, activations: Activations, count: int, fixed: Sequenc
     list of blocks may go together.
     """
     dense, gone, rows = through(model, activations.fork(), 0, ()), [], []
+    known = teacher(model, dense)
     n = len(models.blocks(model)[1])
     bar = tqdm(total=count, desc="order of blocks", unit="block", disable=not progress, leave=False)
     with bar:
@@ -72,7 +92,7 @@ def by_kl(model: nn.Module, activations: Activations, count: int, fixed: Sequenc
             for influence, b in left:
                 if allowed(sorted([*gone, b])):
                     cut = through(model, before[b].fork(), b + 1, gone) if b + 1 < n else before[b]
-                    tried.append((divergence(model, dense, cut), b, influence))
+                    tried.append((divergence(model, dense, cut, known=known), b, influence))
             if not tried:
                 break
             kl, b, influence = min(tried)

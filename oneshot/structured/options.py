@@ -30,7 +30,7 @@ class ShrinkOptions:
     order: str = flag("kl", "order in which blocks go: kl, by the KL to the dense model, measured anew after each; "
                             "influence, by how little they change the hidden state", section="smaller", choices=ORDERS,
                       preset=True, added=True)
-    tries: int = flag(6, "how many mixtures of blocks, KV groups and neurons are tried; 1: neurons alone",
+    tries: int = flag(8, "how many mixtures of blocks, KV groups and neurons are tried; 1: neurons alone",
                       section="smaller", preset=True, added=True)
     shrink_target: float = flag(0.0, "as --dense-target, for making the model smaller", section="smaller", preset=True,
                                 added=True)

@@ -101,7 +101,7 @@ def shape_faults(made: nn.Module, said: Mapping[str, Any]) -> list[tuple[str, st
     weights = {w.name: w for w in models.all_weights(made)}
     places = {number: place for place, number in enumerate(said["blocks"])}
     for name, text in said["units"].items():
-        number, _, rest = name.removeprefix(f"{path}.").partition(".")
+        number, _, rest = name.partition(" (")[0].removeprefix(f"{path}.").partition(".")
         here = weights.get(f"{path}.{places.get(int(number))}.{rest}")
         count = len(numbers(text))
         if count == 0 and here is None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from .. import calibrate, models
 from ..models import groups, uneven
-from .cut import Cut
+from .cut import Cut, key_of
 from .depth import through
 
 
@@ -30,7 +30,7 @@ def differences(model: nn.Module, made: nn.Module, cut: Cut, keep: Sequence[int]
             continue
         new = f"{path}.{list(keep).index(block.number)}"
         for width in groups.widths(block.module):
-            if len(units.get(f"{block.name}.{width.consumer}", [0])) == 0:
+            if len(units.get(key_of(block, width), [0])) == 0:
                 gone |= part_gone(model, made, block, width, new)
             elif width.kind == groups.EXPERTS and f"{block.name}.{width.consumer}" in dict(cut.own):
                 raise ValueError(f"--uneven: the experts of {block.name} are one parameter, so their widths cannot "

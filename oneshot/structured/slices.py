@@ -18,14 +18,14 @@ from ..models import Block, groups, smaller, uneven
 from ..models.groups import Width
 from ..runtime.proof import prove
 from . import ragged
-from .cut import Cut, consumers
+from .cut import Cut, consumers, key_of
 
 
 @dataclass
 class Report:
     """What was cut off.
 
-    keep: numbers of the blocks that are left. units: {full name of a consumer in the larger model: int64, the units
+    keep: numbers of the blocks that are left. units: {`cut.key_of` a consumer in the larger model: int64, the units
     that are left}, of those that lost any. notes: what a reader of the record should know.
     """
 
@@ -51,8 +51,9 @@ def cut_model(model: nn.Module, cut: Cut) -> tuple[nn.Module, Report]:
 def first_units(model: nn.Module, cut: Cut) -> nn.Module:
     """A model of the shape of a cut without `own`, with whatever units come first: to measure its time."""
     keep = [i for i in range(len(models.blocks(model)[1])) if i not in cut.dropped]
-    units = {f"{block.name}.{width.consumer}": torch.arange(cut.left(block, width))
-             for block, width in consumers(model, cut) if cut.left(block, width) < width.count}
+    units = {key_of(block, width): torch.arange(width.segments * width.count).view(width.segments, -1)[
+        :, :cut.left(block, width)].flatten() for block, width in consumers(model, cut)
+        if cut.left(block, width) < width.count}
     return with_units(model, cut, keep, units)[0]
 
 
@@ -96,20 +97,17 @@ def possible(model: nn.Module, cut: Cut) -> bool:
 
 
 def kept_units(model: nn.Module, cut: Cut) -> dict[str, torch.Tensor]:
-    """{full name of a consumer: int64, the units that stay}, of those that lose any."""
+    """{`key_of` a consumer: int64, the units that stay}, of those that lose any."""
     found = {}
     for block, width in consumers(model, cut):
         left = cut.left(block, width)
         if left < width.count:
             own = next(w for w in block.weights if w.linear == width.consumer)
-            zero = ~(own.get() != 0).any(0).view(-1, width.size).any(1)
-            name = f"{block.name}.{width.consumer}"
-            gone = zero.nonzero()[:, 0][: width.count - left]
-            prove(len(gone) == width.count - left,
-                  f"{name}: {len(gone)} units are zero, {width.count - left} should be")
-            stays = torch.ones(width.count, dtype=torch.bool)
-            stays[gone.cpu()] = False
-            found[name] = stays.nonzero()[:, 0]
+            zero = ~(own.get() != 0).any(0).view(width.segments, width.count, width.size).any(2).cpu()
+            goes = zero & (zero.cumsum(1) <= width.count - left)
+            prove(bool((goes.sum(1) == width.count - left).all()), f"{own.name}: {int(goes.sum(1).min())} units are "
+                  f"zero, {width.count - left} should be")
+            found[key_of(block, width)] = (~goes).flatten().nonzero()[:, 0]
     return found
 
 
@@ -117,9 +115,9 @@ def uniform(model: nn.Module, cut: Cut, units: dict[str, torch.Tensor]) -> dict[
     """{kind: how many units are left} of the kinds that lose any. Raises ValueError where blocks differ."""
     counts: dict[str, set[int]] = {}
     for block, width in consumers(model, cut):
-        stays = units.get(f"{block.name}.{width.consumer}")
-        counts.setdefault(width.kind, set()).add(width.count if stays is None else len(stays))
-    lost = {width.kind for block, width in consumers(model, cut) if f"{block.name}.{width.consumer}" in units}
+        stays = units.get(key_of(block, width))
+        counts.setdefault(width.kind, set()).add(width.count if stays is None else len(stays) // width.segments)
+    lost = {width.kind for block, width in consumers(model, cut) if key_of(block, width) in units}
     differ = [kind for kind in lost if len(counts[kind]) > 1]
     if cut.own:
         lost -= set(differ)
@@ -148,7 +146,7 @@ def indices(block: Block, width: Width, stays: torch.Tensor, found: dict) -> Non
     """
     weights = {w.linear: w for w in block.weights}
     own = weights[width.consumer]
-    columns = torch.arange(own.shape[1]).view(width.count, width.size)[stays].flatten()
+    columns = torch.arange(own.shape[1]).view(-1, width.size)[stays].flatten()
     put(found, own, 0 if own.transposed else 1, columns)
     for name, rows in width.rows.items():
         weight = weights[name]
@@ -178,7 +176,7 @@ def block_state(block: Block, units: dict[str, torch.Tensor]) -> dict[str, torch
     """The block's state dict without the units that go."""
     found: dict = {}
     for width in groups.widths(block.module):
-        if (stays := units.get(f"{block.name}.{width.consumer}")) is not None:
+        if (stays := units.get(key_of(block, width))) is not None:
             indices(block, width, stays, found)
     state = {}
     for name, t in block.module.state_dict().items():

@@ -76,6 +76,20 @@ def test_a_block_less_is_the_model_without_it(name, dropped):
 
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3", "gpt_oss", "qwen3_next", "mixtral"])
+def test_query_heads_go_in_every_group_alike(name):
+    model = tiny(name)
+    cut = cut_of(model, {groups.QUERIES})
+    made, report = cut_model(zeroed(model, cut), cut)
+    assert made.config.num_attention_heads == 2 == made.config.num_key_value_heads and made.config.head_dim == 8
+    assert len(next(iter(report.units.values()))) == 2
+    assert sum(p.numel() for p in models.blocks(made)[1].parameters()) == cuts.parameters(model, cut)
+    torch.testing.assert_close(logits(made, jobs.tokens(3)), logits(model, jobs.tokens(3)), rtol=1e-4, atol=1e-5)
+    both = Cut((), ((groups.HEADS, 1), (groups.QUERIES, 1)))
+    with pytest.raises(ValueError, match="not both at once"):
+        cuts.patterns(model, both)
+
+
 def test_a_model_cut_by_hand():
     """Rows and columns written out for one Llama block, indices chosen here."""
     model = tiny("llama-tied-bias")
