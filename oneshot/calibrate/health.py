@@ -1,6 +1,8 @@
 """Health: compare a pruned block's output with the dense block's, and decide whether it has collapsed.
 
-    Y, Y'       output of the dense and of the pruned block on the pruned model's inputs, one batch, (B, T, H)
+    Y, Y'       output of the dense and of the pruned block on the pruned model's inputs, one batch, (B, T, H), each
+                token divided by the norm of its dense output: in some models (SmolLM2) the first token's is 180 times
+                the others', which would leave it alone to decide
     dimensions  (tr K)² / ‖K‖², K the covariance of the output over tokens: 1 if all tokens lie on a line, at most H
 
 A perplexity at the end shows that something broke; this shows where, and while it happens.
@@ -20,6 +22,9 @@ def compare(dense: torch.Tensor, pruned: torch.Tensor, real: torch.Tensor | None
     """
     dense, pruned = (t.float().reshape(-1, *real.shape, t.shape[-1])[:, real] if real is not None else t.float()
                      for t in (dense, pruned))
+    size = torch.linalg.vector_norm(dense, dim=-1, keepdim=True)
+    size = size.where(size > 0, 1.0)
+    dense, pruned = dense / size, pruned / size
     change, before, after = (torch.linalg.vector_norm(t).item() for t in (pruned - dense, dense, pruned))
     d, p = dimensions(dense), dimensions(pruned)
     return {"relative_error": (change / before) ** 2 if before else 0.0,

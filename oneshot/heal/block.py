@@ -2,7 +2,7 @@
 
     X     the block's input in the pruned model, (B, T, H)
     Y     the dense block's output on the dense model's input, (B, T, H)
-    loss  ‖block(X) - Y‖² / ‖Y - X‖², over the tokens that are not padding
+    loss  ‖block(X) - Y‖² / ‖Y - X‖² over the tokens that are not padding, each token's part of both divided by its ‖Y‖²
 
 The teacher runs on the DENSE model's inputs, so a block also compensates for errors of the blocks before it. Memory:
 one block, its gradients, Adam's two averages, two snapshots, and the dense model's hidden states next to the pruned
@@ -12,7 +12,8 @@ model's.
 However a model family writes its blocks, the output of block₀ is the hidden state after attention's residual addition,
 X + attention(norm(X)). The two losses are
 
-    attention   ‖block₀(X) - Y₀‖² / ‖Y₀ - X‖² over the parameters that affect block₀'s output; Y₀: the dense block₀'s
+    attention   ‖block₀(X) - Y₀‖² / ‖Y₀ - X‖², likewise per token, over the parameters that affect block₀'s output; Y₀:
+                the dense block₀'s
     MLP         the loss above over all other parameters; a norm shared by both (parallel blocks) belongs to attention
 
 with `steps` updates each. Y₀ takes the memory of one more set of hidden states. Whatever is neither attention nor MLP
@@ -38,7 +39,7 @@ UNITS = ("block", "parts")
 class Config:
     unit: str = flag("block", "what is trained at once: the whole block, or its parts one after the other, attention "
                               "and then the MLP", choices=UNITS)
-    steps: int = flag(200, "updates per unit, each on one batch of windows")
+    steps: int = flag(200, "updates per unit, each on one batch of windows (512 tokens, or one longer window)")
     lr: float = flag(0.03, "learning rate as a share of each tensor's root mean square")
 
     def __post_init__(self) -> None:

@@ -1,6 +1,7 @@
 """Training with a fixed mask: which parameters may change, and how they are trained.
 
-    steps   number of updates, each on one batch of windows
+    steps   number of updates, each on one batch of windows, at most TOKENS tokens: for the same time, many small steps
+            reach a lower loss than few large ones
     lr      learning rate as a share of each tensor's root mean square: absolute rates do not carry over between models
 """
 
@@ -16,11 +17,12 @@ from ..calibrate import Activations
 from ..models import Block
 from ..runtime.proof import prove
 
-SHARE = 10  # one window in this many is held out
+TOKENS = 512  # in a batch at most, but at least one window
+SHARE, HELD = 10, 4096  # one window in so many is held out, and so many tokens at most: looking at them takes time
 WARM_UP = 0.05  # share of the steps
 VECTORS = 0.1  # relative rate of norms and biases: at the matrices' rate, 12 steps did damage that 12 more did not undo
 BETAS = (0.9, 0.95)  # of Adam
-LOOKS = 8  # how many times the held-out loss is evaluated
+LOOKS = 5  # how many times the held-out loss is evaluated
 ATTEMPTS, FALL = 3, 4  # trainings at most, and by what the learning rate is divided from one to the next
 
 
@@ -30,6 +32,11 @@ def check(cfg: Any, name: str) -> None:
         raise ValueError(f"--{name}.steps {cfg.steps}: must be at least 1")
     if not 0 < cfg.lr < 1:
         raise ValueError(f"--{name}.lr {cfg.lr:g}: must lie between 0 and 1")
+
+
+def windows_per_step(batch_size: int, seqlen: int) -> int:
+    """How many windows of `seqlen` tokens a batch has if a step is trained on it. batch_size: the most."""
+    return max(1, min(batch_size, TOKENS // seqlen))
 
 
 class Trainable:
@@ -81,8 +88,8 @@ class Trainable:
                 self.parameters[name].grad.mul_(mask)
 
     def snapshot(self) -> dict[str, torch.Tensor]:
-        """A copy of the parameters, in CPU memory because it is rarely needed."""
-        return {name: p.data.to("cpu", copy=True) for name, p in self.parameters.items()}
+        """A copy of the parameters as they will be saved, in CPU memory because it is rarely needed."""
+        return {name: p.data.to("cpu", self.stored[name], copy=True) for name, p in self.parameters.items()}
 
     @torch.no_grad()
     def round(self) -> None:
@@ -102,9 +109,12 @@ def rms(t: torch.Tensor, mask: torch.Tensor | None = None) -> float:
     return float(torch.linalg.vector_norm(t) / max(n, 1) ** 0.5)
 
 
-def held_out_windows(n: int, seed: int) -> tuple[int, ...]:
-    """Numbers of the windows, out of n, that no healing method trains on: a tenth, rounded up; none if n is 1."""
-    count = -(-n // SHARE) if n > 1 else 0
+def held_out_windows(n: int, seqlen: int, seed: int) -> tuple[int, ...]:
+    """Numbers of the windows, out of n of `seqlen` tokens, that no healing method trains on.
+
+    A tenth, rounded up, but no more than hold HELD tokens, and at least one; none if n is 1.
+    """
+    count = min(-(-n // SHARE), max(1, HELD // seqlen)) if n > 1 else 0
     return tuple(sorted(torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:count].tolist()))
 
 
@@ -159,7 +169,7 @@ class Fitting:
 
         Leaves the parameters at their best state. Returns (steps done, that state's held-out loss).
         """
-        optimizer = torch.optim.Adam(self.trainable.groups(lr), betas=BETAS, foreach=True)
+        optimizer = torch.optim.Adam(self.trainable.groups(lr), betas=BETAS, fused=True)  # no copies of all weights
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate_at)
         worse, queue, done = 0, [], 0
         for done in range(1, self.steps + 1):
@@ -193,14 +203,19 @@ def mean(loss: Callable[[int], torch.Tensor], batches: Sequence[int]) -> float |
 
 
 def distance(block: Block, activations: Activations, targets: list[torch.Tensor]) -> Callable[[int], torch.Tensor]:
-    """A block's loss function: loss(i) is ‖block(X) - Y‖² / ‖Y - X‖² on batch i, over the tokens that are not padding.
+    """A block's loss function: loss(i) is Σ ‖block(x) - y‖² / ‖y‖² over Σ ‖y - x‖² / ‖y‖² on batch i, a scalar tensor.
 
-    X: the activations at the block. Y: the targets, (B, T, H) per batch.
+    x, y: one token's activations at the block, and its target; the sums are over the tokens that are not padding.
+    targets: (B, T, H) per batch. The division by ‖y‖² makes all tokens count alike: what follows a block first
+    normalises each token, and in many models a single token, the first, is a hundred times the others' size and would
+    be all that an unweighted loss sees.
     """
     def loss(i: int) -> torch.Tensor:
         out = calibrate.forward(block.module, activations, block.number, i).float()
         Y, X = (t.to(activations.device).float() for t in (targets[i], activations.hidden[i]))
         if activations.rows[i] is not None:
             out, Y, X = (t.reshape(-1, t.shape[-1])[activations.rows[i]] for t in (out, Y, X))
-        return (out - Y).square().sum() / (Y - X).square().sum()
+        size = Y.square().sum(-1)
+        share = size.where(size > 0, 1.0).reciprocal()
+        return ((out - Y).square().sum(-1) * share).sum() / ((Y - X).square().sum(-1) * share).sum()
     return loss

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 from .. import calibrate
 from ..calibrate import Activations
-from .losses import GROUP_BYTES, at_head, block_bar, groups, predicted, through_blocks
+from .losses import GROUP_BYTES, at_head, block_bar, groups, head_steps, of_logits, predicted, through_blocks
 
 SLICE = 2**23  # logits of each model at a time; in float64 and with their softmaxes these take 256 MiB
 
@@ -51,7 +50,7 @@ def compare(model: nn.Module, dense: nn.Module, ids: torch.Tensor, mask: torch.T
             both = [(m, through_blocks(m, ids[part], None if mask is None else mask[part], batch_size, device, bar))
                     for m in (model, dense)]
             with at_head(model, device), at_head(dense, device):
-                batches += [compare_batch(*both, i) for i in range(len(both[0][1]))]
+                batches += [compare_batch(*both, i) for i in head_steps([model, dense], len(both[0][1]), bar)]
     real = torch.ones_like(ids[:, 1:], dtype=torch.bool) if mask is None else predicted(mask)
     return Compared(*(torch.cat(t).where(real, torch.zeros((), dtype=t[0].dtype))
                       for t in zip(*batches, strict=True)), real)
@@ -77,7 +76,7 @@ def compare_logits(q: torch.Tensor, p: torch.Tensor, target: torch.Tensor) -> tu
     q, p: logits (B, P, V) of the pruned and the dense model. target: ids (B, P).
     """
     q, p = q.float(), p.float()
-    loss, dense_loss = (cross_entropy(x.transpose(1, 2), target, reduction="none") for x in (q, p))
+    loss, dense_loss = (of_logits(x, target) for x in (q, p))
     top, dense_top = q.argmax(-1), p.argmax(-1)
     q, p = q.double().log_softmax(-1), p.double().log_softmax(-1)  # a KL below 1e-6 would be lost in float32
     kl = (p.exp() * (p - q)).sum(-1).float()

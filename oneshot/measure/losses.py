@@ -4,6 +4,7 @@ The model runs block by block, so that only one block and the activations of a g
 time. Logits are computed in slices.
 """
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
 import torch
@@ -15,6 +16,7 @@ from .. import calibrate, models
 from ..calibrate import Activations
 
 GROUP_BYTES = 2**31  # of activations of the windows that pass through the blocks together
+SLICE = 2**24  # logits at a time: with their softmax these take 128 MiB in float32
 
 
 @torch.no_grad()
@@ -32,7 +34,7 @@ def token_losses(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None 
             part_mask = None if mask is None else mask[part]
             activations = through_blocks(model, ids[part], part_mask, batch_size, device, bar)
             with at_head(model, device):
-                losses += [batch_losses(model, activations, i) for i in range(len(activations))]
+                losses += [batch_losses(model, activations, i) for i in head_steps([model], len(activations), bar)]
     losses = torch.cat(losses)
     return losses if mask is None else losses.where(predicted(mask), 0.0)  # not multiplied by 0: padding may give NaN
 
@@ -53,9 +55,27 @@ def groups(model: nn.Module, ids: torch.Tensor, batch_size: int, bytes: int = GR
 
 
 def block_bar(models_: list[nn.Module], parts: list[slice], progress: str | None) -> tqdm:
-    """A progress bar over all blocks of all groups. progress: its label, or None for no bar."""
-    total = len(parts) * sum(len(models.blocks(m)[1]) for m in models_)
+    """A progress bar over all blocks of all groups, the output heads counted as so many blocks as they are large.
+
+    progress: its label, or None for no bar.
+    """
+    total = len(parts) * sum(len(models.blocks(m)[1]) + head_size(m) for m in models_)
     return tqdm(total=total, desc=progress, unit="block", disable=progress is None, leave=False)
+
+
+def head_size(model: nn.Module) -> int:
+    """How many blocks have as many weights as the output head, at least 1: it takes about their time."""
+    _, block_list = models.blocks(model)
+    head, block = model.get_output_embeddings(), sum(p.numel() for p in block_list.parameters()) / len(block_list)
+    return max(1, round(sum(p.numel() for p in head.parameters()) / max(block, 1))) if head is not None else 1
+
+
+def head_steps(models_: list[nn.Module], batches: int, bar: tqdm) -> Iterator[int]:
+    """The numbers of the batches; the bar advances by the heads' sizes as they are done."""
+    size = sum(map(head_size, models_))
+    for i in range(batches):
+        yield i
+        bar.update((i + 1) * size // batches - i * size // batches)
 
 
 def through_blocks(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, batch_size: int, device: str,
@@ -76,9 +96,14 @@ def batch_losses(model: nn.Module, activations: Activations, i: int) -> torch.Te
     """Losses in nats, float32 (B, T-1) on the CPU, of batch i of activations that have passed all blocks."""
     ids = activations.inputs[i]["input_ids"]
     out = torch.zeros(ids.shape[0], ids.shape[1] - 1)
-    for positions, logits in calibrate.logits(model, activations, i):
+    for positions, logits in calibrate.logits(model, activations, i, elements=SLICE):
         positions = positions[positions < ids.shape[1] - 1]  # the last position predicts nothing
         targets = ids[:, positions + 1]
-        logits = logits[:, : len(positions)].float()
-        out[:, positions.cpu()] = cross_entropy(logits.transpose(1, 2), targets, reduction="none").cpu()
+        out[:, positions.cpu()] = of_logits(logits[:, : len(positions)].float(), targets).cpu()
     return out
+
+
+def of_logits(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Losses in nats (B, P) of logits (B, P, V) and targets, int64 (B, P)."""
+    flat = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")  # a softmax along the last axis
+    return flat.view(targets.shape)

@@ -59,3 +59,13 @@ def test_a_sound_run_has_no_alarm():
     result = prune(families.tiny("llama"), pattern=str(NM(3, 4)))
     assert not [w for w in result.warnings if "collapsed" in w]
     assert all("dimensions" in b for b in result.blocks)
+
+
+def test_a_token_of_enormous_size_hides_nothing():
+    """As in SmolLM2, whose first token is 180 times as large as the others: those collapse, it stays."""
+    Y = torch.randn(4, 30, 12, generator=torch.Generator().manual_seed(2))
+    Y[:, 0] *= 1000
+    broken = 0.1 * Y
+    broken[:, 0] = Y[:, 0]
+    assert any(found.startswith("norm ratio") for found in health.collapses(health.compare(Y, broken)))
+    assert not health.collapses(health.compare(Y, Y + 0.1 * Y.roll(1, -1)))

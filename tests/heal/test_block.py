@@ -9,7 +9,7 @@ from healing import SAMPLE, heal_pruned, kl, tokens
 
 from oneshot import calibrate, models
 from oneshot.heal import block as by_block
-from oneshot.heal.train import Trainable, held_out_windows
+from oneshot.heal.train import Trainable, distance, held_out_windows
 from oneshot.pipeline import api
 from oneshot.prune.patterns import parse
 from oneshot.settings import flags
@@ -60,7 +60,7 @@ def test_attention_and_mlp_are_told_apart_in_every_family(name):
 def test_attention_aims_at_the_dense_hidden_state_behind_its_residual_addition():
     """Written out for llama: norms on either side, the residual, the ratio of squares over real tokens."""
     dense, seen = families.tiny("llama"), {}
-    mask, held = torch.ones(16, T, dtype=torch.bool), held_out_windows(16, 0)
+    mask, held = torch.ones(16, T, dtype=torch.bool), held_out_windows(16, T, 0)
     mask[1::2, 12:] = False
     layer = dense.model.layers[0]
     layer.register_forward_pre_hook(lambda _, args: seen.update(X=args[0]))
@@ -137,3 +137,22 @@ def test_a_family_without_parts_is_refused_before_anything_is_pruned():
         models.mlp(torch.nn.ModuleDict({"fc": torch.nn.Linear(2, 2)}))
     with pytest.raises(ValueError, match=r"--block\.unit layer: give block or parts"):
         flags.build({"method": "wanda", "pattern": "0.5", "heal": "block", "block.unit": "layer"})
+
+
+def test_the_loss_counts_all_tokens_alike():
+    """As written out in float64, padding left out; and a token a thousand times as large has no more weight."""
+    walked, activations = first_block("llama")
+    gen = torch.Generator().manual_seed(0)
+    targets = [x + 0.3 * torch.randn(x.shape, generator=gen) for x in activations.hidden]
+    targets[0][1, 2] *= 1000
+    with torch.no_grad():
+        found = distance(walked, activations, targets)(0)
+        out = calibrate.forward(walked.module, activations, 0, 0)
+    X, Y, out = (t.double() for t in (activations.hidden[0], targets[0], out))
+    above = below = 0.0
+    for window, token in activations.rows[0].view(X.shape[:2]).nonzero().tolist():
+        x, y, o = (t[window, token] for t in (X, Y, out))
+        above, below = above + ((o - y) @ (o - y) / (y @ y)).item(), below + ((y - x) @ (y - x) / (y @ y)).item()
+    assert found.item() == pytest.approx(above / below, rel=1e-5)
+    targets[0][1, 2] *= 1000
+    assert distance(walked, activations, targets)(0).item() == pytest.approx(found.item(), rel=0.01)
