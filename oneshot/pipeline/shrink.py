@@ -14,7 +14,7 @@ from torch import nn
 from .. import calibrate, heal, models
 from ..checkpoint import Folder
 from ..data import Tokens
-from ..heal.train import held_out_windows
+from ..heal.train import held_out_windows, windows_per_step
 from ..measure import latency
 from ..models import groups, source
 from ..prune import loop, solvers
@@ -88,7 +88,10 @@ def job_of(cfg: RunConfig, model: nn.Module, calibration: Tokens) -> Job:
     chain = chain_of(cfg)
     options = replace(cfg, dense_target=cfg.shrink_target, stop_on_collapse=False)
     healers = tuple(heal.module(name).Heal(cfg.healing[name], cfg.seed, cfg.progress) for name in cfg.heals)
-    held = held_out_windows(len(calibration.ids), cfg.seed) if healers or "held" in chain_needs(chain) else ()
+    n, seqlen = calibration.ids.shape
+    held = held_out_windows(n, seqlen, cfg.seed) if healers or "held" in chain_needs(chain) else ()
+    if set(cfg.heals) - {"fold"}:  # those train on one batch a step
+        options = replace(options, batch_size=windows_per_step(cfg.batch_size, seqlen))
     job = Job({}, chain, options, healers, held, staged=True)
     return replace(job, gradients=gradients(cfg, model, calibration, job)) if "gradient" in job.needs else job
 
@@ -143,8 +146,9 @@ def choose(cfg: RunConfig, model: nn.Module, calibration: Tokens, job: Job) -> t
     own = budget.Budget(target, cost, frozenset(kinds), pattern.m if isinstance(pattern, NM) else 1, parts,
                         lambda c: slices.says(model, c, biases))
     tokens, tried = first(calibration, SEARCH), []
-    simple = replace(job, healers=tuple(h for h in job.healers if type(h).__module__.endswith("fold")),
-                     held_out=held_out_windows(len(tokens[0]), cfg.seed) if job.held_out else ())
+    simple = replace(job, options=replace(job.options, batch_size=cfg.batch_size),
+                     healers=tuple(h for h in job.healers if type(h).__module__.endswith("fold")),
+                     held_out=held_out_windows(*tokens[0].shape, cfg.seed) if job.held_out else ())
     if cfg.drop is not None or cfg.layers is not None:
         found = budget.neurons_for(model, own, order)
         if found is None:

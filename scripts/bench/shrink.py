@@ -33,9 +33,8 @@ from oneshot.runtime.command import Parser, exit_code
 from oneshot.runtime.files import write_json
 from oneshot.settings import parse
 
-MODELS = ("stories260k", "craftgpt-5m", "demo")
+MODELS = ("stories260k", "craftgpt-5m", "demo")  # and smollm2, of which a run takes minutes
 BATCH = {"craftgpt-5m": "16"}  # its windows are single dialogues of some 30 tokens
-SMOLLM2 = ["--model", "smollm2", "--seqlen", "512", "--nsamples", "32"]
 WAYS = yaml.safe_load(Path(__file__).with_name("shrink_ways.yaml").read_text(encoding="utf-8"))
 
 
@@ -50,7 +49,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--shared", type=Path, default=Path("../shared"), help="folder of models/ and data/")
     p.add_argument("--out", type=Path, default=Path("results/shrink"))
-    p.add_argument("--only", default=",".join(MODELS), help="models, separated by commas; smollm2 is one more")
+    p.add_argument("--only", default=",".join(MODELS), help="models, separated by commas")
     p.add_argument("--shares", default="0.8,0.7,0.5")
     p.add_argument("--seeds", default="0,1,2")
     p.add_argument("--ways", default="main", help="main, ingredients, or names separated by semicolons")
@@ -64,9 +63,7 @@ def flags_of(shared: Path) -> dict[str, list[str]]:
     """{name: flags of `oneshot prune`} of the models."""
     found = {name: without(flags, "--pattern") for name, flags in small_models.flags_of(shared).items()}
     found["demo"] = [*without(found["demo"], "--evaluate"), "--evaluate", "builtin:prose", "--nsamples", "128"]
-    data = shared / "data"
-    return found | {"smollm2": [*SMOLLM2, "--calibration", str(data / "c4_sample.jsonl"),
-                                "--evaluate", str(data / "wikitext2_test.txt")]}
+    return found
 
 
 def without(flags: list[str], name: str) -> list[str]:
