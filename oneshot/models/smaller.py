@@ -16,6 +16,7 @@ from torch import nn
 
 from . import groups
 from .blocks import blocks, config_of
+from .intake import UNEVEN
 
 PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "activation_sparsity_pattern")  # one entry a layer
 NUMBERS = ("mlp_only_layers", "moe_layers", "attn_layer_indices")  # lists of layers' numbers
@@ -182,6 +183,11 @@ def fill(model: nn.Module, made: nn.Module, state: Mapping[str, torch.Tensor], k
             owner, _, last = name.rpartition(".")
             made.get_submodule(owner)._buffers[last] = source.clone()
     return made.requires_grad_(False)
+
+
+def is_uneven(model: nn.Module) -> bool:
+    """Whether a model's layers differ in width, or lack parts (uneven.py)."""
+    return getattr(getattr(model.config, "quantization_config", None), "quant_method", None) == UNEVEN
 
 
 def first_line(error: BaseException) -> str:

@@ -63,6 +63,8 @@ def check_shrink(cfg: RunConfig) -> None:
     """Reject what does not go with a smaller model. Raises ValueError naming the flag."""
     if cfg.shared_inputs:
         raise ValueError("--shared-inputs: looks at the dense model alone, so it does not go with --shrink")
+    if cfg.format == "packed" and (cfg.uneven or any(part for part, _ in cfg.dropped_parts)):
+        raise ValueError("--format packed: layers that differ (--uneven, --drop mlp:3) are stored dense; leave out one")
     if cfg.sensitivity != "none":
         raise ValueError("--sensitivity: looks at linears of the model before it gets smaller; measure it without "
                          "--shrink")

@@ -16,7 +16,7 @@ from ..checkpoint import Folder
 from ..data import Tokens
 from ..heal.train import held_out_windows, windows_per_step
 from ..measure import latency
-from ..models import groups, source
+from ..models import groups, smaller, source
 from ..prune import loop, solvers
 from ..prune.job import Job, Result
 from ..prune.patterns import NM, parse
@@ -127,6 +127,8 @@ def protected(cfg: RunConfig, model: nn.Module) -> tuple[set[int], set[str]]:
 
 def choose(cfg: RunConfig, model: nn.Module, calibration: Tokens, job: Job) -> tuple[Cut, dict]:
     """(the cut, what was measured to choose it)."""
+    if smaller.is_uneven(model):
+        raise ValueError(f"--model {cfg.model}: its layers differ in width already; give what it was made from")
     n, (fixed, kinds) = len(models.blocks(model)[1]), protected(cfg, model)
     check(cfg, n, fixed)
     if cfg.drop is not None:

@@ -175,3 +175,18 @@ def test_dense_and_smaller_runs_have_ids_of_their_own():
     ids = {cfg.run_id("x") for argv in ([], ["--shrink", "0.7"], ["--shrink", "0.7", "--tries", "1"], ["--layers", "2"])
            for cfg in settings.parse(["--method", "wanda", "--pattern", "0.5", "--no-dense", *argv])}
     assert len(ids) == 4
+
+
+def test_packed_and_uneven(place, tmp_path, capfd):  # noqa: F811
+    more = {"pattern": "2:4", "method": "sparsegpt", "results": tmp_path}
+    assert shrink(place, to=0.8, tries=1, format="packed", save=tmp_path / "packed", **more) == 0
+    assert verify.main([str(tmp_path / "packed"), "--original", str(place / "model"), "--quiet"]) == 0
+    assert shrink(place, drop="mlp:1", tries=None, save=tmp_path / "uneven", **more) == 0
+    assert {row["pattern"] for row in verify.verify(tmp_path / "uneven").rows} == {"2:4"}
+    again = flags(place, "--no-dense", model=tmp_path / "uneven", save=tmp_path / "again", results=tmp_path)
+    assert main(*again) == 0 and verify.main([str(tmp_path / "again"), "--quiet"]) == 0
+    capfd.readouterr()
+    assert shrink(place, drop="mlp:1", tries=None, format="packed", save=tmp_path / "none", **more) == 2
+    assert shrink(place, model=tmp_path / "uneven", to=0.9, results=tmp_path) == 2
+    one, other = said(capfd.readouterr().err)
+    assert one.startswith("error: --format packed") and other.startswith("error: --model")

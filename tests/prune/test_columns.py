@@ -161,3 +161,19 @@ def test_gradients_are_autograds(name):
 
 def test_needs_are_known():
     assert {"held", "gradient"} <= NEEDS and statistics_of(torch.randn(4, 3), {"held"}).apart is None
+
+
+def test_an_inverse_that_rounding_has_spoilt_is_computed_again():
+    """As many columns as tokens, nearly alike, in float32: the result is that of float64."""
+    gen = torch.Generator().manual_seed(0)
+    X = torch.randn(40, 4, generator=gen) @ torch.randn(4, 32, generator=gen)
+    X += 1e-4 * torch.randn(40, 32, generator=gen)
+    W = torch.randn(3, 32, generator=gen)
+    G = X.T @ X / len(X)
+    G.diagonal().add_(1e-7 * G.diagonal().mean())
+    for dtype in (torch.float32, torch.float64):
+        kept = obs.remove(W.to(dtype), torch.linalg.inv(G.double()).to(dtype), Columns(6, 32), 0.1)
+        assert int(kept.sum()) == 6
+    P = obs.inverse_on(G.double(), kept)
+    torch.testing.assert_close(P[kept][:, kept], torch.linalg.inv(G.double()[kept][:, kept]))
+    assert torch.equal(P[~kept][:, ~kept], torch.eye(26, dtype=torch.float64))

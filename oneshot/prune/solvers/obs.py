@@ -88,10 +88,14 @@ def remove(W: torch.Tensor, P: torch.Tensor, pattern: Columns, step: float,
     units, size = W.shape[1] // pattern.size, pattern.size
     kept = torch.ones(units, dtype=torch.bool, device=W.device)
     to_go = pattern.count - pattern.kept  # of each `count` units
-    at_once = max(1, int(to_go * step))
+    at_once, whole = max(1, int(to_go * step)), P.clone()
     columns = torch.arange(W.shape[1], device=W.device).view(units, size)
+    G = None
     while to_go:
         n = min(at_once, to_go)
+        if not bool((P.diagonal() > 0).all()):  # rounding has eaten up what was left of it
+            G = torch.linalg.inv(whole.double()) if G is None else G
+            P.copy_(inverse_on(G, kept.repeat_interleave(size)))
         score = increases(W, P, columns).masked_fill_(~kept, torch.inf)
         gone = score.view(-1, pattern.count).argsort(dim=1, stable=True)[:, :n]
         gone = (gone + torch.arange(0, units, pattern.count, device=W.device).unsqueeze(1)).flatten()
@@ -107,6 +111,13 @@ def remove(W: torch.Tensor, P: torch.Tensor, pattern: Columns, step: float,
         kept[gone] = False
         to_go -= n
     return kept
+
+
+def inverse_on(G: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """The inverse of G (C, C) over the columns `kept`, bool (C,), with the identity for all others."""
+    P = torch.eye(len(G), dtype=G.dtype, device=G.device)
+    P[kept.nonzero(), kept.nonzero()[:, 0]] = torch.linalg.inv(G[kept][:, kept])
+    return P
 
 
 def increases(W: torch.Tensor, P: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
