@@ -72,7 +72,7 @@ def check_settings(data: dict) -> list[Fault]:
 
 def shrinks(settings: dict) -> bool:
     """Whether the settings ask for a smaller model."""
-    return any(settings.get(name) is not None for name in ("shrink", "layers", "drop"))
+    return any(settings.get(name) is not None for name in ("shrink", "layers", "drop", "experts"))
 
 
 def check_allocated(asked: Unstructured, entries: dict[str, dict], settings: dict) -> list[Fault]:

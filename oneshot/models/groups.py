@@ -20,6 +20,8 @@ from .weights import Weight, weights_of
 
 NEURONS, EXPERTS, SHARED, HEADS = "neurons", "expert neurons", "shared neurons", "KV groups"
 QUERIES = "query heads"  # of each KV group; the other way to make an attention narrower
+WHOLE = "experts"  # of a mixture; no consumer tells that one is zero, so they are chosen before all others
+ROUTERS = ("gate", "router")  # beside the experts: what chooses among them
 MLPS = (  # consumer, producers, all by their last names within one module (OPT: within the block)
     ("down_proj", ("gate_proj", "up_proj")), ("down_proj", ("gate_up_proj",)), ("down_proj", ("up_proj",)),
     ("fc2", ("fc1",)), ("c_proj", ("c_fc",)), ("dense_4h_to_h", ("dense_h_to_4h",)), ("fc_out", ("fc_in",)),
@@ -35,7 +37,7 @@ FIELDS = {  # {model type: {kind: the config's name for how many there are}}, wh
 USUAL = {  # {kind: the first of these that the config has}
     NEURONS: ("intermediate_size",), EXPERTS: ("moe_intermediate_size", "intermediate_size"),
     SHARED: ("shared_expert_intermediate_size", "moe_intermediate_size"), HEADS: ("num_key_value_heads",),
-    QUERIES: ("num_attention_heads",)}
+    QUERIES: ("num_attention_heads",), WHOLE: ("num_local_experts", "num_experts", "n_routed_experts")}
 FIXED = {  # {model type: {kind: why its config cannot say fewer}}
     **{name: {HEADS: "its attention is as wide as the hidden state"} for name in
        ("opt", "gpt2", "gpt_neox", "gptj", "openai-gpt", "bloom", "falcon", "mpt", "modernbert-decoder", "cohere2")},
@@ -64,6 +66,30 @@ class Width:
     rows: dict[str, torch.Tensor] = field(repr=False, compare=False)
     vectors: dict[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
     segments: int = 1
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The experts of a mixture. name: their module within the block. count: how many. tensors: names within the block
+    of all parameters and buffers that have one entry per expert along their first dimension, the router's among them.
+    """
+
+    name: str
+    count: int
+    tensors: tuple[str, ...]
+
+
+def pools(block: nn.Module) -> list[Pool]:
+    """All mixtures of experts of a block."""
+    found = []
+    for name, module in block.named_modules():
+        if layout(module):
+            count, stem = module.down_proj.shape[0], name.rpartition(".")[0]
+            beside = [f"{stem}.{router}" if stem else router for router in ROUTERS]
+            tensors = [key for key, t in block.state_dict().items() if t.ndim and t.shape[0] == count
+                       and any(key.startswith(f"{place}.") for place in (name, *beside))]
+            found.append(Pool(name, count, tuple(tensors)))
+    return found
 
 
 def widths(block: nn.Module) -> list[Width]:

@@ -90,6 +90,14 @@ def width_entries(config: Any, counts: Mapping[str, int], said: str) -> dict[str
         why, name = groups.why_fixed(config.model_type, kind), groups.config_field(config, kind)
         if why or name is None:
             raise ValueError(f"{said} cannot lose {kind}: {why or 'its config has no entry for their number'}")
+        if kind == groups.WHOLE:
+            most = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None) or 1
+            if count < most:
+                raise ValueError(f"{said}: uses {most} experts for each token, so {count} cannot be left")
+            groups_of = getattr(config, "n_group", None) or 1
+            if count % groups_of or (groups_of > 1 and count < 2 * groups_of):  # a group counts by its best two
+                raise ValueError(f"{said}: has its experts in {groups_of} groups, at least two in each and as many, "
+                                 f"among which {count} cannot be shared")
         if kind == groups.QUERIES:
             if groups.HEADS in counts:
                 raise ValueError(f"{said}: loses either {groups.HEADS} or {groups.QUERIES}, not both at once")

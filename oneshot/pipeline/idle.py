@@ -126,6 +126,8 @@ RULES = {  # flag: (why it is idle, whether it is used: called with a run and al
         c.prunes and (c.layers is not None or (c.shrink is not None and c.drop is None and c.tries > 1))
         for c in configs)),
     "tries": ("as no run chooses a mixture (--shrink without --layers or --drop)", chooses),
+    "uneven": ("as there is no --shrink to spread over the layers",
+               lambda cfg, configs: any(c.prunes and c.shrink is not None for c in configs)),
     "shrink_method": ("as the model is not made smaller (--shrink)", shrinks),
     "shrink_target": ("as the model is not made smaller (--shrink)", shrinks),
     "overwrite": ("as nothing is saved (--save)", lambda cfg, configs: any(c.save for c in configs)),

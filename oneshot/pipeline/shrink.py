@@ -21,7 +21,7 @@ from ..prune import loop, solvers
 from ..prune.job import Job, Result
 from ..prune.patterns import NM, parse
 from ..settings import RunConfig
-from ..structured import Cut, budget, cut, depth, origin, search, slices, spread
+from ..structured import Cut, budget, cut, depth, mixture, origin, search, slices, spread
 from .plan import kept_dense
 
 ORDER, SEARCH = 2048, 16384  # tokens, at most, on which the order of blocks and the mixtures are measured
@@ -34,18 +34,19 @@ def shrink(cfg: RunConfig, model: nn.Module, calibration: Tokens, folder: Folder
     folder: keeps the cut that was chosen, so that a run that resumes need not choose again. finished, on_block: as for
     `loop.prune_model`.
     """
-    began = time.perf_counter()
+    began, before = time.perf_counter(), cut.whole(model)
     ids, mask = calibration.ids, calibration.mask
-    job = job_of(cfg, model, calibration)
     chosen = folder.kept_choice() if folder else None
+    experts, of = fewer_experts(cfg, model, calibration, chosen)
+    job = job_of(cfg, model, calibration)
     if chosen is None:
-        found, about = choose(cfg, model, calibration, job)
-        chosen = {"cut": found.plain(), **about}
+        found, about = choose(cfg, model, calibration, job, before)
+        chosen = {"cut": found.plain(), **about, "experts": {key: origin.spans(kept) for key, kept in experts.items()}}
     if folder:
         folder.choice = chosen
     found = Cut.of(chosen["cut"])
     decided = time.perf_counter()
-    before, blocks = cut.whole(model), len(models.blocks(model)[1])
+    blocks = len(models.blocks(model)[1])
     widths = {f"{b.name}.{w.consumer}": (cut.key_of(b, w), w) for b, w in cut.consumers(model, found)
               if found.left(b, w) < w.count}
     result = loop.prune_model(model, ids, mask, search.job_for(job, model, found), finished=finished, on_block=on_block)
@@ -57,11 +58,32 @@ def shrink(cfg: RunConfig, model: nn.Module, calibration: Tokens, folder: Folder
     result.shrunk = {
         "method": cfg.shrink_method, "share": left / before, "parameters": left, "parameters_before": before,
         "blocks": len(report.keep), "blocks_before": blocks, **chosen,
-        "units": [unit_row(row, widths, report) for row in result.layers],
+        "units": [unit_row(row, widths, report) for row in result.layers] + [
+            {"name": key, "kind": groups.WHOLE, "of": of, "left": len(kept), "kept": origin.spans(kept)}
+            for key, kept in experts.items() if mixture.block_of(key) in report.keep],
         "kept_blocks": report.keep, "seconds": {"choose": decided - began, "walk": time.perf_counter() - decided}}
     result.warnings += report.notes
     result.layers, result.pruned = [], None
     return result
+
+
+def fewer_experts(cfg: RunConfig, model: nn.Module, calibration: Tokens,
+                  chosen: dict | None) -> tuple[dict[str, torch.Tensor], int]:
+    """({`cut.pool_key`: which experts are left}, of how many), after taking the others out in place; ({}, 0) without.
+
+    chosen: what an interrupted run had chosen, or None.
+    """
+    if cfg.experts is None:
+        return {}, 0
+    if chosen is None:
+        found = mixture.choose(model, calibration.ids, calibration.mask, cfg, cfg.experts)
+    else:
+        found = {key: origin.numbers(text) for key, text in chosen["experts"].items()}
+    of = max(pool.count for block in models.walk(model) for pool in groups.pools(block.module))
+    made = slices.without_experts(model, found)
+    source.remember(model, replace(models.source_of(model), entries={}, left=()))
+    slices.become(model, made)
+    return found, of
 
 
 def unit_row(row: dict, widths: dict, report: slices.Report) -> dict:
@@ -74,7 +96,7 @@ def unit_row(row: dict, widths: dict, report: slices.Report) -> dict:
 
 def origin_of(cfg: RunConfig, dense: nn.Module, model: nn.Module, record: dict) -> dict:
     """The manifest's `origin` of a smaller model. dense: the model as it was loaded. record: the run's."""
-    units = {row["name"]: origin.numbers(row["kept"]) for row in record["shrunk"]["units"]}
+    units = mixture.before({row["name"]: origin.numbers(row["kept"]) for row in record["shrunk"]["units"]})
     return origin.describe(dense, model, record["shrunk"]["kept_blocks"], units, bool(set(cfg.heals) - {"fold"}))
 
 
@@ -125,8 +147,8 @@ def protected(cfg: RunConfig, model: nn.Module) -> tuple[set[int], set[str]]:
     return blocks, held
 
 
-def choose(cfg: RunConfig, model: nn.Module, calibration: Tokens, job: Job) -> tuple[Cut, dict]:
-    """(the cut, what was measured to choose it)."""
+def choose(cfg: RunConfig, model: nn.Module, calibration: Tokens, job: Job, whole: int) -> tuple[Cut, dict]:
+    """(the cut, what was measured to choose it). whole: how many parameters the blocks had at the start."""
     if smaller.is_uneven(model):
         raise ValueError(f"--model {cfg.model}: its layers differ in width already; give what it was made from")
     n, (fixed, kinds) = len(models.blocks(model)[1]), protected(cfg, model)
@@ -142,7 +164,7 @@ def choose(cfg: RunConfig, model: nn.Module, calibration: Tokens, job: Job) -> t
     parts = cut.parts(model, [part for part in cfg.dropped_parts if part[0]])
     if cfg.shrink is None:
         return Cut(tuple(sorted(order)), (), parts), {"order": rows, "tried": []}
-    pattern, (target, cost) = parse(cfg.pattern), cost_of(cfg, model, bool(parts))
+    pattern, (target, cost) = parse(cfg.pattern), cost_of(cfg, model, whole, bool(parts))
     biases = slices.biases_added(model) or (slices.can_add_biases(model)
                                             and any(getattr(own, "bias", False) for _, own in job.chain))
     own = budget.Budget(target, cost, frozenset(kinds), pattern.m if isinstance(pattern, NM) else 1, parts,
@@ -173,7 +195,7 @@ def uneven(cfg: RunConfig, model: nn.Module, tokens: tuple, job: Job, own: budge
     """(the cut with neurons spread by need, or `even` where that has the lower KL; what was tried)."""
     if groups.NEURONS in own.without or groups.NEURONS not in cut.kinds(model):
         raise ValueError("--uneven: this model has no neurons that could differ from layer to layer")
-    exact = replace(own, target=cfg.shrink * cut.whole(model), cost=lambda c: cut.parameters(model, c))
+    exact = replace(own, cost=lambda c: cut.parameters(model, c))
     found = spread.spread(model, exact, even, spread.curves(model, *tokens, cfg, even, own))
     if found is None:
         return even, tried
@@ -182,13 +204,13 @@ def uneven(cfg: RunConfig, model: nn.Module, tokens: tuple, job: Job, own: budge
     return (found if kls[1] < kls[0] else even), [*tried, *rows]
 
 
-def cost_of(cfg: RunConfig, model: nn.Module, parts: bool = False) -> tuple[float, budget.Cost]:
-    """(the target, the cost of a cut) by `--by`. parts: whether attentions or MLPs go alone.
+def cost_of(cfg: RunConfig, model: nn.Module, whole: int, parts: bool = False) -> tuple[float, budget.Cost]:
+    """(the target, the cost of a cut) by `--by`. whole: as for `choose`. parts: whether attentions or MLPs go alone.
 
     bytes: of the blocks' weights in the pattern that the smaller model is pruned to. latency: the time of decoding one
     token, in turns with the dense model, as a share of that one's; every shape is built and measured once.
     """
-    sizes, whole = budget.Sizes.of(model), cut.whole(model)
+    sizes = budget.Sizes.of(model)
     if (parts or cfg.uneven) and cfg.by != "parameters":
         raise ValueError(f"--by {cfg.by}: goes with the same width in every layer only; leave out --uneven and parts")
     if cfg.by == "parameters":

@@ -37,7 +37,7 @@ def translated(argv: list[str]) -> list[str]:
     words = [word.partition("=") for word in argv]
     names = {name.replace("_", "-") for name, _, _ in words if name.startswith("--")}
     found = [("--shrink" if name == "--to" else name) + eq + value for name, eq, value in words]
-    if not names & {"--to", "--shrink", "--layers", "--drop"}:
+    if not names & {"--to", "--shrink", "--layers", "--drop", "--experts"}:
         found += ["--shrink", "0.75"]
     if "--pattern" in names:
         return found

@@ -205,7 +205,7 @@ def check_parts(asked: dict[str, dict[str, Any]], given: dict[str, Any]) -> None
 
 def shrinks(given: dict[str, Any]) -> bool:
     """Whether these flags ask for a smaller model."""
-    return any(given.get(name) is not None for name in ("shrink", "layers", "drop"))
+    return any(given.get(name) is not None for name in ("shrink", "layers", "drop", "experts"))
 
 
 def split(given: dict[str, Any], name: str) -> list[str]:

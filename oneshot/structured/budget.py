@@ -68,9 +68,13 @@ class Budget:
         """Whether a cut is small enough."""
         return self.cost(cut) <= self.target
 
-    def step(self, count: int) -> int:
-        """The multiple in which the neurons of a layer of `count` are left."""
-        usual = 8 if count >= 256 and not count % 8 else 4 if count >= 64 and not count % 4 else 1
+    def step(self, count: int, kind: str = groups.NEURONS) -> int:
+        """The multiple in which the neurons of a layer of `count` are left.
+
+        transformers' grouped products of experts need rows of a multiple of 16 bytes.
+        """
+        usual = 8 if kind == groups.EXPERTS or (count >= 256 and not count % 8) else \
+            4 if count >= 64 and not count % 4 else 1
         return math.lcm(usual, self.multiple)
 
 
@@ -81,13 +85,14 @@ def neurons_for(model: nn.Module, budget: Budget, dropped: Sequence[int],
     heads: ((kind, left),) or ().
     """
     known = {kind: width for kind, width in kinds(model).items()
-             if kind not in {groups.HEADS, groups.QUERIES, *budget.without} and width.count >= budget.step(width.count)}
-    steps = max((width.count // budget.step(width.count) for width in known.values()), default=1)
+             if kind not in {groups.HEADS, groups.QUERIES, *budget.without}
+             and width.count >= budget.step(width.count, kind)}
+    steps = max((width.count // budget.step(width.count, kind) for kind, width in known.items()), default=1)
 
     def at(k: int) -> Cut:
         left = []
         for kind, width in known.items():
-            unit = budget.step(width.count)
+            unit = budget.step(width.count, kind)
             count = width.count if k == steps else max(unit, int(width.count // unit * k / steps) * unit)
             if count < width.count:
                 left.append((kind, count))

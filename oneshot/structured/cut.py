@@ -49,6 +49,11 @@ def key_of(block: Block, width: Width) -> str:
     return f"{block.name}.{width.consumer}" + (f" ({groups.QUERIES})" if width.kind == groups.QUERIES else "")
 
 
+def pool_key(block: Block, pool: groups.Pool) -> str:
+    """The full name of a mixture of experts, as `key_of` gives those of consumers."""
+    return f"{block.name}.{pool.name} ({groups.WHOLE})"
+
+
 def consumers(model: nn.Module, cut: Cut | None = None) -> Iterator[tuple[Block, Width]]:
     """Every consumer of a model, without the blocks that a cut drops."""
     for block in models.walk(model):

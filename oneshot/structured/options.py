@@ -25,6 +25,8 @@ class ShrinkOptions:
                             added=True)
     uneven: bool = flag(False, "let layers differ in width where that loses less; such a model loads after `import "
                                "oneshot` only", section="smaller", preset=True, added=True)
+    experts: int | None = flag(None, "of a mixture: how many experts are left in each layer, those that matter most on "
+                                     "the calibration text", section="smaller", preset=True, added=True)
     shrink_method: str = flag("obs", "solver that chooses and refits neurons and KV groups, any of --method",
                               section="smaller", preset=True, added=True)
     order: str = flag("kl", "order in which blocks go: kl, by the KL to the dense model, measured anew after each; "
@@ -39,6 +41,8 @@ class ShrinkOptions:
         """Raise ValueError naming the flag whose value cannot be used."""
         if self.shrink is not None and not 0 < self.shrink < 1:
             raise ValueError(f"--shrink {self.shrink:g}: give a share between 0 and 1, such as 0.75")
+        if self.experts is not None and self.experts < 1:
+            raise ValueError(f"--experts {self.experts}: must be at least 1")
         if self.layers is not None and self.layers < 1:
             raise ValueError(f"--layers {self.layers}: must be at least 1")
         if self.tries < 1:
@@ -46,8 +50,6 @@ class ShrinkOptions:
         if not 0 <= self.shrink_target <= 1:
             raise ValueError(f"--shrink-target {self.shrink_target:g}: give a share from 0 to 1")
         self.dropped_parts  # noqa: B018 - raises for a list that cannot be read
-        if self.uneven and self.shrink is None:
-            raise ValueError("--uneven: says how a --shrink is spread over the layers; give that too")
         if self.drop is not None and self.layers is not None:
             raise ValueError("--drop: says which blocks go, --layers how many are left; give one of them")
         solvers.chain_named(self.shrink_method, "--shrink-method")
@@ -55,7 +57,7 @@ class ShrinkOptions:
     @property
     def shrinks(self) -> bool:
         """Whether the model is made smaller."""
-        return self.shrink is not None or self.layers is not None or self.drop is not None
+        return any(value is not None for value in (self.shrink, self.layers, self.drop, self.experts))
 
     @property
     def dropped_blocks(self) -> tuple[int, ...]:

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from .. import models
+from ..models import groups
+from . import mixture
 from .slices import sliced_state
 
 STATES = ("original", "refit", "trained", "added")
@@ -101,9 +103,14 @@ def shape_faults(made: nn.Module, said: Mapping[str, Any]) -> list[tuple[str, st
     weights = {w.name: w for w in models.all_weights(made)}
     places = {number: place for place, number in enumerate(said["blocks"])}
     for name, text in said["units"].items():
-        number, _, rest = name.partition(" (")[0].removeprefix(f"{path}.").partition(".")
-        here = weights.get(f"{path}.{places.get(int(number))}.{rest}")
-        count = len(numbers(text))
+        here_name = mixture.now(name, said["units"], numbers).partition(" (")[0]
+        number, _, rest = here_name.removeprefix(f"{path}.").partition(".")
+        full, count = f"{path}.{places.get(int(number))}.{rest}", len(numbers(text))
+        here = weights.get(full)
+        if name.endswith(f" ({groups.WHOLE})"):
+            there = sum(w.startswith(f"{full}.down_proj.") for w in weights)
+            found += [] if there == count else [(name, f"{count} experts recorded, there are {there}")]
+            continue
         if count == 0 and here is None:
             continue  # the whole part is gone
         if here is None or not count or here.shape[1] % count:

@@ -18,7 +18,7 @@ from ..models import Block, groups, smaller, uneven
 from ..models.groups import Width
 from ..runtime.proof import prove
 from . import ragged
-from .cut import Cut, consumers, key_of
+from .cut import Cut, consumers, key_of, pool_key
 
 
 @dataclass
@@ -83,6 +83,18 @@ def says(model: nn.Module, cut: Cut, biases: bool = False) -> bool:
     except ValueError:
         return False
     return True
+
+
+def without_experts(model: nn.Module, chosen: dict[str, torch.Tensor]) -> nn.Module:
+    """A new model with fewer experts. chosen: {`pool_key`: int64, which are left}, as many in every mixture.
+
+    Raises ValueError naming what the family's config cannot say.
+    """
+    keep, counts = list(range(len(models.blocks(model)[1]))), {len(kept) for kept in chosen.values()}
+    config, _ = smaller.smaller_config(model, keep, {groups.WHOLE: counts.pop()})
+    made = smaller.empty_model(model, config)
+    smaller.check_blocks(model, made, keep)
+    return smaller.fill(model, made, sliced_state(model, made, keep, chosen), keep)
 
 
 def possible(model: nn.Module, cut: Cut) -> bool:
@@ -178,11 +190,16 @@ def block_state(block: Block, units: dict[str, torch.Tensor]) -> dict[str, torch
     for width in groups.widths(block.module):
         if (stays := units.get(key_of(block, width))) is not None:
             indices(block, width, stays, found)
+    left = {name: kept for pool in groups.pools(block.module) for name in pool.tensors
+            if (kept := units.get(pool_key(block, pool))) is not None}
     state = {}
     for name, t in block.module.state_dict().items():
         experts = {e: cuts for (key, e), cuts in found.items() if key == name and e is not None}
         if experts:
-            state[name] = torch.stack([sliced(t[e], experts[e]) for e in range(len(t))])
+            kept = left[name].tolist() if name in left else range(len(t))
+            state[name] = torch.stack([sliced(t[e], experts[e]) for e in kept])
+        elif name in left:
+            state[name] = sliced(t, [(0, left[name])])
         else:
             state[name] = sliced(t, found.get((name, None), []))
     return state

@@ -190,3 +190,22 @@ def test_packed_and_uneven(place, tmp_path, capfd):  # noqa: F811
     assert shrink(place, model=tmp_path / "uneven", to=0.9, results=tmp_path) == 2
     one, other = said(capfd.readouterr().err)
     assert one.startswith("error: --format packed") and other.startswith("error: --model")
+
+
+def test_experts_then_neurons_of_a_mixture(tmp_path, monkeypatch, capfd):
+    sizes = {**tiny.SIZES["llama"], "num_local_experts": 4, "num_experts_per_tok": 2}
+    monkeypatch.setitem(tiny.SIZES, "mixtral", sizes)
+    folder = tmp_path / "place"
+    folder.mkdir()
+    tiny.save_model(folder / "model", "mixtral")
+    tiny.save_text(folder / "calibration.txt", 1)
+    tiny.save_text(folder / "evaluation.txt", 2)
+    assert shrink(folder, experts=3, to=0.6, tries=2, save=tmp_path / "out", results=tmp_path) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.num_local_experts == 3
+    dense = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert blocks_of(model) <= 0.6 * blocks_of(dense)
+    assert verify.main([str(tmp_path / "out"), "--original", str(folder / "model"), "--quiet"]) == 0
+    capfd.readouterr()
+    assert shrink(folder, experts=1, tries=None, results=tmp_path) == 2
+    assert "uses 2 experts for each token" in said(capfd.readouterr().err)[-1]

@@ -85,7 +85,7 @@ def test_cuts_meet_the_budget_closely(name, share):
     for c in found:
         assert sizes.left(c) == cut.parameters(model, c) <= share * whole
         known = cut.kinds(model)
-        bigger = [(kind, n + own.step(known[kind].count)) for kind, n in c.kept
+        bigger = [(kind, n + own.step(known[kind].count, kind)) for kind, n in c.kept
                   if kind not in (groups.HEADS, groups.QUERIES)]
         if bigger:
             more = Cut(c.dropped, tuple((k, dict(bigger).get(k, n)) for k, n in c.kept))

@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from oneshot import models
 from oneshot.calibrate import activations
 from oneshot.models import groups, smaller
+from oneshot.prune.options import Options
 from oneshot.runtime.proof import ProofError
-from oneshot.structured import Cut, cut_model
+from oneshot.structured import Cut, cut_model, mixture, origin, slices
 from oneshot.structured import cut as cuts
 
 FAMILIES = [name for name in families.FAMILIES if name not in families.REFUSED]
@@ -201,3 +202,69 @@ def test_saved_loaded_without_oneshot_generates_with_its_cache(tmp_path):
             ids = torch.cat([ids, out[:, -1:].argmax(-1)], 1)
         assert agree or "openai" in folder, folder
         assert total == pytest.approx(out.double().abs().sum().item(), rel=1e-4), folder
+
+
+MIXTURES = [name for name in families.MOE if name not in ("deepseek_v3", "gemma4_moe")]
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_fewer_experts_are_the_model_whose_router_never_chooses_the_others(name, monkeypatch):
+    """deepseek_v3 and gemma4 choose by scores that -inf does not forbid: shapes only, below."""
+    model, ids = tiny(name), jobs.tokens(3)
+    chosen = {cuts.pool_key(block, pool): torch.tensor([0, 2, 3]) for block in models.walk(model)
+              for pool in groups.pools(block.module)}
+    made = slices.without_experts(model, chosen)
+    routers = {id(p) for key, p in model.named_parameters() if p.ndim == 2 and p.shape[0] == 4
+               and key.split(".")[-2] in groups.ROUTERS}
+    real = torch.nn.functional.linear
+
+    def linear(x, weight, bias=None):
+        out = real(x, weight, bias)
+        return out.index_fill(-1, torch.tensor([1]), -torch.inf) if id(weight) in routers else out
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    wanted = logits(model, ids)
+    monkeypatch.undo()
+    assert routers
+    torch.testing.assert_close(logits(made, ids), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", families.MOE)
+def test_experts_and_their_neurons_go_together(name, tmp_path):
+    model = tiny(name)
+    chosen = {cuts.pool_key(block, pool): torch.tensor([1, 3]) for block in models.walk(model)
+              for pool in groups.pools(block.module)}
+    if name == "deepseek_v3":  # two groups of two
+        with pytest.raises(ValueError, match="2 groups, at least two in each"):
+            slices.without_experts(model, chosen)
+        return
+    made = slices.without_experts(model, chosen)
+    cut = cut_of(made)
+    both, report = cut_model(zeroed(made, cut), cut)
+    units = mixture.before({**report.units, **chosen})
+    assert any(".down_proj.3" in key for key in units) or groups.EXPERTS not in dict(cut.kept)
+    said = origin.describe(model, both, report.keep, units, trained=False)
+    assert not origin.faults(model, both, said) and not origin.shape_faults(both, said)
+    with torch.no_grad():
+        both.save_pretrained(tmp_path)
+        back = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(back.eval(), jobs.tokens(2)), logits(both, jobs.tokens(2)))
+
+
+def test_no_fewer_experts_than_each_token_uses():
+    model = tiny("mixtral")
+    chosen = {cuts.pool_key(block, pool): torch.tensor([1]) for block in models.walk(model)
+              for pool in groups.pools(block.module)}
+    with pytest.raises(ValueError, match="uses 2 experts for each token"):
+        slices.without_experts(model, chosen)
+
+
+def test_experts_that_nobody_asks_go_first():
+    model = tiny("mixtral")
+    for block in models.blocks(model)[1]:
+        block.mlp.experts.down_proj.data[2] *= 1e-3
+    found = mixture.choose(model, jobs.tokens(8), None, Options(batch_size=4, device="cpu", progress=False), 3)
+    assert len(found) == 2 and all(kept.tolist() == [0, 1, 3] for kept in found.values())
+    with pytest.raises(ValueError, match="--experts 4"):
+        mixture.choose(model, jobs.tokens(4), None, Options(device="cpu", progress=False), 4)
+    with pytest.raises(ValueError, match="no mixture"):
+        mixture.choose(tiny("llama"), jobs.tokens(4), None, Options(device="cpu", progress=False), 1)

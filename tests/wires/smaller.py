@@ -86,3 +86,10 @@ def _(b):
     with b.seen(spread, "spread", lambda *_: 1) as found:
         b.record(**SMALLER)
     assert not found
+
+
+@wire("experts")
+def _(b):
+    """The tiny model has none: the flag arrives where they would be chosen."""
+    assert b.code("--experts", "2", method="obs", pattern="dense") == 2
+    assert "no mixture of experts" in b.capfd.readouterr().err
