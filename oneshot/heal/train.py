@@ -22,8 +22,8 @@ SHARE, HELD = 10, 4096  # one window in so many is held out, and so many tokens 
 WARM_UP = 0.05  # share of the steps
 VECTORS = 0.1  # relative rate of norms and biases: at the matrices' rate, 12 steps did damage that 12 more did not undo
 BETAS = (0.9, 0.95)  # of Adam
-LOOKS = 5  # how many times the held-out loss is evaluated
-ATTEMPTS, FALL = 3, 4  # trainings at most, and by what the learning rate is divided from one to the next
+LOOKS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # shares of the steps after which the held-out loss is evaluated
+FALL = 4  # by what the learning rate is divided where it does harm
 
 
 def check(cfg: Any, name: str) -> None:
@@ -125,70 +125,88 @@ def fit(trainable: Trainable, loss: Callable[[int], torch.Tensor], held: Sequenc
     loss(i): a scalar tensor for batch i. held: one bool per batch, whether it is held out. steps, lr: see above. seed:
     of the order of the batches. progress(): called after every step.
 
-    The state with the best held-out loss is kept, and training stops early when that loss got worse twice in a row. If
-    it never improved, the learning rate was too high for this model: it is divided by FALL and training starts over.
+    The state with the best held-out loss is kept, and training stops early when that loss got worse twice in a row.
+    Where it is worse than it was before training, the learning rate is too high for this model: the best state is
+    restored, the rate is divided by FALL and the remaining steps are done with it. The first looks come early, so that
+    few steps are lost.
     """
     fitting = Fitting(trainable, loss, held, steps, seed, progress)
     before, start, warnings = fitting.held_out_loss(), trainable.snapshot(), []
-    for attempt in range(ATTEMPTS):
-        rate = lr / FALL**attempt
-        done, best = fitting.descend(rate, before, start)
-        if before is None or best < before:
-            break
-    if attempt:
-        warnings.append(f"learning rate lowered from {lr:g} to {rate:g}" if best < before else
-                        f"nothing gained at learning rates from {lr:g} down to {rate:g}: left as it was")
-    if before is not None and best < before:
+    done, rate, best = fitting.descend(lr, before, start)
+    if before is None:
+        warnings.append("one window only: nothing held out, no early stop; raise --nsamples")
+    elif not best < before:
+        warnings.append(f"nothing gained at learning rates from {lr:g} down to {rate:g}: left as it was")
+    else:
+        if rate < lr:
+            warnings.append(f"learning rate lowered from {lr:g} to {rate:g}")
         trainable.round()  # the loss of what will be saved
         best = fitting.held_out_loss()
         if not best <= before:
             trainable.restore(start)
             best = before
             warnings.append("rounding to the stored dtype cost more than was gained: left as it was")
-    if before is None:
-        warnings.append("one window only: nothing held out, no early stop; raise --nsamples")
     return {"steps": done, "lr": rate, "held_out_before": before, "held_out_after": best, "warnings": warnings}
 
 
 class Fitting:
-    """The state of one `fit`; the random order of batches continues from one attempt to the next."""
+    """The state of one `fit`."""
 
     def __init__(self, trainable: Trainable, loss: Callable[[int], torch.Tensor], held: Sequence[bool], steps: int,
                  seed: int, progress: Callable[[], object] | None):
         self.trainable, self.loss, self.steps, self.progress = trainable, loss, steps, progress
         self.train, self.held = ([i for i, apart in enumerate(held) if apart == kind] for kind in (False, True))
         self.gen = torch.Generator().manual_seed(seed)
+        self.queue: list[int] = []
+        self.looks = {max(1, round(share * steps)) for share in LOOKS}
 
     def held_out_loss(self) -> float | None:
         """Mean loss over the held-out batches; None if there are none."""
         return mean(self.loss, self.held)
 
     @torch.enable_grad()
-    def descend(self, lr: float, best: float | None, state: dict[str, torch.Tensor]) -> tuple[int, float | None]:
-        """Train once, from the current parameters, which `state` holds and whose held-out loss is `best`.
+    def descend(self, lr: float, before: float | None,
+                state: dict[str, torch.Tensor]) -> tuple[int, float, float | None]:
+        """Train from the current parameters, which `state` holds and whose held-out loss is `before`.
 
-        Leaves the parameters at their best state. Returns (steps done, that state's held-out loss).
+        Leaves the parameters at their best state. Returns (steps done, last learning rate, that state's held-out loss).
         """
-        optimizer = torch.optim.Adam(self.trainable.groups(lr), betas=BETAS, fused=True)  # no copies of all weights
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate_at)
-        worse, queue, done = 0, [], 0
+        optimizer, best, worse = self.optimizer(lr), before, 0
         for done in range(1, self.steps + 1):
-            queue = queue or [self.train[i] for i in torch.randperm(len(self.train), generator=self.gen).tolist()]
-            optimizer.zero_grad(set_to_none=True)
-            self.loss(queue.pop()).backward()
-            self.trainable.mask_gradients()
-            optimizer.step()
-            schedule.step()
-            if self.progress:
-                self.progress()
-            if self.held and (done % max(1, self.steps // LOOKS) == 0 or done == self.steps):
-                now = self.held_out_loss()
-                best, state, worse = (now, self.trainable.snapshot(), 0) if now < best else (best, state, worse + 1)
+            self.step(optimizer, done - 1)
+            if not self.held or done not in self.looks:
+                continue
+            now = self.held_out_loss()
+            if now < best:
+                best, state, worse = now, self.trainable.snapshot(), 0
+            elif not now <= before and done < self.steps:  # a NaN is no gain
+                lr, worse = lr / FALL, 0
+                self.trainable.restore(state)
+                optimizer = self.optimizer(lr)
+            else:
+                worse += 1
                 if worse == 2:
                     break
         if self.held:
             self.trainable.restore(state)
-        return done, best
+        return done, lr, best
+
+    def optimizer(self, lr: float) -> torch.optim.Optimizer:
+        """A new Adam; fused, as that makes no copies of all weights."""
+        groups = [group | {"highest": group["lr"]} for group in self.trainable.groups(lr)]
+        return torch.optim.Adam(groups, betas=BETAS, fused=True)
+
+    def step(self, optimizer: torch.optim.Optimizer, number: int) -> None:
+        """One update on the next batch, at the rate of this step, counted from 0."""
+        for group in optimizer.param_groups:
+            group["lr"] = group["highest"] * self.rate_at(number)
+        self.queue = self.queue or [self.train[i] for i in torch.randperm(len(self.train), generator=self.gen).tolist()]
+        optimizer.zero_grad(set_to_none=True)
+        self.loss(self.queue.pop()).backward()
+        self.trainable.mask_gradients()
+        optimizer.step()
+        if self.progress:
+            self.progress()
 
     def rate_at(self, step: int) -> float:
         """The learning rate at a step, relative to its maximum: linear warm-up, then cosine decay."""
