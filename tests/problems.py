@@ -7,7 +7,7 @@ import reference as ref
 import torch
 
 from oneshot.calibrate.statistics import Statistics
-from oneshot.prune.patterns import NM
+from oneshot.prune.patterns import NM, Columns
 
 
 def layer(R, C, T, *, seed=0, dead=()):
@@ -31,6 +31,7 @@ def white(C, variance=4.0):
 
 def statistics_of(X, needs, dtype=None, batch=None):
     """Statistics of the tokens X (T, C), in batches of `batch`."""
+    needs = {*needs, "outer"} if "gradient" in needs else needs  # of which `solving.run` makes one
     statistics = Statistics(X.shape[1], needs, dtype=dtype or X.dtype)
     for x in X.split(batch or max(len(X), 1)):
         statistics.update(x)
@@ -47,6 +48,9 @@ def groups(pattern, R, C):
     whole = slice(None)
     if isinstance(pattern, NM):
         return [(slice(i, i + 1), slice(j, j + pattern.m)) for i in range(R) for j in range(0, C, pattern.m)]
+    if isinstance(pattern, Columns):
+        return [(whole, slice(j, j + pattern.count * pattern.size))
+                for j in range(0, C, pattern.count * pattern.size)]
     if pattern.group == "row":
         return [(slice(i, i + 1), whole) for i in range(R)]
     width = pattern.group if isinstance(pattern.group, int) else C
@@ -55,4 +59,6 @@ def groups(pattern, R, C):
 
 def removed_of(pattern, size):
     """How many of a group of `size` weights go."""
+    if isinstance(pattern, Columns):
+        return size // pattern.count * (pattern.count - pattern.kept)
     return pattern.m - pattern.n if isinstance(pattern, NM) else ref.exact_count(size, pattern.sparsity)

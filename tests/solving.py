@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from problems import groups, removed_of, statistics_of
 
+from oneshot.calibrate.statistics import Gradient
 from oneshot.prune import solvers
 from oneshot.prune.patterns import Dense
 from oneshot.settings.flags import configured
@@ -29,7 +30,14 @@ def case(method, **flags):
 def run(c, W, X, pattern, statistics=None):
     """The chain's solution with exactly the Statistics it says it needs, in W's precision."""
     statistics = statistics or statistics_of(X, c.needs, W.dtype)
+    statistics = seen(statistics, W, c.needs)
     return solvers.solve(W, statistics, resolved(c, pattern), c.chain)
+
+
+def seen(statistics, W, needs):
+    """The statistics with a gradient where one is needed: that of half the squared norm of the layer's output."""
+    g = W @ statistics.G.to(W) if "gradient" in needs else None
+    return statistics if g is None else statistics.with_gradient(Gradient(g, g.square()))
 
 
 def resolved(c, pattern):

@@ -11,8 +11,8 @@ from oneshot.__main__ import main
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 HERE = {"meta-llama/Llama-3.1-8B": "demo", "c4": "builtin", "wikitext2": "builtin:prose", "cuda": "cpu"}
-SMALL = {"prune": ["--nsamples", "2", "--seqlen", "32", "--eval-windows", "2", "--no-progress"], "verify": [],
-         "generate": ["--max-new-tokens", "4"]}
+FEW = ["--nsamples", "2", "--seqlen", "32", "--eval-windows", "2", "--no-progress"]
+SMALL = {"prune": FEW, "verify": [], "shrink": [*FEW, "--tries", "2"], "generate": ["--max-new-tokens", "4"]}
 
 
 def commands():
@@ -30,7 +30,7 @@ def test_commands(tmp_path, monkeypatch, capsys):
         argv = [verb, *(HERE.get(w, w) for w in words), *SMALL[verb]]
         assert main(argv) == 0, (argv, capsys.readouterr().err)
     out = capsys.readouterr().out
-    assert out.count("all proved") == 2 and "(packed)" in out
+    assert out.count("all proved") == 3 and "(packed)" in out
 
 
 def test_python_lines():

@@ -4,6 +4,7 @@
     head          logits from the hidden states after the last block
     collect       collect the statistics of a block's linears by hooks, in one forward pass of the block
     statistics    running sums over one linear's inputs
+    gradients     the gradient of the loss with respect to every linear's weight, one block at a time
     health        whether a pruned block's output has collapsed
 """
 
@@ -17,8 +18,9 @@ from .activations import (
     tree_map,
 )
 from .collect import Limits, collect
+from .gradients import gradients
 from .head import logits, logits_to_keep, slices_logits, tail
-from .statistics import NEEDS, SAMPLE, Statistics
+from .statistics import NEEDS, SAMPLE, Gradient, Statistics
 
-__all__ = ["NEEDS", "SAMPLE", "Activations", "Limits", "Statistics", "Wait", "batches", "capture", "collect", "forward",
-           "logits", "logits_to_keep", "replay", "slices_logits", "tail", "tree_map"]
+__all__ = ["NEEDS", "SAMPLE", "Activations", "Gradient", "Limits", "Statistics", "Wait", "batches", "capture",
+           "collect", "forward", "gradients", "logits", "logits_to_keep", "replay", "slices_logits", "tail", "tree_map"]

@@ -50,6 +50,7 @@ class Activations:
     hidden: list[torch.Tensor] = field(default_factory=list)
     rows: list[torch.Tensor | None] = field(default_factory=list)
     held: list[bool] = field(default_factory=list)
+    scales: list[torch.Tensor] = field(default_factory=list)
 
     def __len__(self) -> int:
         """The number of batches."""

@@ -50,6 +50,8 @@ def collect(block: nn.Module, activations: Activations, b: int, weights: Sequenc
         for i in range(len(activations)):
             collector.start(activations.rows[i], activations.inputs[i]["input_ids"].numel(),
                             inputs_of(weights, *dense, b, i) if dense else None)
+            collector.held = bool(activations.held and activations.held[i])
+            collector.scale = activations.scales[i] if activations.scales else None
             with contextlib.suppress(Enough):
                 out = forward(block, activations, b, i)
                 first = out if first is None else first
@@ -90,6 +92,8 @@ class Collector:
         self.spent = 0  # bytes of Gram matrices
         self.statistics: dict[str, Statistics] = {}
         self.deferred: set[str] = set()
+        self.held = False  # whether the batch is held out
+        self.scale: torch.Tensor | None = None  # (tokens,) by which the batch's inputs are multiplied
         self.leader: dict[str, str] = {}  # {linear: the first linear with the same input tensor}
         self.calls: list[str] = []  # the linears that this batch has reached
         self.whole: list[str] | None = None  # all that the first batch reached
@@ -154,7 +158,7 @@ class Collector:
             if statistics.cross is not None and not self.comparable(weight, x):
                 statistics.cross = None
             other = self.real(weight, self.dense[weight.name], index) if statistics.cross is not None else None
-            statistics.update(self.real(weight, x, index), other)
+            statistics.update(self.real(weight, x, index), other, self.held)
 
     def comparable(self, weight: Weight, x: torch.Tensor) -> bool:
         """Whether x (..., C) and the linear's input in the dense model both hold every token of the batch."""
@@ -166,7 +170,7 @@ class Collector:
         if weight.name in self.deferred:
             return False
         needs = self.needs if weight.expert is None else self.needs - {"cross"}
-        cost = 4 * C * C * len(needs & {"outer", "cross"})
+        cost = 4 * C * C * len(needs & {"outer", "cross", "held"})
         self.stage = self.stage or weight.kind
         limits, whole = self.limits, self.spent + cost
         if (limits.one_stage and weight.kind != self.stage) or \
@@ -177,8 +181,11 @@ class Collector:
         return True
 
     def real(self, weight: Weight, x: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
-        """The rows of x that are not padding, (tokens, C)."""
+        """The rows of x that are not padding, (tokens, C), each times its token's scale if there is one."""
         x = x.reshape(-1, x.shape[-1])
+        if self.scale is not None:
+            scale = self.scale if index is None else self.scale[index]
+            x = x * scale.to(x).unsqueeze(1) if len(scale) == len(x) else x
         if self.rows is None:
             return x
         rows = self.rows if index is None else self.rows[index]

@@ -6,18 +6,31 @@
     sum_sq  sum of x², (C,)
     sum     sum of x, (C,)
     cross   sum of (x_dense - x) xᵀ, (C, C), where x_dense is the linear's input for the same token in the dense model
+    held    sum of x xᵀ over the held-out tokens alone, (C, C), which are part of `outer` too
     sample  some of the x themselves, (at most SAMPLE, C), on which the layer's output error is measured
+    gradient  of the loss with respect to ONE linear's weight: not a sum over x, see gradients.py
 
-All but the sample are running SUMS in float32, so the statistics of batches, processes or machines combine by addition.
+All others are running SUMS in float32, so the statistics of batches, processes or machines combine by addition.
 """
 
+import copy
 from collections.abc import Callable, Hashable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 SAMPLE = 256  # tokens; measuring a layer's error on them costs 4·R·C·256 operations, 1.5 % of two passes over 16k
-NEEDS = frozenset({"sum", "sum_sq", "outer", "sample", "cross"})
+NEEDS = frozenset({"sum", "sum_sq", "outer", "sample", "cross", "held", "gradient"})
+
+
+class Gradient(NamedTuple):
+    """Of the loss, over the calibration windows, with respect to one linear's weight; both (R, C).
+
+    mean: of the mean loss. mean_sq: the mean square, over batches, of each batch's.
+    """
+
+    mean: torch.Tensor
+    mean_sq: torch.Tensor
 
 
 class Statistics:
@@ -41,12 +54,17 @@ class Statistics:
         self.sum, self.sum_sq = zeros("sum", C), zeros("sum_sq", C)
         self.outer = zeros("outer", C, C)  # the upper triangle of the sum; once `G` was asked for, the whole mean
         self.cross = zeros("cross", C, C)
+        self.held, self.n_held = zeros("held", C, C), 0
+        self.gradient: Gradient | None = None
         self.sample = zeros("sample", 0, C)
         self._outer_is_mean = False
         self._derived: dict[Hashable, Any] = {}
 
-    def update(self, x: torch.Tensor, x_dense: torch.Tensor | None = None) -> None:
-        """Add the tokens of x (T, C). x_dense (T, C): the same tokens' inputs in the dense model (default: x)."""
+    def update(self, x: torch.Tensor, x_dense: torch.Tensor | None = None, held: bool = False) -> None:
+        """Add the tokens of x (T, C). x_dense (T, C): the same tokens' inputs in the dense model (default: x).
+
+        held: whether they are held out.
+        """
         x = x.to(self.dtype)
         self._to_sums()
         self.n += x.shape[0]
@@ -59,6 +77,9 @@ class Statistics:
             strip = max(-(-self.C // 8), 64)
             for i in range(0, self.C, strip):
                 self.outer[i : i + strip, i:].addmm_(x[:, i : i + strip].T, x[:, i:])
+        if self.held is not None and held:
+            self.held.addmm_(x.T, x)
+            self.n_held += x.shape[0]
         if self.cross is not None and x_dense is not None:
             self.cross.addmm_((x_dense.to(self.dtype) - x).T, x)
         if self.sample is not None and len(x):
@@ -72,10 +93,10 @@ class Statistics:
             raise ValueError(f"statistics of {self.C} inputs ({', '.join(sorted(self.needs))}) and of {other.C} "
                              f"({', '.join(sorted(other.needs))}) cannot be added")
         both = Statistics(self.C, self.needs, dtype=self.dtype)
-        both.n = self.n + other.n
+        both.n, both.n_held = self.n + other.n, self.n_held + other.n_held
         for part in (self, other):
             part._to_sums()
-        for name in ("sum", "sum_sq", "outer", "cross"):
+        for name in ("sum", "sum_sq", "outer", "cross", "held"):
             if name in self.needs:
                 setattr(both, name, getattr(self, name) + getattr(other, name))
         if self.sample is not None:
@@ -112,6 +133,19 @@ class Statistics:
     def mean_sq(self) -> torch.Tensor:
         """E[x_j²] (C,)."""
         return self.sum_sq / max(self.n, 1) if self.sum_sq is not None else self.G.diagonal()
+
+    @property
+    def apart(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(G of the tokens that are not held out, G of those that are), both (C, C); None unless there are both."""
+        if self.held is None or not 0 < self.n_held < self.n:
+            return None
+        return (self.G * self.n - self.held) / (self.n - self.n_held), self.held / self.n_held
+
+    def with_gradient(self, gradient: Gradient | None) -> "Statistics":
+        """These statistics, everything derived from them included, with one linear's gradient."""
+        own = copy.copy(self)
+        own.gradient = gradient
+        return own
 
     def derived(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """`make()`, cached under `key` until the next update, so that linears with the same input share the result."""

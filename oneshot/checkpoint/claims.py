@@ -70,6 +70,11 @@ def check_settings(data: dict) -> list[Fault]:
             for name, entry in entries.items() if pattern_of(entry) not in allowed]
 
 
+def shrinks(settings: dict) -> bool:
+    """Whether the settings ask for a smaller model."""
+    return any(settings.get(name) is not None for name in ("shrink", "layers", "drop", "experts"))
+
+
 def check_allocated(asked: Unstructured, entries: dict[str, dict], settings: dict) -> list[Fault]:
     """Faults of a sparsity that was spread over the linears: their groups, and their zeros within one a group."""
     faults, wanted, zeros, groups = [], 0.0, 0, 0

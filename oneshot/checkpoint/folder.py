@@ -54,6 +54,7 @@ class Folder:
         self.work = self.path / WORK
         self.computed_with: dict = {}
         self.plan: Plan | None = None
+        self.choice: dict | None = None  # the cut that was chosen, plain values, saved with the first block
         self._used: list[dict] = []  # what each kept block was computed with
         self._first: dict = {}  # what the kept plan was computed with
         self._seal, self._warnings = "", []  # of the last kept block; of those that were dropped
@@ -112,6 +113,11 @@ class Folder:
         self._first = self._noted["computed_with"]
         return {name: patterns.parse(*entry) for name, entry in self._noted["plan"].items()}
 
+    def kept_choice(self) -> dict | None:
+        """What `choice` was when the saved blocks were made; None if there are none."""
+        kept = self.ours and self._block(0).is_file()
+        return self._noted.get("choice") if kept else None
+
     def blocks(self) -> Iterator[tuple[kept.State, dict]]:
         """Yield (state dict, rows of the record) of the blocks finished so far, in order.
 
@@ -166,7 +172,8 @@ class Folder:
         """Write run.json."""
         plan = {name: [str(p), p.group] for name, p in self.plan.items()} if self.plan else None
         sealed.write({"run_id": self.run_id, "files": sorted(self._own.removable), "nameless": self._own.nameless,
-                      "computed_with": self._first or self.computed_with, "plan": plan}, self.work / owner.RUN)
+                      "computed_with": self._first or self.computed_with, "plan": plan,
+                      **({"choice": self.choice} if self.choice else {})}, self.work / owner.RUN)
 
     def save_block(self, number: int, state: kept.State, rows: dict) -> None:
         """Save a finished block, its state dict and its rows of the record; an interrupted run resumes after it."""
@@ -182,15 +189,15 @@ class Folder:
             self._seal = header["seal"]
 
     def finish(self, model: nn.Module, tokenizer: Tokenizer, record: dict, form: str = "dense",
-               page: Callable[[dict], str] | None = None) -> dict:
+               page: Callable[[dict], str] | None = None, more: dict | None = None) -> dict:
         """Write checkpoint, page and manifest, move them into place, remove the work files; returns the saved record.
 
         form: "dense" (zeros are stored) or "packed" (2:4 linears are replaced in the model, see packed.py). page:
-        returns the text of report.html for a record.
+        returns the text of report.html for a record. more: further entries of the manifest.
 
         Raises OSError naming `--save` if writing fails, ProofError if what was saved is not the model.
         """
-        data = manifest(model, record)
+        data = manifest(model, record) | (more or {})
         if form == "packed":
             data |= packed.pack_checkpoint(model, data["tensors"])
             record = data["record"] = record | {"packed": data["packed"], "warnings": record["warnings"] + [

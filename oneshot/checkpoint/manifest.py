@@ -6,6 +6,8 @@
     tensors         {linear: its pattern, zeros, sha256 of its dense bytes, ...} of all prunable linears
     files           {name: {"bytes", "sha256"}} of every other file that the run wrote
     stored_tensors  {name: {"file", "dtype", "shape", "sha256"}} of every tensor in the safetensors files
+    origin          only of a smaller model: which blocks and units are left, where each tensor comes from and whether
+                    it is as it was (structured/origin.py)
     sha256_of_this  the hash of all text before it (sealed.py)
 """
 

@@ -22,6 +22,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import models
+from ..models import uneven  # noqa: F401 - registers the other format
 from ..models.intake import PACKED
 from . import contents, manifest
 

@@ -7,6 +7,10 @@ missing from the manifest. Checks that the manifest agrees with itself: patterns
 what was never pruned, and what is not checked. Exit code: 0, everything is as recorded; 1, something is not; 2, there
 is nothing to check.
 
+Of a smaller model it checks that blocks, units and tensors are those that the manifest says are left. With `--original
+MODEL`, the model it was made from, it checks each tensor against the rows and columns of that one: shapes of all, and
+the bits of those that are recorded as original.
+
 With `--twin OTHER` it also checks that both folders hold the same model, tensor by tensor; packed weights are compared
 as the dense matrices they represent.
 """
@@ -20,6 +24,7 @@ import torch
 from .. import models
 from ..models import Weight
 from ..runtime.command import Parser, exit_code
+from ..structured import origin
 from . import claims, contents, packed
 from .contents import MANIFEST, Fault
 from .manifest import digest, old, pattern_of, read_sealed
@@ -40,10 +45,11 @@ class Verified(NamedTuple):
     unchecked: tuple[str, ...] = ()
 
 
-def verify(path: str | Path, trust_remote_code: bool = False) -> Verified:
+def verify(path: str | Path, trust_remote_code: bool = False, original: str | None = None) -> Verified:
     """Check a folder against its manifest.
 
-    trust_remote_code: run code that the folder brings, to load its model.
+    trust_remote_code: run code that the folder brings, to load its model. original: the model that a smaller one was
+    made from.
 
     Raises ValueError when the folder is not a finished checkpoint of oneshot, or cannot be loaded.
     """
@@ -63,6 +69,7 @@ def verify(path: str | Path, trust_remote_code: bool = False) -> Verified:
     faults += claims.check(data) + claims.check_packed(data, model)
     packed.to_dense(model)  # the recorded hashes are of the dense weights, so they also show that packing lost nothing
     rows, found = check_linears(model, data)
+    faults += check_origin(model, data, original, trust_remote_code)
     bad = {fault.name for fault in found}
     faults += found + [fault for fault in changed if not fault.tensor or fault.name.rpartition(".")[0] not in bad]
     unchecked = [f"{name} (not the run's)" for name in contents.files_of(path) if name not in data.get("files", {})]
@@ -94,6 +101,36 @@ def check_linears(model: torch.nn.Module, data: dict) -> tuple[list[dict], list[
     if not faults and total and data["record"].get("sparsity") != zeros / total:
         faults.append(Fault(MANIFEST, f"sparsity {data['record'].get('sparsity')} recorded, it is {zeros / total}"))
     return rows, faults
+
+
+def check_origin(model: torch.nn.Module, data: dict, original: str | None, trust_remote_code: bool) -> list[Fault]:
+    """Faults of what a smaller model's manifest says it was made from. original: the model it was made from, or None.
+
+    Raises ValueError naming `--original` for a model that this one was not made from.
+    """
+    said = data.get("origin")
+    asked = claims.shrinks(data["record"]["settings"])
+    if said is None or not asked:
+        if original:
+            raise ValueError(f"--original {original}: the manifest records no larger model that this one was made from")
+        return [Fault(MANIFEST, "its settings and its record disagree on whether the model was made smaller")
+                ] if bool(said) != asked else []
+    try:
+        found = origin.shape_faults(model, said)
+        if original and not found:
+            dense, _ = models.load(original, flag="--original", trust_remote_code=trust_remote_code)
+            if models.fingerprint(dense) != data["record"]["model"]["fingerprint"]:
+                raise NotTheOne(f"--original {original}: is not the model that this one was made from")
+            found = origin.faults(dense, model, said)
+    except NotTheOne:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+        return [Fault(MANIFEST, f"its origin cannot be read ({type(error).__name__})")]
+    return [Fault(name, text) for name, text in found]
+
+
+class NotTheOne(ValueError):
+    """Another model was given as the original."""
 
 
 def compare(path: str | Path, twin: str | Path, trust_remote_code: bool = False) -> tuple[int, list[str]]:
@@ -157,9 +194,11 @@ def run(argv: list[str] | None) -> int:
                                                         "tensor, such as the dense version of a packed checkpoint")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that the folder brings, to load it")
     parser.add_argument("--quiet", action="store_true", help="print only faults and the verdict")
+    parser.add_argument("--original", metavar="MODEL", help="the model that a smaller one was made from: compares each "
+                                                            "tensor with the rows and columns that are left of it")
     args = parser.parse_args(argv)
     models.quiet()
-    found = verify(args.folder, args.trust_remote_code)
+    found = verify(args.folder, args.trust_remote_code, args.original)
     equal, different = compare(args.folder, args.twin, args.trust_remote_code) if args.twin else (0, [])
     if not args.quiet:
         show(found)

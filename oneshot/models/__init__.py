@@ -32,11 +32,11 @@ from .experts import experts_one_by_one, is_experts
 from .loading import DEMO, Tokenizer, fingerprint, load, quiet
 from .own_code import own_code
 from .source import source_of
-from .weights import Conv1D, Weight, left_alone, mlp, silent, untouched, weights_of
+from .weights import ATTENTION, Conv1D, Weight, left_alone, mlp, silent, untouched, weights_of
 
 __all__ = [
-    "DEMO", "Block", "Conv1D", "Tokenizer", "Weight", "all_weights", "blocks", "compute_dtype", "config_of", "decoder",
-    "embedded", "experts_one_by_one", "fingerprint", "is_experts", "left_alone", "load", "max_positions", "mlp",
-    "outside", "own_code", "quiet", "resident", "rest_of", "shares_weights", "silent", "skipped", "source_of",
-    "tensors_of", "unreached", "untouched", "walk", "weights_of",
+    "ATTENTION", "DEMO", "Block", "Conv1D", "Tokenizer", "Weight", "all_weights", "blocks", "compute_dtype",
+    "config_of", "decoder", "embedded", "experts_one_by_one", "fingerprint", "is_experts", "left_alone", "load",
+    "max_positions", "mlp", "outside", "own_code", "quiet", "resident", "rest_of", "shares_weights", "silent",
+    "skipped", "source_of", "tensors_of", "unreached", "untouched", "walk", "weights_of",
 ]

@@ -15,6 +15,7 @@ INDEX = "model.safetensors.index.json"
 DEQUANTISED = ("fp8", "mxfp4")  # what transformers turns into bfloat16 while it loads
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers")  # their number in a config
 PACKED = "oneshot_2of4"  # checkpoint/packed.py
+UNEVEN = "oneshot_uneven"  # uneven.py
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def check_config(config: dict, said: str) -> None:
         if isinstance(value, int) and abs(value) >= 2**40:
             raise ValueError(f"{said}: its config says that {key} is {str(value)[:30]}; correct it or fetch it again")
     method = quantisation(config)
-    if method not in (None, *DEQUANTISED, PACKED):
+    if method not in (None, *DEQUANTISED, PACKED, UNEVEN):
         raise ValueError(f"{said}: its weights are quantised ({method}); give the unquantised checkpoint: pruning "
                          f"them is only possible where loading undoes it ({', '.join(DEQUANTISED)})")
 

@@ -86,6 +86,8 @@ def weights_of(block: nn.Module, name: str = "") -> tuple[list[Weight], list[tup
         if isinstance(module, (nn.Linear, Conv1D)):
             parameter = f"{linear}.weight"
             reached.add(parameter)
+            if not module.weight.numel():
+                continue  # what is left of a part that was cut off as a whole (uneven.py)
             if left_alone(linear):
                 skipped.append((parameter, left_alone(linear)))
             elif not module.weight.is_floating_point() or module.weight.element_size() < 2:

@@ -43,6 +43,7 @@ def prune(model: nn.Module, tokenizer: Tokenizer | None = None, *, method: str =
     refuse_unknown(parts or {}, part_names(), "no such setting of a part")
     asked = values.plain({**settings, **(parts or {}), "model": name, "pattern": str(pattern), "evaluate": "none",
                           "method": method, "calibration": "given" if given else calibration})
+    asked = flags.with_fold(asked)
     presets.check_effort([method], asked)
     whole = presets.expand(method, asked)
     flags.check_parts({method: whole}, asked)
@@ -63,6 +64,19 @@ def prune(model: nn.Module, tokenizer: Tokenizer | None = None, *, method: str =
         weights, run_id = identify(cfg, model, tokens, {})
         record = run.work(Subject(model, tokenizer, cfg, {}, tokens), plan)
     return report.storable(record | {"run_id": run_id, "model": describe(cfg, model, weights)})
+
+
+def shrink(model: nn.Module, tokenizer: Tokenizer | None = None, *, to: float | None = 0.75, method: str = "obs",
+           **settings: Any) -> dict[str, Any]:
+    """Make a loaded model smaller in place, as `oneshot shrink` does; returns the record of the run.
+
+    The object `model` is the smaller model afterwards: its class and config may be others. to: the share of the blocks
+    that is left; None with `layers` or `drop`. method: the solver that chooses and refits units. settings: as for
+    `oneshot.prune`, such as calibration, nsamples, layers, drop, tries, heal.
+
+    Raises ValueError naming the setting.
+    """
+    return prune(model, tokenizer, method=method, pattern="dense", shrink=to, shrink_method=method, **settings)
 
 
 @contextlib.contextmanager

@@ -48,6 +48,8 @@ def check_target(cfg: RunConfig) -> None:
     if not spreads and cfg.allocate not in ("uniform", "mix"):
         raise ValueError(f"--allocate {cfg.allocate}: spreads a sparsity such as --pattern 0.5; {cfg.pattern} is the "
                          "same everywhere (--allocate mix mixes patterns)")
+    if cfg.prunes and cfg.shrinks:
+        check_shrink(cfg)
     own = {"--dense-target": cfg.dense_target, "--heal": cfg.heals, "--true-sequential": cfg.true_sequential,
            "--stop-on-collapse": cfg.stop_on_collapse}
     for flag, value in own.items():
@@ -55,6 +57,20 @@ def check_target(cfg: RunConfig) -> None:
             whole = f" (part of {cfg.preset})" if cfg.preset else ""
             raise ValueError(f"{flag}{whole}: needs each run's own pruned inputs, so it does not go with "
                              "--shared-inputs")
+
+
+def check_shrink(cfg: RunConfig) -> None:
+    """Reject what does not go with a smaller model. Raises ValueError naming the flag."""
+    if cfg.shared_inputs:
+        raise ValueError("--shared-inputs: looks at the dense model alone, so it does not go with --shrink")
+    if cfg.format == "packed" and (cfg.uneven or any(part for part, _ in cfg.dropped_parts)):
+        raise ValueError("--format packed: layers that differ (--uneven, --drop mlp:3) are stored dense; leave out one")
+    if cfg.sensitivity != "none":
+        raise ValueError("--sensitivity: looks at linears of the model before it gets smaller; measure it without "
+                         "--shrink")
+    if cfg.shrink_target and not any(module.updates for module in chain(cfg.shrink_method)):
+        raise ValueError(f"--shrink-target {cfg.shrink_target:g}: --shrink-method {cfg.shrink_method} leaves the "
+                         "weights it keeps unchanged, so it cannot aim at a target; use obs")
 
 
 def check_devices(cfg: RunConfig) -> None:

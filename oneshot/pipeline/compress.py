@@ -1,20 +1,24 @@
 """Compress: prune a model according to its plan, or round it, and prove the result."""
 
-import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from torch import nn
 
-from .. import heal
 from ..checkpoint import Folder, packed
 from ..data import Tokens
 from ..models import all_weights
+from ..models import blocks as all_blocks
 from ..prune import loop
-from ..prune.job import Result, skipped_rows
+from ..prune.job import Job, Result, skipped_rows
+from ..prune.patterns import Dense
+from ..prune.solvers import magnitude
 from ..quantise import grids, rtn
 from ..runtime import environment
 from ..runtime.proof import prove
 from ..settings import RunConfig
-from .plan import Plan, allocated, job_of
+from .plan import Plan, allocated, job_of, kept_dense, make_plan
+from .shrink import gradients, heal_model, shrink
 
 
 def compress(cfg: RunConfig, model: nn.Module, plan: Plan, calibration: Tokens | None,
@@ -26,18 +30,59 @@ def compress(cfg: RunConfig, model: nn.Module, plan: Plan, calibration: Tokens |
     if cfg.row != "pruned":
         warnings = rtn.quantise_model(model, grids.parse(cfg.pattern)) if cfg.row == "rounded" else []
         return Result(skipped=skipped_rows(model), warnings=warnings)
+    finished, on_block = (folder.blocks(), folder.save_block) if folder else (iter(()), None)
+    if folder:
+        folder.computed_with = circumstances(cfg, calibration)
+    smaller = None
+    if cfg.shrinks:
+        blocks = len(all_blocks(model)[1])
+        names = [weight.name for weight in all_weights(model)]
+        kept = kept_dense(cfg.keep_dense, names) if cfg.keep_dense else set()
+        smaller = shrink(cfg, model, calibration, folder, finished, on_block)
+        cfg = replace(cfg, keep_dense=renamed(kept, model, smaller.shrunk["kept_blocks"]))
+        plan = make_plan(cfg, model)
+        on_block = (lambda number, *rest: folder.save_block(blocks + number, *rest)) if folder else None
+    result = pruned(cfg, model, plan, calibration, folder, finished, on_block)
+    return joined(smaller, result) if smaller else result
+
+
+def pruned(cfg: RunConfig, model: nn.Module, plan: Plan, calibration: Tokens | None, folder: Folder | None,
+           finished: Iterator, on_block: Callable | None) -> Result:
+    """Prune and heal the model in place by its plan. finished, on_block: as for `loop.prune_model`."""
     kept = folder.kept_plan() if folder else None
     [plan] = [kept] if kept else allocated([cfg], model, [plan], calibration)
     if folder:
-        folder.computed_with = circumstances(cfg, calibration)
         folder.plan = plan if cfg.allocate != "uniform" else None
     job = job_of(cfg, plan, calibration)
+    if cfg.shrinks and all(isinstance(pattern, Dense) for pattern in plan.values()):  # nothing to look at any more
+        job, on_block, finished = Job(plan, [(magnitude, magnitude.Config())], replace(
+            cfg, layer_errors=False, dense_target=0.0)), None, iter(())
+    elif "gradient" in job.needs:
+        job = replace(job, gradients=gradients(cfg, model, calibration, job))
     ids, mask = (calibration.ids, calibration.mask) if calibration else (None, None)
-    finished, on_block = (folder.blocks(), folder.save_block) if folder else ((), None)
     result = loop.prune_model(model, ids, mask, job, finished=finished, on_block=on_block)
     result.warnings += folder.warnings() if folder else []
-    heal_model(cfg, model, job.healers, result)
+    heal_model(cfg if job.healers else replace(cfg, heal="none"), model, job.healers, result)
     prove_patterns(model, plan, result.layers)
+    return result
+
+
+def renamed(kept: set[str], model: nn.Module, blocks: list[int]) -> str | None:
+    """`--keep-dense` for the smaller model: the names in it of linears that were to stay dense; None for none."""
+    path, _ = all_blocks(model)
+    before = {f"{path}.{number}.": f"{path}.{place}." for place, number in enumerate(blocks)}
+    found = [new + name.removeprefix(old) for name in sorted(kept) for old, new in before.items()
+             if name.startswith(old)]
+    return ",".join(found) or None
+
+
+def joined(smaller: Result, result: Result) -> Result:
+    """The Result of both steps: the blocks' rows of the first, the linears' of the second, all warnings."""
+    result.shrunk = smaller.shrunk
+    result.shrunk["walked"] = smaller.blocks
+    result.heal = smaller.heal | {(f"{name}.pruned" if name in smaller.heal else name): info
+                                  for name, info in result.heal.items()}
+    result.warnings = smaller.warnings + result.warnings
     return result
 
 
@@ -46,18 +91,6 @@ def circumstances(cfg: RunConfig, calibration: Tokens | None) -> dict:
     found = environment.environment(cfg.device)
     return {key: found[key] for key in ("threads", "device", "torch", "transformers", "oneshot", "commit")} | {
         "calibration": calibration.sha256[:12] if calibration else None}
-
-
-def heal_model(cfg: RunConfig, model: nn.Module, healers: tuple[heal.Heal, ...], result: Result) -> None:
-    """Let the healing methods train the whole model; what they report goes into the result."""
-    for name, healer in zip(cfg.heals, healers, strict=True):
-        began = time.perf_counter()
-        with loop.float32_products(cfg.tf32):
-            info = healer.after_model(model, result.dense)
-        if info is not None:
-            result.warnings += [f"--heal {name}: {w}" for w in info.pop("warnings", [])]
-            result.heal[name] = info | {"seconds": time.perf_counter() - began}
-    result.dense = None  # frees the hidden states of the whole calibration set
 
 
 def prove_patterns(model: nn.Module, plan: Plan, rows: list[dict]) -> None:

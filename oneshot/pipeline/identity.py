@@ -18,7 +18,7 @@ def warnings(subject: Subject) -> list[str]:
     """What a reader of the run's numbers should know first: about the model, what stays dense, and the data."""
     cfg, model = subject.cfg, subject.model
     unreached = checks.unreached_warnings(model) if cfg.prunes else []
-    return [*models.source_of(model).warnings, *unreached, *keep_dense_warning(cfg, model),
+    return [*models.source_of(model).warnings, *unreached, *(() if cfg.shrinks else keep_dense_warning(cfg, model)),
             *choose.warnings(cfg, model, subject.calibration, subject.texts)]
 
 

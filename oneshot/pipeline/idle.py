@@ -34,7 +34,7 @@ def idle(name: str, configs: Sequence[RunConfig]) -> str | None:
         why, used = RULES[name]
         return None if used(cfg, configs) else why
     about = known()[name].metadata
-    recipe = about.get("section") == "what" and about["bears_on"] == "pruning"
+    recipe = about.get("section") in ("what", "smaller") and about["bears_on"] == "pruning"
     return "as nothing is pruned" if recipe and not pruned else None
 
 
@@ -88,6 +88,16 @@ def reads(*wanted: str) -> Callable[[RunConfig, Sequence[RunConfig]], bool]:
     return lambda cfg, configs: bool(set(wanted) & set(kinds(cfg, configs)))
 
 
+def shrinks(cfg: RunConfig, configs: Sequence[RunConfig]) -> bool:
+    """Whether any run makes the model smaller."""
+    return any(c.prunes and c.shrinks for c in configs)
+
+
+def chooses(cfg: RunConfig, configs: Sequence[RunConfig]) -> bool:
+    """Whether any run chooses among mixtures."""
+    return any(c.prunes and c.shrink is not None and c.drop is None and c.layers is None for c in configs)
+
+
 NO_TEXT, NO_TASK = "as nothing is evaluated (--evaluate none)", "as there are no --tasks"
 RULES = {  # flag: (why it is idle, whether it is used: called with a run and all runs of the command)
     "eval_seqlen": (NO_TEXT, measures_text),
@@ -111,6 +121,15 @@ RULES = {  # flag: (why it is idle, whether it is used: called with a run and al
     "group": ("as only a sparsity such as --pattern 0.5 has comparison groups", lambda cfg, configs: any(
         isinstance(parse(c.pattern), Unstructured) for c in configs if c.prunes)),
     "format": ("as nothing is pruned", lambda cfg, configs: any(c.prunes for c in configs)),
+    "by": ("as there is no --shrink", lambda cfg, configs: any(c.prunes and c.shrink is not None for c in configs)),
+    "order": ("as no run chooses blocks that go (--shrink, --layers)", lambda cfg, configs: any(
+        c.prunes and (c.layers is not None or (c.shrink is not None and c.drop is None and c.tries > 1))
+        for c in configs)),
+    "tries": ("as no run chooses a mixture (--shrink without --layers or --drop)", chooses),
+    "uneven": ("as there is no --shrink to spread over the layers",
+               lambda cfg, configs: any(c.prunes and c.shrink is not None for c in configs)),
+    "shrink_method": ("as the model is not made smaller (--shrink)", shrinks),
+    "shrink_target": ("as the model is not made smaller (--shrink)", shrinks),
     "overwrite": ("as nothing is saved (--save)", lambda cfg, configs: any(c.save for c in configs)),
     "model_revision": ("as the model is a local folder", lambda cfg, _: cfg.model != "demo"
                        and not os.path.exists(cfg.model)),

@@ -34,7 +34,7 @@ def pattern_of(cfg: RunConfig) -> Pattern:
 
 def needs_data(cfg: RunConfig) -> bool:
     """Whether the run needs calibration data."""
-    looks = cfg.layer_errors or cfg.heals or cfg.dense_target or allocate.module(cfg.allocate).needs
+    looks = cfg.layer_errors or cfg.heals or cfg.dense_target or cfg.shrinks or allocate.module(cfg.allocate).needs
     return cfg.prunes and bool(looks or any(module.needs for module, _ in chain_of(cfg)))
 
 

@@ -24,6 +24,7 @@ from .command import Command, load
 from .compress import compress, sparsity
 from .identity import describe, identify, warnings
 from .plan import Plan, job_of, make_plan
+from .shrink import origin_of
 
 SHORT_OF_MEMORY = "lower --batch-size, --gram-budget or --seqlen, or do without --heal distil"
 
@@ -105,7 +106,8 @@ def made(cfg: RunConfig, command: Command, reuse: Callable[[Path], dict | None] 
     record |= {"run_id": run_id, "model": describe(cfg, model, weights)}
     record["seconds"] |= {"load": loaded - began, "data": prepared - loaded, "total": time.perf_counter() - began}
     if folder:
-        record = folder.finish(model, tokenizer, report.storable(record), cfg.format, page.of_one)
+        origin = {"origin": origin_of(cfg, subject.dense, model, record)} if cfg.shrinks else {}
+        record = folder.finish(model, tokenizer, report.storable(record), cfg.format, page.of_one, origin)
     with writing("--results", cfg.results):
         return report.write(record, file)
 
@@ -140,4 +142,4 @@ def work(subject: Subject, plan: Plan, command: Command | None = None, folder: c
         "warnings": warnings(subject) + result.warnings + found.warnings,
         "peak_memory_bytes": environment.peak_memory(cfg.device),
         "seconds": {"prune": pruned - starting + result.seconds, "evaluate": done - pruned, "total": done - began},
-    } | found.parts
+    } | ({"shrunk": result.shrunk} if result.shrunk else {}) | found.parts

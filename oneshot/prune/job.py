@@ -1,7 +1,7 @@
 """A pruning job: what to do to a model, and the rows of the record that say what was done."""
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, Protocol
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .. import models
-from ..calibrate import Activations
+from ..calibrate import Activations, Gradient
 from ..models import Block
 from . import solvers
 from .options import Options
@@ -35,7 +35,10 @@ class Job:
 
     plan: {full linear name: Pattern}. chain: the solver, then its refiners, each with its Config. options: how to
     compute. healers: the healing methods, in this order; with any, the dense model's activations are kept next to the
-    pruned model's. held_out: numbers of the windows that no healer trains on (solvers use all windows).
+    pruned model's. held_out: numbers of the windows that no healer trains on (solvers use all windows). dropped:
+    numbers of the blocks that go as a whole; the dense model's activations pass through them together with the block
+    before, so that what a block aims at lies behind the blocks that go after it. staged: as `true_sequential`.
+    gradients: {full linear name: Gradient} for solvers that need it.
     """
 
     plan: dict[str, Pattern]
@@ -43,6 +46,9 @@ class Job:
     options: Options = field(default_factory=Options)
     healers: tuple[Healer, ...] = ()
     held_out: tuple[int, ...] = ()
+    dropped: frozenset[int] = frozenset()
+    staged: bool = False
+    gradients: Mapping[str, Gradient] = field(default_factory=dict)
 
     @functools.cached_property
     def needs(self) -> frozenset[str]:
@@ -54,7 +60,17 @@ class Job:
     @property
     def follows_dense(self) -> bool:
         """Whether the dense model's activations are kept next to the pruned model's."""
-        return bool(self.healers or self.options.dense_target)
+        return bool(self.healers or self.options.dense_target or self.weighs or self.staged)
+
+    @property
+    def weighs(self) -> bool:
+        """Whether tokens count by 1 / the squared norm of the dense block's output."""
+        return any(getattr(cfg, "weigh", False) for _, cfg in self.chain)
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the dense block's outputs are needed before the block is solved."""
+        return bool(self.weighs or self.dropped)
 
     @property
     def label(self) -> str:
@@ -85,7 +101,9 @@ class Result:
     warnings: list[str] = field(default_factory=list)
     heal: dict = field(default_factory=dict)
     dense: Activations | None = None
+    pruned: Activations | None = None
     seconds: float = 0.0
+    shrunk: dict | None = None
 
     def add(self, rows: Rows) -> None:
         """Append a block's rows."""

@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from ..calibrate import Statistics
 from ..models import Weight
@@ -43,6 +44,11 @@ def solve(job: Job, weight: Weight, statistics: Statistics | None) -> Solved:
         raise ValueError(f"{weight.name}: its weights are not finite; the checkpoint is damaged")
     if statistics is not None and not statistics.finite():
         raise ValueError(f"{weight.name}: its inputs are not finite")
+    if statistics is not None and "gradient" in job.needs:
+        if weight.name not in job.gradients:
+            raise ValueError(f"{weight.name}: no gradient was computed for it; --method {job.label} goes neither with "
+                             "--shared-inputs nor with --sensitivity")
+        statistics = statistics.with_gradient(job.gradients[weight.name])
     chain, note = job.chain, None
     if any(module.needs for module, _ in chain) and (statistics is None or statistics.n == 0):
         chain, note = [(magnitude, magnitude.Config())], "no calibration token reached it: pruned by magnitude instead"
@@ -61,6 +67,20 @@ def solve(job: Job, weight: Weight, statistics: Statistics | None) -> Solved:
     return Solved(weight, pattern, solution, error, time.perf_counter() - began, warnings)
 
 
+def add_bias(weight: Weight, bias: torch.Tensor) -> None:
+    """Add `bias` (R,) to the bias of a weight's linear, which gets one if it has none.
+
+    Raises ValueError naming an expert, which has no bias of its own.
+    """
+    if weight.expert is not None:
+        raise ValueError(f"{weight.name}: an expert has no bias of its own to hold what was removed; use --flap.bias")
+    stored, own = bias.to(weight.stored), weight.owner.bias
+    if own is None:
+        weight.owner.bias = nn.Parameter(stored.to(weight.parameter), requires_grad=False)
+    else:
+        own.data.copy_((own.data.to(bias) + bias).to(weight.stored))
+
+
 def write(solved: Solved, rows: Rows) -> None:
     """Write a linear's new weight into the model and append its row and warnings to `rows`.
 
@@ -68,6 +88,8 @@ def write(solved: Solved, rows: Rows) -> None:
     """
     weight, pattern, name = solved.weight, solved.pattern, solved.weight.name
     weight.set(solved.solution.W_hat)
+    if solved.solution.bias is not None:
+        add_bias(weight, solved.solution.bias)
     stored = weight.get()
     if not torch.isfinite(stored.sum()):
         raise ValueError(f"{name}: its new weights do not fit {weight.stored}; use --dtype bfloat16 or float32")

@@ -47,21 +47,47 @@ def prune_model(model: nn.Module, ids: torch.Tensor | None, mask: torch.Tensor |
     with models.experts_one_by_one(model), float32_products(job.options.tf32), bar:
         activations = start(model, ids, mask, job.options, job.held_out) if job.needs or job.follows_dense else None
         dense = activations.fork() if job.follows_dense else None
+        pass_dropped(model, job, dense, -1)
         for block in models.walk(model, job.options.device, bar=bar):
             block.changed = True
             if done := next(finished, None):
                 rows = Rows(**done[1])
-                restore(block, done[0], None if block.number == last else activations, dense)
+                if block.number not in job.dropped:
+                    restore(block, done[0], None if block.number == last else activations, dense)
+                    pass_dropped(model, job, dense, block.number)
+            elif block.number in job.dropped:
+                rows = Rows(block={"block": block.number, "seconds": {}})
+                if on_block:
+                    on_block(block.number, {}, vars(rows))
             else:
-                rows = prune_block(job, block, activations, dense, {row["name"] for row in result.layers})
+                rows = prune_block(job, block, activations, dense, {row["name"] for row in result.layers}, model)
                 if on_block:
                     on_block(block.number, block.state(), vars(rows))
             result.add(rows)
             if job.options.stop_on_collapse and (found := health.collapses(rows.block)):
                 raise ValueError(f"--stop-on-collapse: {block.name}: {'; '.join(found)}")
-    result.dense = dense
+    result.dense, result.pruned = dense, activations
     result.warnings += not_aimed(result.layers, job.options.dense_target)
     return result
+
+
+def pass_dropped(model: nn.Module, job: Job, dense: Activations | None, number: int) -> None:
+    """Run the dense model's activations through the blocks that go right after block `number`."""
+    _, block_list = models.blocks(model)
+    while dense and (number := number + 1) in job.dropped:
+        with models.resident(models.tensors_of(block_list[number]), job.options.device):
+            calibrate.replay(block_list[number], dense, number)
+
+
+def scales(activations: Activations, after: Activations) -> list[torch.Tensor]:
+    """(B·T,) per batch: 1 / the norm of each token in `after`, of mean square 1 over the tokens that are not padding.
+
+    A Gram matrix of inputs times these is that of tokens which count by 1 / their squared norm.
+    """
+    norms = [h.float().norm(dim=-1).flatten().clamp_min(torch.finfo(torch.float32).tiny) for h in after.hidden]
+    real = [n if rows is None else n[rows.to(n.device)] for n, rows in zip(norms, activations.rows, strict=True)]
+    mean = torch.cat([1 / n.double().square() for n in real]).mean().sqrt().item()
+    return [(1 / n / mean).to(activations.device) for n in norms]
 
 
 def restore(block: Block, state: dict[str, torch.Tensor], activations: Activations | None,
@@ -69,6 +95,9 @@ def restore(block: Block, state: dict[str, torch.Tensor], activations: Activatio
     """Load the weights of a block that was pruned earlier, and run the activations through it."""
     if dense:
         calibrate.replay(block.module, dense, block.number)
+    for name in state.keys() - block.module.state_dict().keys():  # a bias that a solver added
+        owner, _, last = name.rpartition(".")
+        setattr(block.module.get_submodule(owner), last, nn.Parameter(state[name].clone(), requires_grad=False))
     block.module.load_state_dict(state)
     if activations:
         calibrate.replay(block.module, activations, block.number)
@@ -104,11 +133,12 @@ def float32_products(tf32: bool) -> Iterator[None]:
 
 
 def prune_block(job: Job, block: Block, activations: Activations | None, dense: Activations | None = None,
-                solved: Collection[str] = ()) -> Rows:
+                solved: Collection[str] = (), model: nn.Module | None = None) -> Rows:
     """Solve, write back and heal the resident block, then run the activations through it; returns the block's rows.
 
     activations: the pruned model's at this block, or None if no data is needed. dense: the dense model's at this block,
     if they are kept. solved: names of the linears that earlier blocks have solved, some of which this block may share.
+    model: needed if the job drops blocks.
     """
     rows, seconds, device = Rows(block={"block": block.number, "seconds": {}}), {}, job.options.device
     rows.block["seconds"] = seconds
@@ -117,11 +147,16 @@ def prune_block(job: Job, block: Block, activations: Activations | None, dense: 
             for healer in job.healers:
                 healer.before_block(block, dense)
     teacher = (copy.deepcopy(block.module), dense) if job.options.dense_target else None
-    if dense and not teacher:
+    after = None if not dense or (teacher and not job.looks_ahead) else dense.fork() if teacher else dense
+    if after:
         with clock(seconds, "dense", device):
-            calibrate.replay(block.module, dense, block.number)
+            calibrate.replay(block.module, after, block.number)
+            pass_dropped(model, job, after, block.number)
+        activations.scales = scales(activations, after) if job.weighs else []
     dense_out = solve_block(job, block, activations, teacher, rows, solved)
-    if teacher:
+    if after:
+        dense.hidden, dense.calls = after.hidden, after.calls
+    elif teacher:
         with clock(seconds, "dense", device):
             calibrate.replay(teacher[0], dense, block.number)
     if job.healers:
@@ -130,6 +165,7 @@ def prune_block(job: Job, block: Block, activations: Activations | None, dense: 
     if activations:
         with clock(seconds, "replay", device):
             pruned_out = calibrate.replay(block.module, activations, block.number)
+    if activations and dense_out is not None:
         rows.block |= health.compare(dense_out, pruned_out, activations.rows[0])
         if found := health.collapses(rows.block):
             rows.warnings.append(f"{block.name} collapsed: {'; '.join(found)}")
@@ -155,6 +191,7 @@ def solve_block(job: Job, block: Block, activations: Activations | None, teacher
     """
     seconds, options = rows.block["seconds"], job.options
     remaining, dense_out = block.weights + [w for w in block.shared if w.name not in solved], None
+    remaining = [w for w in remaining if w.name in job.plan]
     waiting: list[Solved] = []
     while remaining:
         statistics, deferred = {}, []
@@ -162,7 +199,7 @@ def solve_block(job: Job, block: Block, activations: Activations | None, teacher
             with clock(seconds, "collect", options.device):
                 statistics, deferred, out = calibrate.collect(
                     block.module, activations, block.number, remaining, job.needs, dense=teacher,
-                    limits=Limits(options.gram_bytes, options.true_sequential))
+                    limits=Limits(options.gram_bytes, options.true_sequential or job.staged))
             dense_out = out if dense_out is None else dense_out
             if deferred:  # an expert without tokens may get some once the attention before it is pruned
                 deferred = [w for w in remaining if w.name not in statistics]
@@ -173,7 +210,7 @@ def solve_block(job: Job, block: Block, activations: Activations | None, teacher
                 if activations and own is None and weight.name in block.recurring:
                     continue  # a later block, which holds it again, may feed it
                 found = linear.solve(job, weight, own)
-                if deferred and not options.true_sequential:
+                if deferred and not (options.true_sequential or job.staged):
                     waiting.append(found)
                 else:
                     linear.write(found, rows)

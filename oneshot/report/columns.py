@@ -19,7 +19,8 @@ from . import accuracy
 NESTED = tuple(PARTS)  # settings that hold parts' settings: {part: {name: value}}
 OFF = (None, False, 0.0, "none", "uniform")  # values by which a setting is switched off
 HIGHER_IS_BETTER = ("acc", "exact_match", "em", "f1", "agreement", "mcc", "bleu", "rouge",
-                    "top1_agreement", "starts_with", "contains", "chosen")
+                    "top1_agreement", "starts_with", "contains", "chosen", "prefill_speedup", "decode1_speedup",
+                    "decode8_speedup")
 
 
 # ---------------------------------------------------------------- columns: what was measured
@@ -264,12 +265,14 @@ def whole_sparsity(record: dict) -> float | None:
 
 def whole_bytes(record: dict) -> tuple[float, float] | None:
     """(stored, dense) bytes of the whole model, its prunable weights in the smallest simple format of their pattern and
-    all others as they are; None where that is not known."""
+    all others as they are; of a smaller model, "dense" is the model it was made from. None where that is not known."""
     model, linears = record.get("model") or {}, record.get("bytes") or {}
     if not linears.get("dense") or not model.get("parameters") or not model.get("prunable"):
         return None
-    rest = (model["parameters"] - model["prunable"]) * linears["dense"] / model["prunable"]
-    return linears["stored"] + rest, linears["dense"] + rest
+    each, shrunk = linears["dense"] / model["prunable"], record.get("shrunk") or {}
+    rest = (model["parameters"] - model["prunable"]) * each
+    gone = ((shrunk.get("parameters_before") or 0) - (shrunk.get("parameters") or 0)) * each
+    return linears["stored"] + rest, linears["dense"] + rest + gone
 
 
 def left_dense(record: dict) -> list[tuple[str, float]]:

@@ -20,7 +20,7 @@ class Picture:
 
 def pictures(records: list[dict]) -> Iterator[Picture]:
     """The pictures of a page from top to bottom. Raises ImportError where matplotlib is not installed."""
-    for part in (_against_sparsity, _by_depth, _damage, _tasks, _sensitivity, _time):
+    for part in (_against_sparsity, _against_speed, _by_depth, _damage, _tasks, _sensitivity, _time):
         yield from part(records)
 
 
@@ -32,6 +32,16 @@ def _against_sparsity(records):
         yield Picture(f"{column.header} against sparsity",
                       "Lower is better. Dashed: the dense model. Hollow: N:M patterns, methods side by side.",
                       figures.fig_perplexity(shown, column.header))
+
+
+def _against_speed(records):
+    if not any("latency/decode1_speedup" in (r.get("metrics") or {}) for r in records):
+        return
+    for column in (c for c in columns(records) if c.metric.endswith("ppl")):
+        yield Picture(f"{column.header} against measured speed",
+                      "Lower and further right is better. Decoding one sequence with the KV cache, beside the dense "
+                      "model in the same run; zeros and rounded values are computed as dense weights here.",
+                      figures.fig_speed(records, column.header))
 
 
 def _by_depth(records):

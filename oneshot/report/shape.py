@@ -15,6 +15,9 @@ SHAPE: dict[str, Any] = {
     "schema": NUMBER, "run_id": TEXT, "status": TEXT, "error": TEXT, "sparsity": NUMBER, "peak_memory_bytes": NUMBER,
     "warnings": [TEXT], "metrics": {ANY: NUMBER}, "seconds": {ANY: NUMBER}, "environment": {ANY: PLAIN},
     "bytes": {ANY: NUMBER}, "heal": {ANY: {}},
+    "shrunk": {"method": TEXT, "units": [{}], "tried": [{}], "order": [{}], **dict.fromkeys(
+        ("share", "parameters", "parameters_before", "blocks", "blocks_before"), NUMBER)},
+    "latency": {ANY: {}},
     "blocks": [{"seconds": {ANY: NUMBER}, "heal": {}, **dict.fromkeys(
         ("block", "relative_error", "norm_ratio", "dimensions", "dimensions_dense", "dimensions_ratio"), NUMBER)}],
     "model": {"name": TEXT, "family": TEXT, "dtype": TEXT, "fingerprint": TEXT, "parameters": NUMBER,

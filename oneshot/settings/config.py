@@ -14,6 +14,7 @@ from ..prune import patterns
 from ..prune.options import Options
 from ..runtime import environment
 from ..runtime.flag import flag, listed
+from ..structured.options import ShrinkOptions
 
 PARTS = {"solver": "solver", "healing": "recovery", "allocation": "allocation"}  # {dict of Configs: its former name}
 
@@ -76,7 +77,8 @@ class OutputOptions:
 
 
 MEASURED = tuple(measure.module(name).Config for name in measure.names())
-STAGES = (OutputOptions, Options, *reversed(MEASURED), DataOptions, PruneOptions, LoadOptions)  # the last one's first
+STAGES = (OutputOptions, Options, *reversed(MEASURED), DataOptions, ShrinkOptions, PruneOptions,
+          LoadOptions)  # the last one's first
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,7 @@ def parse(argv: Sequence[str] | None = None) -> list[RunConfig]:
 
 def expand(given: dict[str, Any]) -> list[RunConfig]:
     """The runs that {flag: value} asks for; see `parse`."""
-    given = values.plain(todays_names(given))
+    given = with_fold(values.plain(todays_names(given)))
     chosen = {f.name: given[f.name] for f in fields(RunConfig) if f.name in given}
     methods, texts = split(given, "method"), split(given, "pattern")
     dense = [row(chosen, "dense", "dense")] if given.get("dense", True) or "dense" in methods else []
@@ -155,6 +155,13 @@ def expand(given: dict[str, Any]) -> list[RunConfig]:
     return runs + rounded + dense
 
 
+def with_fold(given: dict[str, Any]) -> dict[str, Any]:
+    """The flags with `--heal fold` where the model gets smaller by a method that sets new values, unless given."""
+    method = given.get("shrink_method", known()["shrink_method"].default)
+    folds = shrinks(given) and any(m.updates for m in solvers.chain(method))
+    return {"heal": "fold", **given} if folds and given.get("method") not in presets.NAMES else given
+
+
 def row(chosen: dict[str, Any], method: str, pattern: str) -> RunConfig:
     """A run for comparison, with the same settings but no pruning: the dense model, or all linears rounded."""
     return RunConfig(**{**chosen, "method": method, "pattern": pattern, "save": None})
@@ -163,7 +170,8 @@ def row(chosen: dict[str, Any], method: str, pattern: str) -> RunConfig:
 def build(given: dict[str, Any]) -> RunConfig:
     """The RunConfig for {flag: value}; a part's flags ("sparsegpt.damping") go into that part's Config."""
     cfg = RunConfig(**{f.name: given[f.name] for f in fields(RunConfig) if f.name in given})
-    modules = {"solver": solvers.chain(cfg.method), "healing": [heal.module(name) for name in cfg.heals],
+    chains = [*solvers.chain(cfg.method), *(solvers.chain(cfg.shrink_method) if cfg.shrinks and cfg.prunes else ())]
+    modules = {"solver": chains, "healing": [heal.module(name) for name in cfg.heals],
                "allocation": [allocate.module(cfg.allocate)]}
     heal.check_order(modules["healing"], cfg.heal)
     return replace(cfg, **{part: {solvers.short(m): configured(m, given) for m in found}
@@ -183,6 +191,8 @@ def check_parts(asked: dict[str, dict[str, Any]], given: dict[str, Any]) -> None
     asked: {method: all flags of its run}. given: the flags that the user gave.
     """
     used = {solvers.short(m) for own in asked.values() for m in solvers.chain(own["method"])}
+    used |= {solvers.short(m) for own in asked.values() if shrinks(own)
+             for m in solvers.chain(own.get("shrink_method", known()["shrink_method"].default))}
     used |= {name for own in asked.values() for name in (*listed(own.get("heal", "none")), own.get("allocate"))}
     for name in given:
         part, dot, _ = name.partition(".")
@@ -191,6 +201,11 @@ def check_parts(asked: dict[str, dict[str, Any]], given: dict[str, Any]) -> None
             flag = f"method {','.join(asked) or 'dense'}" if chosen_by == "method" else chosen_by
             raise ValueError(f"{known()[name].option}: --{flag} does not use {part}; add it there or leave the flag "
                              "out")
+
+
+def shrinks(given: dict[str, Any]) -> bool:
+    """Whether these flags ask for a smaller model."""
+    return any(given.get(name) is not None for name in ("shrink", "layers", "drop", "experts"))
 
 
 def split(given: dict[str, Any], name: str) -> list[str]:

@@ -32,6 +32,10 @@ def test_healing_helps_and_loses_no_zero(name, method):
     result = heal_pruned(healed, method, **steps(method, 30))
     said = [row["heal"][method] for row in result.blocks if "heal" in row]
     said += [result.heal[method]] if method in result.heal else []
+    if method == "fold" and not any("linear" in info for info in said):
+        assert name in ("gemma3", "mixtral", "gpt_oss", "qwen3_next")  # a norm behind it, or experts
+        assert any("not folded" in w for w in result.warnings)
+        return
     assert said and all(info["held_out_after"] <= info["held_out_before"] for info in said)
     for weight in models.all_weights(healed):
         assert parse("2:4").holds(weight.get()), weight.name
@@ -42,7 +46,7 @@ def test_healing_helps_and_loses_no_zero(name, method):
     assert kl(dense, healed, tokens()) < MUCH.get(method, 1.0) * kl(dense, plain, tokens())
 
 
-@pytest.mark.parametrize("method", heal.names())
+@pytest.mark.parametrize("method", sorted(set(heal.names()) - {"fold"}))  # which leaves experts alone
 @pytest.mark.parametrize("name", ["gpt_oss", "mixtral"])
 def test_routers_and_what_is_outside_the_blocks_stay_as_they_were(name, method):
     before, model = families.tiny(name), families.tiny(name)

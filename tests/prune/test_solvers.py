@@ -11,15 +11,16 @@ import pytest
 import reference as ref
 import torch
 from problems import groups, layer, statistics_of
-from solving import assert_sound, case, resolved, run
+from solving import assert_sound, case, resolved, run, seen
 
 from oneshot.calibrate.statistics import NEEDS
 from oneshot.prune import solvers
 from oneshot.prune.linalg import NumericalError
-from oneshot.prune.patterns import NM, Dense, Unstructured
+from oneshot.prune.patterns import NM, Columns, Dense, Unstructured
 
 NAMES = solvers.names()
 F64 = {"rtol": 1e-8, "atol": 1e-10}
+CG = {"rtol": 1e-5, "atol": 1e-6}  # thirty steps of conjugate gradients over few columns magnify rounding
 
 
 def cases():
@@ -36,10 +37,11 @@ every_case = pytest.mark.parametrize("c", list(cases()))
 SHAPES = [(1, 1, 3), (5, 20, 60), (3, 40, 7), (2, 300, 350)]  # R, C, T: smallest; ragged; T < C; three blocks
 PATTERNS = [Unstructured(0.0), Unstructured(0.29), Unstructured(0.5, "row"), Unstructured(0.5, "matrix"),
             Unstructured(0.7, 7), Unstructured(0.5, 1000), Unstructured(1 - 1e-9), Unstructured(1.0),
-            NM(2, 4), NM(1, 4), NM(3, 5), NM(0, 4), NM(4, 4), NM(1, 1), Dense()]
+            NM(2, 4), NM(1, 4), NM(3, 5), NM(0, 4), NM(4, 4), NM(1, 1), Columns(7, 20), Columns(3, 5, 4), Columns(0, 2),
+            Columns(1, 1), Dense()]
 FITTING = [pytest.param(shape, p, id=f"{shape[0]}x{shape[1]}-{p!r}") for shape in SHAPES for p in PATTERNS
-           if not isinstance(p, NM) or shape[1] % p.m == 0]
-NOTHING_GOES = [Unstructured(0.0), NM(4, 4), Dense()]
+           if not shape[1] % (p.m if isinstance(p, NM) else p.count * p.size if isinstance(p, Columns) else 1)]
+NOTHING_GOES = [Unstructured(0.0), NM(4, 4), Columns(20, 20), Columns(2, 2, 5), Dense()]
 
 
 # --- the contract -------------------------------------------------------------------------------------------
@@ -131,7 +133,7 @@ def test_nothing_removed_is_the_identity(c, pattern):
 
 
 @every_case
-@pytest.mark.parametrize("pattern", [Unstructured(1.0), NM(0, 4)], ids=repr)
+@pytest.mark.parametrize("pattern", [Unstructured(1.0), NM(0, 4), Columns(0, 50, 2)], ids=repr)
 def test_all_removed_is_zero(c, pattern):
     W, X = layer(4, 300, 400)
     solution = run(c, W, X, pattern)
@@ -139,7 +141,8 @@ def test_all_removed_is_zero(c, pattern):
 
 
 @every_case
-@pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.7, "matrix"), NM(2, 4)], ids=repr)
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.7, "matrix"), NM(2, 4),
+                                     Columns(3, 5, 2)], ids=repr)
 def test_order_and_batching_of_tokens_do_not_matter(c, pattern):
     W, X = layer(5, 40, 90)
     whole = run(c, W, X, pattern)
@@ -147,11 +150,11 @@ def test_order_and_batching_of_tokens_do_not_matter(c, pattern):
     for statistics in (statistics_of(X.flip(0), c.needs, batch=11), half):
         other = run(c, W, None, pattern, statistics)
         assert torch.equal(other.mask, whole.mask)
-        torch.testing.assert_close(other.W_hat, whole.W_hat, **F64)
+        torch.testing.assert_close(other.W_hat, whole.W_hat, **(CG if isinstance(pattern, Columns) else F64))
 
 
 @every_case
-@pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.7, "row"), NM(2, 4)], ids=repr)
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.7, "row"), NM(2, 4), Columns(3, 5, 2)], ids=repr)
 @pytest.mark.parametrize("dead", [(), (0, 3, 17, 18, 39)], ids=["live", "dead"])
 @pytest.mark.parametrize("scale", [1e-3, 1e4])
 def test_the_scale_of_the_inputs_does_not_matter(c, pattern, dead, scale):
@@ -159,11 +162,11 @@ def test_the_scale_of_the_inputs_does_not_matter(c, pattern, dead, scale):
     W, X = layer(5, 40, 90, dead=dead)
     usual, scaled = run(c, W, X, pattern), run(c, W, scale * X, pattern)
     assert torch.equal(usual.mask, scaled.mask)
-    torch.testing.assert_close(scaled.W_hat, usual.W_hat, **F64)
+    torch.testing.assert_close(scaled.W_hat, usual.W_hat, **(CG if isinstance(pattern, Columns) else F64))
 
 
 @every_case
-@pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.5, "row"), NM(2, 4), NM(3, 5)])
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.5, "row"), NM(2, 4), NM(3, 5), Columns(9, 20)])
 @pytest.mark.parametrize("dead", [(7,), (0, 3, 17, 18, 39), range(40)], ids=["one", "five", "all"])
 def test_dead_inputs(c, pattern, dead):
     """Finite and exact, and weights on inputs that are always zero are the first to go."""
@@ -226,7 +229,7 @@ def test_the_solvers_own_group_is_the_default(c):
     """Also when it is called without the loop, which names the group for the record."""
     W, X = layer(8, 300, 400)
     named = run(c, W, X, Unstructured(0.5))
-    left = solvers.solve(W, statistics_of(X, c.needs), Unstructured(0.5), c.chain)
+    left = solvers.solve(W, seen(statistics_of(X, c.needs), W, c.needs), Unstructured(0.5), c.chain)
     assert torch.equal(left.mask, named.mask) and torch.equal(left.W_hat, named.W_hat)
 
 
@@ -241,7 +244,7 @@ def test_refiners_never_add_error(method, dtype, rounding):
         G = ref.gram(X)
         slack = rounding * ref.layer_error(W, 0 * W, G)
         for pattern in (Unstructured(0.5, "matrix"), Unstructured(0.7, "row"), Unstructured(0.5, 16), NM(2, 4),
-                        NM(3, 5)):
+                        NM(3, 5), Columns(3, 5, 4)):
             before = run(base, W, X, pattern)
             kept = (before.W_hat.clone(), before.mask.clone())
             (refiner, cfg), statistics = c.chain[-1], statistics_of(X, c.needs, dtype)

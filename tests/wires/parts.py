@@ -12,10 +12,11 @@ VALUES = {  # flag of a solver or a refiner: a value that gives other weights th
     "admm.damping": 1.0, "admm.rho": 5.0, "admm.iterations": 60, "admm.mask_iterations": 3,
     "alps.rho": 2.0, "alps.growth": 3.0, "alps.steps": 2, "alps.rest": 0.2, "alps.refit_steps": 0,
     "dsnot.start": "magnitude", "dsnot.cycles": 1, "dsnot.threshold": 0.9, "ria.a": 2.0,
-    "sparsegpt.damping": 1.0, "sparsegpt.block_size": 8, "wanda.use_variant": True,
+    "obs.damping": 1.0, "sparsegpt.damping": 1.0, "sparsegpt.block_size": 8, "wanda.use_variant": True,
     "refit.steps": 1, "refit.tolerance": 0.5,
     "swaps.candidates": 6, "swaps.depth": 1, "swaps.beginnings": 8, "swaps.rounds": 1,
 }
+OBS = {"method": "obs", "shrink": 0.7, "tries": 1, "pattern": "dense"}
 OTHERS = {  # flag of an allocation or a healing method: such a value, and what stands beside it
     "arithmetic.slope": (0.4, {"allocate": "arithmetic"}),
     "error.spread": (0.3, {"allocate": "error"}), "error.points": (3, {"allocate": "error", "error.spread": 0.3}),
@@ -25,6 +26,8 @@ OTHERS = {  # flag of an allocation or a healing method: such a value, and what 
     "owl.spread": (0.3, {"allocate": "owl"}), "owl.outlier": (1.5, {"allocate": "owl"}),
     "block.unit": ("parts", {"heal": "block", "block.steps": 2}), "block.steps": (3, {"heal": "block"}),
     "block.lr": (0.001, {"heal": "block", "block.steps": 2}),
+    "obs.step": (1.0, OBS), "obs.ridge": (3.0, OBS), "obs.refit": (False, OBS), "obs.weigh": (False, OBS),
+    "fold.everywhere": (False, {**OBS, "heal": "fold", "nsamples": 40}),
     "distil.steps": (3, {"heal": "distil"}), "distil.lr": (1e-4, {"heal": "distil", "distil.steps": 2}),
 }
 
@@ -49,8 +52,17 @@ for flag, value in VALUES.items():
     part = flag.partition(".")[0]
     beside = {"method": f"wanda+{part}" if part in solvers.names()["refiner"] else part}
     CHECKS[flag] = functools.partial(reaches, name=flag, value=value, beside=beside)
+CHECKS["flap.bias"] = lambda b: _flap(b)
 for flag, (value, beside) in OTHERS.items():
     CHECKS[flag] = functools.partial(reaches, name=flag, value=value, beside={"method": "wanda", **beside})
+
+
+def _flap(b):
+    """Only with it do linears get biases."""
+    given = {"method": "flap", "shrink_method": "flap", "shrink": 0.7, "tries": 1, "pattern": "dense"}
+    with_bias, without = b.weights(**given), b.weights(**given | {"flap.bias": False})
+    assert any(name.endswith("down_proj.bias") for name in with_bias)
+    assert not any(name.endswith(".bias") for name in without)
 
 
 @wire("sensitivity.record", "sensitivity.spread")

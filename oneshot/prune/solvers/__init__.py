@@ -35,7 +35,8 @@ class Solution:
     """What a solver found.
 
     W_hat: (R, C), the new weight, zero wherever the mask is False.
-    mask: bool (R, C), which weights are kept; a kept weight may happen to be zero.
+    mask: bool (R, C), which weights are kept; a kept weight may happen to be zero. bias: (R,), what is to be added to
+    the linear's bias, or None.
     info: plain values for the record ("damping": the one used). `info["warnings"]`, a list of str, has one entry for
     every fallback taken.
     """
@@ -43,6 +44,7 @@ class Solution:
     W_hat: torch.Tensor
     mask: torch.Tensor
     info: dict = field(default_factory=dict)
+    bias: torch.Tensor | None = None
 
 
 def names() -> dict[str, list[str]]:
@@ -63,13 +65,18 @@ def chain(method: str) -> list[ModuleType]:
 
     Raises ValueError naming `--method` when a part is unknown or in the wrong place.
     """
+    return chain_named(method, "--method")
+
+
+def chain_named(method: str, flag: str) -> list[ModuleType]:
+    """The modules of a chain, which was given as `flag`; see `chain`."""
     known, parts = names(), method.split("+")
     for place, name in enumerate(parts):
         kind = "refiner" if place else "solver"
         if name not in known[kind]:
             other = "refiner" if kind == "solver" else "solver"
             hint = f" ({name} is a {other}: a chain is one solver, then refiners)" if name in known[other] else ""
-            raise ValueError(f"--method {method}: {name!r} is not a {kind}{hint}; there are "
+            raise ValueError(f"{flag} {method}: {name!r} is not a {kind}{hint}; there are "
                              f"{', '.join(known[kind])}" + ("" if place else ", and, without a chain, dense and best"))
     return [module(name) for name in parts]
 
@@ -90,7 +97,9 @@ def solve(W: torch.Tensor, statistics: Statistics | None, pattern: Pattern,
     solution, met = solver.prune(W, statistics, pattern, cfg), []
     info = solution.info
     for refiner, cfg in refiners:
+        bias = solution.bias
         solution = refiner.refine(W, solution, statistics, pattern, cfg)
+        solution.bias = bias if solution.bias is None else solution.bias
         met.append(short(refiner))
         part = met[-1] + (str(met.count(met[-1])) if met.count(met[-1]) > 1 else "")
         warnings = [*info.get("warnings", []), *solution.info.pop("warnings", [])]

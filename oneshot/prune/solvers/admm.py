@@ -28,7 +28,7 @@ import torch
 from ...calibrate.statistics import Statistics
 from ...runtime.flag import flag
 from ..linalg import damped_cholesky, require_finite
-from ..patterns import NM, Pattern, Unstructured
+from ..patterns import NM, Columns, Pattern, Unstructured, strength
 from . import Solution
 
 needs = frozenset({"outer"})
@@ -65,7 +65,7 @@ def prune(W: torch.Tensor, statistics: Statistics, pattern: Pattern, cfg: Config
     for t in range(1, cfg.iterations + 1):
         U = U + B  # from here to the subtraction of Z this is B + U
         if t <= cfg.mask_iterations:
-            mask = gradual(pattern, U.abs(), t / cfg.mask_iterations)
+            mask = gradual(pattern, strength(U, pattern), t / cfg.mask_iterations)
         Z = U * mask
         U -= Z
         B = torch.addmm(B_0, Z - U - B_0, A_inv, alpha=cfg.rho)
@@ -82,6 +82,8 @@ def gradual(pattern: Pattern, score: torch.Tensor, progress: float) -> torch.Ten
     sparsity = pattern.sparsity * (1 - (1 - progress) ** 3)
     if isinstance(pattern, NM):
         return Unstructured(sparsity).keep(score.masked_fill(keep, torch.inf))
+    if isinstance(pattern, Columns):
+        return replace(pattern, kept=pattern.count - int(sparsity * pattern.count)).keep(score)
     return replace(pattern, sparsity=sparsity).keep(score)
 
 

@@ -31,7 +31,7 @@ import torch
 from ...calibrate.statistics import Statistics
 from ...runtime.flag import flag
 from .. import linalg
-from ..patterns import Pattern
+from ..patterns import Pattern, strength
 from . import Solution
 
 needs = frozenset({"outer"})
@@ -79,7 +79,7 @@ def admm(W: torch.Tensor, statistics: Statistics, pattern: Pattern, cfg: Config,
          info: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """(D, mask), both (R, C), of the scaled problem; the steps taken, the last ρ and warnings are added to `info`."""
     G, _, _ = linalg.unit_gram(statistics, W.dtype)
-    rho, mask, info["warnings"] = cfg.rho, pattern.keep(W.abs()), []
+    rho, mask, info["warnings"] = cfg.rho, pattern.keep(strength(W, pattern)), []
     D = W * mask
     kept, U = int(mask.count_nonzero()), torch.zeros_like(W)
     for step in range(1, cfg.steps + 1):
@@ -90,7 +90,7 @@ def admm(W: torch.Tensor, statistics: Statistics, pattern: Pattern, cfg: Config,
         info["warnings"] = info["warnings"] or list(notes)
         Z = torch.cholesky_solve((W - D).add_(U).T.to(L.dtype), L).T.to(W.dtype)
         Z = Z.mul_(-rho).add_(W).add_(U)
-        before, mask = mask, pattern.keep(Z.abs())
+        before, mask = mask, pattern.keep(strength(Z, pattern))
         D = Z * mask
         U = Z.sub_(D).div_(cfg.growth)  # V = ρU does not change when ρ grows
         if step > 1 and int((before != mask).count_nonzero()) <= 2 * cfg.rest * kept:  # a change is one out, one in

@@ -28,7 +28,7 @@ import torch
 from ...calibrate.statistics import Statistics
 from ...runtime.flag import flag
 from ..linalg import input_weighted
-from ..patterns import NM, Pattern
+from ..patterns import NM, Columns, Pattern, strength
 from . import Solution
 
 needs = frozenset({"sum", "sum_sq"})
@@ -59,7 +59,9 @@ def prune(W: torch.Tensor, statistics: Statistics, pattern: Pattern, cfg: Config
     """
     score = input_weighted(W, statistics)
     pattern = pattern.with_default_group(cfg.group)
-    mask = pattern.keep(score if cfg.start == "wanda" else W.abs())
+    mask = pattern.keep(score if cfg.start == "wanda" else strength(W, pattern))
+    if isinstance(pattern, Columns):  # whole columns: no single weight may be exchanged
+        return Solution(W * mask, mask, {"swaps": 0})
     mean, mean_sq = statistics.mean.to(W), statistics.mean_sq.to(W)
     rounding = 8 * torch.finfo(W.dtype).eps * mean_sq  # the variance of a constant input is lost in the subtraction
     var = torch.maximum(mean_sq - mean.square(), rounding)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from ...calibrate.statistics import Statistics
-from ..patterns import Pattern
+from ..patterns import Pattern, strength
 from . import Solution
 
 needs: frozenset[str] = frozenset()
@@ -19,5 +19,5 @@ class Config:
 
 def prune(W: torch.Tensor, statistics: Statistics | None, pattern: Pattern, cfg: Config) -> Solution:
     """Keep the largest |W|; kept weights are unchanged."""
-    mask = pattern.keep(W.abs())
+    mask = pattern.keep(strength(W, pattern))
     return Solution(W * mask, mask)

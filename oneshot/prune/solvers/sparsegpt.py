@@ -24,7 +24,7 @@ import torch
 from ...calibrate.statistics import Statistics
 from ...runtime.flag import flag
 from ..linalg import upper_factor
-from ..patterns import NM, Pattern
+from ..patterns import NM, Pattern, strength
 from . import Solution
 
 needs = frozenset({"outer"})
@@ -92,7 +92,7 @@ def prune(W: torch.Tensor, statistics: Statistics, pattern: Pattern, cfg: Config
 
 def keep(pattern: Pattern, scaled: torch.Tensor) -> torch.Tensor:
     """Mask, bool (b, R), of the largest |scaled| (b, R), counted in the weight's own orientation."""
-    return pattern.keep(scaled.T.abs()).T
+    return pattern.keep(strength(scaled.T, pattern)).T
 
 
 def solve_block(W: torch.Tensor, U: torch.Tensor, mask: torch.Tensor, nm: NM | None) -> None:

@@ -51,7 +51,7 @@ from torch.nn.functional import pad
 from ...calibrate.statistics import Statistics
 from ...runtime.flag import flag
 from .. import linalg
-from ..patterns import NM, Dense, Pattern
+from ..patterns import NM, Columns, Dense, Pattern
 from . import Solution
 
 needs = frozenset({"outer"})
@@ -85,7 +85,7 @@ def refine(W: torch.Tensor, solution: Solution, statistics: Statistics, pattern:
     """
     (G, s, _), eps = linalg.unit_gram(statistics, W.dtype), linalg.epsilon(statistics, W.dtype)
     mask = solution.mask.clone(memory_format=torch.contiguous_format)
-    if isinstance(pattern, Dense) or mask.all() or not mask.any():
+    if isinstance(pattern, Dense | Columns) or mask.all() or not mask.any():
         return Solution(solution.W_hat.clone(), mask)
     W_hat, _ = linalg.refit(W, solution.W_hat, mask, statistics, 5, 0.01)  # so that dropping is judged on good values
     X, target = (W_hat * s).contiguous(), (W * s).contiguous()

@@ -7,6 +7,7 @@
     damage       fig_damage: where in the text the loss increase sits
     sensitivity  fig_sensitivity: which linears the model can least spare
     tasks        fig_tasks: results of lm-eval tasks
+    speed        fig_speed: a metric against the measured speedup
     time         fig_time: where the seconds went
 
 In all of them a series (a method, with the settings in which its runs differ) has one colour; N:M patterns have
@@ -20,8 +21,9 @@ from .drawing import COLOURS, save, svg
 from .sensitivity import fig_sensitivity
 from .size import fig_bytes
 from .sparsity import fig_perplexity
+from .speed import fig_speed
 from .tasks import fig_tasks
 from .time import fig_time
 
 __all__ = ["COLOURS", "fig_bytes", "fig_damage", "fig_layer_errors", "fig_layer_sparsity", "fig_perplexity",
-           "fig_sensitivity", "fig_tasks", "fig_time", "save", "svg"]
+           "fig_sensitivity", "fig_speed", "fig_tasks", "fig_time", "save", "svg"]

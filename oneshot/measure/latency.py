@@ -1,0 +1,174 @@
+"""Latency: how long a prompt and a token take on the device at hand, beside the dense model in the same run.
+
+    prefill   one prompt of PROMPT tokens through the model, up to the logits of the next one: the time to first token
+    decode    one token for each of 1 and of BATCH sequences, with the KV cache of what came before
+
+Dense and changed model take turns, round by round, after one round to warm up; a number is the median over the rounds,
+its spread the quartiles. A speedup is the median of the rounds' own ratios, so that what slows the machine down for a
+while slows both. Everything is computed in the dtype of computing (float32 on a CPU) by the model's own code, without
+a compiler: on a CPU a small model is bound by Python and by the number of operations, not by bytes.
+"""
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .. import models
+from ..runtime import environment
+from ..runtime.flag import Settings, flag
+from . import Found, Subject
+
+PROMPT, BATCH, STEPS, ROUNDS = 512, 8, 16, 7
+KINDS = ("prefill", "decode1", f"decode{BATCH}")
+
+
+@dataclass(frozen=True)
+class Config:
+    latency: bool = flag(False, "measure the time of a prompt and of a token, beside the dense model, in turns",
+                         section="evaluation", bears_on="measuring", added=True)
+
+
+def asked(cfg: Settings) -> bool:
+    """Whether the flag is given."""
+    return cfg.latency
+
+
+def measure(subject: Subject) -> Found:
+    """latency/KIND_ms of every kind, latency/KIND_speedup over the dense model, and the record's `latency`."""
+    names = {"model": subject.model} | ({} if subject.cfg.row == "dense" else {"dense": subject.dense})
+    rows = compare(names, subject.cfg.device)
+    found = Found(parts={"latency": rows})
+    for kind in KINDS:
+        for key, value in (("ms", rows["model"][kind]["median"]), ("speedup", rows["model"][kind].get("speedup"))):
+            if value is not None:
+                found.metrics[f"latency/{kind}_{key}"] = value
+                found.info[f"latency/{kind}_{key}"] = {"window": None, "windows": ROUNDS}
+    return found
+
+
+@torch.no_grad()
+def compare(named: dict[str, nn.Module], device: str, rounds: int = ROUNDS) -> dict[str, dict]:
+    """{name: its row}: for each kind {"median", "low", "high"} in ms and, where there is a model "dense", {"speedup"}.
+
+    A row also has parameters, bytes, multiply-adds of a token, peak memory and the share of attention and MLP.
+    """
+    times: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in KINDS} for name in named}
+    rows: dict[str, dict] = {name: {} for name in named}
+    with contextlib.ExitStack() as stack:
+        for model in named.values():
+            stack.enter_context(models.resident(models.tensors_of(model), device))
+        for number in range(rounds + 1):
+            for name, model in named.items():
+                for kind in KINDS:
+                    environment.reset_peak_memory(device)
+                    ms = 1000 * one(model, kind, device)
+                    if number:  # the first is to warm up
+                        times[name][kind].append(ms)
+                    elif kind == "prefill":
+                        rows[name]["peak_memory_bytes"] = environment.peak_memory(device)
+        for name, model in named.items():
+            rows[name] |= size(model) | {"parts": parts(model, device)}
+    for name, own in times.items():
+        for kind, values in own.items():
+            low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values * 3)
+            rows[name][kind] = {"median": statistics.median(values), "low": low, "high": high}
+            if "dense" in times and name != "dense":
+                ratios = [d / v for d, v in zip(times["dense"][kind], values, strict=True)]
+                rows[name][kind]["speedup"] = statistics.median(ratios)
+    return rows
+
+
+def length(model: nn.Module, wanted: int) -> int:
+    """A number of tokens that leaves the model room for the STEPS after it."""
+    return max(2, min(wanted, (models.max_positions(model) or wanted + STEPS) - STEPS))
+
+
+def one(model: nn.Module, kind: str, device: str) -> float:
+    """Seconds of one prefill, or of one step of decoding: the median over STEPS steps."""
+    batch = 1 if kind == "prefill" else int(kind.removeprefix("decode"))
+    T = length(model, PROMPT if kind == "prefill" else 64)
+    ids = (torch.arange(batch * T, device=device).view(batch, T) * 7919) % models.embedded(model)
+    if kind == "prefill":
+        return timed(lambda: model(input_ids=ids, use_cache=True), device)
+    out = model(input_ids=ids, use_cache=True)
+    seconds = []
+    for _ in range(STEPS):
+        token, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+        found = []
+        seconds.append(timed(lambda token=token, cache=cache, found=found: found.append(
+            model(input_ids=token, past_key_values=cache, use_cache=True)), device))
+        out = found[0]
+    return statistics.median(seconds)
+
+
+def timed(work: Callable[[], object], device: str) -> float:
+    """Seconds that some work takes, to its end on the device."""
+    synchronize(device)
+    began = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - began
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def size(model: nn.Module) -> dict[str, int]:
+    """{"parameters", "bytes", "multiply_adds"}: bytes as they would be stored, multiply-adds of one token's linears."""
+    own = {id(p): p for p in model.parameters()}.values()
+    linears = sum(w.size for w in models.all_weights(model))
+    head = model.get_output_embeddings()
+    return {"parameters": sum(p.numel() for p in own),
+            "bytes": sum(p.numel() for p in own) * torch.empty(0, dtype=model.config.dtype or torch.float32).itemsize,
+            "multiply_adds": linears + (head.weight.numel() if head is not None else 0)}
+
+
+def parts(model: nn.Module, device: str) -> dict[str, float]:
+    """{"attention", "mlp", "rest"}: their shares of the time of one decoded token, batch 1."""
+    spent = {"attention": 0.0, "mlp": 0.0}
+    _, block_list = models.blocks(model)
+    with watched(block_list, spent, device):
+        whole = STEPS * one(model, "decode1", device)
+    # the prompt's own pass is watched too: it is measured alone and taken off
+    before = dict.fromkeys(spent, 0.0)
+    ids = (torch.arange(length(model, 64), device=device).view(1, -1) * 7919) % models.embedded(model)
+    with watched(block_list, before, device):
+        model(input_ids=ids, use_cache=True)
+    shares = {name: max(0.0, min(1.0, (seconds - before[name]) / whole)) for name, seconds in spent.items()}
+    return shares | {"rest": max(0.0, 1 - sum(shares.values()))}
+
+
+@contextlib.contextmanager
+def watched(block_list: nn.ModuleList, spent: dict[str, float], device: str) -> Iterator[None]:
+    """Within the context, the seconds in the blocks' attentions and MLPs are added to `spent`."""
+    handles, began = [], {}
+
+    def enter(module: nn.Module, *_: object) -> None:
+        synchronize(device)
+        began[id(module)] = time.perf_counter()
+
+    def leave(module: nn.Module, *_: object, part: str) -> None:
+        synchronize(device)
+        spent[part] += time.perf_counter() - began[id(module)]
+
+    for block in block_list:
+        for name, child in block.named_children():
+            attends = any(word in name for word in models.ATTENTION)
+            known = attends or any(word in name for word in ("mlp", "feed", "ffn", "moe"))
+            if known and next(child.parameters(), None) is not None:
+                handles.append(child.register_forward_pre_hook(enter))
+                handles.append(child.register_forward_hook(
+                    lambda module, *args, part="attention" if attends else "mlp": leave(module, part=part)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,106 @@
+"""Search: do several cuts to a model one after the other, and choose the one of least KL on held-out windows.
+
+The model is as it was at the end: only consumers change in a walk (no healing method but fold runs here), and they are
+put back.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from .. import models
+from ..models import groups
+from ..prune import loop
+from ..prune.job import Job, Result
+from .budget import Mixtures
+from .cut import Cut, patterns
+from .depth import divergence
+
+
+def job_for(job: Job, model: nn.Module, cut: Cut) -> Job:
+    """The job that does a cut, made from one that says how."""
+    for healer in job.healers:
+        healer.skips = frozenset(cut.dropped)
+    return replace(job, plan=patterns(model, cut), dropped=frozenset(cut.dropped), staged=True)
+
+
+@contextlib.contextmanager
+def put_back(model: nn.Module) -> Iterator[None]:
+    """Within the context consumers may change; afterwards their weights and biases are what they were."""
+    kept = []
+    for block in models.walk(model):
+        own = {w.linear: w for w in block.weights}
+        for width in groups.widths(block.module):
+            weight = own[width.consumer]
+            bias = getattr(weight.owner, "bias", None) if weight.expert is None else None
+            kept.append((weight, weight.get().to(weight.stored, copy=True), bias,
+                         None if bias is None else bias.data.clone()))
+    try:
+        yield
+    finally:
+        for weight, W, bias, values in kept:
+            weight.set(W.float() if W.dtype != torch.float64 else W)
+            if weight.expert is None:
+                weight.owner.bias = bias
+            if bias is not None:
+                bias.data.copy_(values)
+
+
+def measured(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, job: Job, cut: Cut) -> float:
+    """KL(dense ‖ cut) on the held-out windows (on all, if none are), nats per token, after the whole cut."""
+    with put_back(model):
+        result = loop.prune_model(model, ids, mask, job_for(job, model, cut))
+        return of_result(model, result)
+
+
+def of_result(model: nn.Module, result: Result) -> float:
+    """KL(dense ‖ cut) on the held-out windows of a walk that has just ended."""
+    held = [i for i, apart in enumerate(result.dense.held) if apart]
+    return divergence(model, result.dense, result.pruned, held or None)
+
+
+def best(model: nn.Module, tokens: tuple[torch.Tensor, torch.Tensor | None], job: Job, mixtures: Mixtures, tries: int,
+         progress: bool = False) -> tuple[Cut, list[dict]]:
+    """(the best cut found, a row of the record for each that was tried, in order).
+
+    First neurons alone, blocks alone, and half of either; at the best depth, fewer KV groups; then from the best of all
+    one step at a time in depth. Each is walked once, `tries` at most. tokens: (ids, mask).
+
+    Raises ValueError naming `--shrink` if no cut is small enough.
+    """
+    known: dict[tuple[int, int], tuple[float, Cut]] = {}
+    rows: list[dict] = []
+    bar = tqdm(total=tries, desc="mixtures", unit="walk", disable=not progress, leave=False)
+
+    def look(depth: int, heads: int) -> None:
+        cut = mixtures.at(depth, heads)
+        if cut is None or (depth, heads) in known or len(known) >= tries:
+            return
+        kl = measured(model, *tokens, job, cut) if tries > 1 else 0.0
+        known[depth, heads] = kl, cut
+        rows.append(cut.plain() | ({"kl": kl} if tries > 1 else {}))
+        bar.update()
+
+    def least() -> tuple[int, int]:
+        return min(known, key=lambda place: (known[place][0], place))
+
+    with bar:
+        for depth in dict.fromkeys((0, mixtures.most, mixtures.most // 2)):
+            look(depth, 0)
+        for depth in range(mixtures.most + 1) if not known else ():  # nothing fits without fewer KV groups
+            for heads in range(len(mixtures.heads)):
+                look(depth, heads)
+        if not known:
+            raise ValueError("--shrink: leaves less than one unit in every layer; give a larger share")
+        for heads in range(1, len(mixtures.heads)):
+            look(least()[0], heads)
+        before = -1
+        while len(known) > before:
+            before, (depth, heads) = len(known), least()
+            look(depth - 1, heads)
+            look(depth + 1, heads)
+    return known[least()][1], rows

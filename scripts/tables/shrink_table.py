@@ -1,0 +1,126 @@
+"""What smaller dense models lose: shrink.md from the rows of scripts/bench/shrink.py.
+
+    python scripts/tables/shrink_table.py            # write results/shrink/shrink.md
+    python scripts/tables/shrink_table.py --check    # exit 1 if it is stale
+
+A pure function of results/shrink/*.json.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from oneshot.report import table
+from oneshot.runtime.command import Parser, exit_code
+from oneshot.runtime.files import write_text
+
+ROOT = Path(__file__).parents[2]
+WAYS = yaml.safe_load((ROOT / "scripts" / "bench" / "shrink_ways.yaml").read_text(encoding="utf-8"))
+BASELINES = ("flap", "wanda-sp", "shortgpt")
+TARGETS = {"demo": 0.5, "craftgpt-5m": 0.5, "stories260k": 0.3, "smollm2": 0.3}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 1 where --check finds shrink.md stale."""
+    p = Parser(prog="python scripts/tables/shrink_table.py", description=__doc__, allow_abbrev=False,
+               formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--out", type=Path, default=ROOT / "results" / "shrink", help="folder of the rows and of the table")
+    p.add_argument("--check", action="store_true", help="write nothing, exit 1 if shrink.md would change")
+    args = p.parse_args(argv)
+
+    def work() -> int:
+        text, file = page(rows_of(args.out)), args.out / "shrink.md"
+        if args.check:
+            return int(not file.is_file() or file.read_text(encoding="utf-8") != text)
+        write_text(text, file)
+        print(f"written: {file}")
+        return 0
+    return exit_code(work)
+
+
+def rows_of(folder: Path) -> list[dict]:
+    """All rows whose flags are today's. Raises ValueError where there are none."""
+    every = WAYS["main"] | WAYS["ingredients"]
+    found = [row for file in sorted(folder.glob("*.json")) for row in json.loads(file.read_text()).get("rows", [])]
+    found = [row for row in found if every.get(row["way"]) == row["flags"]]
+    if not found:
+        raise ValueError(f"--out {folder}: holds no rows; run scripts/bench/shrink.py")
+    return found
+
+
+def page(rows: Sequence[dict]) -> str:
+    """The whole page."""
+    e = [row["environment"] for row in rows]
+    commits = ", ".join(dict.fromkeys(x["commit"] or "?" for x in e))
+    lines = ["# Smaller dense models", "",
+             "Excess log-perplexity over the dense model in nats, without any healing unless a way says so, mean ± "
+             "standard deviation over calibration seeds (n), and in brackets how much less that is than the best of "
+             f"{', '.join(BASELINES)} with the same seed. The share is of the parameters of the transformer blocks "
+             "that are left. FLAP's biases are extra parameters and its own; `shortgpt` drops as many whole blocks "
+             "as the budget allows, FLAP's neurons give the rest.", "",
+             f"`scripts/bench/shrink.py` on {e[0]['device']}, {e[0]['threads']} thread, torch {e[0]['torch']}, "
+             f"transformers {e[0]['transformers']}, commit {commits}.", ""]
+    for name in dict.fromkeys(row["model"] for row in rows):
+        lines += section(name, [row for row in rows if row["model"] == name])
+    return "\n".join(lines)
+
+
+def section(name: str, rows: Sequence[dict]) -> list[str]:
+    """One model: its table, and whether the target is met."""
+    shares = sorted({row["asked"] for row in rows}, reverse=True)
+    ways = [way for way in WAYS["main"] | WAYS["ingredients"] if any(row["way"] == way for row in rows)]
+    best = least(rows)
+    body = [[way, *(cell(rows, best, way, share) for share in shares), seconds(rows, way)] for way in ways]
+    head = ["way", *(f"{share:g}" for share in shares), "seconds"]
+    metric, window = rows[0]["metric"], rows[0]["window"]
+    lines = [f"## {name}", "", f"{metric} @{window}, dense {rows[0]['dense_ppl']:.4g}", "",
+             table.render(head, body, "markdown", text={"way"})]
+    for share in shares:
+        gains = less(rows, best, "oneshot", share)
+        if gains and name in TARGETS:
+            met = "met" if statistics.fmean(gains) >= TARGETS[name] else "missed"
+            lines.append(f"- {share:g}: {100 * statistics.fmean(gains):.0f} % less than the best of the three, asked "
+                         f"for {100 * TARGETS[name]:.0f} %: {met} (seeds: "
+                         f"{', '.join(f'{100 * g:.0f} %' for g in gains)})")
+    return [*lines, ""]
+
+
+def least(rows: Sequence[dict]) -> dict[tuple[float, int], float]:
+    """{(share, seed): excess of the best baseline}, where all three were measured."""
+    found: dict[tuple[float, int], dict[str, float]] = {}
+    for row in rows:
+        if row["way"] in BASELINES:
+            found.setdefault((row["asked"], row["seed"]), {})[row["way"]] = row["excess"]
+    return {key: min(own.values()) for key, own in found.items() if len(own) == len(BASELINES)}
+
+
+def less(rows: Sequence[dict], best: dict, way: str, share: float) -> list[float]:
+    """By which share the way's excess is below that of the best baseline, for each seed."""
+    return [1 - row["excess"] / best[share, row["seed"]] for row in rows
+            if (row["way"], row["asked"]) == (way, share) and (share, row["seed"]) in best]
+
+
+def cell(rows: Sequence[dict], best: dict, way: str, share: float) -> str:
+    """A way at a share."""
+    own = [row["excess"] for row in rows if (row["way"], row["asked"]) == (way, share)]
+    if not own:
+        return "-"
+    spread = f" ± {statistics.stdev(own):.3f}" if len(own) > 1 else ""
+    text = f"{statistics.fmean(own):.3f}{spread} ({len(own)})"
+    gains = less(rows, best, way, share)
+    return text + (f" [{-100 * statistics.fmean(gains):+.0f} %]" if gains and way not in BASELINES else "")
+
+
+def seconds(rows: Sequence[dict], way: str) -> str:
+    """Processor seconds of a way, mean over all that was measured of it."""
+    own = [row["cpu_seconds"] for row in rows if row["way"] == way]
+    return f"{statistics.fmean(own):.1f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

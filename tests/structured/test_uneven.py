@@ -1,0 +1,99 @@
+"""Widths by layer, attention or MLP alone: equal to the model with zeros, saved, loaded with oneshot only, cached."""
+
+import subprocess
+import sys
+
+import families
+import jobs
+import pytest
+import tiny
+import torch
+from cutting import logits, zeroed
+from transformers import AutoModelForCausalLM
+
+from oneshot import models
+from oneshot.checkpoint import verify
+from oneshot.models import groups, uneven
+from oneshot.pipeline import shrink_command
+from oneshot.report import page
+from oneshot.structured import Cut, cut_model
+from oneshot.structured import cut as cuts
+
+SAMPLE = ("llama", "llama-tied-bias", "qwen2", "gemma3", "gpt_neox", "falcon", "mixtral", "qwen2_moe", "llama4")
+
+
+def ragged(model, last=1):
+    """Other widths in each layer; of the last block no MLP (where it is one of its own) and half of the KV groups."""
+    own = []
+    for block, width in cuts.consumers(model):
+        name = f"{block.name}.{width.consumer}"
+        if width.kind == groups.NEURONS:
+            own.append((name, 0 if block.number == last else width.count - 7))
+        if width.kind == groups.HEADS and block.number == last:
+            own.append((name, width.count // 2))
+    return Cut((), (), tuple(own))
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_it_is_the_model_with_zeros_and_loads_again(name, tmp_path):
+    model = families.tiny(name)
+    cut = ragged(model)
+    made, report = cut_model(zeroed(model, cut), cut)
+    ids = jobs.tokens(3)
+    torch.testing.assert_close(logits(made, ids), logits(model, ids), rtol=1e-4, atol=1e-5)
+    assert sum(p.numel() for p in models.blocks(made)[1].parameters()) == cuts.parameters(model, cut)
+    assert "import oneshot" in report.notes[-1]
+    made.save_pretrained(tmp_path)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(back, ids), logits(made, ids))
+    cached = back.generate(ids[:, :6], max_new_tokens=10, do_sample=False, eos_token_id=None)
+    plain = back.generate(ids[:, :6], max_new_tokens=10, do_sample=False, eos_token_id=None, use_cache=False)
+    assert torch.equal(cached, plain)
+
+
+def test_without_oneshot_it_does_not_load(tmp_path):
+    """Also where only an attention is gone, and every other tensor has its usual shape."""
+    for place, own in enumerate((("model.layers.1.self_attn.o_proj", 0), ("model.layers.1.mlp.down_proj", 40))):
+        model = families.tiny("llama")
+        cut = Cut((), (), (own,))
+        cut_model(zeroed(model, cut), cut)[0].save_pretrained(tmp_path / str(place))
+        code = ("from transformers import AutoModelForCausalLM as A\n"
+                f"A.from_pretrained({str(tmp_path / str(place))!r})\nprint('loaded')")
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path,
+                              env={"HF_HUB_OFFLINE": "1", "PATH": "", "OMP_NUM_THREADS": "1"}, timeout=200)
+        assert done.returncode and "loaded" not in done.stdout
+        assert "size mismatch" in (done.stdout + done.stderr).lower()
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / str(place))
+
+
+@pytest.mark.parametrize("name, own, why", [
+    ("llama", ("model.layers.0.self_attn.o_proj", 0), "first attention"),
+    ("gemma2", ("model.layers.1.self_attn.o_proj", 0), "first attention of type full_attention"),
+    ("opt", ("model.decoder.layers.1.fc2", 0), "no part of its own"),
+    ("bloom", ("transformer.h.1.mlp.dense_4h_to_h", 0), "something else"),
+    ("phi3", ("model.layers.1.self_attn.o_proj", 1), "cannot differ in this way"),
+    ("mixtral", ("model.layers.1.mlp.experts.down_proj.2", 8), "one parameter")])
+def test_what_cannot_differ_is_refused(name, own, why):
+    model = families.tiny(name)
+    cut = Cut((), (), (own,))
+    with pytest.raises(ValueError, match=why):
+        cut_model(zeroed(model, cut), cut)
+
+
+@pytest.mark.parametrize("shapes, gone", [({"model.layers.7.mlp.up_proj": [3, 3]}, {}), ({"model.norm": [3, 3]}, {}),
+                                          ({"model.layers.0.mlp.up_proj": [-3, 3]}, {}),
+                                          ({}, {"model.layers.0.mlp": "code:down_proj"})])
+def test_a_config_that_does_not_fit_is_refused(shapes, gone):
+    with pytest.raises(ValueError, match="quantization_config"):
+        uneven.reshape(families.tiny("llama"), shapes, gone)
+
+
+def test_drop_parts_and_uneven_on_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "_pictures", lambda records: [])
+    place = tiny.make(tmp_path / "place")
+    given = {"method": None, "pattern": None, "results": tmp_path}
+    for number, more in enumerate(({"drop": "mlp:0,attn:2,1"}, {"to": 0.7, "tries": 2, "uneven": ""})):
+        flags = [word for word in tiny.flags(place, "--no-dense", save=tmp_path / str(number), **given | more) if word]
+        assert shrink_command.main(flags) == 0
+        assert verify.main([str(tmp_path / str(number)), "--original", str(place / "model"), "--quiet"]) == 0
+        assert len(verify.verify(tmp_path / str(number)).rows) > 5
