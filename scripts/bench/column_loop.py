@@ -108,7 +108,7 @@ def measure(C: int, pattern: patterns.Pattern, args: argparse.Namespace) -> list
             seconds[name].append(timed(run))
         seconds["floor"].append(C**3 / matmul_rate(args.product))
     found = {name: statistics.median(times) for name, times in seconds.items()}
-    return [f"{C}x{C}", str(pattern), *(f"{found[name]:.5f}" for name in seconds),
+    return [f"{C}x{C}", str(pattern), *(f"{found[name]:.4g}" for name in seconds),
             f"{found['compiled'] / found['floor']:.2f}", f"{found['published'] / found['compiled']:.2f}", differ]
 
 

@@ -1,4 +1,4 @@
-"""scripts/bench at toy size: prune, solvers, column_loop, packed. (best.py: test_best.py; gpu.py: tests/kernels/interpreted.)"""
+"""scripts/bench at toy size: prune, solvers, column_loop, packed. (Elsewhere: best.py in test_best.py, gpu.py in kernels/.)"""
 
 import json
 import re
