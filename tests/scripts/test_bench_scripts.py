@@ -1,4 +1,4 @@
-"""scripts/bench at toy size: prune, solvers, column_loop, packed. (Elsewhere: best.py in test_best.py, gpu.py in kernels/.)"""
+"""scripts/bench at toy size: prune, solvers, column_loop, packed. (Elsewhere: test_best.py, kernels/interpreted.)"""
 
 import json
 import re
