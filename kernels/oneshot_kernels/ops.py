@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from . import dispatch, reference
+from .cpu import layout
+from .cpu import linear as cpu_linear
 from .gpu import prefill
 from .gpu.fragment import K_BLOCK, K_PAD, ROWS, from_fragments, padded_rows
 
@@ -35,8 +37,8 @@ def linear(
 ) -> torch.Tensor:
     """x (..., K) times a packed weight -> (..., out_features) in x's dtype, as defined by `reference.linear`.
 
-    values, metadata: row-major as on disk (2-D), or in fragment order (4-D). bias: (rows,). residual: (...,
-    out_features). norm_gain: (K,). prefill_copy: cuSPARSELt's copy of the weight, or None.
+    values, metadata: row-major as on disk (2-D), in tiles (3-D, CPU), or in fragment order (4-D, GPU). bias: (rows,).
+    residual: (..., out_features). norm_gain: (K,). prefill_copy: cuSPARSELt's copy of the weight, or None.
 
     Raises ValueError if shapes or dtypes do not match.
     """
@@ -120,7 +122,8 @@ def make_problem(x: torch.Tensor, values: torch.Tensor, out_features: int, swigl
     """The Problem of multiplying x (M, K) by this weight."""
     rows = out_features * (2 if swiglu else 1)
     fragments, has_copy = values.ndim == 4, prefill_copy is not None
-    return dispatch.Problem(x.shape[0], rows, x.shape[1], x.dtype, values.device, fragments, has_copy, swiglu)
+    return dispatch.Problem(x.shape[0], rows, x.shape[1], x.dtype, values.device, fragments, has_copy, swiglu,
+                            *dispatch.tiles_and_threads(values))
 
 
 def _gate_and_up(choice: dispatch.Choice, x: torch.Tensor, values: torch.Tensor, metadata: torch.Tensor, n: int,
@@ -144,6 +147,10 @@ def _product(choice: dispatch.Choice, x: torch.Tensor, values: torch.Tensor, met
         return prefill.sparselt(x, prefill_copy, rows, bias=bias, algorithm=choice.config)
     if choice.path == "scratch":
         return prefill.through_scratch(x, values, metadata, rows, bias=bias)
+    if choice.path == "tiles":
+        return cpu_linear.linear(x, values, metadata, rows, bias)
+    if choice.path == "expand":
+        return F.linear(x, cpu_linear.expand(values, metadata, rows, x.shape[1]), bias)
     if values.ndim == 4:
         values, metadata, _ = from_fragments(values, metadata, rows, x.shape[1], row_blocks)
     return F.linear(x, reference.unpack(values, metadata), bias)
@@ -155,6 +162,9 @@ def _check(x: torch.Tensor, values: torch.Tensor, out_features: int, bias: torch
     rows, k = out_features * (2 if swiglu else 1), x.shape[-1]
     if values.ndim == 2:
         fits = tuple(values.shape) == (rows, k // 2) and k % 4 == 0
+    elif values.ndim == 3:
+        lanes = cpu_linear.lanes()
+        fits = tuple(values.shape) == (-(-rows // lanes), -(-k // layout.CHUNK) * layout.CHUNK // 4, 2 * lanes)
     else:
         tiles = padded_rows(rows, 2 if swiglu else 1) // ROWS
         fits = tuple(values.shape[:2]) == (tiles, -(-k // K_PAD) * K_PAD // K_BLOCK)

@@ -5,24 +5,27 @@
 
 2:4 (`to_tiles`), from the format of reference.py:
 
-    values    (T, G, L, 2) in bfloat16, (T, G, 2, L) in float16 and float32: the group's two kept values of every row.
-              bfloat16 in pairs, as a shift and a mask turn a pair into two floats.
+    values    (T, G, 2L): the group's two kept values of every row; L pairs in bfloat16, because a shift and a mask turn
+              a pair into two floats; in float16 and float32 the first of all rows, then the second of all
     metadata  (T, K'/32, L) int32: a row's eight groups of a chunk, four bits each, the first lowest
 
-Dense (`dense_tiles`), two columns in the place of two kept values: (T, K'/2, L, 2) or (T, K'/2, 2, L). Rows and columns
-that pad are zero.
+Dense (`dense_tiles`): (T, K'/2, 2L), two columns in the place of two kept values. Rows and columns that pad are zero.
 """
 
 import torch
 import torch.nn.functional as F
 
-from ..reference import Packed
+from ..reference import Packed, check
 
 CHUNK = 32
 
 
 def to_tiles(packed: Packed, lanes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(values, metadata) in tiles, of a weight in the row-major format."""
+    """(values, metadata) in tiles, of a weight in the row-major format.
+
+    Raises ValueError for damaged metadata, as `reference.unpack` does: the kernels do not look.
+    """
+    check(packed.values, packed.metadata)
     n, k = packed.shape
     rows, chunks = -(-n // lanes) * lanes, -(-k // CHUNK)
     metadata = F.pad(packed.metadata, (0, 4 * chunks - packed.metadata.shape[1], 0, rows - n))
@@ -34,7 +37,7 @@ def to_tiles(packed: Packed, lanes: int) -> tuple[torch.Tensor, torch.Tensor]:
 def from_tiles(values: torch.Tensor, metadata: torch.Tensor, n: int, k: int) -> Packed:
     """The inverse: the row-major weight (n, k) of tiles."""
     rows = metadata.transpose(1, 2).reshape(-1, metadata.shape[1])[:n].contiguous()
-    return Packed(_untiled(values)[:n, : k // 2].contiguous(),
+    return Packed(_untiled(values, metadata.shape[2])[:n, : k // 2].contiguous(),
                   rows.view(torch.uint8)[:, : -(-k // 8)].contiguous(), (n, k))
 
 
@@ -45,14 +48,17 @@ def dense_tiles(weight: torch.Tensor, lanes: int) -> torch.Tensor:
 
 
 def _tiled(values: torch.Tensor, lanes: int) -> torch.Tensor:
-    """(N, 2 S), with N a multiple of lanes, as (T, S, lanes, 2) or (T, S, 2, lanes)."""
+    """(N, 2 S), with N a multiple of lanes, as (T, S, 2 lanes)."""
     four = values.view(-1, lanes, values.shape[1] // 2, 2)
-    return four.permute(0, 2, 1, 3).contiguous() if _in_pairs(values) else four.permute(0, 2, 3, 1).contiguous()
+    return four.permute(*((0, 2, 1, 3) if _in_pairs(values) else (0, 2, 3, 1))).flatten(2).contiguous()
 
 
-def _untiled(values: torch.Tensor) -> torch.Tensor:
+def _untiled(values: torch.Tensor, lanes: int) -> torch.Tensor:
     """The inverse of `_tiled`."""
-    four = values.permute(0, 2, 1, 3) if _in_pairs(values) else values.permute(0, 3, 1, 2)
+    if _in_pairs(values):
+        four = values.unflatten(2, (lanes, 2)).permute(0, 2, 1, 3)
+    else:
+        four = values.unflatten(2, (2, lanes)).permute(0, 3, 1, 2)
     return four.reshape(four.shape[0] * four.shape[1], -1)
 
 

@@ -27,6 +27,7 @@ class Loaded:
     about: str
 
 
+UNTRIED = "not loaded yet"
 _lock, _loaded = threading.RLock(), {}
 
 
@@ -44,8 +45,8 @@ def load(name: str, declare: Callable[[ctypes.CDLL], None],
 
 
 def why(name: str) -> str:
-    """The variant that runs, or why there is none, in words; "not loaded yet" before `load`."""
-    return _loaded[name].about if name in _loaded else "not loaded yet"
+    """The variant that runs, or why there is none, in words; UNTRIED before `load`."""
+    return _loaded[name].about if name in _loaded else UNTRIED
 
 
 def forget() -> None:

@@ -4,13 +4,13 @@
 // there are no horizontal sums, and a thread reads every byte of the weight once, in order, four tiles at a time: one
 // address stream does not reach the memory's speed. 2:4: for a group of four columns x's four numbers are broadcast,
 // each lane picks the two that it needs by two bits each, and multiplies. 16 pairs of bits are one word, used up by
-// shifting. Sums are moved to a second accumulator every 512 columns, which keeps rounding errors small.
+// shifting. Sums are moved to a second accumulator every 64 columns, which keeps rounding errors small.
 #include <cstdlib>
 #include <memory>
 #include "parallel.h"
 #include "vectors.h"
 
-constexpr int CHUNK = 32, GROUPS = CHUNK / 4, FLUSH = 16;  // columns; groups of four; chunks between two flushes
+constexpr int CHUNK = 32, GROUPS = CHUNK / 4, FLUSH = 2;  // columns; groups of four; chunks between two flushes
 constexpr int MOST = VECTOR == 64 || VECTOR == 16 ? 8 : 4;  // tokens at once: AVX2 has half the registers
 
 // How the two kept values of a group (2:4), or two columns (dense), lie in memory.
