@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .cpu import library
+from .cpu import layout, library
 from .cpu import linear as cpu_linear
 from .gpu.prefill import sparselt_refuses
 
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 TILES_UNTIL = {"avx512": 16}
 """Tokens up to which tiles should pay on a CPU, else 64. An estimate: with AVX-512 torch's own products are faster."""
 
+NOT_ON_CPU = (False, 0, True)
+
 MIDDLE_UNTIL = 512
 """An estimate: on an H200 dense products are memory-bound up to 184 tokens; expansion pays somewhat beyond that."""
 
@@ -53,7 +55,7 @@ class Problem:
 
     tokens: M. rows, k: the weight's shape; with `swiglu` there are half as many outputs as rows. fragments: whether the
     weight is in fragment order. prefill_copy: whether there is a copy for cuSPARSELt. tiles: whether the weight is in
-    tiles for a CPU; threads: how many of them compute there, else 0.
+    tiles for a CPU; threads: how many of them compute there, else 0; native: False if it was cast since.
     """
 
     tokens: int
@@ -66,6 +68,7 @@ class Problem:
     swiglu: bool = False
     tiles: bool = False
     threads: int = 0
+    native: bool = True
 
     @property
     def key(self) -> str:
@@ -97,9 +100,9 @@ def dimensions(dtype: torch.dtype, device: torch.device) -> int:
     return 3 if device.type == "cpu" and dtype in cpu_linear.TYPES and cpu_linear.available() else 2
 
 
-def tiles_and_threads(values: torch.Tensor) -> tuple[bool, int]:
-    """Whether a weight is in tiles, and then how many threads compute with it: the last two fields of a Problem."""
-    return (True, library.threads()) if values.ndim == 3 else (False, 0)
+def on_cpu(values: torch.Tensor) -> tuple[bool, int, bool]:
+    """The last three fields of a Problem: tiles, threads, native."""
+    return (True, library.threads(), layout.is_native(values, cpu_linear.lanes())) if values.ndim == 3 else NOT_ON_CPU
 
 
 def refusals(problem: Problem) -> dict[str, str | None]:
@@ -153,6 +156,8 @@ def _measured(problem: Problem, path: Path, usable: list[str]) -> Choice | None:
 
 def _choose_on_cpu(problem: Problem, path: Path) -> Choice:
     """The Choice for a weight in tiles."""
+    if not problem.native:
+        return Choice("expand", None, "only path", "cast to another dtype since it was prepared; call prepare() again")
     if choice := _measured(problem, path, ["tiles", "expand"]):
         return choice
     until = TILES_UNTIL.get(library.why("linear"), 64) if problem.dtype != torch.float32 else 64

@@ -92,6 +92,9 @@ class Sparse24Linear(nn.Module):
     ) -> torch.Tensor:
         """x (..., K) -> (..., N). norm_gain: (K,), applies an RMSNorm to x first. residual: (..., N), is added last."""
         options = (self.bias, residual, norm_gain, norm_eps, self.swiglu, self.prefill_copy)
+        eager = self.weight.ndim == 3 and not torch.compiler.is_compiling()
+        if eager and not (x.requires_grad and torch.is_grad_enabled()):  # the dispatcher costs ten microseconds
+            return ops.compute(x, self.weight, self.metadata, self.out_features, *options)
         return ops.linear(x, self.weight, self.metadata, self.out_features, *options)
 
     @property
@@ -129,7 +132,8 @@ class Sparse24Linear(nn.Module):
 
     def _arrange(self, wanted: int) -> None:
         """Put the weight in another order: 2 row-major, 3 tiles, 4 fragments (the dimensions of `weight`)."""
-        if self.weight.ndim == wanted:
+        cast = self.weight.ndim == 3 and not layout.is_native(self.weight, linear.lanes())
+        if self.weight.ndim == wanted and not cast:
             return
         tensors = packed = self.packed
         if wanted == 4:
@@ -147,7 +151,7 @@ class Sparse24Linear(nn.Module):
         has_copy = self.prefill_copy is not None
         at = (self.rows, self.in_features, self.weight.dtype, self.weight.device)
         return dispatch.Problem(tokens, *at, self.weight.ndim == 4, has_copy, self.swiglu,
-                                *dispatch.tiles_and_threads(self.weight))
+                                *dispatch.on_cpu(self.weight))
 
     @property
     def _row_blocks(self) -> int:

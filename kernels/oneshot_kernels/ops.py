@@ -22,8 +22,7 @@ if dispatch.triton is not None:
     from .gpu import decode, expand, selftest
 
 
-@torch.library.custom_op("oneshot_kernels::linear", mutates_args=())
-def linear(
+def compute(
     x: torch.Tensor,
     values: torch.Tensor,
     metadata: torch.Tensor,
@@ -71,6 +70,9 @@ def linear(
     with torch.cuda.device_of(x):  # Triton launches on the current device, which may be another than x's
         y = run(choice, flat, values, metadata, out_features, prefill_copy=prefill_copy, **extras)
     return y.view(*x.shape[:-1], out_features)
+
+
+linear = torch.library.custom_op("oneshot_kernels::linear", compute, mutates_args=())
 
 
 @linear.register_fake
@@ -123,7 +125,7 @@ def make_problem(x: torch.Tensor, values: torch.Tensor, out_features: int, swigl
     rows = out_features * (2 if swiglu else 1)
     fragments, has_copy = values.ndim == 4, prefill_copy is not None
     return dispatch.Problem(x.shape[0], rows, x.shape[1], x.dtype, values.device, fragments, has_copy, swiglu,
-                            *dispatch.tiles_and_threads(values))
+                            *dispatch.on_cpu(values))
 
 
 def _gate_and_up(choice: dispatch.Choice, x: torch.Tensor, values: torch.Tensor, metadata: torch.Tensor, n: int,
@@ -163,8 +165,9 @@ def _check(x: torch.Tensor, values: torch.Tensor, out_features: int, bias: torch
     if values.ndim == 2:
         fits = tuple(values.shape) == (rows, k // 2) and k % 4 == 0
     elif values.ndim == 3:
-        lanes = cpu_linear.lanes()
-        fits = tuple(values.shape) == (-(-rows // lanes), -(-k // layout.CHUNK) * layout.CHUNK // 4, 2 * lanes)
+        lanes, slots = cpu_linear.lanes(), -(-k // layout.CHUNK) * layout.CHUNK // 2
+        fits = values.shape[0] == -(-rows // lanes) and tuple(values.shape[1:]) in (
+            (slots // 2, 2 * lanes), (slots, lanes))
     else:
         tiles = padded_rows(rows, 2 if swiglu else 1) // ROWS
         fits = tuple(values.shape[:2]) == (tiles, -(-k // K_PAD) * K_PAD // K_BLOCK)

@@ -136,6 +136,20 @@ def test_the_module_keeps_its_weight_through_everything(dtype, untuned):
     assert wide.weight.ndim == 2 and torch.equal(wide.weight, pack(weight).values.double())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("other", DTYPES)
+def test_a_weight_that_others_cast_is_still_right(dtype, other, untuned):
+    """`oneshot.models.resident` casts tensors one by one, past the module."""
+    weight, x, bias = problem(20, 36, 3, dtype)
+    layer = Sparse24Linear.from_packed(*pack(weight)[:2], bias)
+    layer.weight.data, layer.bias.data = layer.weight.data.to(other), layer.bias.data.to(other)
+    want = F.linear(x.to(other), weight.to(other), bias.to(other))
+    torch.testing.assert_close(layer(x.to(other)), want)
+    assert torch.equal(layer.dense(), weight.to(other))
+    assert ("call prepare() again" in explain(layer, 3)) == ((dtype == torch.bfloat16) != (other == torch.bfloat16))
+    assert torch.equal(layer.prepare().dense(), weight.to(other)) and "call prepare()" not in explain(layer, 3)
+
+
 def test_memory_is_what_the_packed_weight_takes():
     weight, _, _ = problem(64, 256, 1, torch.bfloat16)
     layer = Sparse24Linear.from_packed(*pack(weight)[:2])

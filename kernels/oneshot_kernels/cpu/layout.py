@@ -5,11 +5,13 @@
 
 2:4 (`to_tiles`), from the format of reference.py:
 
-    values    (T, G, 2L): the group's two kept values of every row; L pairs in bfloat16, because a shift and a mask turn
-              a pair into two floats; in float16 and float32 the first of all rows, then the second of all
+    values    the group's two kept values of every row. bfloat16 (T, G, 2L): L pairs, because a shift and a mask turn a
+              pair into two floats. float16 and float32 (T, 2G, L): the first of all rows, then the second of all.
     metadata  (T, K'/32, L) int32: a row's eight groups of a chunk, four bits each, the first lowest
 
-Dense (`dense_tiles`): (T, K'/2, 2L), two columns in the place of two kept values. Rows and columns that pad are zero.
+Dense (`dense_tiles`): two columns in the place of two kept values, (T, K'/2, 2L) or (T, K', L). Rows and columns that
+pad are zero. The shape says which order it is: a tensor that someone casts to another dtype stays readable (`is_native`
+is then False, and it is expanded before use).
 """
 
 import torch
@@ -47,20 +49,28 @@ def dense_tiles(weight: torch.Tensor, lanes: int) -> torch.Tensor:
     return _tiled(F.pad(weight, (0, -k % CHUNK, 0, -n % lanes)), lanes)
 
 
+def is_native(values: torch.Tensor, lanes: int) -> bool:
+    """Whether the order of `values` is the one that the kernel for its dtype reads."""
+    return in_pairs(values, lanes) == (values.dtype == torch.bfloat16)
+
+
+def in_pairs(values: torch.Tensor, lanes: int) -> bool:
+    """Whether tiles hold pairs, (.., .., 2L), rather than one value of all rows after the other, (.., .., L)."""
+    return values.shape[2] == 2 * lanes
+
+
 def _tiled(values: torch.Tensor, lanes: int) -> torch.Tensor:
-    """(N, 2 S), with N a multiple of lanes, as (T, S, 2 lanes)."""
-    four = values.view(-1, lanes, values.shape[1] // 2, 2)
-    return four.permute(*((0, 2, 1, 3) if _in_pairs(values) else (0, 2, 3, 1))).flatten(2).contiguous()
+    """(N, 2 S), with N a multiple of lanes, as (T, S, 2 lanes) or (T, 2 S, lanes)."""
+    rows = values.view(-1, lanes, values.shape[1])
+    if values.dtype == torch.bfloat16:
+        return rows.unflatten(2, (-1, 2)).transpose(1, 2).flatten(2).contiguous()
+    return rows.transpose(1, 2).contiguous()
 
 
 def _untiled(values: torch.Tensor, lanes: int) -> torch.Tensor:
     """The inverse of `_tiled`."""
-    if _in_pairs(values):
-        four = values.unflatten(2, (lanes, 2)).permute(0, 2, 1, 3)
+    if in_pairs(values, lanes):
+        values = values.unflatten(2, (lanes, 2)).transpose(1, 2).flatten(2)
     else:
-        four = values.unflatten(2, (2, lanes)).permute(0, 3, 1, 2)
-    return four.reshape(four.shape[0] * four.shape[1], -1)
-
-
-def _in_pairs(values: torch.Tensor) -> bool:
-    return values.dtype == torch.bfloat16
+        values = values.transpose(1, 2)
+    return values.reshape(values.shape[0] * lanes, -1)

@@ -162,10 +162,15 @@ template <typename T, bool PAIRS> static void unpack(Weight w, T* out, int64_t N
         }
     });
 }
+// pairs: the order of the values, which need not be the one that `linear` reads for this type
 extern "C" void expand(const uint8_t* values, const uint32_t* metadata, void* out, int64_t N, int64_t K, int64_t type,
-                       int64_t threads) {
+                       int64_t pairs, int64_t threads) {
     const Weight w{values, metadata, (K + CHUNK - 1) / CHUNK};
-    if (Type(type) == FLOAT32) unpack<uint32_t, false>(w, static_cast<uint32_t*>(out), N, K, threads);
-    else if (Type(type) == BFLOAT16) unpack<uint16_t, true>(w, static_cast<uint16_t*>(out), N, K, threads);
-    else unpack<uint16_t, false>(w, static_cast<uint16_t*>(out), N, K, threads);
+    if (bytes_of(Type(type)) == 4) {
+        if (pairs) unpack<uint32_t, true>(w, static_cast<uint32_t*>(out), N, K, threads);
+        else unpack<uint32_t, false>(w, static_cast<uint32_t*>(out), N, K, threads);
+    } else {
+        if (pairs) unpack<uint16_t, true>(w, static_cast<uint16_t*>(out), N, K, threads);
+        else unpack<uint16_t, false>(w, static_cast<uint16_t*>(out), N, K, threads);
+    }
 }

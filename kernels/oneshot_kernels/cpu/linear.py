@@ -47,10 +47,10 @@ def linear(x: torch.Tensor, values: torch.Tensor, metadata: torch.Tensor | None,
 
 
 def expand(values: torch.Tensor, metadata: torch.Tensor, n: int, k: int) -> torch.Tensor:
-    """The dense (n, k) weight of 2:4 tiles, for a product of the library with many tokens."""
+    """The dense (n, k) weight of 2:4 tiles in either order, for a product of torch's with many tokens."""
     out = values.new_empty(n, k)
     _library().expand(values.data_ptr(), metadata.data_ptr(), out.data_ptr(), n, k, TYPES[values.dtype],
-                      library.threads())
+                      layout.in_pairs(values, metadata.shape[2]), library.threads())
     return out
 
 
@@ -64,7 +64,7 @@ def _declare(cdll: ctypes.CDLL) -> None:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     cdll.lanes.argtypes, cdll.lanes.restype = [], ctypes.c_int
     cdll.linear.argtypes, cdll.linear.restype = [pointer] * 5 + [number] * 5, ctypes.c_int
-    cdll.expand.argtypes, cdll.expand.restype = [pointer] * 3 + [number] * 4, None
+    cdll.expand.argtypes, cdll.expand.restype = [pointer] * 3 + [number] * 5, None
 
 
 def _self_test(cdll: ctypes.CDLL) -> str | None:
@@ -88,7 +88,7 @@ def _self_test(cdll: ctypes.CDLL) -> str | None:
                 return f"{form} {dtype}: relative error {error:.3g}"
             if metadata is not None:
                 out = torch.full_like(weight, torch.nan)
-                cdll.expand(values.data_ptr(), at, out.data_ptr(), n, k, code, 2)
+                cdll.expand(values.data_ptr(), at, out.data_ptr(), n, k, code, layout.in_pairs(values, lanes), 2)
                 if not torch.equal(out, weight):
                     return f"expanding 2:4 {dtype}"
     return None
