@@ -141,6 +141,14 @@ def _choose(problem: Problem, path: Path) -> Choice:
     return _measured(problem, path, usable) or _estimate(problem, usable)
 
 
+@functools.lru_cache(maxsize=4096)
+def takes_tiles(tokens: int, rows: int, k: int, dtype: torch.dtype, shape: torch.Size, threads: int) -> bool:
+    """Whether a 2:4 weight (rows, k) whose values have this shape goes through cpu/linear.py at once. Cached."""
+    fits = tuple(shape) == layout.shapes(rows, k, cpu_linear.lanes())[dtype != torch.bfloat16]
+    problem = Problem(tokens, rows, k, dtype, torch.device("cpu"), False, tiles=True, threads=threads)
+    return tokens > 0 and fits and choose(problem).path == "tiles"
+
+
 def _measured(problem: Problem, path: Path, usable: list[str]) -> Choice | None:
     """The fastest of the usable paths in the table, or None if none was measured."""
     measured = _nearest(load_table(path).get(problem.key, {}), problem.tokens)
@@ -250,6 +258,7 @@ def save_table(path: Path, entries: dict, about: dict) -> None:
 def forget() -> None:
     """Drop all cached choices and tables."""
     _choose.cache_clear()
+    takes_tiles.cache_clear()
     load_table.cache_clear()
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from . import dispatch, reference
-from .cpu import layout
+from .cpu import layout, library
 from .cpu import linear as cpu_linear
 from .gpu import prefill
 from .gpu.fragment import K_BLOCK, K_PAD, ROWS, from_fragments, padded_rows
@@ -22,7 +22,8 @@ if dispatch.triton is not None:
     from .gpu import decode, expand, selftest
 
 
-def compute(
+@torch.library.custom_op("oneshot_kernels::linear", mutates_args=())
+def linear(
     x: torch.Tensor,
     values: torch.Tensor,
     metadata: torch.Tensor,
@@ -42,6 +43,10 @@ def compute(
     Raises ValueError if shapes or dtypes do not match.
     """
     k = x.shape[-1]
+    if values.ndim == 3 and residual is None and norm_gain is None:
+        y = _in_tiles(x, values, metadata, out_features * (2 if swiglu else 1), bias)
+        if y is not None:
+            return F.silu(y[..., :out_features]) * y[..., out_features:] if swiglu else y
     _check(x, values, out_features, bias, residual, norm_gain, swiglu)
     flat = x.reshape(-1, k).contiguous()
     if flat.shape[0] == 0:
@@ -70,9 +75,6 @@ def compute(
     with torch.cuda.device_of(x):  # Triton launches on the current device, which may be another than x's
         y = run(choice, flat, values, metadata, out_features, prefill_copy=prefill_copy, **extras)
     return y.view(*x.shape[:-1], out_features)
-
-
-linear = torch.library.custom_op("oneshot_kernels::linear", compute, mutates_args=())
 
 
 @linear.register_fake
@@ -117,6 +119,17 @@ def run(
     else:
         y = _product(choice, x, values, metadata, n, bias, prefill_copy)
     return y if residual is None else y + residual
+
+
+def _in_tiles(x: torch.Tensor, values: torch.Tensor, metadata: torch.Tensor, rows: int,
+              bias: torch.Tensor | None) -> torch.Tensor | None:
+    """The product where the compiled kernel takes it, in as little Python as can be; None for anything unusual."""
+    k = x.shape[-1]
+    flat = x.reshape(-1, k)
+    fits = x.dtype == values.dtype and (bias is None or (bias.dtype == x.dtype and tuple(bias.shape) == (rows,)))
+    if not fits or not dispatch.takes_tiles(flat.shape[0], rows, k, x.dtype, values.shape, library.threads()):
+        return None
+    return cpu_linear.linear(flat.contiguous(), values, metadata, rows, bias).view(*x.shape[:-1], rows)
 
 
 def make_problem(x: torch.Tensor, values: torch.Tensor, out_features: int, swiglu: bool,
@@ -165,9 +178,7 @@ def _check(x: torch.Tensor, values: torch.Tensor, out_features: int, bias: torch
     if values.ndim == 2:
         fits = tuple(values.shape) == (rows, k // 2) and k % 4 == 0
     elif values.ndim == 3:
-        lanes, slots = cpu_linear.lanes(), -(-k // layout.CHUNK) * layout.CHUNK // 2
-        fits = values.shape[0] == -(-rows // lanes) and tuple(values.shape[1:]) in (
-            (slots // 2, 2 * lanes), (slots, lanes))
+        fits = tuple(values.shape) in layout.shapes(rows, k, cpu_linear.lanes())
     else:
         tiles = padded_rows(rows, 2 if swiglu else 1) // ROWS
         fits = tuple(values.shape[:2]) == (tiles, -(-k // K_PAD) * K_PAD // K_BLOCK)

@@ -91,7 +91,7 @@ def test_without_a_compiler_there_is_one_warning_for_all_libraries(monkeypatch):
 def test_a_wrong_variant_is_disabled_loudly(monkeypatch):
     monkeypatch.setitem(build.VARIANTS, "second", (build.machine(), None, ()))
     monkeypatch.setattr(build, "variants", lambda: ["second", "second"])
-    monkeypatch.setattr(library, "_give_team", lambda cdll: None)
+    monkeypatch.setattr(library, "give_team", lambda cdll: None)
     faults = ["off by one", None]
     with pytest.warns(RuntimeWarning, match="features, variant second, FAILED its self-test.*off by one") as seen:
         assert library.load("features", lambda cdll: None, lambda cdll: faults.pop(0)) is not None

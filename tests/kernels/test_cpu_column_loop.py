@@ -17,7 +17,7 @@ def variant(request, monkeypatch):
     if request.param not in build.variants():
         pytest.skip(f"this CPU does not run {request.param}")
     cdll = ctypes.CDLL(str(build.build("column_loop", build.VARIANTS[request.param][2])))
-    library._give_team(cdll)
+    library.give_team(cdll)
     column_loop._declare(cdll)
     monkeypatch.setattr(column_loop, "_library", lambda: cdll)
 

@@ -7,8 +7,8 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from oneshot_kernels import Sparse24Linear, dispatch, explain, ops, pack, reference
-from oneshot_kernels.cpu import build, layout, library
+from oneshot_kernels import Sparse24Linear, dispatch, explain, ops, pack, reference, selftest
+from oneshot_kernels.cpu import build, layout, library, tune
 from oneshot_kernels.cpu import linear as cpu
 from torch import nn
 
@@ -22,7 +22,7 @@ def variant(request, monkeypatch):
     if request.param not in build.variants():
         pytest.skip(f"this CPU does not run {request.param}")
     cdll = ctypes.CDLL(str(build.build("linear", build.VARIANTS[request.param][2])))
-    library._give_team(cdll)
+    library.give_team(cdll)
     cpu._declare(cdll)
     monkeypatch.setattr(cpu, "_library", lambda: cdll)
 
@@ -220,3 +220,23 @@ def test_the_self_test_finds_a_wrong_library(variant):
         def linear(x, values, metadata, bias, y, *rest):
             return right.linear(x, values, metadata, None, y, *rest)
     assert "2:4 torch.float32: relative error" in cpu._self_test(Wrong)
+
+
+def test_tuning_writes_what_dispatch_reads(untuned, capsys):
+    tune.main(["--shapes", "24x64,48x64:swiglu", "--tokens", "1,70", "--dtype", "float32"])
+    assert capsys.readouterr().out.count("tokens, us: ") == 4
+    weight, _, _ = problem(24, 64, 1, torch.float32)
+    layer = Sparse24Linear.from_packed(*pack(weight)[:2])
+    assert "measured" in explain(layer, 1) and "measured" in explain(layer, 50)
+    with pytest.raises(SystemExit):
+        tune.main(["--tokens", "1"])
+
+
+def test_the_selftest_command_says_what_runs_here(untuned, capsys, monkeypatch):
+    assert selftest.main() == 0
+    out = capsys.readouterr().out
+    for variant in build.variants():
+        assert f"CPU, linear, {variant}: right" in out and f"CPU, column_loop, {variant}: right" in out
+    assert "2048x2048 bfloat16" in out and "1024 tokens on " in out
+    monkeypatch.setattr(cpu, "_self_test", lambda cdll: "off by one")
+    assert selftest.main() == 1 and "off by one" in capsys.readouterr().out

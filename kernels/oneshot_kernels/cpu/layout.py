@@ -49,6 +49,12 @@ def dense_tiles(weight: torch.Tensor, lanes: int) -> torch.Tensor:
     return _tiled(F.pad(weight, (0, -k % CHUNK, 0, -n % lanes)), lanes)
 
 
+def shapes(n: int, k: int, lanes: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """The shapes that the values of a 2:4 weight (n, k) may have: in pairs, and not."""
+    tiles, slots = -(-n // lanes), -(-k // CHUNK) * CHUNK // 2
+    return (tiles, slots // 2, 2 * lanes), (tiles, slots, lanes)
+
+
 def is_native(values: torch.Tensor, lanes: int) -> bool:
     """Whether the order of `values` is the one that the kernel for its dtype reads."""
     return in_pairs(values, lanes) == (values.dtype == torch.bfloat16)

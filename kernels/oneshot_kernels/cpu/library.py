@@ -62,7 +62,7 @@ def _load(name: str, declare: Callable[[ctypes.CDLL], None],
     try:
         for variant in build.variants():
             cdll = ctypes.CDLL(str(build.build(name, build.VARIANTS[variant][2])))
-            _give_team(cdll)
+            give_team(cdll)
             declare(cdll)
             if not (fault := self_test(cdll)):
                 return Loaded(cdll, variant)
@@ -86,7 +86,7 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-def _give_team(cdll: ctypes.CDLL) -> None:
+def give_team(cdll: ctypes.CDLL) -> None:
     """Tell the library where torch's OpenMP runtime starts its threads (see parallel.h)."""
     if start := _openmp():
         cdll.set_team.argtypes, cdll.set_team.restype = [ctypes.c_void_p], None
