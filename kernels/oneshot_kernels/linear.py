@@ -92,6 +92,9 @@ class Sparse24Linear(nn.Module):
     ) -> torch.Tensor:
         """x (..., K) -> (..., N). norm_gain: (K,), applies an RMSNorm to x first. residual: (..., N), is added last."""
         options = (self.bias, residual, norm_gain, norm_eps, self.swiglu, self.prefill_copy)
+        eager = self.weight.ndim == 3 and not torch.compiler.is_compiling()
+        if eager and not (x.requires_grad and torch.is_grad_enabled()):  # as `ops.linear`, without torch's dispatcher:
+            return ops.compute(x, self.weight, self.metadata, self.out_features, *options)  # 10 to 20 µs less a call
         return ops.linear(x, self.weight, self.metadata, self.out_features, *options)
 
     @property

@@ -22,8 +22,7 @@ if dispatch.triton is not None:
     from .gpu import decode, expand, selftest
 
 
-@torch.library.custom_op("oneshot_kernels::linear", mutates_args=())
-def linear(
+def compute(
     x: torch.Tensor,
     values: torch.Tensor,
     metadata: torch.Tensor,
@@ -75,6 +74,9 @@ def linear(
     with torch.cuda.device_of(x):  # Triton launches on the current device, which may be another than x's
         y = run(choice, flat, values, metadata, out_features, prefill_copy=prefill_copy, **extras)
     return y.view(*x.shape[:-1], out_features)
+
+
+linear = torch.library.custom_op("oneshot_kernels::linear", compute, mutates_args=())
 
 
 @linear.register_fake

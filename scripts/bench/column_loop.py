@@ -20,7 +20,6 @@ in cores (the average of a minute less this program's threads): on a busy machin
 import argparse
 import csv
 import io
-import os
 import statistics
 import sys
 import time
@@ -29,7 +28,7 @@ from pathlib import Path
 
 import published
 import torch
-from common import matmul_rate, removed
+from common import matmul_rate, others, removed
 from oneshot_kernels.cpu import column_loop, library
 
 from oneshot.calibrate import Statistics
@@ -84,11 +83,6 @@ def work(args: argparse.Namespace) -> None:
     file = io.StringIO()
     csv.writer(file, lineterminator="\n").writerows([HEAD, *rows])
     write_text(file.getvalue(), args.out / "column_loop.csv")
-
-
-def others() -> float:
-    """Cores that other processes take: the load average of a minute less this program's threads, at least 0."""
-    return max(0.0, os.getloadavg()[0] - torch.get_num_threads())
 
 
 def measure(C: int, pattern: patterns.Pattern, args: argparse.Namespace) -> list:

@@ -6,6 +6,7 @@ import tempfile
 
 import column_loop
 import common
+import cpu_kernels
 import packed
 import prune
 import pytest
@@ -109,6 +110,19 @@ def test_column_loop(tmp_path, capsys):
     assert rows[0] == column_loop.HEAD and [row[:2] for row in rows[1:]] == [["64x64", "2:4"], ["64x64", "0.5"]]
     assert all(float(second) > 0 for row in rows[1:] for second in row[2:8])
     assert all(row[column_loop.HEAD.index("masks_differ")] == "0" for row in rows[1:])
+
+
+def test_cpu_kernels(tmp_path, capsys):
+    if not cpu_kernels.linear.available():
+        pytest.skip("no C++ compiler")
+    threads = torch.get_num_threads()
+    assert cpu_kernels.main(["--toy", "--threads", "1", "--out", str(tmp_path)]) == 0, capsys.readouterr().err
+    assert torch.get_num_threads() == threads
+    rows = [line.split(",") for line in (tmp_path / "cpu_kernels.csv").read_text().splitlines()]
+    assert rows[0] == cpu_kernels.HEAD and len(rows) == 1 + 2 * 2 * 5  # dtypes, tokens, methods
+    for row in (dict(zip(rows[0], row, strict=True)) for row in rows[1:]):
+        assert float(row["us"]) > 0 and row["machine"] == ("busy" if float(row["load"]) > 0.3 else "idle")
+        assert row["method"] != "torch" or row["over_torch"] == "1.00"
 
 
 def test_packed(tmp_path, monkeypatch, capsys):

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from ..reference import Packed, check
+from .library import huge_pages
 
 CHUNK = 32
 
@@ -69,8 +70,8 @@ def _tiled(values: torch.Tensor, lanes: int) -> torch.Tensor:
     """(N, 2 S), with N a multiple of lanes, as (T, S, 2 lanes) or (T, 2 S, lanes)."""
     rows = values.view(-1, lanes, values.shape[1])
     if values.dtype == torch.bfloat16:
-        return rows.unflatten(2, (-1, 2)).transpose(1, 2).flatten(2).contiguous()
-    return rows.transpose(1, 2).contiguous()
+        return huge_pages(rows.unflatten(2, (-1, 2)).transpose(1, 2).flatten(2).contiguous())
+    return huge_pages(rows.transpose(1, 2).contiguous())
 
 
 def _untiled(values: torch.Tensor, lanes: int) -> torch.Tensor:

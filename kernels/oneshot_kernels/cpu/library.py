@@ -9,6 +9,7 @@ for the process with a RuntimeWarning, and the next best is tried.
 
 import ctypes
 import functools
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -84,6 +85,19 @@ def _warn_once(reason: str) -> None:
 def threads() -> int:
     """How many threads a kernel may use: torch's."""
     return torch.get_num_threads()
+
+
+def huge_pages(tensor: torch.Tensor) -> torch.Tensor:
+    """Ask Linux for pages of 2 MB under a tensor that is read as a whole, over and over; returns the tensor.
+
+    Eight streams through pages of 4 KB cost a tenth of the speed (Zen 5). A system that cannot do it changes nothing.
+    """
+    page, first, size = 2 << 20, tensor.data_ptr(), tensor.numel() * tensor.element_size()
+    start, end = -(-first // page) * page, (first + size) // page * page
+    libc = ctypes.CDLL(None) if sys.platform == "linux" and start < end else None
+    for advice in (14, 25) if libc else ():  # MADV_HUGEPAGE; MADV_COLLAPSE: now, not some day
+        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
+    return tensor
 
 
 def give_team(cdll: ctypes.CDLL) -> None:
