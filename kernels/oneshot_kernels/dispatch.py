@@ -97,7 +97,8 @@ def dimensions(dtype: torch.dtype, device: torch.device) -> int:
     """The order that weights should be in, as the dimensions of `values`: 4 fragments, 3 tiles, 2 row-major."""
     if uses_fragments(dtype, device):
         return 4
-    return 3 if device.type == "cpu" and dtype in cpu_linear.TYPES and cpu_linear.available() else 2
+    tiles = device.type == "cpu" and not INTERPRET and dtype in cpu_linear.TYPES and cpu_linear.available()
+    return 3 if tiles else 2
 
 
 def on_cpu(values: torch.Tensor) -> tuple[bool, int, bool]:

@@ -59,6 +59,45 @@ static inline F load_half(const void* p) {
 #endif
 }
 
+// Four signed bytes a lane: acc + Σ w · x. With VNNI one operand has to be unsigned: there x comes with OFFSET added, and
+// `excess`, to be subtracted in the end, gathers what that adds. Elsewhere OFFSET is 0.
+#if defined(__AVX512VNNI__)
+constexpr int OFFSET = 128;
+#else
+constexpr int OFFSET = 0;
+#endif
+static inline I dot4(I acc, U w, U x) {
+#if defined(__AVX512VNNI__)
+    return I(_mm512_dpbusd_epi32(__m512i(acc), __m512i(x), __m512i(w)));
+#elif defined(__AVX2__)
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(__m256i(w)), _mm256_sign_epi8(__m256i(x), __m256i(w)));
+    return acc + I(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#else
+    const int8x16_t a = int8x16_t(w), b = int8x16_t(x);
+    const int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(b)), high = vmull_s8(vget_high_s8(a), vget_high_s8(b));
+    return I(vpadalq_s16(int32x4_t(acc), vpaddq_s16(low, high)));
+#endif
+}
+static inline I excess(I acc, U w) { return OFFSET ? dot4(acc, w, U{} + 0x80808080u) : acc; }
+
+// eight bytes, once for every two lanes
+static inline U broadcast8(const uint8_t* p) {
+    uint64_t v; std::memcpy(&v, p, 8);
+    typedef uint64_t W __attribute__((vector_size(VECTOR)));
+    return U(W{} + v);
+}
+
+// byte by byte one of the eight bytes of `broadcast8`, by the index in each byte of i (0 to 7)
+static inline U pick_bytes(U x, U i) {
+#if defined(__AVX512F__)
+    return U(_mm512_shuffle_epi8(__m512i(x), __m512i(i)));
+#elif defined(__AVX2__)
+    return U(_mm256_shuffle_epi8(__m256i(x), __m256i(i)));
+#else
+    return U(vqtbl1q_u8(uint8x16_t(x), uint8x16_t(i)));
+#endif
+}
+
 // One number from and to the types of tensors: 0 float32, 1 bfloat16, 2 float16. Rounds to nearest, ties to even.
 enum Type { FLOAT32, BFLOAT16, FLOAT16 };
 static inline int bytes_of(Type type) { return type == FLOAT32 ? 4 : 2; }
