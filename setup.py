@@ -26,7 +26,8 @@ setup(
               *find_packages("kernels")],
     # `kernels` is a source root, not a package: a well-known package of that name is on PyPI
     package_dir={"oneshot_kernels": "kernels/oneshot_kernels"},
-    package_data={"oneshot.demo": ["*.md", "*.txt", "model/*"], "oneshot.report": ["*.j2", "*.css"]},
+    package_data={"oneshot.demo": ["*.md", "*.txt", "model/*"], "oneshot.report": ["*.j2", "*.css"],
+                  "oneshot_kernels.cpu": ["*.cpp", "*.h"]},
     entry_points={"console_scripts": ["oneshot = oneshot.__main__:main"]},
     install_requires=[
         "torch>=2.9",

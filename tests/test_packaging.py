@@ -30,8 +30,9 @@ def test_every_module_is_in_a_package(given):
 def test_every_file_beside_the_modules_is_taken_along(given):
     patterns = [f"{package.replace('.', '/')}/{pattern}" for package, wanted in given["package_data"].items()
                 for pattern in wanted]
-    files = [f.relative_to(ROOT).as_posix() for f in (ROOT / "oneshot").rglob("*")
-             if f.is_file() and f.suffix not in (".py", ".pyc")]
+    files = [f.relative_to(root).as_posix() for root, top in ((ROOT, "oneshot"), (ROOT / "kernels", "oneshot_kernels"))
+             for f in (root / top).rglob("*") if f.is_file() and f.suffix not in (".py", ".pyc")]
+    assert "oneshot_kernels/cpu/column_loop.cpp" in files and "oneshot_kernels/cpu/parallel.h" in files
     assert "oneshot/demo/model/README.md" in files and "oneshot/demo/model/model.safetensors" in files
     assert not [f for f in files if not any(fnmatch.fnmatch(f, pattern) for pattern in patterns)]
 

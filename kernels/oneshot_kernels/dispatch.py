@@ -2,14 +2,16 @@
 
     M, N, K   tokens, outputs (with SwiGLU gate and up together), inputs
 
-    reference   row-major weights: unpack and F.linear     CPU, float32, and weights that were not prepared
+    reference   row-major weights: unpack and F.linear     weights that were not prepared, CPUs without a compiler
+    tiles       cpu/linear.py, compiled C++                CPU, few tokens
+    expand      expand, then F.linear                      CPU, more tokens
     decode      mma.sp, gpu/decode.py                      1 to 64 tokens, NVIDIA compute capability 8.0 and up
     middle      expand and tl.dot, gpu/expand.py           any GPU
     sparselt    cuSPARSELt, gpu/prefill.py                 needs prefill_copy=True
     scratch     expand, then cuBLAS, gpu/prefill.py        any GPU
 
-`python -m oneshot_kernels.gpu.tune` measures and writes `<cache>/<device>-triton<version>.json`; the cache folder is
-$ONESHOT_KERNELS_CACHE, else $XDG_CACHE_HOME/oneshot_kernels, else ~/.cache/oneshot_kernels.
+`python -m oneshot_kernels.gpu.tune` (on a CPU `.cpu.tune`) measures and writes `<cache>/<device>-triton<version>.json`;
+the cache folder is $ONESHOT_KERNELS_CACHE, else $XDG_CACHE_HOME/oneshot_kernels, else ~/.cache/oneshot_kernels.
 """
 
 import functools
@@ -23,6 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .cpu import layout, library
+from .cpu import linear as cpu_linear
 from .gpu.prefill import sparselt_refuses
 
 try:
@@ -36,6 +40,11 @@ else:
 if TYPE_CHECKING:
     from .linear import Sparse24Linear
 
+TILES_UNTIL = {"avx512": 16}
+"""Tokens up to which tiles should pay on a CPU, else 64. An estimate: with AVX-512 torch's own products are faster."""
+
+NOT_ON_CPU = (False, 0, True)
+
 MIDDLE_UNTIL = 512
 """An estimate: on an H200 dense products are memory-bound up to 184 tokens; expansion pays somewhat beyond that."""
 
@@ -45,7 +54,8 @@ class Problem:
     """What a choice depends on.
 
     tokens: M. rows, k: the weight's shape; with `swiglu` there are half as many outputs as rows. fragments: whether the
-    weight is in fragment order. prefill_copy: whether there is a copy for cuSPARSELt.
+    weight is in fragment order. prefill_copy: whether there is a copy for cuSPARSELt. tiles: whether the weight is in
+    tiles for a CPU; threads: how many of them compute there, else 0; native: False if it was cast since.
     """
 
     tokens: int
@@ -56,11 +66,15 @@ class Problem:
     fragments: bool = True
     prefill_copy: bool = False
     swiglu: bool = False
+    tiles: bool = False
+    threads: int = 0
+    native: bool = True
 
     @property
     def key(self) -> str:
-        """The key in the table: one entry per weight shape, dtype and epilogue."""
-        return f"{self.rows}x{self.k} {str(self.dtype).removeprefix('torch.')}" + (" swiglu" if self.swiglu else "")
+        """The key in the table: one entry per weight shape, dtype, epilogue and number of threads."""
+        kind = (" swiglu" if self.swiglu else "") + (f" threads={self.threads}" if self.threads else "")
+        return f"{self.rows}x{self.k} {str(self.dtype).removeprefix('torch.')}{kind}"
 
 
 @dataclass(frozen=True)
@@ -77,6 +91,19 @@ def uses_fragments(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether weights should be in fragment order: 16-bit floats on a GPU with Triton, or under the interpreter."""
     on_gpu = device.type == "cuda" and triton is not None
     return (on_gpu or (INTERPRET and device.type == "cpu")) and dtype in (torch.float16, torch.bfloat16)
+
+
+def dimensions(dtype: torch.dtype, device: torch.device) -> int:
+    """The order that weights should be in, as the dimensions of `values`: 4 fragments, 3 tiles, 2 row-major."""
+    if uses_fragments(dtype, device):
+        return 4
+    tiles = device.type == "cpu" and not INTERPRET and dtype in cpu_linear.TYPES and cpu_linear.available()
+    return 3 if tiles else 2
+
+
+def on_cpu(values: torch.Tensor) -> tuple[bool, int, bool]:
+    """The last three fields of a Problem: tiles, threads, native."""
+    return (True, library.threads(), layout.is_native(values, cpu_linear.lanes())) if values.ndim == 3 else NOT_ON_CPU
 
 
 def refusals(problem: Problem) -> dict[str, str | None]:
@@ -103,6 +130,8 @@ def choose(problem: Problem) -> Choice:
 
 @functools.lru_cache(maxsize=4096)
 def _choose(problem: Problem, path: Path) -> Choice:
+    if problem.tiles:
+        return _choose_on_cpu(problem, path)
     if not problem.fragments:
         where = "on CPU" if problem.device.type == "cpu" else "row-major weights on a GPU"
         return Choice("reference", None, "only path", f"{where}: unpack, then F.linear")
@@ -110,15 +139,40 @@ def _choose(problem: Problem, path: Path) -> Choice:
         return Choice("reference", None, "only path", "on CPU: unpack, then F.linear")
     refused = refusals(problem)
     usable = [name for name, reason in refused.items() if reason is None]
+    return _measured(problem, path, usable) or _estimate(problem, usable)
+
+
+@functools.lru_cache(maxsize=4096)
+def takes_tiles(tokens: int, rows: int, k: int, dtype: torch.dtype, shape: torch.Size, threads: int) -> bool:
+    """Whether a 2:4 weight (rows, k) whose values have this shape goes through cpu/linear.py at once. Cached."""
+    fits = tuple(shape) == layout.shapes(rows, k, cpu_linear.lanes())[dtype != torch.bfloat16]
+    problem = Problem(tokens, rows, k, dtype, torch.device("cpu"), False, tiles=True, threads=threads)
+    return tokens > 0 and fits and choose(problem).path == "tiles"
+
+
+def _measured(problem: Problem, path: Path, usable: list[str]) -> Choice | None:
+    """The fastest of the usable paths in the table, or None if none was measured."""
     measured = _nearest(load_table(path).get(problem.key, {}), problem.tokens)
     timed = {name: row for name, row in measured.items() if name in usable}
-    if timed:
-        best = min(timed, key=lambda name: timed[name]["us"])
-        times = ", ".join(
-            f"{name} {row['us']:.1f} us" for name, row in sorted(timed.items(), key=lambda item: item[1]["us"])
-        )
-        return Choice(best, _config(best, timed[best]["config"]), f"measured, {path}", times)
-    return _estimate(problem, usable)
+    if not timed:
+        return None
+    best = min(timed, key=lambda name: timed[name]["us"])
+    times = ", ".join(
+        f"{name} {row['us']:.1f} us" for name, row in sorted(timed.items(), key=lambda item: item[1]["us"])
+    )
+    return Choice(best, _config(best, timed[best]["config"]), f"measured, {path}", times)
+
+
+def _choose_on_cpu(problem: Problem, path: Path) -> Choice:
+    """The Choice for a weight in tiles."""
+    if not problem.native:
+        return Choice("expand", None, "only path", "cast to another dtype since it was prepared; call prepare() again")
+    if choice := _measured(problem, path, ["tiles", "expand"]):
+        return choice
+    until = TILES_UNTIL.get(library.why("linear"), 64) if problem.dtype != torch.float32 else 64
+    if problem.tokens <= until:
+        return Choice("tiles", None, "estimate, untuned", f"up to {until} tokens time is weight bytes")
+    return Choice("expand", None, "estimate, untuned", "many tokens: expand once, dense product")
 
 
 def _estimate(problem: Problem, usable: list[str]) -> Choice:
@@ -149,8 +203,11 @@ def explain(layer: "Sparse24Linear", tokens: int) -> str:
     text = f"{problem.key}, {tokens} tokens on {device}: {choice.path} ({choice.source}; {choice.reason})"
     if choice.config is not None:
         text += f", {choice.config}"
+    if problem.tiles:
+        return f"{text}, {library.why('linear')}"
     if choice.path == "reference":
-        return text
+        tried = problem.device.type == "cpu" and library.why("linear") != library.UNTRIED
+        return f"{text}; no compiled kernel: {library.why('linear')}" if tried and not cpu_linear.available() else text
     refused = [f"{name}: {reason}" for name, reason in refusals(problem).items() if reason]
     return text + (f"; not {'; not '.join(refused)}" if refused else "")
 
@@ -202,6 +259,7 @@ def save_table(path: Path, entries: dict, about: dict) -> None:
 def forget() -> None:
     """Drop all cached choices and tables."""
     _choose.cache_clear()
+    takes_tiles.cache_clear()
     load_table.cache_clear()
 
 

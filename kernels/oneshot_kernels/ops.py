@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from . import dispatch, reference
+from .cpu import layout, library
+from .cpu import linear as cpu_linear
 from .gpu import prefill
 from .gpu.fragment import K_BLOCK, K_PAD, ROWS, from_fragments, padded_rows
 
@@ -20,8 +22,7 @@ if dispatch.triton is not None:
     from .gpu import decode, expand, selftest
 
 
-@torch.library.custom_op("oneshot_kernels::linear", mutates_args=())
-def linear(
+def compute(
     x: torch.Tensor,
     values: torch.Tensor,
     metadata: torch.Tensor,
@@ -35,12 +36,16 @@ def linear(
 ) -> torch.Tensor:
     """x (..., K) times a packed weight -> (..., out_features) in x's dtype, as defined by `reference.linear`.
 
-    values, metadata: row-major as on disk (2-D), or in fragment order (4-D). bias: (rows,). residual: (...,
-    out_features). norm_gain: (K,). prefill_copy: cuSPARSELt's copy of the weight, or None.
+    values, metadata: row-major as on disk (2-D), in tiles (3-D, CPU), or in fragment order (4-D, GPU). bias: (rows,).
+    residual: (..., out_features). norm_gain: (K,). prefill_copy: cuSPARSELt's copy of the weight, or None.
 
     Raises ValueError if shapes or dtypes do not match.
     """
     k = x.shape[-1]
+    if values.ndim == 3 and residual is None and norm_gain is None:
+        y = _in_tiles(x, values, metadata, out_features * (2 if swiglu else 1), bias)
+        if y is not None:
+            return F.silu(y[..., :out_features]) * y[..., out_features:] if swiglu else y
     _check(x, values, out_features, bias, residual, norm_gain, swiglu)
     flat = x.reshape(-1, k).contiguous()
     if flat.shape[0] == 0:
@@ -69,6 +74,9 @@ def linear(
     with torch.cuda.device_of(x):  # Triton launches on the current device, which may be another than x's
         y = run(choice, flat, values, metadata, out_features, prefill_copy=prefill_copy, **extras)
     return y.view(*x.shape[:-1], out_features)
+
+
+linear = torch.library.custom_op("oneshot_kernels::linear", compute, mutates_args=())
 
 
 @linear.register_fake
@@ -115,12 +123,24 @@ def run(
     return y if residual is None else y + residual
 
 
+def _in_tiles(x: torch.Tensor, values: torch.Tensor, metadata: torch.Tensor, rows: int,
+              bias: torch.Tensor | None) -> torch.Tensor | None:
+    """The product where the compiled kernel takes it, in as little Python as can be; None for anything unusual."""
+    k = x.shape[-1]
+    flat = x.reshape(-1, k)
+    fits = x.dtype == values.dtype and (bias is None or (bias.dtype == x.dtype and tuple(bias.shape) == (rows,)))
+    if not fits or not dispatch.takes_tiles(flat.shape[0], rows, k, x.dtype, values.shape, library.threads()):
+        return None
+    return cpu_linear.linear(flat.contiguous(), values, metadata, rows, bias).view(*x.shape[:-1], rows)
+
+
 def make_problem(x: torch.Tensor, values: torch.Tensor, out_features: int, swiglu: bool,
                  prefill_copy: torch.Tensor | None) -> dispatch.Problem:
     """The Problem of multiplying x (M, K) by this weight."""
     rows = out_features * (2 if swiglu else 1)
     fragments, has_copy = values.ndim == 4, prefill_copy is not None
-    return dispatch.Problem(x.shape[0], rows, x.shape[1], x.dtype, values.device, fragments, has_copy, swiglu)
+    return dispatch.Problem(x.shape[0], rows, x.shape[1], x.dtype, values.device, fragments, has_copy, swiglu,
+                            *dispatch.on_cpu(values))
 
 
 def _gate_and_up(choice: dispatch.Choice, x: torch.Tensor, values: torch.Tensor, metadata: torch.Tensor, n: int,
@@ -144,6 +164,10 @@ def _product(choice: dispatch.Choice, x: torch.Tensor, values: torch.Tensor, met
         return prefill.sparselt(x, prefill_copy, rows, bias=bias, algorithm=choice.config)
     if choice.path == "scratch":
         return prefill.through_scratch(x, values, metadata, rows, bias=bias)
+    if choice.path == "tiles":
+        return cpu_linear.linear(x, values, metadata, rows, bias)
+    if choice.path == "expand":
+        return F.linear(x, cpu_linear.expand(values, metadata, rows, x.shape[1]), bias)
     if values.ndim == 4:
         values, metadata, _ = from_fragments(values, metadata, rows, x.shape[1], row_blocks)
     return F.linear(x, reference.unpack(values, metadata), bias)
@@ -155,6 +179,8 @@ def _check(x: torch.Tensor, values: torch.Tensor, out_features: int, bias: torch
     rows, k = out_features * (2 if swiglu else 1), x.shape[-1]
     if values.ndim == 2:
         fits = tuple(values.shape) == (rows, k // 2) and k % 4 == 0
+    elif values.ndim == 3:
+        fits = tuple(values.shape) in layout.shapes(rows, k, cpu_linear.lanes())
     else:
         tiles = padded_rows(rows, 2 if swiglu else 1) // ROWS
         fits = tuple(values.shape[:2]) == (tiles, -(-k // K_PAD) * K_PAD // K_BLOCK)

@@ -17,6 +17,7 @@ lowest zero positions. Zeros are stored and restored as +0.0: `pack` drops the s
 including NaN payloads, is restored bit for bit.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -203,3 +204,17 @@ def linear(
         gate, up = y.chunk(2, dim=-1)
         y = F.silu(gate) * up
     return y if residual is None else y + residual.double()
+
+
+def random_24(n: int, k: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """A random 2:4 weight (n, k), scaled for outputs of unit variance, on the generator's device."""
+    weight = torch.randn(n, k, generator=generator, device=generator.device) * (2 / k) ** 0.5
+    groups = weight.view(n, k // 4, 4)
+    kept = groups.abs().topk(2, dim=-1).indices
+    return (groups * torch.zeros_like(groups).scatter_(-1, kept, 1.0)).view(n, k).to(dtype)
+
+
+def relative_error(got: torch.Tensor, truth: torch.Tensor) -> float:
+    """||got - truth|| / ||truth||; infinite instead of NaN, so that NaN never passes a comparison."""
+    error = ((got.double() - truth).norm() / truth.norm()).item()
+    return math.inf if math.isnan(error) else error

@@ -49,7 +49,7 @@ def measure(name: str, flag: str, prompt: str, args: argparse.Namespace) -> dict
     model, tokenizer = models.load(name, flag=flag, dtype=dtype, trust_remote_code=args.trust_remote_code)
     model.to(args.device)
     packed = bool(linears(model))
-    if packed and not on_cpu:  # q, k, v and gate, up in one launch each
+    if packed:  # q, k, v and gate, up in one launch each
         from oneshot_kernels import sparsify
 
         sparsify(model)

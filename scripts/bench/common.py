@@ -1,5 +1,6 @@
 """What the benchmarks of pruning share: how fast this machine multiplies, and how the published code is called."""
 
+import os
 import time
 from collections.abc import Callable
 from itertools import cycle
@@ -22,6 +23,11 @@ def matmul_rate(n: int) -> float:
         a @ b
         times.append(time.perf_counter() - began)
     return 8 * n**3 / min(times)
+
+
+def others() -> float:
+    """Cores that other processes take: the load average of a minute less this program's threads, at least 0."""
+    return max(0.0, os.getloadavg()[0] - torch.get_num_threads())
 
 
 def removed(pattern: patterns.Pattern) -> tuple[float, int, int]:

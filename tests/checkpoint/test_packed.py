@@ -100,7 +100,8 @@ def test_device_map(twins, tmp_path, device_map):
         device_map = dict.fromkeys(parts, "cpu") | {name: "disk" if name.endswith("1") else "cpu" for name in blocks}
         device_map |= {"model.rotary_emb": "cpu"} if hasattr(want, "model") else {}
     model = load(twins[1], dtype=torch.float32, device_map=device_map, offload_folder=tmp_path)
-    assert packed.linears(model) and torch.equal(model(ids(model)).logits, want(ids(want)).logits)
+    assert packed.linears(model)  # what lies on the disk runs through torch, the rest compiled: equal to rounding
+    torch.testing.assert_close(model(ids(model)).logits, want(ids(want)).logits)
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])

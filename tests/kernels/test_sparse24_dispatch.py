@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="dispatch between GPU kernels needs Triton (pip install triton)")
 
-from oneshot_kernels import dispatch
+from oneshot_kernels import dispatch, shapes
 from oneshot_kernels.gpu import decode, expand, tune
 
 GPU = torch.device("cuda", 0)
@@ -95,14 +95,14 @@ def test_model_shapes_and_the_command_line(capsys):
         "num_key_value_heads": 8,
         "intermediate_size": 14336,
     }
-    shapes = [
+    wanted = [
         tune.Shape(6144, 4096),
         tune.Shape(4096, 4096),
         tune.Shape(28672, 4096, True),
         tune.Shape(4096, 14336),
     ]
-    assert tune.model_shapes(llama_3_8b) == shapes
-    assert tune.Shape.parse("28672x4096:swiglu") == shapes[2] and shapes[2].outputs == 14336
+    assert shapes.model_shapes(llama_3_8b) == wanted
+    assert tune.Shape.parse("28672x4096:swiglu") == wanted[2] and wanted[2].outputs == 14336
     for text in ("6144", "6144x", "64x64:gelu"):
         with pytest.raises(ValueError, match="a shape looks like"):
             tune.Shape.parse(text)

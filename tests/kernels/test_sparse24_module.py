@@ -1,4 +1,4 @@
-"""The operator, the module and `sparsify` on CPU, through plain torch."""
+"""The operator, the module and `sparsify` on a CPU, by whatever path it has (test_cpu_linear.py: which)."""
 
 import os
 import subprocess
@@ -68,12 +68,13 @@ def packed_problem(n=20, k=36, dtype=torch.bfloat16):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_layer_equals_its_dense_twin_bit_for_bit(dtype):
+def test_layer_errs_at_most_twice_as_much_as_its_dense_twin(dtype):
     dense = nn.Linear(36, 20).to(dtype)
     prune(dense.weight)
     layer = Sparse24Linear.from_linear(dense)
     x = torch.randn(3, 5, 36).to(dtype)
-    assert torch.equal(layer(x), dense(x)) and torch.equal(layer.dense(), dense.weight)
+    truth = nn.functional.linear(x.double(), dense.weight.double(), dense.bias.double())
+    assert (layer(x) - truth).norm() <= 2 * (dense(x) - truth).norm() and torch.equal(layer.dense(), dense.weight)
     assert layer(x[:0]).shape == (0, 5, 20)
 
 
@@ -163,7 +164,9 @@ def test_prefill_copies_on_cpu_are_impossible_and_say_so(capsys):
 
 def test_explain_on_cpu():
     layer = Sparse24Linear.from_packed(*pack(packed_problem()[1])[:2])
-    assert explain(layer, 3) == "20x36 bfloat16, 3 tokens on cpu: reference (only path; on CPU: unpack, then F.linear)"
+    layer._arrange(2)
+    text = explain(layer, 3)
+    assert text.startswith("20x36 bfloat16, 3 tokens on cpu: reference (only path; on CPU: unpack, then F.linear)")
 
 
 def test_sparsify_fuses_and_computes_the_same():
@@ -240,7 +243,7 @@ import torch
 from oneshot_kernels import Sparse24Linear, explain, pack
 weight = torch.eye(8)
 layer = Sparse24Linear.from_packed(*pack(weight)[:2])
-assert torch.equal(layer(weight), weight) and "reference" in explain(layer, 8)
+assert torch.equal(layer(weight), weight) and "8 tokens on cpu: " in explain(layer, 8)
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(ops.__file__).parents[1])}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)

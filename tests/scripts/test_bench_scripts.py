@@ -1,10 +1,12 @@
-"""scripts/bench at toy size: prune, solvers, packed. (best.py: test_best.py; gpu.py: tests/kernels/interpreted.)"""
+"""scripts/bench at toy size: prune, solvers, column_loop, packed. (Elsewhere: test_best.py, kernels/interpreted.)"""
 
 import json
 import re
 import tempfile
 
+import column_loop
 import common
+import cpu_kernels
 import one_side
 import packed
 import prune
@@ -103,6 +105,29 @@ def test_solvers(tmp_path):
     swaps = [r for r in rows if r["method"].endswith("+swaps")]
     assert swaps and all(r["floor_flops"] is None for r in swaps)  # rows leave its rounds: rounds say no floor
     assert "| alps |" in plain((tmp_path / "solvers.md").read_text())
+
+
+def test_column_loop(tmp_path, capsys):
+    if not column_loop.column_loop.available(torch.empty(0)):
+        pytest.skip("no C++ compiler")
+    assert column_loop.main(["--toy", "--out", str(tmp_path)]) == 0, capsys.readouterr().err
+    rows = [line.split(",") for line in (tmp_path / "column_loop.csv").read_text().splitlines()]
+    assert rows[0] == column_loop.HEAD and [row[:2] for row in rows[1:]] == [["64x64", "2:4"], ["64x64", "0.5"]]
+    assert all(float(second) > 0 for row in rows[1:] for second in row[2:8])
+    assert all(row[column_loop.HEAD.index("masks_differ")] == "0" for row in rows[1:])
+
+
+def test_cpu_kernels(tmp_path, capsys):
+    if not cpu_kernels.linear.available():
+        pytest.skip("no C++ compiler")
+    threads = torch.get_num_threads()
+    assert cpu_kernels.main(["--toy", "--threads", "1", "--out", str(tmp_path)]) == 0, capsys.readouterr().err
+    assert torch.get_num_threads() == threads
+    rows = [line.split(",") for line in (tmp_path / "cpu_kernels.csv").read_text().splitlines()]
+    assert rows[0] == cpu_kernels.HEAD and len(rows) == 1 + 2 * 2 * 5  # dtypes, tokens, methods
+    for row in (dict(zip(rows[0], row, strict=True)) for row in rows[1:]):
+        assert float(row["us"]) > 0 and row["machine"] == ("busy" if float(row["load"]) > 0.3 else "idle")
+        assert row["method"] != "torch" or row["over_torch"] == "1.00"
 
 
 def test_packed(tmp_path, monkeypatch, capsys):

@@ -5,7 +5,6 @@ with a new Triton, driver or GPU it could silently compute wrong results. A smal
 """
 
 import functools
-import math
 import warnings
 from dataclasses import dataclass, replace
 
@@ -13,26 +12,13 @@ import torch
 import triton
 
 from .. import reference
+from ..reference import random_24, relative_error
 from .decode import TOKEN_TILE, Config, decode, shape_flags
 from .fragment import K_PAD, ROWS, to_fragments
 from .mma_sp import INTERPRET
 
 LIMIT = 2e-2
 """Largest accepted relative error. In bfloat16 it is 2e-3, with norm or gate 6e-3; with a wrong lane it is about 1."""
-
-
-def random_24(n: int, k: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-    """A random 2:4 weight (n, k), scaled for outputs of unit variance, on the generator's device."""
-    weight = torch.randn(n, k, generator=generator, device=generator.device) * (2 / k) ** 0.5
-    groups = weight.view(n, k // 4, 4)
-    kept = groups.abs().topk(2, dim=-1).indices
-    return (groups * torch.zeros_like(groups).scatter_(-1, kept, 1.0)).view(n, k).to(dtype)
-
-
-def relative_error(got: torch.Tensor, truth: torch.Tensor) -> float:
-    """||got - truth|| / ||truth||; infinite instead of NaN, so that NaN never passes a comparison."""
-    error = ((got.double() - truth).norm() / truth.norm()).item()
-    return math.inf if math.isnan(error) else error
 
 
 @dataclass(frozen=True)

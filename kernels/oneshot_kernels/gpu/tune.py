@@ -9,15 +9,15 @@ A shape is ROWSxK; `:swiglu` means gate and up stacked, followed by the activati
 import argparse
 import functools
 import itertools
-import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import triton
 
 from .. import dispatch, ops, reference
+from ..shapes import Shape, arguments, chosen
 from . import decode, expand, prefill, timing
 from .fragment import to_fragments
 from .selftest import random_24, relative_error
@@ -25,50 +25,6 @@ from .selftest import random_24, relative_error
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 LIMIT = 1e-2
 """Largest accepted relative error of a candidate, compared with float64; for unfused bfloat16 SwiGLU it is 4e-3."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A weight (rows, k) to tune for; with `swiglu`, gate and up stacked."""
-
-    rows: int
-    k: int
-    swiglu: bool = False
-
-    @classmethod
-    def parse(cls, text: str) -> "Shape":
-        """The Shape written as "6144x4096" or "28672x4096:swiglu". Raises ValueError for anything else."""
-        size, _, kind = text.strip().partition(":")
-        rows, x, k = size.partition("x")
-        if not (rows.isdigit() and x and k.isdigit()) or kind not in ("", "swiglu"):
-            raise ValueError(f"a shape looks like 6144x4096 or 28672x4096:swiglu, not {text!r}")
-        return cls(int(rows), int(k), kind == "swiglu")
-
-    @property
-    def outputs(self) -> int:
-        """The number of outputs of the layer."""
-        return self.rows // 2 if self.swiglu else self.rows
-
-
-def model_shapes(config: dict) -> list[Shape]:
-    """The fused layers of a Llama-like model, from its config.json: qkv, o, gate and up, down.
-
-    Raises ValueError if the config lacks an entry.
-    """
-    try:
-        hidden, heads = config["hidden_size"], config["num_attention_heads"]
-        intermediate = config["intermediate_size"]
-    except KeyError as error:
-        raise ValueError(f"config.json has no {error}; give the layers with --shapes instead") from error
-    head = config.get("head_dim") or hidden // heads
-    kv_heads = config.get("num_key_value_heads") or heads
-    qkv = Shape((heads + 2 * kv_heads) * head, hidden)
-    return [
-        qkv,
-        Shape(hidden, heads * head),
-        Shape(2 * intermediate, hidden, swiglu=True),
-        Shape(hidden, intermediate),
-    ]
 
 
 def decode_candidates(tokens: int) -> list[decode.Config]:
@@ -169,19 +125,11 @@ def _candidates(problem: dispatch.Problem, x: torch.Tensor, blob: torch.Tensor |
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m oneshot_kernels.gpu.tune", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, help="folder with a Hugging Face config.json")
-    parser.add_argument("--shapes", help="comma-separated ROWSxK[:swiglu]")
-    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="comma-separated numbers of tokens")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
+    arguments(parser, TOKENS, ("bfloat16", "float16"))
     args = parser.parse_args(argv)
-    if bool(args.model) == bool(args.shapes):
-        parser.error("give either --model or --shapes")
+    shapes = chosen(parser, args)
     if not torch.cuda.is_available():
-        parser.error("tuning needs a GPU; on CPU there is one path and nothing to tune")
-    if args.model:
-        shapes = model_shapes(json.loads((args.model / "config.json").read_text()))
-    else:
-        shapes = [Shape.parse(text) for text in args.shapes.split(",")]
+        parser.error("tuning needs a GPU; for a CPU: python -m oneshot_kernels.cpu.tune")
     device, dtype = torch.device("cuda", torch.cuda.current_device()), getattr(torch, args.dtype)
     path = dispatch.table_path(device)
     for shape, tokens in itertools.product(shapes, map(int, args.tokens.split(","))):

@@ -14,12 +14,14 @@ best values if (w - ŵ) V = 0 there, that is
 
 This leaves one Cholesky factorisation (C³/3), and the compensation for all earlier blocks is a single matrix product.
 Within a block U_BB = V_BB⁻¹ is exactly the paper's, and its column loop is used. W is held transposed, so that columns
-are contiguous.
+are contiguous. On a CPU the loop is compiled (oneshot_kernels/cpu/column_loop.py); `solve_block` is the same in torch,
+for GPUs and for machines without a compiler.
 """
 
 from dataclasses import dataclass
 
 import torch
+from oneshot_kernels.cpu import column_loop
 
 from ...calibrate.statistics import Statistics
 from ...runtime.flag import flag
@@ -71,6 +73,7 @@ def prune(W: torch.Tensor, statistics: Statistics, pattern: Pattern, cfg: Config
     b = pattern.group if isinstance(pattern.group, int) else cfg.block_size
     b = -(-b // nm.m) * nm.m if nm else b  # a group of m never straddles two blocks
     W_hat = torch.empty_like(E)
+    solve = compiled if column_loop.available(W) else solve_block
     for i in range(0, C, b):
         B = slice(i, min(i + b, C))
         first = i - i % (SPAN * b)
@@ -85,7 +88,7 @@ def prune(W: torch.Tensor, statistics: Statistics, pattern: Pattern, cfg: Config
         W_B = torch.addmm(E[B], U.T, compensation, out=W_hat[B])
         if not nm and isinstance(pattern.group, int):
             mask[B] = keep(pattern, W_B * d[B])
-        solve_block(W_B, U, mask[B], nm)
+        solve(W_B, U, mask[B], nm)
         E[B] -= W_B
     return Solution(W_hat.T, mask.T, info)
 
@@ -93,6 +96,11 @@ def prune(W: torch.Tensor, statistics: Statistics, pattern: Pattern, cfg: Config
 def keep(pattern: Pattern, scaled: torch.Tensor) -> torch.Tensor:
     """Mask, bool (b, R), of the largest |scaled| (b, R), counted in the weight's own orientation."""
     return pattern.keep(strength(scaled.T, pattern)).T
+
+
+def compiled(W: torch.Tensor, U: torch.Tensor, mask: torch.Tensor, nm: NM | None) -> None:
+    """`solve_block` in C++: the same mask, values to rounding."""
+    column_loop.solve(W, U, mask, (nm.n, nm.m) if nm else None)
 
 
 def solve_block(W: torch.Tensor, U: torch.Tensor, mask: torch.Tensor, nm: NM | None) -> None:

@@ -1,0 +1,8 @@
+"""C++ for CPUs, compiled on first use and called through ctypes.
+
+    build     compile a source into the cache          library   load the variant for this CPU, after a self-test
+    parallel.h  torch's own threads                    vectors.h  one vector of rows, on three processors
+    column_loop  SparseGPT's loop over the columns     linear     2:4 and dense layers for few tokens
+    int8      the same with int8 weights and inputs
+    layout    tiles: how their weights lie             bandwidth  the read limit        tune  measure, for dispatch
+"""

@@ -1,0 +1,136 @@
+// y = x Wᵀ + bias for a few tokens with int8 weights (a scale for each row), 2:4 and dense. x is rounded to int8 on the
+// fly, with a scale for each token and 64 columns; sums are exact in int32 within those, then float32.
+//
+// Rows lie on SIMD lanes as in linear.cpp; a lane is 32 bits, which are four weights of its row. Dense: four columns.
+// 2:4: the four kept ones of eight columns, and pshufb picks their x by three bits each.
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+#include "parallel.h"
+#include "vectors.h"
+
+constexpr int BLOCK = 64;                                   // columns that share a scale of x
+constexpr int MOST = VECTOR == 64 || VECTOR == 16 ? 8 : 4;  // tokens at once: AVX2 has half the registers
+
+struct Weight { const uint8_t* values; const uint32_t* indices; const float* scale; int64_t blocks; };  // indices null: dense
+struct Input { const uint8_t* codes; const float* scale; int64_t blocks; };
+struct Output { void* y; const void* bias; int64_t N; Type type; };
+
+// The integer sums of one block of columns, for M tokens and S tiles.
+template <int M, int S> static inline void sparse(const uint8_t* const (&v)[S], const uint32_t* const (&index)[S], const uint8_t* x,
+                                                  int64_t columns, int64_t b, I (&acc)[M][S], I (&over)[S]) {
+    for (int half = 0; half < 2; half++) {
+        U word[S];
+        for (int s = 0; s < S; s++) word[s] = load<U>(index[s] + (2 * b + half) * L);
+#pragma GCC unroll 4
+        for (int step = 0; step < 4; step++) {
+            U w[S], i[S];
+#pragma GCC unroll 4
+            for (int s = 0; s < S; s++) {
+                w[s] = load<U>(v[s] + (8 * b + 4 * half + step) * VECTOR);
+                i[s] = (word[s] >> (2 * step) & 0x03030303u) | 0x04040000u;
+                over[s] = excess(over[s], w[s]);
+            }
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++) {
+                const U eight = broadcast8(x + m * columns + b * BLOCK + 32 * half + 8 * step);
+#pragma GCC unroll 4
+                for (int s = 0; s < S; s++) acc[m][s] = dot4(acc[m][s], w[s], pick_bytes(eight, i[s]));
+            }
+        }
+    }
+}
+template <int M, int S> static inline void dense(const uint8_t* const (&v)[S], const uint8_t* x, int64_t columns, int64_t b,
+                                                 I (&acc)[M][S], I (&over)[S]) {
+#pragma GCC unroll 4
+    for (int step = 0; step < BLOCK / 4; step++) {
+        U w[S];
+#pragma GCC unroll 4
+        for (int s = 0; s < S; s++) {
+            w[s] = load<U>(v[s] + (BLOCK / 4 * b + step) * VECTOR);
+            over[s] = excess(over[s], w[s]);
+        }
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) {
+            uint32_t four; std::memcpy(&four, x + m * columns + b * BLOCK + 4 * step, 4);
+#pragma GCC unroll 4
+            for (int s = 0; s < S; s++) acc[m][s] = dot4(acc[m][s], w[s], U{} + four);
+        }
+    }
+}
+
+template <int M, int S> static void block(Weight w, int64_t tile, Input x, Output out, int64_t token) {
+    const int64_t columns = w.blocks * BLOCK, stride = columns / (w.indices ? 2 : 1) * L;
+    const uint8_t* v[S]; const uint32_t* index[S];
+    for (int s = 0; s < S; s++) { v[s] = w.values + (tile + s) * stride; index[s] = w.indices + (tile + s) * 2 * w.blocks * L; }
+    F sum[M][S] = {};
+    for (int64_t b = 0; b < w.blocks; b++) {
+        I acc[M][S] = {}, over[S] = {};
+        if (w.indices) sparse<M, S>(v, index, x.codes + token * columns, columns, b, acc, over);
+        else dense<M, S>(v, x.codes + token * columns, columns, b, acc, over);
+        for (int m = 0; m < M; m++)
+            for (int s = 0; s < S; s++)
+                sum[m][s] += __builtin_convertvector(acc[m][s] - over[s], F) * x.scale[(token + m) * w.blocks + b];
+    }
+    const int64_t row = tile * L, rows = out.N - row < S * L ? out.N - row : S * L;
+    for (int m = 0; m < M; m++) {
+        float lanes[S * L];
+        std::memcpy(lanes, sum[m], sizeof(lanes));
+        for (int64_t r = 0; r < rows; r++)
+            put(out.y, (token + m) * out.N + row + r, out.type,
+                lanes[r] * w.scale[row + r] + (out.bias ? get(out.bias, row + r, out.type) : 0));
+    }
+}
+
+template <int M, int S, int AT_ONCE> static void some(Weight w, int64_t tile, Input x, Output out, int64_t token) {
+    constexpr int STEP = S < AT_ONCE ? S : AT_ONCE;
+    for (int s = 0; s < S; s += STEP) block<M, STEP>(w, tile + s, x, out, token);
+}
+template <int S> static void tiles(Weight w, int64_t tile, Input x, Output out, int64_t tokens) {
+    int64_t t = 0;
+    for (; MOST >= 8 && tokens - t >= 8; t += 8) some<MOST, S, 2>(w, tile, x, out, t);
+    for (; tokens - t >= 4; t += 4) some<4, S, 2>(w, tile, x, out, t);
+    for (; tokens - t >= 2; t += 2) some<2, S, 4>(w, tile, x, out, t);
+    for (; tokens - t >= 1; t += 1) some<1, S, 4>(w, tile, x, out, t);
+}
+
+// One token's block: codes round(127 x / max|x|) plus OFFSET. NaN or infinity anywhere makes the scale NaN, and so y.
+static void quantise(const float* x, uint8_t* codes, float* scale) {
+    float most = 0, bad = 0;
+    for (int k = 0; k < BLOCK; k++) { most = std::fabs(x[k]) > most ? std::fabs(x[k]) : most; bad += x[k] * 0; }
+    const bool good = bad == 0;
+    const float inverse = good && most > 0 ? 127 / most : 0;
+    *scale = good ? most / 127 : bad;
+    for (int k = 0; k < BLOCK; k++) {
+        const float code = good ? x[k] * inverse : 0;
+        codes[k] = uint8_t(int(std::nearbyint(code)) + OFFSET);
+    }
+}
+
+extern "C" int lanes() { return L; }
+
+// x (tokens, K), y (tokens, N), bias (N) or null: contiguous, of `type`. values, indices, scale: int8.py. Returns 1 without
+// memory.
+extern "C" int linear_int8(const void* x, const uint8_t* values, const uint32_t* indices, const float* scale, const void* bias,
+                           void* y, int64_t tokens, int64_t N, int64_t K, int64_t type, int64_t threads) {
+    const int64_t blocks = (K + BLOCK - 1) / BLOCK, columns = blocks * BLOCK;
+    std::unique_ptr<uint8_t, void (*)(void*)> codes(static_cast<uint8_t*>(std::aligned_alloc(64, tokens * columns)), std::free);
+    std::unique_ptr<float, void (*)(void*)> scales(static_cast<float*>(std::malloc(tokens * blocks * 4)), std::free);
+    if (!codes || !scales) return 1;
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t b = 0; b < blocks; b++) {
+            float part[BLOCK] = {};
+            for (int64_t k = b * BLOCK; k < K && k < (b + 1) * BLOCK; k++) part[k - b * BLOCK] = get(x, t * K + k, Type(type));
+            quantise(part, codes.get() + t * columns + b * BLOCK, scales.get() + t * blocks + b);
+        }
+    const Weight w{values, indices, scale, blocks};
+    const Input in{codes.get(), scales.get(), blocks};
+    const Output out{y, bias, N, Type(type)};
+    constexpr int S = 4;
+    const int64_t n = (N + L - 1) / L, whole = n / S;
+    parallel(whole + n % S, threads, [&](int64_t i) {
+        if (i < whole) tiles<S>(w, i * S, in, out, tokens);
+        else tiles<1>(w, whole * S + i - whole, in, out, tokens);
+    });
+    return 0;
+}

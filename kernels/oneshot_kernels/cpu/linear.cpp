@@ -1,0 +1,176 @@
+// y = x Wᵀ + bias for a few tokens, with rows of W on SIMD lanes: 2:4 and dense, values in float32, bfloat16, float16.
+//
+// A tile is L rows (layout.py says how they lie in memory; L depends on the variant). Each lane adds up its own row, so
+// there are no horizontal sums, and a thread reads every byte of the weight once, in order, four tiles at a time: one
+// address stream does not reach the memory's speed. 2:4: for a group of four columns x's four numbers are broadcast,
+// each lane picks the two that it needs by two bits each, and multiplies. 16 pairs of bits are one word, used up by
+// shifting. Sums are moved to a second accumulator every 64 columns, which keeps rounding errors small.
+#include <cstdlib>
+#include <memory>
+#include "parallel.h"
+#include "vectors.h"
+
+constexpr int CHUNK = 32, GROUPS = CHUNK / 4, FLUSH = 2;  // columns; groups of four; chunks between two flushes
+constexpr int MOST = VECTOR == 64 || VECTOR == 16 ? 8 : 4;  // tokens at once: AVX2 has half the registers
+
+// How the two kept values of a group (2:4), or two columns (dense), lie in memory.
+struct Float32 { static constexpr int BYTES = 8 * L; static void two(const uint8_t* p, F& a, F& b) { a = load<F>(p); b = load<F>(p + 4 * L); } };
+struct Float16 { static constexpr int BYTES = 4 * L; static void two(const uint8_t* p, F& a, F& b) { a = load_half(p); b = load_half(p + 2 * L); } };
+struct BFloat16 {  // one word per lane: the first in its low half
+    static constexpr int BYTES = 4 * L;
+    static void two(const uint8_t* p, F& a, F& b) { U v = load<U>(p); a = F(v << 16); b = F(v & 0xffff0000u); }
+};
+
+struct Weight { const uint8_t* values; const uint32_t* metadata; int64_t chunks; };  // metadata null: dense
+
+template <typename D, int M, int S> static void sparse(Weight w, int64_t tile, const float* x, F (*sum)[S]) {
+    const int64_t stride = w.chunks * GROUPS * D::BYTES;
+    const uint8_t* v[S]; const uint32_t* meta[S];
+    for (int s = 0; s < S; s++) { v[s] = w.values + (tile + s) * stride; meta[s] = w.metadata + (tile + s) * w.chunks * L; }
+    for (int64_t first = 0; first < w.chunks; first += FLUSH) {
+        F acc[M][S] = {};
+        const int64_t end = first + FLUSH < w.chunks ? first + FLUSH : w.chunks;
+        for (int64_t c = first; c < end; c++) {
+            U index[S];
+            for (int s = 0; s < S; s++) index[s] = load<U>(meta[s] + c * L);
+#pragma GCC unroll 2
+            for (int g = 0; g < GROUPS; g++) {
+                F a[S], b[S];
+#pragma GCC unroll 4
+                for (int s = 0; s < S; s++) D::two(v[s] + (c * GROUPS + g) * D::BYTES, a[s], b[s]);
+#pragma GCC unroll 8
+                for (int m = 0; m < M; m++) {
+                    const F four = broadcast4(x + m * w.chunks * CHUNK + c * CHUNK + 4 * g);
+#pragma GCC unroll 4
+                    for (int s = 0; s < S; s++) {
+                        acc[m][s] += pick(four, index[s]) * a[s];
+                        acc[m][s] += pick(four, index[s] >> 2) * b[s];
+                    }
+                }
+                for (int s = 0; s < S; s++) index[s] >>= 4;
+            }
+        }
+        for (int m = 0; m < M; m++) for (int s = 0; s < S; s++) sum[m][s] += acc[m][s];
+    }
+}
+
+template <typename D, int M, int S> static void dense(Weight w, int64_t tile, const float* x, F (*sum)[S]) {
+    const int64_t stride = w.chunks * (CHUNK / 2) * D::BYTES;
+    const uint8_t* v[S];
+    for (int s = 0; s < S; s++) v[s] = w.values + (tile + s) * stride;
+    for (int64_t first = 0; first < w.chunks; first += FLUSH) {
+        F acc[M][S] = {};
+        const int64_t end = first + FLUSH < w.chunks ? first + FLUSH : w.chunks;
+        for (int64_t c = first; c < end; c++) {
+#pragma GCC unroll 4
+            for (int g = 0; g < CHUNK / 2; g++) {
+                const float* at = x + c * CHUNK + 2 * g;
+                F a[S], b[S];
+#pragma GCC unroll 4
+                for (int s = 0; s < S; s++) D::two(v[s] + (c * (CHUNK / 2) + g) * D::BYTES, a[s], b[s]);
+#pragma GCC unroll 8
+                for (int m = 0; m < M; m++) {
+                    const float first = at[m * w.chunks * CHUNK], second = at[m * w.chunks * CHUNK + 1];
+#pragma GCC unroll 4
+                    for (int s = 0; s < S; s++) {
+                        acc[m][s] += first * a[s];
+                        acc[m][s] += second * b[s];
+                    }
+                }
+            }
+        }
+        for (int m = 0; m < M; m++) for (int s = 0; s < S; s++) sum[m][s] += acc[m][s];
+    }
+}
+
+struct Output { void* y; const void* bias; int64_t N; Type type; };
+
+template <typename D, int M, int S> static void block(Weight w, int64_t tile, const float* x, Output out, int64_t token) {
+    F sum[M][S] = {};
+    if (w.metadata) sparse<D, M, S>(w, tile, x, sum);
+    else dense<D, M, S>(w, tile, x, sum);
+    const int64_t row = tile * L, rows = out.N - row < S * L ? out.N - row : S * L;
+    for (int m = 0; m < M; m++) {
+        float lanes[S * L];
+        std::memcpy(lanes, sum[m], sizeof(lanes));
+        for (int64_t r = 0; r < rows; r++)
+            put(out.y, (token + m) * out.N + row + r, out.type, lanes[r] + (out.bias ? get(out.bias, row + r, out.type) : 0));
+    }
+}
+
+// All tokens of S tiles: for few tokens all tiles at once (memory counts), else fewer tiles and more tokens (registers).
+template <typename D, int M, int S, int AT_ONCE> static void some(Weight w, int64_t tile, const float* x, Output out, int64_t token) {
+    constexpr int STEP = S < AT_ONCE ? S : AT_ONCE;
+    for (int s = 0; s < S; s += STEP) block<D, M, STEP>(w, tile + s, x + token * w.chunks * CHUNK, out, token);
+}
+template <typename D, int S> static void tiles(Weight w, int64_t tile, const float* x, Output out, int64_t tokens) {
+    int64_t t = 0;
+    for (; MOST >= 8 && tokens - t >= 8; t += 8) some<D, MOST, S, 2>(w, tile, x, out, t);
+    for (; tokens - t >= 4; t += 4) some<D, 4, S, 2>(w, tile, x, out, t);
+    for (; tokens - t >= 2; t += 2) some<D, 2, S, 4>(w, tile, x, out, t);
+    for (; tokens - t >= 1; t += 1) some<D, 1, S, 4>(w, tile, x, out, t);
+}
+
+template <typename D> static void all(Weight w, const float* x, Output out, int64_t tokens, int64_t threads) {
+    constexpr int S = 4;
+    const int64_t n = (out.N + L - 1) / L, whole = n / S;
+    parallel(whole + n % S, threads, [&](int64_t i) {
+        if (i < whole) tiles<D, S>(w, i * S, x, out, tokens);
+        else tiles<D, 1>(w, whole * S + i - whole, x, out, tokens);
+    });
+}
+
+extern "C" int lanes() { return L; }
+
+// x (tokens, K), y (tokens, N), bias (N) or null: contiguous, of `type`. values, metadata: layout.py. Returns 1 without memory.
+extern "C" int linear(const void* x, const uint8_t* values, const uint32_t* metadata, const void* bias, void* y,
+                      int64_t tokens, int64_t N, int64_t K, int64_t type, int64_t threads) {
+    const Type of = Type(type);
+    const int64_t chunks = (K + CHUNK - 1) / CHUNK, columns = chunks * CHUNK;
+    std::unique_ptr<float, void (*)(void*)> wide(static_cast<float*>(std::aligned_alloc(64, tokens * columns * 4)), std::free);
+    if (!wide) return 1;
+    for (int64_t t = 0; t < tokens; t++) {
+        float* row = wide.get() + t * columns;
+        if (of == FLOAT32) std::memcpy(row, static_cast<const float*>(x) + t * K, K * 4);
+        else if (of == BFLOAT16) for (int64_t k = 0; k < K; k++) row[k] = bf16_to_float(static_cast<const uint16_t*>(x)[t * K + k]);
+        else for (int64_t k = 0; k < K; k++) row[k] = half_to_float(static_cast<const uint16_t*>(x)[t * K + k]);
+        std::memset(row + K, 0, (columns - K) * 4);
+    }
+    const Weight w{values, metadata, chunks};
+    const Output out{y, bias, N, of};
+    if (of == FLOAT32) all<Float32>(w, wide.get(), out, tokens, threads);
+    else if (of == BFLOAT16) all<BFloat16>(w, wide.get(), out, tokens, threads);
+    else all<Float16>(w, wide.get(), out, tokens, threads);
+    return 0;
+}
+
+// The dense (N, K) weight of 2:4 tiles, for products with many tokens.
+template <typename T, bool PAIRS> static void unpack(Weight w, T* out, int64_t N, int64_t K, int64_t threads) {
+    parallel((N + L - 1) / L, threads, [&](int64_t tile) {
+        const T* v = reinterpret_cast<const T*>(w.values) + tile * w.chunks * GROUPS * 2 * L;
+        const uint32_t* meta = w.metadata + tile * w.chunks * L;
+        for (int lane = 0; lane < L && tile * L + lane < N; lane++) {
+            T* row = out + (tile * L + lane) * K;
+            for (int64_t g = 0; g < K / 4; g++) {
+                const uint32_t code = meta[g / GROUPS * L + lane] >> (4 * (g % GROUPS));
+                const T* at = v + g * 2 * L;
+                T four[4] = {};
+                four[code & 3] = at[PAIRS ? 2 * lane : lane];
+                four[code >> 2 & 3] = at[PAIRS ? 2 * lane + 1 : L + lane];
+                std::memcpy(row + 4 * g, four, sizeof(four));
+            }
+        }
+    });
+}
+// pairs: the order of the values, which need not be the one that `linear` reads for this type
+extern "C" void expand(const uint8_t* values, const uint32_t* metadata, void* out, int64_t N, int64_t K, int64_t type,
+                       int64_t pairs, int64_t threads) {
+    const Weight w{values, metadata, (K + CHUNK - 1) / CHUNK};
+    if (bytes_of(Type(type)) == 4) {
+        if (pairs) unpack<uint32_t, true>(w, static_cast<uint32_t*>(out), N, K, threads);
+        else unpack<uint32_t, false>(w, static_cast<uint32_t*>(out), N, K, threads);
+    } else {
+        if (pairs) unpack<uint16_t, true>(w, static_cast<uint16_t*>(out), N, K, threads);
+        else unpack<uint16_t, false>(w, static_cast<uint16_t*>(out), N, K, threads);
+    }
+}

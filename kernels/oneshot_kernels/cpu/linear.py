@@ -1,0 +1,94 @@
+"""Linear layers for few tokens on a CPU, compiled: 2:4 and dense weights in float32, bfloat16 and float16.
+
+    M, N, K   tokens, outputs, inputs
+
+Accumulation is in float32; results are rounded once, to the dtype of x. Rows of the weight are independent, so any
+number of threads gives the same bits. Weights are in tiles (layout.py).
+"""
+
+import ctypes
+
+import torch
+import torch.nn.functional as F
+
+from .. import reference
+from . import layout, library
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+SERIAL = 1 << 15
+"""Weights below which a second thread costs more than it saves: waking it takes some microseconds."""
+
+
+def available() -> bool:
+    """Whether the library is there; compiles and tests it at the first call."""
+    return _library() is not None
+
+
+def lanes() -> int:
+    """L, the rows of a tile. Only where `available`."""
+    return _library().lanes()
+
+
+def linear(x: torch.Tensor, values: torch.Tensor, metadata: torch.Tensor | None, n: int,
+           bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x (M, K), contiguous, times a weight (n, K) in tiles, plus bias (n,) -> (M, n). All of one dtype.
+
+    metadata: None for a dense weight. Nothing is checked here, shapes least of all: `Sparse24Linear` and `DenseLinear`
+    do.
+    """
+    y = x.new_empty(x.shape[0], n)
+    threads = library.threads() if n * x.shape[1] >= SERIAL else 1
+    failed = _library().linear(x.data_ptr(), values.data_ptr(), None if metadata is None else metadata.data_ptr(),
+                               None if bias is None else bias.data_ptr(), y.data_ptr(), x.shape[0], n, x.shape[1],
+                               TYPES[x.dtype], threads)
+    if failed:
+        raise RuntimeError(f"no memory for {x.shape[0]} tokens of {x.shape[1]} inputs")
+    return y
+
+
+def expand(values: torch.Tensor, metadata: torch.Tensor, n: int, k: int) -> torch.Tensor:
+    """The dense (n, k) weight of 2:4 tiles in either order, for a product of torch's with many tokens."""
+    out = values.new_empty(n, k)
+    _library().expand(values.data_ptr(), metadata.data_ptr(), out.data_ptr(), n, k, TYPES[values.dtype],
+                      layout.in_pairs(values, metadata.shape[2]), library.threads())
+    return out
+
+
+def _library() -> ctypes.CDLL | None:
+    """The compiled library, or None."""
+    return library.load("linear", _declare, _self_test)
+
+
+def _declare(cdll: ctypes.CDLL) -> None:
+    """The functions' argument types."""
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    cdll.lanes.argtypes, cdll.lanes.restype = [], ctypes.c_int
+    cdll.linear.argtypes, cdll.linear.restype = [pointer] * 5 + [number] * 5, ctypes.c_int
+    cdll.expand.argtypes, cdll.expand.restype = [pointer] * 3 + [number] * 5, None
+
+
+def _self_test(cdll: ctypes.CDLL) -> str | None:
+    """What is wrong on small products that go through every part of the code, or None."""
+    generator = torch.Generator().manual_seed(0)
+    lanes, k = cdll.lanes(), 1100  # more than one flush, and a chunk that is not full
+    n = 5 * lanes + 3
+    for dtype, code in TYPES.items():
+        groups = torch.randn(n, k // 4, 4, generator=generator)
+        kept = torch.zeros_like(groups).scatter_(-1, groups.abs().topk(2, dim=-1).indices, 1.0)
+        weight = (groups * kept).view(n, k).to(dtype)
+        bias, x = torch.randn(n, generator=generator).to(dtype), torch.randn(15, k, generator=generator).to(dtype)
+        dense = layout.dense_tiles(weight, lanes), None
+        for form, (values, metadata) in {"2:4": layout.to_tiles(reference.pack(weight), lanes), "dense": dense}.items():
+            y = torch.full((15, n), torch.nan, dtype=dtype)
+            at = None if metadata is None else metadata.data_ptr()
+            cdll.linear(x.data_ptr(), values.data_ptr(), at, bias.data_ptr(), y.data_ptr(), 15, n, k, code, 2)
+            truth = F.linear(x.double(), weight.double(), bias.double())
+            error = float((y.double() - truth).norm() / truth.norm())
+            if not error <= 4 * torch.finfo(dtype).eps:
+                return f"{form} {dtype}: relative error {error:.3g}"
+            if metadata is not None:
+                out = torch.full_like(weight, torch.nan)
+                cdll.expand(values.data_ptr(), at, out.data_ptr(), n, k, code, layout.in_pairs(values, lanes), 2)
+                if not torch.equal(out, weight):
+                    return f"expanding 2:4 {dtype}"
+    return None

@@ -1,0 +1,242 @@
+"""The compiled linears: every variant this CPU runs against float64, strange shapes; what the module does with them."""
+
+import copy
+import ctypes
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oneshot_kernels import Sparse24Linear, dispatch, explain, ops, pack, reference, selftest
+from oneshot_kernels.cpu import build, layout, library, tune
+from oneshot_kernels.cpu import linear as cpu
+from torch import nn
+
+pytestmark = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=["avx512", "avx2", "neon"])
+def variant(request, monkeypatch):
+    """This variant is the library."""
+    if request.param not in build.variants():
+        pytest.skip(f"this CPU does not run {request.param}")
+    cdll = ctypes.CDLL(str(build.build("linear", build.VARIANTS[request.param][2])))
+    library.give_team(cdll)
+    cpu._declare(cdll)
+    monkeypatch.setattr(cpu, "_library", lambda: cdll)
+
+
+@pytest.fixture
+def untuned(tmp_path, monkeypatch):
+    """No table of measurements."""
+    monkeypatch.setenv("ONESHOT_KERNELS_CACHE", str(tmp_path))
+    dispatch._table_path.cache_clear()
+    dispatch.forget()
+    yield
+    dispatch._table_path.cache_clear()
+    dispatch.forget()
+
+
+def problem(n, k, m, dtype, seed=0):
+    """(weight (n, k), 2:4, with some groups emptier; x (m, k); bias (n,))."""
+    g = torch.Generator().manual_seed(seed)
+    groups = torch.randn(n, k // 4, 4, generator=g)
+    kept = torch.zeros_like(groups).scatter_(-1, groups.abs().topk(2, dim=-1).indices, 1.0)
+    kept *= torch.rand(kept.shape, generator=g) < 0.9
+    weight, x = (groups * kept).view(n, k).to(dtype), torch.randn(m, k, generator=g).to(dtype)
+    return weight, x, torch.randn(n, generator=g).to(dtype)
+
+
+def tiles(weight):
+    return layout.to_tiles(pack(weight), cpu.lanes())
+
+
+@pytest.mark.parametrize("n, k", [(1, 4), (5, 36), (16, 172), (70, 576), (131, 1052), (3, 11008)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_errs_at_most_twice_as_much_as_torch(variant, dtype, n, k):
+    """Over all numbers of tokens together: a single small product may be exact in torch by chance."""
+    errors = torch.zeros(3, dtype=torch.float64)  # squared: torch, 2:4, dense
+    for m in (1, 2, 3, 7, 16, 70):
+        weight, x, bias = problem(n, k, m, dtype, seed=m)
+        for b in (bias, None):
+            truth = F.linear(x.double(), weight.double(), None if b is None else b.double())
+            for i, form in enumerate((None, tiles(weight), (layout.dense_tiles(weight, cpu.lanes()), None))):
+                y = cpu.linear(x, *form, n, b) if form else F.linear(x, weight, b)
+                assert y.dtype == dtype and y.shape == (m, n)
+                errors[i] += (y.double() - truth).square().sum()
+    assert bool((errors.sqrt() <= 2 * errors[0].sqrt()).all()), errors.sqrt()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_number_of_threads_gives_the_same_bits(variant, dtype, monkeypatch):
+    weight, x, bias = problem(400, 256, 5, dtype)
+    found = []
+    for threads in (1, 2, 3, 7):
+        monkeypatch.setattr(library, "threads", lambda threads=threads: threads)
+        found.append(cpu.linear(x, *tiles(weight), 400, bias))
+    assert cpu.SERIAL <= 400 * 256 and all(torch.equal(y, found[0]) for y in found)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_token_does_not_depend_on_those_beside_it(variant, dtype):
+    weight, x, _ = problem(40, 96, 16, dtype)
+    together, packed = cpu.linear(x, *tiles(weight), 40), tiles(weight)
+    assert all(torch.equal(together[i : i + 1], cpu.linear(x[i : i + 1], *packed, 40)) for i in range(16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n, k", [(1, 4), (16, 32), (37, 172)])
+def test_tiles_are_undone_exactly(variant, dtype, n, k):
+    weight, _, _ = problem(n, k, 1, dtype)
+    packed = pack(weight)
+    back = layout.from_tiles(*layout.to_tiles(packed, cpu.lanes()), n, k)
+    assert torch.equal(back.values, packed.values) and torch.equal(back.metadata, packed.metadata)
+    assert torch.equal(cpu.expand(*tiles(weight), n, k), weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_inf_pass_through(variant, dtype, bad):
+    weight, x, _ = problem(20, 64, 3, dtype)
+    weight[4, torch.nonzero(weight[4])[0]] = bad
+    x[x == 0] = 1
+    y = cpu.linear(x, *tiles(weight), 20)
+    assert not y[:, 4].isfinite().any() and y[:, :4].isfinite().all() and y[:, 5:].isfinite().all()
+    weight, x, _ = problem(20, 64, 3, dtype)
+    x[1, 10] = bad
+    y = cpu.linear(x, *tiles(weight), 20)
+    assert not y[1, weight[:, 10] != 0].isfinite().any() and y[[0, 2]].isfinite().all()
+    assert bool((weight[:, 10] != 0).any())
+
+
+def test_damaged_metadata_is_refused():
+    values, metadata, shape = pack(problem(20, 64, 1, torch.bfloat16)[0])
+    metadata[7, 3] = 0
+    with pytest.raises(ValueError, match="bad metadata: row 7, group 6"):
+        layout.to_tiles(reference.Packed(values, metadata, shape), 8)
+    with pytest.raises(ValueError, match="bad metadata: row 7, group 6"):
+        Sparse24Linear.from_packed(values, metadata)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_module_keeps_its_weight_through_everything(dtype, untuned):
+    weight, x, bias = problem(20, 36, 3, dtype)
+    layer = Sparse24Linear.from_packed(*pack(weight)[:2], bias)
+    assert layer.weight.ndim == 3 and "2:4 tiles" in repr(layer) and torch.equal(layer.dense(), weight)
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+    state = layer.state_dict()
+    assert torch.equal(state["weight"], pack(weight).values) and torch.equal(state["metadata"], pack(weight).metadata)
+    other = Sparse24Linear.from_packed(*pack(torch.zeros_like(weight))[:2], torch.zeros_like(bias))
+    other.load_state_dict(state)
+    assert other.weight.ndim == 3 and torch.equal(other(x), layer(x))
+    for target in DTYPES:
+        assert torch.equal(copy.deepcopy(layer).to(target).dense(), weight.to(target))
+    wide = layer.double()  # no kernel takes float64
+    assert wide.weight.ndim == 2 and torch.equal(wide.weight, pack(weight).values.double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("other", DTYPES)
+def test_a_weight_that_others_cast_is_still_right(dtype, other, untuned):
+    """`oneshot.models.resident` casts tensors one by one, past the module."""
+    weight, x, bias = problem(20, 36, 3, dtype)
+    layer = Sparse24Linear.from_packed(*pack(weight)[:2], bias)
+    layer.weight.data, layer.bias.data = layer.weight.data.to(other), layer.bias.data.to(other)
+    want = F.linear(x.to(other), weight.to(other), bias.to(other))
+    torch.testing.assert_close(layer(x.to(other)), want)
+    assert torch.equal(layer.dense(), weight.to(other))
+    assert ("call prepare() again" in explain(layer, 3)) == ((dtype == torch.bfloat16) != (other == torch.bfloat16))
+    assert torch.equal(layer.prepare().dense(), weight.to(other)) and "call prepare()" not in explain(layer, 3)
+
+
+def test_memory_is_what_the_packed_weight_takes():
+    weight, _, _ = problem(64, 256, 1, torch.bfloat16)
+    layer = Sparse24Linear.from_packed(*pack(weight)[:2])
+    held = sum(t.numel() * t.element_size() for t in (layer.weight, layer.metadata))
+    assert held == weight.numel() * 2 * 0.5625
+
+
+def test_few_tokens_take_the_kernel_many_expand(untuned, monkeypatch):
+    weight, _, bias = problem(24, 64, 1, torch.float32)
+    layer = Sparse24Linear.from_packed(*pack(weight)[:2], bias)
+    assert [dispatch.choose(layer.problem(m)).path for m in (1, 64, 65)] == ["tiles", "tiles", "expand"]
+    assert "24x64 float32 threads=" in explain(layer, 2) and library.why("linear") in explain(layer, 2)
+    x = torch.randn(70, 64)
+    assert torch.equal(layer(x), F.linear(x, weight, bias))  # the library's own product, bit for bit
+    torch.testing.assert_close(layer(x[:9]), F.linear(x[:9], weight, bias))
+    key = layer.problem(1).key
+    rows = {1: {"tiles": {"us": 2.0, "config": None}, "expand": {"us": 1.0, "config": None}}}
+    dispatch.save_table(dispatch.table_path(torch.device("cpu")), {key: rows}, {})
+    assert dispatch.choose(layer.problem(1)).path == "expand" and "tiles 2.0 us" in explain(layer, 1)
+    monkeypatch.setattr(library, "threads", lambda: 64)
+    assert dispatch.choose(layer.problem(1)).path == "tiles"  # measured for another number of threads
+
+
+@pytest.mark.parametrize("m", [3, 70])
+def test_operator_passes_opcheck_and_refuses_other_shapes(m, untuned):
+    weight, x, bias = problem(20, 36, m, torch.float32)
+    values, metadata = tiles(weight)
+    torch.library.opcheck(torch.ops.oneshot_kernels.linear.default, (x, values, metadata, 20, bias))
+    with pytest.raises(ValueError, match="another shape"):
+        ops.linear(x, values[:1], metadata, 20)
+    with pytest.raises(ValueError, match="another shape"):
+        ops.linear(torch.zeros(2, 68), values, metadata, 20)
+
+
+def test_gate_and_up_with_norm_and_residual_mean_what_the_reference_says(untuned):
+    weight, x, bias = problem(26, 64, 5, torch.float32)
+    gain, residual = torch.rand(64), torch.randn(5, 13)
+    for m in (1, 5):
+        y = ops.linear(x[:m], *tiles(weight), 13, bias, residual[:m], gain, 1e-5, True)
+        options = {"bias": bias, "residual": residual[:m], "norm_gain": gain, "norm_eps": 1e-5, "swiglu": True}
+        torch.testing.assert_close(y, reference.linear(x[:m], pack(weight), **options).float())
+
+
+def test_without_a_compiler_a_layer_runs_through_torch_and_explains_why(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    monkeypatch.setenv("ONESHOT_CACHE", str(tmp_path))
+    library.forget()
+    dense = nn.Linear(36, 20).requires_grad_(False)
+    dense.weight.copy_(problem(20, 36, 1, torch.float32)[0])
+    try:
+        with pytest.warns(RuntimeWarning, match="plain torch") as seen:
+            layers = [Sparse24Linear.from_linear(dense) for _ in range(2)]
+        assert len(seen) == 1 and layers[0].weight.ndim == 2
+        x = torch.randn(3, 36)
+        assert torch.equal(layers[0](x), dense(x)) and "no C++ compiler (CXX=" in explain(layers[0], 3)
+    finally:
+        library.forget()
+
+
+def test_the_self_test_finds_a_wrong_library(variant):
+    right = cpu._library()
+    assert cpu._self_test(right) is None
+
+    class Wrong:
+        lanes, expand = right.lanes, right.expand
+
+        @staticmethod
+        def linear(x, values, metadata, bias, y, *rest):
+            return right.linear(x, values, metadata, None, y, *rest)
+    assert "2:4 torch.float32: relative error" in cpu._self_test(Wrong)
+
+
+def test_tuning_writes_what_dispatch_reads(untuned, capsys):
+    tune.main(["--shapes", "24x64,48x64:swiglu", "--tokens", "1,70", "--dtype", "float32"])
+    assert capsys.readouterr().out.count("tokens, us: ") == 4
+    weight, _, _ = problem(24, 64, 1, torch.float32)
+    layer = Sparse24Linear.from_packed(*pack(weight)[:2])
+    assert "measured" in explain(layer, 1) and "measured" in explain(layer, 50)
+    with pytest.raises(SystemExit):
+        tune.main(["--tokens", "1"])
+
+
+def test_the_selftest_command_says_what_runs_here(untuned, capsys, monkeypatch):
+    assert selftest.main() == 0
+    out = capsys.readouterr().out
+    for variant in build.variants():
+        assert f"CPU, linear, {variant}: right" in out and f"CPU, column_loop, {variant}: right" in out
+    assert "2048x2048 bfloat16" in out and "1024 tokens on " in out
+    monkeypatch.setattr(cpu, "_self_test", lambda cdll: "off by one")
+    assert selftest.main() == 1 and "off by one" in capsys.readouterr().out
