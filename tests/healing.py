@@ -22,7 +22,7 @@ def heal_pruned(model, methods="block", mask=None, ids=None, **given):
     ids = tokens() if ids is None else ids
     healers = [heal.module(name).Heal(cfg.healing[name], seed=0) for name in cfg.heals]
     result = jobs.prune(model, chain_of(cfg), ids=ids, mask=mask, healers=healers,
-                        held_out=held_out_windows(len(ids), 0))
+                        held_out=held_out_windows(*ids.shape, 0))
     for name, healer in zip(cfg.heals, healers, strict=True):
         if info := healer.after_model(model, result.dense):
             result.heal[name] = info

@@ -50,8 +50,9 @@ def collect(block: nn.Module, activations: Activations, b: int, weights: Sequenc
         for i in range(len(activations)):
             collector.start(activations.rows[i], activations.inputs[i]["input_ids"].numel(),
                             inputs_of(weights, *dense, b, i) if dense else None)
-            out = forward(block, activations, b, i)
-            first = out if first is None else first
+            with contextlib.suppress(Enough):
+                out = forward(block, activations, b, i)
+                first = out if first is None else first
     return collector.statistics, [w for w in weights if w.name in collector.deferred], first
 
 
@@ -72,8 +73,16 @@ def inputs_of(weights: Sequence[Weight], block: nn.Module, activations: Activati
     return seen
 
 
+class Enough(BaseException):
+    """Ends a forward pass of a block once all its linears have been seen; no Exception, which becomes a message."""
+
+
 class Collector:
-    """Collects statistics by hooks on the linears; see `collect`."""
+    """Collects statistics by hooks on the linears; see `collect`.
+
+    After the first batch, of which the block's output is wanted, passes end with the last linear's input: what follows,
+    such as down_proj itself, is computed for nothing. With experts they do not, as each batch reaches others.
+    """
 
     def __init__(self, weights: Sequence[Weight], needs: frozenset[str], device: torch.device, limits: Limits):
         self.weights, self.needs, self.device, self.limits = weights, needs, device, limits
@@ -82,6 +91,8 @@ class Collector:
         self.statistics: dict[str, Statistics] = {}
         self.deferred: set[str] = set()
         self.leader: dict[str, str] = {}  # {linear: the first linear with the same input tensor}
+        self.calls: list[str] = []  # the linears that this batch has reached
+        self.whole: list[str] | None = None  # all that the first batch reached
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -92,7 +103,7 @@ class Collector:
         for weight in self.weights:
             if weight.expert is None:
                 handles.append(weight.owner.register_forward_pre_hook(
-                    lambda _, args, weight=weight: self.see(weight, args[0])))
+                    lambda _, args, weight=weight: self.pass_by(weight, args[0])))
         for key, owner in owners.items():
             def observe(name: str, e: int, x: torch.Tensor, rows: torch.Tensor, key: Any = key) -> None:
                 if (key, name, e) in fused:
@@ -112,7 +123,16 @@ class Collector:
 
         rows: bool (tokens,), False at padding, or None. dense: {linear: its input in the dense model}.
         """
-        self.rows, self.tokens, self.fed, self.dense = rows, tokens, {}, dense
+        if self.calls and self.whole is None and all(w.expert is None for w in self.weights):
+            self.whole = self.calls
+        self.rows, self.tokens, self.fed, self.dense, self.calls = rows, tokens, {}, dense, []
+
+    def pass_by(self, weight: Weight, x: torch.Tensor) -> None:
+        """Take in a linear's input; raise Enough at the last one."""
+        self.see(weight, x)
+        self.calls.append(weight.name)
+        if self.calls == self.whole:
+            raise Enough
 
     def see(self, weight: Weight, x: torch.Tensor, index: torch.Tensor | None = None) -> None:
         """Take in x (..., C), the input of a linear. index: which of the batch's tokens x holds; None: all of them."""

@@ -16,10 +16,10 @@ every fallback taken:
 
 Law, tested for every method: a weight that is zero stays zero, bit for bit, and the method's own held-out loss never
 gets worse. Parameters are trained in float32 and rounded to the stored dtype at the end. The only data are the
-calibration windows. A tenth of them, rounded up, is held out: drawn once per run from its seed, in batches of their
-own, the same for every block and every method, so that no method is judged on windows that another has trained on
-(solvers and calibration statistics do use them). A run with a single window holds out nothing, keeps the last state and
-warns.
+calibration windows. A tenth of them, but at most 4096 tokens, is held out: drawn once per run from its seed, in batches
+of their own, the same for every block and every method, so that no method is judged on windows that another has trained
+on (solvers and calibration statistics do use them). A run with a single window holds out nothing, keeps the last state
+and warns.
 """
 
 import importlib

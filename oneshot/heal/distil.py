@@ -5,7 +5,8 @@
 The dense model is represented by its hidden states after the last block. Final norm and output head are never pruned,
 so the pruned model's own head turns these into the dense logits. Memory on the device: the whole model in float32, its
 gradients, Adam's two averages and the mask (17 bytes per weight), and one batch's activations; in CPU memory two
-snapshots (8 bytes per weight). If a batch has more than LOGITS logits, each step uses a random subset of the positions.
+snapshots in the stored dtype (4 bytes per weight). If a batch has more than LOGITS logits, each step uses a random
+subset of the positions.
 """
 
 from collections.abc import Callable
@@ -23,14 +24,15 @@ from ..runtime.flag import flag
 from . import Heal as Base
 from .train import Trainable, check, fit
 
-LOGITS = 2**26
+LOGITS = 2**24
 TRAINED = 17  # bytes per weight on the device, see above
 
 
 @dataclass(frozen=True)
 class Config:
-    steps: int = flag(200, "updates of the whole model, each on one batch of windows")
-    lr: float = flag(0.01, "learning rate as a share of each tensor's root mean square")
+    steps: int = flag(200, "updates of the whole model, each on one batch of windows (512 tokens, or one longer "
+                           "window)")
+    lr: float = flag(0.004, "learning rate as a share of each tensor's root mean square")
 
     def __post_init__(self) -> None:
         check(self, "distil")

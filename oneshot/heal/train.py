@@ -1,6 +1,7 @@
 """Training with a fixed mask: which parameters may change, and how they are trained.
 
-    steps   number of updates, each on one batch of windows
+    steps   number of updates, each on one batch of windows, at most TOKENS tokens: for the same time, many small steps
+            reach a lower loss than few large ones
     lr      learning rate as a share of each tensor's root mean square: absolute rates do not carry over between models
 """
 
@@ -16,12 +17,13 @@ from ..calibrate import Activations
 from ..models import Block
 from ..runtime.proof import prove
 
-SHARE = 10  # one window in this many is held out
+TOKENS = 512  # in a batch at most, but at least one window
+SHARE, HELD = 10, 4096  # one window in so many is held out, and so many tokens at most: looking at them takes time
 WARM_UP = 0.05  # share of the steps
 VECTORS = 0.1  # relative rate of norms and biases: at the matrices' rate, 12 steps did damage that 12 more did not undo
 BETAS = (0.9, 0.95)  # of Adam
-LOOKS = 8  # how many times the held-out loss is evaluated
-ATTEMPTS, FALL = 3, 4  # trainings at most, and by what the learning rate is divided from one to the next
+LOOKS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # shares of the steps after which the held-out loss is evaluated
+FALL = 4  # by what the learning rate is divided where it does harm
 
 
 def check(cfg: Any, name: str) -> None:
@@ -30,6 +32,11 @@ def check(cfg: Any, name: str) -> None:
         raise ValueError(f"--{name}.steps {cfg.steps}: must be at least 1")
     if not 0 < cfg.lr < 1:
         raise ValueError(f"--{name}.lr {cfg.lr:g}: must lie between 0 and 1")
+
+
+def windows_per_step(batch_size: int, seqlen: int) -> int:
+    """How many windows of `seqlen` tokens a batch has if a step is trained on it. batch_size: the most."""
+    return max(1, min(batch_size, TOKENS // seqlen))
 
 
 class Trainable:
@@ -81,8 +88,8 @@ class Trainable:
                 self.parameters[name].grad.mul_(mask)
 
     def snapshot(self) -> dict[str, torch.Tensor]:
-        """A copy of the parameters, in CPU memory because it is rarely needed."""
-        return {name: p.data.to("cpu", copy=True) for name, p in self.parameters.items()}
+        """A copy of the parameters as they will be saved, in CPU memory because it is rarely needed."""
+        return {name: p.data.to("cpu", self.stored[name], copy=True) for name, p in self.parameters.items()}
 
     @torch.no_grad()
     def round(self) -> None:
@@ -102,9 +109,12 @@ def rms(t: torch.Tensor, mask: torch.Tensor | None = None) -> float:
     return float(torch.linalg.vector_norm(t) / max(n, 1) ** 0.5)
 
 
-def held_out_windows(n: int, seed: int) -> tuple[int, ...]:
-    """Numbers of the windows, out of n, that no healing method trains on: a tenth, rounded up; none if n is 1."""
-    count = -(-n // SHARE) if n > 1 else 0
+def held_out_windows(n: int, seqlen: int, seed: int) -> tuple[int, ...]:
+    """Numbers of the windows, out of n of `seqlen` tokens, that no healing method trains on.
+
+    A tenth, rounded up, but no more than hold HELD tokens, and at least one; none if n is 1.
+    """
+    count = min(-(-n // SHARE), max(1, HELD // seqlen)) if n > 1 else 0
     return tuple(sorted(torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:count].tolist()))
 
 
@@ -115,70 +125,88 @@ def fit(trainable: Trainable, loss: Callable[[int], torch.Tensor], held: Sequenc
     loss(i): a scalar tensor for batch i. held: one bool per batch, whether it is held out. steps, lr: see above. seed:
     of the order of the batches. progress(): called after every step.
 
-    The state with the best held-out loss is kept, and training stops early when that loss got worse twice in a row. If
-    it never improved, the learning rate was too high for this model: it is divided by FALL and training starts over.
+    The state with the best held-out loss is kept, and training stops early when that loss got worse twice in a row.
+    Where it is worse than it was before training, the learning rate is too high for this model: the best state is
+    restored, the rate is divided by FALL and the remaining steps are done with it. The first looks come early, so that
+    few steps are lost.
     """
     fitting = Fitting(trainable, loss, held, steps, seed, progress)
     before, start, warnings = fitting.held_out_loss(), trainable.snapshot(), []
-    for attempt in range(ATTEMPTS):
-        rate = lr / FALL**attempt
-        done, best = fitting.descend(rate, before, start)
-        if before is None or best < before:
-            break
-    if attempt:
-        warnings.append(f"learning rate lowered from {lr:g} to {rate:g}" if best < before else
-                        f"nothing gained at learning rates from {lr:g} down to {rate:g}: left as it was")
-    if before is not None and best < before:
+    done, rate, best = fitting.descend(lr, before, start)
+    if before is None:
+        warnings.append("one window only: nothing held out, no early stop; raise --nsamples")
+    elif not best < before:
+        warnings.append(f"nothing gained at learning rates from {lr:g} down to {rate:g}: left as it was")
+    else:
+        if rate < lr:
+            warnings.append(f"learning rate lowered from {lr:g} to {rate:g}")
         trainable.round()  # the loss of what will be saved
         best = fitting.held_out_loss()
         if not best <= before:
             trainable.restore(start)
             best = before
             warnings.append("rounding to the stored dtype cost more than was gained: left as it was")
-    if before is None:
-        warnings.append("one window only: nothing held out, no early stop; raise --nsamples")
     return {"steps": done, "lr": rate, "held_out_before": before, "held_out_after": best, "warnings": warnings}
 
 
 class Fitting:
-    """The state of one `fit`; the random order of batches continues from one attempt to the next."""
+    """The state of one `fit`."""
 
     def __init__(self, trainable: Trainable, loss: Callable[[int], torch.Tensor], held: Sequence[bool], steps: int,
                  seed: int, progress: Callable[[], object] | None):
         self.trainable, self.loss, self.steps, self.progress = trainable, loss, steps, progress
         self.train, self.held = ([i for i, apart in enumerate(held) if apart == kind] for kind in (False, True))
         self.gen = torch.Generator().manual_seed(seed)
+        self.queue: list[int] = []
+        self.looks = {max(1, round(share * steps)) for share in LOOKS}
 
     def held_out_loss(self) -> float | None:
         """Mean loss over the held-out batches; None if there are none."""
         return mean(self.loss, self.held)
 
     @torch.enable_grad()
-    def descend(self, lr: float, best: float | None, state: dict[str, torch.Tensor]) -> tuple[int, float | None]:
-        """Train once, from the current parameters, which `state` holds and whose held-out loss is `best`.
+    def descend(self, lr: float, before: float | None,
+                state: dict[str, torch.Tensor]) -> tuple[int, float, float | None]:
+        """Train from the current parameters, which `state` holds and whose held-out loss is `before`.
 
-        Leaves the parameters at their best state. Returns (steps done, that state's held-out loss).
+        Leaves the parameters at their best state. Returns (steps done, last learning rate, that state's held-out loss).
         """
-        optimizer = torch.optim.Adam(self.trainable.groups(lr), betas=BETAS, foreach=True)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate_at)
-        worse, queue, done = 0, [], 0
+        optimizer, best, worse = self.optimizer(lr), before, 0
         for done in range(1, self.steps + 1):
-            queue = queue or [self.train[i] for i in torch.randperm(len(self.train), generator=self.gen).tolist()]
-            optimizer.zero_grad(set_to_none=True)
-            self.loss(queue.pop()).backward()
-            self.trainable.mask_gradients()
-            optimizer.step()
-            schedule.step()
-            if self.progress:
-                self.progress()
-            if self.held and (done % max(1, self.steps // LOOKS) == 0 or done == self.steps):
-                now = self.held_out_loss()
-                best, state, worse = (now, self.trainable.snapshot(), 0) if now < best else (best, state, worse + 1)
+            self.step(optimizer, done - 1)
+            if not self.held or done not in self.looks:
+                continue
+            now = self.held_out_loss()
+            if now < best:
+                best, state, worse = now, self.trainable.snapshot(), 0
+            elif not now <= before and done < self.steps:  # a NaN is no gain
+                lr, worse = lr / FALL, 0
+                self.trainable.restore(state)
+                optimizer = self.optimizer(lr)
+            else:
+                worse += 1
                 if worse == 2:
                     break
         if self.held:
             self.trainable.restore(state)
-        return done, best
+        return done, lr, best
+
+    def optimizer(self, lr: float) -> torch.optim.Optimizer:
+        """A new Adam; fused, as that makes no copies of all weights."""
+        groups = [group | {"highest": group["lr"]} for group in self.trainable.groups(lr)]
+        return torch.optim.Adam(groups, betas=BETAS, fused=True)
+
+    def step(self, optimizer: torch.optim.Optimizer, number: int) -> None:
+        """One update on the next batch, at the rate of this step, counted from 0."""
+        for group in optimizer.param_groups:
+            group["lr"] = group["highest"] * self.rate_at(number)
+        self.queue = self.queue or [self.train[i] for i in torch.randperm(len(self.train), generator=self.gen).tolist()]
+        optimizer.zero_grad(set_to_none=True)
+        self.loss(self.queue.pop()).backward()
+        self.trainable.mask_gradients()
+        optimizer.step()
+        if self.progress:
+            self.progress()
 
     def rate_at(self, step: int) -> float:
         """The learning rate at a step, relative to its maximum: linear warm-up, then cosine decay."""

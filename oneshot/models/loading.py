@@ -80,6 +80,8 @@ def load(name: str | Path, *, dtype: str = "auto", revision: str | None = None, 
         raise ValueError(f"{said}: {key} is {tuple(stored)} in its files, {tuple(wanted)} by its config; correct "
                          "config.json or fetch it again")
     settle(model, config, path if local else intake.hub_folder(source, options), said)
+    if local:
+        gguf.recall(model, path)
     return model.eval().requires_grad_(False), tokenizer
 
 

@@ -2,13 +2,14 @@
 
 import fnmatch
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from torch import nn
 
 from .. import heal, models
 from ..checkpoint import packed
 from ..data import Tokens
-from ..heal.train import held_out_windows
+from ..heal.train import held_out_windows, windows_per_step
 from ..prune import allocate, patterns, solvers
 from ..prune import job as jobs
 from ..prune.job import Chain, Job
@@ -142,8 +143,11 @@ def allocated(configs: Sequence[RunConfig], model: nn.Module, plans: Sequence[Pl
 def job_of(cfg: RunConfig, plan: Plan, calibration: Tokens | None = None) -> Job:
     """The pruning job for a plan with these settings. calibration: determines the windows held out from healing."""
     healers = tuple(heal.module(name).Heal(cfg.healing[name], cfg.seed, cfg.progress) for name in cfg.heals)
-    held_out = held_out_windows(len(calibration.ids), cfg.seed) if healers and calibration else ()
-    return Job(plan, chain_of(cfg), cfg, healers, held_out)
+    if not healers or not calibration:
+        return Job(plan, chain_of(cfg), cfg, healers)
+    n, seqlen = calibration.ids.shape
+    options = replace(cfg, batch_size=windows_per_step(cfg.batch_size, seqlen))
+    return Job(plan, chain_of(cfg), options, healers, held_out_windows(n, seqlen, cfg.seed))
 
 
 def keep_dense_warning(cfg: RunConfig, model: nn.Module) -> list[str]:

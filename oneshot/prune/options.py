@@ -28,7 +28,7 @@ class Options:
                                   section="what")
     device: str = flag("auto", "where blocks are computed, one at a time: auto (a GPU if there is one), cpu, cuda, "
                                "cuda:1", section="machine", bears_on="loading", shown=False)
-    batch_size: int = flag(8, "windows per batch", section="machine")
+    batch_size: int = flag(8, "windows per batch; with --heal at most as many as hold 512 tokens", section="machine")
     activations: str | None = flag(None, "device that holds the activations between blocks (default: --device)",
                                    section="machine")
     activation_dtype: str | None = flag(None, "dtype in which activations are held between blocks (default: as "

@@ -119,3 +119,18 @@ def test_experts_that_idled_together_share_nothing_later():
         for weight, x in zip((one, other), batch, strict=True):
             collector.see(weight, x)
     assert [collector.statistics[v.name].n for v in (one, other)] == [3, 5]
+
+
+def test_after_the_first_batch_nothing_is_computed_behind_the_last_linears_input():
+    """down_proj itself runs for the output of the first batch alone; three batches are collected all the same."""
+    model, ids = tiny("llama"), tokens()
+    block, ran = models.blocks(model)[1][0], []
+    block.mlp.down_proj.register_forward_hook(lambda *_: ran.append(1))
+    activations = calibrate.capture(model, ids, None, batch_size=B)
+    ran.clear()
+    with torch.no_grad():
+        plain = calibrate.forward(block, activations, 0, 0)
+    ran.clear()
+    statistics, _, first = calibrate.collect(block, activations, 0, weights_in(block), ALL)
+    assert len(ran) == 1 and len(activations) == 3 and torch.equal(first, plain)
+    assert {s.n for s in statistics.values()} == {ids.numel()}

@@ -60,7 +60,7 @@ def test_attention_and_mlp_are_told_apart_in_every_family(name):
 def test_attention_aims_at_the_dense_hidden_state_behind_its_residual_addition():
     """Written out for llama: norms on either side, the residual, the ratio of squares over real tokens."""
     dense, seen = families.tiny("llama"), {}
-    mask, held = torch.ones(16, T, dtype=torch.bool), held_out_windows(16, 0)
+    mask, held = torch.ones(16, T, dtype=torch.bool), held_out_windows(16, T, 0)
     mask[1::2, 12:] = False
     layer = dense.model.layers[0]
     layer.register_forward_pre_hook(lambda _, args: seen.update(X=args[0]))

@@ -13,14 +13,14 @@ from tiny import plain_pages  # noqa: F401
 
 from oneshot import calibrate, models
 from oneshot.heal import distil
-from oneshot.heal.train import held_out_windows
+from oneshot.heal.train import held_out_windows, windows_per_step
 from oneshot.pipeline import api
 
 
 @pytest.mark.parametrize("n, size", [(128, 8), (16, 8), (8, 8), (2, 8), (11, 1), (37, 5)])
 def test_a_tenth_of_the_windows_is_held_out_in_batches_of_their_own(n, size):
-    held = held_out_windows(n, 0)
-    assert len(set(held)) == math.ceil(n / 10) and held == held_out_windows(n, 0)
+    held = held_out_windows(n, 16, 0)
+    assert len(set(held)) == math.ceil(n / 10) and held == held_out_windows(n, 16, 0)
     parts = calibrate.batches(n, size, held)
     assert sorted(torch.cat([part for part, _ in parts]).tolist()) == list(range(n))
     for kind in (False, True):
@@ -28,11 +28,21 @@ def test_a_tenth_of_the_windows_is_held_out_in_batches_of_their_own(n, size):
         assert {w in held for part, apart in parts if apart == kind for w in part.tolist()} == {kind}
         assert 1 <= max(sizes) <= size and max(sizes) - min(sizes) <= 1
     if n > 20:
-        assert held != held_out_windows(n, 1)
+        assert held != held_out_windows(n, 16, 1)
+
+
+@pytest.mark.parametrize("n, seqlen, held", [(128, 512, 8), (128, 2048, 2), (128, 8192, 1), (30, 512, 3), (2, 9999, 1)])
+def test_long_windows_are_held_out_up_to_a_number_of_tokens(n, seqlen, held):
+    assert len(held_out_windows(n, seqlen, 0)) == held
+
+
+@pytest.mark.parametrize("most, seqlen, windows", [(8, 64, 8), (8, 128, 4), (8, 512, 1), (8, 2048, 1), (1, 16, 1)])
+def test_a_step_trains_on_few_tokens(most, seqlen, windows):
+    assert windows_per_step(most, seqlen) == windows
 
 
 def test_without_healing_the_batches_are_the_windows_in_order():
-    assert held_out_windows(1, 0) == ()
+    assert held_out_windows(1, 16, 0) == ()
     assert [part.tolist() for part, held in calibrate.batches(5, 2) if not held] == [[0, 1], [2, 3], [4]]
 
 
@@ -51,14 +61,14 @@ def test_block_and_distil_hold_out_the_same_windows_and_train_on_all_others(monk
     model.register_forward_pre_hook(lambda _, args, kwargs: see("distil", kwargs["input_ids"]), with_kwargs=True)
     api.prune(model, method="wanda", pattern="2:4", calibration=ids, heal="block,distil", batch_size=4, seed=5,
               progress=False, parts={"block.steps": 20, "distil.steps": 20, "block.lr": 1e-3, "distil.lr": 1e-3})
-    want = set(range(13)) - set(held_out_windows(13, 5))
+    want = set(range(13)) - set(held_out_windows(*ids.shape, 5))
     assert len(want) == 11 and trained == {0: want, 1: want, "distil": want}
 
 
 def test_solvers_see_all_windows_and_padding_follows_its_window():
     model, ids, mask = families.tiny("llama"), tokens(), torch.ones(16, T, dtype=torch.bool)
     mask[::3, 15:] = False
-    held = held_out_windows(16, 0)
+    held = held_out_windows(16, T, 0)
     both = [calibrate.capture(model, ids, mask, batch_size=4, held_out=h) for h in ((), held)]
     activations, rows = both[1], ids.tolist()
     for i, inputs in enumerate(activations.inputs):

@@ -122,7 +122,7 @@ def test_distil_is_judged_by_the_divergence_of_whole_models(padded):
     model, dense, ids = tiny("llama"), tiny("llama"), jobs.tokens(8)
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[::2, 15:] = not padded
-    held = train.held_out_windows(8, 0)
+    held = train.held_out_windows(8, 16, 0)
     behind = calibrate.capture(dense, ids, mask, batch_size=4, held_out=held)
     for block in models.walk(dense):
         calibrate.replay(block.module, behind, block.number)

@@ -7,17 +7,22 @@ import tempfile
 import column_loop
 import common
 import cpu_kernels
+import one_side
 import packed
 import prune
 import pytest
 import solvers
 import tables
+import tiny
 import torch
+import versus_llmcompressor
+from transformers import AutoModelForCausalLM
 
 from oneshot import calibrate, models
 from oneshot.pipeline import run
 from oneshot.prune import patterns
 from oneshot.prune import solvers as ours
+from oneshot.runtime import environment
 
 
 def plain(text):
@@ -154,3 +159,23 @@ def test_without_the_small_models_it_says_so(tmp_path, capsys):
     assert packed.main(["--shared", str(tmp_path)]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: --shared") and "not part of the repository" in err and err.count("\n") == 1
+
+
+def test_one_side_prunes_and_says_what_it_took(tmp_path):
+    """Ours; llm-compressor's needs an environment of its own, and is refused where there is none."""
+    tiny.save_model(tmp_path / "model")
+    torch.save(torch.randint(3, 20, (4, 16)), tmp_path / "tokens.pt")
+    one_side.main(["oneshot", str(tmp_path / "model"), str(tmp_path / "tokens.pt"), "wanda", "float32",
+                   str(tmp_path / "out")])
+    measured = json.loads((tmp_path / "out" / "measured.json").read_text())
+    assert measured["cpu_seconds"] > 0 and measured["peak_bytes"] >= measured["loaded_bytes"] > 2**20
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert all(patterns.NM(2, 4).holds(w.get()) for w in models.all_weights(pruned))
+    rows = [measured | {"sparsity": 0.5, "ppl": 20.0},
+            measured | {"side": "llmcompressor", "sparsity": 0.5, "ppl": 21.0,
+                        "cpu_seconds": 3 * measured["cpu_seconds"]}]
+    page = versus_llmcompressor.markdown({
+        "rows": rows, "environment": environment.environment("cpu"), "nsamples": 4, "seqlen": 16, "eval_windows": 2,
+        "dense_ppl": 9.5})
+    assert "takes 3.00 times the processor time and 1.00 times the memory" in page and "dense 9.50" in page
+    assert versus_llmcompressor.main(["--peer", str(tmp_path / "absent"), "--out", str(tmp_path)]) == 2

