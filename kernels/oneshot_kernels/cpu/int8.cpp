@@ -3,7 +3,6 @@
 //
 // Rows lie on SIMD lanes as in linear.cpp; a lane is 32 bits, which are four weights of its row. Dense: four columns.
 // 2:4: the four kept ones of eight columns, and pshufb picks their x by three bits each.
-#include <cmath>
 #include <cstdlib>
 #include <memory>
 #include "parallel.h"
@@ -96,14 +95,24 @@ template <int S> static void tiles(Weight w, int64_t tile, Input x, Output out, 
 
 // One token's block: codes round(127 x / max|x|) plus OFFSET. NaN or infinity anywhere makes the scale NaN, and so y.
 static void quantise(const float* x, uint8_t* codes, float* scale) {
-    float most = 0, bad = 0;
-    for (int k = 0; k < BLOCK; k++) { most = std::fabs(x[k]) > most ? std::fabs(x[k]) : most; bad += x[k] * 0; }
-    const bool good = bad == 0;
-    const float inverse = good && most > 0 ? 127 / most : 0;
-    *scale = good ? most / 127 : bad;
-    for (int k = 0; k < BLOCK; k++) {
-        const float code = good ? x[k] * inverse : 0;
-        codes[k] = uint8_t(int(std::nearbyint(code)) + OFFSET);
+    constexpr int PARTS = BLOCK / L;
+    typedef uint8_t B __attribute__((vector_size(L)));
+    F most = {}, bad = {};
+    for (int p = 0; p < PARTS; p++) {
+        const F v = load<F>(x + p * L), size = F(U(v) & 0x7fffffffu);
+        most = size > most ? size : most;
+        bad += v * 0;
+    }
+    float largest = 0, wrong = 0;
+    for (int l = 0; l < L; l++) { largest = most[l] > largest ? most[l] : largest; wrong += bad[l]; }
+    const bool good = wrong == 0;
+    *scale = good ? largest / 127 : wrong;
+    const F inverse = F{} + (good && largest > 0 ? 127 / largest : 0), magic = F{} + 12582912.0f;  // 1.5 * 2^23: rounds to
+    for (int p = 0; p < PARTS; p++) {                                                             // whole, ties to even
+        const F v = good ? load<F>(x + p * L) : F{}, whole = v * inverse;
+        const I code = __builtin_convertvector((whole + magic) - magic, I) + OFFSET;
+        const B bytes = __builtin_convertvector(code, B);
+        std::memcpy(codes + p * L, &bytes, L);
     }
 }
 
@@ -117,12 +126,13 @@ extern "C" int linear_int8(const void* x, const uint8_t* values, const uint32_t*
     std::unique_ptr<uint8_t, void (*)(void*)> codes(static_cast<uint8_t*>(std::aligned_alloc(64, tokens * columns)), std::free);
     std::unique_ptr<float, void (*)(void*)> scales(static_cast<float*>(std::malloc(tokens * blocks * 4)), std::free);
     if (!codes || !scales) return 1;
-    for (int64_t t = 0; t < tokens; t++)
-        for (int64_t b = 0; b < blocks; b++) {
-            float part[BLOCK] = {};
-            for (int64_t k = b * BLOCK; k < K && k < (b + 1) * BLOCK; k++) part[k - b * BLOCK] = get(x, t * K + k, Type(type));
-            quantise(part, codes.get() + t * columns + b * BLOCK, scales.get() + t * blocks + b);
-        }
+    std::unique_ptr<float, void (*)(void*)> wide(static_cast<float*>(std::aligned_alloc(64, columns * 4)), std::free);
+    if (!wide) return 1;
+    for (int64_t t = 0; t < tokens; t++) {
+        widen(x, t, K, columns, Type(type), wide.get());
+        for (int64_t b = 0; b < blocks; b++)
+            quantise(wide.get() + b * BLOCK, codes.get() + t * columns + b * BLOCK, scales.get() + t * blocks + b);
+    }
     const Weight w{values, indices, scale, blocks};
     const Input in{codes.get(), scales.get(), blocks};
     const Output out{y, bias, N, Type(type)};

@@ -129,13 +129,7 @@ extern "C" int linear(const void* x, const uint8_t* values, const uint32_t* meta
     const int64_t chunks = (K + CHUNK - 1) / CHUNK, columns = chunks * CHUNK;
     std::unique_ptr<float, void (*)(void*)> wide(static_cast<float*>(std::aligned_alloc(64, tokens * columns * 4)), std::free);
     if (!wide) return 1;
-    for (int64_t t = 0; t < tokens; t++) {
-        float* row = wide.get() + t * columns;
-        if (of == FLOAT32) std::memcpy(row, static_cast<const float*>(x) + t * K, K * 4);
-        else if (of == BFLOAT16) for (int64_t k = 0; k < K; k++) row[k] = bf16_to_float(static_cast<const uint16_t*>(x)[t * K + k]);
-        else for (int64_t k = 0; k < K; k++) row[k] = half_to_float(static_cast<const uint16_t*>(x)[t * K + k]);
-        std::memset(row + K, 0, (columns - K) * 4);
-    }
+    for (int64_t t = 0; t < tokens; t++) widen(x, t, K, columns, of, wide.get() + t * columns);
     const Weight w{values, metadata, chunks};
     const Output out{y, bias, N, of};
     if (of == FLOAT32) all<Float32>(w, wide.get(), out, tokens, threads);

@@ -131,3 +131,12 @@ static inline void put(void* p, int64_t i, Type type, float f) {
     if (type == FLOAT32) static_cast<float*>(p)[i] = f;
     else static_cast<uint16_t*>(p)[i] = type == BFLOAT16 ? float_to_bf16(f) : float_to_half(f);
 }
+
+// Row t of x (.., K) as `columns` floats, zeros behind K.
+static inline void widen(const void* x, int64_t t, int64_t K, int64_t columns, Type type, float* out) {
+    const uint16_t* halves = static_cast<const uint16_t*>(x) + t * K;
+    if (type == FLOAT32) std::memcpy(out, static_cast<const float*>(x) + t * K, K * 4);
+    else if (type == BFLOAT16) for (int64_t k = 0; k < K; k++) out[k] = bf16_to_float(halves[k]);
+    else for (int64_t k = 0; k < K; k++) out[k] = half_to_float(halves[k]);
+    std::memset(out + K, 0, (columns - K) * 4);
+}

@@ -1,0 +1,44 @@
+// The NEON variant in a program of its own, for qemu: reads one problem from a file, writes the result to another.
+// argv: library (linear, int8 or column_loop), input, output. Input: int64 count of arrays, their int64 sizes in bytes, the
+// arrays in the order of the C function's pointers (size 0: null), then its numbers, int64 each. Output: the array that is written.
+#include <cstdio>
+#include <string>
+#include <vector>
+#if defined(LINEAR)
+#include "linear.cpp"
+#elif defined(INT8)
+#include "int8.cpp"
+#else
+#include "column_loop.cpp"
+#endif
+
+int main(int, char** argv) {
+    std::FILE* in = std::fopen(argv[1], "rb");
+    int64_t count = 0;
+    if (!in || std::fread(&count, 8, 1, in) != 1) return 2;
+    std::vector<int64_t> sizes(count);
+    std::fread(sizes.data(), 8, count, in);
+    std::vector<std::vector<uint8_t>> arrays(count);
+    std::vector<void*> p(count);
+    for (int64_t i = 0; i < count; i++) {
+        arrays[i].resize(sizes[i]);
+        std::fread(arrays[i].data(), 1, sizes[i], in);
+        p[i] = sizes[i] ? arrays[i].data() : nullptr;
+    }
+    int64_t n[8] = {};
+    std::fread(n, 8, 8, in);
+    std::fclose(in);
+#if defined(LINEAR)
+    const int64_t result = 4;
+    linear(p[0], (uint8_t*)p[1], (uint32_t*)p[2], p[3], p[4], n[0], n[1], n[2], n[3], 1);
+#elif defined(INT8)
+    const int64_t result = 5;
+    linear_int8(p[0], (uint8_t*)p[1], (uint32_t*)p[2], (float*)p[3], p[4], p[5], n[0], n[1], n[2], n[3], 1);
+#else
+    const int64_t result = 0;
+    column_loop_float32((float*)p[0], (float*)p[1], (uint8_t*)p[2], n[0], n[1], n[2], n[3], nullptr, 1, 0, nullptr, 1);
+#endif
+    std::FILE* out = std::fopen(argv[2], "wb");
+    std::fwrite(p[result], 1, sizes[result], out);
+    return std::fclose(out);
+}

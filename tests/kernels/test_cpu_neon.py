@@ -1,0 +1,76 @@
+"""The NEON variant, compiled by a cross compiler and run by qemu, against float64. Skipped where one is missing.
+
+    apt install g++-aarch64-linux-gnu qemu-user
+"""
+
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oneshot_kernels import pack, reference
+from oneshot_kernels.cpu import build, column_loop, int8, layout
+from oneshot_kernels.cpu.linear import TYPES
+
+CROSS, QEMU = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+pytestmark = pytest.mark.skipif(not CROSS or not QEMU, reason="needs aarch64-linux-gnu-g++ and qemu-aarch64")
+LANES = 4
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """run(library, arrays, numbers, like): the C function's result, as a tensor like `like`."""
+    folder = tmp_path_factory.mktemp("neon")
+    flags = [f for f in (*build.COMMON, *build.VARIANTS["neon"][2]) if f not in ("-shared", "-fPIC")]
+
+    def call(name, arrays, numbers, like):
+        program, given, got = (folder / f"{name}{end}" for end in ("", ".in", ".out"))
+        if not program.exists():
+            subprocess.run([CROSS, *flags, "-w", "-static", f"-D{name.upper()}", f"-I{build.HERE}",
+                            str(Path(__file__).with_name("neon_main.cpp")), "-o", str(program)], check=True)
+        blobs = [b"" if a is None else a.contiguous().view(torch.uint8).numpy().tobytes() for a in arrays]
+        given.write_bytes(struct.pack(f"<{1 + len(blobs)}q", len(blobs), *map(len, blobs)) + b"".join(blobs)
+                          + struct.pack("<8q", *numbers, *[0] * (8 - len(numbers))))
+        subprocess.run([QEMU, str(program), str(given), str(got)], check=True)
+        return torch.frombuffer(bytearray(got.read_bytes()), dtype=like.dtype).view(like.shape)
+    return call
+
+
+@pytest.mark.parametrize("dtype", list(TYPES))
+def test_linear(run, dtype):
+    g = torch.Generator().manual_seed(0)
+    n, k, m = 23, 172, 15
+    weight = reference.random_24(n, k, dtype, g)
+    x, bias = torch.randn(m, k, generator=g).to(dtype), torch.randn(n, generator=g).to(dtype)
+    truth = F.linear(x.double(), weight.double(), bias.double())
+    plain = (F.linear(x, weight, bias) - truth).norm()
+    for form in (layout.to_tiles(pack(weight), LANES), (layout.dense_tiles(weight, LANES), None)):
+        y = run("linear", (x, *form, bias, torch.zeros(m, n, dtype=dtype)), (m, n, k, TYPES[dtype]),
+                torch.empty(m, n, dtype=dtype))
+        assert (y - truth).norm() <= 2 * plain
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_int8(run, sparse):
+    g = torch.Generator().manual_seed(0)
+    n, k, m = 23, 172, 15
+    codes, scale = int8.round_rows(reference.random_24(n, k, torch.float32, g))
+    x, bias = torch.randn(m, k, generator=g), torch.randn(n, generator=g)
+    made = int8.prepare(codes, scale, sparse=sparse, lanes=LANES)
+    y = run("int8", (x, *made[:3], bias, torch.zeros(m, n)), (m, n, k, 0), torch.empty(m, n))
+    assert reference.relative_error(y, int8.emulate(x, codes, scale, bias)) < 1e-6
+
+
+@pytest.mark.parametrize("nm", [(2, 4), (3, 5), None])
+def test_column_loop(run, nm):
+    g = torch.Generator().manual_seed(0)
+    b, R = 40, 37
+    W, mask = torch.randn(b, R, generator=g), torch.rand(b, R, generator=g) < 0.5
+    U = torch.randn(b, b, generator=g).triu_(1) / b**0.5 + torch.diag(torch.rand(b, generator=g) + 0.5)
+    want = W.double()
+    column_loop.reference(want, U.double(), mask.clone(), nm)
+    got = run("column_loop", (W, U, mask), (b, R, *(nm or (0, 0))), W)
+    assert reference.relative_error(got, want) < 1e-5
