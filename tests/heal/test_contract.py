@@ -16,7 +16,8 @@ from oneshot.prune.patterns import parse
 
 blocks = importlib.import_module("oneshot.models.blocks")  # in its package the name is a function's
 
-MUCH = {"block": 0.9, "distil": 0.9}  # of the divergence that is left, at most; what trains little may even lose a little
+# Of the divergence that is left, at most; what trains little may even lose a little.
+MUCH = {"block": 0.9, "distil": 0.9}
 
 
 def steps(method, n):
