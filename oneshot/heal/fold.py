@@ -10,10 +10,10 @@
 
 No parameter is new, nothing is trained step by step. μ is one of RIDGES, as shares of the mean diagonal, by the error
 on the held-out windows; where none lowers it, nothing is changed. Without held-out windows nothing is folded. Where the
-zeros are no whole columns, each row is solved on its own kept weights by conjugate gradients; a smaller model's single
-zeros (4-bit grids have many) are weights like any other. It needs a linear that is
-no expert, and whose output is added to the hidden state as it is (no norm behind it); elsewhere it leaves the block as
-it was and says so.
+zeros are no whole columns, each row is solved on its own kept weights by conjugate gradients; in the walk that makes a
+model smaller, single zeros (4-bit grids have many) are weights like any other. It needs a linear that is no expert, and
+whose output is added to the hidden state as it is (no norm behind it); elsewhere it leaves the block as it was and says
+so.
 """
 
 from dataclasses import dataclass
