@@ -1,4 +1,4 @@
-# Two commands for a fresh machine: `make demo` and `make test`. Both make .venv first; constraints.txt pins what CI proved.
+# Three commands for a fresh machine: `make demo`, `make smollm2` and `make test`. All make .venv first; constraints.txt pins what CI proved.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -8,7 +8,7 @@ NEWEST ?= python3.13
 CORE   := tests/test_layers.py $(patsubst %,tests/%,calibrate checkpoint/test_folder.py data pipeline report/test_report.py \
           settings $(patsubst %,prune/test_%.py,patterns solvers linalg))
 
-.PHONY: demo test check core pythons bench soak clean
+.PHONY: demo smollm2 test check core pythons bench soak clean
 
 $(STAMP): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -17,6 +17,11 @@ $(STAMP): setup.py constraints.txt
 
 demo: $(STAMP)   ## prune the built-in model: three methods, two patterns, a table
 	$(BIN)/python -m oneshot.run
+
+smollm2: $(STAMP) ## the same with a real model of 135M parameters (fetched once, 92 MB), and what each version of it says
+	$(BIN)/python -m oneshot.run --model smollm2 --pattern 2:4 --method magnitude,wanda,sparsegpt --no-layer-errors \
+	  --nsamples 32 --seqlen 512 --evaluate builtin:prose --results runs/smollm2 --say "What is the capital of France?" \
+	  --say "Why is the sky blue?" --say "Write the first sentence of a story about a lighthouse."
 
 test: $(STAMP)   ## the whole suite, two files at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile

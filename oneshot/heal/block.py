@@ -40,7 +40,7 @@ class Config:
     unit: str = flag("block", "what is trained at once: the whole block, or its parts one after the other, attention "
                               "and then the MLP", choices=UNITS)
     steps: int = flag(200, "updates per unit, each on one batch of windows (512 tokens, or one longer window)")
-    lr: float = flag(0.03, "learning rate as a share of each tensor's root mean square")
+    lr: float = flag(0.02, "learning rate as a share of each tensor's root mean square")
 
     def __post_init__(self) -> None:
         check(self, "block")

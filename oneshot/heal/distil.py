@@ -32,7 +32,7 @@ TRAINED = 17  # bytes per weight on the device, see above
 class Config:
     steps: int = flag(200, "updates of the whole model, each on one batch of windows (512 tokens, or one longer "
                            "window)")
-    lr: float = flag(0.01, "learning rate as a share of each tensor's root mean square")
+    lr: float = flag(0.004, "learning rate as a share of each tensor's root mean square")
 
     def __post_init__(self) -> None:
         check(self, "distil")

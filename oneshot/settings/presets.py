@@ -13,11 +13,11 @@ EFFORTS: dict[int, tuple[str, dict[str, Any]]] = {  # {effort: (description, fla
     1: ("SparseGPT's mask with refitted values", {"method": "sparsegpt+refit"}),
     2: ("ALPS aimed at the dense model's outputs", {"method": "alps", "dense_target": 0.5}),
     3: ("ALPS, each block healed, then a distillation (the whole model on the device), both short", {
-        "method": "alps", "heal": "block,distil", "block.steps": 25, "distil.steps": 25}),
+        "method": "alps", "heal": "block,distil", "block.steps": 80, "distil.steps": 80}),
     4: ("the same, longer", {
-        "method": "alps", "heal": "block,distil", "block.steps": 60, "distil.steps": 60}),
+        "method": "alps", "heal": "block,distil", "block.steps": 160, "distil.steps": 200}),
     5: ("the same, longest", {
-        "method": "alps", "heal": "block,distil", "block.steps": 100, "distil.steps": 300}),
+        "method": "alps", "heal": "block,distil", "block.steps": 300, "distil.steps": 1000}),
 }
 NAMES = ("best",)
 

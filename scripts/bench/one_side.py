@@ -7,9 +7,9 @@ weights are loaded in. OUT: the folder to save to; measured.json in it holds, of
 seconds, peak resident memory in bytes (of the process, loading included), versions.
 """
 
+import argparse
 import importlib.metadata
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -17,8 +17,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 
-def main(side: str, source: str, tokens: str, method: str, dtype: str, out: str) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Load, prune, save, and write what was measured."""
+    p = argparse.ArgumentParser(prog="python scripts/bench/one_side.py", description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("side", "source", "tokens", "method", "dtype", "out"):
+        p.add_argument(name, metavar={"source": "model"}.get(name, name).upper())
+    side, source, tokens, method, dtype, out = vars(p.parse_args(argv)).values()
     ids, folder = torch.load(tokens), Path(out)
     program = {"oneshot": by_oneshot, "llmcompressor": by_llmcompressor}[side]
     prune = program(method, source)  # imports, before the clock starts
@@ -27,7 +32,8 @@ def main(side: str, source: str, tokens: str, method: str, dtype: str, out: str)
     began, used = time.perf_counter(), time.process_time()
     prune(model, ids)
     measured = {"side": side, "method": method, "dtype": dtype, "seconds": time.perf_counter() - began,
-                "cpu_seconds": time.process_time() - used, "peak_bytes": resident("VmHWM"), "loaded_bytes": loaded,
+                "cpu_seconds": time.process_time() - used, "loaded_bytes": loaded,
+                "peak_bytes": max(loaded, resident("VmHWM")),
                 "threads": torch.get_num_threads(), "version": importlib.metadata.version(side),
                 "torch": torch.__version__, "transformers": importlib.metadata.version("transformers")}
     model.save_pretrained(folder)
@@ -66,4 +72,4 @@ def resident(field: str) -> int:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

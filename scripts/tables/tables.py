@@ -6,8 +6,8 @@
     tables.csv    a line per model, calibration text, metric, method and pattern: mean, standard deviation over seeds
     runs.csv      a line per run, numbers in full
 
-A pure function of results/runs/*.json, results/best/*.json and results/bench/packed.json. Text outside the markers is
-left alone.
+A pure function of results/runs/*.json, results/smollm2/*.json, results/best/*.json and results/bench/packed.json. Text
+outside the markers is left alone.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import best_rows
 import best_table
 
 from oneshot import report
-from oneshot.report import section, table, tables, task_table
+from oneshot.report import said, section, table, tables, task_table
 from oneshot.runtime.command import Parser, exit_code
 from oneshot.runtime.files import write_text
 
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 def write_all(records: list[dict], root: Path, check: bool) -> list[Path]:
     """Write what is stale, or only find it if `check`. The stale files."""
     stale = []
-    texts = {"README.md": lambda old: with_best(replaced(old, "pruning", readme_table(records)), root),
+    texts = {"README.md": lambda old: with_smollm2(with_best(with_runs(old, records), root), root),
              "results/tables.md": lambda old: with_packed(replaced(old, "pruning", all_tables(records)), root),
              "results/tables.csv": lambda old: tables_csv(records),
              "results/runs.csv": lambda old: tables.table(records, "csv")}
@@ -143,10 +143,26 @@ def tasks_section(records: list[dict]) -> list[str]:
     return ["## Tasks", f"{'; '.join(told)}. {where(measured)}", task_table.table(measured, "markdown")]
 
 
+def with_runs(text: str, records: list[dict]) -> str:
+    """The README's `text` with its table of the runs."""
+    return replaced(text, "pruning", readme_table(records))
+
+
 def with_best(text: str, root: Path) -> str:
     """`text` with the section of what best.py measured, where that has run."""
     rows = best_rows.shown(root / "results" / "best")
     return replaced(text, "best", best_table.headline(rows)) if rows else text
+
+
+def with_smollm2(text: str, root: Path) -> str:
+    """`text` with the section of what `make smollm2` found, where its records are: the table, and what each says."""
+    folder = root / "results" / "smollm2"
+    if not folder.is_dir():
+        return text
+    records = read(folder)
+    how = where(records).replace("results/runs", "results/smollm2")
+    return replaced(text, "smollm2", "\n\n".join([how, tables.table(records, "markdown"),
+                                                   said.table(records, "markdown").rstrip()]))
 
 
 def with_packed(text: str, root: Path) -> str:

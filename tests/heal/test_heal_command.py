@@ -21,7 +21,7 @@ def test_a_command_heals_and_the_record_says_so(tmp_path):
     record = checkpoint.read_manifest(place / "out")["record"]
     assert record["heal"]["distil"]["steps"] == 3
     assert all(b["heal"]["block"]["steps"] == 3 and b["seconds"]["heal"] > 0 for b in record["blocks"])
-    assert record["settings"]["healing"] == {"block": {"unit": "block", "steps": 3, "lr": 0.03}, "distil": {
+    assert record["settings"]["healing"] == {"block": {"unit": "block", "steps": 3, "lr": 0.02}, "distil": {
         "steps": 3, "lr": record["settings"]["healing"]["distil"]["lr"]}}
 
 

@@ -140,8 +140,8 @@ def test_one_side_prunes_and_says_what_it_took(tmp_path):
     """Ours; llm-compressor's needs an environment of its own, and is refused where there is none."""
     tiny.save_model(tmp_path / "model")
     torch.save(torch.randint(3, 20, (4, 16)), tmp_path / "tokens.pt")
-    one_side.main("oneshot", str(tmp_path / "model"), str(tmp_path / "tokens.pt"), "wanda", "float32",
-                  str(tmp_path / "out"))
+    one_side.main(["oneshot", str(tmp_path / "model"), str(tmp_path / "tokens.pt"), "wanda", "float32",
+                   str(tmp_path / "out")])
     measured = json.loads((tmp_path / "out" / "measured.json").read_text())
     assert measured["cpu_seconds"] > 0 and measured["peak_bytes"] >= measured["loaded_bytes"] > 2**20
     pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

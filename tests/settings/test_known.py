@@ -9,12 +9,13 @@ from oneshot.runtime.flag import BEARS_ON
 from oneshot.settings import flags
 from oneshot.settings.known import known, todays_names
 
+HEALED = "block,distil --block.steps 7 --block.lr 0.03 --distil.lr 0.01 --dense-target 0.5"  # the rates of that time
 FIRST_RELEASE = {  # a command line: its run_id before the stages had their folders, on one model and one text
     "--method wanda --pattern 2:4": "demo-wanda-2of4-f35693a9",
     "--method sparsegpt+refit --pattern 0.6 --sparsegpt.damping 0.1 --seed 3": "demo-sparsegpt+refit-0.6-b26117a0",
-    "--method best --effort 3 --pattern 2:4": "demo-alps-2of4-86a24f84",
-    "--method alps --pattern 2:4 --recover block,distil --block.steps 7 --dense-target 0.5": "demo-alps-2of4-14b8c1f2",
-    "--method alps --pattern 2:4 --heal block,distil --block.steps 7 --dense-target 0.5": "demo-alps-2of4-14b8c1f2",
+    "--method best --effort 2 --pattern 2:4": "demo-alps-2of4-e5ccf4c3",
+    f"--method alps --pattern 2:4 --recover {HEALED}": "demo-alps-2of4-14b8c1f2",
+    f"--method alps --pattern 2:4 --heal {HEALED}": "demo-alps-2of4-14b8c1f2",
     "--method wanda --pattern 0.5 --allocate owl --gram-budget 2 --divergence": "demo-wanda-0.5-78461336",
     "--method dense": "demo-dense-8ea00068",
 }
