@@ -10,9 +10,10 @@
 
 No parameter is new, nothing is trained step by step. μ is one of RIDGES, as shares of the mean diagonal, by the error
 on the held-out windows; where none lowers it, nothing is changed. Without held-out windows nothing is folded. Where the
-zeros are no whole columns, each row is solved on its own kept weights by conjugate gradients. It needs a linear that is
-no expert, and whose output is added to the hidden state as it is (no norm behind it); elsewhere it leaves the block as
-it was and says so.
+zeros are no whole columns, each row is solved on its own kept weights by conjugate gradients; in the walk that makes a
+model smaller, single zeros (4-bit grids have many) are weights like any other. It needs a linear that is no expert, and
+whose output is added to the hidden state as it is (no norm behind it); elsewhere it leaves the block as it was and says
+so.
 """
 
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ class Heal(Base):
     """Folding at work in one run, see above."""
 
     skips: frozenset[int] = frozenset()  # numbers of the blocks that are dropped
+    columns = False  # whether only whole columns are pruned: a single zero is then a weight like any other
 
     def after_block(self, block: Block, activations: Activations, targets: list[torch.Tensor]) -> dict | None:
         """Fold what is missing of `targets` into the block's last linear; returns plain values for the record."""
@@ -55,7 +57,7 @@ class Heal(Base):
             if not writes_plainly(block, weight, activations):
                 return nothing(f"the output of {weight.linear} is not added to the hidden state as it is")
             train, held = sums(block, weight, kept, activations, targets)
-            best, change = choose(train, held, W[:, kept] != 0)
+            best, change = choose(train, held, (W[:, kept] != 0) | self.columns)
             before, after = held.missing, held.missing + (best or 0.0)
             if change is not None:
                 W = W.clone()

@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -95,7 +96,11 @@ def one(model: nn.Module, kind: str, device: str) -> float:
     ids = (torch.arange(batch * T, device=device).view(batch, T) * 7919) % models.embedded(model)
     if kind == "prefill":
         return timed(lambda: model(input_ids=ids, use_cache=True), device)
-    out = model(input_ids=ids, use_cache=True)
+    return statistics.median(steps(model, model(input_ids=ids, use_cache=True), device))
+
+
+def steps(model: nn.Module, out: Any, device: str) -> list[float]:
+    """Seconds of each of STEPS tokens that are decoded one after the other. out: what the model gave for the prompt."""
     seconds = []
     for _ in range(STEPS):
         token, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
@@ -103,7 +108,7 @@ def one(model: nn.Module, kind: str, device: str) -> float:
         seconds.append(timed(lambda token=token, cache=cache, found=found: found.append(
             model(input_ids=token, past_key_values=cache, use_cache=True)), device))
         out = found[0]
-    return statistics.median(seconds)
+    return seconds
 
 
 def timed(work: Callable[[], object], device: str) -> float:
@@ -134,16 +139,12 @@ def size(model: nn.Module) -> dict[str, int]:
 def parts(model: nn.Module, device: str) -> dict[str, float]:
     """{"attention", "mlp", "rest"}: their shares of the time of one decoded token, batch 1."""
     spent = {"attention": 0.0, "mlp": 0.0}
-    _, block_list = models.blocks(model)
-    with watched(block_list, spent, device):
-        whole = STEPS * one(model, "decode1", device)
-    # the prompt's own pass is watched too: it is measured alone and taken off
-    before = dict.fromkeys(spent, 0.0)
     ids = (torch.arange(length(model, 64), device=device).view(1, -1) * 7919) % models.embedded(model)
-    with watched(block_list, before, device):
-        model(input_ids=ids, use_cache=True)
-    shares = {name: max(0.0, min(1.0, (seconds - before[name]) / whole)) for name, seconds in spent.items()}
-    return shares | {"rest": max(0.0, 1 - sum(shares.values()))}
+    out = model(input_ids=ids, use_cache=True)
+    with watched(models.blocks(model)[1], spent, device):
+        whole = sum(steps(model, out, device))
+    shares = {name: seconds / whole for name, seconds in spent.items()}
+    return shares | {"rest": 1 - sum(shares.values())}
 
 
 @contextlib.contextmanager

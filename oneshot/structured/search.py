@@ -24,7 +24,7 @@ from .depth import divergence
 def job_for(job: Job, model: nn.Module, cut: Cut) -> Job:
     """The job that does a cut, made from one that says how."""
     for healer in job.healers:
-        healer.skips = frozenset(cut.dropped)
+        healer.skips, healer.columns = frozenset(cut.dropped), True
     return replace(job, plan=patterns(model, cut), dropped=frozenset(cut.dropped), staged=True)
 
 

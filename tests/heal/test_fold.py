@@ -79,6 +79,18 @@ def test_it_is_weighted_least_squares_with_the_best_ridge(padded, dropped):
     assert not after[:, list(zero)].any()
 
 
+def test_single_zeros_stay_zero_unless_whole_columns_go():
+    for columns in (False, True):
+        model = families.tiny("llama")
+        model.model.layers[0].mlp.down_proj.weight.data[3, 5] = 0
+        real, fold.Heal.columns = fold.Heal.columns, columns
+        try:
+            info, _, after, *_ = folded(model, (1, 2))
+        finally:
+            fold.Heal.columns = real
+        assert info["ridge"] and bool(after[3, 5]) == columns and not after[:, 1].any()
+
+
 def test_where_nothing_is_missing_nothing_changes():
     info, before, after, *_ = folded(families.tiny("llama"))
     assert torch.equal(before, after) or info["held_out_after"] < info["held_out_before"]

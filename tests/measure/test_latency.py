@@ -43,10 +43,11 @@ def test_every_kind_runs_and_decoding_uses_the_cache(name, monkeypatch):
     assert len(seen) == 1 + 2 * latency.STEPS
 
 
-def test_a_larger_model_takes_longer_and_shares_add_up():
+def test_shares_of_the_parts_add_up():
     torch.manual_seed(0)
     small, large = families.tiny("llama"), families.tiny("llama")
     rows = latency.compare({"model": small, "dense": large}, "cpu", rounds=1)
     for row in rows.values():
-        assert sum(row["parts"].values()) == pytest.approx(1, abs=0.35) and row["parameters"] == small.num_parameters()
+        assert sum(row["parts"].values()) == pytest.approx(1) and all(0 < share < 1 for share in row["parts"].values())
+        assert row["parameters"] == small.num_parameters()
     assert rows["model"]["multiply_adds"] < rows["model"]["parameters"] * 2
