@@ -32,7 +32,6 @@ import torch.nn.functional as F
 from common import others
 from oneshot_kernels import Sparse24Linear, reference
 from oneshot_kernels.cpu import bandwidth, integers, layout, library, linear
-from torch import nn
 
 from oneshot.runtime import environment
 from oneshot.runtime.command import Parser, exit_code
@@ -125,11 +124,12 @@ def forms(weight: torch.Tensor, copies: int, kind: str) -> tuple[dict[str, Run],
     packed = reference.pack(weight)
     plain = [library.huge_pages(weight.clone()) for _ in range(copies)]
     dense = [layout.dense_tiles(weight, lanes) for _ in range(copies)]
-    tiles = [layout.to_tiles(packed, lanes) for _ in range(copies)]
     layers = [Sparse24Linear.from_packed(*packed[:2]) for _ in range(copies)]
+    tiles = [(layer.weight.data, layer.metadata) for layer in layers]
+    away = copies // 2  # not the copy that another method has just read
     runs = {"torch": lambda x, i: F.linear(x, plain[i]), "dense": lambda x, i: linear.linear(x, dense[i], None, n),
-            "2:4": lambda x, i: linear.linear(x, *tiles[i], n), "layer": lambda x, i: layers[i](x),
-            "read": lambda x, i: bandwidth.read(plain[(i + copies // 2) % copies])}  # not the one that torch just read
+            "2:4": lambda x, i: linear.linear(x, *tiles[i], n), "layer": lambda x, i: layers[(i + away) % copies](x),
+            "read": lambda x, i: bandwidth.read(plain[(i + away) % copies])}
     whole, sparse = held(plain[:1]), held(packed[:2])
     size = {"torch": whole, "dense": whole, "2:4": sparse, "layer": sparse, "read": whole}
     return runs, size, lambda x: F.linear(x.double(), weight.double())
@@ -138,17 +138,15 @@ def forms(weight: torch.Tensor, copies: int, kind: str) -> tuple[dict[str, Run],
 def integer_forms(weight: torch.Tensor, copies: int, kind: str) -> tuple[dict[str, Run], dict[str, int], Exact]:
     """`forms` of int8 and int4 weights; twice and four times as many copies as of bfloat16."""
     bits, copies = int(kind.removeprefix("int")), copies * 16 // int(kind.removeprefix("int"))
-    layer = nn.Linear(weight.shape[1], len(weight), bias=False)
-    layer.weight.data = weight
     rounded = integers.round_rows(weight) if bits == 8 else integers.round_groups(weight)
     plain = [library.huge_pages(weight.clone()) for _ in range(max(1, copies * bits // 16))]
     dense = [integers.prepare(*rounded, sparse=False, bits=bits) for _ in range(copies)]
     sparse = [integers.prepare(*rounded, sparse=True, bits=bits) for _ in range(copies)]
-    layers = [integers.IntegerLinear.from_linear(layer, sparse=True, bits=bits) for _ in range(copies)]
+    layers, away = [integers.IntegerLinear(weight, None) for weight in sparse], copies // 2
     runs = {"torch": lambda x, i: F.linear(x, plain[i % len(plain)]),
             "dense": lambda x, i: integers.linear(x, dense[i]), "2:4": lambda x, i: integers.linear(x, sparse[i]),
-            "layer": lambda x, i: layers[i](x),
-            "read": lambda x, i: bandwidth.read(dense[(i + copies // 2) % copies].values)}
+            "layer": lambda x, i: layers[(i + away) % copies](x),
+            "read": lambda x, i: bandwidth.read(dense[(i + away) % copies].values)}
     half = held(sparse[0][:3])
     size = {"torch": held(plain[:1]), "dense": held(dense[0][:3]), "2:4": half, "layer": half,
             "read": held(dense[0][:1])}
