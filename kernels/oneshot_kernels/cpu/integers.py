@@ -3,8 +3,8 @@
     N, K   outputs, inputs      K'  K rounded up to 64      L, T   lanes, tiles ceil(N / L), as in layout.py
 
 A weight is `scale · code`: int8 with a scale for each row and codes up to 127, int4 with one for each row and 64
-columns (an fp16 number) and codes up to 7. The input is rounded too, to int8 with one scale for each token and 64 columns; all
-is symmetric. Sums are exact within 64 columns, then float32.
+columns (an fp16 number) and codes up to 7. The input is rounded too, to int8 with one scale for each token and 64
+columns; all is symmetric. Sums are exact within 64 columns, then float32.
 
     values   bytes (T, steps, L, 4). A step is four columns (dense: K'/4 steps) or the kept four of eight (2:4: K'/8).
              int8: the codes of a step. int4: codes + 8 of two steps, the first in the low half: half as many steps
