@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .cpu.int8 import Int8Linear
+from .cpu.integers import IntegerLinear
 from .linear import Sparse24Linear
 from .reference import is_24
 
@@ -152,7 +152,7 @@ def _round_head(model: nn.Module, report: Report) -> None:
     head = getattr(model, "lm_head", None)
     if type(head) is not nn.Linear or head.weight.device.type != "cpu":
         raise ValueError("head='int8' needs a model with a plain nn.Linear lm_head on a CPU")
-    model.lm_head = Int8Linear.from_linear(head)
+    model.lm_head = IntegerLinear.from_linear(head)
     report.skipped.pop("lm_head", None)
     report.replaced.append("lm_head (int8)")
 

@@ -12,9 +12,9 @@ from types import ModuleType
 import torch
 
 from . import Sparse24Linear, dispatch, explain, reference
-from .cpu import build, column_loop, int8, library, linear
+from .cpu import build, column_loop, integers, library, linear
 
-LIBRARIES: dict[str, ModuleType] = {"linear": linear, "int8": int8, "column_loop": column_loop}
+LIBRARIES: dict[str, ModuleType] = {"linear": linear, "integers": integers, "column_loop": column_loop}
 
 
 def on_cpu() -> Iterator[tuple[str, bool]]:

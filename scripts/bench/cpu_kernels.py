@@ -6,13 +6,15 @@
 Every method takes its turn in every round, each time on other copies of the weight (together at least 256 MB, beyond
 the last-level cache), and medians are kept. Results are compared with float64 before anything is timed.
 
-    torch     F.linear in the same dtype        dense  the dense twin: same source, same tiles, same number of streams
-    2:4       cpu/linear.py on tiles            layer  the same through Sparse24Linear, as a model calls it
+    torch     F.linear in the same dtype, for integers in bfloat16
+       the dense twin: same source, same tiles, same number of streams
+    2:4       cpu/linear.py on tiles, or cpu/integers.py (int8, int4; inputs in bfloat16, rounded to int8)
+    layer     the same through its module, as a model calls it
     read      reading as many bytes as the dense weight has with four streams a thread: the limit of `dense`
 
-`limit` is the share of the read limit that a method reaches, by its own bytes. `load` is what other processes took, in
-cores, at the worst moment (the average of a minute less this program's threads); from 0.3 on the row is marked `busy`,
-and only its ratios mean something.
+Errors of integers are against float64 on the very codes; torch's is then that of rounding. `limit` is the share of the
+read limit that a method reaches, by its own bytes. `load` is what other processes took, in cores, at the worst moment
+(the average of a minute less this program's threads); from 0.3 on the row is marked `busy`: only its ratios count.
 """
 
 import argparse
@@ -22,14 +24,14 @@ import io
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from common import others
 from oneshot_kernels import Sparse24Linear, reference
-from oneshot_kernels.cpu import bandwidth, layout, library, linear
+from oneshot_kernels.cpu import bandwidth, integers, layout, library, linear
 
 from oneshot.runtime import environment
 from oneshot.runtime.command import Parser, exit_code
@@ -37,8 +39,8 @@ from oneshot.runtime.files import write_text
 
 HEAD = ["rows", "k", "dtype", "tokens", "threads", "method", "us", "gb_s", "limit", "over_dense", "over_torch", "error",
         "load", "machine", "variant", "device", "torch", "commit", "date"]
-PACKED = {torch.bfloat16: 0.5625, torch.float16: 0.5625, torch.float32: 0.53125}  # bytes of 2:4, of the dense ones
 BUSY = 0.3
+Run, Exact = Callable[[torch.Tensor, int], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,7 +55,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--shapes", default="576x576,1536x576,576x1536,2048x2048,5632x2048,4096x4096,11008x4096,4096x11008",
                    help="outputs x inputs, by commas")
     p.add_argument("--tokens", default="1,4,16,64")
-    p.add_argument("--dtypes", default="bfloat16,float32")
+    p.add_argument("--dtypes", default="bfloat16,float32,int8,int4")
     p.add_argument("--threads", default=f"1,{torch.get_num_threads()}")
     p.add_argument("--rounds", type=int, default=60, help="the median is kept")
     p.add_argument("--cold", type=int, default=256, help="MB of all copies of a weight together, at least")
@@ -65,7 +67,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args.shapes = [tuple(int(n) for n in shape.split("x")) for shape in args.shapes.split(",")]
     args.tokens, threads = ([int(n) for n in text.split(",")] for text in (args.tokens, args.threads))
     args.threads = sorted(set(threads))
-    args.dtypes = [getattr(torch, name) for name in args.dtypes.split(",")]
+    args.dtypes = args.dtypes.split(",")
     return args
 
 
@@ -77,9 +79,9 @@ def work(args: argparse.Namespace) -> None:
     about = [library.why("linear"), where["device"], where["torch"],
              where["commit"] + (" (dirty)" if where["dirty"] else ""), where["date"]]
     try:
-        for rows_k, dtype, threads in ((s, d, t) for t in args.threads for d in args.dtypes for s in args.shapes):
+        for rows_k, kind, threads in ((s, d, t) for t in args.threads for d in args.dtypes for s in args.shapes):
             torch.set_num_threads(threads)
-            for line in measure(*rows_k, dtype, args):
+            for line in measure(*rows_k, kind, args):
                 rows.append([*line, *about])
                 print(",".join(map(str, rows[-1][:14])), flush=True)
     finally:
@@ -89,44 +91,71 @@ def work(args: argparse.Namespace) -> None:
     write_text(file.getvalue(), args.out / "cpu_kernels.csv")
 
 
-def measure(n: int, k: int, dtype: torch.dtype, args: argparse.Namespace) -> list[list]:
+def measure(n: int, k: int, kind: str, args: argparse.Namespace) -> list[list]:
     """The rows of one weight with the number of threads that torch has now, up to `machine`."""
     generator = torch.Generator().manual_seed(n + k)
-    weight = reference.random_24(n, k, dtype, generator)
-    size = weight.numel() * weight.element_size()
-    copies = max(1, -(-args.cold * 10**6 // size))
-    kinds = forms(weight, copies)
+    integer = kind.startswith("int")
+    floats = torch.bfloat16 if integer else getattr(torch, kind)
+    weight = reference.random_24(n, k, floats, generator)
+    copies = max(1, -(-args.cold * 10**6 // (weight.numel() * weight.element_size())))
+    kinds, size, exact = (integer_forms if integer else forms)(weight, copies, kind)
     out = []
     for tokens in args.tokens:
-        x = torch.randn(tokens, k, generator=generator).to(dtype)
-        truth = F.linear(x.double(), weight.double())
+        x = torch.randn(tokens, k, generator=generator).to(floats)
+        truth = exact(x)
         errors = {name: reference.relative_error(run(x, 0), truth) for name, run in kinds.items() if name != "read"}
-        worst = max(errors.values())
-        if not worst <= 2 * errors["torch"] + torch.finfo(dtype).eps:
-            raise ValueError(f"{n}x{k} {dtype}, {tokens} tokens: wrong results, relative errors {errors}")
+        limit = 2 * reference.relative_error(truth.to(floats), truth) + torch.finfo(floats).eps * 4
+        if not max(errors[name] for name in ("dense", "2:4", "layer")) <= limit:
+            raise ValueError(f"{n}x{k} {kind}, {tokens} tokens: wrong results, relative errors {errors}")
         busy = others()
         us = interleaved({name: functools.partial(run, x) for name, run in kinds.items()}, args.rounds, copies)
         busy = max(busy, others())
         for name, median in us.items():
-            own = size * (PACKED[dtype] if name in ("2:4", "layer") else 1)
-            out.append([n, k, str(dtype).removeprefix("torch."), tokens, torch.get_num_threads(), name, f"{median:.1f}",
-                        f"{own / median / 1e3:.2f}", f"{own / median / (size / us['read']):.2f}",
+            out.append([n, k, kind, tokens, torch.get_num_threads(), name, f"{median:.1f}",
+                        f"{size[name] / median / 1e3:.2f}", f"{size[name] / median / (size['read'] / us['read']):.2f}",
                         f"{us['dense'] / median:.2f}", f"{us['torch'] / median:.2f}",
                         f"{errors.get(name, 0):.1e}", f"{busy:.1f}", "busy" if busy > BUSY else "idle"])
     return out
 
 
-def forms(weight: torch.Tensor, copies: int) -> dict[str, Callable[[torch.Tensor, int], torch.Tensor]]:
-    """{method: f(x, which copy) -> y}, each with its own copies of the weight."""
+def forms(weight: torch.Tensor, copies: int, kind: str) -> tuple[dict[str, Run], dict[str, int], Exact]:
+    """({method: f(x, which copy) -> y}, its bytes, f(x) -> the exact result); every method has its own copies."""
     n, lanes = len(weight), linear.lanes()
     packed = reference.pack(weight)
     plain = [library.huge_pages(weight.clone()) for _ in range(copies)]
     dense = [layout.dense_tiles(weight, lanes) for _ in range(copies)]
-    tiles = [layout.to_tiles(packed, lanes) for _ in range(copies)]
     layers = [Sparse24Linear.from_packed(*packed[:2]) for _ in range(copies)]
-    return {"torch": lambda x, i: F.linear(x, plain[i]), "dense": lambda x, i: linear.linear(x, dense[i], None, n),
-            "2:4": lambda x, i: linear.linear(x, *tiles[i], n), "layer": lambda x, i: layers[i](x),
-            "read": lambda x, i: bandwidth.read(plain[(i + copies // 2) % copies])}  # not the one that torch just read
+    tiles = [(layer.weight.data, layer.metadata) for layer in layers]
+    away = copies // 2  # not the copy that another method has just read
+    runs = {"torch": lambda x, i: F.linear(x, plain[i]), "dense": lambda x, i: linear.linear(x, dense[i], None, n),
+            "2:4": lambda x, i: linear.linear(x, *tiles[i], n), "layer": lambda x, i: layers[(i + away) % copies](x),
+            "read": lambda x, i: bandwidth.read(plain[(i + away) % copies])}
+    whole, sparse = held(plain[:1]), held(packed[:2])
+    size = {"torch": whole, "dense": whole, "2:4": sparse, "layer": sparse, "read": whole}
+    return runs, size, lambda x: F.linear(x.double(), weight.double())
+
+
+def integer_forms(weight: torch.Tensor, copies: int, kind: str) -> tuple[dict[str, Run], dict[str, int], Exact]:
+    """`forms` of int8 and int4 weights; twice and four times as many copies as of bfloat16."""
+    bits, copies = int(kind.removeprefix("int")), copies * 16 // int(kind.removeprefix("int"))
+    rounded = integers.round_rows(weight) if bits == 8 else integers.round_groups(weight)
+    plain = [library.huge_pages(weight.clone()) for _ in range(max(1, copies * bits // 16))]
+    dense = [integers.prepare(*rounded, sparse=False, bits=bits) for _ in range(copies)]
+    sparse = [integers.prepare(*rounded, sparse=True, bits=bits) for _ in range(copies)]
+    layers, away = [integers.IntegerLinear(weight, None) for weight in sparse], copies // 2
+    runs = {"torch": lambda x, i: F.linear(x, plain[i % len(plain)]),
+            "dense": lambda x, i: integers.linear(x, dense[i]), "2:4": lambda x, i: integers.linear(x, sparse[i]),
+            "layer": lambda x, i: layers[(i + away) % copies](x),
+            "read": lambda x, i: bandwidth.read(dense[(i + away) % copies].values)}
+    half = held(sparse[0][:3])
+    size = {"torch": held(plain[:1]), "dense": held(dense[0][:3]), "2:4": half, "layer": half,
+            "read": held(dense[0][:1])}
+    return runs, size, lambda x: integers.emulate(x, *rounded, None)
+
+
+def held(tensors: Sequence[torch.Tensor | None]) -> int:
+    """Bytes of tensors."""
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
 def interleaved(runs: dict[str, Callable[[int], object]], rounds: int, copies: int) -> dict[str, float]:

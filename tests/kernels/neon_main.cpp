@@ -1,13 +1,13 @@
 // The NEON variant in a program of its own, for qemu: reads one problem from a file, writes the result to another.
-// argv: library (linear, int8 or column_loop), input, output. Input: int64 count of arrays, their int64 sizes in bytes, the
+// argv: library (linear, integers or column_loop), input, output. Input: int64 count of arrays, their int64 sizes in bytes, the
 // arrays in the order of the C function's pointers (size 0: null), then its numbers, int64 each. Output: the array that is written.
 #include <cstdio>
 #include <string>
 #include <vector>
 #if defined(LINEAR)
 #include "linear.cpp"
-#elif defined(INT8)
-#include "int8.cpp"
+#elif defined(INTEGERS)
+#include "integers.cpp"
 #else
 #include "column_loop.cpp"
 #endif
@@ -31,9 +31,9 @@ int main(int, char** argv) {
 #if defined(LINEAR)
     const int64_t result = 4;
     linear(p[0], (uint8_t*)p[1], (uint32_t*)p[2], p[3], p[4], n[0], n[1], n[2], n[3], 1);
-#elif defined(INT8)
+#elif defined(INTEGERS)
     const int64_t result = 5;
-    linear_int8(p[0], (uint8_t*)p[1], (uint32_t*)p[2], (float*)p[3], p[4], p[5], n[0], n[1], n[2], n[3], 1);
+    linear_integers(p[0], (uint8_t*)p[1], (uint32_t*)p[2], p[3], p[4], p[5], n[0], n[1], n[2], n[3], n[4], 1);
 #else
     const int64_t result = 0;
     column_loop_float32((float*)p[0], (float*)p[1], (uint8_t*)p[2], n[0], n[1], n[2], n[3], nullptr, 1, 0, nullptr, 1);

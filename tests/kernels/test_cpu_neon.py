@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oneshot_kernels import pack, reference
-from oneshot_kernels.cpu import build, column_loop, int8, layout
+from oneshot_kernels.cpu import build, column_loop, integers, layout
 from oneshot_kernels.cpu.linear import TYPES
 
 CROSS, QEMU = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
@@ -53,15 +53,17 @@ def test_linear(run, dtype):
         assert (y - truth).norm() <= 2 * plain
 
 
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("sparse", [True, False])
-def test_int8(run, sparse):
+def test_integers(run, sparse, bits):
     g = torch.Generator().manual_seed(0)
     n, k, m = 23, 172, 15
-    codes, scale = int8.round_rows(reference.random_24(n, k, torch.float32, g))
+    weight = reference.random_24(n, k, torch.float32, g)
+    codes, scale = integers.round_rows(weight) if bits == 8 else integers.round_groups(weight)
     x, bias = torch.randn(m, k, generator=g), torch.randn(n, generator=g)
-    made = int8.prepare(codes, scale, sparse=sparse, lanes=LANES)
-    y = run("int8", (x, *made[:3], bias, torch.zeros(m, n)), (m, n, k, 0), torch.empty(m, n))
-    assert reference.relative_error(y, int8.emulate(x, codes, scale, bias)) < 1e-6
+    made = integers.prepare(codes, scale, sparse=sparse, bits=bits, lanes=LANES)
+    y = run("integers", (x, *made[:3], bias, torch.zeros(m, n)), (m, n, k, 0, bits), torch.empty(m, n))
+    assert reference.relative_error(y, integers.emulate(x, codes, scale, bias)) < 1e-6
 
 
 @pytest.mark.parametrize("nm", [(2, 4), (3, 5), None])

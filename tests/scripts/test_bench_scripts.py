@@ -124,7 +124,7 @@ def test_cpu_kernels(tmp_path, capsys):
     assert cpu_kernels.main(["--toy", "--threads", "1", "--out", str(tmp_path)]) == 0, capsys.readouterr().err
     assert torch.get_num_threads() == threads
     rows = [line.split(",") for line in (tmp_path / "cpu_kernels.csv").read_text().splitlines()]
-    assert rows[0] == cpu_kernels.HEAD and len(rows) == 1 + 2 * 2 * 5  # dtypes, tokens, methods
+    assert rows[0] == cpu_kernels.HEAD and len(rows) == 1 + 4 * 2 * 5  # dtypes, tokens, methods
     for row in (dict(zip(rows[0], row, strict=True)) for row in rows[1:]):
         assert float(row["us"]) > 0 and row["machine"] == ("busy" if float(row["load"]) > 0.3 else "idle")
         assert row["method"] != "torch" or row["over_torch"] == "1.00"

@@ -3,6 +3,6 @@
     build     compile a source into the cache          library   load the variant for this CPU, after a self-test
     parallel.h  torch's own threads                    vectors.h  one vector of rows, on three processors
     column_loop  SparseGPT's loop over the columns     linear     2:4 and dense layers for few tokens
-    int8      the same with int8 weights and inputs
+    integers  the same with int8 or int4 weights and int8 inputs
     layout    tiles: how their weights lie             bandwidth  the read limit        tune  measure, for dispatch
 """

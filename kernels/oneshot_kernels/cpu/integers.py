@@ -1,0 +1,240 @@
+"""Linear layers with int8 or int4 weights for few tokens on a CPU, compiled: 2:4 and dense. For an output head, say.
+
+    N, K   outputs, inputs      K'  K rounded up to 64      L, T   lanes, tiles ceil(N / L), as in layout.py
+
+A weight is `scale · code`: int8 with a scale for each row and codes up to 127, int4 with one for each row and 64
+columns (an fp16 number) and codes up to 7. The input is rounded too, to int8 with one scale for each token and 64
+columns; all is symmetric. Sums are exact within 64 columns, then float32.
+
+    values   bytes (T, steps, L, 4). A step is four columns (dense: K'/4 steps) or the kept four of eight (2:4: K'/8).
+             int8: the codes of a step. int4: codes + 8 of two steps, the first in the low half: half as many steps
+    indices  int32 (T, K'/32, L), 2:4 only: byte 2h + s of a word has, for each of four steps of eight columns, two bits
+             from 2·step on: the position of kept weight s of the step's group h
+    scale    int8: float32 (N,). int4: float16 (T, K'/64, L)
+"""
+
+import ctypes
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .. import reference
+from . import library
+from .linear import SERIAL, TYPES
+
+BLOCK = 64
+
+
+class IntegerWeight(NamedTuple):
+    """A weight (N, K) = `shape` for `linear`, see above; indices: None for a dense one. bits: 8 or 4."""
+
+    values: torch.Tensor
+    indices: torch.Tensor | None
+    scale: torch.Tensor
+    shape: tuple[int, int]
+    bits: int
+
+
+class IntegerLinear(nn.Module):
+    """nn.Linear with an int8 or int4 weight, dense or 2:4, for inference on a CPU: y = x Wᵀ + bias, rounded as above.
+
+    Its tensors are made for this machine and are in no state dict: save the model before.
+    """
+
+    def __init__(self, weight: IntegerWeight, bias: torch.Tensor | None):
+        super().__init__()
+        (self.out_features, self.in_features), self.bits = weight.shape, weight.bits
+        for name, tensor in (("values", weight.values), ("indices", weight.indices), ("scale", weight.scale),
+                             ("bias", bias)):
+            self.register_buffer(name, tensor, persistent=False)
+
+    @classmethod
+    def from_linear(cls, layer: nn.Linear, *, bits: int = 8, sparse: bool = False) -> "IntegerLinear":
+        """Round a layer's weight to the nearest codes. bits: 8 or 4. sparse: as 2:4, which the weight must be.
+
+        Raises ValueError for a weight that is not finite or not 2:4, and where nothing can be compiled.
+        """
+        if not available():
+            raise ValueError(f"integer layers need the compiled kernels: {library.why('int8')}")
+        bias = None if layer.bias is None else layer.bias.detach()
+        rounded = round_rows(layer.weight.detach()) if bits == 8 else round_groups(layer.weight.detach())
+        return cls(prepare(*rounded, bits=bits, sparse=sparse), bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., K) -> (..., N), in x's dtype."""
+        return torch.ops.oneshot_kernels.linear_integers(x, self.values, self.indices, self.scale, self.bias,
+                                                         self.out_features, self.bits)
+
+    def _apply(self, fn, recurse=True):
+        scale = self.scale
+        super()._apply(fn, recurse)
+        self.scale = scale.to(self.values.device)  # the same numbers, whatever the model is cast to
+        return self
+
+    def extra_repr(self) -> str:
+        """What print(model) shows."""
+        form = "dense" if self.indices is None else "2:4"
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, int{self.bits} {form}"
+
+
+def round_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes, scale): int8 (N, K) and float32 (N,), the row's largest |w| / 127; the nearest codes, ties to even.
+
+    Raises ValueError for a weight that is not finite.
+    """
+    weight = _finite(weight)
+    scale = weight.abs().amax(1) / 127
+    scale[scale == 0] = 1
+    return (weight / scale[:, None]).round().to(torch.int8), scale
+
+
+def round_groups(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes, scale) for int4: int8 (N, K) with |code| <= 7 and float32 (N, K'/64), max |w| / 7 of 64 columns as fp16.
+
+    Raises ValueError for a weight that is not finite, or too large for an fp16 scale.
+    """
+    groups = F.pad(_finite(weight), (0, -weight.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    scale = (groups.abs().amax(-1) / 7).half().float()
+    scale[scale == 0] = 1
+    if not torch.isfinite(scale).all():
+        raise ValueError("a weight above 458000 has no fp16 scale; round it to int8")
+    codes = (groups / scale[..., None]).round().clamp_(-7, 7).to(torch.int8)
+    return codes.flatten(1)[:, : weight.shape[1]], scale
+
+
+def _finite(weight: torch.Tensor) -> torch.Tensor:
+    """The weight in float32. Raises ValueError for NaN and infinity."""
+    if not torch.isfinite(weight).all():
+        raise ValueError("a weight with NaN or infinity cannot be rounded to integers")
+    return weight.float()
+
+
+def prepare(codes: torch.Tensor, scale: torch.Tensor, *, sparse: bool, bits: int = 8,
+            lanes: int | None = None) -> IntegerWeight:
+    """Put codes (N, K), int8, and their scales (of `round_rows` or `round_groups`) in the order of the kernel.
+
+    lanes: those of another variant than the one that is loaded. Raises ValueError for sparse codes that are not 2:4,
+    for int4 codes beyond 7, and for int4 scales that fp16 does not have.
+    """
+    (n, k), lanes = codes.shape, lanes or lanes_of()
+    if bits == 4 and (bool((codes.abs() > 7).any()) or not torch.equal(scale.half().float(), scale.float())):
+        raise ValueError("int4 wants codes from -7 to 7 and scales that are fp16 numbers (round_groups)")
+    if sparse:
+        values, metadata, _ = reference.pack(codes.float())  # small whole numbers: exact
+        four = F.pad(values.to(torch.int8), (0, -k % BLOCK // 2, 0, -n % lanes))
+        i = torch.stack((metadata & 15, metadata >> 4), -1).flatten(1)[:, : k // 4].int()
+        i = F.pad(i, (0, -k % BLOCK // 4, 0, -n % lanes)).unflatten(1, (-1, 4, 2))  # (N', chunks, step, h)
+        step = torch.arange(4, dtype=torch.int32).mul_(2)[:, None]
+        first, second = (i & 3) << step, (i >> 2) << step
+        byte = torch.stack((first, second), -1).sum(2).flatten(2).to(torch.uint8)  # (N', chunks, 2h + s)
+        words = byte.contiguous().view(torch.int32).view(-1, lanes, byte.shape[1])
+        indices = words.transpose(1, 2).contiguous()
+    else:
+        four, indices = F.pad(codes, (0, -k % BLOCK, 0, -n % lanes)), None
+    values = four.reshape(-1, lanes, four.shape[1] // 4, 4).transpose(1, 2).contiguous()
+    if bits == 8:
+        return IntegerWeight(library.huge_pages(values), indices, scale.float().contiguous(), (n, k), 8)
+    halves = (values + 8).view(torch.uint8)
+    values = (halves[:, ::2] | halves[:, 1::2] << 4).view(torch.int8)
+    scale = F.pad(scale.half(), (0, 0, 0, -n % lanes)).view(-1, lanes, scale.shape[1]).transpose(1, 2).contiguous()
+    return IntegerWeight(library.huge_pages(values), indices, scale, (n, k), 4)
+
+
+def linear(x: torch.Tensor, weight: IntegerWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x (M, K), contiguous -> (M, N) in x's dtype. Nothing is checked here."""
+    n, k = weight.shape
+    y = x.new_empty(x.shape[0], n)
+    pointers = (None if t is None else t.data_ptr() for t in (x, *weight[:3], bias, y))
+    threads = library.threads() if n * k >= SERIAL else 1
+    if _library().linear_integers(*pointers, x.shape[0], n, k, TYPES[x.dtype], weight.bits, threads):
+        raise RuntimeError(f"no memory for {x.shape[0]} tokens of {k} inputs")
+    return y
+
+
+@torch.library.custom_op("oneshot_kernels::linear_integers", mutates_args=())
+def _op(x: torch.Tensor, values: torch.Tensor, indices: torch.Tensor | None, scale: torch.Tensor,
+        bias: torch.Tensor | None, n: int, bits: int) -> torch.Tensor:
+    """x (..., K) -> (..., n). Raises ValueError if the tensors do not fit together."""
+    k = x.shape[-1]
+    blocks, lanes = -(-k // BLOCK), lanes_of()
+    shape = (-(-n // lanes), blocks * BLOCK // (4 if indices is None else 8) * bits // 8, lanes, 4)
+    scales = (n,) if bits == 8 else (shape[0], blocks, lanes)
+    fits = tuple(values.shape) == shape and tuple(scale.shape) == scales and x.dtype in TYPES and (
+        bias is None or (tuple(bias.shape) == (n,) and bias.dtype == x.dtype)) and (
+        indices is None or tuple(indices.shape) == (shape[0], 2 * blocks, lanes))
+    if not fits:
+        raise ValueError(f"int{bits} layer: x {tuple(x.shape)} {x.dtype} and {n} outputs do not fit values "
+                         f"{tuple(values.shape)} or the bias")
+    flat = x.reshape(-1, k).contiguous()
+    return linear(flat, IntegerWeight(values, indices, scale, (n, k), bits), bias).view(*x.shape[:-1], n)
+
+
+@_op.register_fake
+def _(x: torch.Tensor, values: torch.Tensor, indices: torch.Tensor | None, scale: torch.Tensor,
+      bias: torch.Tensor | None, n: int, bits: int) -> torch.Tensor:
+    """The shape and dtype of the result, for torch.compile."""
+    return x.new_empty(*x.shape[:-1], n)
+
+
+def available() -> bool:
+    """Whether the library is there; compiles and tests it at the first call."""
+    return _library() is not None
+
+
+def lanes_of() -> int:
+    """L. Only where `available`."""
+    return _library().lanes()
+
+
+def round_input(x: torch.Tensor) -> torch.Tensor:
+    """x (M, K) as the kernel sees it, rounded to codes with a scale for each token and 64 columns; float64."""
+    parts = F.pad(x.float(), (0, -x.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    most = parts.abs().amax(-1, keepdim=True)
+    inverse = torch.full_like(most, 127) / most  # `127 / most` would be 127 times a rounded reciprocal
+    rounded = (parts * torch.where(most > 0, inverse, 0)).round().double() * (most / 127).double()
+    return rounded.flatten(1)[:, : x.shape[1]]
+
+
+def emulate(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The reference, in float64: x (M, K), rounded as the kernel rounds it, times scale · codes (N, K) -> (M, N)."""
+    return F.linear(round_input(x), value(codes, scale), None if bias is None else bias.double())
+
+
+def value(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """scale · codes (N, K) in float64, for the scales of `round_rows` or `round_groups`."""
+    if scale.ndim == 1:
+        return codes.double() * scale.double()[:, None]
+    return codes.double() * scale.double().repeat_interleave(BLOCK, 1)[:, : codes.shape[1]]
+
+
+def _library() -> ctypes.CDLL | None:
+    """The compiled library, or None."""
+    return library.load("integers", _declare, _self_test)
+
+
+def _declare(cdll: ctypes.CDLL) -> None:
+    """The functions' argument types."""
+    cdll.lanes.argtypes, cdll.lanes.restype = [], ctypes.c_int
+    cdll.linear_integers.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 6
+    cdll.linear_integers.restype = ctypes.c_int
+
+
+def _self_test(cdll: ctypes.CDLL) -> str | None:
+    """What is wrong on small products that go through every part of the code, or None."""
+    generator = torch.Generator().manual_seed(0)
+    n, k, m = 5 * cdll.lanes() + 3, 172, 15
+    x, bias = torch.randn(m, k, generator=generator), torch.randn(n, generator=generator)
+    for sparse, bits in ((True, 8), (False, 8), (True, 4), (False, 4)):
+        weight = torch.randn(n, k, generator=generator)
+        if sparse:
+            weight = reference.random_24(n, k, torch.float32, generator)
+        codes, scale = round_rows(weight) if bits == 8 else round_groups(weight)
+        made, y = prepare(codes, scale, sparse=sparse, bits=bits, lanes=cdll.lanes()), torch.full((m, n), torch.nan)
+        pointers = (None if t is None else t.data_ptr() for t in (x, *made[:3], bias, y))
+        cdll.linear_integers(*pointers, m, n, k, TYPES[x.dtype], bits, 2)
+        error = reference.relative_error(y, emulate(x, codes, scale, bias))
+        if not error <= 1e-6:
+            return f"{'2:4' if sparse else 'dense'} int{bits}: relative error {error:.3g}"
+    return None

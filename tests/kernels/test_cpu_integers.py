@@ -1,0 +1,187 @@
+"""The compiled int8 and int4 linears, dense and 2:4: every variant this CPU runs, against float64 on the very codes."""
+
+import ctypes
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oneshot_kernels import reference, sparsify
+from oneshot_kernels.cpu import build, integers, library
+from oneshot_kernels.cpu.integers import (
+    IntegerLinear,
+    emulate,
+    linear,
+    prepare,
+    round_groups,
+    round_input,
+    round_rows,
+    value,
+)
+from torch import nn
+
+pytestmark = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=["avx512", "avx2", "neon"])
+def variant(request, monkeypatch):
+    """This variant is the library."""
+    if request.param not in build.variants():
+        pytest.skip(f"this CPU does not run {request.param}")
+    cdll = ctypes.CDLL(str(build.build("integers", build.VARIANTS[request.param][2])))
+    library.give_team(cdll)
+    integers._declare(cdll)
+    monkeypatch.setattr(integers, "_library", lambda: cdll)
+
+
+def rounded(weight, bits):
+    return round_rows(weight) if bits == 8 else round_groups(weight)
+
+
+def problem(n, k, m, dtype, sparse, seed=0, bits=8):
+    """(codes, scale, x, bias); inputs of very different size."""
+    g = torch.Generator().manual_seed(seed)
+    weight = reference.random_24(n, k, torch.float32, g) if sparse else torch.randn(n, k, generator=g)
+    codes, scale = rounded(weight, bits)
+    x = torch.randn(m, k, generator=g) * torch.randn(k, generator=g).exp()
+    return codes, scale, x.to(dtype), torch.randn(n, generator=g).to(dtype)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("n, k", [(1, 4), (5, 36), (16, 172), (70, 576), (131, 1052), (3, 11008)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_errs_at_most_twice_as_much_as_torch(variant, dtype, n, k, sparse, bits):
+    """Against float64 on the very codes; torch multiplies them in float32. Over all numbers of tokens together."""
+    ours = plain = 0.0
+    for m in (1, 2, 3, 7, 16, 70):
+        codes, scale, x, bias = problem(n, k, m, dtype, sparse, m, bits)
+        weight = prepare(codes, scale, sparse=sparse, bits=bits)
+        for b in (bias, None):
+            y, truth = linear(x, weight, b), emulate(x, codes, scale, b)
+            floats = round_input(x).float(), value(codes, scale).float(), None if b is None else b.float()
+            theirs = F.linear(*floats).to(dtype)
+            assert y.dtype == dtype and y.shape == (m, n)
+            ours, plain = (e + (z.double() - truth).square().sum() for e, z in ((ours, y), (plain, theirs)))
+    assert ours.sqrt() <= 2 * plain.sqrt()
+    if n > 1 and k >= 100:  # and near the product that is not rounded at all
+        exact = F.linear(x.double(), value(codes, scale))
+        assert (emulate(x, codes, scale, None) - exact).norm() <= 0.02 * exact.norm()
+
+
+def test_the_largest_sums_do_not_overflow(variant):
+    codes = torch.full((20, 128), 127, dtype=torch.int8)
+    codes[::2] = -127
+    x = torch.full((3, 128), 5.0)
+    y = linear(x, prepare(codes, torch.ones(20), sparse=False))
+    assert torch.allclose(y, x @ codes.float().T, rtol=1e-6)
+    codes[:, 2::4] = codes[:, 3::4] = 0
+    y = linear(-x, prepare(codes, torch.ones(20), sparse=True))
+    assert torch.allclose(y, -x @ codes.float().T, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("sparse", [True, False])
+def test_any_number_of_threads_gives_the_same_bits(variant, sparse, bits, monkeypatch):
+    codes, scale, x, bias = problem(400, 256, 5, torch.float32, sparse, 0, bits)
+    weight, found = prepare(codes, scale, sparse=sparse, bits=bits), []
+    for threads in (1, 2, 3, 7):
+        monkeypatch.setattr(library, "threads", lambda threads=threads: threads)
+        found.append(linear(x, weight, bias))
+    assert all(torch.equal(y, found[0]) for y in found)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_inf_pass_through(variant, bad, bits):
+    codes, scale, x, _ = problem(20, 200, 3, torch.float32, True, 0, bits)
+    x[1, 77] = bad
+    y = linear(x, prepare(codes, scale, sparse=True, bits=bits))
+    assert not y[1].isfinite().any() and y[[0, 2]].isfinite().all()
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        rounded(torch.tensor([[1.0, bad]]), bits)
+
+
+def test_zeros_stay_zero(variant):
+    for bits in (8, 4):
+        codes, scale = rounded(torch.zeros(3, 8), bits)
+        assert not codes.any() and bool((scale == 1).all())
+        assert not linear(torch.zeros(2, 8), prepare(codes, scale, sparse=True, bits=bits)).any()
+
+
+def test_what_int4_cannot_hold_is_refused(variant):
+    codes, scale = torch.full((1, 64), 7, dtype=torch.int8), torch.ones(1, 1)
+    for c, s in ((codes + 1, scale), (codes, scale / 3)):
+        with pytest.raises(ValueError, match="int4 wants codes from -7 to 7"):
+            prepare(c, s, sparse=False, bits=4)
+    with pytest.raises(ValueError, match="no fp16 scale"):
+        round_groups(torch.full((1, 4), 1e6))
+    weight = torch.randn(3, 100)
+    codes, scale = round_groups(weight)
+    assert (value(codes, scale) - weight).abs().max() <= 0.51 * scale.max() and codes.abs().max() == 7
+    packed = prepare(codes, scale, sparse=False, bits=4)
+    assert packed.values.numel() == len(packed.values) * packed.values.shape[2] * 128 // 2  # half a byte a weight
+
+
+def test_memory_is_what_the_formats_take(variant):
+    weight = reference.random_24(64, 512, torch.float32, torch.Generator().manual_seed(0))
+    for bits, share in ((8, 0.625 + 4 / 512), (4, 0.375 + 2 / 64)):
+        packed = prepare(*rounded(weight, bits), sparse=True, bits=bits)
+        assert sum(t.numel() * t.element_size() for t in packed[:3]) == share * weight.numel()
+
+
+def test_codes_that_are_not_24_are_refused(variant):
+    with pytest.raises(ValueError, match=r"not 2:4: row 0, columns 0\.\.3"):
+        prepare(torch.ones(2, 8, dtype=torch.int8), torch.ones(2), sparse=True)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("sparse", [True, False])
+def test_the_module_and_its_operator(sparse, bits):
+    if not integers.available():
+        pytest.skip(library.why("integers"))
+    layer = nn.Linear(36, 20)
+    layer.weight.data = reference.random_24(20, 36, torch.float32, torch.Generator().manual_seed(0))
+    ours, x = IntegerLinear.from_linear(layer, bits=bits, sparse=sparse), torch.randn(2, 3, 36)
+    want = emulate(x.view(6, 36), *rounded(layer.weight.detach(), bits), layer.bias.detach()).view(2, 3, 20)
+    torch.testing.assert_close(ours(x).double(), want, rtol=1e-5, atol=1e-5)
+    assert ours(x[:0]).shape == (0, 3, 20) and f"int{bits} {'2:4' if sparse else 'dense'}" in repr(ours)
+    torch.library.opcheck(torch.ops.oneshot_kernels.linear_integers.default,
+                          (x, ours.values, ours.indices, ours.scale, ours.bias, 20, bits))
+    half = ours.to(torch.bfloat16)
+    assert half.scale.dtype == (torch.float32 if bits == 8 else torch.float16)
+    assert half(x.bfloat16()).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="do not fit"):
+        half(x)
+    with pytest.raises(ValueError, match="do not fit"):
+        ours(torch.randn(2, 400).bfloat16())
+
+
+def test_a_rounded_head(monkeypatch):
+    if not integers.available():
+        pytest.skip(library.why("integers"))
+    model = nn.Module()
+    model.proj, model.lm_head = nn.Linear(32, 16, bias=False), nn.Linear(16, 40, bias=False)
+    model.proj.weight.data = reference.random_24(16, 32, torch.float32, torch.Generator().manual_seed(0))
+    x, want = torch.randn(3, 16), model.lm_head
+    report = sparsify(model, head="int8")
+    assert report.replaced == ["proj", "lm_head (int8)"] and not report.skipped
+    assert (model.lm_head(x) - want(x)).norm() < 0.02 * want(x).norm()
+    with pytest.raises(ValueError, match=r"plain nn\.Linear lm_head"):
+        sparsify(model, head="int8")
+    with pytest.raises(ValueError, match="give 'int8' or None"):
+        sparsify(model, head="int3")
+
+
+def test_the_self_test_finds_a_wrong_library(variant):
+    right = integers._library()
+    assert integers._self_test(right) is None
+
+    class Wrong:
+        lanes = right.lanes
+
+        @staticmethod
+        def linear_integers(x, values, indices, scale, bias, *rest):
+            return right.linear_integers(x, values, indices, scale, None, *rest)
+    assert "2:4 int8: relative error" in integers._self_test(Wrong())
