@@ -56,7 +56,8 @@ def work(args: argparse.Namespace) -> None:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     names = solvers.names()
-    default = names["solver"] + [f"{s}+{r}" for s in ("wanda", "sparsegpt") for r in names["refiner"]]
+    timed = [name for name in names["solver"] if "gradient" not in solvers.module(name).needs]  # it takes a model
+    default = timed + [f"{s}+{r}" for s in ("wanda", "sparsegpt") for r in names["refiner"]]
     p = Parser(prog="python scripts/bench/solvers.py", description=__doc__, allow_abbrev=False,
                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--shapes", default="2048x2048,5504x2048,2048x5504", help="outputs x inputs, by commas")
