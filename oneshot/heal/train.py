@@ -22,8 +22,8 @@ SHARE, HELD = 10, 4096  # one window in so many is held out, and so many tokens 
 WARM_UP = 0.05  # share of the steps
 VECTORS = 0.1  # relative rate of norms and biases: at the matrices' rate, 12 steps did damage that 12 more did not undo
 BETAS = (0.9, 0.95)  # of Adam
-LOOKS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # shares of the steps after which the held-out loss is evaluated
-FALL = 4  # by what the learning rate is divided where it does harm
+LOOKS = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)  # shares of the steps after which the held-out loss is evaluated
+FALL = 2  # by what the learning rate is divided where it does harm
 
 
 def check(cfg: Any, name: str) -> None:

@@ -47,26 +47,26 @@ def test_the_rate_warms_up_and_falls_as_a_cosine():
 
 
 def test_training_ends_when_the_held_out_loss_got_worse_twice_in_a_row():
-    """Training leads from 1 to 1.9, the held-out loss is best at 1.5; looks after 25, 50, 100, 200, 300, 400 steps."""
+    """Training leads from 1 to 1.9, the held-out loss is best at 1.5; looks after 50, 100, 150, 200, 300, 400 steps."""
     found = Scalar(towards=square_to(1.9), best=square_to(1.5), steps=400, lr=0.02)
-    assert found.info["steps"] == len(found.path) == 100 and not found.info["warnings"]
-    assert found.w == pytest.approx(found.path[25]) and found.path[50] > found.w + 0.3  # 1.3, then 1.7, then 1.9
+    assert found.info["steps"] == len(found.path) == 150 and not found.info["warnings"]
+    assert found.w == pytest.approx(found.path[50]) and found.path[100] > found.w + 0.15  # 1.7, then 1.9
     assert found.info["held_out_before"] == pytest.approx(0.25)
     assert found.info["held_out_after"] == pytest.approx((found.w - 1.5) ** 2, rel=1e-4)
 
 
-def test_a_rate_that_does_harm_is_divided_by_four_and_the_harm_undone():
+def test_a_rate_that_does_harm_is_halved_and_the_harm_undone():
     found = Scalar(towards=square_to(3), best=square_to(1.2), steps=160, lr=0.4)
-    assert [found.path[k] for k in (0, 10, 20, 40)] == [1, 1, 1, 1] and max(found.path[:10]) > 1.5
-    assert found.info["lr"] == 0.4 / 4**3 and found.info["steps"] == 160 and 1.1 < found.w < 1.2
+    assert [found.path[k] for k in (0, 20, 40, 60)] == [1, 1, 1, 1] and max(found.path[:20]) > 1.5  # after three looks
+    assert found.info["lr"] == 0.4 / 2**4 and found.info["steps"] == 160 and 1.1 < found.w < 1.35
     assert found.info["held_out_after"] < found.info["held_out_before"]
-    assert found.info["warnings"] == ["learning rate lowered from 0.4 to 0.00625"]
+    assert found.info["warnings"] == ["learning rate lowered from 0.4 to 0.025"]
 
 
 def test_what_was_gained_before_the_harm_is_kept():
-    """It begins with the third look: the state of the second is restored, not the one of the start."""
+    """It begins with the second look: the state of the first is restored, not the one of the start."""
     found = Scalar(towards=square_to(9), best=square_to(1.3), steps=160, lr=0.02)
-    assert found.info["lr"] == 0.02 / 4 and found.path.count(1) == 1
+    assert found.info["lr"] < 0.02 and found.path.count(1) == 1
     assert found.path[40] == pytest.approx(found.path[20]) and found.w == pytest.approx(1.3, abs=0.05)
 
 
@@ -74,7 +74,7 @@ def test_where_nothing_is_gained_the_weights_are_left_as_they_were():
     found = Scalar(towards=square_to(3), best=square_to(0.5), steps=160, lr=0.4)
     assert found.path.count(1) == 6 and found.w == 1 and max(found.path) > 1.1
     assert found.info["held_out_after"] == found.info["held_out_before"] == pytest.approx(0.25)
-    assert found.info["warnings"] == ["nothing gained at learning rates from 0.4 down to 0.000390625: left as it was"]
+    assert found.info["warnings"] == ["nothing gained at learning rates from 0.4 down to 0.0125: left as it was"]
 
 
 def test_a_model_whose_held_out_windows_ask_for_the_opposite_is_left_as_it_was(monkeypatch):
