@@ -169,7 +169,6 @@ ELSEWHERE = {  # file: why it handles the list of blocks itself
     "models/blocks.py": "walk",
     "calibrate/activations.py": "a stub stands in place of every block at once",
     "calibrate/head.py": "the same, to run what is behind them",
-    "measure/latency.py": "times what is in the blocks by hooks, and computes nothing itself",
     "prune/loop.py": "the dense model's activations pass the blocks that go, before the next block is walked to",
     "measure/sensitivity.py": "passes blocks when the next unit asks for it, and changes weights as they are stored",
 }
