@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from oneshot_kernels.cpu import column_loop
 from torch import nn
 
 from ..checkpoint import Folder, packed
@@ -12,12 +13,12 @@ from ..models import blocks as all_blocks
 from ..prune import loop
 from ..prune.job import Job, Result, skipped_rows
 from ..prune.patterns import Dense
-from ..prune.solvers import magnitude
+from ..prune.solvers import magnitude, sparsegpt
 from ..quantise import grids, rtn
 from ..runtime import environment
 from ..runtime.proof import prove
 from ..settings import RunConfig
-from .plan import Plan, allocated, job_of, kept_dense, make_plan
+from .plan import Plan, allocated, chain_of, job_of, kept_dense, make_plan
 from .shrink import gradients, heal_model, shrink
 
 
@@ -89,8 +90,10 @@ def joined(smaller: Result, result: Result) -> Result:
 def circumstances(cfg: RunConfig, calibration: Tokens | None) -> dict:
     """What the bits of a block depend on beside the run's settings: a run that resumes with others says so."""
     found = environment.environment(cfg.device)
-    return {key: found[key] for key in ("threads", "device", "torch", "transformers", "oneshot", "commit")} | {
-        "calibration": calibration.sha256[:12] if calibration else None}
+    same = {key: found[key] for key in ("threads", "device", "torch", "transformers", "oneshot", "commit")}
+    compiled = any(module is sparsegpt for module, _ in chain_of(cfg))
+    return same | {"calibration": calibration.sha256[:12] if calibration else None} | (
+        {"column_loop": column_loop.kind(cfg.device)} if compiled else {})
 
 
 def prove_patterns(model: nn.Module, plan: Plan, rows: list[dict]) -> None:

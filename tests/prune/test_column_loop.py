@@ -9,8 +9,10 @@ from oneshot_kernels.cpu import column_loop, library
 from problems import layer
 from solving import case, run
 
+from oneshot.pipeline import compress
 from oneshot.prune.patterns import NM, Unstructured
 from oneshot.prune.solvers import sparsegpt
+from oneshot.settings import flags
 
 needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 
@@ -65,3 +67,12 @@ def test_without_a_compiler_the_mask_is_the_same_and_there_is_one_warning(tmp_pa
         assert len(seen) == 1 and all(torch.equal(g.mask, want.mask) for g in got)
     finally:
         library.forget()
+
+
+def test_a_resumed_run_says_that_another_loop_computed_it(monkeypatch):
+    """A compiler that is gone, or another processor: values differ in their last bits."""
+    cfg = flags.build({"method": "sparsegpt", "pattern": "2:4", "device": "cpu"})
+    here = compress.circumstances(cfg, None)["column_loop"]
+    monkeypatch.setattr(column_loop, "_library", lambda: None)
+    assert compress.circumstances(cfg, None)["column_loop"] == "torch" and here
+    assert "column_loop" not in compress.circumstances(flags.build({"method": "wanda", "pattern": "2:4", "device": "cpu"}), None)

@@ -40,6 +40,11 @@ def available(W: torch.Tensor) -> bool:
     return W.device.type == "cpu" and W.dtype in NAMES and _library() is not None
 
 
+def kind(device: str) -> str:
+    """What runs the loop on a device: a variant of the library such as "avx512", or "torch"."""
+    return library.why("column_loop") if available(torch.empty(0, device=device)) else "torch"
+
+
 def solve(W: torch.Tensor, U: torch.Tensor, mask: torch.Tensor, nm: tuple[int, int] | None = None,
           grid: Grid | None = None) -> None:
     """Run the loop in place: W (b, R) becomes Ŵ.
