@@ -118,7 +118,7 @@ def method_of(record: dict) -> str:
 
 def is_dense(record: dict) -> bool:
     """Whether nothing was done to the model: the run is the baseline of the others."""
-    return "dense" in (setting(record, "method"), setting(record, "pattern"))
+    return not left_of(record) and "dense" in (setting(record, "method"), setting(record, "pattern"))
 
 
 def is_rounded(record: dict) -> bool:
@@ -130,8 +130,16 @@ def is_pruned(record: dict) -> bool:
     return not is_dense(record) and not is_rounded(record)
 
 
+def left_of(record: dict) -> str:
+    """What is left of a model that was made smaller: "0.75 left", "24 layers"; "" for the whole model."""
+    named = {"shrink": "{} left", "layers": "{} layers", "drop": "without {}", "experts": "{} experts"}
+    return ", ".join(named[k].format(x) for k in named if (x := (record.get("settings") or {}).get(k)) is not None)
+
+
 def pattern_of(record: dict) -> str:
-    return "dense" if is_dense(record) else setting(record, "pattern")
+    """The pattern, behind what is left of a smaller model: "2:4", "0.75 left", "0.75 left 2:4", "dense"."""
+    left, pattern = left_of(record), setting(record, "pattern")
+    return "dense" if is_dense(record) else left if left and pattern == "dense" else f"{left} {pattern}".strip()
 
 
 def layer_sparsity(layer: dict) -> float | None:

@@ -75,3 +75,15 @@ def test_bytes_of_a_smaller_model_are_of_the_one_it_was_made_from():
     record = {"model": {"parameters": 900, "prunable": 800}, "bytes": {"stored": 1600, "dense": 1600}}
     assert whole_bytes(record) == (1800, 1800)
     assert whole_bytes(record | {"shrunk": {"parameters": 700, "parameters_before": 1000}}) == (1800, 2400)
+
+
+@pytest.mark.parametrize("asked, words", [
+    ({"shrink": 0.75}, "0.75 left"), ({"shrink": 0.75, "pattern": "2:4"}, "0.75 left 2:4"),
+    ({"layers": 24}, "24 layers"), ({"drop": "3,mlp:7"}, "without 3,mlp:7"),
+    ({"shrink": 0.5, "experts": 6}, "0.5 left, 6 experts"), ({}, "dense")])
+def test_a_smaller_model_is_not_the_dense_one(asked, words):
+    """Its row says what is left, and is compared with the dense row."""
+    small = record("obs") | {"run_id": "small"}
+    small["settings"] = small["settings"] | {"pattern": "dense"} | asked
+    assert report.pattern_of(small) == words and report.is_dense(small) == (not asked)
+    assert summary.asked(small) == ("dense" if not asked else f"obs {words}")

@@ -11,7 +11,6 @@ from ..columns import (
     is_rounded,
     method_of,
     model_names,
-    number,
     ordered,
     pattern_of,
     value,
@@ -71,7 +70,5 @@ def placed(records: list[dict], column: object, kind: str) -> list[tuple[str, st
 
 
 def asked(record: dict) -> str:
-    """Method and pattern; of a smaller model also the share of its blocks that is left."""
-    share = (record.get("shrunk") or {}).get("share")
-    parts = [clean(method_of(record))] + ([f"{number(100 * share, 2)} %"] if share else [])
-    return " ".join(parts + ([] if pattern_of(record) == "dense" else [clean(pattern_of(record))]))
+    """Method and pattern, with what is left of a smaller model."""
+    return clean(f"{method_of(record)} {pattern_of(record)}")
