@@ -5,21 +5,17 @@ import shutil
 
 import pytest
 import torch
-from oneshot_kernels.cpu import build, column_loop, library
+import variants
+from oneshot_kernels.cpu import column_loop, library
 from oneshot_kernels.cpu.column_loop import Grid, reference, solve
 
 pytestmark = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 
 
-@pytest.fixture(params=["avx512", "avx2", "neon"])
+@pytest.fixture(params=variants.NAMES)
 def variant(request, monkeypatch):
     """`solve` runs this variant."""
-    if request.param not in build.variants():
-        pytest.skip(f"this CPU does not run {request.param}")
-    cdll = ctypes.CDLL(str(build.build("column_loop", build.VARIANTS[request.param][2])))
-    library.give_team(cdll)
-    column_loop._declare(cdll)
-    monkeypatch.setattr(column_loop, "_library", lambda: cdll)
+    variants.use(column_loop, "column_loop", request.param, monkeypatch)
 
 
 def problem(b, R, dtype=torch.float32, seed=0):

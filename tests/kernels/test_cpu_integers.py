@@ -1,13 +1,13 @@
 """The compiled int8 and int4 linears, dense and 2:4: every variant this CPU runs, against float64 on the very codes."""
 
-import ctypes
 import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
+import variants
 from oneshot_kernels import reference, sparsify
-from oneshot_kernels.cpu import build, integers, library
+from oneshot_kernels.cpu import integers, library
 from oneshot_kernels.cpu.integers import (
     IntegerLinear,
     emulate,
@@ -24,15 +24,10 @@ pytestmark = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(params=["avx512", "avx2", "neon"])
+@pytest.fixture(params=variants.NAMES)
 def variant(request, monkeypatch):
     """This variant is the library."""
-    if request.param not in build.variants():
-        pytest.skip(f"this CPU does not run {request.param}")
-    cdll = ctypes.CDLL(str(build.build("integers", build.VARIANTS[request.param][2])))
-    library.give_team(cdll)
-    integers._declare(cdll)
-    monkeypatch.setattr(integers, "_library", lambda: cdll)
+    variants.use(integers, "integers", request.param, monkeypatch)
 
 
 def rounded(weight, bits):

@@ -1,12 +1,12 @@
 """The compiled linears: every variant this CPU runs against float64, strange shapes; what the module does with them."""
 
 import copy
-import ctypes
 import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
+import variants
 from oneshot_kernels import Sparse24Linear, dispatch, explain, ops, pack, reference, selftest
 from oneshot_kernels.cpu import build, layout, library, tune
 from oneshot_kernels.cpu import linear as cpu
@@ -16,15 +16,10 @@ pytestmark = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(params=["avx512", "avx2", "neon"])
+@pytest.fixture(params=variants.NAMES)
 def variant(request, monkeypatch):
     """This variant is the library."""
-    if request.param not in build.variants():
-        pytest.skip(f"this CPU does not run {request.param}")
-    cdll = ctypes.CDLL(str(build.build("linear", build.VARIANTS[request.param][2])))
-    library.give_team(cdll)
-    cpu._declare(cdll)
-    monkeypatch.setattr(cpu, "_library", lambda: cdll)
+    variants.use(cpu, "linear", request.param, monkeypatch)
 
 
 @pytest.fixture
