@@ -16,8 +16,8 @@ from oneshot.prune.patterns import parse
 
 blocks = importlib.import_module("oneshot.models.blocks")  # in its package the name is a function's
 
-# Of the divergence that is left, at most; what trains little may even lose a little.
-MUCH = {"block": 0.9, "distil": 0.9}
+# Of the divergence that is left, at most. CONTRIBUTING's example trains norms and biases alone: it may lose a little.
+MUCH = {"block": 0.9, "distil": 0.9, "vectors": 1.05}
 
 
 def steps(method, n):
@@ -44,7 +44,7 @@ def test_healing_helps_and_loses_no_zero(name, method):
         if method == "distil" and p.ndim > 1:  # a healed block feeds the next one other inputs, so other masks
             assert not q[1][p == 0].any(), full
         assert torch.isfinite(q[1]).all() and not q[1].requires_grad
-    assert kl(dense, healed, tokens()) < MUCH.get(method, 1.05) * kl(dense, plain, tokens())
+    assert kl(dense, healed, tokens()) < MUCH.get(method, 1.0) * kl(dense, plain, tokens())
 
 
 @pytest.mark.parametrize("method", sorted(set(heal.names()) - {"fold"}))  # which leaves experts alone
