@@ -93,7 +93,8 @@ def circumstances(cfg: RunConfig, calibration: Tokens | None) -> dict:
     same = {key: found[key] for key in ("threads", "device", "torch", "transformers", "oneshot", "commit")}
     compiled = any(module is sparsegpt for module, _ in chain_of(cfg))
     return same | {"calibration": calibration.sha256[:12] if calibration else None} | (
-        {"column_loop": column_loop.kind(cfg.device)} if compiled else {})
+        {"column_loop": column_loop.kind(cfg.device)} if compiled else {}) | (
+        {"bfloat16": environment.fast_bfloat16(cfg.device)} if cfg.heals else {})
 
 
 def prove_patterns(model: nn.Module, plan: Plan, rows: list[dict]) -> None:

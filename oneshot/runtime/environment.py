@@ -79,6 +79,17 @@ def check_device(device: str, flag: str = "--device") -> None:
         raise ValueError(f"{flag} {device}: only cpu and cuda are supported")
 
 
+def fast_bfloat16(device: str | torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices faster than float32 ones (a CPU: AVX512-BF16 or AMX).
+
+    CPUs without such instructions emulate them, several times slower than float32.
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    can = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
+
+
 def check_name(path: str | Path | None, flag: str) -> None:
     """Raise ValueError naming the flag if no file system takes a path of this name."""
     try:
