@@ -115,6 +115,16 @@ def total_memory(device: str) -> int | None:
     return torch.cuda.get_device_properties(device).total_memory if torch.device(device).type == "cuda" else None
 
 
+def free_memory(device: str | torch.device) -> int | None:
+    """Bytes that are free on a device: the GPU's, or what the system can give this process; None if it does not say."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
+    return None
+
+
 def reset_peak_memory(device: str) -> None:
     """Start a new measurement of peak memory, if the system supports it."""
     if torch.device(device).type == "cuda":
