@@ -1,7 +1,8 @@
 """Training text: what `--heal-data` names, mixed, tokenised and packed into windows that lie on disk.
 
     source   a text as for `--calibration`, or WEIGHT*SOURCE; weights say how many tokens come from each
-    piece    a document, or a part of at most PIECE characters of a longer one, which is then treated as a document
+    piece    a document, or a part of a longer one (of at most PIECE characters, fewer in a short text), which is then
+             treated as a document
     window   `seqlen` consecutive tokens of the packed documents
 
 Pieces come in random order, always from the source furthest behind its weight, and again once a source is used up.
@@ -33,7 +34,9 @@ from .encode import Encoder
 from .sources import TextOptions, Unusable, read
 from .text import Document
 
-PIECE = 20_000  # characters
+PIECE = 20_000  # characters, at most
+PIECES = 40  # that a text of few documents is parted into at least, so that some can be held out
+SHORT = 100  # characters that a piece has at least
 GRAM = 13  # tokens; text is taken to be the same where so many agree, as in arXiv 2005.14165, appendix C
 IGNORED = -100  # the label of a token that is not predicted: the first of a document
 
@@ -88,8 +91,8 @@ def mixture(text: str) -> list[tuple[float, str]]:
 class Source:
     """One text of a mixture: its pieces in random order, again and again, each as token ids.
 
-    holding: whether what is drawn now is held out, so that it never comes again. taken, passes: tokens drawn and passes
-    begun since it is not.
+    size: characters of a piece, at most. holding: whether what is drawn now is held out, so that it never comes again.
+    taken, passes: tokens drawn and passes begun since it is not.
     """
 
     name: str
@@ -98,6 +101,7 @@ class Source:
     encoder: Encoder
     draw: random.Random
     described: str
+    size: int = PIECE
     holding: bool = True
     taken: int = 0
     passes: int = 1
@@ -118,7 +122,7 @@ class Source:
 
     def _pass(self) -> Iterator[list[int]]:
         """One pass over all pieces that are not held out."""
-        order = [(d, p) for d, document in enumerate(self.documents) for p in range(_count(document))]
+        order = [(d, p) for d, document in enumerate(self.documents) for p in range(self._count(document))]
         self.draw.shuffle(order)
         eos = self.encoder.tokenizer.eos_token_id
         for d, p in order:
@@ -126,15 +130,21 @@ class Source:
                 continue
             if self.holding:
                 self._held.add((d, p))
-            document, last = self.documents[d], p + 1 == _count(self.documents[d])
-            part = document[p * PIECE : (p + 1) * PIECE] if isinstance(document, str) else document
+            document, last = self.documents[d], p + 1 == self._count(self.documents[d])
+            part = document[p * self.size : (p + 1) * self.size] if isinstance(document, str) else document
             ids = self.encoder.document(part)
             yield [*ids, eos] if ids and last and eos is not None and not self.encoder.chat else ids
 
+    def _count(self, document: Document) -> int:
+        """How many pieces a document has."""
+        return max(1, -(-len(document) // self.size)) if isinstance(document, str) else int(document is not None)
 
-def _count(document: Document) -> int:
-    """How many pieces a document has."""
-    return max(1, -(-len(document) // PIECE)) if isinstance(document, str) else int(document is not None)
+
+def piece_size(documents: Sequence[Document]) -> int:
+    """Characters of a piece: fewer than PIECE in a text of few and short documents."""
+    if len(documents) >= PIECES:
+        return PIECE
+    return min(PIECE, max(SHORT, sum(len(document or "") for document in documents) // PIECES))
 
 
 def prepare(spec: str, tokenizer: Tokenizer, folder: Path, *, tokens: int, held: int, seqlen: int, seed: int,
@@ -192,7 +202,8 @@ def _open(flag: str, spec: str, tokenizer: Tokenizer, options: TextOptions, seed
         except Unusable as error:
             raise ValueError(f"{flag} {name}: {error}") from error.__cause__
         draw = random.Random(f"{seed}/{name}")
-        found.append(Source(name, weight / whole, text.documents, encoder, draw, text.source))
+        size = piece_size(text.documents)
+        found.append(Source(name, weight / whole, text.documents, encoder, draw, text.source, size))
     return found
 
 

@@ -93,9 +93,9 @@ class Adapters:
     """The changes of a model's weights, at work: a `text.Way`. Within the context the modules use Ŵ; on leaving it the
     weights are Ŵ, rounded to their stored dtype."""
 
-    def __init__(self, weights: list[Weight], cfg: Config, seed: int):
+    def __init__(self, weights: list[Weight], cfg: Config, seed: int = 0):
         gen = torch.Generator().manual_seed(seed)
-        self.weights, self.rounded = weights, None
+        self.weights, self.rounded, self.final = weights, None, {}
         self.masks = [w.parameter.data != 0 for w in weights]
         dense = all(bool(mask.all()) for mask in self.masks)
         self.sparse = not dense
@@ -141,14 +141,14 @@ class Adapters:
         if self.rounded is not None:
             for weight, W in zip(self.weights, self.rounded, strict=True):
                 weight.parameter.data.copy_(W)
-            self.rounded = None
+            self.rounded, self.final = None, {}
         for name, p in self.parameters.items():
             p.copy_(snapshot[name])
 
     @torch.no_grad()
     def round(self) -> None:
         """Merge: the weights become Ŵ, rounded to their stored dtype, and B zero."""
-        before = []
+        before, self.final = [], self.final or self.snapshot()
         for weight, change in zip(self.weights, self.changes, strict=True):
             change.eval()
             before.append(weight.parameter.data.to("cpu", weight.stored, copy=True))
@@ -158,10 +158,7 @@ class Adapters:
         self.rounded = self.rounded or before
 
     def save(self, folder: str, cfg: Config, model: nn.Module) -> None:
-        """Write the change as peft's adapter. Raises ValueError naming `--lora.adapter` on a model with zeros."""
-        if self.sparse:
-            raise ValueError(f"--lora.adapter {folder}: this model has zeros, which an adapter added later would not "
-                             "keep; leave it out, the merged model has the change in it")
+        """Write the change as it was before it was merged, as peft's adapter."""
         from peft import LoraConfig
 
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -169,9 +166,8 @@ class Adapters:
         LoraConfig(r=cfg.r, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, target_modules=kinds, task_type="CAUSAL_LM",
                    base_model_name_or_path=model.config.name_or_path, fan_in_fan_out=self.weights[0].transposed,
                    inference_mode=True).save_pretrained(folder)
-        state = {f"base_model.model.{w.name}.lora_{name}.weight": p.data.cpu().contiguous()
-                 for w, change in zip(self.weights, self.changes, strict=True)
-                 for name, p in change.named_parameters()}
+        state = {f"base_model.model.{w.name}.lora_{name}.weight": self.final[f"{w.name}.{name}"].cpu()
+                 for w in self.weights for name in ("A", "B")}
         save_file(state, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
@@ -183,7 +179,12 @@ class Heal(Base):
         weights = targets(model, self.cfg)
         with models.resident(models.tensors_of(model), lesson.device, write_back=True, dtype=torch.float32), \
                 Adapters(weights, self.cfg, self.seed) as adapters:
+            if adapters.sparse and self.cfg.adapter:
+                raise ValueError(f"--lora.adapter {self.cfg.adapter}: this model has zeros, which an adapter added "
+                                 "later would not keep; leave it out, the merged model has the change in it")
             found = text.heal(model, lesson, "lora", adapters, self.cfg.lr)
+        if self.cfg.adapter:
+            adapters.save(self.cfg.adapter, self.cfg, model)
         fused = sum(w.size for w in models.all_weights(model) if w.expert is not None)
         if fused:
             found["warnings"].append(f"{fused / sum(w.size for w in models.all_weights(model)):.1%} of the weights are "

@@ -3,6 +3,7 @@
 Each raises ValueError naming the flag.
 """
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -80,6 +81,10 @@ def check_text(cfg: RunConfig) -> None:
     if cfg.text_heals and cfg.heal_data is None:
         raise ValueError(f"--heal {cfg.heal}: {cfg.text_heals[0]} trains on text; give --heal-data, such as c4 or "
                          "a file")
+    if cfg.text_heals and importlib.util.find_spec("accelerate") is None:
+        raise ValueError(f"--heal {cfg.text_heals[0]}: needs accelerate; pip install 'oneshot[heal]'")
+    if "lora" in cfg.heals and cfg.healing["lora"].adapter and importlib.util.find_spec("peft") is None:
+        raise ValueError("--lora.adapter: needs peft; pip install 'oneshot[heal]'")
     if cfg.heal_data is not None and not cfg.text_heals:
         raise ValueError(f"--heal-data {cfg.heal_data}: goes with --heal full or --heal lora")
 

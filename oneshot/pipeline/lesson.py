@@ -18,7 +18,7 @@ from .. import checkpoint, heal, models
 from ..data import choose, training
 from ..heal import teacher
 from ..heal.options import count
-from ..heal.student import Lesson
+from ..heal.student import Lesson, keeps_apart
 from ..heal.text import HELD
 from ..measure import Subject
 from ..prune.job import Result
@@ -43,6 +43,8 @@ def heal_on_text(subject: Subject, result: Result, folder: checkpoint.Folder | N
             warnings = same_start(cfg, model, work / name)
             lesson = replace(make_lesson(subject, work), work=work / name)
             warnings += overlap_warnings(subject, lesson.text)
+            if not keeps_apart(model):
+                warnings.append("in this family, tokens see the documents before theirs in a window of training text")
             healer = heal.module(name).Heal(cfg.healing[name], cfg.seed, cfg.progress)
             info = healer.on_text(model, lesson)
         result.warnings += [f"--heal {name}: {w}" for w in [*warnings, *info.pop("warnings")]]
@@ -85,6 +87,7 @@ def make_lesson(subject: Subject, work: Path) -> Lesson:
                             held=min(HELD, count(cfg.heal_tokens)), seqlen=seqlen, seed=cfg.seed, options=options,
                             held_out=cfg.heal_held_out, progress=cfg.progress)
     top_k = cfg.heal_top_k or (TOP_K if cfg.heal_cache else None)
+    top_k = top_k and min(top_k, models.config_of(model).vocab_size)
     lesson = Lesson(text, None, work, replace(cfg, heal_top_k=top_k), device, cfg.seed, cfg.progress)
     if not set(listed(cfg.heal_loss)) & {"kl", "hidden"}:
         return lesson
@@ -99,6 +102,11 @@ def make_lesson(subject: Subject, work: Path) -> Lesson:
                                   temperature=cfg.heal_temperature, progress=cfg.progress)
               for part, windows in (("train", text.train), ("held", text.held))}
     return replace(lesson, teacher=cached)
+
+
+def needs_teacher(cfg: RunConfig) -> bool:
+    """Whether healing on text needs the model as it is before pruning."""
+    return bool(cfg.text_heals and set(listed(cfg.heal_loss)) & {"kl", "hidden"} and not cfg.heal_teacher)
 
 
 def dense_teacher(subject: Subject) -> teacher.Live:
