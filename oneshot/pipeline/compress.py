@@ -12,12 +12,12 @@ from ..models import all_weights
 from ..models import blocks as all_blocks
 from ..prune import loop
 from ..prune.job import Job, Result, skipped_rows
-from ..prune.patterns import Dense
 from ..prune.solvers import magnitude, sparsegpt
 from ..quantise import grids, rtn
 from ..runtime import environment
 from ..runtime.proof import prove
 from ..settings import RunConfig
+from . import rounding
 from .plan import Plan, allocated, chain_of, job_of, kept_dense, make_plan
 from .shrink import gradients, heal_model, shrink
 
@@ -54,16 +54,17 @@ def pruned(cfg: RunConfig, model: nn.Module, plan: Plan, calibration: Tokens | N
     [plan] = [kept] if kept else allocated([cfg], model, [plan], calibration)
     if folder:
         folder.plan = plan if cfg.allocate != "uniform" else None
-    job = job_of(cfg, plan, calibration)
-    if cfg.shrinks and all(isinstance(pattern, Dense) for pattern in plan.values()):  # nothing to look at any more
+    job, rest = rounding.at_once(cfg, job_of(cfg, plan, calibration)), finished
+    if rounding.only_kept(cfg, job, plan):  # nothing to look at any more
         job, on_block, finished = Job(plan, [(magnitude, magnitude.Config())], replace(
             cfg, layer_errors=False, dense_target=0.0)), None, iter(())
     elif "gradient" in job.needs:
         job = replace(job, gradients=gradients(cfg, model, calibration, job))
     ids, mask = (calibration.ids, calibration.mask) if calibration else (None, None)
     result = loop.prune_model(model, ids, mask, job, finished=finished, on_block=on_block)
-    result.warnings += folder.warnings() if folder else []
     heal_model(cfg if job.healers else replace(cfg, heal="none"), model, job.healers, result)
+    rounding.round_model(cfg, model, plan, calibration, folder, rest, result)
+    result.warnings += folder.warnings() if folder else []
     prove_patterns(model, plan, result.layers)
     return result
 
@@ -91,7 +92,7 @@ def circumstances(cfg: RunConfig, calibration: Tokens | None) -> dict:
     """What the bits of a block depend on beside the run's settings: a run that resumes with others says so."""
     found = environment.environment(cfg.device)
     same = {key: found[key] for key in ("threads", "device", "torch", "transformers", "oneshot", "commit")}
-    compiled = any(module is sparsegpt for module, _ in chain_of(cfg))
+    compiled = cfg.quantise is not None or any(module is sparsegpt for module, _ in chain_of(cfg))
     return same | {"calibration": calibration.sha256[:12] if calibration else None} | (
         {"column_loop": column_loop.kind(cfg.device)} if compiled else {})
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from .. import heal, models
+from .. import heal, models, quantise
 from ..checkpoint import packed
 from ..data import Tokens
 from ..heal.train import held_out_windows, windows_per_step
@@ -35,6 +35,7 @@ def pattern_of(cfg: RunConfig) -> Pattern:
 def needs_data(cfg: RunConfig) -> bool:
     """Whether the run needs calibration data."""
     looks = cfg.layer_errors or cfg.heals or cfg.dense_target or cfg.shrinks or allocate.module(cfg.allocate).needs
+    looks = looks or (cfg.quantise is not None and quantise.module(cfg.quantiser).needs)
     return cfg.prunes and bool(looks or any(module.needs for module, _ in chain_of(cfg)))
 
 
@@ -56,7 +57,18 @@ def make_plan(cfg: RunConfig, model: nn.Module) -> Plan:
     if hasattr(method, "check"):
         method.check(blocks_of(model, kept), pattern_of(cfg), cfg.allocation[cfg.allocate])
         elsewhere = Dense()
-    return jobs.make_plan(model, pattern_of(cfg), chain_of(cfg), elsewhere, kept)
+    plan = jobs.make_plan(model, pattern_of(cfg), chain_of(cfg), elsewhere, kept)
+    if cfg.method == solvers.KEEP:
+        check_kept(plan, model)
+    return plan
+
+
+def check_kept(plan: Plan, model: nn.Module) -> None:
+    """Raise ValueError naming `--method keep` and the first linear that does not have its pattern."""
+    for weight in models.all_weights(model):
+        if not plan[weight.name].holds(weight.get()):
+            raise ValueError(f"--method keep: {weight.name} does not have --pattern {plan[weight.name]}; give the "
+                             "pattern that the model has")
 
 
 def kept_dense(spec: str | None, names: Sequence[str]) -> set[str]:

@@ -19,7 +19,7 @@ from ..runtime import environment
 from ..runtime.command import exit_code
 from ..runtime.files import remove_parts, writing
 from ..settings import RunConfig, flags
-from . import checks, idle
+from . import checks, idle, rounding
 from .command import Command, load
 from .compress import compress, sparsity
 from .identity import describe, identify, warnings
@@ -77,6 +77,7 @@ def made(cfg: RunConfig, command: Command, reuse: Callable[[Path], dict | None] 
     checks.check_model(model)
     for other in (cfg, *command.configs):  # what does not fit the model is rejected before the first run is computed
         make_plan(other, model)
+        rounding.check_model(other, model)
         checks.check_heal(other, model)
         checks.check_shared(other, model)
     texts = choose.evaluation(cfg, model, tokenizer)

@@ -12,7 +12,7 @@ from oneshot import quantise
 from oneshot.prune.linalg import NumericalError
 from oneshot.prune.patterns import NM, Dense, Unstructured
 from oneshot.prune.solvers import Solution, sparsegpt
-from oneshot.quantise import grids, gptq, joint, rtn
+from oneshot.quantise import gptq, grids, joint, rtn
 from oneshot.quantise.grids import Integers
 
 F64 = {"rtol": 1e-8, "atol": 1e-10}
@@ -46,7 +46,8 @@ def test_gptq_is_the_papers(loop, text, pattern):
     got = sparsegpt.sweep(W, statistics_of(X, {"outer"}), Dense(), sparsegpt.Config(), kept, grid)
     want, _ = ref.gptq(W, X, kept, grid.bits, grid.width(96))
     torch.testing.assert_close(got.W_hat, want, **F64)
-    torch.testing.assert_close(rounded("rtn", W, kept, X, grid).W_hat, ref.rtn(W, kept, grid.bits, grid.width(96)), **F64)
+    plain = rounded("rtn", W, kept, X, grid).W_hat
+    torch.testing.assert_close(plain, ref.rtn(W, kept, grid.bits, grid.width(96)), **F64)
 
 
 @pytest.mark.parametrize("n, m", [(2, 4), (4, 8), (1, 4)])
@@ -61,7 +62,8 @@ def test_the_joint_pass_is_the_papers(loop, text, n, m):
     torch.testing.assert_close(got.W_hat, want, **F64)
 
 
-@pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.5), Unstructured(0.7, "row"), Unstructured(0.5, 48)], ids=str)
+@pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.5), Unstructured(0.7, "row"), Unstructured(0.5, 48)],
+                         ids=repr)
 def test_on_a_fine_grid_the_joint_result_is_the_pruned_one(loop, pattern):
     """With room above: what compensation adds to a group's largest weight is cut off on other grids."""
     class Fine(Integers):
@@ -146,13 +148,13 @@ def test_groups_whose_scale_vanishes_are_said_by_rtn_and_survive_gptq():
 
 def test_groups_that_cut_through_a_pattern_are_an_error():
     W, _, X = problem(3, 96)
-    with pytest.raises(ValueError, match="--quantise int4:64.*3:6"):
+    with pytest.raises(ValueError, match=r"--quantise int4:64.*3:6"):
         joint.prune(W, statistics_of(X, {"outer"}), NM(3, 6), sparsegpt.Config(), Integers(4, 64))
     joint.prune(W, statistics_of(X, {"outer"}), NM(3, 6), sparsegpt.Config(), Integers(4, None))
 
 
 def test_a_negative_damping_is_refused():
-    with pytest.raises(ValueError, match="--gptq.damping -1"):
+    with pytest.raises(ValueError, match=r"--gptq\.damping -1"):
         gptq.Config(damping=-1)
 
 

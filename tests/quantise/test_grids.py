@@ -86,8 +86,9 @@ def test_gguf_wants_whole_blocks():
 @pytest.mark.parametrize(("text", "pattern", "R", "C", "want"), [
     ("int4", None, 8, 256, 1024 + 32), ("int4:64", None, 8, 256, 1024 + 64), ("int4:row", None, 8, 200, 800 + 16),
     ("int8:row", None, 3, 5, 15 + 6), ("int3:64", None, 2, 100, 75 + 8), ("q8_0", None, 2, 64, 2 * 2 * 34),
-    ("q4_0", None, 2, 64, 2 * 2 * 18), ("int4:64", "2:4", 8, 256, 512 + 256 + 64), ("int8:row", "2:4", 8, 256, 1024 + 256 + 16),
-    ("int8", "0.5", 8, 256, 1024 + 256 + 32), ("int4", "0.5", 8, 256, 512 + 256 + 32), ("int2", "2:4", 8, 256, 512 + 32),
+    ("q4_0", None, 2, 64, 2 * 2 * 18), ("int4:64", "2:4", 8, 256, 512 + 256 + 64),
+    ("int8:row", "2:4", 8, 256, 1024 + 256 + 16), ("int8", "0.5", 8, 256, 1024 + 256 + 32),
+    ("int4", "0.5", 8, 256, 512 + 256 + 32), ("int2", "2:4", 8, 256, 512 + 32),
     ("int4", "dense", 8, 256, 1024 + 32), ("q4_0", "2:4", 2, 64, 2 * 2 * 18)])
 def test_bytes(text, pattern, R, C, want):
     assert grids.parse(text).bytes(R, C, parse(pattern) if pattern else None) == want

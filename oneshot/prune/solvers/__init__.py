@@ -29,6 +29,8 @@ import torch
 from ...calibrate.statistics import Statistics
 from ..patterns import Pattern
 
+KEEP = "keep"  # the solver of a model that is pruned already
+
 
 @dataclass
 class Solution:
