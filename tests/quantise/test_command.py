@@ -1,4 +1,4 @@
-"""`oneshot prune --quantise`: behind every chain, alone, killed and resumed, refused; the record, the bytes, the proof."""
+"""`oneshot prune --quantise`: behind every chain, alone, killed and resumed, refused; record, bytes, proof."""
 
 import json
 

@@ -45,7 +45,7 @@ def test_every_setting_has_its_flag(field):
         argv, want = [flag, choices[-1]], choices[-1]
     else:
         want = {"method": "wanda", "pattern": "0.25", "group": "row", "allocate": "owl", "heal": "block",
-                "dense_target": 0.5, "effort": 2, **SMALLER}.get(field.name) or (
+                "dense_target": 0.5, "effort": 2, "quantise": "int4", "quantiser": "rtn", **SMALLER}.get(field.name) or (
             7.0 if field.type is float else 7 if field.type in (int, int | None) else "some/where")
         argv = [flag, str(want)]
     method = "best" if field.name == "effort" else "wanda"
@@ -169,8 +169,8 @@ def test_wanda_flags_that_do_not_fit(argv, named):
 def changed(cfg, field):
     """The config with another value of one field."""
     old = getattr(cfg, field.name)
-    other = {"method": "sparsegpt", "pattern": "0.25", "group": "row", "dense_target": 0.5, **SMALLER}.get(
-        field.name) or {"order": "influence", "by": "bytes"}.get(field.name)
+    other = {"method": "sparsegpt", "pattern": "0.25", "group": "row", "dense_target": 0.5, "quantise": "int4",
+             "quantiser": "rtn", **SMALLER}.get(field.name) or {"order": "influence", "by": "bytes"}.get(field.name)
     new = other or (not old if isinstance(old, bool) else (old or 2) + 1 if field.type in (int, int | None, float)
                     else "bfloat16" if "dtype" in field.name else "other")
     return dataclasses.replace(cfg, **{field.name: new})
