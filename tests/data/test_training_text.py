@@ -131,7 +131,7 @@ def test_mixtures(text, want):
 
 @pytest.mark.parametrize("text", ["", " , ", "0*c4", "c4,c4"])
 def test_mixtures_that_say_nothing(text):
-    with pytest.raises(ValueError, match="^--heal-data"):
+    with pytest.raises(ValueError, match=r"^--heal-data"):
         mixture(text)
 
 

@@ -8,11 +8,12 @@ in float32.
 
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
-from .. import models
-from ..runtime import environment
+from ... import models
+from ...runtime import environment
+from .student import Lesson
+from .teacher import Live
 
 FACTOR, LOGITS = 1.5, 4
 SPARE = 0.9  # of the free memory may be used
@@ -35,16 +36,17 @@ class Fit:
                 f"{self.parts} a step" + (", activations computed twice (gradient checkpointing)" * self.checkpointing))
 
 
-def fit(model: nn.Module, trained: int, *, windows: int, seqlen: int, device: torch.device, name: str,
-        teacher: int = 0, free: int | None = None) -> Fit:
-    """The fastest way to train that fits. trained: numbers. windows: of a step. teacher: bytes. name: the method.
+def fit(model: nn.Module, trained: int, lesson: Lesson, name: str, free: int | None = None) -> Fit:
+    """The fastest way to train that fits. trained: numbers. name: the method.
 
-    free: bytes that may be used (default: what is free on the device). More windows at once are tried first, up to
+    free: bytes that may be used (default: what is free on the device). Many windows at once are tried first, up to
     ONCE tokens, then gradient checkpointing.
 
     Raises ValueError naming `--heal` when nothing fits.
     """
+    seqlen, device, windows = lesson.options.heal_seqlen, lesson.device, lesson.windows
     free = environment.free_memory(device) if free is None else free
+    teacher = lesson.teacher.bytes if isinstance(lesson.teacher, Live) else 0
     fixed = 4 * sum(p.numel() for p in model.parameters()) + STATE * trained + teacher
     for checkpointing in (False, True):
         for count in range(windows, 0, -1):

@@ -22,74 +22,28 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Subset
-from tqdm import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import SAFE_WEIGHTS_NAME
 
-from ..runtime.files import write_text
+from ...runtime.files import write_text
+from ..train import FALL, WARM_UP
 from . import memory
 from .student import Lesson, Student
-from .teacher import Live
-from .train import BETAS, FALL, WARM_UP
 
 LOOKS = 10  # evaluations of the held-out loss, and checkpoints
-FALLS = 6  # how often the learning rate is halved at most
 PATIENCE = 3  # looks in a row without gain after which training ends
+FALLS = 6  # how often the learning rate is halved at most
 HELD = 8192  # tokens held out
+WEIGHTS = "model.safetensors"  # in Trainer's checkpoints
 CLIP = 1.0  # norm of the gradient, at most
-
-
-class TextTrainer(Trainer):
-    """Trainer with Adam's parameter groups, and a function that sets the gradients of pruned weights to zero."""
-
-    def __init__(self, *args: Any, groups: list[dict], masked: Callable[[], None], **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.groups, self.masked = groups, masked
-        self.model_accepts_loss_kwargs = False  # the loss is a mean, to be divided by the accumulated steps
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Adam without weight decay, which would pull the healed weights away from the dense model's."""
-        self.optimizer = self.optimizer or torch.optim.AdamW(self.groups, betas=BETAS, weight_decay=0.0, fused=True)
-        return self.optimizer
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As Trainer's; pruned weights get no gradient, so that neither they nor Adam's averages ever leave zero."""
-        loss = super().training_step(*args, **kwargs)
-        self.masked()
-        return loss
-
-
-class Bar(TrainerCallback):
-    """A progress bar over all steps of an attempt, with the last losses."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """See the class."""
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="heal", unit="step", leave=False)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """See the class."""
-        self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict, **_: Any) -> None:
-        """See the class."""
-        said = {"loss": "loss", "eval_loss": "held out"}
-        for key in said.keys() & logs.keys():
-            self.bar.set_postfix_str(f"{said[key]} {logs[key]:.4f}")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """See the class."""
-        self.bar.close()
 
 
 @dataclass
@@ -109,19 +63,6 @@ class Attempt:
     kept: str | None = None
     ended: bool = False
     harmful: bool = False
-
-
-class Looks(TrainerCallback):
-    """Ends an attempt that does harm, or no longer gains. before: the held-out loss before healing."""
-
-    def __init__(self, before: float | None):
-        self.before = before
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """See the class."""
-        if self.before is not None and verdict(
-                [row["eval_loss"] for row in state.log_history if "eval_loss" in row], self.before):
-            control.should_training_stop = True
 
 
 def heal(model: nn.Module, lesson: Lesson, name: str, way: "Way", lr: float) -> dict:
@@ -173,13 +114,10 @@ class Course:
     """The attempts of one healing, see above."""
 
     def __init__(self, model: nn.Module, lesson: Lesson, name: str, way: Way, lr: float):
-        self.lesson, self.way, self.name, options = lesson, way, name, lesson.options
+        self.lesson, self.way, self.name = lesson, way, name
         self.student = Student(model, way.parameters, lesson, way.products())
-        windows = max(1, options.heal_batch // options.heal_seqlen)
-        teacher = lesson.teacher.bytes if isinstance(lesson.teacher, Live) else 0
-        self.fit = memory.fit(model, sum(p.numel() for p in way.parameters.values()), windows=windows,
-                              seqlen=options.heal_seqlen, device=lesson.device, name=name, teacher=teacher)
-        self.windows, self.start = windows, way.snapshot()
+        self.fit = memory.fit(model, sum(p.numel() for p in way.parameters.values()), lesson, name)
+        self.windows, self.start = lesson.windows, way.snapshot()
         if self.fit.checkpointing:
             model.gradient_checkpointing_enable()
         self.file = lesson.work / "attempts.json"
@@ -224,7 +162,7 @@ class Course:
         step, loss = min(looks, key=lambda look: look[1])
         if loss < self.best()[0]:
             attempt.kept = f"{self.folder(number).name}.safetensors"
-            shutil.copyfile(self.folder(number) / f"checkpoint-{step}" / SAFE_WEIGHTS_NAME,
+            shutil.copyfile(self.folder(number) / f"checkpoint-{step}" / WEIGHTS,
                             self.lesson.work / attempt.kept)
         attempt.ended = True
         self.note()
@@ -277,8 +215,10 @@ class Course:
         """Trainer's folder for an attempt."""
         return self.lesson.work / f"attempt-{number}"
 
-    def trainer(self, attempt: Attempt) -> TextTrainer:
+    def trainer(self, attempt: Attempt) -> "TextTrainer":  # noqa: F821 - see below
         """Trainer for an attempt on what is left of the text."""
+        from .trainer import Bar, Looks, TextTrainer, TrainingArguments  # slow to import
+
         text, lesson = self.lesson.text, self.lesson
         steps = max(1, (len(text.train) - attempt.begins) // self.windows)
         look = max(1, steps // LOOKS)
@@ -293,12 +233,10 @@ class Course:
             logging_steps=max(1, look // 5), report_to="none", disable_tqdm=True, seed=lesson.seed,
             use_cpu=lesson.device.type == "cpu", remove_unused_columns=False, prediction_loss_only=True,
             dataloader_pin_memory=False)
-        trainer = TextTrainer(
+        return TextTrainer(
             self.student, arguments, train_dataset=Subset(text.train, range(attempt.begins, len(text.train))),
             eval_dataset=text.held, groups=self.way.groups(attempt.lr), masked=self.way.mask_gradients,
             callbacks=[Looks(self.before), *([Bar()] if lesson.progress and attempt.lr else [])])
-        trainer.remove_callback(PrinterCallback)
-        return trainer
 
 
 def verdict(losses: list[float], before: float) -> str | None:
@@ -310,9 +248,9 @@ def verdict(losses: list[float], before: float) -> str | None:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The last checkpoint in a folder that was written to its end; incomplete ones are removed."""
-    while found := get_last_checkpoint(folder) if folder.is_dir() else None:
+    for found in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
         with contextlib.suppress(OSError, ValueError):
-            json.loads((Path(found) / "trainer_state.json").read_text())  # Trainer writes it last
-            return Path(found)
+            json.loads((found / "trainer_state.json").read_text())  # Trainer writes it last
+            return found
         shutil.rmtree(found)
     return None
