@@ -205,7 +205,7 @@ class Folder:
         """
         data = manifest(model, record) | (more or {})
         if form == "packed":
-            data |= packed.pack_checkpoint(model, data["tensors"])
+            data |= packed.pack_checkpoint(model, data["tensors"], self.scales)
             record = data["record"] = record | {"packed": data["packed"], "warnings": record["warnings"] + [
                 f"{name}: stays dense in the packed checkpoint ({why})" for name, why in data["left_dense"].items()]}
         with writing(self.path):

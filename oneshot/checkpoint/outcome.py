@@ -11,7 +11,8 @@ from ..models.intake import headers
 from ..models.source import Source, lost, will_save
 from ..runtime.proof import prove
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8,
+          "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
 SIDE_FILES = (  # files that belong to a model besides its weights, config and tokenizer.json
     "preprocessor_config.json", "*processor_config.json", "generation_config.json", "LICEN[CS]E*", "NOTICE*",
     "USE_POLICY*", "tokenizer.model", "*.spm", "*.tiktoken", "chat_template*", "added_tokens.json",

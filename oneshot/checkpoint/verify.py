@@ -67,8 +67,9 @@ def verify(path: str | Path, trust_remote_code: bool = False, original: str | No
         more += f" and {len(changed) - 1} more" if changed[1:] else ""
         raise ValueError(f"{error}{more if changed else ''}") from None
     faults += claims.check(data) + claims.check_packed(data, model)
+    scales = rounded.read(path) | packed.scales_of(model)
     packed.to_dense(model)  # the recorded hashes are of the dense weights, so they also show that packing lost nothing
-    rows, found = check_linears(model, data, rounded.read(path))
+    rows, found = check_linears(model, data, scales)
     faults += check_origin(model, data, original, trust_remote_code)
     bad = {fault.name for fault in found}
     faults += found + [fault for fault in changed if not fault.tensor or fault.name.rpartition(".")[0] not in bad]

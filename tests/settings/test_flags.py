@@ -45,7 +45,8 @@ def test_every_setting_has_its_flag(field):
         argv, want = [flag, choices[-1]], choices[-1]
     else:
         want = {"method": "wanda", "pattern": "0.25", "group": "row", "allocate": "owl", "heal": "block",
-                "dense_target": 0.5, "effort": 2, "quantise": "int4", "quantiser": "rtn", **SMALLER}.get(field.name) or (
+                "dense_target": 0.5, "effort": 2, "quantise": "int4", "quantiser": "rtn",
+                **SMALLER}.get(field.name) or (
             7.0 if field.type is float else 7 if field.type in (int, int | None) else "some/where")
         argv = [flag, str(want)]
     method = "best" if field.name == "effort" else "wanda"
