@@ -82,13 +82,14 @@ def test_verify_proves_it_and_the_twin(twins, capsys):
     assert "all proved" in out and "all equal" in out and "2:4 int" in out
 
 
-@pytest.mark.parametrize(("part", "says"), [("weight", "bytes"), ("metadata", "metadata"), ("scales", "bytes")])
-def test_verify_finds_one_changed_value(twins, tmp_path, capsys, part, says):
+@pytest.mark.parametrize("part", ["weight", "metadata", "scales"])
+def test_verify_finds_one_changed_value(twins, tmp_path, capsys, part):
     folder = tiny.copy(twins[1], tmp_path / "spoilt")
     key = next(k for k in tiny.weights(folder) if k.endswith(".metadata")).replace("metadata", part)
     tiny.change_weights(folder, lambda t: t[key].view(-1)[:1].bitwise_xor_(1))
-    assert verify.main([str(folder), "--quiet"]) in (1, 2)  # 2: metadata that describe no positions do not load
-    assert says in "".join(capsys.readouterr())
+    code = verify.main([str(folder), "--quiet"])
+    said = "".join(capsys.readouterr())  # 2: metadata that describe no positions do not load
+    assert (code == 1 and "bytes are not the recorded ones" in said) or (code == 2 and "bad metadata" in said)
 
 
 @pytest.mark.parametrize("part", ["weight", "metadata", "scales"])
@@ -110,11 +111,12 @@ def test_a_config_that_says_something_else_is_refused(folders, tmp_path, changes
         load(folder)
 
 
-def test_without_oneshot_it_fails_loudly(twins):
-    code = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(twins[1])!r})"
+def test_without_oneshot_it_fails_loudly(folders):
+    folder = folders["llama", "int4:64"][1]
+    code = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(folder)!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300,
                           env={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""})
-    assert (done.returncode and "size mismatch" in done.stderr + done.stdout) or "mismatch" in done.stderr
+    assert done.returncode and "mismatch" in done.stderr
 
 
 def test_saved_again_and_loaded_again(twins, tmp_path):

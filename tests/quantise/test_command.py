@@ -214,6 +214,12 @@ def test_from_python(place):  # noqa: F811
     assert all(len(row.unique()) <= 4 for row in W)
 
 
+def test_a_rounded_model_is_read_again_without_a_word(saved, place, tmp_path):  # noqa: F811
+    """Its scales are no part of the model: nothing is lost where another run starts from it."""
+    assert command(place, model=saved["gptq"], method="keep", quantise=None, results=tmp_path) == 0
+    assert not [w for w in the_record(tmp_path)["warnings"] if "safetensors" in w]
+
+
 # --- killed and resumed -------------------------------------------------------------------------------------
 
 
