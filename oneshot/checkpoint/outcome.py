@@ -2,6 +2,7 @@
 
 import fnmatch
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -19,10 +20,11 @@ SIDE_FILES = (  # files that belong to a model besides its weights, config and t
     "special_tokens_map.json", "vocab.json", "vocab.txt", "merges.txt")
 
 
-def check_saved(folder: Path, model: nn.Module, source: Source) -> None:
+def check_saved(folder: Path, model: nn.Module, source: Source, replaced: Collection[str] = ()) -> None:
     """Prove that the safetensors files in `folder` are the model: the same names, shapes and dtypes.
 
-    Every tensor of the input must be there as well, except those that loading left out with a warning.
+    Every tensor of the input must be there as well, except those that loading left out with a warning, and those that
+    were `replaced` by others of the model.
 
     Raises ProofError naming the first tensor that is missing or wrong.
     """
@@ -35,7 +37,7 @@ def check_saved(folder: Path, model: nn.Module, source: Source) -> None:
         entry = found[name]
         prove(entry.shape == shape and DTYPES.get(entry.dtype) == dtype,
               f"{where}: {name} is {entry.dtype} {entry.shape}, should be {dtype} {shape}")
-    known, accepted = lost(source.entries, model, source.quantised).names, set(source.left)
+    known, accepted = lost(source.entries, model, source.quantised).names, {*source.left, *replaced}
     new = [name for name in known if name not in accepted]
     prove(not new, f"{where}: {len(new)} tensors of the input are not in it, such as {new[:1]}")
 
