@@ -26,7 +26,7 @@ class Config:
 
 def prune(W: torch.Tensor, statistics: Statistics, pattern: Pattern, cfg: Any, grid: Grid) -> Solution:
     """The mask and the rounded weights. cfg: SparseGPT's. Raises NumericalError as `gptq.quantise` does."""
-    return sparsegpt.sweep(W, statistics, pattern, cfg, grid=grid)
+    return sparsegpt.sweep(W, statistics, pattern, cfg, grid=grid, search=True)
 
 
 def quantise(W: torch.Tensor, solution: Solution, statistics: Statistics, grid: Grid, cfg: Config) -> Solution:
