@@ -5,7 +5,7 @@
 
     bits     of codes, scales and positions for each weight of the linears in the blocks
     excess   log ppl - log ppl dense, on held-out text, nats
-    of SparseGPT + nearest   the excess beyond that of 2:4 alone, as a share of what rounding to nearest adds to it
+    less     share of the excess of SparseGPT at 2:4, rounded to int4 to nearest, that a way of as many bytes does without
 
 Every row is for one model, calibration seed and way; integers_ways.yaml names the ways and their flags.
 """
@@ -41,7 +41,7 @@ MODELS = ("stories260k", "craftgpt-5m", "demo")  # and smollm2, of which a run t
 BATCH = {"craftgpt-5m": "16"}  # its windows are single dialogues of some 30 tokens
 MARKED = {"smollm2": "its dense weights come off a 4-bit grid already, which flatters its rows of int4"}
 WAYS = yaml.safe_load(Path(__file__).with_name("integers_ways.yaml").read_text(encoding="utf-8"))
-PLAIN, NEAREST = "2:4, not rounded", "2:4, then int4 to nearest"  # what the last column compares with
+NEAREST = "2:4, then int4 to nearest"  # what `less` compares with
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -140,14 +140,14 @@ def page(rows: list[dict]) -> str:
     """The page: a table for each model, fewest bits last."""
     parts = ["# Quality against bytes\n", written("integers.py", rows[-1]["environment"]) + "\n",
              "bits: of codes, scales and positions for each weight of the linears in the blocks. excess: log "
-             "perplexity above the dense model's, nats, mean over seeds (± standard deviation). added: what rounding "
-             "adds to 2:4 alone, as a share of what rounding SparseGPT's result to nearest adds.\n"]
+             "perplexity above the dense model's, nats, mean over seeds (± standard deviation). less: share of the "
+             f"excess of \"{NEAREST}\" that a way of as many bytes does without.\n"]
     for name in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == name]
         parts.append(f"## {name}\n")
         parts += [f"{MARKED[name].capitalize()}.\n"] if name in MARKED else []
         parts.append(f"{own[0]['metric']}: dense {report.number(own[0]['dense_ppl'])} at {own[0]['window']} tokens.\n")
-        parts.append(render(["way", "bits", "KB", "excess", "added", "to zero", "seconds"], body(own), "markdown",
+        parts.append(render(["way", "bits", "KB", "excess", "less", "to zero", "seconds"], body(own), "markdown",
                             text={"way"}))
     return "\n".join(parts)
 
@@ -162,18 +162,17 @@ def body(rows: list[dict]) -> list[list[str]]:
     for way, met in sorted(groups.items(), key=lambda item: (-item[1][0]["bits"], excess[item[0]])):
         spread = f" ± {statistics.stdev(r['excess'] for r in met):.4f}" if len(met) > 1 else ""
         lines.append([way, f"{met[0]['bits']:.2f}", f"{met[0]['stored'] / 1e3:.0f}", f"{excess[way]:.4f}{spread}",
-                      added(way, met[0], excess), str(round(statistics.fmean(r["rounded_to_zero"] for r in met))),
+                      less(way, groups, excess), str(round(statistics.fmean(r["rounded_to_zero"] for r in met))),
                       f"{statistics.fmean(r['seconds'] for r in met):.1f}"])
     return lines
 
 
-def added(way: str, row: dict, excess: dict[str, float]) -> str:
-    """What rounding adds to 2:4 alone, as a share of what rounding to nearest adds; "-" for another pattern or grid."""
-    flags = row["flags"]
-    same = flags.get("pattern") == "2:4" and "int4:64" in (flags.get("quantise"), flags.get("FIRST"))
-    if not same or PLAIN not in excess or NEAREST not in excess:
+def less(way: str, groups: dict[str, list[dict]], excess: dict[str, float]) -> str:
+    """The share of NEAREST's excess that a way does without; "-" where it takes other bytes, by more than 1 %."""
+    if NEAREST not in groups or way == NEAREST:
         return "-"
-    return report.percent((excess[way] - excess[PLAIN]) / (excess[NEAREST] - excess[PLAIN]))
+    same = abs(groups[way][0]["stored"] / groups[NEAREST][0]["stored"] - 1) <= 0.01
+    return f"{100 * (1 - excess[way] / excess[NEAREST]):.0f} %" if same else "-"
 
 
 if __name__ == "__main__":
