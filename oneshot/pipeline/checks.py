@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .. import checkpoint, heal, measure, models
+from ..checkpoint import compressed, packed
 from ..models.source import check_kind, check_parameters
 from ..prune import patterns
 from ..prune.solvers import KEEP, chain
@@ -30,6 +31,10 @@ def check(configs: Sequence[RunConfig]) -> None:
         check_target(cfg)
         if cfg.format == "packed" and cfg.prunes and (cfg.pattern != "2:4" or not cfg.save):
             raise ValueError("--format packed: goes with --pattern 2:4 and --save")
+        if cfg.format == "packed" and cfg.quantise is not None and str(cfg.grid) not in packed.GRIDS:
+            raise ValueError(f"--format packed: holds {' and '.join(packed.GRIDS)}, not --quantise {cfg.quantise}")
+        if cfg.format == compressed.METHOD and cfg.prunes:
+            compressed.check_flags(cfg.grid if cfg.save else None)
         if cfg.save:
             checkpoint.owner_of(cfg.save)
             environment.check_writable(cfg.save, "--save")
