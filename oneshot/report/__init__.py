@@ -1,4 +1,4 @@
-"""Report: run records, and everything that is made of them. Comes after the measurements, before the pipeline.
+"""Report: run records, and everything that is made from them.
 
 A record is the JSON of one run. Tables, pictures and pages are pure functions of records: they can be
 made again at any time, on any machine, without a model.
@@ -6,6 +6,7 @@ made again at any time, on any machine, without a model.
     record      the file: write, read, check, old names
     shape       of what kind each part of a record is
     columns     what a record says: columns, values, names of runs, numbers as text
+    whole       what it says of the whole model: zeros, bytes, what stays dense
     accuracy    two runs' task results: the difference and its standard error
     table       the one writer of tables: terminal, markdown, HTML, csv
     section     the part of a markdown file that a program writes, between two markers
@@ -15,10 +16,11 @@ made again at any time, on any machine, without a model.
     figures/    one file for each kind of picture (matplotlib)
     pictures    which of them a page has, with headings and captions
     page        one self-contained HTML page (page.html.j2, page.css)
+    details     what that page says about a single run
     summary     what a command prints when it is done
     compare     the command: any runs in one table and one page
 
-Everything re-exported here is in `record` and `columns`. In this package import from the files themselves
+Everything re-exported here is in `record`, `columns` and `whole`. In this package import from the files themselves
 (`from .columns import columns`): here the name `columns` is the function, no longer the file.
 """
 
@@ -35,7 +37,6 @@ from .columns import (
     is_task,
     labels,
     layer_sparsity,
-    left_dense,
     like,
     method_of,
     model_names,
@@ -48,10 +49,9 @@ from .columns import (
     setting,
     value,
     variants,
-    whole_bytes,
-    whole_sparsity,
 )
 from .record import SCHEMA, checked, in_todays_words, read, storable, write
+from .whole import left_dense, whole_bytes, whole_sparsity
 
 __all__ = [
     "SCHEMA", "Column", "checked", "clean", "columns", "flat_settings", "higher_is_better", "identity",

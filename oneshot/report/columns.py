@@ -12,15 +12,13 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
+from ..measure import higher
 from ..settings.config import PARTS
 from ..settings.known import tells_apart
 from . import accuracy
 
 NESTED = tuple(PARTS)  # settings that hold parts' settings: {part: {name: value}}
 OFF = (None, False, 0.0, "none", "uniform")  # values by which a setting is switched off
-HIGHER_IS_BETTER = ("acc", "exact_match", "em", "f1", "agreement", "mcc", "bleu", "rouge",
-                    "top1_agreement", "starts_with", "contains", "chosen", "prefill_speedup", "decode1_speedup",
-                    "decode8_speedup")
 
 
 # ---------------------------------------------------------------- columns: what was measured
@@ -35,6 +33,7 @@ class Column:
 
     @property
     def header(self) -> str:
+        """The column's name for people."""
         name, _, kind = self.metric.rpartition("/")
         at = f" @{self.window}" if self.window else " @?" if kind == "ppl" else ""
         return clean(f"{name} {kind}".strip() + at + (f" ({self.text})" if self.text else ""))
@@ -70,7 +69,8 @@ def is_task(records: list[dict], column: Column) -> bool:
 
 
 def higher_is_better(metric: str) -> bool:
-    return metric.rpartition("/")[2].startswith(HIGHER_IS_BETTER)
+    """Whether higher values of a metric are better, as its measurement says."""
+    return metric.rpartition("/")[2].startswith(higher())
 
 
 def _column(record, metric):
@@ -127,6 +127,7 @@ def is_rounded(record: dict) -> bool:
 
 
 def is_pruned(record: dict) -> bool:
+    """Whether anything was pruned."""
     return not is_dense(record) and not is_rounded(record)
 
 
@@ -137,7 +138,7 @@ def left_of(record: dict) -> str:
 
 
 def pattern_of(record: dict) -> str:
-    """The pattern, behind what is left of a smaller model: "2:4", "0.75 left", "0.75 left 2:4", "dense"."""
+    """The pattern, after what is left of a smaller model: "2:4", "0.75 left", "0.75 left 2:4", "dense"."""
     left, pattern = left_of(record), setting(record, "pattern")
     return "dense" if is_dense(record) else left if left and pattern == "dense" else f"{left} {pattern}".strip()
 
@@ -261,40 +262,3 @@ def percent(x: float | None) -> str:
 def like(text: str, x: float) -> str:
     """`x` with as many decimals as the number in `text`: a standard deviation beside its mean."""
     return number(x, 2) if "e" in text or not math.isfinite(x) else f"{x:.{len(text.partition('.')[2])}f}"
-
-
-def whole_sparsity(record: dict) -> float | None:
-    """Share of zeros among ALL weights of the model, what is never pruned included; None where that is not known."""
-    model, found = record.get("model") or {}, record.get("sparsity")
-    if found is None or not model.get("parameters") or model.get("prunable") is None:
-        return None
-    return found * model["prunable"] / model["parameters"]
-
-
-def whole_bytes(record: dict) -> tuple[float, float] | None:
-    """(stored, dense) bytes of the whole model, its prunable weights in the smallest simple format of their pattern and
-    all others as they are; of a smaller model, "dense" is the model it was made from. None where that is not known."""
-    model, linears = record.get("model") or {}, record.get("bytes") or {}
-    if not linears.get("dense") or not model.get("parameters") or not model.get("prunable"):
-        return None
-    each, shrunk = linears["dense"] / model["prunable"], record.get("shrunk") or {}
-    rest = (model["parameters"] - model["prunable"]) * each
-    gone = ((shrunk.get("parameters_before") or 0) - (shrunk.get("parameters") or 0)) * each
-    return linears["stored"] + rest, linears["dense"] + rest + gone
-
-
-def left_dense(record: dict) -> list[tuple[str, float]]:
-    """[(reason, share of the model's weights)] of what is never pruned, the largest first; [] where not known."""
-    total, shares = (record.get("model") or {}).get("parameters"), {}
-    for row in record.get("skipped") or []:
-        if total and row.get("weights"):
-            shares[str(row["reason"])] = shares.get(str(row["reason"]), 0.0) + row["weights"] / total
-    return sorted(shares.items(), key=lambda item: -item[1])
-
-
-def dense_in_blocks(record: dict) -> float | None:
-    """Share of the transformer blocks' weights, vectors included, that is never pruned; None where not known."""
-    model = record.get("model") or {}
-    if not model.get("in_blocks") or model.get("prunable") is None:
-        return None
-    return 1 - model["prunable"] / model["in_blocks"]

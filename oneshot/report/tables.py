@@ -26,10 +26,9 @@ from .columns import (
     series,
     value,
     variants,
-    whole_bytes,
-    whole_sparsity,
 )
 from .table import Bold, render
+from .whole import whole_bytes, whole_sparsity
 
 
 def rows(records: list[dict]) -> list[dict]:
