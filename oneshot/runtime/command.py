@@ -37,6 +37,18 @@ class Parser(argparse.ArgumentParser):
                     self.check(action, str(text))
         return found
 
+    @property
+    def options(self) -> list[str]:
+        """All flags, in all spellings."""
+        return [option for action in self._actions for option in action.option_strings]
+
+    def given(self, args: Sequence[str]) -> dict[str, Any]:
+        """{flag: value} of those on the command line alone, without defaults. Raises ValueError as `parse_args`."""
+        unset = object()
+        names = [action.dest for action in self._actions if action.dest != "help"]
+        found = vars(self.parse_args(args, argparse.Namespace(**dict.fromkeys(names, unset))))
+        return {name: value for name, value in found.items() if value is not unset}
+
     def check(self, action: argparse.Action, text: str) -> None:
         """Raise ValueError naming the flag for a value that `check_string` refuses."""
         try:
