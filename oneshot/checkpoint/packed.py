@@ -34,7 +34,7 @@ HINT = "run `import oneshot` before from_pretrained"
 class PackedConfig(QuantizationConfigMixin):
     """The `quantization_config` of a packed checkpoint: the names of the packed linears, and how to load it."""
 
-    def __init__(self, linears: Iterable[str] = (), to_load: str = HINT, **kwargs: Any):
+    def __init__(self, linears: Iterable[str] = (), to_load: str = HINT, **kwargs: Any) -> None:
         self.quant_method = METHOD
         self.linears, self.to_load = list(linears), to_load
         unknown = set(kwargs) - {"quant_method"}

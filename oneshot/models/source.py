@@ -156,7 +156,7 @@ def check_dtypes(entries: dict[str, Entry], model: nn.Module, said: str) -> None
 
 
 def check_kind(model: object, said: str) -> None:
-    """Raise ValueError for what is no transformers model, or one whose decoder needs an encoder."""
+    """Raise ValueError for anything but a transformers model that works without an encoder."""
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):

@@ -3,6 +3,7 @@
     run       one run from start to end, and the command `oneshot prune`
     plan      which linear gets which pattern, and the job made from that
     compress  prune or round a model, and prove the result
+    shrink    make the model smaller before it is pruned (shrink_command: `oneshot shrink`)
     identity  a run's identity (run_id), and the warnings that come first
     command   what the runs of one command share
     checks    what is rejected before anything is computed

@@ -114,7 +114,7 @@ class Mixtures:
     of ((kind, left),), the first of which leaves all; KV groups before query heads.
     """
 
-    def __init__(self, model: nn.Module, budget: Budget, order: Sequence[int]):
+    def __init__(self, model: nn.Module, budget: Budget, order: Sequence[int]) -> None:
         self.model, self.budget, self.order = model, budget, list(order)
         self.heads: list[tuple[tuple[str, int], ...]] = [()]
         for kind in (groups.HEADS, groups.QUERIES):
