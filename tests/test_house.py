@@ -1,6 +1,7 @@
 """Rules of the house that a reader could check file by file: type hints, docstrings, words, one place for one thing."""
 
 import ast
+import fnmatch
 import re
 
 import pytest
@@ -169,3 +170,33 @@ def test_scripts_use_what_is_public():
     assert len(scripts) > 20 and not {name: found for name, found in scripts.items() if found}
 
 
+
+
+# ---------------------------------------------------------------- what the pages of results/ and scripts/ say
+
+def rows(page):
+    """[[cell, ...]] of the tables of a markdown file."""
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("| ")]
+
+
+def test_every_result_has_its_program():
+    named = [name for row in rows("results/README.md") for name in re.findall(r"`([^`]+)`", row[0])]
+    files = [str(p.relative_to(ROOT / "results")) for p in (ROOT / "results").rglob("*")
+             if p.is_file() and ".sweep" not in p.parts and p.name not in ("README.md", "LOG.md")]
+    assert len(files) > 100
+    named += [f"{name}*" for name in named if name.endswith("/")]
+    assert not [file for file in files if not any(fnmatch.fnmatch(file, name) for name in named)]
+
+
+@pytest.mark.parametrize("page", ["results/README.md", "scripts/README.md"])
+def test_the_programs_are_there_and_said_once(page):
+    programs = re.findall(r"\bscripts/\w+/\w+\.(?:py|yaml)\b", (ROOT / page).read_text(encoding="utf-8"))
+    assert len(programs) > 10 and not [name for name in programs if not (ROOT / name).is_file()]
+    lines = [" | ".join(row) for row in rows(page) if row[0] not in ("what", "file or folder")]
+    assert sorted(lines) == sorted(set(lines))
+
+
+def test_every_script_is_on_a_page():
+    text = (ROOT / "scripts" / "README.md").read_text(encoding="utf-8")
+    assert not [p.name for p in (ROOT / "scripts").rglob("*.py") if p.name not in text]

@@ -176,7 +176,7 @@ def linear_named(model: nn.Module, name: str) -> nn.Module:
     except AttributeError:
         module = None
     if not isinstance(module, (nn.Linear, models.Conv1D)):
-        raise ValueError(f"quantization_config names {name}, which is no linear of {type(model).__name__}")
+        raise ValueError(f"quantization_config names {name}, which is not a linear of {type(model).__name__}")
     return module
 
 

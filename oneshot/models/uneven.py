@@ -128,7 +128,7 @@ def found(model: nn.Module, name: str) -> nn.Module:
     except AttributeError:
         module = None
     if not isinstance(module, nn.Linear | Conv1D):
-        raise ValueError(f"quantization_config names {name}, which is no linear of {type(model).__name__}")
+        raise ValueError(f"quantization_config names {name}, which is not a linear of {type(model).__name__}")
     return module
 
 

@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message.removeprefix('argument ')} (--help lists the flags)")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        """As argparse does; raises ValueError naming a flag whose value is no text that can be written anywhere."""
+        """As argparse does; raises ValueError naming a flag whose value cannot be written as text."""
         found = super().parse_args(args, namespace)
         for action in self._actions:
             value = getattr(found, action.dest, None)

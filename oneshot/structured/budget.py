@@ -52,9 +52,11 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a cut may leave. target: its cost at most. cost: of a cut. without: kinds that must not lose any unit.
-    multiple: of which the neurons left in a layer must be one, such as the M of an N:M pattern. own: what is given of
-    single consumers, as in a Cut. allowed: whether a config can say a cut.
+    """What a cut may leave.
+
+    target: the most that a cut may cost. cost: the function that says so. without: kinds that must not lose any unit.
+    multiple: the number of neurons left in a layer is a multiple of it, such as the M of an N:M pattern. own: units of
+    single consumers that are given, as in a Cut. allowed: whether a config can say a cut.
     """
 
     target: float
