@@ -18,7 +18,8 @@ STAGES = ("runtime", "models", "data", "calibrate", "prune", "structured", "quan
 METHODS = ("prune.solvers", "prune.allocate", "heal", "measure")  # `names()` of these lists files that stand alone
 PURE = {"runtime.flag", "calibrate.statistics", "prune.patterns", "prune.linalg"}  # what solvers and allocations see
 ONLY_IN = {  # library: the stages, or the one file, that know it
-    "transformers": {"models", "checkpoint.packed"},  # packed is a format that transformers itself loads
+    "transformers": {"models", "checkpoint.packed",  # packed is a format that transformers itself loads
+                     "heal.text", "heal.trainer"},  # its Trainer
     "datasets": {"data.hub"},
     "lm_eval": {"measure"},
     "matplotlib": {"report.figures"},
@@ -26,7 +27,8 @@ ONLY_IN = {  # library: the stages, or the one file, that know it
     "oneshot_kernels": {"checkpoint", "pipeline", "prune.solvers.sparsegpt"},
 }
 INSIDE_FUNCTIONS = {"lm_eval", "matplotlib", "datasets"}  # optional or slow to import
-MANY = ["oneshot.data.windows.calibration", "oneshot.runtime.flag.flag"]  # keywords, of which nobody gives all
+MANY = ["oneshot.data.training.prepare", "oneshot.data.windows.calibration",
+        "oneshot.runtime.flag.flag"]  # named arguments, in one place each
 KERNELS_MAY = {"torch", "triton", "oneshot_kernels"}
 
 

@@ -11,6 +11,7 @@
     sample_self  sample text from the model itself
     perturb      add typos and the like to evaluation text
     choose       select what a run's settings ask for
+    training     the text of `--heal-data`, mixed and packed into windows that lie on disk
 """
 
 from .sources import HUB_SETS, TextOptions, Unusable

@@ -3,6 +3,7 @@
 Each raises ValueError naming the flag.
 """
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,6 +42,8 @@ def check(configs: Sequence[RunConfig]) -> None:
 
 def check_target(cfg: RunConfig) -> None:
     """Reject contradictory settings of what to aim at. Raises ValueError naming the flag."""
+    if cfg.prunes:
+        check_text(cfg)
     if cfg.prunes and cfg.dense_target and not any(module.updates for module in chain(cfg.method)):
         raise ValueError(f"--dense-target {cfg.dense_target:g}: --method {cfg.method} leaves the weights it keeps "
                          f"unchanged, so it cannot aim at a target; use {cfg.method}+refit or sparsegpt")
@@ -71,6 +74,19 @@ def check_shrink(cfg: RunConfig) -> None:
     if cfg.shrink_target and not any(module.updates for module in chain(cfg.shrink_method)):
         raise ValueError(f"--shrink-target {cfg.shrink_target:g}: --shrink-method {cfg.shrink_method} leaves the "
                          "weights it keeps unchanged, so it cannot aim at a target; use obs")
+
+
+def check_text(cfg: RunConfig) -> None:
+    """Reject what does not go with healing on text. Raises ValueError naming the flag."""
+    if cfg.text_heals and cfg.heal_data is None:
+        raise ValueError(f"--heal {cfg.heal}: {cfg.text_heals[0]} trains on text; give --heal-data, such as c4 or "
+                         "a file")
+    if cfg.text_heals and importlib.util.find_spec("accelerate") is None:
+        raise ValueError(f"--heal {cfg.text_heals[0]}: needs accelerate; pip install 'oneshot[heal]'")
+    if "lora" in cfg.heals and cfg.healing["lora"].adapter and importlib.util.find_spec("peft") is None:
+        raise ValueError("--lora.adapter: needs peft; pip install 'oneshot[heal]'")
+    if cfg.heal_data is not None and not cfg.text_heals:
+        raise ValueError(f"--heal-data {cfg.heal_data}: goes with --heal full or --heal lora")
 
 
 def check_devices(cfg: RunConfig) -> None:

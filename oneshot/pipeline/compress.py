@@ -93,20 +93,29 @@ def circumstances(cfg: RunConfig, calibration: Tokens | None) -> dict:
     same = {key: found[key] for key in ("threads", "device", "torch", "transformers", "oneshot", "commit")}
     compiled = any(module is sparsegpt for module, _ in chain_of(cfg))
     return same | {"calibration": calibration.sha256[:12] if calibration else None} | (
-        {"column_loop": column_loop.kind(cfg.device)} if compiled else {})
+        {"column_loop": column_loop.kind(cfg.device)} if compiled else {}) | (
+        {"bfloat16": environment.fast_bfloat16(cfg.device)} if cfg.heals else {})
 
 
 def prove_patterns(model: nn.Module, plan: Plan, rows: list[dict]) -> None:
-    """Prove every pattern on the stored weights once more, after all healing, and update the zeros in the rows.
+    """Prove every pattern on the stored weights once more, after healing, and update the zeros in the rows.
+
+    Healing on text, which follows, proves by itself that no zero is lost.
 
     Raises ProofError naming the linear whose pattern is broken.
     """
+    for weight in all_weights(model):
+        name = weight.name
+        prove(name not in plan or plan[name].holds(weight.get()), f"{name}: pattern {plan.get(name)} broken")
+    count_zeros(model, rows)
+
+
+def count_zeros(model: nn.Module, rows: list[dict]) -> None:
+    """Update the zeros in the linears' rows of the record."""
     by_name = {row["name"]: row for row in rows}
     for weight in all_weights(model):
-        W, name = weight.get(), weight.name
-        prove(name not in plan or plan[name].holds(W), f"{name}: pattern {plan.get(name)} broken")
-        if row := by_name.get(name):
-            row["zeros"] = W.numel() - int(W.count_nonzero())
+        if row := by_name.get(weight.name):
+            row["zeros"] = weight.size - int(weight.get().count_nonzero())
             row["surplus"] = row["zeros"] - row["target_zeros"]
 
 

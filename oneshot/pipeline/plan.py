@@ -34,8 +34,9 @@ def pattern_of(cfg: RunConfig) -> Pattern:
 
 def needs_data(cfg: RunConfig) -> bool:
     """Whether the run needs calibration data."""
-    looks = cfg.layer_errors or cfg.heals or cfg.dense_target or cfg.shrinks or allocate.module(cfg.allocate).needs
-    return cfg.prunes and bool(looks or any(module.needs for module, _ in chain_of(cfg)))
+    looks = cfg.layer_errors or cfg.window_heals or cfg.dense_target or cfg.shrinks
+    needs = (allocate.module(cfg.allocate).needs, *(module.needs for module, _ in chain_of(cfg)))
+    return cfg.prunes and bool(looks or any(needs))
 
 
 def make_plan(cfg: RunConfig, model: nn.Module) -> Plan:
@@ -142,7 +143,7 @@ def allocated(configs: Sequence[RunConfig], model: nn.Module, plans: Sequence[Pl
 
 def job_of(cfg: RunConfig, plan: Plan, calibration: Tokens | None = None) -> Job:
     """The pruning job for a plan with these settings. calibration: determines the windows held out from healing."""
-    healers = tuple(heal.module(name).Heal(cfg.healing[name], cfg.seed, cfg.progress) for name in cfg.heals)
+    healers = tuple(heal.module(name).Heal(cfg.healing[name], cfg.seed, cfg.progress) for name in cfg.window_heals)
     if not healers or not calibration:
         return Job(plan, chain_of(cfg), cfg, healers)
     n, seqlen = calibration.ids.shape

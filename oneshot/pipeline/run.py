@@ -23,6 +23,7 @@ from . import checks, idle
 from .command import Command, load
 from .compress import compress, sparsity
 from .identity import describe, identify, warnings
+from .lesson import heal_on_text
 from .plan import Plan, job_of, make_plan
 from .shrink import origin_of
 
@@ -128,6 +129,7 @@ def work(subject: Subject, plan: Plan, command: Command | None = None, folder: c
     else:
         starting = time.perf_counter()
         result = compress(cfg, model, plan, subject.calibration, folder)
+        heal_on_text(subject, result, folder)
     pruned = time.perf_counter()
     found.add(measure.measure(subject, "after"))
     done = time.perf_counter()
