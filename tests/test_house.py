@@ -7,7 +7,7 @@ import re
 import pytest
 from test_layers import ROOT, STAGES, sources
 
-CONTRACTS = ("prune.solvers", "prune.allocate", "heal", "measure")  # their files are found by name, not listed
+CONTRACTS = ("prune.solvers", "prune.allocate", "quantise", "heal", "measure")  # their files are found by name
 OLD_DIALECT = {"Optional", "Union", "List", "Dict", "Tuple", "Set", "FrozenSet", "Type", "Callable", "Iterable",
                "Iterator", "Sequence", "Mapping", "Collection"}  # X | None, list[int], collections.abc
 OLD_WORDS = {  # word: modules that may use it, as they read what version 0.1 wrote

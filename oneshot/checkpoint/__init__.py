@@ -10,6 +10,7 @@
     sealed    JSON files that contain their own hash
     outcome   compare a saved folder with the model and with the input
     packed    the packed 2:4 format
+    rounded   the scales of rounded weights, and the proof that these lie on their grid
     bytes     the storage of the weights, pruned and dense
     verify    `oneshot verify`: check a folder against its manifest
 """

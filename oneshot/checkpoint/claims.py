@@ -10,6 +10,7 @@ from torch import nn
 
 from ..prune import patterns, solvers
 from ..prune.patterns import Dense, Pattern, Unstructured
+from ..quantise import grids
 from . import packed
 from .contents import MANIFEST, Fault
 from .manifest import pattern_of
@@ -20,7 +21,7 @@ SHARED = ("shape", "pattern", "group", "target_zeros", "zeros")  # stand in the 
 def check(data: dict) -> list[Fault]:
     """What does not agree in a manifest; an entry that cannot be read is a fault."""
     faults = []
-    for part in (check_tensors, check_rows, check_settings, check_format):
+    for part in (check_tensors, check_rows, check_settings, check_grid, check_format):
         try:
             faults += part(data)
         except (AttributeError, KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
@@ -50,6 +51,7 @@ def check_rows(data: dict) -> list[Fault]:
     faults = [Fault(name, "has a row in the record, but no entry") for name in rows if name not in entries]
     for name, entry in entries.items():
         other = [key for key in SHARED if name in rows and rows[name][key] != entry[key]]
+        other += ["grid"] if name in rows and rows[name].get("grid") != entry.get("grid") else []
         if name not in rows or other:
             faults.append(Fault(name, f"its {', '.join(other)} differ between record and manifest" if name in rows else
                                 "has no row in the record"))
@@ -70,6 +72,14 @@ def check_settings(data: dict) -> list[Fault]:
         return check_allocated(asked, entries, settings)
     return [Fault(name, f"pattern {pattern_of(entry)}{by(pattern_of(entry))}, the settings ask for {asked}{by(asked)}")
             for name, entry in entries.items() if pattern_of(entry) not in allowed]
+
+
+def check_grid(data: dict) -> list[Fault]:
+    """Its grids: every linear has the one that the settings ask for, or none."""
+    text = data["record"]["settings"].get("quantise")
+    asked = None if text is None else str(grids.parse(text))
+    return [Fault(name, f"rounded to {entry.get('grid')}, the settings ask for {asked}")
+            for name, entry in data["tensors"].items() if entry.get("grid") != asked]
 
 
 def check_allocated(asked: Unstructured, entries: dict[str, dict], settings: dict) -> list[Fault]:

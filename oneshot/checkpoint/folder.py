@@ -27,7 +27,7 @@ from torch import nn
 from ..models import Tokenizer, source_of
 from ..prune import patterns
 from ..runtime.files import remove_parts, sync, umask, write_text
-from . import contents, kept, owner, packed, sealed
+from . import contents, kept, owner, packed, rounded, sealed
 from .lock import FolderLock
 from .manifest import MANIFEST, WORK, manifest, old, read_manifest, read_sealed
 from .outcome import check_saved, copy_side_files
@@ -44,7 +44,7 @@ class Folder:
     otherwise the Folder takes it and keeps it until `release`.
 
     computed_with: plain values that the bits of a block depend on (threads, device, versions), saved with each block.
-    plan: the run's plan if it was computed from data, saved with the first block.
+    plan: the run's plan if it was computed from data, saved with the first block. scales: of rounded linears.
 
     Raises ValueError naming `--save` when the folder holds another run or anything else, or when another process
     writes into it.
@@ -56,6 +56,7 @@ class Folder:
         self.work = self.path / WORK
         self.computed_with: dict = {}
         self.plan: Plan | None = None
+        self.scales: dict = {}
         self.choice: dict | None = None  # the cut that was chosen, plain values, saved with the first block
         self._used: list[dict] = []  # what each kept block was computed with
         self._first: dict = {}  # what the kept plan was computed with
@@ -151,6 +152,11 @@ class Folder:
         return sorted(int(file.stem.removeprefix("block_")) for file in self.work.glob("block_*.safetensors")
                       if owner.WORK_FILES.fullmatch(file.name))
 
+    @property
+    def next_block(self) -> int:
+        """The number of the block to be saved next."""
+        return len(self._numbers()) if self.ours else 0
+
     def _drop_from(self, number: int, why: str) -> None:
         """Remove the saved blocks from `number` on."""
         with writing(self.path):
@@ -220,6 +226,7 @@ class Folder:
             tokenizer.save_pretrained(final)
             check_saved(final, model, source_of(model))
             copy_side_files(source_of(model).folder, final)
+            rounded.write(final, self.scales)
             if page:
                 write_text(page(record), final / "report.html")
             data |= contents.describe(final)

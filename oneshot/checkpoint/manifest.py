@@ -3,7 +3,8 @@
     schema          2; 1 has no `files` and `stored_tensors`, and no seal
     format          "dense" or "packed"; packed ones also have `packed` and `left_dense` (packed.py)
     record          the run's record
-    tensors         {linear: its pattern, zeros, sha256 of its dense bytes, ...} of all prunable linears
+    tensors         {linear: its pattern, zeros, sha256 of its dense bytes, ...} of all prunable linears; `grid` if
+                    it was rounded to one (rounded.py)
     files           {name: {"bytes", "sha256"}} of every other file that the run wrote
     stored_tensors  {name: {"file", "dtype", "shape", "sha256"}} of every tensor in the safetensors files
     origin          only of a smaller model: which blocks and units are left, where each tensor comes from and whether
@@ -33,7 +34,8 @@ def manifest(model: nn.Module, record: dict) -> dict:
     for row in record["layers"]:
         weight = weights[row["name"]]
         tensors[row["name"]] = {key: row[key] for key in ("shape", "pattern", "group", "target_zeros", "zeros")} | {
-            "dtype": str(weight.stored).removeprefix("torch."), "sha256": digest(weight)}
+            "dtype": str(weight.stored).removeprefix("torch."), "sha256": digest(weight)} | (
+            {"grid": row["grid"]} if row.get("grid") else {})
     return {"schema": SCHEMA, "format": "dense", "record": record, "tensors": tensors}
 
 

@@ -26,7 +26,7 @@ from ..models import Weight
 from ..runtime.command import Parser, exit_code
 from ..structured import origin
 from ..structured.options import shrinks
-from . import claims, contents, packed
+from . import claims, contents, packed, rounded
 from .contents import MANIFEST, Fault
 from .manifest import digest, old, pattern_of, read_sealed
 
@@ -69,7 +69,7 @@ def verify(path: str | Path, trust_remote_code: bool = False, original: str | No
         raise ValueError(f"{error}{more if changed else ''}") from None
     faults += claims.check(data) + claims.check_packed(data, model)
     packed.to_dense(model)  # the recorded hashes are of the dense weights, so they also show that packing lost nothing
-    rows, found = check_linears(model, data)
+    rows, found = check_linears(model, data, rounded.read(path))
     faults += check_origin(model, data, original, trust_remote_code)
     bad = {fault.name for fault in found}
     faults += found + [fault for fault in changed if not fault.tensor or fault.name.rpartition(".")[0] not in bad]
@@ -80,8 +80,9 @@ def verify(path: str | Path, trust_remote_code: bool = False, original: str | No
                     len(data.get("stored_tensors", {})), tuple(unchecked))
 
 
-def check_linears(model: torch.nn.Module, data: dict) -> tuple[list[dict], list[Fault]]:
-    """(rows, faults): every linear of a loaded model compared with a manifest."""
+def check_linears(model: torch.nn.Module, data: dict, scales: dict[str, torch.Tensor]
+                  ) -> tuple[list[dict], list[Fault]]:
+    """(rows, faults): every linear of a loaded model compared with a manifest. scales: of those that were rounded."""
     entries, rows, faults, zeros, total = dict(data["tensors"]), [], [], 0, 0
     for weight in models.all_weights(model):
         name = weight.name
@@ -91,12 +92,13 @@ def check_linears(model: torch.nn.Module, data: dict) -> tuple[list[dict], list[
             faults.append(Fault(name, "can be pruned but is not in the manifest"))
             continue
         try:
-            wrong = check(weight, entry)
+            wrong = check(weight, entry, scales)
         except (AttributeError, KeyError, TypeError, ValueError):
             faults.append(Fault(name, "its entry in the manifest is damaged"))
             continue
         faults += [Fault(name, text) for text in wrong]
-        rows.append({"name": name, "pattern": entry["pattern"], "shape": weight.shape, "dtype": entry["dtype"],
+        rows.append({"name": name, "pattern": " ".join(filter(None, (entry["pattern"], entry.get("grid")))),
+                     "shape": weight.shape, "dtype": entry["dtype"],
                      "zeros": zero, "proved": not wrong})
     faults += [Fault(name, "in the manifest but not in the model") for name in entries]
     if not faults and total and data["record"].get("sparsity") != zeros / total:
@@ -164,8 +166,8 @@ def dense_tensors(path: str | Path, flag: str = "", trust_remote_code: bool = Fa
     return {name: t.T if name in transposed else t for name, t in model.state_dict().items()}
 
 
-def check(weight: Weight, entry: dict) -> list[str]:
-    """What is wrong with one linear compared with its manifest entry, in words; [] if nothing is."""
+def check(weight: Weight, entry: dict, scales: dict[str, torch.Tensor]) -> list[str]:
+    """What is wrong with one linear compared with its manifest entry, in words; [] if nothing is. scales: of all."""
     W, wrong = weight.get(), []
     dtype = str(weight.stored).removeprefix("torch.")
     if list(weight.shape) != entry["shape"]:
@@ -177,6 +179,8 @@ def check(weight: Weight, entry: dict) -> list[str]:
     zeros = int((W == 0).sum())
     if zeros != entry["zeros"]:
         wrong.append(f"{zeros} zeros, recorded {entry['zeros']}")
+    if off := rounded.fault(weight, entry, scales):
+        wrong.append(off)
     if digest(weight) != entry["sha256"]:
         wrong.append("its bytes are not the recorded ones")
     return wrong

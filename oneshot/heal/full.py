@@ -13,6 +13,7 @@ from .. import models
 from ..runtime.flag import flag
 from . import Heal as Base
 from . import text
+from .text.student import Lesson
 from .train import Trainable
 
 
@@ -28,7 +29,7 @@ class Config:
 class Heal(Base):
     """Training of all kept weights at work in one run, see above."""
 
-    def on_text(self, model: nn.Module, lesson: text.Lesson) -> dict:
+    def on_text(self, model: nn.Module, lesson: Lesson) -> dict:
         """Train the blocks on the lesson's text."""
         _, block_list = models.blocks(model)
         stored = {name: p.dtype for name, p in block_list.named_parameters()}

@@ -26,7 +26,7 @@ from ..runtime.flag import flag
 from ..runtime.proof import prove
 from . import Heal as Base
 from . import text
-from .student import Lesson
+from .text.student import Lesson
 
 ALL = "all-linear"
 

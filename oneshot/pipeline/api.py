@@ -16,7 +16,7 @@ from ..models import Tokenizer
 from ..models.source import undo_quantisation, was_dequantised
 from ..settings import flags, presets, values
 from ..settings.known import part_names, python_names, todays_names
-from . import checks, run
+from . import checks, rounding, run
 from .command import Command
 from .identity import describe, identify
 from .lesson import needs_teacher
@@ -45,7 +45,8 @@ def prune(model: nn.Module, tokenizer: Tokenizer | None = None, *, method: str =
     refuse_unknown(parts or {}, part_names(), "no such setting of a part")
     asked = values.plain({**settings, **(parts or {}), "model": name, "pattern": str(pattern), "evaluate": "none",
                           "method": method, "calibration": "given" if given else calibration})
-    asked = flags.with_fold(asked)
+    asked = flags.with_fold(flags.rounded_dense(asked) if method == "dense" and asked.get("quantise") else asked)
+    method = asked["method"]
     presets.check_effort([method], asked)
     whole = presets.expand(method, asked)
     flags.check_parts({method: whole}, asked)
@@ -53,6 +54,7 @@ def prune(model: nn.Module, tokenizer: Tokenizer | None = None, *, method: str =
     checks.check_devices(cfg)
     checks.check_target(cfg)
     checks.check_model(model)
+    rounding.check_model(cfg, model)
     checks.check_heal(cfg, model)
     checks.check_shared(cfg, model)
     plan = make_plan(cfg, model)

@@ -13,9 +13,10 @@ from torch import nn
 from .. import checkpoint, heal, measure, models
 from ..models.source import check_kind, check_parameters
 from ..prune import patterns
-from ..prune.solvers import chain
+from ..prune.solvers import KEEP, chain
 from ..runtime import environment
 from ..settings import RunConfig
+from . import rounding
 
 
 def check(configs: Sequence[RunConfig]) -> None:
@@ -51,6 +52,9 @@ def check_target(cfg: RunConfig) -> None:
     if not spreads and cfg.allocate not in ("uniform", "mix"):
         raise ValueError(f"--allocate {cfg.allocate}: spreads a sparsity such as --pattern 0.5; {cfg.pattern} is the "
                          "same everywhere (--allocate mix mixes patterns)")
+    if cfg.method == KEEP and cfg.allocate != "uniform":
+        raise ValueError(f"--allocate {cfg.allocate}: --method keep takes the zeros as they are")
+    rounding.check(cfg)
     if cfg.prunes and cfg.shrinks:
         check_shrink(cfg)
     own = {"--dense-target": cfg.dense_target, "--heal": cfg.heals, "--true-sequential": cfg.true_sequential,

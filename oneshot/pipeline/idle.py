@@ -120,6 +120,7 @@ RULES = {  # flag: (why it is idle, whether it is used: called with a run and al
     "gram_budget": ("as none of these methods collects Gram matrices", gathers_grams),
     "group": ("as only a sparsity such as --pattern 0.5 has comparison groups", lambda cfg, configs: any(
         isinstance(parse(c.pattern), Unstructured) for c in configs if c.prunes)),
+    "quantiser": ("as there is no --quantise", lambda cfg, configs: any(c.quantise is not None for c in configs)),
     "format": ("as nothing is pruned", lambda cfg, configs: any(c.prunes for c in configs)),
     "by": ("as there is no --shrink", lambda cfg, configs: any(c.prunes and c.shrink is not None for c in configs)),
     "order": ("as no run chooses blocks that go (--shrink, --layers)", lambda cfg, configs: any(

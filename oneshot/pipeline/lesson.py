@@ -16,16 +16,15 @@ from torch import nn
 
 from .. import checkpoint, heal, models
 from ..data import choose, training
-from ..heal import teacher
 from ..heal.options import count
-from ..heal.student import Lesson, keeps_apart
-from ..heal.text import HELD
+from ..heal.text import HELD, teacher
+from ..heal.text.student import Lesson, keeps_apart
 from ..measure import Subject
 from ..prune.job import Result
 from ..runtime.files import write_text
 from ..runtime.flag import listed
 from ..settings import RunConfig
-from . import compress
+from .plan import circumstances
 
 TOP_K = 64  # with a cache
 SAME = 0.01  # share of an evaluation text's 13-grams in the training text from which on it is a warning
@@ -49,8 +48,6 @@ def heal_on_text(subject: Subject, result: Result, folder: checkpoint.Folder | N
             info = healer.on_text(model, lesson)
         result.warnings += [f"--heal {name}: {w}" for w in [*warnings, *info.pop("warnings")]]
         result.heal[name] = info | {"seconds": time.perf_counter() - began}
-    if cfg.text_heals:
-        compress.count_zeros(model, result.layers)
 
 
 @contextlib.contextmanager
@@ -65,7 +62,7 @@ def working(folder: checkpoint.Folder | None) -> Iterator[Path]:
 
 def same_start(cfg: RunConfig, model: nn.Module, work: Path) -> list[str]:
     """Warnings of a run that resumes. What was trained from other weights is removed."""
-    note, now = work / "start.json", {"weights": models.fingerprint(model), "with": compress.circumstances(cfg, None)}
+    note, now = work / "start.json", {"weights": models.fingerprint(model), "with": circumstances(cfg, None)}
     before = json.loads(note.read_text()) if note.is_file() else None
     warnings = []
     if before and before["weights"] != now["weights"]:

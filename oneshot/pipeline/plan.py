@@ -4,9 +4,10 @@ import fnmatch
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
+from oneshot_kernels.cpu import column_loop
 from torch import nn
 
-from .. import heal, models
+from .. import heal, models, quantise
 from ..checkpoint import packed
 from ..data import Tokens
 from ..heal.train import held_out_windows, windows_per_step
@@ -15,6 +16,8 @@ from ..prune import job as jobs
 from ..prune.job import Chain, Job
 from ..prune.patterns import Dense, Pattern
 from ..prune.shared_inputs import dense_pass
+from ..prune.solvers import sparsegpt
+from ..runtime import environment
 from ..runtime.command import one_line
 from ..runtime.inputs import parse_json, read_text
 from ..settings import RunConfig
@@ -34,9 +37,12 @@ def pattern_of(cfg: RunConfig) -> Pattern:
 
 def needs_data(cfg: RunConfig) -> bool:
     """Whether the run needs calibration data."""
+    if not cfg.prunes:
+        return False
     looks = cfg.layer_errors or cfg.window_heals or cfg.dense_target or cfg.shrinks
+    looks = looks or (cfg.quantise is not None and quantise.module(cfg.quantiser).needs)
     needs = (allocate.module(cfg.allocate).needs, *(module.needs for module, _ in chain_of(cfg)))
-    return cfg.prunes and bool(looks or any(needs))
+    return bool(looks or any(needs))
 
 
 def make_plan(cfg: RunConfig, model: nn.Module) -> Plan:
@@ -57,7 +63,18 @@ def make_plan(cfg: RunConfig, model: nn.Module) -> Plan:
     if hasattr(method, "check"):
         method.check(blocks_of(model, kept), pattern_of(cfg), cfg.allocation[cfg.allocate])
         elsewhere = Dense()
-    return jobs.make_plan(model, pattern_of(cfg), chain_of(cfg), elsewhere, kept)
+    plan = jobs.make_plan(model, pattern_of(cfg), chain_of(cfg), elsewhere, kept)
+    if cfg.method == solvers.KEEP:
+        check_kept(plan, model)
+    return plan
+
+
+def check_kept(plan: Plan, model: nn.Module) -> None:
+    """Raise ValueError naming `--method keep` and the first linear that does not have its pattern."""
+    for weight in models.all_weights(model):
+        if not plan[weight.name].holds(weight.get()):
+            raise ValueError(f"--method keep: {weight.name} does not have --pattern {plan[weight.name]}; give the "
+                             "pattern that the model has")
 
 
 def kept_dense(spec: str | None, names: Sequence[str]) -> set[str]:
@@ -159,3 +176,13 @@ def keep_dense_warning(cfg: RunConfig, model: nn.Module) -> list[str]:
     kept = kept_dense(cfg.keep_dense, list(sizes))
     share = sum(sizes[name] for name in kept) / sum(sizes.values())
     return [f"--keep-dense: {len(kept)} of {len(sizes)} linears stay dense, {share:.1%} of the prunable weights"]
+
+
+def circumstances(cfg: RunConfig, calibration: Tokens | None) -> dict:
+    """What the bits of a block depend on beside the run's settings: a run that resumes with others says so."""
+    found = environment.environment(cfg.device)
+    same = {key: found[key] for key in ("threads", "device", "torch", "transformers", "oneshot", "commit")}
+    compiled = cfg.quantise is not None or any(module is sparsegpt for module, _ in chain_of(cfg))
+    return same | {"calibration": calibration.sha256[:12] if calibration else None} | (
+        {"column_loop": column_loop.kind(cfg.device)} if compiled else {}) | (
+        {"bfloat16": environment.fast_bfloat16(cfg.device)} if cfg.heals else {})

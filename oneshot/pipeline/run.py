@@ -19,11 +19,10 @@ from ..runtime import environment
 from ..runtime.command import exit_code
 from ..runtime.files import remove_parts, writing
 from ..settings import RunConfig, flags
-from . import checks, idle
+from . import checks, idle, rounding
 from .command import Command, load
 from .compress import compress, sparsity
 from .identity import describe, identify, warnings
-from .lesson import heal_on_text
 from .plan import Plan, job_of, make_plan
 from .shrink import origin_of
 
@@ -78,6 +77,7 @@ def made(cfg: RunConfig, command: Command, reuse: Callable[[Path], dict | None] 
     checks.check_model(model)
     for other in (cfg, *command.configs):  # what does not fit the model is rejected before the first run is computed
         make_plan(other, model)
+        rounding.check_model(other, model)
         checks.check_heal(other, model)
         checks.check_shared(other, model)
     texts = choose.evaluation(cfg, model, tokenizer)
@@ -128,8 +128,7 @@ def work(subject: Subject, plan: Plan, command: Command | None = None, folder: c
         shared_inputs.write_weights(model, weights)
     else:
         starting = time.perf_counter()
-        result = compress(cfg, model, plan, subject.calibration, folder)
-        heal_on_text(subject, result, folder)
+        result = compress(subject, plan, folder)
     pruned = time.perf_counter()
     found.add(measure.measure(subject, "after"))
     done = time.perf_counter()

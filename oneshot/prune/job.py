@@ -1,7 +1,7 @@
 """A pruning job: what to do to a model, and the rows of the record that say what was done."""
 
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from .options import Options
 from .patterns import Dense, Pattern
 
 Chain = Sequence[tuple[ModuleType, Any]]  # [(solver or refiner, its Config), ...]
+SCALES = "scales of "  # what a linear's scales are called among the tensors of a saved block
 
 
 class Healer(Protocol):
@@ -38,7 +39,8 @@ class Job:
     pruned model's. held_out: numbers of the windows that no healer trains on (solvers use all windows). dropped:
     numbers of the blocks that go as a whole; the dense model's activations pass through them together with the block
     before, which so aims at the dense hidden state after them. staged: as `true_sequential`. gradients: {full linear
-    name: Gradient} for solvers that need it.
+    name: Gradient} for solvers that need it. solve: what computes one linear's new weight, with the parameters and the
+    result of `linear.solve`, which it is if None.
     """
 
     plan: dict[str, Pattern]
@@ -49,6 +51,7 @@ class Job:
     dropped: frozenset[int] = frozenset()
     staged: bool = False
     gradients: Mapping[str, Gradient] = field(default_factory=dict)
+    solve: Callable[..., Any] | None = None
 
     @functools.cached_property
     def needs(self) -> frozenset[str]:
@@ -80,11 +83,26 @@ class Job:
 
 @dataclass
 class Rows:
-    """One block's rows of the record: one per linear, one for the block, and a warning for every fallback taken."""
+    """One block's rows of the record: one per linear, one for the block, and a warning for every fallback taken.
+
+    scales: {full linear name: (R, groups) float16} of linears that were rounded to a grid.
+    """
 
     layers: list[dict] = field(default_factory=list)
     block: dict = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    scales: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def saved(self, state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict]:
+        """(the block's `state` with the scales, the rows as plain values) to be saved."""
+        plain = {"layers": self.layers, "block": self.block, "warnings": self.warnings}
+        return state | {SCALES + name: s for name, s in self.scales.items()}, plain
+
+    @classmethod
+    def of(cls, state: dict[str, torch.Tensor], plain: dict) -> tuple[dict[str, torch.Tensor], "Rows"]:
+        """The inverse: (the block's state, its Rows)."""
+        scales = {name.removeprefix(SCALES): s for name, s in state.items() if name.startswith(SCALES)}
+        return {name: t for name, t in state.items() if not name.startswith(SCALES)}, cls(**plain, scales=scales)
 
 
 @dataclass
@@ -93,6 +111,7 @@ class Result:
 
     heal: {method: what it reports} of healing the whole model. dense: the dense model's activations after its last
     block, if they were kept. seconds: this job's share of the time if many jobs were solved at once.
+    scales: as in Rows.
     """
 
     layers: list[dict] = field(default_factory=list)
@@ -104,10 +123,12 @@ class Result:
     pruned: Activations | None = None
     seconds: float = 0.0
     shrunk: dict | None = None
+    scales: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def add(self, rows: Rows) -> None:
         """Append a block's rows."""
         self.layers += rows.layers
+        self.scales |= rows.scales
         self.blocks.append(rows.block)
         self.warnings += rows.warnings
 

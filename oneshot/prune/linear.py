@@ -40,10 +40,7 @@ def solve(job: Job, weight: Weight, statistics: Statistics | None) -> Solved:
     Raises ValueError naming the linear when its weight or statistics are not finite or cannot be used.
     """
     W, pattern, began = weight.get(), job.plan.get(weight.name, Dense()), time.perf_counter()
-    if not torch.isfinite(W.sum()):  # a sum is finite only if all its terms are, and needs no second matrix
-        raise ValueError(f"{weight.name}: its weights are not finite; the checkpoint is damaged")
-    if statistics is not None and not statistics.finite():
-        raise ValueError(f"{weight.name}: its inputs are not finite")
+    require_usable(weight.name, W, statistics)
     if statistics is not None and "gradient" in job.needs:
         if weight.name not in job.gradients:
             raise ValueError(f"{weight.name}: no gradient was computed for it; --method {job.label} goes neither with "
@@ -65,6 +62,14 @@ def solve(job: Job, weight: Weight, statistics: Statistics | None) -> Solved:
     warnings = warnings + solution.info.pop("warnings", []) + ([note] if note else [])
     error = statistics.relative_error(W, solution.W_hat) if statistics else None
     return Solved(weight, pattern, solution, error, time.perf_counter() - began, warnings)
+
+
+def require_usable(name: str, W: torch.Tensor, statistics: Statistics | None) -> None:
+    """Raise ValueError naming the linear when its weight W (R, C) or its statistics are not finite."""
+    if not torch.isfinite(W.sum()):  # a sum is finite only if all its terms are, and needs no second matrix
+        raise ValueError(f"{name}: its weights are not finite; the checkpoint is damaged")
+    if statistics is not None and not statistics.finite():
+        raise ValueError(f"{name}: its inputs are not finite")
 
 
 def add_bias(weight: Weight, bias: torch.Tensor) -> None:
@@ -102,3 +107,5 @@ def write(solved: Solved, rows: Rows) -> None:
         "group": pattern.group, "target_zeros": target, "zeros": zeros, "surplus": zeros - target,
         "relative_error": solved.error, "seconds": solved.seconds, "info": solved.solution.info})
     rows.warnings += [f"{name}: {w}" for w in solved.warnings]
+    if solved.solution.scales is not None:
+        rows.scales[name] = solved.solution.scales.to("cpu", torch.float16).contiguous()

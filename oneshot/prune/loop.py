@@ -51,18 +51,18 @@ def prune_model(model: nn.Module, ids: torch.Tensor | None, mask: torch.Tensor |
         for block in models.walk(model, job.options.device, bar=bar):
             block.changed = True
             if done := next(finished, None):
-                rows = Rows(**done[1])
+                state, rows = Rows.of(*done)
                 if block.number not in job.dropped:
-                    restore(block, done[0], None if block.number == last else activations, dense)
+                    restore(block, state, None if block.number == last else activations, dense)
                     pass_dropped(model, job, dense, block.number)
             elif block.number in job.dropped:
                 rows = Rows(block={"block": block.number, "seconds": {}})
                 if on_block:
-                    on_block(block.number, {}, vars(rows))
+                    on_block(block.number, *rows.saved({}))
             else:
                 rows = prune_block(job, block, activations, dense, {row["name"] for row in result.layers}, model)
                 if on_block:
-                    on_block(block.number, block.state(), vars(rows))
+                    on_block(block.number, *rows.saved(block.state()))
             result.add(rows)
             if job.options.stop_on_collapse and (found := health.collapses(rows.block)):
                 raise ValueError(f"--stop-on-collapse: {block.name}: {'; '.join(found)}")
@@ -210,7 +210,7 @@ def solve_block(job: Job, block: Block, activations: Activations | None, teacher
                 own = statistics.pop(weight.name, None)
                 if activations and own is None and weight.name in block.recurring:
                     continue  # a later block, which holds it again, may feed it
-                found = linear.solve(job, weight, own)
+                found = (job.solve or linear.solve)(job, weight, own)
                 if deferred and not (options.true_sequential or job.staged):
                     waiting.append(found)
                 else:

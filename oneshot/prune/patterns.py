@@ -7,6 +7,7 @@ A pattern is a frozen dataclass with
     holds(W) -> bool            whether a stored weight (R, C) has the pattern
     check(R, C)                 raise ValueError if a weight of this shape cannot have the pattern
     bytes(R, C, itemsize)       storage of the kept values, `itemsize` bytes each, and of their positions
+    positions(R, C)             storage of the positions alone
     with_default_group(group)   the pattern with its comparison group set, unless the user has set one
 
 Written as text: `0.5` (half of the weights are zero), `2:4` (2 of every 4 in a row are KEPT, as NVIDIA means it;
@@ -62,7 +63,11 @@ class Unstructured:
 
     def bytes(self, R: int, C: int, itemsize: int) -> int:
         """Bytes of the kept values and of a bitmap with one bit per weight; never more than dense."""
-        return min(R * C * itemsize, (R * C - self.zeros(R, C)) * itemsize + -(-R * C // 8))
+        return min(R * C * itemsize, (R * C - self.zeros(R, C)) * itemsize + self.positions(R, C))
+
+    def positions(self, R: int, C: int) -> int:
+        """Bytes of a bitmap with one bit per weight."""
+        return -(-R * C // 8)
 
     def keep(self, score: torch.Tensor) -> torch.Tensor:
         """Mask, bool (R, C), of the weights that stay: all but the lowest of `score` (R, C) in each group."""
@@ -115,13 +120,16 @@ class NM:
         return R * C // self.m * (self.m - self.n)
 
     def bytes(self, R: int, C: int, itemsize: int) -> int:
-        """Bytes of the kept values and, for each group of m, of a number that encodes their positions.
+        """Bytes of the kept values and of their positions: 0.5625 of dense for 2:4 at 16 bits per weight.
 
-        2:4 as `oneshot_kernels` stores it, with four bits per group: 0.5625 of the dense bytes at 16 bits per weight.
         Never more than dense.
         """
+        return min(R * C * itemsize, (R * C - self.zeros(R, C)) * itemsize + self.positions(R, C))
+
+    def positions(self, R: int, C: int) -> int:
+        """Bytes of a number for each group of m that encodes which are kept; 2:4 as `oneshot_kernels`: four bits."""
         bits = 4 if (self.n, self.m) == (2, 4) else (math.comb(self.m, self.n) - 1).bit_length()
-        return min(R * C * itemsize, (R * C - self.zeros(R, C)) * itemsize + R * math.ceil(C // self.m * bits / 8))
+        return R * math.ceil(C // self.m * bits / 8)
 
     def keep(self, score: torch.Tensor) -> torch.Tensor:
         """Mask, bool (R, C): the n highest of each m in `score` (R, C) stay; ties are removed from the left."""
@@ -187,6 +195,10 @@ class Columns:
         """Bytes of the columns that stay; the others are cut off."""
         return (R * C - self.zeros(R, C)) * itemsize
 
+    def positions(self, R: int, C: int) -> int:
+        """None: the columns are cut off."""
+        return 0
+
     def units(self, score: torch.Tensor) -> torch.Tensor:
         """(C / size,): the summed score of each unit, for scores (R, C)."""
         return score.sum(0).view(-1, self.size).sum(1)
@@ -233,6 +245,10 @@ class Dense:
     def bytes(self, R: int, C: int, itemsize: int) -> int:
         """Bytes of all weights."""
         return R * C * itemsize
+
+    def positions(self, R: int, C: int) -> int:
+        """None."""
+        return 0
 
     def keep(self, score: torch.Tensor) -> torch.Tensor:
         """All weights stay: True (R, C)."""

@@ -6,7 +6,7 @@ made again at any time, on any machine, without a model.
     record      the file: write, read, check, old names
     shape       of what kind each part of a record is
     columns     what a record says: columns, values, names of runs, numbers as text
-    whole       what it says of the whole model: zeros, bytes, what stays dense
+    storage     what a record says of bytes, and of what is never pruned
     accuracy    two runs' task results: the difference and its standard error
     table       the one writer of tables: terminal, markdown, HTML, csv
     section     the part of a markdown file that a program writes, between two markers
@@ -20,7 +20,7 @@ made again at any time, on any machine, without a model.
     summary     what a command prints when it is done
     compare     the command: any runs in one table and one page
 
-Everything re-exported here is in `record`, `columns` and `whole`. In this package import from the files themselves
+Everything re-exported here is in `record`, `columns` and `storage`. In this package import from the files themselves
 (`from .columns import columns`): here the name `columns` is the function, no longer the file.
 """
 
@@ -51,7 +51,7 @@ from .columns import (
     variants,
 )
 from .record import SCHEMA, checked, in_todays_words, read, storable, write
-from .whole import left_dense, whole_bytes, whole_sparsity
+from .storage import left_dense, whole_bytes, whole_sparsity
 
 __all__ = [
     "SCHEMA", "Column", "checked", "clean", "columns", "flat_settings", "higher_is_better", "identity",

@@ -18,6 +18,7 @@ from ..settings.known import tells_apart
 from . import accuracy
 
 NESTED = tuple(PARTS)  # settings that hold parts' settings: {part: {name: value}}
+GRID = re.compile(r"(?:int|q)(\d+)(?::\w+|_0)?")  # quantise/grids.py
 OFF = (None, False, 0.0, "none", "uniform")  # values by which a setting is switched off
 
 
@@ -107,28 +108,40 @@ def flat_settings(settings: dict, prefix: str = "") -> Iterator[tuple[str, objec
 
 
 def method_of(record: dict) -> str:
-    """The method's name: a preset's ("best-3"), or the solver chain, allocation and healing ("alps, owl, distil")."""
+    """The method's name: a preset's ("best-3"), or the solver chain, allocation and healing ("alps, owl, distil").
+
+    Behind it the quantiser, where weights were rounded.
+    """
     settings = record.get("settings") or {}
+    rounding = list(settings.get("rounding") or ())
     if settings.get("preset") or setting(record, "method") == "dense":
-        return settings.get("preset") or "dense"
+        return ", ".join([settings.get("preset") or "dense", *rounding])
     target, heal = settings.get("dense_target"), settings.get("heal") or "none"
-    more = [f"dense target {target:g}" if target else None, settings.get("allocate"), *heal.split(",")]
-    return ", ".join([setting(record, "method"), *(part for part in more if part not in (None, "none", "uniform"))])
+    more = [f"dense target {target:g}" if target else None, settings.get("allocate"), *heal.split(","), *rounding]
+    names = [setting(record, "method"), *(part for part in more if part not in (None, "none", "uniform"))]
+    return ", ".join(names[1:] if names[0] == "keep" and is_rounded(record) else names)
 
 
 def is_dense(record: dict) -> bool:
     """Whether nothing was done to the model: the run is the baseline of the others."""
-    return not left_of(record) and "dense" in (setting(record, "method"), setting(record, "pattern"))
+    return not left_of(record) and not grid_of(record) and "dense" in (setting(record, "method"),
+                                                                       setting(record, "pattern"))
 
 
 def is_rounded(record: dict) -> bool:
     """Whether all was rounded to integers and nothing pruned: such a run has bytes, but no sparsity."""
-    return setting(record, "method") == "rtn"
+    plain = bool(grid_of(record)) and not left_of(record) and setting(record, "pattern") == "dense"
+    return setting(record, "method") == "rtn" or plain
 
 
 def is_pruned(record: dict) -> bool:
     """Whether anything was pruned."""
     return not is_dense(record) and not is_rounded(record)
+
+
+def grid_of(record: dict) -> str:
+    """What `--quantise` rounded to, "" where it did not."""
+    return str((record.get("settings") or {}).get("quantise") or "")
 
 
 def left_of(record: dict) -> str:
@@ -138,9 +151,10 @@ def left_of(record: dict) -> str:
 
 
 def pattern_of(record: dict) -> str:
-    """The pattern, after what is left of a smaller model: "2:4", "0.75 left", "0.75 left 2:4", "dense"."""
-    left, pattern = left_of(record), setting(record, "pattern")
-    return "dense" if is_dense(record) else left if left and pattern == "dense" else f"{left} {pattern}".strip()
+    """What is left of a smaller model, the pattern, the grid: "2:4", "0.75 left 2:4", "2:4 int4", "int4", "dense"."""
+    left, pattern, grid = left_of(record), setting(record, "pattern"), grid_of(record)
+    shown = "" if pattern == "dense" and (left or grid) else pattern
+    return "dense" if is_dense(record) else " ".join(part for part in (left, shown, grid) if part)
 
 
 def layer_sparsity(layer: dict) -> float | None:
@@ -150,13 +164,19 @@ def layer_sparsity(layer: dict) -> float | None:
 
 
 def pattern_key(text: str) -> tuple:
-    """Sorts patterns: dense, unstructured by sparsity, N:M by sparsity and M, int<b> by bits, anything else."""
+    """Sorts patterns: dense, unstructured by sparsity, N:M by sparsity and M, int<b> by bits, anything else.
+
+    One that was rounded as well comes behind the same pattern that was not.
+    """
     if text == "dense":
         return 0, 0.0, 0, text
+    first, _, grid = text.rpartition(" ")
+    if first and GRID.fullmatch(grid):
+        return *pattern_key(first)[:3], text
     if match := re.fullmatch(r"(\d+):(\d+)", text):
         n, m = map(int, match.groups())
         return 2, 1 - n / max(m, 1), m, text
-    if match := re.fullmatch(r"int(\d+)", text):
+    if match := GRID.fullmatch(text):
         return 3, -int(match[1]), 0, text
     try:
         return 1, float(text), 0, text

@@ -27,7 +27,8 @@ SHAPE: dict[str, Any] = {
                           "group": TEXT, "window": NUMBER, "windows": NUMBER, "tokens": NUMBER, "new_tokens": NUMBER,
                           "mean_of": [TEXT], "right_to_wrong": NUMBER, "wrong_to_right": NUMBER}},
     "layers": [{"name": TEXT, "linear": TEXT, "pattern": TEXT, "block": NUMBER, "shape": [NUMBER], "info": {},
-                **dict.fromkeys(("relative_error", "seconds", "surplus", "target_zeros", "zeros"), NUMBER)}],
+                "grid": TEXT, **dict.fromkeys(("relative_error", "rounding_error", "rounded_to_zero", "seconds",
+                                               "surplus", "target_zeros", "zeros"), NUMBER)}],
     "skipped": [{"name": TEXT, "reason": TEXT, "weights": NUMBER}],
     "sensitivity": [{"name": TEXT, "linear": TEXT, "block": NUMBER, "loss_increase": NUMBER, "weights": NUMBER,
                      "relative_error": NUMBER}],
@@ -40,9 +41,9 @@ SHAPE: dict[str, Any] = {
                                                                             NUMBER)}],
                "slices": [{"kind": TEXT, "name": TEXT, "verdict": TEXT, **dict.fromkeys(
                    ("tokens", "windows", "increase", "half"), NUMBER)}]},
-    "settings": {"solver": PARTS, "healing": PARTS, "allocation": PARTS,
+    "settings": {"solver": PARTS, "healing": PARTS, "allocation": PARTS, "rounding": PARTS,
                  **dict.fromkeys(("model", "method", "pattern", "preset", "heal", "allocate", "calibration", "evaluate",
-                                  "dtype", "device", "tasks", "sensitivity", "documents"), TEXT)},
+                                  "quantise", "dtype", "device", "tasks", "sensitivity", "documents"), TEXT)},
 }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from . import said, tables, task_table
 from .columns import identity, is_dense, is_pruned, method_of, pattern_of, percent
 from .page import write_html
-from .whole import dense_in_blocks, left_dense
+from .storage import dense_in_blocks, left_dense
 
 
 def line(record: dict) -> str:

@@ -11,6 +11,7 @@ from .columns import (
     Column,
     clean,
     columns,
+    grid_of,
     higher_is_better,
     identity,
     is_dense,
@@ -27,8 +28,8 @@ from .columns import (
     value,
     variants,
 )
+from .storage import whole_bytes, whole_sparsity
 from .table import Bold, render
-from .whole import whole_bytes, whole_sparsity
 
 
 def rows(records: list[dict]) -> list[dict]:
@@ -42,6 +43,7 @@ def rows(records: list[dict]) -> list[dict]:
     sparsity                        share of zeros among the prunable weights
     of all                          share of zeros among all weights, what is never pruned included
     bytes                           what the whole model takes, as a share of dense
+    MB                              the same in 10^6 bytes, where any of the runs rounds weights
     prune s                         seconds
     warnings                        how many
     status                          how the run ended
@@ -69,6 +71,7 @@ def rows(records: list[dict]) -> list[dict]:
         size = whole_bytes(record)
         row |= {"sparsity": record.get("sparsity"), "of all": whole_sparsity(record),
                 "bytes": size[0] / size[1] if size else None,
+                **({"MB": size[0] / 1e6 if size else None} if any(map(grid_of, records)) else {}),
                 "prune s": (record.get("seconds") or {}).get("prune"),
                 "warnings": len(record.get("warnings") or []), "status": _status(record)}
         table_rows.append(row)

@@ -7,17 +7,20 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .. import heal, measure
+from .. import heal, measure, quantise
 from ..data.choose import DataOptions
 from ..heal.options import HealOptions
 from ..models.loading import LoadOptions
 from ..prune import patterns
 from ..prune.options import Options
+from ..quantise import grids
 from ..runtime import environment
 from ..runtime.flag import flag, listed
 from ..structured.options import ShrinkOptions
 
-PARTS = {"solver": "solver", "healing": "recovery", "allocation": "allocation"}  # {dict of Configs: its former name}
+PARTS = {"solver": "solver", "healing": "recovery", "allocation": "allocation",
+         "rounding": "rounding"}  # {dict of Configs: its former name}
+ADDED = {"rounding"}  # of which those are left out of record and identity where they are empty
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,12 @@ class PruneOptions:
     heal: str = flag("none", "train the kept weights: block, distil, on the calibration windows; full, lora (a "
                              "low-rank change), on --heal-data; several by commas, in this order",
                      section="what", preset=True, was="recover")
+    quantise: str | None = flag(None, "round the weights that are kept to integers, after all else: int8, int4, int3 "
+                                      "(a float16 scale for each 128 columns of a row), int4:64 or int4:row for other "
+                                      "groups, or GGUF's q8_0, q4_0; with --method dense the model is only rounded, "
+                                      "with --method keep its zeros stay", section="what", preset=True, added=True)
+    quantiser: str = flag("gptq", "how --quantise rounds: gptq, rtn (to nearest), or joint (--method sparsegpt chooses "
+                                  "the mask and rounds in one pass)", section="what", preset=True, added=True)
     shared_inputs: bool = flag(False, "solve all methods and patterns of the command on the DENSE model's inputs, in "
                                       "one pass over the data (two with --allocate); Gram matrices are factored once "
                                       "for all (alps: once per penalty); collapsed blocks are not detected, and an "
@@ -52,6 +61,12 @@ class PruneOptions:
         patterns.parse_group(self.group)
         if self.method != "rtn":
             patterns.parse(self.pattern, self.group)
+        quantise.module(self.quantiser)
+        if self.quantise is not None:
+            try:
+                grids.parse(self.quantise)
+            except ValueError as error:
+                raise ValueError(f"--quantise {error}") from None
 
 
 @dataclass(frozen=True)
@@ -88,13 +103,15 @@ class RunConfig(*STAGES):
     """One model, one method, one pattern. A value of None is decided when the model is known.
 
     preset: the preset that the settings come from, such as "best-3". solver: {part of the method's chain: its Config}.
-    healing: {healing method: its Config}. allocation: {allocation method: its Config}.
+    healing: {healing method: its Config}. allocation: {allocation method: its Config}. rounding: {quantiser: its
+    Config}, empty where nothing is rounded.
     """
 
     preset: str | None = None
     solver: dict = field(default_factory=dict)
     healing: dict = field(default_factory=dict)
     allocation: dict = field(default_factory=dict)
+    rounding: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "device", environment.resolve_device(self.device))
@@ -117,6 +134,11 @@ class RunConfig(*STAGES):
         return "pruned" if self.prunes else "rounded" if self.method == "rtn" else "dense"
 
     @property
+    def grid(self) -> grids.Grid | None:
+        """What `--quantise` rounds to, or None."""
+        return grids.parse(self.quantise) if self.quantise is not None else None
+
+    @property
     def heals(self) -> list[str]:
         """The healing methods, in order."""
         return listed(self.heal)
@@ -137,7 +159,7 @@ class RunConfig(*STAGES):
         if self.prunes:
             plain["preset"] = self.preset
             plain |= {part: {name: dataclasses.asdict(cfg) for name, cfg in getattr(self, part).items()}
-                      for part in PARTS}
+                      for part in PARTS if part not in ADDED or getattr(self, part)}
         return plain
 
     def _bears(self, f: dataclasses.Field) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .. import heal
+from .. import heal, quantise
 from ..prune import allocate, solvers
 from ..quantise.grids import widths
 from ..runtime.command import Parser
@@ -118,8 +118,8 @@ def read(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def prunes(given: dict[str, Any]) -> bool:
-    """Whether any of the given methods prunes."""
-    return any(method != "dense" for method in split(given, "method"))
+    """Whether any of the given methods prunes, or rounds."""
+    return given.get("quantise") is not None or any(method != "dense" for method in split(given, "method"))
 
 
 def parse(argv: Sequence[str] | None = None) -> list[RunConfig]:
@@ -135,20 +135,26 @@ def expand(given: dict[str, Any]) -> list[RunConfig]:
     given = with_fold(values.plain(todays_names(given)))
     chosen = {f.name: given[f.name] for f in fields(RunConfig) if f.name in given}
     methods, texts = split(given, "method"), split(given, "pattern")
-    dense = [row(chosen, "dense", "dense")] if given.get("dense", True) or "dense" in methods else []
+    rounds = "dense" in methods and given.get("quantise") is not None
+    wanted = given.get("dense", True) or ("dense" in methods and not rounds)
+    dense = [row(chosen, "dense", "dense")] if wanted else []
     methods = [m for m in methods if m != "dense"]
+    if "keep" in methods and "pattern" not in given:
+        raise ValueError("--method keep: give the --pattern that the model has, such as 2:4")
     presets.check_effort(methods, given)
     asked = {method: presets.expand(method, given) for method in methods}
     check_parts(asked, given)
-    runs = []
-    for text in texts:
-        for method in methods:
-            save = chosen.get("save")
-            if save and len(methods) * len(texts) > 1:
-                save = str(Path(save) / f"{method}-{text.replace(':', 'of')}")
-            runs.append(build({**asked[method], "pattern": text, "save": save}))
+    runs = [({**asked[method], "pattern": text}, f"{method}-{text.replace(':', 'of')}")
+            for text in texts for method in methods] + ([(rounded_dense(given), "dense")] if rounds else [])
+    runs = [build({**own, "save": str(Path(own["save"]) / folder) if own.get("save") and len(runs) > 1
+                   else own.get("save")}) for own, folder in runs]
     rounded = [row(chosen, "rtn", width) for width in widths(texts)] if given.get("quantised") else []
     return runs + rounded + dense
+
+
+def rounded_dense(given: dict[str, Any]) -> dict[str, Any]:
+    """The flags of `--method dense --quantise ...`: nothing goes, all is rounded."""
+    return {**given, "method": "keep", "pattern": "dense"}
 
 
 def with_fold(given: dict[str, Any]) -> dict[str, Any]:
@@ -160,7 +166,7 @@ def with_fold(given: dict[str, Any]) -> dict[str, Any]:
 
 def row(chosen: dict[str, Any], method: str, pattern: str) -> RunConfig:
     """A run for comparison, with the same settings but no pruning: the dense model, or all linears rounded."""
-    return RunConfig(**{**chosen, "method": method, "pattern": pattern, "save": None})
+    return RunConfig(**{**chosen, "method": method, "pattern": pattern, "save": None, "quantise": None})
 
 
 def build(given: dict[str, Any]) -> RunConfig:
@@ -168,7 +174,8 @@ def build(given: dict[str, Any]) -> RunConfig:
     cfg = RunConfig(**{f.name: given[f.name] for f in fields(RunConfig) if f.name in given})
     chains = [*solvers.chain(cfg.method), *(solvers.chain(cfg.shrink_method) if cfg.shrinks and cfg.prunes else ())]
     modules = {"solver": chains, "healing": [heal.module(name) for name in cfg.heals],
-               "allocation": [allocate.module(cfg.allocate)]}
+               "allocation": [allocate.module(cfg.allocate)],
+               "rounding": [quantise.module(cfg.quantiser)] if cfg.quantise is not None else []}
     heal.check_order(modules["healing"], cfg.heal)
     return replace(cfg, **{part: {solvers.short(m): configured(m, given) for m in found}
                            for part, found in modules.items()})
@@ -190,6 +197,7 @@ def check_parts(asked: dict[str, dict[str, Any]], given: dict[str, Any]) -> None
     used |= {solvers.short(m) for own in asked.values() if shrinks(own)
              for m in solvers.chain(own.get("shrink_method", known()["shrink_method"].default))}
     used |= {name for own in asked.values() for name in (*listed(own.get("heal", "none")), own.get("allocate"))}
+    used |= {given.get("quantiser", known()["quantiser"].default)} if given.get("quantise") is not None else set()
     for name in given:
         part, dot, _ = name.partition(".")
         if dot and part not in used:

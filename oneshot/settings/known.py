@@ -6,11 +6,12 @@ from dataclasses import Field, dataclass, fields
 from types import ModuleType
 from typing import Any
 
-from .. import heal
+from .. import heal, quantise
 from ..prune import allocate, solvers
 from .config import RunConfig
 
-PACKAGES = {"method": solvers, "allocate": allocate, "heal": heal}  # {flag that chooses parts: the parts' package}
+PACKAGES = {"method": solvers, "allocate": allocate, "heal": heal,
+            "quantiser": quantise}  # {flag that chooses parts: the parts' package}
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Known:
     """One flag.
 
     name: "nsamples", or with its part "sparsegpt.damping". field: where it is declared. chosen_by: the flag that
-    chooses its part ("method", "allocate", "heal"); None for RunConfig's own flags.
+    chooses its part ("method", "allocate", "heal", "quantiser"); None for RunConfig's own flags.
     """
 
     name: str

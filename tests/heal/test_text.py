@@ -10,9 +10,10 @@ from families import VOCAB
 
 from oneshot import heal, models
 from oneshot.data.training import TrainingText, Windows
-from oneshot.heal import full, lora, losses, memory, teacher, text
+from oneshot.heal import full, lora, text
 from oneshot.heal.options import HealOptions, count
-from oneshot.heal.student import Lesson, Student, keeps_apart
+from oneshot.heal.text import losses, memory, teacher, trainer
+from oneshot.heal.text.student import Lesson, Student, keeps_apart
 from oneshot.prune.patterns import parse
 
 T = 16
@@ -81,24 +82,24 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(way, moment, tmp_path, 
     whole, said = healed(way, tmp_path / "whole", **options)
     with monkeypatch.context() as patch:
         if moment == "saving":  # the third checkpoint lacks its last file
-            real, calls = text.TextTrainer._save_rng_state, []
+            real, calls = trainer.TextTrainer._save_rng_state, []
 
             def dying(self, place):
                 calls.append(place)
                 real(self, place)
                 if len(calls) == 3:
                     raise Killed
-            patch.setattr(text.TextTrainer, "_save_rng_state", dying)
+            patch.setattr(trainer.TextTrainer, "_save_rng_state", dying)
         elif moment == "between":
             patch.setattr(text.Course, "ended", lambda self, speed: (_ for _ in ()).throw(Killed))
         else:
-            real = text.TextTrainer.training_step
+            real = trainer.TextTrainer.training_step
 
             def step(self, *args, **kwargs):
                 if self.state.global_step == moment:
                     raise Killed
                 return real(self, *args, **kwargs)
-            patch.setattr(text.TextTrainer, "training_step", step)
+            patch.setattr(trainer.TextTrainer, "training_step", step)
         with pytest.raises(Killed):
             healed(way, tmp_path / "broken", **options)
     again, told = healed(way, tmp_path / "broken", **options)
@@ -299,13 +300,13 @@ def test_a_disk_that_is_too_small_is_named_before_anything_is_computed(tmp_path,
 
 # ------------------------------------------------------------------------------------------------ memory, settings
 
-def test_memory_prefers_many_windows_then_checkpointing_then_refuses():
-    model, one = pruned(), 16 * memory.per_token(pruned(), False)
-    fixed = 4 * sum(p.numel() for p in model.parameters()) + memory.STATE * 1000
+def test_memory_prefers_many_windows_then_checkpointing_then_refuses(tmp_path):
+    model, one = pruned(), T * memory.per_token(pruned(), False)
+    given = lesson(tmp_path, heal_batch=4 * T)
+    fixed = 4 * sum(p.numel() for p in model.parameters()) + memory.STATE * 1000 + given.teacher.bytes
 
     def fit(windows_free, name="full"):
-        return memory.fit(model, 1000, step=(4, 16), device=torch.device("cpu"), name=name,
-                          free=int((fixed + windows_free * one) / memory.SPARE) + 1)
+        return memory.fit(model, 1000, given, name, int((fixed + windows_free * one) / memory.SPARE) + 1)
     assert [(fit(k).windows, fit(k).parts, fit(k).checkpointing) for k in (4, 2, 1)] == [
         (4, 1, False), (2, 2, False), (1, 4, False)]
     assert fit(0.9).checkpointing

@@ -7,7 +7,7 @@ from tiny import plain_pages  # noqa: F401
 
 import oneshot
 from oneshot import checkpoint, models
-from oneshot.heal import text
+from oneshot.heal.text import trainer
 
 pytestmark = pytest.mark.usefixtures("plain_pages")
 SMALL = {"method": "wanda", "pattern": "2:4", "heal_tokens": "600", "heal_seqlen": 16, "heal_batch": 32}
@@ -43,14 +43,14 @@ def test_the_record_says_what_was_done_and_the_checkpoint_verifies(place, heal, 
 @pytest.mark.parametrize("heal", ["full", "lora"])
 def test_a_killed_run_continues_to_the_same_bits(place, heal, tmp_path, monkeypatch):
     assert tiny.main(*argv(place, tmp_path / "whole", heal=heal)) == 0
-    real = text.TextTrainer.training_step
+    real = trainer.TextTrainer.training_step
 
     def step(self, *args, **kwargs):
         if self.state.global_step == 5:
             raise KeyboardInterrupt
         return real(self, *args, **kwargs)
     with monkeypatch.context() as patch:
-        patch.setattr(text.TextTrainer, "training_step", step)
+        patch.setattr(trainer.TextTrainer, "training_step", step)
         assert tiny.main(*argv(place, tmp_path / "broken", heal=heal)) == 130
     assert (tmp_path / "broken" / ".oneshot" / "heal").is_dir()
     steps = []
@@ -59,7 +59,7 @@ def test_a_killed_run_continues_to_the_same_bits(place, heal, tmp_path, monkeypa
         steps.append(self.state.global_step)
         return real(self, *args, **kwargs)
     with monkeypatch.context() as patch:
-        patch.setattr(text.TextTrainer, "training_step", counting)
+        patch.setattr(trainer.TextTrainer, "training_step", counting)
         assert tiny.main(*argv(place, tmp_path / "broken", heal=heal)) == 0
     assert min(steps) > 0  # it did not begin anew
     whole, broken = (tiny.weights(tmp_path / name) for name in ("whole", "broken"))

@@ -90,18 +90,18 @@ def test_any_number_of_threads_gives_the_same_bits(variant, monkeypatch):
     assert all(torch.equal(w, found[0][0]) and torch.equal(k, found[0][1]) for w, k in found)
 
 
-@pytest.mark.parametrize("limit", [127, 7])
+@pytest.mark.parametrize("low, limit", [(-127, 127), (-7, 7), (-8, 7), (-2, 1)])
 @pytest.mark.parametrize("width", [40, 16])
 @pytest.mark.parametrize("nm", [None, (2, 4)])
-def test_kept_weights_go_to_the_grid_and_the_rest_compensates(variant, nm, width, limit):
+def test_kept_weights_go_to_the_grid_and_the_rest_compensates(variant, nm, width, low, limit):
     W, U, mask = problem(40, 90, torch.float64)
     scale = torch.stack([part.abs().amax(0) / limit for part in W.split(width)])
 
     def grid():
-        return Grid(scale, width, limit, torch.full((40, 90), 99, dtype=torch.int8))
+        return Grid(scale, width, low, limit, torch.full((40, 90), 99, dtype=torch.int8))
     (got, kept, ours), (want, wanted, theirs) = both(W, U, mask, nm, grid)
     assert torch.equal(kept, wanted) and torch.equal(ours.codes, theirs.codes) and torch.equal(got, want)
-    assert not ours.codes[~kept].any() and ours.codes.abs().max() == limit
+    assert not ours.codes[~kept].any() and (ours.codes.min(), ours.codes.max()) == (low, limit)
     assert torch.equal(got, ours.codes * scale.repeat_interleave(width, 0)[:40])
     nearest = W.clone()
     reference(nearest, torch.eye(40, dtype=torch.float64), kept, None, grid())  # U = 1: rounding without compensation
@@ -111,17 +111,17 @@ def test_kept_weights_go_to_the_grid_and_the_rest_compensates(variant, nm, width
 
 def test_halves_are_rounded_to_even_as_torch_does(variant):
     W = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, 9.0, -9.0, 6.5]).repeat(1, 1)
-    grid = Grid(torch.ones(1, 8), 1, 7, torch.empty(1, 8, dtype=torch.int8))
+    grid = Grid(torch.ones(1, 8), 1, -8, 7, torch.empty(1, 8, dtype=torch.int8))
     solve(W, torch.ones(1, 1), torch.ones(1, 8, dtype=torch.bool), None, grid)
-    assert grid.codes.tolist() == [[0, 2, 2, 0, -2, 7, -7, 6]]
+    assert grid.codes.tolist() == [[0, 2, 2, 0, -2, 7, -8, 6]]
 
 
 @pytest.mark.parametrize("change, says", [
     (lambda a: a | {"W": a["W"].T}, "W must be contiguous"), (lambda a: a | {"W": a["W"].half()}, "float32 or float64"),
     (lambda a: a | {"U": a["U"][:3]}, "U must be"), (lambda a: a | {"mask": a["mask"].int()}, "mask must be"),
     (lambda a: a | {"nm": (2, 5)}, "2:5 does not fit 8"), (lambda a: a | {"nm": (5, 4)}, "5:4 does not fit"),
-    (lambda a: a | {"grid": Grid(torch.zeros(1, 6), 8, 7, torch.empty(8, 6, dtype=torch.int8))}, "positive scales"),
-    (lambda a: a | {"grid": Grid(torch.ones(2, 6), 8, 7, torch.empty(8, 6, dtype=torch.int8))}, "scale must be"),
+    (lambda a: a | {"grid": Grid(torch.zeros(1, 6), 8, -8, 7, torch.empty(8, 6, dtype=torch.int8))}, "not zero"),
+    (lambda a: a | {"grid": Grid(torch.ones(2, 6), 8, -8, 7, torch.empty(8, 6, dtype=torch.int8))}, "scale must be"),
 ])
 def test_what_does_not_fit_is_refused(change, says):
     W, U, mask = problem(8, 6)

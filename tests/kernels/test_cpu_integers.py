@@ -65,15 +65,24 @@ def test_errs_at_most_twice_as_much_as_torch(variant, dtype, n, k, sparse, bits)
         assert (emulate(x, codes, scale, None) - exact).norm() <= 0.02 * exact.norm()
 
 
-def test_the_largest_sums_do_not_overflow(variant):
+@pytest.mark.parametrize("least", [-127, -128])
+def test_the_largest_sums_do_not_overflow(variant, least):
     codes = torch.full((20, 128), 127, dtype=torch.int8)
-    codes[::2] = -127
+    codes[::2] = least
     x = torch.full((3, 128), 5.0)
     y = linear(x, prepare(codes, torch.ones(20), sparse=False))
     assert torch.allclose(y, x @ codes.float().T, rtol=1e-6)
     codes[:, 2::4] = codes[:, 3::4] = 0
     y = linear(-x, prepare(codes, torch.ones(20), sparse=True))
     assert torch.allclose(y, -x @ codes.float().T, rtol=1e-6)
+
+
+def test_every_code_of_int4_is_computed_with(variant):
+    codes = torch.arange(-8, 8, dtype=torch.int8).repeat(3, 8)
+    x = torch.randn(2, 128, generator=torch.Generator().manual_seed(0))
+    scale = torch.ones(3, 2)
+    y = linear(x, prepare(codes, scale, sparse=False, bits=4))
+    assert torch.allclose(y.double(), emulate(x, codes, scale, None), rtol=1e-5)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -107,8 +116,8 @@ def test_zeros_stay_zero(variant):
 
 def test_what_int4_cannot_hold_is_refused(variant):
     codes, scale = torch.full((1, 64), 7, dtype=torch.int8), torch.ones(1, 1)
-    for c, s in ((codes + 1, scale), (codes, scale / 3)):
-        with pytest.raises(ValueError, match="int4 wants codes from -7 to 7"):
+    for c, s in ((codes + 1, scale), (-codes - 2, scale), (codes, scale / 3)):
+        with pytest.raises(ValueError, match="int4 wants codes from -8 to 7"):
             prepare(c, s, sparse=False, bits=4)
     with pytest.raises(ValueError, match="no fp16 scale"):
         round_groups(torch.full((1, 4), 1e6))

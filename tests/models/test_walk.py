@@ -176,7 +176,6 @@ ELSEWHERE = {  # file: why it handles the list of blocks itself
     "models/blocks.py": "walk",
     "calibrate/activations.py": "a stub stands in place of every block at once",
     "calibrate/head.py": "the same, to run what follows them",
-    "heal/memory.py": "counts while LoRA is at work, when weights are made anew each time they are asked for",
 }
 LOOPS = ("iter", "list", "tuple", "enumerate", "zip", "map", "reversed", "sorted", "functools.reduce")
 

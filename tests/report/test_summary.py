@@ -71,7 +71,7 @@ def test_a_table_too_wide_is_continued_below_and_loses_nothing():
 
 
 def test_bytes_of_a_smaller_model_are_of_the_one_it_was_made_from():
-    from oneshot.report.whole import whole_bytes
+    from oneshot.report.storage import whole_bytes
     record = {"model": {"parameters": 900, "prunable": 800}, "bytes": {"stored": 1600, "dense": 1600}}
     assert whole_bytes(record) == (1800, 1800)
     assert whole_bytes(record | {"shrunk": {"parameters": 700, "parameters_before": 1000}}) == (1800, 2400)

@@ -12,7 +12,8 @@ from oneshot.prune.options import Options
 from oneshot.settings import flags
 from oneshot.settings.config import RunConfig
 
-SMALLER = {"shrink": 0.7, "drop": "3,7", "shrink_method": "wanda", "shrink_target": 0.5}  # values that can be
+SMALLER = {"shrink": 0.7, "drop": "3,7", "shrink_method": "wanda", "shrink_target": 0.5,
+           "heal_tokens": "20k", "heal_loss": "next"}  # values that can be
 
 
 def one(*argv):
@@ -48,7 +49,8 @@ def test_every_setting_has_its_flag(field):
         argv, want = [flag, choices[-1]], choices[-1]
     else:
         want = {"method": "wanda", "pattern": "0.25", "group": "row", "allocate": "owl", "heal": "block",
-                "dense_target": 0.5, "effort": 2, **SMALLER}.get(field.name) or (
+                "dense_target": 0.5, "effort": 2, "quantise": "int4", "quantiser": "rtn",
+                **SMALLER}.get(field.name) or (
             7.0 if field.type is float else 7 if field.type in (int, int | None) else "some/where")
         argv = [flag, str(want)]
     method = "best" if field.name == "effort" else "wanda"
@@ -181,8 +183,8 @@ def test_wanda_flags_that_do_not_fit(argv, named):
 def changed(cfg, field):
     """The config with another value of one field."""
     old = getattr(cfg, field.name)
-    other = {"method": "sparsegpt", "pattern": "0.25", "group": "row", "dense_target": 0.5, **SMALLER}.get(
-        field.name) or {"order": "influence", "by": "bytes"}.get(field.name)
+    other = {"method": "sparsegpt", "pattern": "0.25", "group": "row", "dense_target": 0.5, "quantise": "int4",
+             "quantiser": "rtn", **SMALLER}.get(field.name) or {"order": "influence", "by": "bytes"}.get(field.name)
     new = other or (not old if isinstance(old, bool) else (old or 2) + 1 if field.type in (int, int | None, float)
                     else "bfloat16" if "dtype" in field.name else "other")
     return dataclasses.replace(cfg, **{field.name: new})
@@ -193,7 +195,7 @@ def test_run_id_changes_with_any_setting_but_not_with_output_flags(field):
     cfg = one("--method", "wanda", "--pattern", "0.5")
     same = changed(cfg, field).run_id("weights", "data") == cfg.run_id("weights", "data")
     assert same == (field.name in ("cache_dir", "save", "overwrite", "results", "dense", "progress", "trust_task_code",
-                                   "effort", "quantised"))
+                                   "effort", "quantised", "heal_cache"))
 
 
 def test_run_id_changes_with_weights_data_and_solver_settings():

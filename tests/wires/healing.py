@@ -3,7 +3,7 @@
 import functools
 
 from oneshot.data import training
-from oneshot.heal import student, teacher
+from oneshot.heal.text import student, teacher
 from wires import CHECKS, differ, wire
 from wires.parts import reaches
 

@@ -3,7 +3,7 @@
 import functools
 import json
 
-from oneshot import heal
+from oneshot import heal, quantise
 from oneshot.prune import allocate, solvers
 from oneshot.settings.known import known
 from wires import CHECKS, differ, wire
@@ -28,6 +28,7 @@ OTHERS = {  # flag of an allocation or a healing method: such a value, and what 
     "block.lr": (0.001, {"heal": "block", "block.steps": 2}),
     "obs.step": (1.0, OBS), "obs.ridge": (3.0, OBS), "obs.refit": (False, OBS), "obs.weigh": (False, OBS),
     "fold.everywhere": (False, {**OBS, "heal": "fold", "nsamples": 40}),
+    "gptq.damping": (1.0, {"method": "magnitude", "quantise": "int3"}),
     "distil.steps": (3, {"heal": "distil"}), "distil.lr": (1e-4, {"heal": "distil", "distil.steps": 2}),
 }
 
@@ -39,6 +40,8 @@ def reaches(b, name, value, beside):
         owner, call, config = heal.Heal, "__init__", lambda args: args[0].cfg
     elif known()[name].chosen_by == "allocate":
         owner, call, config = allocate.module(part), "plan", lambda args: args[3]
+    elif known()[name].chosen_by == "quantiser":
+        owner, call, config = quantise.module(part), "quantise", lambda args: args[4]
     else:
         owner = solvers.module(part)
         call, config = "refine" if hasattr(owner, "refine") else "prune", lambda args: args[-1]

@@ -79,6 +79,21 @@ def _(b):
     assert differ(plain, healed) and all((healed[f"{n}.weight"] == 0)[zero].all() for n, zero in zeros(plain).items())
 
 
+@wire("quantise")
+def _(b):
+    """As many values in a row as there are codes, beside zeros where they were."""
+    plain, rounded = b.weights(), b.weights(quantise="int3:row")
+    for name, zero in zeros(plain).items():
+        W = rounded[f"{name}.weight"]
+        assert (W[zero] == 0).all() and all(2 < len(row.unique()) <= 8 for row in W)
+
+
+@wire("quantiser")
+def _(b):
+    found = [b.weights(quantise="int3:row", quantiser=name) for name in ("gptq", "rtn", "joint")]
+    assert differ(found[0], found[1]) and differ(found[0], found[2]) and differ(found[1], found[2])
+
+
 @wire("shared_inputs")
 def _(b):
     for more, calls in ((["--shared-inputs"], (0, 1)), ([], (1, 0))):

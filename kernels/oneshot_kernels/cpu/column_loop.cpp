@@ -31,7 +31,7 @@ template <typename T> struct Loop {
     typedef Int I __attribute__((vector_size(VECTOR)));
 
     T* W; const T* U; uint8_t* mask; int64_t b, R; int n, m;
-    const T* scale; int64_t width; T limit; int8_t* codes;   // the grid: scale null means that kept weights stay
+    const T* scale; int64_t width; T low, high; int8_t* codes;   // the grid: scale null means that kept weights stay
 
     // columns [c0, c0 + P) of the tile lose the errors of columns [i0, i1)
     template <int P> void apply(V (*w)[NV], const V (*err)[NV], int64_t c0, int64_t i0, int64_t i1) const {
@@ -76,12 +76,13 @@ template <typename T> struct Loop {
     }
 
     V on_grid(V w, V s, int8_t* code) const {
-        V x = w / s, high = V{} + limit;
-        x = x > high ? high : x;
-        x = x < -high ? -high : x;
+        V x = w / s;
+        const V least = V{} + low, most = V{} + high;
+        x = x > most ? most : x;
+        x = x < least ? least : x;
         const V magic = V{} + Types<T>::magic;
         x = (x + magic) - magic;                      // to the nearest integer, ties to even, as torch.round
-        for (int l = 0; l < L; l++) code[l] = int8_t(x[l]);
+        if (codes) for (int l = 0; l < L; l++) code[l] = int8_t(x[l]);
         return x * s;
     }
 
@@ -126,7 +127,7 @@ template <typename T> struct Loop {
                             const int64_t left = rows - v * L;
                             if (left > 0) std::memcpy(&s, scale + j / width * R + r0 + v * L, (left < L ? left : L) * sizeof(T));
                             q[v] = on_grid(wj[v], s, code + v * L);
-                            for (int l = 0; l < L; l++) code[v * L + l] &= int8_t(kj[v][l]);
+                            if (codes) for (int l = 0; l < L; l++) code[v * L + l] &= int8_t(kj[v][l]);
                         }
                         q[v] = V(I(q[v]) & kj[v]);
                         err[j][v] = (wj[v] - q[v]) / d;
@@ -161,8 +162,8 @@ template <typename T> struct Loop {
 // Returns 0, or 1 if memory ran out. All matrices are contiguous; scale (ceil(b / width), R); codes (b, R), or null.
 #define EXPORT(NAME, T)                                                                                              \
     extern "C" int NAME(T* W, const T* U, uint8_t* mask, int64_t b, int64_t R, int64_t n, int64_t m, const T* scale, \
-                        int64_t width, int64_t limit, int8_t* codes, int64_t threads) {                              \
-        return Loop<T>{W, U, mask, b, R, int(n), int(m), scale, width, T(limit), codes}.run(threads);                \
+                        int64_t width, int64_t low, int64_t high, int8_t* codes, int64_t threads) {                  \
+        return Loop<T>{W, U, mask, b, R, int(n), int(m), scale, width, T(low), T(high), codes}.run(threads);         \
     }
 EXPORT(column_loop_float32, float)
 EXPORT(column_loop_float64, double)

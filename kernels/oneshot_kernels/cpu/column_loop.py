@@ -23,16 +23,17 @@ LIMITS = {torch.float32: 1e-4, torch.float64: 1e-12}
 
 @dataclass(frozen=True)
 class Grid:
-    """Where kept weights go: `scale · k` with a whole number |k| <= limit (int8: 127, int4: 7), ties to the even one.
+    """Where kept weights go: `scale · k` with a whole number k from `low` to `high`, ties to the even one.
 
-    scale: (ceil(b / width), R), positive, the dtype of W; one for each row and each `width` columns. codes: int8
-    (b, R), is filled with k (0 where the weight is removed).
+    scale: (ceil(b / width), R), not zero, the dtype of W; one for each row and each `width` columns. codes: int8
+    (b, R), is filled with k (0 where the weight is removed); None if nobody wants to know.
     """
 
     scale: torch.Tensor
     width: int
-    limit: int
-    codes: torch.Tensor
+    low: int
+    high: int
+    codes: torch.Tensor | None = None
 
 
 def available(W: torch.Tensor) -> bool:
@@ -75,8 +76,10 @@ def reference(W: torch.Tensor, U: torch.Tensor, mask: torch.Tensor, nm: tuple[in
         q = W[j] * mask[j]
         if grid:
             s = grid.scale[j // grid.width]
-            k = (W[j] / s).round().clamp(-grid.limit, grid.limit) * mask[j]
-            grid.codes[j], q = k.to(torch.int8), k * s
+            k = (W[j] / s).round().clamp(grid.low, grid.high) * mask[j]
+            q = k * s
+            if grid.codes is not None:
+                grid.codes[j] = k.to(torch.int8)
         e = (W[j] - q) / U[j, j]
         W[j] = q
         W[j + 1 :] -= U[j, j + 1 :, None] * e
@@ -92,7 +95,7 @@ def _declare(cdll: ctypes.CDLL) -> None:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     for name in NAMES.values():
         function = getattr(cdll, name)
-        function.argtypes = [pointer] * 3 + [number] * 4 + [pointer, number, number, pointer, number]
+        function.argtypes = [pointer] * 3 + [number] * 4 + [pointer, number, number, number, pointer, number]
         function.restype = ctypes.c_int
 
 
@@ -100,7 +103,8 @@ def _run(cdll: ctypes.CDLL, W: torch.Tensor, U: torch.Tensor, mask: torch.Tensor
          grid: Grid | None, threads: int) -> None:
     """Call the library."""
     U = U.contiguous()
-    rounding = (grid.scale.data_ptr(), grid.width, grid.limit, grid.codes.data_ptr()) if grid else (None, 1, 0, None)
+    codes = grid.codes.data_ptr() if grid and grid.codes is not None else None
+    rounding = (grid.scale.data_ptr(), grid.width, grid.low, grid.high, codes) if grid else (None, 1, 0, 0, None)
     failed = getattr(cdll, NAMES[W.dtype])(W.data_ptr(), U.data_ptr(), mask.data_ptr(), *W.shape, *(nm or (0, 0)),
                                            *rounding, threads)
     if failed:
@@ -114,7 +118,9 @@ def _check(W: torch.Tensor, U: torch.Tensor, mask: torch.Tensor, nm: tuple[int, 
     wanted = {"W": (W, W.shape, W.dtype), "U": (U, (len(W), len(W)), W.dtype), "mask": (mask, W.shape, torch.bool)}
     if grid:
         groups = -(-len(W) // grid.width) if grid.width > 0 else 0
-        wanted |= {"scale": (grid.scale, (groups, W.shape[1]), W.dtype), "codes": (grid.codes, W.shape, torch.int8)}
+        wanted["scale"] = grid.scale, (groups, W.shape[1]), W.dtype
+        if grid.codes is not None:
+            wanted["codes"] = grid.codes, W.shape, torch.int8
     for name, (tensor, shape, dtype) in wanted.items():
         if tensor.device.type != "cpu" or tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype or (
                 name != "U" and not tensor.is_contiguous()):
@@ -122,8 +128,10 @@ def _check(W: torch.Tensor, U: torch.Tensor, mask: torch.Tensor, nm: tuple[int, 
                              f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}")
     if nm and not (0 <= nm[0] <= nm[1] and nm[1] > 0 and len(W) % nm[1] == 0):
         raise ValueError(f"column loop: {nm[0]}:{nm[1]} does not fit {len(W)} columns")
-    if grid and not (1 <= grid.limit <= 127 and bool((grid.scale > 0).all())):
-        raise ValueError(f"column loop: a grid needs positive scales and a limit of 1 to 127, not {grid.limit}")
+    most = 2**22 if grid and grid.codes is None else 2**7  # that far float32 rounds as it should
+    if grid and not (-most <= grid.low < grid.high < most and bool((grid.scale != 0).all())):
+        raise ValueError(f"column loop: a grid needs scales that are not zero and codes from {-most} to {most - 1}, "
+                         f"not {grid.low} to {grid.high}")
 
 
 def _self_test(cdll: ctypes.CDLL) -> str | None:
@@ -147,4 +155,4 @@ def _self_test(cdll: ctypes.CDLL) -> str | None:
 def _some_grid(W: torch.Tensor) -> Grid:
     """int4 with a scale for every row and eight columns."""
     scale = torch.stack([part.abs().amax(0) / 7 for part in W.split(8)])
-    return Grid(scale, 8, 7, torch.empty_like(W, dtype=torch.int8))
+    return Grid(scale, 8, -8, 7, torch.empty_like(W, dtype=torch.int8))

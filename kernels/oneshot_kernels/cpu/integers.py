@@ -2,8 +2,8 @@
 
     N, K   outputs, inputs      K'  K rounded up to 64      L, T   lanes, tiles ceil(N / L), as in layout.py
 
-A weight is `scale · code`: int8 with a scale for each row and codes up to 127, int4 with one for each row and 64
-columns (an fp16 number) and codes up to 7. The input is rounded too, to int8 with one scale for each token and 64
+A weight is `scale · code`: int8 with a scale for each row and codes of 8 bits, int4 with one for each row and 64
+columns (an fp16 number) and codes from -8 to 7. The input is rounded too, to int8 with one scale for each token and 64
 columns; all is symmetric. Sums are exact within 64 columns, then float32.
 
     values   bytes (T, steps, L, 4). A step is four columns (dense: K'/4 steps) or the kept four of eight (2:4: K'/8).
@@ -116,11 +116,11 @@ def prepare(codes: torch.Tensor, scale: torch.Tensor, *, sparse: bool, bits: int
     """Put codes (N, K), int8, and their scales (of `round_rows` or `round_groups`) in the order of the kernel.
 
     lanes: those of another variant than the one that is loaded. Raises ValueError for sparse codes that are not 2:4,
-    for int4 codes beyond 7, and for int4 scales that fp16 does not have.
+    for int4 codes beyond -8 to 7, and for int4 scales that fp16 does not have.
     """
     (n, k), lanes = codes.shape, lanes or lanes_of()
-    if bits == 4 and (bool((codes.abs() > 7).any()) or not torch.equal(scale.half().float(), scale.float())):
-        raise ValueError("int4 wants codes from -7 to 7 and scales that are fp16 numbers (round_groups)")
+    if bits == 4 and (bool(((codes < -8) | (codes > 7)).any()) or not torch.equal(scale.half().float(), scale.float())):
+        raise ValueError("int4 wants codes from -8 to 7 and scales that are fp16 numbers (round_groups)")
     if sparse:
         values, metadata, _ = reference.pack(codes.float())  # small whole numbers: exact
         four = F.pad(values.to(torch.int8), (0, -k % BLOCK // 2, 0, -n % lanes))

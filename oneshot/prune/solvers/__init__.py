@@ -29,6 +29,8 @@ import torch
 from ...calibrate.statistics import Statistics
 from ..patterns import Pattern
 
+KEEP = "keep"  # the solver of a model that is pruned already
+
 
 @dataclass
 class Solution:
@@ -39,12 +41,14 @@ class Solution:
     the linear's bias, or None.
     info: plain values for the record ("damping": the one used). `info["warnings"]`, a list of str, has one entry for
     every fallback taken.
+    scales: (R, groups), where W_hat was rounded to a grid (quantise/grids.py): W_hat is scale · code; else None.
     """
 
     W_hat: torch.Tensor
     mask: torch.Tensor
     info: dict = field(default_factory=dict)
     bias: torch.Tensor | None = None
+    scales: torch.Tensor | None = None
 
 
 def names() -> dict[str, list[str]]:

@@ -16,16 +16,22 @@ This leaves one Cholesky factorisation (C³/3), and the compensation for all ear
 Within a block U_BB = V_BB⁻¹ is exactly the paper's, and its column loop is used. W is held transposed, so that columns
 are contiguous. On a CPU the loop is compiled (oneshot_kernels/cpu/column_loop.py); `solve_block` is the same in torch,
 for GPUs and for machines without a compiler.
+
+The loop also rounds (the paper's section 3.5; with a given mask it is GPTQ, arXiv 2210.17323): a kept weight goes to
+the nearest value of its grid, and the error of that is compensated like that of a removed weight. A group's scale is
+chosen when the loop gets there, from the weights as they are by then.
 """
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from oneshot_kernels.cpu import column_loop
 
 from ...calibrate.statistics import Statistics
 from ...runtime.flag import flag
-from ..linalg import upper_factor
+from ..linalg import NumericalError, upper_factor
 from ..patterns import NM, Pattern, strength
 from . import Solution
 
@@ -33,6 +39,8 @@ needs = frozenset({"outer"})
 updates = True
 SUB_BLOCK = 16  # columns that are updated one by one before the rest of the mask block is updated
 SPAN = 4  # mask blocks that get the compensation for everything before them in one product
+WIDE = 512  # columns of a span of rounded blocks, which may be small
+LEAST = 2.0**-24  # the smallest scale, float16's smallest number
 
 
 @dataclass(frozen=True)
@@ -60,37 +68,99 @@ def prune(W: torch.Tensor, statistics: Statistics, pattern: Pattern, cfg: Config
 
     Raises NumericalError when G is not finite or not positive definite even at damping 1.
     """
-    R, C = W.shape
+    return sweep(W, statistics, pattern, cfg)
+
+
+def sweep(W: torch.Tensor, statistics: Statistics, pattern: Pattern, cfg: Config, mask: torch.Tensor | None = None,
+          grid: Any = None) -> Solution:
+    """`prune`, with what the column loop can do beside it.
+
+    mask: bool (R, C), the weights that stay, instead of a choice by the pattern. grid: a Grid of quantise/grids.py that
+    kept weights are rounded to; the Solution then has scales. A weight whose input was always zero is removed, unless
+    the mask is given.
+
+    Raises NumericalError as `prune` does, and when a scale does not fit float16.
+    """
+    C = W.shape[1]
     V, dead, info = upper_factor(statistics, cfg.damping, W.dtype)
     E = W.T.clone(memory_format=torch.contiguous_format)  # (C, R); blocks that are still to come hold W⁰
-    E[dead] = 0
     d = V.diagonal().unsqueeze(1)
-    mask = torch.empty(C, R, dtype=torch.bool, device=W.device)
-    nm = pattern if isinstance(pattern, NM) else None
-    pattern = pattern.with_default_group(cfg.group)
-    if not nm and not isinstance(pattern.group, int):
-        mask.copy_(keep(pattern, E * d))
-    b = pattern.group if isinstance(pattern.group, int) else cfg.block_size
-    b = -(-b // nm.m) * nm.m if nm else b  # a group of m never straddles two blocks
-    W_hat = torch.empty_like(E)
-    solve = compiled if column_loop.available(W) else solve_block
+    if mask is None:
+        E[dead] = 0
+        nm, pattern = pattern if isinstance(pattern, NM) else None, pattern.with_default_group(cfg.group)
+        chosen = pattern.group if isinstance(pattern.group, int) and not nm else 0  # columns of a mask block
+        mask = torch.empty_like(E, dtype=torch.bool) if nm or chosen else keep(pattern, E * d).contiguous()
+    else:
+        nm, chosen, mask = None, 0, mask.T.contiguous()
+        E *= mask
+    b, shared, span = widths(C, chosen or cfg.block_size, nm, grid)
+    scales, W_hat, current = [], torch.empty_like(E), Current(E, V, span)
     for i in range(0, C, b):
         B = slice(i, min(i + b, C))
-        first = i - i % (SPAN * b)
-        if i == first:  # the compensation for all blocks before this span, as one wide product: twice as fast
-            S = slice(first, min(first + SPAN * b, C))
-            before = V[:first, S].T @ E[:first] if first else E.new_zeros(S.stop - S.start, R)
-        eye = torch.eye(B.stop - i, dtype=W.dtype, device=W.device)
-        U = torch.linalg.solve_triangular(V[B, B], eye, upper=True)
-        compensation = before[i - first : B.stop - first]
-        if i > first:
-            compensation.addmm_(V[first:i, B].T, E[first:i])
-        W_B = torch.addmm(E[B], U.T, compensation, out=W_hat[B])
-        if not nm and isinstance(pattern.group, int):
-            mask[B] = keep(pattern, W_B * d[B])
-        solve(W_B, U, mask[B], nm)
+        W_B, U = current(B, out=W_hat[B])
+        if chosen and i % chosen == 0:
+            M = slice(i, min(i + chosen, C))
+            mask[M] = keep(pattern, (W_B if M == B else current(M)[0]) * d[M])
+        if grid and i % shared == 0:
+            G = slice(i, min(i + shared, C))
+            W_G = E if shared == C else W_B if G == B else current(G)[0]
+            scales.append(scales_of(grid, W_G if nm or chosen else W_G * mask[G]))
+        solve = compiled if column_loop.available(W) else solve_block
+        solve(W_B, U, mask[B], nm, column_loop.Grid(scales[-1], b, grid.low, grid.high) if grid else None)
         E[B] -= W_B
-    return Solution(W_hat.T, mask.T, info)
+    return Solution(W_hat.T, mask.T, info, scales=torch.cat(scales).T if grid else None)
+
+
+def widths(C: int, b: int, nm: NM | None, grid: Any) -> tuple[int, int, int]:
+    """(columns of a block in the loop, columns that share a scale, columns of a span) of C.
+
+    b: the block wanted, of which all whose mask is chosen together and all that share a scale are multiples or parts.
+    """
+    b = -(-b // nm.m) * nm.m if nm else b  # a group of m never straddles two blocks
+    if grid is None:
+        return b, C, SPAN * b
+    shared = grid.width(C)
+    if shared >= C:
+        return b, C, -(-WIDE // b) * b
+    outer, b = math.lcm(b, shared), math.gcd(b, shared)
+    if nm and b % nm.m:
+        raise ValueError(f"--quantise {grid}: groups of {shared} columns are no whole groups of {nm}; give other ones")
+    return b, shared, -(-WIDE // outer) * outer
+
+
+class Current:
+    """The weights of columns that are still to come, with the compensation for all that are done.
+
+    E (C, R), V (C, C): see above. span: columns that get the compensation for everything before them in one product.
+    """
+
+    def __init__(self, E: torch.Tensor, V: torch.Tensor, span: int) -> None:
+        self.E, self.V, self.span = E, V, span
+
+    def __call__(self, B: slice, out: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(W_B (b, R), U_BB (b, b)) of the columns B, which lie in one span, when all before them are done."""
+        E, V, i = self.E, self.V, B.start
+        first = i - i % self.span
+        if i == first:  # as one wide product: twice as fast
+            S = slice(first, min(first + self.span, len(E)))
+            self.before = V[:first, S].T @ E[:first] if first else E.new_zeros(S.stop - first, E.shape[1])
+        compensation = self.before[i - first : B.stop - first]
+        if i > first:
+            compensation = torch.addmm(compensation, V[first:i, B].T, E[first:i])
+        eye = torch.eye(B.stop - i, dtype=E.dtype, device=E.device)
+        U = torch.linalg.solve_triangular(V[B, B], eye, upper=True)
+        return torch.addmm(E[B], U.T, compensation, out=out), U
+
+
+def scales_of(grid: Any, W: torch.Tensor) -> torch.Tensor:
+    """(1, R): the scales for a group of columns W (b, R). Raises NumericalError when float16 cannot hold them.
+
+    Where it would vanish it is float16's smallest number, as compensation may bring something there.
+    """
+    scales = grid.scales(W.T).T
+    if not torch.isfinite(scales).all():
+        raise NumericalError(f"its weights are too large for the float16 scales of {grid}")
+    return scales.masked_fill(scales == 0, LEAST).contiguous()
 
 
 def keep(pattern: Pattern, scaled: torch.Tensor) -> torch.Tensor:
@@ -98,16 +168,19 @@ def keep(pattern: Pattern, scaled: torch.Tensor) -> torch.Tensor:
     return pattern.keep(strength(scaled.T, pattern)).T
 
 
-def compiled(W: torch.Tensor, U: torch.Tensor, mask: torch.Tensor, nm: NM | None) -> None:
+def compiled(W: torch.Tensor, U: torch.Tensor, mask: torch.Tensor, nm: NM | None,
+             grid: column_loop.Grid | None = None) -> None:
     """`solve_block` in C++: the same mask, values to rounding."""
-    column_loop.solve(W, U, mask, (nm.n, nm.m) if nm else None)
+    column_loop.solve(W, U, mask, (nm.n, nm.m) if nm else None, grid)
 
 
-def solve_block(W: torch.Tensor, U: torch.Tensor, mask: torch.Tensor, nm: NM | None) -> None:
+def solve_block(W: torch.Tensor, U: torch.Tensor, mask: torch.Tensor, nm: NM | None,
+                grid: column_loop.Grid | None = None) -> None:
     """The paper's column loop on one mask block, in place: W (b, R) becomes Ŵ. U: (b, b).
 
-    mask: bool (b, R). For an N:M pattern it is chosen here, at every m-th column from the current weights. A column
-    updates only its own sub-block; the rest of the block gets the sub-block's errors in one product.
+    mask: bool (b, R). For an N:M pattern it is chosen here, at every m-th column from the current weights. grid: with
+    one scale for each row. A column updates only its own sub-block; the rest of the block gets the sub-block's errors
+    in one product.
     """
     b, m = len(W), nm.m if nm else 1
     d, rows = U.diagonal().unbind(0), W.unbind(0)
@@ -120,8 +193,14 @@ def solve_block(W: torch.Tensor, U: torch.Tensor, mask: torch.Tensor, nm: NM | N
             if nm and j % m == 0:
                 mask[j : j + m] = nm.keep_of((W[j : j + m] / U.diagonal()[j : j + m, None]).abs_())
                 removed[j : j + m] = ~mask[j : j + m]
-            torch.mul(rows[j], removed[j], out=err)
-            rows[j].sub_(err)
+            if grid:
+                code = (rows[j] / grid.scale[0]).round_().clamp_(grid.low, grid.high)
+                q = code.mul_(grid.scale[0]).mul_(mask[j])
+                torch.sub(rows[j], q, out=err)
+                rows[j].copy_(q)
+            else:
+                torch.mul(rows[j], removed[j], out=err)
+                rows[j].sub_(err)
             err.div_(d[j])
             if j + 1 < t:
                 W[j + 1 : t].addr_(U[j, j + 1 : t], err, alpha=-1)

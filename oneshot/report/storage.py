@@ -1,8 +1,8 @@
-"""What a record says of the WHOLE model: its zeros, its bytes, what stays dense."""
+"""Storage: what a record says of shares and bytes of the whole model, and of what is never pruned. Pure functions."""
 
 
 def whole_sparsity(record: dict) -> float | None:
-    """Share of zeros among ALL weights of the model, including what is never pruned; None where that is not known."""
+    """Share of zeros among ALL weights of the model, what is never pruned included; None where that is not known."""
     model, found = record.get("model") or {}, record.get("sparsity")
     if found is None or not model.get("parameters") or model.get("prunable") is None:
         return None
@@ -10,11 +10,8 @@ def whole_sparsity(record: dict) -> float | None:
 
 
 def whole_bytes(record: dict) -> tuple[float, float] | None:
-    """(stored, dense) bytes of the whole model; None where that is not known.
-
-    Prunable weights are in the smallest simple format of their pattern, all others as they are. Of a smaller model,
-    "dense" is the model it was made from.
-    """
+    """(stored, dense) bytes of the whole model, its prunable weights in the smallest simple format of their pattern and
+    all others as they are; of a smaller model, "dense" is the model it was made from. None where that is not known."""
     model, linears = record.get("model") or {}, record.get("bytes") or {}
     if not linears.get("dense") or not model.get("parameters") or not model.get("prunable"):
         return None
@@ -34,7 +31,7 @@ def left_dense(record: dict) -> list[tuple[str, float]]:
 
 
 def dense_in_blocks(record: dict) -> float | None:
-    """Share of the transformer blocks' weights, including vectors, that is never pruned; None where not known."""
+    """Share of the transformer blocks' weights, vectors included, that is never pruned; None where not known."""
     model = record.get("model") or {}
     if not model.get("in_blocks") or model.get("prunable") is None:
         return None

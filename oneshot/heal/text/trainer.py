@@ -1,21 +1,17 @@
-"""Trainer: transformers' Trainer as healing on text uses it (text.py), and when it ends an attempt."""
+"""Transformers' Trainer as healing on text uses it: Adam's parameter groups, a mask, looks, a progress bar."""
 
-import contextlib
-import json
-import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from .train import BETAS
+from ..train import BETAS
+from . import verdict
 
-PATIENCE = 3  # looks in a row without gain after which training ends
+__all__ = ["Bar", "Looks", "TextTrainer", "TrainingArguments"]
 
 
 class TextTrainer(Trainer):
@@ -72,20 +68,3 @@ class Looks(TrainerCallback):
         if self.before is not None and verdict(
                 [row["eval_loss"] for row in state.log_history if "eval_loss" in row], self.before):
             control.should_training_stop = True
-
-
-def verdict(losses: list[float], before: float) -> str | None:
-    """Why an attempt with these looks ends before its last step: "harm", "no gain"; None: it goes on."""
-    if losses and not losses[-1] <= before:  # a NaN is no gain
-        return "harm"
-    return "no gain" if losses and len(losses) - 1 - losses.index(min(losses)) >= PATIENCE else None
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint in a folder that was written to its end; incomplete ones are removed."""
-    while found := get_last_checkpoint(folder) if folder.is_dir() else None:
-        with contextlib.suppress(OSError, ValueError):
-            json.loads((Path(found) / "trainer_state.json").read_text())  # Trainer writes it last
-            return Path(found)
-        shutil.rmtree(found)
-    return None

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from .. import models
-from ..data.training import TrainingText
-from ..runtime.flag import listed
+from ... import models
+from ...data.training import TrainingText
+from ...runtime.flag import listed
+from ..options import HealOptions
 from . import losses
-from .options import HealOptions
 from .teacher import Cached, Live, model_inputs
 
 
@@ -31,6 +31,11 @@ class Lesson:
     device: torch.device
     seed: int = 0
     progress: bool = False
+
+    @property
+    def windows(self) -> int:
+        """How many windows a step has."""
+        return max(1, self.options.heal_batch // self.options.heal_seqlen)
 
 
 class Student(nn.Module):

@@ -20,10 +20,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .. import models
-from ..data.training import Windows
-from ..runtime import environment
-from ..runtime.files import write_text
+from ... import models
+from ...data.training import Windows
+from ...runtime import environment
+from ...runtime.files import write_text
 from .losses import TopK
 
 EVERY = 64  # windows after which a cache that is being built notes how far it is

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import cross_entropy, kl_div
 
-NAMES = ("next", "kl", "hidden")
 LEAST = 1e-8  # probability of all other tokens, at least, so that its logarithm exists
 
 

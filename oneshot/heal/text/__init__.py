@@ -15,6 +15,9 @@ the same bits (on the same device, with as many threads).
     WORK/text/            the packed text (data/training.py)
     WORK/attempts.json    the attempts: learning rate, first window, state they began with, looks
     WORK/attempt-N/       Trainer's checkpoints
+
+The files here: losses, student (the model as Trainer sees it), teacher (the dense model's predictions), memory (how a
+step is made to fit), trainer (transformers' Trainer).
 """
 
 import contextlib
@@ -32,19 +35,17 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Subset
-from transformers import TrainingArguments
-from transformers.utils import SAFE_WEIGHTS_NAME
 
-from ..runtime.files import write_text
+from ...runtime.files import write_text
+from ..train import FALL, WARM_UP
 from . import memory
 from .student import Lesson, Student
-from .teacher import Live
-from .train import FALL, WARM_UP
-from .trainer import Bar, Looks, TextTrainer, last_checkpoint, verdict
 
 LOOKS = 10  # evaluations of the held-out loss, and checkpoints
+PATIENCE = 3  # looks in a row without gain after which training ends
 FALLS = 6  # how often the learning rate is halved at most
 HELD = 8192  # tokens held out
+WEIGHTS = "model.safetensors"  # in Trainer's checkpoints
 CLIP = 1.0  # norm of the gradient, at most
 
 
@@ -116,13 +117,10 @@ class Course:
     """The attempts of one healing, see above."""
 
     def __init__(self, model: nn.Module, lesson: Lesson, name: str, trained: Trained, lr: float) -> None:
-        self.lesson, self.trained, self.name, options = lesson, trained, name, lesson.options
+        self.lesson, self.trained, self.name = lesson, trained, name
         self.student = Student(model, trained.parameters, lesson, trained.products())
-        windows = max(1, options.heal_batch // options.heal_seqlen)
-        teacher = lesson.teacher.bytes if isinstance(lesson.teacher, Live) else 0
-        self.fit = memory.fit(model, sum(p.numel() for p in trained.parameters.values()), name=name, teacher=teacher,
-                              step=(windows, options.heal_seqlen), device=lesson.device)
-        self.windows, self.start = windows, trained.snapshot()
+        self.fit = memory.fit(model, sum(p.numel() for p in trained.parameters.values()), lesson, name)
+        self.windows, self.start = lesson.windows, trained.snapshot()
         if self.fit.checkpointing:
             model.gradient_checkpointing_enable()
         self.file = lesson.work / "attempts.json"
@@ -167,7 +165,7 @@ class Course:
         step, loss = min(looks, key=lambda look: look[1])
         if loss < self.best()[0]:
             attempt.kept = f"{self.folder(number).name}.safetensors"
-            shutil.copyfile(self.folder(number) / f"checkpoint-{step}" / SAFE_WEIGHTS_NAME,
+            shutil.copyfile(self.folder(number) / f"checkpoint-{step}" / WEIGHTS,
                             self.lesson.work / attempt.kept)
         attempt.ended = True
         self.note()
@@ -220,8 +218,10 @@ class Course:
         """Trainer's folder for an attempt."""
         return self.lesson.work / f"attempt-{number}"
 
-    def trainer(self, attempt: Attempt) -> TextTrainer:
+    def trainer(self, attempt: Attempt) -> "TextTrainer":  # noqa: F821 - see below
         """Trainer for an attempt on what is left of the text."""
+        from .trainer import Bar, Looks, TextTrainer, TrainingArguments  # slow to import
+
         text, lesson = self.lesson.text, self.lesson
         steps = max(1, (len(text.train) - attempt.begins) // self.windows)
         look = max(1, steps // LOOKS)
@@ -240,3 +240,20 @@ class Course:
             self.student, arguments, train_dataset=Subset(text.train, range(attempt.begins, len(text.train))),
             eval_dataset=text.held, groups=self.trained.groups(attempt.lr), masked=self.trained.mask_gradients,
             callbacks=[Looks(self.before), *([Bar()] if lesson.progress and attempt.lr else [])])
+
+
+def verdict(losses: list[float], before: float) -> str | None:
+    """Why an attempt with these looks ends before its last step: "harm", "no gain"; None: it goes on."""
+    if losses and not losses[-1] <= before:  # a NaN is no gain
+        return "harm"
+    return "no gain" if losses and len(losses) - 1 - losses.index(min(losses)) >= PATIENCE else None
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The last checkpoint in a folder that was written to its end; incomplete ones are removed."""
+    for found in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
+        with contextlib.suppress(OSError, ValueError):
+            json.loads((found / "trainer_state.json").read_text())  # Trainer writes it last
+            return found
+        shutil.rmtree(found)
+    return None

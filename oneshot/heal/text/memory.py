@@ -8,11 +8,12 @@ in float32.
 
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
-from .. import models
-from ..runtime import environment
+from ... import models
+from ...runtime import environment
+from .student import Lesson
+from .teacher import Live
 
 FACTOR, LOGITS = 1.5, 4
 SPARE = 0.9  # of the free memory may be used
@@ -35,20 +36,17 @@ class Fit:
                 f"{self.parts} a step" + (", activations computed twice (gradient checkpointing)" * self.checkpointing))
 
 
-def fit(model: nn.Module, trained: int, *, step: tuple[int, int], device: torch.device, name: str, teacher: int = 0,
-        free: int | None = None) -> Fit:
-    """The fastest Fit that the memory allows.
+def fit(model: nn.Module, trained: int, lesson: Lesson, name: str, free: int | None = None) -> Fit:
+    """The fastest Fit that the memory allows. trained: numbers. name: the method.
 
-    trained: how many numbers are trained. step: (windows, tokens in each) of a step. name: of the method. teacher: its
-    bytes.
-
-    free: bytes that may be used (default: what is free on the device). More windows at once are tried first, up to
+    free: bytes that may be used (default: what is free on the device). Many windows at once are tried first, up to
     ONCE tokens, then gradient checkpointing.
 
     Raises ValueError naming `--heal` when nothing fits.
     """
-    windows, seqlen = step
+    seqlen, device, windows = lesson.options.heal_seqlen, lesson.device, lesson.windows
     free = environment.free_memory(device) if free is None else free
+    teacher = lesson.teacher.bytes if isinstance(lesson.teacher, Live) else 0
     fixed = 4 * sum(p.numel() for p in model.parameters()) + STATE * trained + teacher
     for checkpointing in (False, True):
         for count in range(windows, 0, -1):
@@ -65,7 +63,10 @@ def fit(model: nn.Module, trained: int, *, step: tuple[int, int], device: torch.
 def per_token(model: nn.Module, checkpointing: bool) -> int:
     """Bytes of activations and logits for one token."""
     _, block_list = models.blocks(model)
-    blocks = [sum(sum(p.shape[-2:]) for p in block.parameters() if p.ndim > 1) for block in block_list]
+    sizes = dict.fromkeys(range(len(block_list)), 0)
+    for name, p in block_list.named_parameters():
+        sizes[int(name.partition(".")[0])] += sum(p.shape[-2:]) if p.ndim > 1 else 0
+    blocks = list(sizes.values())
     width = model.get_input_embeddings().weight.shape[-1]
     saved = max(blocks) * FACTOR + len(blocks) * width if checkpointing else sum(blocks) * FACTOR
     return int(4 * (saved + LOGITS * models.config_of(model).vocab_size))

@@ -1,0 +1,94 @@
+"""Rounding: what `--quantise` adds to a run, behind pruning and healing: checks, the second walk, its rows."""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from .. import models, quantise
+from ..checkpoint import Folder
+from ..data import Tokens
+from ..prune import loop, solvers
+from ..prune.job import Job, Result
+from ..prune.patterns import Dense
+from ..quantise import walk
+from ..settings import RunConfig
+from .plan import Plan
+
+
+def joint(cfg: RunConfig) -> bool:
+    """Whether pruning itself rounds."""
+    return cfg.quantise is not None and hasattr(quantise.module(cfg.quantiser), "prune")
+
+
+def check(cfg: RunConfig) -> None:
+    """Reject settings that do not go with `--quantise`. Raises ValueError naming the flag."""
+    if cfg.quantise is None:
+        return
+    if cfg.shared_inputs:
+        raise ValueError("--shared-inputs: looks at the dense model alone, so it does not go with --quantise")
+    if joint(cfg):
+        solver = quantise.module(cfg.quantiser).solver
+        others = {"--heal": cfg.heals, "--dense-target": cfg.dense_target}
+        if cfg.method != solver or cfg.pattern == "dense":
+            raise ValueError(f"--quantiser {cfg.quantiser}: rounds while --method {solver} prunes; with --method "
+                             f"{cfg.method} --pattern {cfg.pattern} use gptq")
+        for flag, value in others.items():
+            if value:
+                raise ValueError(f"{flag}: does not go with --quantiser {cfg.quantiser}, which prunes and rounds at "
+                                 "once; use gptq")
+
+
+def check_model(cfg: RunConfig, model: nn.Module) -> None:
+    """Raise ValueError naming `--quantise` and the first linear whose shape does not fit the grid."""
+    for weight in models.all_weights(model) if cfg.quantise is not None else ():
+        try:
+            cfg.grid.check(*weight.shape)
+        except ValueError as error:
+            raise ValueError(f"--quantise {error} ({weight.name})") from None
+
+
+def at_once(cfg: RunConfig, job: Job) -> Job:
+    """The job of pruning, which rounds as well where the quantiser does both in one pass."""
+    method = quantise.module(cfg.quantiser)
+    return walk.together(job, method, cfg.rounding[cfg.quantiser], cfg.grid) if joint(cfg) else job
+
+
+def round_model(cfg: RunConfig, model: nn.Module, plan: Plan, calibration: Tokens | None, folder: Folder | None,
+                finished: Iterator, result: Result) -> None:
+    """Round the pruned and healed model in place, unless that is done; the result gets what the record says of it.
+
+    finished: the blocks that an interrupted run has rounded, as for `loop.prune_model`.
+    """
+    if cfg.quantise is None:
+        return
+    if not joint(cfg):
+        job = walk.rounding(plan, cfg, quantise.module(cfg.quantiser), cfg.rounding[cfg.quantiser], cfg.grid)
+        ids, mask = (calibration.ids, calibration.mask) if calibration else (None, None)
+        result.pruned = None
+        on_block = (lambda number, *rest: folder.save_block(folder.next_block, *rest)) if folder else None
+        join(result, loop.prune_model(model, ids, mask, job, finished=finished, on_block=on_block), job.label)
+    if folder:
+        folder.scales = result.scales
+    for row in result.layers:
+        row["grid"], row["rounded_to_zero"] = row["info"].pop("grid"), row["info"].pop("rounded_to_zero")
+
+
+def join(result: Result, rounded: Result, label: str) -> None:
+    """Add what the second walk reports to the rows of the first."""
+    rows = {row["name"]: row for row in rounded.layers}
+    for row in result.layers:
+        own = rows[row["name"]]
+        row["info"] |= {key if key in ("grid", "rounded_to_zero") else f"{label}.{key}": x
+                        for key, x in own["info"].items()}
+        row["rounding_error"], row["seconds"] = own["relative_error"], row["seconds"] + own["seconds"]
+    for block, own in zip(result.blocks, rounded.blocks, strict=True):
+        block["rounding"] = {key: x for key, x in own.items() if key not in ("block", "seconds")}
+        block["seconds"]["round"] = sum(own["seconds"].values())
+    result.warnings += rounded.warnings
+    result.scales = rounded.scales
+
+
+def only_kept(cfg: RunConfig, job: Job, plan: Plan) -> bool:
+    """Whether the walk that prunes would change nothing."""
+    kept = cfg.method == solvers.KEEP or (cfg.shrinks and all(isinstance(p, Dense) for p in plan.values()))
+    return kept and not (cfg.method == solvers.KEEP and job.healers)

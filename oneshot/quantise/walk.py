@@ -1,0 +1,68 @@
+"""Walk: how a quantiser takes part in the block loop (prune/loop.py), which rounds one block after the other.
+
+Each block is rounded on the outputs of the already rounded blocks before it, with statistics of their own: those of
+the model as pruning and healing have left it. A weight that is zero stays zero, unless its linear is dense by plan.
+What the loop proves of a pruned weight it proves of a rounded one: its pattern, on what is stored.
+"""
+
+import functools
+import time
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from ..calibrate import Statistics
+from ..models import Weight
+from ..prune import linear
+from ..prune.job import Job
+from ..prune.linalg import NumericalError
+from ..prune.linear import Solved
+from ..prune.options import Options
+from ..prune.patterns import Dense, Pattern
+from ..prune.solvers import Solution
+from . import rtn
+from .grids import Grid
+
+
+def rounding(plan: dict[str, Pattern], options: Options, method: ModuleType, cfg: Any, grid: Grid) -> Job:
+    """The job of rounding a pruned model by a quantiser. plan: {full linear name: the Pattern it has}."""
+    return Job(plan, [(method, cfg)], replace(options, dense_target=0.0),
+               solve=functools.partial(solve, method=method, cfg=cfg, grid=grid))
+
+
+def together(job: Job, method: ModuleType, cfg: Any, grid: Grid) -> Job:
+    """The job of pruning and rounding in one pass, by a quantiser that does both."""
+    return replace(job, solve=functools.partial(solve, method=method, cfg=cfg, grid=grid, solver=job.chain[0][1]))
+
+
+def solve(job: Job, weight: Weight, statistics: Statistics | None, *, method: ModuleType, cfg: Any, grid: Grid,
+          solver: Any = None) -> Solved:
+    """Compute one linear's rounded weight, as `linear.solve` does a pruned one.
+
+    solver: the Config of the solver that chooses the mask, unless the mask is what is not zero.
+
+    Raises ValueError naming the linear when its weight or statistics cannot be used, or fit no scales.
+    """
+    W, pattern, began = weight.get(), job.plan.get(weight.name, Dense()), time.perf_counter()
+    linear.require_usable(weight.name, W, statistics)
+    notes, kept = [], torch.ones_like(W, dtype=torch.bool) if isinstance(pattern, Dense) else W != 0
+    if method.needs and (statistics is None or statistics.n == 0):
+        method, cfg, notes = rtn, rtn.Config(), ["no calibration token reached it: rounded to nearest instead"]
+        if solver:  # nothing says what to remove either
+            kept, solver = pattern.keep(W.abs()), None
+    try:
+        if solver is None or isinstance(pattern, Dense):
+            solution = method.quantise(W, Solution(W, kept), statistics, grid, cfg)
+            solution.mask = pattern.keep(kept.to(W))  # more zeros than the pattern asks for are kept weights to it
+        else:
+            solution = method.prune(W, statistics, pattern, solver, grid)
+            kept = solution.mask
+    except NumericalError as error:
+        raise ValueError(f"{weight.name}: {error}") from None
+    lost = int((kept & (W != 0) & (solution.W_hat == 0)).sum())
+    solution.info |= {"grid": str(grid), "rounded_to_zero": lost}
+    notes = solution.info.pop("warnings", []) + notes
+    error = statistics.relative_error(W, solution.W_hat) if statistics else None
+    return Solved(weight, pattern, solution, error, time.perf_counter() - began, notes)

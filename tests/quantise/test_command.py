@@ -1,0 +1,311 @@
+"""`oneshot prune --quantise`: behind every chain, alone, killed and resumed, refused; record, bytes, proof."""
+
+import json
+
+import jobs
+import pytest
+import tiny
+import torch
+from families import FAMILIES
+from families import tiny as family
+from safetensors.torch import load_file, save_file
+from tiny import place, plain_pages  # noqa: F401
+
+import oneshot
+from oneshot import checkpoint, models, quantise, report
+from oneshot.checkpoint import verify
+from oneshot.prune import loop
+from oneshot.prune.options import Options
+from oneshot.quantise import grids, walk
+from oneshot.settings import flags
+
+pytestmark = pytest.mark.usefixtures("plain_pages")
+BLOCKS = tiny.BLOCKS
+
+
+def command(place, *more, **changed):  # noqa: F811
+    given = {"method": "sparsegpt", "quantise": "int4:32", "evaluate": "none"} | changed
+    return tiny.main(*tiny.flags(place, "--no-dense", *more, **given))
+
+
+def the_record(folder):
+    [file] = folder.glob("*.json")
+    return json.loads(file.read_text())
+
+
+@pytest.fixture(scope="module")
+def saved(place, tmp_path_factory):  # noqa: F811
+    """{name: folder} of a model pruned by 2:4; rounded behind that; rounded to nearest; jointly."""
+    at = tmp_path_factory.mktemp("saved")
+    more = {"pruned": {"quantise": None}, "gptq": {}, "rtn": {"quantiser": "rtn"}, "joint": {"quantiser": "joint"}}
+    for name, changed in more.items():
+        assert command(place, save=at / name, results=at / f"{name}.runs", **changed) == 0
+    return {name: at / name for name in more}
+
+
+def linears(folder):
+    return {name.removesuffix(".weight"): W for name, W in tiny.weights(folder).items()
+            if name.endswith("_proj.weight")}
+
+
+def manifest(folder):
+    return json.loads((folder / "oneshot.json").read_text())
+
+
+# --- what is stored -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gptq", "rtn", "joint"])
+def test_every_stored_weight_lies_on_its_grid(saved, name):
+    """Read off the files alone: 2:4, and whole multiples of the scales."""
+    scales, entries = load_file(saved[name] / "scales.safetensors"), manifest(saved[name])["tensors"]
+    assert set(scales) == set(entries) == set(linears(saved[name]))
+    for linear, W in linears(saved[name]).items():
+        assert ((W != 0).reshape(-1, 4).sum(1) <= 2).all() and scales[linear].dtype == torch.float16
+        s = scales[linear].float().repeat_interleave(32, 1)[:, : W.shape[1]]
+        codes = (W / s).round()
+        assert torch.equal(codes * s, W) and codes.min() >= -8 and codes.max() <= 7
+        assert entries[linear]["grid"] == "int4:32" and entries[linear]["pattern"] == "2:4"
+
+
+@pytest.mark.parametrize("name", ["gptq", "rtn"])
+def test_no_zero_comes_back_and_those_that_come_are_counted(saved, name):
+    before, after = linears(saved["pruned"]), linears(saved[name])
+    rows = {row["name"]: row for row in the_record(saved[name].parent / f"{name}.runs")["layers"]}
+    for linear, W in after.items():
+        assert not W[before[linear] == 0].any()
+        row, zeros = rows[linear], int((W == 0).sum())
+        assert row["rounded_to_zero"] == int(((W == 0) & (before[linear] != 0)).sum())
+        assert row["zeros"] == zeros == row["target_zeros"] + row["surplus"] and row["grid"] == "int4:32"
+    assert any(row["rounded_to_zero"] for row in rows.values())
+
+
+def test_the_record_says_what_was_done(saved):
+    record = the_record(saved["gptq"].parent / "gptq.runs")
+    assert record["settings"]["quantise"] == "int4:32" and record["settings"]["rounding"] == {"gptq": {"damping": 0.01}}
+    assert "quantiser" not in record["settings"]
+    grid = grids.parse("int4:32")
+    want = sum(grid.bytes(*row["shape"]) - row["shape"][0] * row["shape"][1] // 4 + row["shape"][0]
+               * -(-row["shape"][1] // 8) for row in record["layers"])
+    assert record["bytes"]["stored"] == want
+    assert all(row["rounding_error"] > 0 and row["info"]["gptq.damping"] == 0.01 for row in record["layers"])
+    assert all("round" in block["seconds"] and block["rounding"]["relative_error"] > 0 for block in record["blocks"])
+    assert report.method_of(record) == "sparsegpt, gptq" and report.pattern_of(record) == "2:4 int4:32"
+    joint = the_record(saved["joint"].parent / "joint.runs")
+    assert joint["settings"]["quantiser"] == "joint" and joint["bytes"] == record["bytes"]
+    assert all(row["grid"] == "int4:32" and "rounding_error" not in row for row in joint["layers"])
+    plain = the_record(saved["pruned"].parent / "pruned.runs")
+    assert not {"quantise", "quantiser", "rounding"} & set(plain["settings"]) and "grid" not in plain["layers"][0]
+
+
+def test_gptq_costs_less_than_rounding_to_nearest(saved):
+    errors = {name: [row["rounding_error"] for row in the_record(saved[name].parent / f"{name}.runs")["layers"]]
+              for name in ("gptq", "rtn")}
+    assert sum(errors["gptq"]) < 0.8 * sum(errors["rtn"])
+
+
+def test_ids_of_runs_without_it_are_as_before():
+    cfg = flags.build({"method": "sparsegpt", "pattern": "2:4", "device": "cpu"})
+    assert cfg.run_id("a", "b") == "demo-sparsegpt-2of4-71f35807"  # as it was before there was --quantise
+    assert flags.build({"method": "sparsegpt", "pattern": "2:4", "device": "cpu", "quantise": "int4"}).run_id(
+        "a", "b") != cfg.run_id("a", "b")
+
+
+# --- verify -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gptq", "rtn", "joint"])
+def test_verify_proves_the_grid(saved, name, capsys):
+    assert verify.main([str(saved[name])]) == 0
+    assert "2:4 int4:32" in capsys.readouterr().out
+
+
+LINEAR = "model.layers.1.mlp.down_proj"
+
+
+def off_grid(folder):
+    tiny.change_weights(folder, lambda t: t[f"{LINEAR}.weight"].mul_(1.01))
+
+
+def other_scales(folder):
+    scales = load_file(folder / "scales.safetensors")
+    scales[LINEAR] *= 0.97
+    save_file(scales, folder / "scales.safetensors")
+
+
+def no_scales(folder):
+    (folder / "scales.safetensors").unlink()
+
+
+def fewer_scales(folder):
+    scales = load_file(folder / "scales.safetensors")
+    scales[LINEAR] = scales[LINEAR][:, :1].contiguous()
+    save_file(scales, folder / "scales.safetensors")
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    (off_grid, "weights are not on the grid int4:32"), (other_scales, "weights are not on the grid int4:32"),
+    (no_scales, "its scales are missing"), (fewer_scales, "do not fit int4:32")])
+def test_verify_finds_what_is_off_the_grid(saved, tmp_path, capsys, change, says):
+    folder = tiny.copy(saved["gptq"], tmp_path / "spoilt")
+    change(folder)
+    assert verify.main([str(folder), "--quiet"]) == 1
+    assert f"{LINEAR}: " in (out := capsys.readouterr().out) and says in out
+
+
+def test_verify_finds_another_grid_than_was_asked_for(saved):
+    data = manifest(saved["gptq"])
+    data["tensors"][LINEAR]["grid"] = "int4:64"
+    faults = checkpoint.claims.check(data)
+    assert [f.name for f in faults] == [LINEAR, LINEAR] and "the settings ask for int4:32" in str(faults[1])
+
+
+# --- on its own, behind other chains ------------------------------------------------------------------------
+
+
+def test_a_pruned_model_is_rounded_on_its_own(saved, place, tmp_path):  # noqa: F811
+    """`--method keep` gives what pruning and rounding in one run give."""
+    assert command(place, model=saved["pruned"], method="keep", save=tmp_path / "out", results=tmp_path / "runs") == 0
+    for linear, W in linears(tmp_path / "out").items():
+        assert torch.equal(W, linears(saved["gptq"])[linear])
+    record = the_record(tmp_path / "runs")
+    assert report.method_of(record) == "keep, gptq" and report.pattern_of(record) == "2:4 int4:32"
+    assert verify.main([str(tmp_path / "out"), "--quiet"]) == 0
+
+
+def test_the_dense_model_is_rounded(place, tmp_path):  # noqa: F811
+    at = {"method": "dense", "evaluate": place / "evaluation.txt"}
+    assert tiny.main(*tiny.flags(place, quantise="int3", save=tmp_path / "out", results=tmp_path / "runs", **at)) == 0
+    found = {report.method_of(r): r for f in (tmp_path / "runs").glob("*.json") for r in [report.read(f)]}
+    assert set(found) == {"dense", "gptq"} and report.pattern_of(found["gptq"]) == "int3"
+    assert report.is_rounded(found["gptq"]) and not report.is_dense(found["gptq"])
+    assert found["gptq"]["metrics"]["evaluation/ppl"] != found["dense"]["metrics"]["evaluation/ppl"]
+    assert verify.main([str(tmp_path / "out"), "--quiet"]) == 0
+    sizes = found["gptq"]["bytes"]
+    assert sizes["stored"] == sum(grids.parse("int3").bytes(*r["shape"]) for r in found["gptq"]["layers"])
+    text = report.tables.table(list(found.values()))
+    assert "MB" in text and "gptq" in text
+
+
+def test_behind_healing_with_mixed_patterns(place, tmp_path):  # noqa: F811
+    """Dense linears are rounded too; block and whole-model healing come first."""
+    more = {"method": "wanda+refit", "pattern": "0.5", "keep_dense": "*.o_proj", "heal": "block,distil",
+            "block.steps": 2, "distil.steps": 2, "quantise": "int8:row", "nsamples": 12}
+    assert command(place, save=tmp_path / "out", results=tmp_path / "runs", **more) == 0
+    assert verify.main([str(tmp_path / "out"), "--quiet"]) == 0
+    record = the_record(tmp_path / "runs")
+    assert {row["pattern"] for row in record["layers"]} == {"0.5", "dense"} and set(record["heal"]) == {"distil"}
+    assert report.method_of(record) == "wanda+refit, block, distil, gptq"
+
+
+def test_behind_a_smaller_model(place, tmp_path):  # noqa: F811
+    more = {"method": "sparsegpt", "pattern": "dense", "shrink": 0.7, "tries": 1, "nsamples": 12}
+    assert command(place, save=tmp_path / "out", results=tmp_path / "runs", **more) == 0
+    assert verify.main([str(tmp_path / "out"), "--quiet"]) == 0
+    assert report.pattern_of(the_record(tmp_path / "runs")) == "0.7 left int4:32"
+
+
+def test_from_python(place):  # noqa: F811
+    model, tokenizer = oneshot.load(place / "model")
+    text = {"calibration": place / "calibration.txt", "nsamples": 4, "seqlen": tiny.WINDOW, "progress": False}
+    record = oneshot.prune(model, tokenizer, method="dense", quantise="int2:32", parts={"gptq.damping": 0.1}, **text)
+    assert record["settings"]["rounding"] == {"gptq": {"damping": 0.1}} and record["layers"][0]["grid"] == "int2:32"
+    W = next(models.all_weights(model)).get()
+    assert all(len(row.unique()) <= 4 for row in W)
+
+
+# --- killed and resumed -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("more", "after"), [
+    ({}, 1), ({}, BLOCKS), ({}, BLOCKS + 1), ({}, 2 * BLOCKS - 1), ({"quantiser": "joint"}, 1),
+    ({"method": "dense"}, 1), ({"heal": "distil", "distil.steps": 2, "nsamples": 12}, BLOCKS + 1),
+    ({"shrink": 0.7, "tries": 1, "nsamples": 12, "pattern": "dense"}, BLOCKS + 1)])
+def test_killed_and_resumed_it_is_bit_identical(place, tmp_path, monkeypatch, more, after):  # noqa: F811
+    """Three blocks are pruned, three are rounded: wherever it is killed, the same command ends with the same files."""
+    def run(name):
+        return command(place, save=tmp_path / name, results=tmp_path / f"{name}.runs", **more)
+    assert run("whole") == 0
+    real, calls = checkpoint.Folder.save_block, []
+
+    def save_block(folder, *args):
+        calls.append(args[0])
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return real(folder, *args)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Folder, "save_block", save_block)
+        assert run("cut") == 130
+    solved, prune_block = [], loop.prune_block
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "prune_block", lambda *args: (solved.append(1), prune_block(*args))[1])
+        assert run("cut") == 0
+    walks = 1 if more.get("quantiser") == "joint" else 2
+    if not more.get("shrink") and more.get("method") != "dense":
+        assert len(solved) == walks * BLOCKS - after
+    for file in ("model.safetensors", "scales.safetensors"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes()
+    whole, cut = (the_record(tmp_path / f"{name}.runs") for name in ("whole", "cut"))
+    for one in (whole, cut):
+        for row in one["layers"]:
+            row.pop("seconds")
+    assert whole["layers"] == cut["layers"] and whole["warnings"] == cut["warnings"]
+    assert verify.main([str(tmp_path / "cut"), "--quiet"]) == 0
+
+
+# --- refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("more", "says"), [
+    ({"quantise": "int1"}, "--quantise int1: no such integers"),
+    ({"quantise": "q4_0"}, "--quantise q4_0 needs a width divisible by 32, this one is 48"),
+    ({"quantiser": "nope"}, "--quantiser nope: no such method; there are gptq, joint, rtn"),
+    ({"quantiser": "rtn", "quantise": None}, "--quantiser: would do nothing, as there is no --quantise"),
+    ({"gptq.damping": 0.1, "quantise": None}, "--gptq.damping: --quantiser does not use gptq"),
+    ({"quantiser": "joint", "method": "wanda"}, "--quantiser joint: rounds while --method sparsegpt prunes"),
+    ({"quantiser": "joint", "method": "sparsegpt+refit"}, "--quantiser joint: rounds while --method sparsegpt prunes"),
+    ({"quantiser": "joint", "heal": "block"}, "--heal: does not go with --quantiser joint"),
+    ({"quantiser": "joint", "dense_target": 0.5}, "--dense-target: does not go with --quantiser joint"),
+    ({"method": "keep"}, "--method keep: model.layers.0.self_attn.q_proj does not have --pattern 2:4"),
+    ({"method": "keep", "pattern": None}, "--method keep: give the --pattern that the model has"),
+    ({"method": "keep", "pattern": "0.5", "allocate": "owl"}, "--allocate owl: --method keep takes the zeros as they"),
+])
+def test_what_does_not_go_is_one_line(place, tmp_path, capfd, more, says):  # noqa: F811
+    assert command(place, results=tmp_path, **more) == 2
+    [line] = tiny.said(capfd.readouterr().err)
+    assert line.startswith(f"error: {says}"), line
+
+
+def test_shared_inputs_do_not_go_with_it(place, tmp_path, capfd):  # noqa: F811
+    assert command(place, "--shared-inputs", results=tmp_path) == 2
+    assert "--shared-inputs: looks at the dense model alone" in capfd.readouterr().err
+
+
+def test_too_large_weights_name_the_linear(place, tmp_path, capfd):  # noqa: F811
+    model = tiny.copy(place / "model", tmp_path / "model")
+    tiny.change_weights(model, lambda t: t[f"{LINEAR}.weight"].mul_(1e7))
+    assert command(place, model=model, method="magnitude", results=tmp_path / "runs") == 2
+    assert f"{LINEAR}: its weights are too large for the float16 scales of int4:32" in capfd.readouterr().err
+
+
+# --- families -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "qwen3_moe", "gemma3"])
+def test_families(name, dtype):
+    """Transposed weights, fused experts of which some see no token: all on the grid, in their stored dtype."""
+    if name not in FAMILIES:
+        pytest.skip(f"no family {name}")
+    model = family(name).to(dtype)
+    grid = grids.parse("int4:32")
+    plan = jobs.job_of(model, "magnitude", "dense").plan
+    method = quantise.module("gptq")
+    job = walk.rounding(plan, Options(batch_size=4, progress=False, device="cpu"), method, method.Config(), grid)
+    before = {w.name: w.get().clone() for w in models.all_weights(model)}
+    result = loop.prune_model(model, jobs.tokens(), None, job)
+    assert {row["name"] for row in result.layers} == set(before) == set(result.scales)
+    for weight in models.all_weights(model):
+        W, s = weight.get(), result.scales[weight.name].float()
+        value = grid.value(grid.round(W, s), s)
+        assert torch.equal(value.to(dtype).float(), W) and not torch.equal(W, before[weight.name])
