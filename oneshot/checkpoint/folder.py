@@ -50,7 +50,8 @@ class Folder:
     writes into it.
     """
 
-    def __init__(self, path: str | Path, run_id: str, overwrite: bool = False, lock: FolderLock | None = None):
+    def __init__(self, path: str | Path, run_id: str, overwrite: bool = False,
+                 lock: FolderLock | None = None) -> None:
         self.path, self.run_id = Path(path), run_id
         self.work = self.path / WORK
         self.computed_with: dict = {}

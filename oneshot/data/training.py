@@ -44,7 +44,7 @@ IGNORED = -100  # the label of a token that is not predicted: the first of a doc
 class Windows(Dataset):
     """Windows of packed documents. ids: integers (n·T,). starts: ascending positions in ids where documents begin."""
 
-    def __init__(self, ids: np.ndarray, starts: np.ndarray, seqlen: int):
+    def __init__(self, ids: np.ndarray, starts: np.ndarray, seqlen: int) -> None:
         self.ids, self.starts, self.seqlen = ids, starts, seqlen
 
     def __len__(self) -> int:

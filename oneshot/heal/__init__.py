@@ -43,7 +43,7 @@ class Heal:
     cfg: the method's Config. seed: of everything random. progress: whether to show bars.
     """
 
-    def __init__(self, cfg: Any, seed: int = 0, progress: bool = False):
+    def __init__(self, cfg: Any, seed: int = 0, progress: bool = False) -> None:
         self.cfg, self.seed, self.progress = cfg, seed, progress
 
     def before_block(self, block: Block, dense: Activations) -> None:

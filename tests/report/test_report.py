@@ -341,7 +341,7 @@ def test_what_is_not_finite_is_never_the_best_and_more_is_better_for_rates():
 
 # ---------------------------------------------------------------- the page
 
-EVIL = '<script>alert(1)</script> $x_1$ & "q" \'s\' {{ 7 * 191 }} {% if %} {# ]]> \x00\x1b'
+EVIL = '<script>alert(1)</script> $x_1$ & "q" \'s\' {{ 3 ** 60 }} {% if %} {# ]]> \x00\x1b'
 
 
 def damaged(names, text="prose"):
@@ -386,7 +386,7 @@ def test_text_is_escaped(evil_page):
     page = Page(evil_page)
     assert "script" not in page.tags and "&lt;script&gt;" in evil_page
     assert "&amp;lt;" not in evil_page, "escaped once"
-    assert "{{ 7 * 191 }} {% if %} {#" in evil_page and "1337" not in evil_page, "names are no templates"
+    assert "{{ 3 ** 60 }} {% if %} {#" in evil_page and str(3 ** 60) not in evil_page, "names are no templates"
     assert not set("\x00\x1b") & set(evil_page)
     assert not [name for name, _ in page.attributes if name.startswith("on")]
 

@@ -31,6 +31,9 @@ def wire(*names):
     return put
 
 
+SMALLER = {"method": "obs", "pattern": "dense", "shrink": 0.7, "tries": 2}  # makes the model smaller, blocks too
+
+
 class Bench:
     """Runs of the command on what `tiny.make` left in `place`, with little in them: four windows, no measuring."""
 

@@ -1,4 +1,4 @@
-"""Heal on text: train the kept weights on text of one's own by transformers' Trainer; `full` and `lora` are ways.
+"""Heal on text: train the kept weights on a text by transformers' Trainer, for the methods `full` and `lora`.
 
 Trainer does the batches, Adam, the schedule, gradient accumulation and checkpointing, checkpoints, resuming and
 torchrun. Ours are the loss, the zeros that stay zero, and the learning rate:
@@ -15,6 +15,9 @@ the same bits (on the same device, with as many threads).
     WORK/text/            the packed text (data/training.py)
     WORK/attempts.json    the attempts: learning rate, first window, state they began with, looks
     WORK/attempt-N/       Trainer's checkpoints
+
+The files here: losses, student (the model as Trainer sees it), teacher (the dense model's predictions), memory (how a
+step is made to fit), trainer (transformers' Trainer).
 """
 
 import contextlib
@@ -66,13 +69,13 @@ class Attempt:
     harmful: bool = False
 
 
-def heal(model: nn.Module, lesson: Lesson, name: str, way: "Way", lr: float) -> dict:
+def heal(model: nn.Module, lesson: Lesson, name: str, trained: "Trained", lr: float) -> dict:
     """Train `model`, resident on the device in float32, and return plain values for the record.
 
-    name: of the method. way: what is trained and how it is rounded, see `Way`. lr: the first learning rate.
+    name: of the method. trained: the weights and how they are rounded, see `Trained`. lr: the first learning rate.
     """
     with same_random():
-        return Course(model, lesson, name, way, lr).run()
+        return Course(model, lesson, name, trained, lr).run()
 
 
 @contextlib.contextmanager
@@ -87,7 +90,7 @@ def same_random() -> Iterator[None]:
             np.random.set_state(arrays)
 
 
-class Way(Protocol):
+class Trained(Protocol):
     """What a method trains; `train.Trainable` is one."""
 
     parameters: dict[str, nn.Parameter]
@@ -114,10 +117,10 @@ class Way(Protocol):
 class Course:
     """The attempts of one healing, see above."""
 
-    def __init__(self, model: nn.Module, lesson: Lesson, name: str, way: Way, lr: float):
-        self.model, self.lesson, self.way, self.name = model, lesson, way, name
-        self.fit = memory.fit(model, sum(p.numel() for p in way.parameters.values()), lesson, name)
-        self.windows, self.start = lesson.windows, way.snapshot()
+    def __init__(self, model: nn.Module, lesson: Lesson, name: str, trained: Trained, lr: float) -> None:
+        self.model, self.lesson, self.trained, self.name = model, lesson, trained, name
+        self.fit = memory.fit(model, sum(p.numel() for p in trained.parameters.values()), lesson, name)
+        self.windows, self.start = lesson.windows, trained.snapshot()
         if self.fit.checkpointing:
             model.gradient_checkpointing_enable()
         self.file = lesson.work / "attempts.json"
@@ -181,10 +184,10 @@ class Course:
         warnings = list(self.lesson.text.about["warnings"])
         last = self.attempts[-1]
         if state is not None:
-            self.way.round()
+            self.trained.round()
             loss = self.trainer(Attempt(0.0, 0)).evaluate()["eval_loss"]
         if state is None or not loss <= self.before:
-            self.way.restore(self.start)
+            self.trained.restore(self.start)
             why = f"no gain on the held-out text at learning rates down to {last.lr:g}" if state is None else \
                 "rounding to the stored dtype cost more than was gained"
             warnings.append(f"{why}: left as it was")
@@ -197,7 +200,7 @@ class Course:
         share = float(sum(counted(held[i]["labels"]) for i in range(len(held)))) / len(held)
         attempts = [asdict(a) | {"looks": [[step, value / share] for step, value in a.looks]} for a in self.attempts]
         return {"tokens": tokens, "steps": sum(a.steps for a in self.attempts), "lr": last.lr,
-                "products": str(self.way.products()).removeprefix("torch."), "held_out_before": self.before / share,
+                "products": str(self.trained.products()).removeprefix("torch."), "held_out_before": self.before / share,
                 "held_out_after": loss / share, "tokens_per_second": speed, "memory": self.fit.said(), "text": about,
                 "attempts": attempts, "warnings": warnings}
 
@@ -209,13 +212,13 @@ class Course:
     def set(self, state: str | None) -> None:
         """Set the parameters to a saved state; None: to the start."""
         if state is None:
-            self.way.restore(self.start)
+            self.trained.restore(self.start)
         else:
             self.student().load_state_dict(load_file(self.lesson.work / state))
 
     def student(self) -> Student:
         """A new one for each Trainer, as accelerate shares a module among processes the first time only."""
-        return Student(self.model, self.way.parameters, self.lesson, self.way.products())
+        return Student(self.model, self.trained.parameters, self.lesson, self.trained.products())
 
     def note(self) -> None:
         """Write attempts.json."""
@@ -246,7 +249,7 @@ class Course:
             dataloader_pin_memory=False)
         return TextTrainer(
             self.student(), arguments, train_dataset=Subset(text.train, range(attempt.begins, len(text.train))),
-            eval_dataset=text.held, groups=self.way.groups(attempt.lr), masked=self.way.mask_gradients,
+            eval_dataset=text.held, groups=self.trained.groups(attempt.lr), masked=self.trained.mask_gradients,
             callbacks=[Looks(self.before), *([Bar()] if lesson.progress and attempt.lr else [])])
 
 

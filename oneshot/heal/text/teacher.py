@@ -59,7 +59,7 @@ class Live:
 class Cached:
     """The teacher's k most likely tokens of the windows of a text, by their numbers."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path) -> None:
         self.log_p = np.load(folder / "log_p.npy", mmap_mode="r")
         self.ids = np.load(folder / "ids.npy", mmap_mode="r")
 
