@@ -99,8 +99,8 @@ def test_it_would_show(part, tokenizer, tmp_path, monkeypatch):
     assert differences(as_ggml_does(model), tmp_path / gguf.FILE, [24]) > 1e-2
 
 
-@pytest.mark.parametrize("name", [n for n in FAMILIES if n not in ("llama-tied-bias", "mistral", "qwen3")])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name, dtype", [("llama", "float32"), ("llama", "bfloat16"), ("llama-llama3", "float16"),
+                                         ("qwen2", "bfloat16"), ("gemma2", "float32"), ("gemma3", "bfloat16")])
 def test_reads_back(name, dtype, tokenizer, tmp_path):
     """Through `--model FILE`, the same weights, Gemma's norms but for the rounding of 1 + w."""
     model = random_model(name).to(getattr(torch, dtype))
