@@ -153,7 +153,7 @@ def space_rules(spec: dict) -> tuple[bool, list[str]]:
         elif kind == "Metaspace" and part["replacement"] == SPACE and not part["split"]:
             spaces, prefix = True, part["prepend_scheme"] != "never"
             if prefix:
-                warnings.append("model.gguf: llama.cpp puts a space before text that begins with one as well, which the "
+                warnings.append("model.gguf: llama.cpp puts a space also before text that begins with one, which the "
                                 "tokenizer does not")
             if part["prepend_scheme"] == "first":
                 warnings.append("model.gguf: llama.cpp puts a space before the text after a special token as well, the "
