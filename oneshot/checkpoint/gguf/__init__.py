@@ -91,3 +91,5 @@ def faults(folder: Path, data: dict, model: nn.Module, scales: dict) -> list[Fau
         return file.faults(folder / FILE, model, plan, data["tensors"], scales)
     except ImportError:
         return [Fault(FILE, "needs the package gguf to be checked: pip install 'oneshot[gguf]'")]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return [Fault(FILE, f"cannot be compared with the model ({error})")]
