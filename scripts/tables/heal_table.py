@@ -56,9 +56,7 @@ def lines_of(out: Path) -> str:
     for model, record in sorted(found, key=lambda row: (row[0], seed_of(row[1]), order(row[1]))):
         same = [r for m, r in found if m == model]
         dense = next((r for r in same if r["settings"]["method"] == "dense"), None)
-        plain = next((r for r in same if r["settings"]["method"] != "dense" and not r["heal"]
-                      and not r["settings"].get("shrink") and seed_of(r) == seed_of(record)
-                      and not any(b.get("heal") for b in r["blocks"])), None)
+        plain = next((r for r in same if unhealed(r) and of(r) == of(record)), None)
         info = next((i for i in record["heal"].values() if "attempts" in i), {})
         loss = f"{info['held_out_before']:.3f} to {info['held_out_after']:.3f}" if info else ""
         shares = [share(record, plain, dense, m) for m in METRICS]
@@ -66,7 +64,7 @@ def lines_of(out: Path) -> str:
                       *(f"{record['metrics'][m]:.2f}" for m in METRICS), *shares, loss,
                       f"{info['tokens_per_second']:.0f}" if info.get("tokens_per_second") else "",
                       f"{record['seconds']['prune'] / 60:.1f}", f"{record['peak_memory_bytes'] / 2**30:.1f}"])
-    return table.render(heads, lines, "markdown")
+    return table.render(heads, lines, "markdown", text={"model", "way"})
 
 
 def told(out: Path) -> str:
@@ -75,13 +73,23 @@ def told(out: Path) -> str:
                     f"torch {e['torch']}, transformers {e['transformers']}"
                     for e in (record["environment"] for _, record in rows(out))})
     return (f"`scripts/bench/heal.py`; {'; '.join(about)}. 64 windows of each text, on which nothing was trained. "
-            "share: of the excess log-perplexity of the pruned model without healing that is gone. held-out loss: KL to the "
-            "dense model, nats, on a part of the training mixture that was not trained on.")
+            "share: of the excess log-perplexity of the same model without healing that is gone. held-out loss: KL to "
+            "the dense model, nats, on a part of the training mixture that was not trained on.")
 
 
 def page(out: Path) -> str:
     """heal.md."""
     return f"# Healing on text\n\n{told(out)}\n\n{lines_of(out)}\n![held-out loss against tokens](heal.svg)\n"
+
+
+def unhealed(record: dict) -> bool:
+    """Whether a pruned or smaller model was not trained."""
+    return record["settings"]["method"] != "dense" and record["settings"].get("heal", "none") in ("none", "fold")
+
+
+def of(record: dict) -> tuple:
+    """What a healed model and the unhealed one that it is compared with share."""
+    return record["settings"]["pattern"], record["settings"].get("shrink"), seed_of(record)
 
 
 def seed_of(record: dict) -> int:
