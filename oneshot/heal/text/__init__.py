@@ -118,7 +118,7 @@ class Course:
     """The attempts of one healing, see above."""
 
     def __init__(self, model: nn.Module, lesson: Lesson, name: str, trained: Trained, lr: float) -> None:
-        self.model, self.lesson, self.trained, self.name = model, lesson, trained, name
+        self.model, self.lesson, self.trained = model, lesson, trained
         self.fit = memory.fit(model, sum(p.numel() for p in trained.parameters.values()), lesson, name)
         self.windows, self.start = lesson.windows, trained.snapshot()
         if self.fit.checkpointing:
@@ -127,7 +127,6 @@ class Course:
         kept = distributed.share(json.loads(self.file.read_text()) if self.file.is_file() else {})
         self.before: float | None = kept.get("before")
         self.attempts = [Attempt(**row) for row in kept.get("attempts", [])] or [Attempt(lr, 0)]
-        self.resumed = bool(kept)
 
     def run(self) -> dict:
         """All attempts, then the best state, rounded; returns what `heal` does."""
@@ -157,7 +156,8 @@ class Course:
         if last is None or verdict([row["eval_loss"] for row in past if "eval_loss" in row], self.before) is None:
             done = int(last.name.rpartition("-")[2]) if last else 0
             trainer.train(resume_from_checkpoint=str(last) if last else None)
-            past, seen = trainer.state.log_history, (trainer.state.global_step - done) * self.lesson.options.heal_batch
+            past = trainer.state.log_history
+            seen = (trainer.state.global_step - done) * self.windows * self.lesson.options.heal_seqlen
         looks = [[row["step"], row["eval_loss"]] for row in past if "eval_loss" in row]
         attempt.looks, attempt.steps = looks, looks[-1][0]
         attempt.log = [[row["step"], row["loss"]] for row in past if "loss" in row]
@@ -266,5 +266,6 @@ def last_checkpoint(folder: Path) -> Path | None:
         with contextlib.suppress(OSError, ValueError):
             json.loads((found / "trainer_state.json").read_text())  # Trainer writes it last
             return found
-        shutil.rmtree(found)
+        if not distributed.rank():
+            shutil.rmtree(found)
     return None
