@@ -23,9 +23,10 @@ ONLY_IN = {  # library: the stages, or the one file, that know it
     "lm_eval": {"measure"},
     "matplotlib": {"report.figures"},
     "jinja2": {"report.page"},
+    "compressed_tensors": {"checkpoint.compressed"},
     "oneshot_kernels": {"checkpoint", "pipeline", "prune.solvers.sparsegpt"},
 }
-INSIDE_FUNCTIONS = {"lm_eval", "matplotlib", "datasets"}  # optional or slow to import
+INSIDE_FUNCTIONS = {"lm_eval", "matplotlib", "datasets", "compressed_tensors"}  # optional or slow to import
 MANY = ["oneshot.data.training.prepare", "oneshot.data.windows.calibration",
         "oneshot.runtime.flag.flag"]  # named arguments, in one place each
 KERNELS_MAY = {"torch", "triton", "oneshot_kernels"}

@@ -3,6 +3,7 @@
     reference   the format (pack, unpack), reference results     dispatch   which kernel runs, and why
     linear      Sparse24Linear                                   ops        the torch operator
     fuse        sparsify(model)                                  gpu/       Triton kernels for NVIDIA GPUs
+    rounded     Rounded24Linear: int8, int4                      cpu/       compiled kernels for CPUs
 
 Needs torch; on a GPU also Triton.
 """
@@ -11,5 +12,6 @@ from .dispatch import explain
 from .fuse import Report, sparsify
 from .linear import Sparse24Linear
 from .reference import Packed, is_24, pack, unpack
+from .rounded import Rounded24Linear
 
-__all__ = ["Packed", "Report", "Sparse24Linear", "explain", "is_24", "pack", "sparsify", "unpack"]
+__all__ = ["Packed", "Report", "Rounded24Linear", "Sparse24Linear", "explain", "is_24", "pack", "sparsify", "unpack"]

@@ -15,6 +15,7 @@ from torch import nn
 from .cpu.integers import IntegerLinear
 from .linear import Sparse24Linear
 from .reference import is_24
+from .rounded import Rounded24Linear
 
 SHARED_INPUT = ("q_proj", "k_proj", "v_proj")
 GATED_MLP = ("gate_proj", "up_proj", "down_proj")
@@ -113,7 +114,8 @@ def sparsify(
 ) -> Report:
     """Replace, in place, every nn.Linear with a 2:4 weight by a `Sparse24Linear`, then fuse. Returns what was done.
 
-    Layers that are already packed (from a packed checkpoint) are prepared and fused too. fuse: whether to fuse.
+    Layers that are already packed (from a packed checkpoint) are prepared and fused too; those of int8 or int4 codes
+    round their inputs from here on, where they are compiled. fuse: whether to fuse.
     prefill_copy: whether to keep copies for cuSPARSELt and print their size. skip: last parts of names to leave dense.
     head: "int8" rounds the output head, `lm_head`, to int8 (on a CPU): a fifth to a third of a small model's bytes.
 
@@ -126,13 +128,16 @@ def sparsify(
         if isinstance(module, Sparse24Linear):
             module.prepare()
             report.replaced.append(name)
+        elif isinstance(module, Rounded24Linear):
+            if module.can_round_inputs():
+                _put(model, name, module.round_inputs())
+            report.replaced.append(name)
         elif isinstance(module, nn.Linear):
             reason = _refuses(name, module, skip)
             if reason:
                 report.skipped[name] = reason
                 continue
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, Sparse24Linear.from_linear(module))
+            _put(model, name, Sparse24Linear.from_linear(module))
             report.replaced.append(name)
     if not report.replaced:
         raise ValueError("no linear layer of this model is 2:4; prune it to 2:4 first")
@@ -145,6 +150,12 @@ def sparsify(
     if prefill_copy:
         _keep_prefill_copies(model, report)
     return report
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module into the place of the one named `name`."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 
 def _round_head(model: nn.Module, report: Report) -> None:

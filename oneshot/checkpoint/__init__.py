@@ -10,7 +10,8 @@
     sealed    JSON files that contain their own hash
     outcome   compare a saved folder with the model and with the input
     packed    the packed 2:4 format
-    rounded   the scales of rounded weights, and the proof that these lie on their grid
+    compressed  rounded linears as compressed-tensors stores them
+    rounded   the scales of rounded linears, and the proof of their grid
     bytes     the storage of the weights, pruned and dense
     verify    `oneshot verify`: check a folder against its manifest
 """

@@ -11,7 +11,7 @@ from torch import nn
 from ..prune import patterns, solvers
 from ..prune.patterns import Dense, Pattern, Unstructured
 from ..quantise import grids
-from . import packed
+from . import compressed, packed
 from .contents import MANIFEST, Fault
 from .manifest import pattern_of
 
@@ -106,16 +106,20 @@ def check_format(data: dict) -> list[Fault]:
     if data["format"] == "dense":
         return [Fault(MANIFEST, f"its format is dense, but it has an entry {key}") for key in ("packed", "left_dense")
                 if key in data]
-    if data["format"] != "packed":
+    if data["format"] not in ("packed", compressed.METHOD):
         return [Fault(MANIFEST, f"its format is {data['format']}, neither dense nor packed")]
-    could = {name for name, entry in data["tensors"].items() if entry["pattern"] == "2:4"} - set(data["left_dense"])
+    what, can = ("the pattern 2:4", lambda entry: entry["pattern"] == "2:4") if data["format"] == "packed" else (
+        "a grid", lambda entry: "grid" in entry)
+    could = {name for name, entry in data["tensors"].items() if can(entry)} - set(data["left_dense"])
     count = data["packed"]["linears"]
-    return [] if count == len(could) else [Fault(MANIFEST, f"{count} packed linears recorded, {len(could)} have the "
-                                                           "pattern 2:4 and are not left dense")]
+    return [] if count == len(could) else [Fault(MANIFEST, f"{count} packed linears recorded, {len(could)} have {what} "
+                                                           "and are not left dense")]
 
 
 def check_packed(data: dict, model: nn.Module) -> list[Fault]:
     """Faults of the packed linears of a loaded model: their number and bytes."""
+    if data.get("format") == compressed.METHOD:
+        return []  # compressed.py reads the files themselves
     found, recorded = packed.linears(model), data.get("packed") or {}
     if len(found) != recorded.get("linears", 0):
         return [Fault(MANIFEST, f"{len(found)} packed linears, recorded {recorded.get('linears', 0)}")]

@@ -27,7 +27,7 @@ from torch import nn
 from ..models import Tokenizer, source_of
 from ..prune import patterns
 from ..runtime.files import remove_parts, sync, umask, write_text
-from . import contents, kept, owner, packed, rounded, sealed
+from . import compressed, contents, kept, owner, packed, rounded, sealed
 from .lock import FolderLock
 from .manifest import MANIFEST, WORK, manifest, old, read_manifest, read_sealed
 from .outcome import check_saved, copy_side_files
@@ -207,14 +207,16 @@ class Folder:
                page: Callable[[dict], str] | None = None, more: dict | None = None) -> dict:
         """Write checkpoint, page and manifest, move them into place, remove the work files; returns the saved record.
 
-        form: "dense" (zeros are stored) or "packed" (2:4 linears are replaced in the model, see packed.py). page:
-        returns the text of report.html for a record. more: further entries of the manifest.
+        form: "dense" (zeros are stored), "packed" or "compressed-tensors" (linears are replaced in the model, see
+        packed.py and compressed.py). page: returns the text of report.html for a record. more: further entries of the
+        manifest.
 
         Raises OSError naming `--save` if writing fails, ProofError if what was saved is not the model.
         """
         data = manifest(model, record) | (more or {})
-        if form == "packed":
-            data |= packed.pack_checkpoint(model, data["tensors"])
+        if form != "dense":
+            kind = packed if form == "packed" else compressed
+            data |= kind.pack_checkpoint(model, data["tensors"], self.scales)
             record = data["record"] = record | {"packed": data["packed"], "warnings": record["warnings"] + [
                 f"{name}: stays dense in the packed checkpoint ({why})" for name, why in data["left_dense"].items()]}
         with writing(self.path):
@@ -224,7 +226,7 @@ class Folder:
             remove(final)
             model.save_pretrained(final)
             tokenizer.save_pretrained(final)
-            check_saved(final, model, source_of(model))
+            check_saved(final, model, source_of(model), compressed.replaced(model))
             copy_side_files(source_of(model).folder, final)
             rounded.write(final, self.scales)
             if page:

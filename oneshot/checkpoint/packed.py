@@ -4,9 +4,10 @@
     model = AutoModelForCausalLM.from_pretrained("llama-2of4-packed")   # linears are oneshot_kernels.Sparse24Linear
 
 On disk a packed linear has two tensors, `...weight` (R, C/2) and `...metadata` (R, ceil(C/8)) uint8, as defined in
-oneshot_kernels/reference.py. Without `import oneshot`, transformers warns of an unknown quantisation method, builds
-dense linears, finds tensors of another shape and raises: it never runs with made-up weights. The config contains the
-names of linears, never code.
+oneshot_kernels/reference.py. One that was rounded to int8:row or int4:64 (--quantise) has codes for its weight, and
+`...scales` beside them, as defined in oneshot_kernels/rounded.py. Without `import oneshot`, transformers warns of an
+unknown quantisation method, builds dense linears, finds tensors of another shape and raises: it never runs with made-up
+weights. The config contains the names of linears, never code.
 """
 
 import contextlib
@@ -15,7 +16,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from oneshot_kernels import Sparse24Linear, pack, reference
+import torch
+from oneshot_kernels import Rounded24Linear, Sparse24Linear, pack, reference
 from safetensors import safe_open
 from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -24,19 +26,30 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .. import models
 from ..models import uneven  # noqa: F401 - registers the other format
 from ..models.intake import PACKED
-from . import contents, manifest
+from ..quantise import grids
+from . import contents, manifest, rounded
 
 METHOD = PACKED
 HINT = "run `import oneshot` before from_pretrained"
+GRIDS = ("int8:row", "int4:64")  # what the compiled kernels compute with
+Packed = Sparse24Linear | Rounded24Linear
 
 
 @register_quantization_config(METHOD)
 class PackedConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a packed checkpoint: the names of the packed linears, and how to load it."""
+    """The `quantization_config` of a packed checkpoint: the names of the packed linears, and how to load it.
 
-    def __init__(self, linears: Iterable[str] = (), to_load: str = HINT, **kwargs: Any) -> None:
+    grid, stored: where they hold codes, of which grid, and which dtype scale · code is rounded to.
+    """
+
+    def __init__(self, linears: Iterable[str] = (), to_load: str = HINT, grid: str | None = None,
+                 stored: str | None = None, **kwargs: Any) -> None:
         self.quant_method = METHOD
         self.linears, self.to_load = list(linears), to_load
+        if grid is not None:
+            if grid not in GRIDS or not isinstance(getattr(torch, str(stored), None), torch.dtype):
+                raise ValueError(f"quantization_config of {METHOD}: no grid or dtype: {grid!r:.30}, {stored!r:.30}")
+            self.grid, self.stored = grid, stored
         unknown = set(kwargs) - {"quant_method"}
         if unknown:
             raise ValueError(f"quantization_config of {METHOD}: unknown entries {', '.join(sorted(unknown))}")
@@ -51,14 +64,18 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files: list[str] | None = None,
                                              **kwargs: Any) -> None:
         for name in self.quantization_config.linears:
-            replace(model, name, empty_like(linear_named(model, name)))
-        check_files(checkpoint_files or (), len(self.quantization_config.linears))
+            replace(model, name, empty_like(linear_named(model, name), self.quantization_config))
+        check_files(checkpoint_files or (), len(self.quantization_config.linears),
+                    hasattr(self.quantization_config, "grid"))
         check_hashes(checkpoint_files or ())
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for name in self.quantization_config.linears:
             linear = model.get_submodule(name)
             try:
+                if isinstance(linear, Rounded24Linear):
+                    linear.check()
+                    continue
                 reference.check(*linear.packed[:2])  # the GPU kernels do not check their inputs
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
@@ -80,17 +97,20 @@ class PackedQuantizer(HfQuantizer):
         return True
 
 
-def check_files(files: Iterable[str], n: int) -> None:
-    """Raise ValueError unless the files hold `n` packed weights; transformers would only log what is missing."""
+def check_files(files: Iterable[str], n: int, codes: bool = False) -> None:
+    """Raise ValueError unless the files hold `n` packed weights; transformers would only log what is missing.
+
+    codes: whether they are codes with scales.
+    """
     keys = set()
     for file in files:
         with safe_open(file, "pt") as f:
             keys.update(f.keys())
     stems = {key.removesuffix("metadata") for key in keys if key.endswith(".metadata")}
-    whole = sum(f"{stem}weight" in keys for stem in stems)
+    whole = sum(f"{stem}weight" in keys and (not codes or f"{stem}scales" in keys) for stem in stems)
     if files and not n == whole == len(stems):
         raise ValueError(f"the config names {n} packed linears, the files hold {whole} whole ones and "
-                         f"{len(stems) - whole} without their weight: the folder is incomplete, fetch it again")
+                         f"{len(stems) - whole} in part: the folder is incomplete, fetch it again")
 
 
 _CHECKS = [True]
@@ -129,26 +149,49 @@ def unchecked() -> Iterator[None]:
         _CHECKS.pop()
 
 
-def pack_model(model: nn.Module, names: list[str]) -> nn.Module:
+def pack_model(model: nn.Module, names: list[str], grid: str | None = None,
+               scales: dict[str, torch.Tensor] | None = None) -> nn.Module:
     """Pack the linears named `names` in place; `save_pretrained` of the model then writes a packed checkpoint.
 
-    Raises ValueError naming the linear that is not 2:4.
+    grid: the one that their weights lie on, with their `scales` {linear: (R, groups)}; their codes are packed.
+
+    Raises ValueError naming the linear that is not 2:4, or not on the grid.
     """
     for name in names:
         linear = linear_named(model, name)
-        weight = linear.weight.data.T if is_conv1d(linear) else linear.weight.data
+        weight = (linear.weight.data.T if is_conv1d(linear) else linear.weight.data).contiguous()
         try:
-            values, metadata, _ = pack(weight.contiguous())
+            made = rounded_linear(weight, grid, scales[name], linear.bias) if grid else Sparse24Linear.from_packed(
+                *pack(weight)[:2], linear.bias)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        replace(model, name, Sparse24Linear.from_packed(values, metadata, linear.bias))
-    model.config.quantization_config = PackedConfig(names)
+        replace(model, name, made)
+    stored = str(linear_dtype(model)).removeprefix("torch.")
+    model.config.quantization_config = PackedConfig(names, **({"grid": grid, "stored": stored} if grid else {}))
     model.hf_quantizer = PackedQuantizer(model.config.quantization_config, pre_quantized=True)
     return model
 
 
-def pack_checkpoint(model: nn.Module, tensors: dict[str, dict]) -> dict:
+def rounded_linear(weight: torch.Tensor, text: str, scales: torch.Tensor,
+                   bias: torch.Tensor | None) -> Rounded24Linear:
+    """The packed linear of a stored weight (R, C) that lies on the grid `text` with these scales.
+
+    Raises ValueError for a weight that does not, or is not 2:4.
+    """
+    grid = grids.parse(text)
+    codes = rounded.codes_of(weight, grid, scales)
+    return Rounded24Linear.from_codes(codes, scales, bias, bits=grid.bits, group=grid.group, dtype=weight.dtype)
+
+
+def linear_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of the weights that a model's packed linears stand for."""
+    return next((m.dtype if isinstance(m, Rounded24Linear) else m.weight.dtype for m in linears(model)), torch.float32)
+
+
+def pack_checkpoint(model: nn.Module, tensors: dict[str, dict], scales: dict[str, torch.Tensor]) -> dict:
     """Pack, in place, every linear in a manifest's `tensors` that can be packed; returns entries for the manifest.
+
+    scales: of rounded linears; what is packed is taken out of it.
 
     Raises ValueError naming `--format` when there is none.
     """
@@ -163,7 +206,10 @@ def pack_checkpoint(model: nn.Module, tensors: dict[str, dict]) -> dict:
             names.append(name)
     if not names:
         raise ValueError("--format packed: this model has no single linear pruned to 2:4")
-    pack_model(model, names)
+    [grid] = {tensors[name].get("grid") for name in names}
+    pack_model(model, names, grid, scales)
+    for name in names:
+        scales.pop(name, None)
     packed, dense = bytes_of(model)
     return {"format": "packed", "left_dense": left,
             "packed": {"linears": len(names), "bytes": packed, "dense_bytes": dense}}
@@ -185,9 +231,15 @@ def is_conv1d(linear: nn.Module) -> bool:
     return isinstance(linear, models.Conv1D)
 
 
-def empty_like(linear: nn.Module) -> Sparse24Linear:
-    """An uninitialised packed linear of the same shape, dtype and bias."""
+def empty_like(linear: nn.Module, config: PackedConfig) -> Packed:
+    """An uninitialised packed linear of the same shape, dtype and bias, as the config has it."""
     R, C = linear.weight.shape[::-1] if is_conv1d(linear) else linear.weight.shape
+    if hasattr(config, "grid"):
+        grid = grids.parse(config.grid)
+        made = Rounded24Linear(C, R, linear.bias is not None, bits=grid.bits, group=grid.group,
+                               device=linear.weight.device, dtype=linear.weight.dtype)
+        made.dtype = getattr(torch, config.stored)
+        return made
     return Sparse24Linear(C, R, linear.bias is not None, device=linear.weight.device, dtype=linear.weight.dtype)
 
 
@@ -197,15 +249,23 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), last, module)
 
 
-def linears(model: nn.Module) -> list[Sparse24Linear]:
+def linears(model: nn.Module) -> list[Packed]:
     """All packed linears of a model."""
-    return [m for m in model.modules() if isinstance(m, Sparse24Linear)]
+    return [m for m in model.modules() if isinstance(m, Packed)]
+
+
+def scales_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """{name: scales (R, groups), float16} of all packed linears that hold codes."""
+    return {name: m.half_scales() for name, m in model.named_modules() if isinstance(m, Rounded24Linear)}
 
 
 def bytes_of(model: nn.Module) -> tuple[int, int]:
     """(bytes of all packed linears' weights, bytes of the same weights when dense)."""
     packed = dense = 0
     for m in linears(model):
+        if isinstance(m, Rounded24Linear):
+            packed, dense = packed + m.nbytes, dense + m.out_features * m.in_features * m.dtype.itemsize
+            continue
         values, metadata, (R, C) = m.packed
         packed += values.numel() * values.element_size() + metadata.numel()
         dense += R * C * values.element_size()
@@ -215,7 +275,7 @@ def bytes_of(model: nn.Module) -> tuple[int, int]:
 def to_dense(model: nn.Module) -> nn.Module:
     """Replace packed linears, in place, by nn.Linear with the same weights; returns the model."""
     for name, m in list(model.named_modules()):
-        if isinstance(m, Sparse24Linear):
+        if isinstance(m, Packed):
             linear = nn.Linear(m.in_features, m.rows, m.bias is not None, device="meta")
             linear.weight = nn.Parameter(m.dense(), requires_grad=False)
             linear.bias = m.bias

@@ -12,9 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..models import Weight
+from ..models.intake import ROUNDED
 from ..quantise import grids
 
-FILE = "scales.safetensors"
+FILE = ROUNDED
 
 
 def write(folder: Path, scales: dict[str, torch.Tensor]) -> None:

@@ -16,6 +16,7 @@ as the dense matrices they represent.
 """
 
 import argparse
+import contextlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ from ..models import Weight
 from ..runtime.command import Parser, exit_code
 from ..structured import origin
 from ..structured.options import shrinks
-from . import claims, contents, packed, rounded
+from . import claims, compressed, contents, packed, rounded
 from .contents import MANIFEST, Fault
 from .manifest import digest, old, pattern_of, read_sealed
 
@@ -61,15 +62,15 @@ def verify(path: str | Path, trust_remote_code: bool = False, original: str | No
     faults = [] if whole else [Fault(MANIFEST, "was changed after it was written")]
     changed = contents.differences(path, data)
     try:
-        with packed.unchecked():
-            model, _ = models.load(str(path), flag="", trust_remote_code=trust_remote_code)
+        model, scales = loaded(path, data, trust_remote_code)
     except ValueError as error:
         more = f"; not as recorded: {changed[0]}" if changed else ""
         more += f" and {len(changed) - 1} more" if changed[1:] else ""
         raise ValueError(f"{error}{more if changed else ''}") from None
     faults += claims.check(data) + claims.check_packed(data, model)
+    faults += compressed.faults(path, data) if data.get("format") == compressed.METHOD else []
     packed.to_dense(model)  # the recorded hashes are of the dense weights, so they also show that packing lost nothing
-    rows, found = check_linears(model, data, rounded.read(path))
+    rows, found = check_linears(model, data, scales)
     faults += check_origin(model, data, original, trust_remote_code)
     bad = {fault.name for fault in found}
     faults += found + [fault for fault in changed if not fault.tensor or fault.name.rpartition(".")[0] not in bad]
@@ -78,6 +79,17 @@ def verify(path: str | Path, trust_remote_code: bool = False, original: str | No
         unchecked = ["norms, embeddings, biases, config and tokenizer (an older oneshot recorded no hashes of files)"]
     return Verified(rows, list(map(str, faults)), models.skipped(model), len(data.get("files", {})),
                     len(data.get("stored_tensors", {})), tuple(unchecked))
+
+
+def loaded(path: Path, data: dict, trust_remote_code: bool) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """(the folder's model, {linear: its scales} of those that were rounded). data: the manifest."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(packed.unchecked())
+        folder, scales = path, rounded.read(path)
+        if data.get("format") == compressed.METHOD:
+            folder, scales = stack.enter_context(compressed.unpacked(path, data))
+        model, _ = models.load(str(folder), flag="", trust_remote_code=trust_remote_code)
+    return model, scales | packed.scales_of(model)
 
 
 def check_linears(model: torch.nn.Module, data: dict, scales: dict[str, torch.Tensor]

@@ -15,6 +15,7 @@ INDEX = "model.safetensors.index.json"
 DEQUANTISED = ("fp8", "mxfp4")  # what transformers turns into bfloat16 while it loads
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers")  # their number in a config
 PACKED = "oneshot_2of4"  # checkpoint/packed.py
+ROUNDED = "scales.safetensors"  # checkpoint/rounded.py; no tensors of the model
 UNEVEN = "oneshot_uneven"  # uneven.py
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .intake import DEQUANTISED, Entry, headers, quantisation, shards
+from .intake import DEQUANTISED, ROUNDED, Entry, headers, quantisation, shards
 
 RECOMPUTED = re.compile(r"(.*\.)?(inv_freq|position_ids|(attn|attention)\.masked_bias)")  # tables in old checkpoints
 CAUSAL_MASK = re.compile(r"(.*\.)?(attn|attention)\.bias")  # likewise, (1, 1, T, T); a vector of that name is learnt
@@ -79,7 +79,7 @@ def settle(model: nn.Module, config: dict, folder: Path | None, said: str) -> No
     if left.names and (whole := larger_class(config, model)):
         raise ValueError(f"{said}: is a {whole}, of which only {type(model).__name__} is loaded: {left} would "
                          "be lost; save the language model alone and give that")
-    if folder and (unread := sorted({*folder.glob("*.safetensors")} - {*files})):
+    if folder and (unread := sorted({*folder.glob("*.safetensors")} - {*files, folder / ROUNDED})):
         size = sum(file.stat().st_size for file in unread) / 1e6
         warnings.append(f"{said}: {len(unread)} more safetensors files ({size:.3g} MB), such as {unread[0].name}, are "
                         "not read and not in what is saved")

@@ -5,6 +5,7 @@
     compress  prune or round a model, and prove the result
     shrink    make the model smaller before it is pruned (shrink_command: `oneshot shrink`)
     lesson    what healing on text needs: the text, the dense model's predictions, a place for checkpoints
+              (heal_command: `oneshot heal`)
     rounding  `--quantise`: round what is kept, after everything else
     identity  a run's identity (run_id), and the warnings that come first
     command   what the runs of one command share

@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from .. import checkpoint, heal, measure, models
+from ..checkpoint import compressed, packed
 from ..models.source import check_kind, check_parameters
 from ..prune import patterns
 from ..prune.solvers import KEEP, chain
-from ..runtime import environment
+from ..runtime import distributed, environment
+from ..runtime.flag import listed
 from ..settings import RunConfig
 from . import rounding
 
@@ -29,6 +31,10 @@ def check(configs: Sequence[RunConfig]) -> None:
         check_target(cfg)
         if cfg.format == "packed" and cfg.prunes and (cfg.pattern != "2:4" or not cfg.save):
             raise ValueError("--format packed: goes with --pattern 2:4 and --save")
+        if cfg.format == "packed" and cfg.quantise is not None and str(cfg.grid) not in packed.GRIDS:
+            raise ValueError(f"--format packed: holds {' and '.join(packed.GRIDS)}, not --quantise {cfg.quantise}")
+        if cfg.format == compressed.METHOD and cfg.prunes:
+            compressed.check_flags(cfg.grid if cfg.save else None)
         if cfg.save:
             checkpoint.owner_of(cfg.save)
             environment.check_writable(cfg.save, "--save")
@@ -82,9 +88,16 @@ def check_shrink(cfg: RunConfig) -> None:
 
 def check_text(cfg: RunConfig) -> None:
     """Reject what does not go with healing on text. Raises ValueError naming the flag."""
+    if distributed.world() > 1 and not cfg.text_heals:
+        raise ValueError("torchrun: only healing on text is shared among processes; start this command without it, or "
+                         "give --heal full or --heal lora")
     if cfg.text_heals and cfg.heal_data is None:
         raise ValueError(f"--heal {cfg.heal}: {cfg.text_heals[0]} trains on text; give --heal-data, such as c4 or "
                          "a file")
+    if cfg.method == "keep" and not cfg.shrinks and not cfg.heal_teacher and cfg.text_heals and (
+            set(listed(cfg.heal_loss)) & {"kl", "hidden"}):
+        raise ValueError(f"--heal-loss {cfg.heal_loss}: aims at the dense model, and --model {cfg.model} is pruned "
+                         "already; name the dense one by --heal-teacher, or use --heal-loss next")
     if cfg.text_heals and importlib.util.find_spec("accelerate") is None:
         raise ValueError(f"--heal {cfg.text_heals[0]}: needs accelerate; pip install 'oneshot[heal]'")
     if "lora" in cfg.heals and cfg.healing["lora"].adapter and importlib.util.find_spec("peft") is None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from oneshot_kernels import Rounded24Linear
 from torch import nn
 
 from ..checkpoint import Folder, packed
@@ -110,5 +111,6 @@ def sparsity(model: nn.Module) -> float:
         zeros += weight.size - int(weight.get().count_nonzero())
     for linear in packed.linears(model):
         total += linear.rows * linear.in_features
-        zeros += linear.rows * linear.in_features - int(linear.weight.count_nonzero())
+        kept = linear.dense() if isinstance(linear, Rounded24Linear) else linear.weight
+        zeros += linear.rows * linear.in_features - int(kept.count_nonzero())
     return zeros / total if total else 0.0

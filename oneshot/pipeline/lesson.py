@@ -21,9 +21,11 @@ from ..heal.text import HELD, teacher
 from ..heal.text.student import Lesson, keeps_apart
 from ..measure import Subject
 from ..prune.job import Result
+from ..runtime import distributed
 from ..runtime.files import write_text
 from ..runtime.flag import listed
 from ..settings import RunConfig
+from .command import load
 from .plan import circumstances
 
 TOP_K = 64  # with a cache
@@ -41,6 +43,7 @@ def heal_on_text(subject: Subject, result: Result, folder: checkpoint.Folder | N
         with working(folder) as work:
             warnings = same_start(cfg, model, work / name)
             lesson = replace(make_lesson(subject, work), work=work / name)
+            share(subject, work, name)
             warnings += overlap_warnings(subject, lesson.text)
             if not keeps_apart(model):
                 warnings.append("in this family, tokens see the documents before theirs in a window of training text")
@@ -48,6 +51,32 @@ def heal_on_text(subject: Subject, result: Result, folder: checkpoint.Folder | N
             info = healer.on_text(model, lesson)
         result.warnings += [f"--heal {name}: {w}" for w in [*warnings, *info.pop("warnings")]]
         result.heal[name] = info | {"seconds": time.perf_counter() - began}
+
+
+def share(subject: Subject, work: Path, name: str) -> None:
+    """Let the other processes of torchrun take part: they load the pruned model and make the same lesson."""
+    if distributed.world() == 1:
+        return
+    options = subject.cfg
+    if options.heal_batch // options.heal_seqlen % distributed.world():
+        raise ValueError(f"--heal-batch {options.heal_batch}: {options.heal_batch // options.heal_seqlen} windows of "
+                         f"{options.heal_seqlen} a step cannot be shared by {distributed.world()} processes")
+    subject.model.save_pretrained(work / "start")
+    subject.tokenizer.save_pretrained(work / "start")
+    distributed.share((replace(subject.cfg, progress=False), str(work), name))
+
+
+def work_along() -> None:
+    """What all processes but rank 0 do: take part in healing until rank 0 says that nothing more will come."""
+    distributed.start()
+    while job := distributed.share(None):
+        cfg, work, name = job
+        cfg = replace(cfg, device=distributed.device(cfg.device))
+        model, tokenizer = models.load(str(Path(work) / "start"))
+        subject = Subject(model, tokenizer, cfg, {}, None, lambda cfg=cfg: load(cfg)[0])
+        lesson = replace(make_lesson(subject, Path(work)), work=Path(work) / name)
+        heal.module(name).Heal(cfg.healing[name], cfg.seed).on_text(model, lesson)
+    distributed.end()
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from .. import models, quantise
-from ..checkpoint import Folder
+from ..checkpoint import Folder, compressed
 from ..data import Tokens
 from ..prune import loop, solvers
 from ..prune.job import Job, Result
@@ -45,6 +45,8 @@ def check_model(cfg: RunConfig, model: nn.Module) -> None:
             cfg.grid.check(*weight.shape)
         except ValueError as error:
             raise ValueError(f"--quantise {error} ({weight.name})") from None
+    if cfg.format == compressed.METHOD and cfg.prunes:
+        compressed.check_model(model, cfg.grid)
 
 
 def at_once(cfg: RunConfig, job: Job) -> Job:

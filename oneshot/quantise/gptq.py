@@ -2,7 +2,7 @@
 
 It is SparseGPT's loop (prune/solvers/sparsegpt.py) with the mask given: a weight that is not kept is "rounded" to zero,
 and what compensation brings there goes on to the right. A group's scale is chosen when the loop gets there, from the
-weights as they are by then, as in the paper.
+weights as they are by then, as in the paper; unless that cuts off too much, it is smaller than the largest asks for.
 
 Nothing in that says that a row's error is below that of rounding to nearest; with coarse grids now and then it is not.
 Rows are independent, so such a row is rounded to nearest instead: by the error (w-ŵ) G (w-ŵ)ᵀ no row is ever worse.
@@ -25,6 +25,7 @@ needs = frozenset({"outer"})
 @dataclass(frozen=True)
 class Config:
     damping: float = flag(0.01, "λ as a share of the mean of G's diagonal")
+    search: bool = flag(True, "try smaller scales, which cut off a group's largest weights and round the others finer")
 
     def __post_init__(self) -> None:
         if not self.damping >= 0:
@@ -37,7 +38,8 @@ def quantise(W: torch.Tensor, solution: Solution, statistics: Statistics, grid: 
     info: rows_to_nearest, how many rows were better off without. Raises NumericalError when G cannot be used, or a
     scale does not fit float16.
     """
-    found = sparsegpt.sweep(W, statistics, Dense(), sparsegpt.Config(damping=cfg.damping), solution.mask, grid)
+    own = sparsegpt.Config(damping=cfg.damping)
+    found = sparsegpt.sweep(W, statistics, Dense(), own, solution.mask, grid, cfg.search)
     plain = rtn.quantise(W, solution, statistics, grid, rtn.Config())
     worse = row_errors(W, found.W_hat, statistics) > row_errors(W, plain.W_hat, statistics)
     if worse.any():

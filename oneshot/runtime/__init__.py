@@ -7,6 +7,7 @@
     hub           whether the Hugging Face hub may be asked, and whether it answers
     command       error handling and exit codes, in one place for every command
     flag          how a stage declares its command-line flags
+    distributed   several processes under torchrun
     proof         check a promised result at run time
     verb          a subpackage that can also be called as a function (`oneshot.prune`)
 """

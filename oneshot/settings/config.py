@@ -77,8 +77,9 @@ class OutputOptions:
                                   "resumes an interrupted run; with several methods or patterns, a subfolder for each",
                             section="output", bears_on="output")
     format: str = flag("dense", "dense: zeros are stored, loads everywhere; packed: 2:4 layers take 0.5625 of their "
-                                "dense bytes, loads after `import oneshot`", section="output", shown=False,
-                       python=False, choices=("dense", "packed"))
+                                "dense bytes (--quantise int8:row or int4:64: less), loads after `import oneshot`; "
+                                "compressed-tensors: what --quantise rounded, for transformers and vLLM",
+                       section="output", shown=False, python=False, choices=("dense", "packed", "compressed-tensors"))
     overwrite: bool = flag(False, "replace another run's result in --save", section="output", bears_on="output")
     results: str = flag("runs", "folder for the run's record (JSON) and page (HTML)", section="output",
                         bears_on="output")

@@ -8,6 +8,7 @@ from tiny import plain_pages  # noqa: F401
 import oneshot
 from oneshot import checkpoint, models
 from oneshot.heal.text import trainer
+from oneshot.pipeline import heal_command
 
 pytestmark = pytest.mark.usefixtures("plain_pages")
 SMALL = {"method": "wanda", "pattern": "2:4", "heal_tokens": "600", "heal_seqlen": 16, "heal_batch": 32}
@@ -99,3 +100,46 @@ def test_from_python(place):
                            heal_seqlen=16, heal_batch=32, progress=False)
     assert record["heal"]["full"]["held_out_after"] < record["heal"]["full"]["held_out_before"]
     assert record["sparsity"] == pytest.approx(0.5, abs=0.001)
+
+
+@pytest.fixture(scope="module")
+def sparse(place):
+    """A pruned model in place/sparse."""
+    assert tiny.main(*tiny.flags(place, "--no-dense", method="wanda", pattern="2:4", save=place / "sparse")) == 0
+    return place / "sparse"
+
+
+def heal_main(*words):
+    return heal_command.main([str(word) for word in words])
+
+
+SHORT = ["--tokens", "200", "--batch", "32", "--heal-seqlen", "16", "--nsamples", "4", "--seqlen", "16", "--no-dense",
+         "--evaluate", "none", "--no-progress", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_oneshot_heal_heals_a_pruned_folder_towards_what_it_was_made_from(place, sparse, method, tmp_path):
+    assert heal_main(sparse, "--data", place / "calibration.txt", "--method", method, "--save", tmp_path / "out",
+                     "--results", tmp_path / "runs", *SHORT) == 0
+    record = checkpoint.read_manifest(tmp_path / "out")["record"]
+    assert record["settings"]["heal_teacher"] == str(place / "model") and record["settings"]["pattern"] == "2:4"
+    assert record["heal"][method]["held_out_after"] < record["heal"][method]["held_out_before"]
+    before, after = tiny.weights(sparse), tiny.weights(tmp_path / "out")
+    zeros = [(before[name] == 0) & (before[name].ndim == 2) for name in before]
+    assert sum(int(z.sum()) for z in zeros) > 1000
+    assert not any(after[name][z].any() for name, z in zip(before, zeros, strict=True))
+
+
+def test_oneshot_heal_without_a_manifest_needs_a_teacher_or_the_next_token(place, tmp_path, capfd):
+    words = [place / "model", "--data", place / "calibration.txt", "--save", tmp_path / "out", "--results",
+             tmp_path / "runs", *SHORT]
+    assert heal_main(*words) == 2 and "--heal-teacher" in capfd.readouterr().err
+    assert heal_main(*words, "--loss", "next") == 0
+
+
+def test_oneshot_heal_names_what_is_missing(capfd):
+    assert heal_main("--data", "c4") == 2 and "name the model first" in capfd.readouterr().err
+    assert heal_main("--model=x", "--tokens", "5M") == 2 and "--heal-data" in capfd.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        heal_main("--help")
+    assert ended.value.code == 0 and "--tokens" in capfd.readouterr().out

@@ -82,7 +82,8 @@ def test_no_zero_comes_back_and_those_that_come_are_counted(saved, name):
 
 def test_the_record_says_what_was_done(saved):
     record = the_record(saved["gptq"].parent / "gptq.runs")
-    assert record["settings"]["quantise"] == "int4:32" and record["settings"]["rounding"] == {"gptq": {"damping": 0.01}}
+    assert record["settings"]["quantise"] == "int4:32" and record["settings"]["rounding"] == {
+        "gptq": {"damping": 0.01, "search": True}}
     assert "quantiser" not in record["settings"]
     grid = grids.parse("int4:32")
     want = sum(grid.bytes(*row["shape"]) - row["shape"][0] * row["shape"][1] // 4 + row["shape"][0]
@@ -209,9 +210,16 @@ def test_from_python(place):  # noqa: F811
     model, tokenizer = oneshot.load(place / "model")
     text = {"calibration": place / "calibration.txt", "nsamples": 4, "seqlen": tiny.WINDOW, "progress": False}
     record = oneshot.prune(model, tokenizer, method="dense", quantise="int2:32", parts={"gptq.damping": 0.1}, **text)
-    assert record["settings"]["rounding"] == {"gptq": {"damping": 0.1}} and record["layers"][0]["grid"] == "int2:32"
+    assert record["settings"]["rounding"] == {"gptq": {"damping": 0.1, "search": True}}
+    assert record["layers"][0]["grid"] == "int2:32"
     W = next(models.all_weights(model)).get()
     assert all(len(row.unique()) <= 4 for row in W)
+
+
+def test_a_rounded_model_is_read_again_without_a_word(saved, place, tmp_path):  # noqa: F811
+    """Its scales are no part of the model: nothing is lost where another run starts from it."""
+    assert command(place, model=saved["gptq"], method="keep", quantise=None, results=tmp_path) == 0
+    assert not [w for w in the_record(tmp_path)["warnings"] if "safetensors" in w]
 
 
 # --- killed and resumed -------------------------------------------------------------------------------------

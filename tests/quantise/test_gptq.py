@@ -56,7 +56,7 @@ def test_the_joint_pass_is_the_papers(loop, text, n, m):
     """Groups of 32 in blocks of 128 columns, 200 columns in all: a block's later groups begin with changed weights."""
     grid = grids.parse(text)
     W, _, X = problem(4, 200, 500, seed=2, dead=(9,))
-    got = joint.prune(W, statistics_of(X, {"outer"}), NM(n, m), sparsegpt.Config(), grid)
+    got = sparsegpt.sweep(W, statistics_of(X, {"outer"}), NM(n, m), sparsegpt.Config(), grid=grid)
     want, keep = ref.gptq(W, X, None, grid.bits, grid.width(200), pattern=(n, m))
     assert torch.equal(got.mask, keep)
     torch.testing.assert_close(got.W_hat, want, **F64)
@@ -113,6 +113,33 @@ def test_gptq_is_never_worse_than_rtn(bits, T, pattern):
         assert bool((ours <= theirs * (1 + 1e-9)).all())  # row by row
         gained += (ours.sum() / theirs.sum()).item() / 3
     assert gained < 0.9
+
+
+@pytest.mark.parametrize("name", ["gptq", "joint"])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_smaller_scales_pay_where_there_are_few_codes(name, bits):
+    """Over some layers together, and never at the price of the law above."""
+    found = {}
+    for search in (True, False):
+        for seed in range(4):
+            W, kept, X = problem(32, 128, 400, seed=seed)
+            statistics, grid = statistics_of(X, {"outer"}), Integers(bits, 64)
+            pattern, mask = (Dense(), kept) if name == "gptq" else (NM(2, 4), None)
+            D = W - sparsegpt.sweep(W, statistics, pattern, sparsegpt.Config(), mask, grid, search).W_hat
+            found[search] = found.get(search, 0.0) + ((X @ D.T).square().sum() / (X @ W.T).square().sum()).item()
+    assert found[True] < 0.98 * found[False]
+
+
+def test_the_scale_that_is_found_is_the_best_of_those_tried():
+    W, d = torch.randn(8, 5, dtype=torch.float64), torch.rand(8, 1, dtype=torch.float64) + 0.1
+    grid = Integers(3, None)
+
+    def cost(s):
+        return ((grid.value(grid.round(W.T, s), s) - W.T) * d.T).square().sum(1)
+    full = grid.scales(W.T)
+    best = cost(sparsegpt.scales_of(grid, W, d).T)
+    for share in (1.0, *sparsegpt.SMALLER):
+        assert bool((best <= cost((full * share).half().double()) + 1e-12).all())
 
 
 def test_rows_that_are_better_off_to_nearest_are_said():

@@ -36,10 +36,11 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Subset
 
+from ...runtime import distributed
 from ...runtime.files import write_text
 from ..train import FALL, WARM_UP
 from . import memory
-from .student import Lesson, Student
+from .student import Lesson, Student, counted
 
 LOOKS = 10  # evaluations of the held-out loss, and checkpoints
 PATIENCE = 3  # looks in a row without gain after which training ends
@@ -117,14 +118,13 @@ class Course:
     """The attempts of one healing, see above."""
 
     def __init__(self, model: nn.Module, lesson: Lesson, name: str, trained: Trained, lr: float) -> None:
-        self.lesson, self.trained, self.name = lesson, trained, name
-        self.student = Student(model, trained.parameters, lesson, trained.products())
+        self.model, self.lesson, self.trained, self.name = model, lesson, trained, name
         self.fit = memory.fit(model, sum(p.numel() for p in trained.parameters.values()), lesson, name)
         self.windows, self.start = lesson.windows, trained.snapshot()
         if self.fit.checkpointing:
             model.gradient_checkpointing_enable()
         self.file = lesson.work / "attempts.json"
-        kept = json.loads(self.file.read_text()) if self.file.is_file() else {}
+        kept = distributed.share(json.loads(self.file.read_text()) if self.file.is_file() else {})
         self.before: float | None = kept.get("before")
         self.attempts = [Attempt(**row) for row in kept.get("attempts", [])] or [Attempt(lr, 0)]
         self.resumed = bool(kept)
@@ -163,13 +163,16 @@ class Course:
         attempt.log = [[row["step"], row["loss"]] for row in past if "loss" in row]
         attempt.harmful = verdict([loss for _, loss in looks], self.before) == "harm"
         step, loss = min(looks, key=lambda look: look[1])
+        distributed.wait()
         if loss < self.best()[0]:
             attempt.kept = f"{self.folder(number).name}.safetensors"
-            shutil.copyfile(self.folder(number) / f"checkpoint-{step}" / WEIGHTS,
-                            self.lesson.work / attempt.kept)
+            if not distributed.rank():
+                shutil.copyfile(self.folder(number) / f"checkpoint-{step}" / WEIGHTS, self.lesson.work / attempt.kept)
         attempt.ended = True
         self.note()
-        shutil.rmtree(self.folder(number))
+        if not distributed.rank():
+            shutil.rmtree(self.folder(number))
+        distributed.wait()
         return seen
 
     def ended(self, speed: float | None) -> dict:
@@ -177,7 +180,7 @@ class Course:
         loss, state = self.best()
         self.set(state)
         if self.fit.checkpointing:
-            self.student.model.gradient_checkpointing_disable()
+            self.model.gradient_checkpointing_disable()
         warnings = list(self.lesson.text.about["warnings"])
         last = self.attempts[-1]
         if state is not None:
@@ -193,10 +196,13 @@ class Course:
             warnings.append(f"learning rate lowered from {self.attempts[0].lr:g} to {last.lr:g}")
         tokens = sum(a.steps for a in self.attempts) * self.windows * self.lesson.options.heal_seqlen
         about = {key: value for key, value in self.lesson.text.about.items() if key != "warnings"}
+        held = self.lesson.text.held
+        share = float(sum(counted(held[i]["labels"]) for i in range(len(held)))) / len(held)
+        attempts = [asdict(a) | {"looks": [[step, value / share] for step, value in a.looks]} for a in self.attempts]
         return {"tokens": tokens, "steps": sum(a.steps for a in self.attempts), "lr": last.lr,
-                "products": str(self.trained.products()).removeprefix("torch."), "held_out_before": self.before,
-                "held_out_after": loss, "tokens_per_second": speed, "memory": self.fit.said(), "text": about,
-                "attempts": [asdict(a) for a in self.attempts], "warnings": warnings}
+                "products": str(self.trained.products()).removeprefix("torch."), "held_out_before": self.before / share,
+                "held_out_after": loss / share, "tokens_per_second": speed, "memory": self.fit.said(), "text": about,
+                "attempts": attempts, "warnings": warnings}
 
     def best(self) -> tuple[float, str | None]:
         """(lowest held-out loss so far, the file of that state; None for the start)."""
@@ -208,11 +214,16 @@ class Course:
         if state is None:
             self.trained.restore(self.start)
         else:
-            self.student.load_state_dict(load_file(self.lesson.work / state))
+            self.student().load_state_dict(load_file(self.lesson.work / state))
+
+    def student(self) -> Student:
+        """A new one for each Trainer, as accelerate shares a module among processes the first time only."""
+        return Student(self.model, self.trained.parameters, self.lesson, self.trained.products())
 
     def note(self) -> None:
         """Write attempts.json."""
-        write_text(json.dumps({"before": self.before, "attempts": [asdict(a) for a in self.attempts]}), self.file)
+        if not distributed.rank():
+            write_text(json.dumps({"before": self.before, "attempts": [asdict(a) for a in self.attempts]}), self.file)
 
     def folder(self, number: int) -> Path:
         """Trainer's folder for an attempt."""
@@ -237,7 +248,7 @@ class Course:
             use_cpu=lesson.device.type == "cpu", remove_unused_columns=False, prediction_loss_only=True,
             dataloader_pin_memory=False)
         return TextTrainer(
-            self.student, arguments, train_dataset=Subset(text.train, range(attempt.begins, len(text.train))),
+            self.student(), arguments, train_dataset=Subset(text.train, range(attempt.begins, len(text.train))),
             eval_dataset=text.held, groups=self.trained.groups(attempt.lr), masked=self.trained.mask_gradients,
             callbacks=[Looks(self.before), *([Bar()] if lesson.progress and attempt.lr else [])])
 

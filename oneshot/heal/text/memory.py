@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ... import models
-from ...runtime import environment
+from ...runtime import distributed, environment
 from .student import Lesson
 from .teacher import Live
 
@@ -44,7 +44,7 @@ def fit(model: nn.Module, trained: int, lesson: Lesson, name: str, free: int | N
 
     Raises ValueError naming `--heal` when nothing fits.
     """
-    seqlen, device, windows = lesson.options.heal_seqlen, lesson.device, lesson.windows
+    seqlen, device, windows = lesson.options.heal_seqlen, lesson.device, lesson.windows // distributed.world()
     free = environment.free_memory(device) if free is None else free
     teacher = lesson.teacher.bytes if isinstance(lesson.teacher, Live) else 0
     fixed = 4 * sum(p.numel() for p in model.parameters()) + STATE * trained + teacher

@@ -10,6 +10,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from ... import models
 from ...data.training import TrainingText
+from ...runtime import distributed
 from ...runtime.flag import listed
 from ..options import HealOptions
 from . import losses
@@ -34,8 +35,8 @@ class Lesson:
 
     @property
     def windows(self) -> int:
-        """How many windows a step has."""
-        return max(1, self.options.heal_batch // self.options.heal_seqlen)
+        """How many windows a step has, in all processes together."""
+        return max(distributed.world(), self.options.heal_batch // self.options.heal_seqlen)
 
 
 class Student(nn.Module):
@@ -51,7 +52,11 @@ class Student(nn.Module):
         self.__dict__.update(trained=trained, lesson=lesson, products=products)  # no submodules: teachers do not train
 
     def forward(self, index: torch.Tensor, labels: torch.Tensor, **batch: torch.Tensor) -> dict[str, torch.Tensor]:
-        """{"loss": the sum of the losses asked for}, of windows (B, T)."""
+        """{"loss": the sum of the losses asked for}, of windows (B, T).
+
+        As a mean over all positions, those that predict nothing included: so a mean over batches is the same, however
+        windows are put into batches and shared among processes.
+        """
         options, teacher = self.lesson.options, self.lesson.teacher
         wanted = listed(options.heal_loss)
         inputs = model_inputs(self.model, batch, labels.device)
@@ -68,6 +73,7 @@ class Student(nn.Module):
             found = found + losses.next_token(out.logits, labels)
         if "kl" in wanted:
             found = found + losses.kl(out.logits, dense, labels, options.heal_temperature)
+        found = found * counted(labels)
         if "hidden" in wanted:
             found = found + losses.hidden(out.hidden_states, states)
         return {"loss": found}
@@ -82,6 +88,11 @@ class Student(nn.Module):
         for name, p in self.trained.items():
             p.copy_(state[name])
         return _IncompatibleKeys([], [])
+
+
+def counted(labels: torch.Tensor) -> torch.Tensor:
+    """The share of the positions of windows (B, T) that predict something."""
+    return (labels[..., 1:] != -100).float().mean()
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ for GPUs and for machines without a compiler.
 
 The loop also rounds (the paper's section 3.5; with a given mask it is GPTQ, arXiv 2210.17323): a kept weight goes to
 the nearest value of its grid, and the error of that is compensated like that of a removed weight. A group's scale is
-chosen when the loop gets there, from the weights as they are by then.
+chosen when the loop gets there, from the weights as they are by then, or as the loop would leave them unrounded.
 """
 
 import math
@@ -40,6 +40,7 @@ updates = True
 SUB_BLOCK = 16  # columns that are updated one by one before the rest of the mask block is updated
 SPAN = 4  # mask blocks that get the compensation for everything before them in one product
 WIDE = 512  # columns of a span of rounded blocks, which may be small
+SMALLER = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)  # shares of a full scale that are tried
 LEAST = 2.0**-24  # the smallest scale, float16's smallest number
 
 
@@ -72,16 +73,17 @@ def prune(W: torch.Tensor, statistics: Statistics, pattern: Pattern, cfg: Config
 
 
 def sweep(W: torch.Tensor, statistics: Statistics, pattern: Pattern, cfg: Config, mask: torch.Tensor | None = None,
-          grid: Any = None) -> Solution:
+          grid: Any = None, search: bool = False) -> Solution:
     """`prune`, with what the column loop can do beside it.
 
     mask: bool (R, C), the weights that stay, instead of a choice by the pattern. grid: a Grid of quantise/grids.py that
-    kept weights are rounded to; the Solution then has scales. A weight whose input was always zero is removed, unless
+    kept weights are rounded to; the Solution then has scales. search: whether a scale may be smaller than the group's
+    largest weight asks for. A weight whose input was always zero is removed, unless
     the mask is given.
 
     Raises NumericalError as `prune` does, and when a scale does not fit float16.
     """
-    C = W.shape[1]
+    C, given = W.shape[1], mask
     V, dead, info = upper_factor(statistics, cfg.damping, W.dtype)
     E = W.T.clone(memory_format=torch.contiguous_format)  # (C, R); blocks that are still to come hold W⁰
     d = V.diagonal().unsqueeze(1)
@@ -94,7 +96,9 @@ def sweep(W: torch.Tensor, statistics: Statistics, pattern: Pattern, cfg: Config
         nm, chosen, mask = None, 0, mask.T.contiguous()
         E *= mask
     b, shared, span = widths(C, chosen or cfg.block_size, nm, grid)
+    plain = sweep(W, statistics, pattern, cfg, given).W_hat.T if search and shared == C else None
     scales, W_hat, current = [], torch.empty_like(E), Current(E, V, span)
+    solve = compiled if column_loop.available(W) else solve_block
     for i in range(0, C, b):
         B = slice(i, min(i + b, C))
         W_B, U = current(B, out=W_hat[B])
@@ -103,9 +107,11 @@ def sweep(W: torch.Tensor, statistics: Statistics, pattern: Pattern, cfg: Config
             mask[M] = keep(pattern, (W_B if M == B else current(M)[0]) * d[M])
         if grid and i % shared == 0:
             G = slice(i, min(i + shared, C))
-            W_G = E if shared == C else W_B if G == B else current(G)[0]
-            scales.append(scales_of(grid, W_G if nm or chosen else W_G * mask[G]))
-        solve = compiled if column_loop.available(W) else solve_block
+            W_G, U_G = (E, None) if shared == C else (W_B, U) if G == B else current(G)
+            known = not nm and (not chosen or G.stop <= M.stop)  # what is kept in the group
+            if search and (nm or known):  # as it would be unless it were rounded
+                W_G = unrounded(solve, W_G, U_G, mask[G], nm) if plain is None else plain
+            scales.append(scales_of(grid, W_G * mask[G] if known else W_G, d[G] if search else None))
         solve(W_B, U, mask[B], nm, column_loop.Grid(scales[-1], b, grid.low, grid.high) if grid else None)
         E[B] -= W_B
     return Solution(W_hat.T, mask.T, info, scales=torch.cat(scales).T if grid else None)
@@ -152,15 +158,33 @@ class Current:
         return torch.addmm(E[B], U.T, compensation, out=out), U
 
 
-def scales_of(grid: Any, W: torch.Tensor) -> torch.Tensor:
+def unrounded(solve: Any, W: torch.Tensor, U: torch.Tensor, mask: torch.Tensor, nm: NM | None) -> torch.Tensor:
+    """What the column loop makes of a group of columns W (b, R) without rounding; nothing given is changed."""
+    W = W.clone()
+    solve(W, U, mask.clone(), nm)
+    return W
+
+
+def scales_of(grid: Any, W: torch.Tensor, d: torch.Tensor | None = None) -> torch.Tensor:
     """(1, R): the scales for a group of columns W (b, R). Raises NumericalError when float16 cannot hold them.
 
-    Where it would vanish it is float16's smallest number, as compensation may bring something there.
+    d (b, 1): choose among the full scale and SMALLER shares of it the one with the least Σ_j (d_j (w_j - ŵ_j))², which
+    is what the group's rounding costs before compensation. Where a scale would vanish it is float16's smallest number,
+    as compensation may bring something there.
     """
-    scales = grid.scales(W.T).T
-    if not torch.isfinite(scales).all():
+    full = grid.scales(W.T)
+    if not torch.isfinite(full).all():
         raise NumericalError(f"its weights are too large for the float16 scales of {grid}")
-    return scales.masked_fill(scales == 0, LEAST).contiguous()
+    full = full.masked_fill(full == 0, LEAST)
+    if d is None:
+        return full.T.contiguous()
+    best, least = full, torch.full_like(full, torch.inf)
+    for share in (1.0, *SMALLER):
+        s = (full * share).half().to(full)
+        s = s.masked_fill(s == 0, LEAST)
+        cost = (grid.value(grid.round(W.T, s), s) - W.T).mul_(d.T).square_().sum(1, keepdim=True)
+        best, least = torch.where(cost < least, s, best), torch.minimum(cost, least)
+    return best.T.contiguous()
 
 
 def keep(pattern: Pattern, scaled: torch.Tensor) -> torch.Tensor:
