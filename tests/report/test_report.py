@@ -502,6 +502,15 @@ def test_every_picture_has_labelled_axes_and_says_when_it_is_empty():
         assert not fig.axes and fig.texts[0].get_text().startswith("no ")
 
 
+def test_healing_picture_has_every_look_at_its_tokens_and_a_line_for_every_rate():
+    attempts = [{"looks": [[2, 1.5], [4, 2.5]], "steps": 4}, {"looks": [[3, 1.2], [6, 1.0]], "steps": 6}]
+    info = {"tokens": 1000, "steps": 10, "held_out_before": 2.0, "held_out_after": 1.0, "attempts": attempts}
+    (ax,) = figures.fig_healing([record() | {"heal": {"full": info}}, record("dense")]).axes
+    curves = [list(zip(*line.get_data(), strict=True)) for line in ax.lines]
+    assert curves == [[(0, 2.0), (200, 1.5), (400, 2.5)], [(700, 1.2), (1000, 1.0)]]
+    assert not figures.fig_healing([record()]).axes and ax.get_xlabel() and ax.get_ylabel()
+
+
 def test_perplexity_picture_has_every_finite_value_once_and_names_the_others():
     runs = [record(m, p, ppl=10 + i) for i, (m, p) in enumerate(
         (m, p) for m in ("wanda", "sparsegpt") for p in ("0.5", "0.6", "2:4"))]
