@@ -99,7 +99,7 @@ def same_start(cfg: RunConfig, model: nn.Module, work: Path) -> list[str]:
     warnings = []
     if before and before["weights"] != now["weights"]:
         shutil.rmtree(work)
-        warnings = ["the weights it was to continue from are not those that were healed before: begun anew"]
+        warnings = ["the weights to continue from are not those that were healed before, so healing began again"]
     elif before:
         return checkpoint.other_circumstances("it was trained in part and", before["with"], now["with"])
     work.mkdir(parents=True, exist_ok=True)
