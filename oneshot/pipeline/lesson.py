@@ -16,6 +16,7 @@ from torch import nn
 
 from .. import checkpoint, heal, models
 from ..data import choose, training
+from ..data.sample_self import sample_from_model
 from ..heal.options import count
 from ..heal.text import HELD, teacher
 from ..heal.text.student import Lesson, keeps_apart
@@ -112,20 +113,24 @@ def make_lesson(subject: Subject, work: Path) -> Lesson:
     cfg, model, device = subject.cfg, subject.model, torch.device(subject.cfg.device)
     seqlen = choose.window(model, cfg.heal_seqlen, "--heal-seqlen")
     options = choose.text_options(cfg, model, subject.tokenizer)
+    live: list[teacher.Live] = []
+
+    def once() -> teacher.Live:
+        return live[0] if live else live.append(dense_teacher(subject)) or live[0]
+
+    def sample(n: int) -> list[list[int]]:
+        return sample_from_model(once().model, subject.tokenizer, n, seqlen, cfg.seed, cfg.batch_size,
+                                 cfg.progress)[0].tolist()
     text = training.prepare(cfg.heal_data, subject.tokenizer, work / "text", tokens=count(cfg.heal_tokens),
                             held=min(HELD, count(cfg.heal_tokens)), seqlen=seqlen, seed=cfg.seed, options=options,
-                            held_out=cfg.heal_held_out, progress=cfg.progress)
+                            held_out=cfg.heal_held_out, sample=sample, progress=cfg.progress)
     top_k = cfg.heal_top_k or (TOP_K if cfg.heal_cache else None)
     top_k = top_k and min(top_k, models.config_of(model).vocab_size)
     lesson = Lesson(text, None, work, replace(cfg, heal_top_k=top_k), device, cfg.seed, cfg.progress)
     if not set(listed(cfg.heal_loss)) & {"kl", "hidden"}:
         return lesson
     if cfg.heal_cache is None:
-        return replace(lesson, teacher=dense_teacher(subject))
-    live: list[teacher.Live] = []
-
-    def once() -> teacher.Live:
-        return live[0] if live else live.append(dense_teacher(subject)) or live[0]
+        return replace(lesson, teacher=once())
     key = {"teacher": cfg.heal_teacher or cfg.model, "text": text.about["sha256"]}
     cached = {part: teacher.cache(Path(cfg.heal_cache) / part, once, windows, key | {"part": part}, k=top_k,
                                   temperature=cfg.heal_temperature, progress=cfg.progress)

@@ -67,6 +67,14 @@ def test_a_killed_run_continues_to_the_same_bits(place, heal, tmp_path, monkeypa
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
 
 
+def test_the_dense_models_own_samples_are_a_text(place, tmp_path):
+    data = f"1*self,1*{place / 'calibration.txt'}"
+    assert tiny.main(*argv(place, tmp_path / "out", heal_tokens="200", heal_data=data)) == 0
+    sources = checkpoint.read_manifest(tmp_path / "out")["record"]["heal"]["full"]["text"]["sources"]
+    assert [s["share"] for s in sources] == [0.5, 0.5] and sources[0]["source"] == "sampled from the dense model"
+    assert abs(sources[0]["tokens"] - sources[1]["tokens"]) <= 64
+
+
 def test_evaluation_text_among_the_training_text_is_a_warning(place, tmp_path, capfd):
     given = argv(place, tmp_path / "out", heal_data=place / "evaluation.txt")
     assert tiny.main(*given) == 0
