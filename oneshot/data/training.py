@@ -36,7 +36,7 @@ from .sources import TextOptions, Unusable, read
 from .text import Document
 
 PIECE = 20_000  # characters, at most
-PIECES = 40  # that a text of few documents is parted into at least, so that some can be held out
+PIECES = 40  # into so many a text of few documents is cut at least, so that some can be held out
 SHORT = 100  # characters that a piece has at least
 GRAM = 13  # tokens; text is taken to be the same where so many agree, as in arXiv 2005.14165, appendix C
 Sampler = Callable[[int], list[list[int]]]

@@ -12,7 +12,7 @@ LOSSES = ("next", "kl", "hidden")  # see heal/text/losses.py
 
 @dataclass(frozen=True)
 class HealOptions:
-    """See heal/text.py."""
+    """See heal/text/__init__.py."""
 
     heal_data: str | None = flag(None, "text that --heal full and lora train on, as for --calibration; several by "
                                        "commas, with weights: 0.7*c4,0.3*a.txt; self: sampled from the dense "

@@ -22,6 +22,7 @@ from ..heal.text import HELD, teacher
 from ..heal.text.student import Lesson, keeps_apart
 from ..measure import Subject
 from ..prune.job import Result
+from ..prune.loop import float32_products
 from ..runtime import distributed
 from ..runtime.files import write_text
 from ..runtime.flag import listed
@@ -49,7 +50,8 @@ def heal_on_text(subject: Subject, result: Result, folder: checkpoint.Folder | N
             if not keeps_apart(model):
                 warnings.append("in this family, tokens see the documents before theirs in a window of training text")
             healer = heal.module(name).Heal(cfg.healing[name], cfg.seed, cfg.progress)
-            info = healer.on_text(model, lesson)
+            with float32_products(cfg.tf32):
+                info = healer.on_text(model, lesson)
         result.warnings += [f"--heal {name}: {w}" for w in [*warnings, *info.pop("warnings")]]
         result.heal[name] = info | {"seconds": time.perf_counter() - began}
 
@@ -76,7 +78,8 @@ def work_along() -> None:
         model, tokenizer = models.load(str(Path(work) / "start"))
         subject = Subject(model, tokenizer, cfg, {}, None, lambda cfg=cfg: load(cfg)[0])
         lesson = replace(make_lesson(subject, Path(work)), work=Path(work) / name)
-        heal.module(name).Heal(cfg.healing[name], cfg.seed).on_text(model, lesson)
+        with float32_products(cfg.tf32):
+            heal.module(name).Heal(cfg.healing[name], cfg.seed).on_text(model, lesson)
     distributed.end()
 
 
@@ -97,7 +100,7 @@ def same_start(cfg: RunConfig, model: nn.Module, work: Path) -> list[str]:
     warnings = []
     if before and before["weights"] != now["weights"]:
         shutil.rmtree(work)
-        warnings = ["the weights it was to continue from are not those that were healed before: begun anew"]
+        warnings = ["the weights to continue from are not those that were healed before, so healing began again"]
     elif before:
         return checkpoint.other_circumstances("it was trained in part and", before["with"], now["with"])
     work.mkdir(parents=True, exist_ok=True)
