@@ -5,7 +5,7 @@
 
     bits     of codes, scales and positions for each weight of the linears in the blocks
     excess   log ppl - log ppl dense, on held-out text, nats
-    less     share of the excess of SparseGPT at 2:4, rounded to int4 to nearest, that a way of as many bytes does without
+    less     share of the excess of SparseGPT at 2:4, rounded to nearest int4, that a way of as many bytes does without
 
 Every row is for one model, calibration seed and way; integers_ways.yaml names the ways and their flags.
 """
