@@ -18,7 +18,7 @@ STAGES = ("runtime", "models", "data", "calibrate", "prune", "structured", "quan
 METHODS = ("prune.solvers", "prune.allocate", "heal", "measure")  # `names()` of these lists files that stand alone
 PURE = {"runtime.flag", "calibrate.statistics", "prune.patterns", "prune.linalg"}  # what solvers and allocations see
 ONLY_IN = {  # library: the stages, or the one file, that know it
-    "transformers": {"models", "checkpoint.packed"},  # packed is a format that transformers itself loads
+    "transformers": {"models", "checkpoint.packed", "heal.text.trainer"},
     "datasets": {"data.hub"},
     "lm_eval": {"measure"},
     "matplotlib": {"report.figures"},

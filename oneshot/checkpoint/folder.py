@@ -5,6 +5,7 @@
                                            and the run's plan
     DIR/.oneshot/block_00007.safetensors   a finished block: its tensors, and its rows of the record in the header
     DIR/.oneshot/parts/                    the next block while it is being written (safetensors has files of its own)
+    DIR/.oneshot/heal/                     checkpoints of healing on text (heal/text.py)
     DIR/.oneshot/final/                    the checkpoint while it is being written
     DIR/oneshot.json                       the manifest, moved into place last: only a finished folder has it
 
@@ -173,6 +174,13 @@ class Folder:
             (self.work / "parts").mkdir()
             clear(self.path, self._own.removable)
             self.ours = self.claimed = True
+
+    def heal_folder(self) -> Path:
+        """The folder for what is needed to resume healing on text, made if it is not there."""
+        self._lock.check()
+        self.claim()
+        (self.work / "heal").mkdir(exist_ok=True)
+        return self.work / "heal"
 
     def _note(self) -> None:
         """Write run.json."""

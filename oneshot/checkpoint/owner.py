@@ -17,7 +17,7 @@ WRITTEN = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
              "added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.json", "vocab.txt", "merges.txt",
              "spiece.model", "sentencepiece.bpe.model"}
-WORK_FILES = re.compile(r"final|parts|block_\d{5}\.(safetensors|part)|run\.json|\.run\.json\.\d+\.part")
+WORK_FILES = re.compile(r"final|parts|heal|block_\d{5}\.(safetensors|part)|run\.json|\.run\.json\.\d+\.part")
 
 
 @dataclass(frozen=True)

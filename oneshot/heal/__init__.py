@@ -7,19 +7,20 @@ A method is a module with
     check_model  (model, cfg, device), optional: raise ValueError naming the flag if the method cannot be used on this
                  model or device
 
-The stages, in order; the last two return plain values for the record, with `warnings`, a list of str with one entry for
-every fallback taken:
+The stages, in order; the last three return plain values for the record, with `warnings`, a list of str with one entry
+for every fallback taken:
 
     before_block  the block is resident and still dense: inspect it
     after_block   the block has been pruned: train it in place
     after_model   all blocks have been pruned: train the whole model in place
+    on_text       everything before is done: train the whole model in place on text of the user's own (`--heal-data`)
 
 Law, tested for every method: a weight that is zero stays zero, bit for bit, and the method's own held-out loss never
-gets worse. Parameters are trained in float32 and rounded to the stored dtype at the end. The only data are the
-calibration windows. A tenth of them, but at most 4096 tokens, is held out: drawn once per run from its seed, in batches
-of their own, the same for every block and every method, so that no method is judged on windows that another has trained
-on (solvers and calibration statistics do use them). A run with a single window holds out nothing, keeps the last state
-and warns.
+gets worse. Parameters are trained in float32 and rounded to the stored dtype at the end. But for `on_text`, the only
+data are the calibration windows. A tenth of them, but at most 4096 tokens, is held out: drawn once per run from its
+seed, in batches of their own, the same for every block and every method, so that no method is judged on windows that
+another has trained on (solvers and calibration statistics do use them). A run with a single window holds out nothing,
+keeps the last state and warns.
 """
 
 import importlib
@@ -33,7 +34,7 @@ from torch import nn
 from ..calibrate import Activations
 from ..models import Block
 
-STAGES = ("before_block", "after_block", "after_model")
+STAGES = ("before_block", "after_block", "after_model", "on_text")
 
 
 class Heal:
@@ -61,6 +62,12 @@ class Heal:
         dense: the dense model's activations after its last block.
         """
 
+    def on_text(self, model: nn.Module, lesson: Any) -> dict | None:
+        """Train the pruned, offloaded model in place on text; returns plain values for the record, or None.
+
+        lesson: a heal.text.Lesson.
+        """
+
 
 def names() -> list[str]:
     """All `--heal` methods, sorted."""
@@ -80,16 +87,21 @@ def stages(method: ModuleType) -> list[str]:
     return [stage for stage in STAGES if getattr(method.Heal, stage) is not getattr(Heal, stage)]
 
 
+def trains_on_text(name: str) -> bool:
+    """Whether a method trains on `--heal-data` (and not on the calibration windows)."""
+    return name in names() and stages(module(name)) == ["on_text"]
+
+
 def check_order(methods: list[ModuleType], text: str) -> None:
-    """Raise ValueError naming `--heal` if a method is given twice, or one for single blocks after one for whole models.
+    """Raise ValueError naming `--heal` if a method is given twice, or methods stand in another order than their stages.
 
     text: the flag's value. (Settings and record have one place per method.)
     """
     if len(set(methods)) < len(methods):
         once = ",".join(dict.fromkeys(m.__name__.rsplit(".", 1)[-1] for m in methods))
         raise ValueError(f"--heal {text}: each method once: --heal {once}")
-    whole = ["after_block" not in stages(m) for m in methods]
-    if whole != sorted(whole):
-        right = ",".join(m.__name__.rsplit(".", 1)[-1] for m in sorted(methods, key=lambda m: "after_block"
-                                                                       not in stages(m)))
-        raise ValueError(f"--heal {text}: methods that heal single blocks come first: --heal {right}")
+    in_order = sorted(methods, key=lambda m: STAGES.index(stages(m)[-1]))
+    if in_order != list(methods):
+        right = ",".join(m.__name__.rsplit(".", 1)[-1] for m in in_order)
+        raise ValueError(f"--heal {text}: methods that heal single blocks come first, those that train on text last: "
+                         f"--heal {right}")

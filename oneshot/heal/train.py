@@ -3,6 +3,9 @@
     steps   number of updates, each on one batch of windows, at most TOKENS tokens: for the same time, many small steps
             reach a lower loss than few large ones
     lr      learning rate as a share of each tensor's root mean square: absolute rates do not carry over between models
+
+Weights, gradients and Adam's averages are float32. Matrix products are bfloat16 (autocast) where the model is stored in
+16 bits and the device multiplies bfloat16 faster: 2.4 times on a Zen 5 core. The record's `products` says which.
 """
 
 import math
@@ -15,6 +18,7 @@ from torch import nn
 from .. import calibrate
 from ..calibrate import Activations
 from ..models import Block
+from ..runtime import environment
 from ..runtime.proof import prove
 
 TOKENS = 512  # in a batch at most, but at least one window
@@ -72,6 +76,16 @@ class Trainable:
             p.data = p.data.to(self.stored[name]).add_(0.0).to(self.dtypes[name])  # no -0.0, as in Weight.set
         for name, mask in self.masks.items():
             prove(not self.parameters[name].data[~mask].any(), f"{name}: a pruned weight came back")
+
+    def products(self) -> torch.dtype:
+        """The dtype in which matrices are multiplied in training, see above."""
+        short = all(self.stored[name].itemsize < 4 for name in self.parameters)
+        return torch.bfloat16 if short and environment.fast_bfloat16(self.device) else torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(p.device for p in self.parameters.values())
 
     def groups(self, lr: float) -> list[dict]:
         """Adam's parameter groups, each tensor with its own rate; a bias of zeros uses the matrices' mean scale."""
@@ -146,7 +160,8 @@ def fit(trainable: Trainable, loss: Callable[[int], torch.Tensor], held: Sequenc
             trainable.restore(start)
             best = before
             warnings.append("rounding to the stored dtype cost more than was gained: left as it was")
-    return {"steps": done, "lr": rate, "held_out_before": before, "held_out_after": best, "warnings": warnings}
+    return {"steps": done, "lr": rate, "products": str(fitting.products).removeprefix("torch."),
+            "held_out_before": before, "held_out_after": best, "warnings": warnings}
 
 
 class Fitting:
@@ -154,11 +169,18 @@ class Fitting:
 
     def __init__(self, trainable: Trainable, loss: Callable[[int], torch.Tensor], held: Sequence[bool], steps: int,
                  seed: int, progress: Callable[[], object] | None):
-        self.trainable, self.loss, self.steps, self.progress = trainable, loss, steps, progress
+        self.trainable, self.of_batch, self.steps, self.progress = trainable, loss, steps, progress
+        self.products = trainable.products()
         self.train, self.held = ([i for i, apart in enumerate(held) if apart == kind] for kind in (False, True))
         self.gen = torch.Generator().manual_seed(seed)
         self.queue: list[int] = []
         self.looks = {max(1, round(share * steps)) for share in LOOKS}
+
+    def loss(self, i: int) -> torch.Tensor:
+        """The loss of batch i, its matrix products in the dtype of `products`."""
+        short = self.products == torch.bfloat16
+        with torch.autocast(self.trainable.device.type, torch.bfloat16, enabled=short):
+            return self.of_batch(i)
 
     def held_out_loss(self) -> float | None:
         """Mean loss over the held-out batches; None if there are none."""

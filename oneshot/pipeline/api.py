@@ -1,6 +1,7 @@
 """`oneshot prune` from Python: `oneshot.prune(model, ...)` on a model that is already loaded."""
 
 import contextlib
+import copy
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ..settings.known import part_names, python_names, todays_names
 from . import checks, rounding, run
 from .command import Command
 from .identity import describe, identify
+from .lesson import needs_teacher
 from .plan import make_plan
 
 
@@ -56,6 +58,7 @@ def prune(model: nn.Module, tokenizer: Tokenizer | None = None, *, method: str =
     checks.check_heal(cfg, model)
     checks.check_shared(cfg, model)
     plan = make_plan(cfg, model)
+    dense = copy.deepcopy(model) if needs_teacher(cfg) else None
     if was_dequantised(model):
         undo_quantisation(model)
     with at_rest(model):
@@ -64,7 +67,7 @@ def prune(model: nn.Module, tokenizer: Tokenizer | None = None, *, method: str =
         else:
             tokens = Command([cfg]).calibration(cfg, model, tokenizer)
         weights, run_id = identify(cfg, model, tokens, {})
-        record = run.work(Subject(model, tokenizer, cfg, {}, tokens), plan)
+        record = run.work(Subject(model, tokenizer, cfg, {}, tokens, lambda: dense), plan)
     return report.storable(record | {"run_id": run_id, "model": describe(cfg, model, weights)})
 
 

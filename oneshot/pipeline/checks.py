@@ -3,6 +3,7 @@
 Each raises ValueError naming the flag.
 """
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from ..checkpoint import compressed, packed
 from ..models.source import check_kind, check_parameters
 from ..prune import patterns
 from ..prune.solvers import KEEP, chain
-from ..runtime import environment
+from ..runtime import distributed, environment
+from ..runtime.flag import listed
 from ..settings import RunConfig
 from . import rounding
 
@@ -47,6 +49,8 @@ def check(configs: Sequence[RunConfig]) -> None:
 
 def check_target(cfg: RunConfig) -> None:
     """Reject contradictory settings of what to aim at. Raises ValueError naming the flag."""
+    if cfg.prunes:
+        check_text(cfg)
     if cfg.prunes and cfg.dense_target and not any(module.updates for module in chain(cfg.method)):
         raise ValueError(f"--dense-target {cfg.dense_target:g}: --method {cfg.method} leaves the weights it keeps "
                          f"unchanged, so it cannot aim at a target; use {cfg.method}+refit or sparsegpt")
@@ -80,6 +84,26 @@ def check_shrink(cfg: RunConfig) -> None:
     if cfg.shrink_target and not any(module.updates for module in chain(cfg.shrink_method)):
         raise ValueError(f"--shrink-target {cfg.shrink_target:g}: --shrink-method {cfg.shrink_method} leaves the "
                          "weights it keeps unchanged, so it cannot aim at a target; use obs")
+
+
+def check_text(cfg: RunConfig) -> None:
+    """Reject what does not go with healing on text. Raises ValueError naming the flag."""
+    if distributed.world() > 1 and not cfg.text_heals:
+        raise ValueError("torchrun: only healing on text is shared among processes; start this command without it, or "
+                         "give --heal full or --heal lora")
+    if cfg.text_heals and cfg.heal_data is None:
+        raise ValueError(f"--heal {cfg.heal}: {cfg.text_heals[0]} trains on text; give --heal-data, such as c4 or "
+                         "a file")
+    if cfg.method == "keep" and not cfg.shrinks and not cfg.heal_teacher and cfg.text_heals and (
+            set(listed(cfg.heal_loss)) & {"kl", "hidden"}):
+        raise ValueError(f"--heal-loss {cfg.heal_loss}: aims at the dense model, and --model {cfg.model} is pruned "
+                         "already; name the dense one by --heal-teacher, or use --heal-loss next")
+    if cfg.text_heals and importlib.util.find_spec("accelerate") is None:
+        raise ValueError(f"--heal {cfg.text_heals[0]}: needs accelerate; pip install 'oneshot[heal]'")
+    if "lora" in cfg.heals and cfg.healing["lora"].adapter and importlib.util.find_spec("peft") is None:
+        raise ValueError("--lora.adapter: needs peft; pip install 'oneshot[heal]'")
+    if cfg.heal_data is not None and not cfg.text_heals:
+        raise ValueError(f"--heal-data {cfg.heal_data}: goes with --heal full or --heal lora")
 
 
 def check_devices(cfg: RunConfig) -> None:

@@ -4,31 +4,29 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from oneshot_kernels import Rounded24Linear
-from oneshot_kernels.cpu import column_loop
 from torch import nn
 
 from ..checkpoint import Folder, packed
-from ..data import Tokens
+from ..measure import Subject
 from ..models import all_weights
 from ..models import blocks as all_blocks
 from ..prune import loop
 from ..prune.job import Job, Result, skipped_rows
-from ..prune.solvers import magnitude, sparsegpt
+from ..prune.solvers import magnitude
 from ..quantise import grids, rtn
-from ..runtime import environment
 from ..runtime.proof import prove
-from ..settings import RunConfig
 from . import rounding
-from .plan import Plan, allocated, chain_of, job_of, kept_dense, make_plan
+from .lesson import heal_on_text
+from .plan import Plan, allocated, circumstances, job_of, kept_dense, make_plan
 from .shrink import gradients, heal_model, shrink
 
 
-def compress(cfg: RunConfig, model: nn.Module, plan: Plan, calibration: Tokens | None,
-             folder: Folder | None = None) -> Result:
-    """Prune and heal, or round, the model in place as the settings ask; the dense model is left unchanged.
+def compress(subject: Subject, plan: Plan, folder: Folder | None = None) -> Result:
+    """Prune and heal, or round, the subject's model in place as its settings ask.
 
     folder: save each finished block there, and resume after those that are already saved.
     """
+    cfg, model, calibration = subject.cfg, subject.model, subject.calibration
     if cfg.row != "pruned":
         warnings = rtn.quantise_model(model, grids.parse(cfg.pattern)) if cfg.row == "rounded" else []
         return Result(skipped=skipped_rows(model), warnings=warnings)
@@ -44,13 +42,14 @@ def compress(cfg: RunConfig, model: nn.Module, plan: Plan, calibration: Tokens |
         cfg = replace(cfg, keep_dense=renamed(kept, model, smaller.shrunk["kept_blocks"]))
         plan = make_plan(cfg, model)
         on_block = (lambda number, *rest: folder.save_block(blocks + number, *rest)) if folder else None
-    result = pruned(cfg, model, plan, calibration, folder, finished, on_block)
+    result = pruned(replace(subject, cfg=cfg), plan, folder, finished, on_block)
     return joined(smaller, result) if smaller else result
 
 
-def pruned(cfg: RunConfig, model: nn.Module, plan: Plan, calibration: Tokens | None, folder: Folder | None,
-           finished: Iterator, on_block: Callable | None) -> Result:
-    """Prune and heal the model in place by its plan. finished, on_block: as for `loop.prune_model`."""
+def pruned(subject: Subject, plan: Plan, folder: Folder | None, finished: Iterator,
+           on_block: Callable | None) -> Result:
+    """Prune, heal and round the model in place by its plan. finished, on_block: as for `loop.prune_model`."""
+    cfg, model, calibration = subject.cfg, subject.model, subject.calibration
     kept = folder.kept_plan() if folder else None
     [plan] = [kept] if kept else allocated([cfg], model, [plan], calibration)
     if folder:
@@ -64,6 +63,7 @@ def pruned(cfg: RunConfig, model: nn.Module, plan: Plan, calibration: Tokens | N
     ids, mask = (calibration.ids, calibration.mask) if calibration else (None, None)
     result = loop.prune_model(model, ids, mask, job, finished=finished, on_block=on_block)
     heal_model(cfg if job.healers else replace(cfg, heal="none"), model, job.healers, result)
+    heal_on_text(subject, result, folder)
     rounding.round_model(cfg, model, plan, calibration, folder, rest, result)
     result.warnings += folder.warnings() if folder else []
     prove_patterns(model, plan, result.layers)
@@ -87,15 +87,6 @@ def joined(smaller: Result, result: Result) -> Result:
                                   for name, info in result.heal.items()}
     result.warnings = smaller.warnings + result.warnings
     return result
-
-
-def circumstances(cfg: RunConfig, calibration: Tokens | None) -> dict:
-    """What the bits of a block depend on beside the run's settings: a run that resumes with others says so."""
-    found = environment.environment(cfg.device)
-    same = {key: found[key] for key in ("threads", "device", "torch", "transformers", "oneshot", "commit")}
-    compiled = cfg.quantise is not None or any(module is sparsegpt for module, _ in chain_of(cfg))
-    return same | {"calibration": calibration.sha256[:12] if calibration else None} | (
-        {"column_loop": column_loop.kind(cfg.device)} if compiled else {})
 
 
 def prove_patterns(model: nn.Module, plan: Plan, rows: list[dict]) -> None:

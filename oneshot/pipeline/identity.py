@@ -10,7 +10,7 @@ from ..data import Tokens, choose
 from ..measure import Subject
 from ..prune import allocate
 from ..settings import RunConfig
-from . import checks
+from . import checks, lesson
 from .plan import keep_dense_warning, kept_mark
 
 
@@ -29,6 +29,8 @@ def identify(cfg: RunConfig, model: nn.Module, calibration: Tokens | None,
     marks = [calibration.sha256 if calibration else None, *measure.identity(cfg, texts)]
     if cfg.prunes and cfg.allocate == "sensitivity":
         marks.append(digest(cfg, weights))
+    if cfg.prunes and cfg.text_heals:
+        marks += lesson.mark(cfg)
     if cfg.prunes and cfg.keep_dense:
         marks.append(kept_mark(cfg, model, weights))
     return weights, cfg.run_id(weights, *marks)

@@ -4,6 +4,7 @@ import fnmatch
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
+from oneshot_kernels.cpu import column_loop
 from torch import nn
 
 from .. import heal, models, quantise
@@ -15,6 +16,8 @@ from ..prune import job as jobs
 from ..prune.job import Chain, Job
 from ..prune.patterns import Dense, Pattern
 from ..prune.shared_inputs import dense_pass
+from ..prune.solvers import sparsegpt
+from ..runtime import environment
 from ..runtime.command import one_line
 from ..runtime.inputs import parse_json, read_text
 from ..settings import RunConfig
@@ -34,9 +37,12 @@ def pattern_of(cfg: RunConfig) -> Pattern:
 
 def needs_data(cfg: RunConfig) -> bool:
     """Whether the run needs calibration data."""
-    looks = cfg.layer_errors or cfg.heals or cfg.dense_target or cfg.shrinks or allocate.module(cfg.allocate).needs
+    if not cfg.prunes:
+        return False
+    looks = cfg.layer_errors or cfg.window_heals or cfg.dense_target or cfg.shrinks
     looks = looks or (cfg.quantise is not None and quantise.module(cfg.quantiser).needs)
-    return cfg.prunes and bool(looks or any(module.needs for module, _ in chain_of(cfg)))
+    needs = (allocate.module(cfg.allocate).needs, *(module.needs for module, _ in chain_of(cfg)))
+    return bool(looks or any(needs))
 
 
 def make_plan(cfg: RunConfig, model: nn.Module) -> Plan:
@@ -154,7 +160,7 @@ def allocated(configs: Sequence[RunConfig], model: nn.Module, plans: Sequence[Pl
 
 def job_of(cfg: RunConfig, plan: Plan, calibration: Tokens | None = None) -> Job:
     """The pruning job for a plan with these settings. calibration: determines the windows held out from healing."""
-    healers = tuple(heal.module(name).Heal(cfg.healing[name], cfg.seed, cfg.progress) for name in cfg.heals)
+    healers = tuple(heal.module(name).Heal(cfg.healing[name], cfg.seed, cfg.progress) for name in cfg.window_heals)
     if not healers or not calibration:
         return Job(plan, chain_of(cfg), cfg, healers)
     n, seqlen = calibration.ids.shape
@@ -170,3 +176,13 @@ def keep_dense_warning(cfg: RunConfig, model: nn.Module) -> list[str]:
     kept = kept_dense(cfg.keep_dense, list(sizes))
     share = sum(sizes[name] for name in kept) / sum(sizes.values())
     return [f"--keep-dense: {len(kept)} of {len(sizes)} linears stay dense, {share:.1%} of the prunable weights"]
+
+
+def circumstances(cfg: RunConfig, calibration: Tokens | None) -> dict:
+    """What the bits of a block depend on beside the run's settings: a run that resumes with others says so."""
+    found = environment.environment(cfg.device)
+    same = {key: found[key] for key in ("threads", "device", "torch", "transformers", "oneshot", "commit")}
+    compiled = cfg.quantise is not None or any(module is sparsegpt for module, _ in chain_of(cfg))
+    return same | {"calibration": calibration.sha256[:12] if calibration else None} | (
+        {"column_loop": column_loop.kind(cfg.device)} if compiled else {}) | (
+        {"bfloat16": environment.fast_bfloat16(cfg.device)} if cfg.heals else {})

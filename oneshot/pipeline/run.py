@@ -15,11 +15,11 @@ from ..measure import Subject
 from ..prune import shared_inputs
 from ..quantise import grids
 from ..report import page, summary
-from ..runtime import environment
+from ..runtime import distributed, environment
 from ..runtime.command import exit_code
 from ..runtime.files import remove_parts, writing
 from ..settings import RunConfig, flags
-from . import checks, idle, rounding
+from . import checks, idle, lesson, rounding
 from .command import Command, load
 from .compress import compress, sparsity
 from .identity import describe, identify, warnings
@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         given = flags.read(argv)
         command.configs = flags.expand(given)
         checks.check(command.configs)
+        distributed.start()
         idle.check(given, command.configs)
         models.quiet()
         print(f"device: {environment.device_name(command.configs[0].device)}", file=sys.stderr)
@@ -53,7 +54,9 @@ def main(argv: list[str] | None = None) -> int:
             told = summary.text(records, Path(command.configs[0].results))
         print(told)
 
-    return exit_code(work, interrupted=interrupted, memory=SHORT_OF_MEMORY)
+    if distributed.rank():
+        return exit_code(lesson.work_along)
+    return distributed.ended(exit_code(work, interrupted=interrupted, memory=SHORT_OF_MEMORY))
 
 
 def run(cfg: RunConfig, command: Command | None = None, reuse: Callable[[Path], dict | None] | None = None) -> dict:
@@ -128,7 +131,7 @@ def work(subject: Subject, plan: Plan, command: Command | None = None, folder: c
         shared_inputs.write_weights(model, weights)
     else:
         starting = time.perf_counter()
-        result = compress(cfg, model, plan, subject.calibration, folder)
+        result = compress(subject, plan, folder)
     pruned = time.perf_counter()
     found.add(measure.measure(subject, "after"))
     done = time.perf_counter()

@@ -109,10 +109,10 @@ def job_of(cfg: RunConfig, model: nn.Module, calibration: Tokens) -> Job:
     """How a cut is done: the chain, the healers, the windows held out; which cut, `search.job_for` adds."""
     chain = chain_of(cfg)
     options = replace(cfg, dense_target=cfg.shrink_target, stop_on_collapse=False)
-    healers = tuple(heal.module(name).Heal(cfg.healing[name], cfg.seed, cfg.progress) for name in cfg.heals)
+    healers = tuple(heal.module(name).Heal(cfg.healing[name], cfg.seed, cfg.progress) for name in cfg.window_heals)
     n, seqlen = calibration.ids.shape
     held = held_out_windows(n, seqlen, cfg.seed) if healers or "held" in chain_needs(chain) else ()
-    if set(cfg.heals) - {"fold"}:  # those train on one batch a step
+    if set(cfg.window_heals) - {"fold"}:  # those train on one batch a step
         options = replace(options, batch_size=windows_per_step(cfg.batch_size, seqlen))
     job = Job({}, chain, options, healers, held, staged=True)
     return replace(job, gradients=gradients(cfg, model, calibration, job)) if "gradient" in job.needs else job
@@ -261,7 +261,7 @@ def order_of(cfg: RunConfig, model: nn.Module, calibration: Tokens, count: int, 
 
 def heal_model(cfg: RunConfig, model: nn.Module, healers: tuple[heal.Heal, ...], result: Result) -> None:
     """Let the healing methods train the whole model; what they report goes into the result."""
-    for name, healer in zip(cfg.heals, healers, strict=True):
+    for name, healer in zip(cfg.window_heals, healers, strict=True):
         began = time.perf_counter()
         with loop.float32_products(cfg.tf32):
             info = healer.after_model(model, result.dense)

@@ -79,6 +79,17 @@ def check_device(device: str, flag: str = "--device") -> None:
         raise ValueError(f"{flag} {device}: only cpu and cuda are supported")
 
 
+def fast_bfloat16(device: str | torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices faster than float32 ones (a CPU: AVX512-BF16 or AMX).
+
+    CPUs without such instructions emulate them, several times slower than float32.
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    can = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
+
+
 def check_name(path: str | Path | None, flag: str) -> None:
     """Raise ValueError naming the flag if no file system takes a path of this name."""
     try:
@@ -102,6 +113,16 @@ def check_writable(path: str | Path, flag: str) -> None:
 def total_memory(device: str) -> int | None:
     """The GPU's memory in bytes; None for a CPU, whose memory may be swapped."""
     return torch.cuda.get_device_properties(device).total_memory if torch.device(device).type == "cuda" else None
+
+
+def free_memory(device: str | torch.device) -> int | None:
+    """Bytes that are free on a device: the GPU's, or what the system can give this process; None if it does not say."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
+    return None
 
 
 def reset_peak_memory(device: str) -> None:

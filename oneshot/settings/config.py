@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .. import measure, quantise
+from .. import heal, measure, quantise
 from ..data.choose import DataOptions
+from ..heal.options import HealOptions
 from ..models.loading import LoadOptions
 from ..prune import patterns
 from ..prune.options import Options
@@ -41,7 +42,8 @@ class PruneOptions:
                                         "as 'model.layers.0.*,*.down_proj', or RECORD.json:N, the N most harmful to "
                                         "prune in the record of a run with --sensitivity", section="what", preset=True,
                                   added=True)
-    heal: str = flag("none", "train the kept weights on the calibration windows: block, distil, or block,distil",
+    heal: str = flag("none", "train the kept weights: block, distil, on the calibration windows; full, lora (a "
+                             "low-rank change), on --heal-data; several by commas, in this order",
                      section="what", preset=True, was="recover")
     quantise: str | None = flag(None, "round the weights that are kept to integers, after all else: int8, int4, int3 "
                                       "(a float16 scale for each 128 columns of a row), int4:64 or int4:row for other "
@@ -93,7 +95,7 @@ class OutputOptions:
 
 
 MEASURED = tuple(measure.module(name).Config for name in measure.names())
-STAGES = (OutputOptions, Options, *reversed(MEASURED), DataOptions, ShrinkOptions, PruneOptions,
+STAGES = (OutputOptions, Options, *reversed(MEASURED), DataOptions, HealOptions, ShrinkOptions, PruneOptions,
           LoadOptions)  # the last one's first
 
 
@@ -141,6 +143,16 @@ class RunConfig(*STAGES):
     def heals(self) -> list[str]:
         """The healing methods, in order."""
         return listed(self.heal)
+
+    @property
+    def window_heals(self) -> list[str]:
+        """Those of the healing methods that work on the calibration windows."""
+        return [name for name in self.heals if not heal.trains_on_text(name)]
+
+    @property
+    def text_heals(self) -> list[str]:
+        """Those of the healing methods that train on `--heal-data`."""
+        return [name for name in self.heals if heal.trains_on_text(name)]
 
     def settings(self) -> dict[str, Any]:
         """Everything that affects the numbers, as plain values, for the record and the run_id."""

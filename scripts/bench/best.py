@@ -161,7 +161,7 @@ def measured(subject: measure.Subject) -> dict:
     """Prune the model in place: perplexity, seconds and errors of one way."""
     cfg, model = subject.cfg, subject.model
     began, used = time.perf_counter(), time.process_time()
-    result = compress(cfg, model, make_plan(cfg, model), subject.calibration)
+    result = compress(subject, make_plan(cfg, model))
     spent = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - used}
     errors = {}
     for row in result.layers:

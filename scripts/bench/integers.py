@@ -123,7 +123,7 @@ def one(flags: list[str], own: dict, dense: dict) -> dict:
     began = time.perf_counter()
     if first:
         rtn.quantise_model(model, grids.parse(first))
-    result = compress(cfg, model, make_plan(cfg, model), calibration)
+    result = compress(measure.Subject(model, tokenizer, cfg, texts, calibration), make_plan(cfg, model))
     seconds = time.perf_counter() - began
     sizes = model_bytes(model, [row | ({"grid": first} if first else {}) for row in result.layers])
     weights = sum(weight.size for weight in models.all_weights(model))

@@ -135,7 +135,7 @@ def one(args: argparse.Namespace, name: str, job: tuple[str, str, str], flags: l
     if name not in dense:
         dense[name] = quality(measure.Subject(model, tokenizer, base, texts))
     began, used = time.perf_counter(), time.process_time()
-    result = compress(cfg, model, make_plan(cfg, model), calibration)
+    result = compress(measure.Subject(model, tokenizer, cfg, texts, calibration), make_plan(cfg, model))
     spent = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - used}
     found = quality(measure.Subject(model, tokenizer, cfg, texts))
     shrunk = {key: result.shrunk[key] for key in ("share", "blocks", "blocks_before", "cut", "order", "tried")}

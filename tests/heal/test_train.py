@@ -10,6 +10,7 @@ from healing import heal_pruned
 from oneshot import models
 from oneshot.heal import block as by_block
 from oneshot.heal.train import Trainable, fit
+from oneshot.runtime import environment
 
 
 class Scalar:
@@ -132,3 +133,30 @@ def test_no_negative_zero_is_stored():
     for block in models.blocks(model)[1]:
         for p in block.parameters():
             assert not (torch.signbit(p) & (p == 0)).any()
+
+
+@pytest.mark.parametrize("fast, dtype, products", [
+    (True, torch.bfloat16, "bfloat16"), (True, torch.float16, "bfloat16"), (True, torch.float32, "float32"),
+    (False, torch.bfloat16, "float32")])
+def test_products_are_bfloat16_where_that_is_fast_and_the_model_is_stored_in_16_bits(monkeypatch, fast, dtype,
+                                                                                    products):
+    monkeypatch.setattr(environment, "fast_bfloat16", lambda device: fast)
+    layer, seen = torch.nn.Linear(8, 8, bias=False), set()
+
+    def value(i):
+        out = layer(torch.ones(2, 8))
+        seen.add(str(out.dtype).removeprefix("torch."))
+        assert layer.weight.dtype == torch.float32
+        return out.float().square().mean()
+    with Trainable(layer, {"weight": dtype}) as trainable:
+        info = fit(trainable, value, [False, True], steps=8, lr=0.02, seed=0)
+    assert seen == {info["products"]} == {products} and info["held_out_after"] < info["held_out_before"]
+
+
+@pytest.mark.parametrize("method", ["block", "distil"])
+@pytest.mark.parametrize("name", sorted(set(families.FAMILIES) - set(families.REFUSED)))
+def test_every_family_heals_with_bfloat16_products(monkeypatch, name, method):
+    monkeypatch.setattr(environment, "fast_bfloat16", lambda device: True)
+    result = heal_pruned(families.tiny(name, dtype=torch.bfloat16), method, **{f"{method}.steps": 4})
+    said = [row["heal"][method] for row in result.blocks if "heal" in row] + list(result.heal.values())
+    assert said and all(info["products"] == "bfloat16" for info in said)

@@ -9,7 +9,8 @@ from oneshot.prune import solvers
 from oneshot.settings import flags
 from oneshot.settings.config import RunConfig
 
-SMALLER = {"shrink": 0.7, "drop": "3,7", "shrink_method": "wanda", "shrink_target": 0.5}  # values that can be
+SMALLER = {"shrink": 0.7, "drop": "3,7", "shrink_method": "wanda", "shrink_target": 0.5,
+           "heal_tokens": "20k", "heal_loss": "next"}  # values that can be
 
 
 def one(*argv):
@@ -182,7 +183,7 @@ def test_run_id_changes_with_any_setting_but_not_with_output_flags(field):
     cfg = one("--method", "wanda", "--pattern", "0.5")
     same = changed(cfg, field).run_id("weights", "data") == cfg.run_id("weights", "data")
     assert same == (field.name in ("cache_dir", "save", "overwrite", "results", "dense", "progress", "trust_task_code",
-                                   "effort", "quantised"))
+                                   "effort", "quantised", "heal_cache"))
 
 
 def test_run_id_changes_with_weights_data_and_solver_settings():

@@ -1,0 +1,261 @@
+"""Training text: what `--heal-data` names, mixed, tokenised and packed into windows that lie on disk.
+
+    source   a text as for `--calibration`, or WEIGHT*SOURCE; weights say how many tokens come from each
+    piece    a document, or a part of a longer one (of at most PIECE characters, fewer in a short text), which is then
+             treated as a document
+    window   `seqlen` consecutive tokens of the packed documents
+
+Pieces come in random order, always from the source furthest behind its weight, and again once a source is used up.
+Every document ends with the tokenizer's end-of-text token. Positions start at 0 with each document, from which
+transformers builds an attention mask that keeps documents apart. Of each source, the first pieces are held out.
+
+    FOLDER/train.npy, held.npy               token ids, uint32
+    FOLDER/train_starts.npy, held_starts.npy where documents begin, int64
+    FOLDER/text.json                         what was read, written last
+"""
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from ..models import Tokenizer
+from ..runtime.files import write_text
+from .encode import Encoder
+from .sources import TextOptions, Unusable, read
+from .text import Document
+
+PIECE = 20_000  # characters, at most
+PIECES = 40  # that a text of few documents is parted into at least, so that some can be held out
+SHORT = 100  # characters that a piece has at least
+GRAM = 13  # tokens; text is taken to be the same where so many agree, as in arXiv 2005.14165, appendix C
+IGNORED = -100  # the label of a token that is not predicted: the first of a document
+
+
+class Windows(Dataset):
+    """Windows of packed documents. ids: integers (n·T,). starts: ascending positions in ids where documents begin."""
+
+    def __init__(self, ids: np.ndarray, starts: np.ndarray, seqlen: int):
+        self.ids, self.starts, self.seqlen = ids, starts, seqlen
+
+    def __len__(self) -> int:
+        """The number of complete windows."""
+        return len(self.ids) // self.seqlen
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        """Window i: `input_ids`, `position_ids`, `labels`, int64 (T,), and its number, `index`."""
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        at = np.arange(i * self.seqlen, (i + 1) * self.seqlen)
+        ids = self.ids[at].astype(np.int64)
+        begins = np.concatenate([[0], self.starts])[np.searchsorted(self.starts, at, side="right")]
+        labels = np.where(at == begins, IGNORED, ids)
+        return {"input_ids": torch.from_numpy(ids), "position_ids": torch.from_numpy(at - np.maximum(begins, at[0])),
+                "labels": torch.from_numpy(labels), "index": torch.tensor(i)}
+
+
+@dataclass(frozen=True)
+class TrainingText:
+    """Windows to train on and windows held out. about: what was read, plain values, with `warnings`."""
+
+    train: Windows
+    held: Windows
+    about: dict
+
+
+def mixture(text: str) -> list[tuple[float, str]]:
+    """[(weight, source)] of `--heal-data`. Raises ValueError naming the flag."""
+    found = []
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        match = re.fullmatch(r"(\d*\.?\d+)\*(.+)", entry)
+        weight, source = (float(match[1]), match[2]) if match else (1.0, entry)
+        if not weight > 0 or source in [name for _, name in found]:
+            raise ValueError(f"--heal-data {entry}: give each text once, with a weight above 0, such as "
+                             "0.7*c4,0.3*a.txt")
+        found.append((weight, source))
+    if not found:
+        raise ValueError("--heal-data: nothing given; name a text such as c4 or a file")
+    return found
+
+
+@dataclass
+class Source:
+    """One text of a mixture: its pieces in random order, again and again, each as token ids.
+
+    size: characters of a piece, at most. holding: whether what is drawn now is held out, so that it never comes again.
+    taken, passes: tokens drawn and passes begun since it is not.
+    """
+
+    name: str
+    share: float
+    documents: Sequence[Document]
+    encoder: Encoder
+    draw: random.Random
+    described: str
+    size: int = PIECE
+    holding: bool = True
+    taken: int = 0
+    passes: int = 1
+    _held: set[tuple[int, int]] = field(default_factory=set, repr=False)
+    _pieces: Iterator[list[int]] | None = field(default=None, repr=False)
+
+    def next(self) -> list[int]:
+        """The next piece. Raises Unusable where nothing is left to draw."""
+        for _ in range(2):
+            self._pieces = self._pieces or self._pass()
+            for ids in self._pieces:
+                if ids:
+                    return ids
+            self._pieces, self.passes = None, self.passes + 1
+            if self.holding:
+                break
+        raise Unusable("holds too little text to train on some of it and to hold some out; add text")
+
+    def _pass(self) -> Iterator[list[int]]:
+        """One pass over all pieces that are not held out."""
+        order = [(d, p) for d, document in enumerate(self.documents) for p in range(self._count(document))]
+        self.draw.shuffle(order)
+        eos = self.encoder.tokenizer.eos_token_id
+        for d, p in order:
+            if (d, p) in self._held:
+                continue
+            if self.holding:
+                self._held.add((d, p))
+            document, last = self.documents[d], p + 1 == self._count(self.documents[d])
+            part = document[p * self.size : (p + 1) * self.size] if isinstance(document, str) else document
+            ids = self.encoder.document(part)
+            yield [*ids, eos] if ids and last and eos is not None and not self.encoder.chat else ids
+
+    def _count(self, document: Document) -> int:
+        """How many pieces a document has."""
+        return max(1, -(-len(document) // self.size)) if isinstance(document, str) else int(document is not None)
+
+
+def piece_size(documents: Sequence[Document]) -> int:
+    """Characters of a piece: fewer than PIECE in a text of few and short documents."""
+    if len(documents) >= PIECES:
+        return PIECE
+    return min(PIECE, max(SHORT, sum(len(document or "") for document in documents) // PIECES))
+
+
+def prepare(spec: str, tokenizer: Tokenizer, folder: Path, *, tokens: int, held: int, seqlen: int, seed: int,
+            options: TextOptions, held_out: str | None = None, progress: bool = True) -> TrainingText:
+    """The text of `--heal-data`, read from `folder` if it lies there already.
+
+    tokens, held: how many tokens to train on and to hold out, both rounded up to windows. held_out: a text to take the
+    held-out windows from instead. options: as for calibration.
+
+    Raises ValueError naming `--heal-data` (or `--heal-held-out`) when a text cannot be used.
+    """
+    sizes = {"train": -(-tokens // seqlen) * seqlen, "held": -(-held // seqlen) * seqlen}
+    asked = {"spec": spec, "held_out": held_out, "sizes": sizes, "seqlen": seqlen, "seed": seed,
+             "options": str(options), "tokenizer": fingerprint(tokenizer), "files": _files(spec, held_out)}
+    done = folder / "text.json"
+    about = json.loads(done.read_text()) if done.is_file() else {}
+    if about.get("asked") != asked:
+        folder.mkdir(parents=True, exist_ok=True)
+        done.unlink(missing_ok=True)
+        sources = _open("--heal-data", spec, tokenizer, options, seed)
+        others = _open("--heal-held-out", held_out, tokenizer, options, seed) if held_out else sources
+        for name, mixed in (("held", others), ("train", sources)):
+            for source in mixed:
+                source.holding, source.taken = name == "held", 0
+            _write(folder / name, mixed, sizes[name], "--heal-data" if mixed is sources else "--heal-held-out",
+                   tqdm(total=sizes[name], desc=f"{name} text", unit=" tokens", disable=not progress, leave=False))
+        about = {"asked": asked, **_described(sources, sizes["train"]), "sha256": _digest(folder / "train.npy")}
+        write_text(json.dumps(about), done)
+    windows = {name: Windows(np.load(folder / f"{name}.npy", mmap_mode="r"), np.load(folder / f"{name}_starts.npy"),
+                             seqlen) for name in sizes}
+    return TrainingText(windows["train"], windows["held"], {key: about[key] for key in about if key != "asked"})
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """What tells two tokenizers apart, short."""
+    whole = json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), tokenizer.chat_template],
+                       default=str)
+    return hashlib.sha256(whole.encode()).hexdigest()[:12]
+
+
+def _files(*specs: str | None) -> list[list]:
+    """[path, size, time of change] of every file among the texts, to see that none was changed."""
+    names = [name for spec in specs if spec for _, name in mixture(spec)]
+    return [[name, Path(name).stat().st_size, Path(name).stat().st_mtime_ns] for name in names if Path(name).is_file()]
+
+
+def _open(flag: str, spec: str, tokenizer: Tokenizer, options: TextOptions, seed: int) -> list[Source]:
+    """The sources of a mixture."""
+    parts, found = mixture(spec), []
+    whole = sum(weight for weight, _ in parts)
+    for weight, name in parts:
+        try:
+            text = read(name, options, evaluate=False)
+            encoder = Encoder(tokenizer, options.bos, text.chat)
+        except Unusable as error:
+            raise ValueError(f"{flag} {name}: {error}") from error.__cause__
+        draw = random.Random(f"{seed}/{name}")
+        size = piece_size(text.documents)
+        found.append(Source(name, weight / whole, text.documents, encoder, draw, text.source, size))
+    return found
+
+
+def _write(path: Path, sources: list[Source], size: int, flag: str, bar: tqdm) -> None:
+    """Fill PATH.npy with `size` tokens of the sources, and note in PATH_starts.npy where documents begin."""
+    ids = np.lib.format.open_memmap(path.with_suffix(".npy"), "w+", np.uint32, (size,))
+    starts, at = [], 0
+    with bar:
+        while at < size:
+            source = max(sources, key=lambda s: s.share * at - s.taken)
+            try:
+                piece = source.next()[: size - at]
+            except Unusable as error:
+                raise ValueError(f"{flag} {source.name}: {error}") from error.__cause__
+            starts.append(at)
+            ids[at : at + len(piece)] = piece
+            at, source.taken = at + len(piece), source.taken + len(piece)
+            bar.update(len(piece))
+    ids.flush()
+    np.save(path.with_name(f"{path.name}_starts.npy"), np.asarray(starts, np.int64))
+
+
+def _described(sources: list[Source], tokens: int) -> dict[str, Any]:
+    """Plain values for the record."""
+    again = [f"--heal-data {s.name}: read {s.passes} times, it holds fewer tokens than were asked for; lower "
+             "--heal-tokens or add text" for s in sources if s.passes > 1]
+    return {"tokens": tokens, "sources": [{"source": s.described, "share": s.share, "tokens": s.taken,
+                                           "passes": s.passes} for s in sources], "warnings": again}
+
+
+def _digest(file: Path) -> str:
+    """sha256 of a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else \
+            hashlib.sha256(stream.read()).hexdigest()
+
+
+def overlap(train: np.ndarray, other: np.ndarray, chunk: int = 2**22) -> float:
+    """The share of the 13-grams of `other`, integers (m, T), that occur in `train`, integers (n,)."""
+    wanted = np.unique(np.concatenate([_grams(row) for row in other])) if other.size else np.empty(0, np.uint64)
+    seen = np.zeros(len(wanted), bool)
+    for begin in range(0, max(len(train) - GRAM + 1, 0), chunk):
+        seen |= np.isin(wanted, _grams(np.asarray(train[begin : begin + chunk + GRAM - 1])))
+    return float(seen.mean()) if len(seen) else 0.0
+
+
+def _grams(ids: np.ndarray) -> np.ndarray:
+    """A 64-bit hash of each run of GRAM ids."""
+    n = len(ids) - GRAM + 1
+    if n < 1:
+        return np.empty(0, np.uint64)
+    found, ids = np.zeros(n, np.uint64), ids.astype(np.uint64) + np.uint64(1)
+    for k in range(GRAM):
+        found = found * np.uint64(0x9E3779B97F4A7C15) + ids[k : k + n] * np.uint64(0xBF58476D1CE4E5B9)
+    return found ^ (found >> np.uint64(31))

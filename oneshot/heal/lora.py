@@ -1,0 +1,192 @@
+"""LoRA: train a low-rank change of each linear on text (`--heal-data`) that respects the zeros, and merge it exactly.
+
+    Ŵ    W + M ⊙ (B A)·alpha/r, with A (r, C), B (R, r), and M the mask of the kept weights (SQFT's SparsePEFT, arXiv
+         2410.03750): what is trained is what is merged, and no zero is lost
+
+Memory: the weights once more (Ŵ, for the backward pass), but gradients and Adam's averages of A and B alone. On a model
+without zeros this is plain LoRA, and `--lora.adapter` saves it unmerged, as peft does. r, alpha, dropout, targets:
+peft's r, lora_alpha, lora_dropout, target_modules. Dropout leaves out inputs of a linear for all tokens of a step.
+"""
+
+import fnmatch
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn.utils import parametrize
+
+from .. import models
+from ..models import Weight
+from ..runtime import environment
+from ..runtime.flag import flag
+from ..runtime.proof import prove
+from . import Heal as Base
+from . import text
+from .text.student import Lesson
+
+ALL = "all-linear"
+
+
+@dataclass(frozen=True)
+class Config:
+    r: int = flag(16, "rank")
+    alpha: float = flag(32.0, "scale of the change, divided by r")
+    dropout: float = flag(0.0, "share of a linear's inputs that the change leaves out in each step")
+    targets: str = flag(ALL, "linears that are changed: all-linear, or ends of their names such as q_proj,v_proj")
+    lr: float = flag(0.001, "learning rate of Adam; lowered where it does harm")
+    adapter: str | None = flag(None, "folder to save the change in unmerged as well, for peft; only for a model "
+                                     "without zeros", bears_on="output")
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ValueError(f"--lora.r {self.r}: must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"--lora.dropout {self.dropout:g}: give a share from 0 to below 1")
+        if not (self.alpha > 0 and self.lr > 0):
+            raise ValueError("--lora.alpha, --lora.lr: must be above 0")
+
+
+def check_model(model: nn.Module, cfg: Config, device: str) -> None:
+    """Raise ValueError naming `--lora.targets` if nothing matches it."""
+    targets(model, cfg)
+
+
+def targets(model: nn.Module, cfg: Config) -> list[Weight]:
+    """The weights that are changed; those of fused experts cannot be."""
+    found = [w for w in models.all_weights(model) if w.expert is None]
+    if cfg.targets != ALL:
+        ends = [part.strip() for part in cfg.targets.split(",")]
+        found = [w for w in found if any(fnmatch.fnmatch(f".{w.name}", f"*.{end}") for end in ends)]
+    if not found:
+        raise ValueError(f"--lora.targets {cfg.targets}: matches no linear; give all-linear, or ends of names such as "
+                         f"{next(w.name for w in models.all_weights(model)).rpartition('.')[2]}")
+    return found
+
+
+class Change(nn.Module):
+    """The parametrization of one weight. mask: bool, of the weight's shape as it is stored, or None for no zeros."""
+
+    def __init__(self, weight: Weight, mask: torch.Tensor | None, cfg: Config, gen: torch.Generator):
+        super().__init__()
+        (R, C), device = weight.shape, weight.parameter.device
+        bound = math.sqrt(3 / C) / math.sqrt(3)  # kaiming_uniform with a = √5, as in peft
+        self.A = nn.Parameter((torch.rand(cfg.r, C, generator=gen) * 2 - 1).mul_(bound).to(device))
+        self.B = nn.Parameter(torch.zeros(R, cfg.r, device=device))
+        self.mask, self.scale, self.dropout, self.transposed = mask, cfg.alpha / cfg.r, cfg.dropout, weight.transposed
+
+    def forward(self, W: torch.Tensor) -> torch.Tensor:
+        """Ŵ, in the dtype and layout of W."""
+        with torch.autocast(W.device.type, enabled=False):  # what is merged must be what was trained
+            A = self.A
+            if self.training and self.dropout:
+                A = A * (torch.rand_like(A[:1]) >= self.dropout) / (1 - self.dropout)
+            change = self.B @ A * self.scale
+            change = change.T if self.transposed else change
+            return W + (change if self.mask is None else change * self.mask)
+
+
+class Adapters:
+    """The changes of a model's weights, at work: a `text.Way`. Within the context the modules use Ŵ; on leaving it the
+    weights are Ŵ, rounded to their stored dtype."""
+
+    def __init__(self, weights: list[Weight], cfg: Config, seed: int = 0):
+        gen = torch.Generator().manual_seed(seed)
+        self.weights, self.rounded, self.final = weights, None, {}
+        self.masks = [w.parameter.data != 0 for w in weights]
+        dense = all(bool(mask.all()) for mask in self.masks)
+        self.sparse = not dense
+        self.changes = [Change(w, None if dense else mask, cfg, gen)
+                        for w, mask in zip(weights, self.masks, strict=True)]
+        self.parameters = {f"{w.name}.{name}": p for w, change in zip(weights, self.changes, strict=True)
+                           for name, p in change.named_parameters()}
+
+    def __enter__(self) -> "Adapters":
+        for weight, change in zip(self.weights, self.changes, strict=True):
+            weight.parameter.requires_grad_(False)
+            parametrize.register_parametrization(weight.owner, "weight", change, unsafe=True)
+        return self
+
+    @torch.no_grad()
+    def __exit__(self, *_: Any) -> None:
+        self.round()
+        for weight, mask in zip(self.weights, self.masks, strict=True):
+            parametrize.remove_parametrizations(weight.owner, "weight", leave_parametrized=False)
+            prove(weight.owner.weight is weight.parameter, f"{weight.name}: merging replaced its parameter")
+            prove(not weight.parameter.data[~mask].any(), f"{weight.name}: a pruned weight came back")
+
+    def products(self) -> torch.dtype:
+        """The dtype in which matrices are multiplied, as for `train.Trainable`."""
+        short = all(w.stored.itemsize < 4 for w in self.weights)
+        fast = environment.fast_bfloat16(self.weights[0].parameter.device)
+        return torch.bfloat16 if short and fast else torch.float32
+
+    def groups(self, lr: float) -> list[dict]:
+        """One group for all."""
+        return [{"params": list(self.parameters.values()), "lr": lr}]
+
+    def mask_gradients(self) -> None:
+        """Nothing to do: the mask is part of Ŵ."""
+
+    def snapshot(self) -> dict[str, torch.Tensor]:
+        """A copy of A and B."""
+        return {name: p.data.clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def restore(self, snapshot: dict[str, torch.Tensor]) -> None:
+        """Set A and B to a snapshot, and the weights to what they were."""
+        if self.rounded is not None:
+            for weight, W in zip(self.weights, self.rounded, strict=True):
+                weight.parameter.data.copy_(W)
+            self.rounded, self.final = None, {}
+        for name, p in self.parameters.items():
+            p.copy_(snapshot[name])
+
+    @torch.no_grad()
+    def round(self) -> None:
+        """Merge: the weights become Ŵ, rounded to their stored dtype, and B zero."""
+        before, self.final = [], self.final or self.snapshot()
+        for weight, change in zip(self.weights, self.changes, strict=True):
+            change.eval()
+            before.append(weight.parameter.data.to("cpu", weight.stored, copy=True))
+            merged = change(weight.parameter.data)
+            weight.parameter.data.copy_(merged.to(weight.stored).add_(0.0))
+            change.B.zero_()
+        self.rounded = self.rounded or before
+
+    def save(self, folder: str, cfg: Config, model: nn.Module) -> None:
+        """Write the change as it was before it was merged, as peft's adapter."""
+        from peft import LoraConfig
+
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        kinds = sorted({w.name.rpartition(".")[2] for w in self.weights})
+        LoraConfig(r=cfg.r, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, target_modules=kinds, task_type="CAUSAL_LM",
+                   base_model_name_or_path=model.config.name_or_path, fan_in_fan_out=self.weights[0].transposed,
+                   inference_mode=True).save_pretrained(folder)
+        state = {f"base_model.model.{w.name}.lora_{name}.weight": self.final[f"{w.name}.{name}"].cpu()
+                 for w in self.weights for name in ("A", "B")}
+        save_file(state, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+class Heal(Base):
+    """LoRA at work in one run, see above."""
+
+    def on_text(self, model: nn.Module, lesson: Lesson) -> dict:
+        """Train the changes on the lesson's text, then merge them."""
+        weights = targets(model, self.cfg)
+        with models.resident(models.tensors_of(model), lesson.device, write_back=True, dtype=torch.float32), \
+                Adapters(weights, self.cfg, self.seed) as adapters:
+            if adapters.sparse and self.cfg.adapter:
+                raise ValueError(f"--lora.adapter {self.cfg.adapter}: this model has zeros, which an adapter added "
+                                 "later would not keep; leave it out, the merged model has the change in it")
+            found = text.heal(model, lesson, "lora", adapters, self.cfg.lr)
+        if self.cfg.adapter:
+            adapters.save(self.cfg.adapter, self.cfg, model)
+        fused = sum(w.size for w in models.all_weights(model) if w.expert is not None)
+        if fused:
+            found["warnings"].append(f"{fused / sum(w.size for w in models.all_weights(model)):.1%} of the weights are "
+                                     "experts in one tensor, which --heal lora leaves as they are; use --heal full")
+        return found | {"trained": sum(p.numel() for p in adapters.parameters.values())}

@@ -1,0 +1,267 @@
+"""Heal on text: train the kept weights on text of one's own by transformers' Trainer; `full` and `lora` are ways.
+
+Trainer does the batches, Adam, the schedule, gradient accumulation and checkpointing, checkpoints, resuming and
+torchrun. Ours are the loss, the zeros that stay zero, and the learning rate:
+
+    look      the loss on held-out windows, LOOKS times in all
+    attempt   training at one learning rate. Where a look is worse than before healing, the rate is too high (or the
+              text does harm): it ends, the best state is restored, and another begins with half the rate and the
+              remaining windows. FALLS times at most.
+
+The state with the best look is kept, rounded to the stored dtype; where that is no better than before, the weights are
+left as they were. A checkpoint is saved at every look. A run that was killed continues from the last one and ends with
+the same bits (on the same device, with as many threads).
+
+    WORK/text/            the packed text (data/training.py)
+    WORK/attempts.json    the attempts: learning rate, first window, state they began with, looks
+    WORK/attempt-N/       Trainer's checkpoints
+"""
+
+import contextlib
+import json
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import Subset
+
+from ...runtime import distributed
+from ...runtime.files import write_text
+from ..train import FALL, WARM_UP
+from . import memory
+from .student import Lesson, Student, counted
+
+LOOKS = 10  # evaluations of the held-out loss, and checkpoints
+PATIENCE = 3  # looks in a row without gain after which training ends
+FALLS = 6  # how often the learning rate is halved at most
+HELD = 8192  # tokens held out
+WEIGHTS = "model.safetensors"  # in Trainer's checkpoints
+CLIP = 1.0  # norm of the gradient, at most
+
+
+@dataclass
+class Attempt:
+    """Training at one learning rate. begins: number of its first window. state: file it starts from, or None.
+
+    looks: [step, held-out loss] each. log: [step, loss in training] each. steps: done. kept: file of its best state,
+    if that was the best so far. harmful: whether it was ended because a look was worse than before healing.
+    """
+
+    lr: float
+    begins: int
+    state: str | None = None
+    looks: list[list[float]] = field(default_factory=list)
+    log: list[list[float]] = field(default_factory=list)
+    steps: int = 0
+    kept: str | None = None
+    ended: bool = False
+    harmful: bool = False
+
+
+def heal(model: nn.Module, lesson: Lesson, name: str, way: "Way", lr: float) -> dict:
+    """Train `model`, resident on the device in float32, and return plain values for the record.
+
+    name: of the method. way: what is trained and how it is rounded, see `Way`. lr: the first learning rate.
+    """
+    with same_random():
+        return Course(model, lesson, name, way, lr).run()
+
+
+@contextlib.contextmanager
+def same_random() -> Iterator[None]:
+    """Leave Python's, numpy's and torch's global random state, which Trainer seeds, as it was."""
+    python, arrays = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(arrays)
+
+
+class Way(Protocol):
+    """What a method trains; `train.Trainable` is one."""
+
+    parameters: dict[str, nn.Parameter]
+
+    def products(self) -> torch.dtype:
+        """The dtype in which matrices are multiplied."""
+
+    def groups(self, lr: float) -> list[dict]:
+        """Adam's parameter groups."""
+
+    def mask_gradients(self) -> None:
+        """Set the gradients of pruned weights to zero."""
+
+    def snapshot(self) -> dict[str, torch.Tensor]:
+        """A copy of the parameters."""
+
+    def restore(self, snapshot: dict[str, torch.Tensor]) -> None:
+        """Set the parameters to a snapshot."""
+
+    def round(self) -> None:
+        """Round the weights as they will be saved."""
+
+
+class Course:
+    """The attempts of one healing, see above."""
+
+    def __init__(self, model: nn.Module, lesson: Lesson, name: str, way: Way, lr: float):
+        self.model, self.lesson, self.way, self.name = model, lesson, way, name
+        self.fit = memory.fit(model, sum(p.numel() for p in way.parameters.values()), lesson, name)
+        self.windows, self.start = lesson.windows, way.snapshot()
+        if self.fit.checkpointing:
+            model.gradient_checkpointing_enable()
+        self.file = lesson.work / "attempts.json"
+        kept = distributed.share(json.loads(self.file.read_text()) if self.file.is_file() else {})
+        self.before: float | None = kept.get("before")
+        self.attempts = [Attempt(**row) for row in kept.get("attempts", [])] or [Attempt(lr, 0)]
+        self.resumed = bool(kept)
+
+    def run(self) -> dict:
+        """All attempts, then the best state, rounded; returns what `heal` does."""
+        began, seen = time.perf_counter(), 0
+        if self.before is None:
+            self.before = self.trainer(Attempt(0.0, 0)).evaluate()["eval_loss"]
+            self.note()
+        while True:
+            attempt = self.attempts[-1]
+            if not attempt.ended:
+                seen += self.train(attempt)
+            left = (len(self.lesson.text.train) - attempt.begins) // self.windows - attempt.steps
+            if not attempt.harmful or len(self.attempts) > FALLS or left < LOOKS:
+                break
+            begins = attempt.begins + attempt.steps * self.windows
+            self.attempts.append(Attempt(attempt.lr / FALL, begins, self.best()[1]))
+            self.note()
+        return self.ended(seen / (time.perf_counter() - began) if seen else None)
+
+    def train(self, attempt: Attempt) -> int:
+        """Do one attempt, from its last checkpoint if there is one; returns the tokens it was trained on here."""
+        self.set(attempt.state)
+        number = self.attempts.index(attempt)
+        trainer, last = self.trainer(attempt), last_checkpoint(self.folder(number))
+        past = json.loads((last / "trainer_state.json").read_text())["log_history"] if last else []
+        seen = 0
+        if last is None or verdict([row["eval_loss"] for row in past if "eval_loss" in row], self.before) is None:
+            done = int(last.name.rpartition("-")[2]) if last else 0
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+            past, seen = trainer.state.log_history, (trainer.state.global_step - done) * self.lesson.options.heal_batch
+        looks = [[row["step"], row["eval_loss"]] for row in past if "eval_loss" in row]
+        attempt.looks, attempt.steps = looks, looks[-1][0]
+        attempt.log = [[row["step"], row["loss"]] for row in past if "loss" in row]
+        attempt.harmful = verdict([loss for _, loss in looks], self.before) == "harm"
+        step, loss = min(looks, key=lambda look: look[1])
+        distributed.wait()
+        if loss < self.best()[0]:
+            attempt.kept = f"{self.folder(number).name}.safetensors"
+            if not distributed.rank():
+                shutil.copyfile(self.folder(number) / f"checkpoint-{step}" / WEIGHTS, self.lesson.work / attempt.kept)
+        attempt.ended = True
+        self.note()
+        if not distributed.rank():
+            shutil.rmtree(self.folder(number))
+        distributed.wait()
+        return seen
+
+    def ended(self, speed: float | None) -> dict:
+        """Restore the best state, round it, and say what was done."""
+        loss, state = self.best()
+        self.set(state)
+        if self.fit.checkpointing:
+            self.model.gradient_checkpointing_disable()
+        warnings = list(self.lesson.text.about["warnings"])
+        last = self.attempts[-1]
+        if state is not None:
+            self.way.round()
+            loss = self.trainer(Attempt(0.0, 0)).evaluate()["eval_loss"]
+        if state is None or not loss <= self.before:
+            self.way.restore(self.start)
+            why = f"no gain on the held-out text at learning rates down to {last.lr:g}" if state is None else \
+                "rounding to the stored dtype cost more than was gained"
+            warnings.append(f"{why}: left as it was")
+            loss = self.before
+        elif last.lr < self.attempts[0].lr:
+            warnings.append(f"learning rate lowered from {self.attempts[0].lr:g} to {last.lr:g}")
+        tokens = sum(a.steps for a in self.attempts) * self.windows * self.lesson.options.heal_seqlen
+        about = {key: value for key, value in self.lesson.text.about.items() if key != "warnings"}
+        held = self.lesson.text.held
+        share = float(sum(counted(held[i]["labels"]) for i in range(len(held)))) / len(held)
+        attempts = [asdict(a) | {"looks": [[step, value / share] for step, value in a.looks]} for a in self.attempts]
+        return {"tokens": tokens, "steps": sum(a.steps for a in self.attempts), "lr": last.lr,
+                "products": str(self.way.products()).removeprefix("torch."), "held_out_before": self.before / share,
+                "held_out_after": loss / share, "tokens_per_second": speed, "memory": self.fit.said(), "text": about,
+                "attempts": attempts, "warnings": warnings}
+
+    def best(self) -> tuple[float, str | None]:
+        """(lowest held-out loss so far, the file of that state; None for the start)."""
+        kept = [(min(loss for _, loss in a.looks), a.kept) for a in self.attempts if a.kept]
+        return min([(self.before, None), *kept], key=lambda entry: entry[0])
+
+    def set(self, state: str | None) -> None:
+        """Set the parameters to a saved state; None: to the start."""
+        if state is None:
+            self.way.restore(self.start)
+        else:
+            self.student().load_state_dict(load_file(self.lesson.work / state))
+
+    def student(self) -> Student:
+        """A new one for each Trainer, as accelerate shares a module among processes the first time only."""
+        return Student(self.model, self.way.parameters, self.lesson, self.way.products())
+
+    def note(self) -> None:
+        """Write attempts.json."""
+        if not distributed.rank():
+            write_text(json.dumps({"before": self.before, "attempts": [asdict(a) for a in self.attempts]}), self.file)
+
+    def folder(self, number: int) -> Path:
+        """Trainer's folder for an attempt."""
+        return self.lesson.work / f"attempt-{number}"
+
+    def trainer(self, attempt: Attempt) -> "TextTrainer":  # noqa: F821 - see below
+        """Trainer for an attempt on what is left of the text."""
+        from .trainer import Bar, Looks, TextTrainer, TrainingArguments  # slow to import
+
+        text, lesson = self.lesson.text, self.lesson
+        steps = max(1, (len(text.train) - attempt.begins) // self.windows)
+        look = max(1, steps // LOOKS)
+        number = self.attempts.index(attempt) if attempt in self.attempts else len(self.attempts)
+        arguments = TrainingArguments(
+            output_dir=str(self.folder(number)), per_device_train_batch_size=self.fit.windows,
+            per_device_eval_batch_size=self.fit.windows, gradient_accumulation_steps=self.fit.parts, max_steps=steps,
+            train_sampling_strategy="sequential",
+            lr_scheduler_type="cosine", warmup_steps=max(1, round(WARM_UP * steps)), max_grad_norm=CLIP,
+            eval_strategy="steps", eval_steps=look, save_strategy="steps", save_steps=look, save_total_limit=1,
+            load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
+            logging_steps=max(1, look // 5), report_to="none", disable_tqdm=True, seed=lesson.seed,
+            use_cpu=lesson.device.type == "cpu", remove_unused_columns=False, prediction_loss_only=True,
+            dataloader_pin_memory=False)
+        return TextTrainer(
+            self.student(), arguments, train_dataset=Subset(text.train, range(attempt.begins, len(text.train))),
+            eval_dataset=text.held, groups=self.way.groups(attempt.lr), masked=self.way.mask_gradients,
+            callbacks=[Looks(self.before), *([Bar()] if lesson.progress and attempt.lr else [])])
+
+
+def verdict(losses: list[float], before: float) -> str | None:
+    """Why an attempt with these looks ends before its last step: "harm", "no gain"; None: it goes on."""
+    if losses and not losses[-1] <= before:  # a NaN is no gain
+        return "harm"
+    return "no gain" if losses and len(losses) - 1 - losses.index(min(losses)) >= PATIENCE else None
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The last checkpoint in a folder that was written to its end; incomplete ones are removed."""
+    for found in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
+        with contextlib.suppress(OSError, ValueError):
+            json.loads((found / "trainer_state.json").read_text())  # Trainer writes it last
+            return found
+        shutil.rmtree(found)
+    return None

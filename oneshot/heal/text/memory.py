@@ -1,0 +1,69 @@
+"""Memory: what healing on text takes, and how it is made to fit before it starts.
+
+Bytes per number, in training: weights 4; of those that are trained also gradients 4, Adam's averages 8, the mask 1.
+The activations that the backward pass needs are, per token, the inputs and outputs of all linears, FACTOR times, in
+float32; with gradient checkpointing, each block's input and one block's activations. The logits are held LOGITS times,
+in float32.
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from ... import models
+from ...runtime import distributed, environment
+from .student import Lesson
+from .teacher import Live
+
+FACTOR, LOGITS = 1.5, 4
+SPARE = 0.9  # of the free memory may be used
+ONCE = 2048  # tokens: more at once are no faster
+STATE = 13  # bytes beside the weight: gradient, Adam's averages, mask
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a step is computed: windows at once, how many such parts a step has, whether activations are recomputed."""
+
+    windows: int
+    parts: int
+    checkpointing: bool
+    bytes: int
+
+    def said(self) -> str:
+        """One line."""
+        return (f"{self.bytes / 2**30:.1f} GiB expected: {self.windows} window{'s' * (self.windows > 1)} at once, "
+                f"{self.parts} a step" + (", activations computed twice (gradient checkpointing)" * self.checkpointing))
+
+
+def fit(model: nn.Module, trained: int, lesson: Lesson, name: str, free: int | None = None) -> Fit:
+    """The fastest way to train that fits. trained: numbers. name: the method.
+
+    free: bytes that may be used (default: what is free on the device). Many windows at once are tried first, up to
+    ONCE tokens, then gradient checkpointing.
+
+    Raises ValueError naming `--heal` when nothing fits.
+    """
+    seqlen, device, windows = lesson.options.heal_seqlen, lesson.device, lesson.windows // distributed.world()
+    free = environment.free_memory(device) if free is None else free
+    teacher = lesson.teacher.bytes if isinstance(lesson.teacher, Live) else 0
+    fixed = 4 * sum(p.numel() for p in model.parameters()) + STATE * trained + teacher
+    for checkpointing in (False, True):
+        for count in range(windows, 0, -1):
+            if windows % count or count * seqlen > max(ONCE, seqlen):
+                continue
+            needed = fixed + count * seqlen * per_token(model, checkpointing)
+            if free is None or needed <= SPARE * free:
+                return Fit(count, windows // count, checkpointing, needed)
+    other = "--heal lora" if name != "lora" else "a smaller model"
+    raise ValueError(f"--heal {name}: takes at least {needed / 2**30:.1f} GiB on {device}, where "
+                     f"{free / 2**30:.1f} are free; lower --heal-seqlen, or use {other}")
+
+
+def per_token(model: nn.Module, checkpointing: bool) -> int:
+    """Bytes of activations and logits for one token."""
+    _, block_list = models.blocks(model)
+    blocks = [sum(sum(p.shape[-2:]) for p in block.parameters() if p.ndim > 1) for block in block_list]
+    width = model.get_input_embeddings().weight.shape[-1]
+    saved = max(blocks) * FACTOR + len(blocks) * width if checkpointing else sum(blocks) * FACTOR
+    return int(4 * (saved + LOGITS * models.config_of(model).vocab_size))

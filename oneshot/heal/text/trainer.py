@@ -1,0 +1,70 @@
+"""Transformers' Trainer as healing on text uses it: Adam's parameter groups, a mask, looks, a progress bar."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from ..train import BETAS
+from . import verdict
+
+__all__ = ["Bar", "Looks", "TextTrainer", "TrainingArguments"]
+
+
+class TextTrainer(Trainer):
+    """Trainer with Adam's parameter groups, and a function that sets the gradients of pruned weights to zero."""
+
+    def __init__(self, *args: Any, groups: list[dict], masked: Callable[[], None], **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.remove_callback(PrinterCallback)
+        self.groups, self.masked = groups, masked
+        self.model_accepts_loss_kwargs = False  # the loss is a mean, to be divided by the accumulated steps
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Adam without weight decay, which would pull the healed weights away from the dense model's."""
+        self.optimizer = self.optimizer or torch.optim.AdamW(self.groups, betas=BETAS, weight_decay=0.0, fused=True)
+        return self.optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As Trainer's; pruned weights get no gradient, so that neither they nor Adam's averages ever leave zero."""
+        loss = super().training_step(*args, **kwargs)
+        self.masked()
+        return loss
+
+
+class Bar(TrainerCallback):
+    """A progress bar over all steps of an attempt, with the last losses."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """See the class."""
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="heal", unit="step", leave=False)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """See the class."""
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict, **_: Any) -> None:
+        """See the class."""
+        said = {"loss": "loss", "eval_loss": "held out"}
+        for key in said.keys() & logs.keys():
+            self.bar.set_postfix_str(f"{said[key]} {logs[key]:.4f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """See the class."""
+        self.bar.close()
+
+
+class Looks(TrainerCallback):
+    """Ends an attempt that does harm, or no longer gains. before: the held-out loss before healing."""
+
+    def __init__(self, before: float | None):
+        self.before = before
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """See the class."""
+        if self.before is not None and verdict(
+                [row["eval_loss"] for row in state.log_history if "eval_loss" in row], self.before):
+            control.should_training_stop = True

@@ -1,0 +1,76 @@
+"""`oneshot heal`: train the weights that a pruned or smaller model has left, on text, while every zero stays zero.
+
+    oneshot heal PRUNED --data c4 --tokens 5M --save DIR
+
+is `oneshot prune --model PRUNED --method keep --heal full --heal-data c4 --heal-tokens 5M --save DIR`, and takes all
+of its flags (`oneshot prune --help`); those that begin with `--heal-` may do without it. The dense model, whose
+are the aim, is the one that PRUNED was made from, by its manifest, unless `--teacher` names it; `--loss next` does
+without. A killed run continues when the same command is repeated. With torchrun, processes share the work:
+
+    torchrun --nproc-per-node 2 -m oneshot heal PRUNED --data c4 --tokens 5M --save DIR
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from ..checkpoint import MANIFEST, read_manifest
+from ..runtime.command import Parser, exit_code
+from ..settings.known import known
+from . import run
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit code (runtime/command.py)."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if {"-h", "--help"} & set(argv):
+        parser().parse_args(["--help"])
+    words: list[str] = []
+    code = exit_code(lambda: words.extend(translated(argv)))
+    return code or run.main(words)
+
+
+def parser() -> Parser:
+    """What `--help` shows."""
+    p = Parser(prog="oneshot heal", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+               usage="oneshot heal PRUNED --data TEXT [--tokens N] [flags of oneshot prune]")
+    p.add_argument("PRUNED", help="folder or name of the model")
+    p.add_argument("--method", help="full (default) or lora")
+    for flag in known().values():
+        if flag.name.startswith("heal_"):
+            p.add_argument("--" + flag.option.removeprefix("--heal-"), metavar="", help=flag.metadata["help"])
+    return p
+
+
+def translated(argv: list[str]) -> list[str]:
+    """The command line of `oneshot prune` that does the same. Raises ValueError where the model is not named."""
+    short = {name.removeprefix("heal_").replace("_", "-") for name in known() if name.startswith("heal_")}
+    short -= {name.replace("_", "-") for name in known()}
+    rest, own, words = list(argv), {}, []
+    if rest and not rest[0].startswith("--"):
+        own["model"] = rest.pop(0)
+    while rest:
+        name, eq, value = rest.pop(0).partition("=")
+        bare = name.removeprefix("--").replace("_", "-")
+        if name.startswith("--") and bare in ("model", "method", "pattern"):
+            own[bare] = value if eq or not rest else rest.pop(0)
+        else:
+            words.append(("--heal-" + bare if name.startswith("--") and bare in short else name) + eq + value)
+    if "model" not in own:
+        raise ValueError("oneshot heal: name the model first, such as: oneshot heal ./pruned --data c4 --save ./healed")
+    made = made_from(own["model"])
+    given = {word.partition("=")[0].replace("_", "-") for word in words}
+    if "--heal-teacher" not in given and "model" in made:
+        words += ["--heal-teacher", made["model"]]
+    return ["--model", own["model"], "--method", "keep", "--pattern", own.get("pattern", made.get("pattern", "dense")),
+            "--heal", own.get("method", "full"), *words]
+
+
+def made_from(model: str) -> dict[str, str]:
+    """By its manifest: the `model` that a folder was made from, and its `pattern` if that is one for all linears."""
+    if not (Path(model) / MANIFEST).is_file():
+        return {}
+    settings = read_manifest(model)["record"]["settings"]
+    one = settings.get("allocate") == "uniform" and not settings.get("keep_dense")
+    teacher = settings.get("heal_teacher") or settings["model"]
+    return {"model": teacher} | ({"pattern": settings["pattern"]} if one else {})

@@ -1,0 +1,173 @@
+"""Lesson: what healing on text needs: the text, the dense model's predictions, a place for checkpoints."""
+
+import contextlib
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .. import checkpoint, heal, models
+from ..data import choose, training
+from ..heal.options import count
+from ..heal.text import HELD, teacher
+from ..heal.text.student import Lesson, keeps_apart
+from ..measure import Subject
+from ..prune.job import Result
+from ..runtime import distributed
+from ..runtime.files import write_text
+from ..runtime.flag import listed
+from ..settings import RunConfig
+from .command import load
+from .plan import circumstances
+
+TOP_K = 64  # with a cache
+SAME = 0.01  # share of an evaluation text's 13-grams in the training text from which on it is a warning
+
+
+def heal_on_text(subject: Subject, result: Result, folder: checkpoint.Folder | None) -> None:
+    """Let the methods that train on text heal the pruned model in place; what they report goes into the result.
+
+    Raises ValueError naming the flag when the text, the dense model or the memory is not there.
+    """
+    cfg, model = subject.cfg, subject.model
+    for name in cfg.text_heals:
+        began = time.perf_counter()
+        with working(folder) as work:
+            warnings = same_start(cfg, model, work / name)
+            lesson = replace(make_lesson(subject, work), work=work / name)
+            share(subject, work, name)
+            warnings += overlap_warnings(subject, lesson.text)
+            if not keeps_apart(model):
+                warnings.append("in this family, tokens see the documents before theirs in a window of training text")
+            healer = heal.module(name).Heal(cfg.healing[name], cfg.seed, cfg.progress)
+            info = healer.on_text(model, lesson)
+        result.warnings += [f"--heal {name}: {w}" for w in [*warnings, *info.pop("warnings")]]
+        result.heal[name] = info | {"seconds": time.perf_counter() - began}
+
+
+def share(subject: Subject, work: Path, name: str) -> None:
+    """Let the other processes of torchrun take part: they load the pruned model and make the same lesson."""
+    if distributed.world() == 1:
+        return
+    options = subject.cfg
+    if options.heal_batch // options.heal_seqlen % distributed.world():
+        raise ValueError(f"--heal-batch {options.heal_batch}: {options.heal_batch // options.heal_seqlen} windows of "
+                         f"{options.heal_seqlen} a step cannot be shared by {distributed.world()} processes")
+    subject.model.save_pretrained(work / "start")
+    subject.tokenizer.save_pretrained(work / "start")
+    distributed.share((replace(subject.cfg, progress=False), str(work), name))
+
+
+def work_along() -> None:
+    """What all processes but rank 0 do: take part in healing until rank 0 says that nothing more will come."""
+    distributed.start()
+    while job := distributed.share(None):
+        cfg, work, name = job
+        cfg = replace(cfg, device=distributed.device(cfg.device))
+        model, tokenizer = models.load(str(Path(work) / "start"))
+        subject = Subject(model, tokenizer, cfg, {}, None, lambda cfg=cfg: load(cfg)[0])
+        lesson = replace(make_lesson(subject, Path(work)), work=Path(work) / name)
+        heal.module(name).Heal(cfg.healing[name], cfg.seed).on_text(model, lesson)
+    distributed.end()
+
+
+@contextlib.contextmanager
+def working(folder: checkpoint.Folder | None) -> Iterator[Path]:
+    """The folder for checkpoints: a temporary one, or among the work files of `--save`, which stay until the end."""
+    if folder:
+        yield folder.heal_folder()
+        return
+    with tempfile.TemporaryDirectory(prefix="oneshot-heal-") as work:
+        yield Path(work)
+
+
+def same_start(cfg: RunConfig, model: nn.Module, work: Path) -> list[str]:
+    """Warnings of a run that resumes. What was trained from other weights is removed."""
+    note, now = work / "start.json", {"weights": models.fingerprint(model), "with": circumstances(cfg, None)}
+    before = json.loads(note.read_text()) if note.is_file() else None
+    warnings = []
+    if before and before["weights"] != now["weights"]:
+        shutil.rmtree(work)
+        warnings = ["the weights it was to continue from are not those that were healed before: begun anew"]
+    elif before:
+        return checkpoint.other_circumstances("it was trained in part and", before["with"], now["with"])
+    work.mkdir(parents=True, exist_ok=True)
+    write_text(json.dumps(now), note)
+    return warnings
+
+
+def make_lesson(subject: Subject, work: Path) -> Lesson:
+    """The lesson of a run. Raises ValueError naming the flag of what cannot be used."""
+    cfg, model, device = subject.cfg, subject.model, torch.device(subject.cfg.device)
+    seqlen = choose.window(model, cfg.heal_seqlen, "--heal-seqlen")
+    options = choose.text_options(cfg, model, subject.tokenizer)
+    text = training.prepare(cfg.heal_data, subject.tokenizer, work / "text", tokens=count(cfg.heal_tokens),
+                            held=min(HELD, count(cfg.heal_tokens)), seqlen=seqlen, seed=cfg.seed, options=options,
+                            held_out=cfg.heal_held_out, progress=cfg.progress)
+    top_k = cfg.heal_top_k or (TOP_K if cfg.heal_cache else None)
+    top_k = top_k and min(top_k, models.config_of(model).vocab_size)
+    lesson = Lesson(text, None, work, replace(cfg, heal_top_k=top_k), device, cfg.seed, cfg.progress)
+    if not set(listed(cfg.heal_loss)) & {"kl", "hidden"}:
+        return lesson
+    if cfg.heal_cache is None:
+        return replace(lesson, teacher=dense_teacher(subject))
+    live: list[teacher.Live] = []
+
+    def once() -> teacher.Live:
+        return live[0] if live else live.append(dense_teacher(subject)) or live[0]
+    key = {"teacher": cfg.heal_teacher or cfg.model, "text": text.about["sha256"]}
+    cached = {part: teacher.cache(Path(cfg.heal_cache) / part, once, windows, key | {"part": part}, k=top_k,
+                                  temperature=cfg.heal_temperature, progress=cfg.progress)
+              for part, windows in (("train", text.train), ("held", text.held))}
+    return replace(lesson, teacher=cached)
+
+
+def needs_teacher(cfg: RunConfig) -> bool:
+    """Whether healing on text needs the model as it is before pruning."""
+    return bool(cfg.text_heals and set(listed(cfg.heal_loss)) & {"kl", "hidden"} and not cfg.heal_teacher)
+
+
+def dense_teacher(subject: Subject) -> teacher.Live:
+    """The dense model, loaded anew. Raises ValueError naming `--heal-teacher` if it does not go with the model."""
+    cfg, model = subject.cfg, subject.model
+    if cfg.heal_teacher:
+        try:
+            dense, _ = models.load(cfg.heal_teacher, dtype=cfg.dtype, cache_dir=cfg.cache_dir,
+                                   trust_remote_code=cfg.trust_remote_code)
+        except ValueError as error:
+            raise ValueError(str(error).replace("--model", "--heal-teacher", 1)) from error.__cause__
+    else:
+        dense = subject.load_dense()
+    sizes = [models.config_of(m).vocab_size for m in (dense, model)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"--heal-teacher {cfg.heal_teacher}: has {sizes[0]} token ids and the model {sizes[1]}; give "
+                         "the model that this one was made from")
+    return teacher.Live(dense, torch.device(cfg.device))
+
+
+def overlap_warnings(subject: Subject, text: training.TrainingText) -> list[str]:
+    """A warning for each evaluation text that occurs in the training text."""
+    found = []
+    for name, tokens in subject.texts.items():
+        share = training.overlap(text.train.ids, tokens.ids.numpy())
+        if share > SAME:
+            found.append(f"{share:.0%} of the {training.GRAM}-grams of the evaluation text {name} occur in "
+                         "--heal-data: its perplexity flatters")
+    for line in found:
+        print(f"warning: {line}", file=sys.stderr)
+    return found
+
+
+def mark(cfg: RunConfig) -> list[str]:
+    """What identifies the training text beside its name: the sha256 of every file that is named."""
+    names = [name for spec in (cfg.heal_data, cfg.heal_held_out) if spec for _, name in training.mixture(spec)]
+    return [hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in names if Path(name).is_file()]
+

@@ -1,0 +1,143 @@
+"""Training text: the mixture's weights, what is held out, windows that keep documents apart, text that is the same."""
+
+import inspect
+import json
+
+import families
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from oneshot.data import training
+from oneshot.data.sources import AS_IT_COMES, TextOptions
+from oneshot.data.training import IGNORED, Windows, mixture, overlap, prepare
+
+LINES = TextOptions(per_line=True)
+
+
+def write(path, letter, documents=200, length=30):
+    """A file of documents of one letter each; the path."""
+    path.write_text("\n".join(letter * length for _ in range(documents)))
+    return path
+
+
+def made(folder, spec, tokens=1000, held=64, seqlen=16, seed=0, **more):
+    return prepare(spec, tiny.tokenizer(), folder, tokens=tokens, held=held, seqlen=seqlen, seed=seed,
+                   **{"options": LINES, "progress": False} | more)
+
+
+def test_the_tokens_come_from_each_text_by_its_weight(tmp_path):
+    a, b = write(tmp_path / "a.txt", "a"), write(tmp_path / "b.txt", "b")
+    text = made(tmp_path / "out", f"3*{a},1*{b}")
+    known = tiny.tokenizer().convert_tokens_to_ids(["a", "b"])
+    shares = [(np.asarray(text.train.ids) == token).mean() for token in known]
+    assert shares[0] / sum(shares) == pytest.approx(0.75, abs=0.03)
+    assert [s["share"] for s in text.about["sources"]] == [0.75, 0.25] and not text.about["warnings"]
+
+
+def test_what_is_held_out_is_never_trained_on_even_in_later_passes(tmp_path):
+    lines = ["".join(np.random.default_rng(k).choice(list("etaoin"), 20)) for k in range(30)]
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    text = made(tmp_path / "out", str(tmp_path / "a.txt"), tokens=3000, held=100)
+    train, held = ({bytes(part.tobytes()) for part in np.split(w.ids, w.starts)[1:-1]} for w in (text.train, text.held))
+    assert held and not train & held and len(train) > 20
+    assert text.about["sources"][0]["passes"] > 3 and "lower --heal-tokens" in text.about["warnings"][0]
+
+
+def test_a_text_too_small_to_hold_some_out_is_refused_and_another_can_be_given(tmp_path):
+    (tmp_path / "a.txt").write_text("eta oin")
+    with pytest.raises(ValueError, match=r"^--heal-data .*a\.txt: holds too little"):
+        made(tmp_path / "out", str(tmp_path / "a.txt"))
+    text = made(tmp_path / "other", str(tmp_path / "a.txt"), held_out=str(write(tmp_path / "b.txt", "b")))
+    assert len(text.held) == 4 and (np.asarray(text.train.ids) != tiny.tokenizer().convert_tokens_to_ids("b")).all()
+
+
+def test_it_is_read_once_and_again_when_anything_changes(tmp_path):
+    a = write(tmp_path / "a.txt", "a")
+    first = made(tmp_path / "out", str(a))
+    when = (tmp_path / "out" / "train.npy").stat().st_mtime_ns
+    assert made(tmp_path / "out", str(a)).about == first.about
+    assert (tmp_path / "out" / "train.npy").stat().st_mtime_ns == when
+    write(a, "e")
+    assert made(tmp_path / "out", str(a)).about["sha256"] != first.about["sha256"]
+    other = made(tmp_path / "out", str(a), seed=1)
+    assert (tmp_path / "out" / "text.json").is_file() and len(other.train) == len(first.train)
+
+
+def test_a_kill_while_it_is_written_leaves_no_text_that_counts(tmp_path, monkeypatch):
+    a, real = write(tmp_path / "a.txt", "a"), training._write
+
+    def dying(path, *args):
+        real(path, *args)
+        if path.name == "train":
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "_write", dying)
+        made(tmp_path / "out", str(a))
+    assert not (tmp_path / "out" / "text.json").exists()
+    assert made(tmp_path / "out", str(a)).about == made(tmp_path / "fresh", str(a)).about
+
+
+def test_long_documents_are_parted_and_end_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "PIECE", 50)
+    (tmp_path / "a.txt").write_text("eta oin " * 300)
+    text = made(tmp_path / "out", str(tmp_path / "a.txt"), options=AS_IT_COMES, tokens=400, held=50)
+    eos = tiny.tokenizer().eos_token_id
+    assert (np.asarray(text.train.ids) == eos).sum() <= 1 and len(text.train.starts) >= 7
+
+
+def test_windows_number_positions_by_document_and_predict_no_first_token():
+    windows = Windows(np.arange(10, 26, dtype=np.uint32), np.array([0, 3, 9]), 8)
+    one, two = windows[0], windows[1]
+    assert len(windows) == 2 and one["input_ids"].tolist() == list(range(10, 18))
+    assert one["position_ids"].tolist() == [0, 1, 2, 0, 1, 2, 3, 4] and two["position_ids"].tolist() == [
+        0, 0, 1, 2, 3, 4, 5, 6]
+    assert one["labels"].tolist() == [IGNORED, 11, 12, IGNORED, 14, 15, 16, 17]
+    assert two["labels"].tolist() == [18, IGNORED, 20, 21, 22, 23, 24, 25] and two["index"] == 1
+    with pytest.raises(IndexError):
+        windows[2]
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "gemma3", "gpt2", "mixtral"])
+def test_packed_documents_do_not_see_each_other(name):
+    """Logits of a document behind another are those of the document alone."""
+    model, T = families.tiny(name), families.T
+    assert "position_ids" in inspect.signature(model.forward).parameters
+    ids = np.random.default_rng(0).integers(3, families.VOCAB, T).astype(np.uint32)
+    batch = Windows(ids, np.array([0, 10]), T)[0]
+    with torch.no_grad():
+        packed = model(input_ids=batch["input_ids"][None], position_ids=batch["position_ids"][None], use_cache=False
+                       ).logits[0, 10:]
+        alone = model(input_ids=batch["input_ids"][None, 10:]).logits[0]
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_overlap_is_the_share_of_runs_of_thirteen_tokens():
+    gen = np.random.default_rng(0)
+    train, other = gen.integers(0, 1000, 5000), gen.integers(0, 1000, (2, 112))
+    assert overlap(train, other) == 0
+    train[300:412] = other[1]
+    assert overlap(train, other) == pytest.approx(0.5)
+    assert overlap(train, other, chunk=350) == pytest.approx(0.5)  # also over the border of two chunks
+    assert overlap(train[:5], other) == 0 and overlap(train, other[:, :5]) == 0
+
+
+@pytest.mark.parametrize("text, want", [("c4", [(1.0, "c4")]), ("0.7*c4, .3*a.txt", [(0.7, "c4"), (0.3, "a.txt")]),
+                                        ("2*owner/name", [(2.0, "owner/name")])])
+def test_mixtures(text, want):
+    assert mixture(text) == want
+
+
+@pytest.mark.parametrize("text", ["", " , ", "0*c4", "c4,c4"])
+def test_mixtures_that_say_nothing(text):
+    with pytest.raises(ValueError, match=r"^--heal-data"):
+        mixture(text)
+
+
+def test_unknown_texts_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"^--heal-data nowhere\.txt"):
+        made(tmp_path / "out", "nowhere.txt")
+    with pytest.raises(ValueError, match=r"^--heal-held-out nowhere\.txt"):
+        made(tmp_path / "out", str(write(tmp_path / "a.txt", "a")), held_out="nowhere.txt")
+    assert not (tmp_path / "out" / "text.json").exists() or json.loads((tmp_path / "out" / "text.json").read_text())

@@ -1,0 +1,347 @@
+"""Healing on text: zeros stay, the merge is exact, a killed run ends with the same bits, harm is undone."""
+
+import shutil
+
+import families
+import numpy as np
+import pytest
+import torch
+from families import VOCAB
+
+from oneshot import heal, models
+from oneshot.data.training import TrainingText, Windows
+from oneshot.heal import full, lora, text
+from oneshot.heal.options import HealOptions, count
+from oneshot.heal.text import losses, memory, teacher, trainer
+from oneshot.heal.text.student import Lesson, Student, keeps_apart
+from oneshot.prune.patterns import parse
+
+T = 16
+WAYS = {"full": (full, {"lr": 0.01}), "lora": (lora, {"lr": 0.005, "r": 4})}
+
+
+def pruned(name="llama", **kwargs):
+    """A tiny model with 2:4 zeros."""
+    model = families.tiny(name, **kwargs)
+    for weight in models.all_weights(model):
+        weight.set(weight.get() * parse("2:4").keep(weight.get().abs()))
+    return model.requires_grad_(False)
+
+
+def windows(n, seed=0, ids=None):
+    """n windows of random documents, some of which share a window."""
+    gen = np.random.default_rng(seed)
+    ids = gen.integers(3, VOCAB, n * T).astype(np.uint32) if ids is None else ids
+    return Windows(ids, np.sort(gen.choice(n * T, n, replace=False)).astype(np.int64), T)
+
+
+def lesson(work, train=None, held=None, dense="llama", **options):
+    """A lesson towards the dense model; by default 20 steps of two windows."""
+    options = HealOptions(**{"heal_data": "given", "heal_seqlen": T, "heal_batch": 2 * T} | options)
+    live = teacher.Live(families.tiny(dense).requires_grad_(False), torch.device("cpu")) if dense else None
+    work.mkdir(exist_ok=True)
+    found = TrainingText(train or windows(40, 1), held or windows(8, 2), {"warnings": []})
+    return Lesson(found, live, work, options, torch.device("cpu"))
+
+
+def healed(way, place, name="llama", dtype=torch.float32, cfg=None, **more):
+    """(the healed model, what healing said)."""
+    module, own = WAYS[way]
+    model = pruned(name, dtype=dtype)
+    said = module.Heal(module.Config(**own | (cfg or {}))).on_text(model, lesson(place, dense=name, **more))
+    return model, said
+
+
+@pytest.mark.parametrize("name, dtype", [("llama", torch.float32), ("gpt2", torch.bfloat16), ("gemma3", torch.float16),
+                                         ("mixtral", torch.bfloat16), ("bloom", torch.float32)])
+@pytest.mark.parametrize("way", WAYS)
+def test_it_helps_and_loses_no_zero(way, name, dtype, tmp_path):
+    before = pruned(name, dtype=dtype)
+    model, said = healed(way, tmp_path, name, dtype)
+    assert said["held_out_after"] < said["held_out_before"] and 0 < said["tokens"] <= 40 * T
+    changed = {n for (n, p), q in zip(before.named_parameters(), model.parameters(), strict=True)
+               if not torch.equal(p, q)}
+    assert changed and all(p.dtype == dtype and not p.requires_grad for p in model.parameters())
+    assert not [n for n in changed if models.left_alone(n.rpartition(".")[0])]
+    for old, new in zip(models.all_weights(before), models.all_weights(model), strict=True):
+        assert parse("2:4").holds(new.get()) and not new.get()[old.get() == 0].any(), new.name
+    assert not [m for m in model.modules() if hasattr(m, "parametrizations")]
+    if way == "lora" and name == "mixtral":
+        assert any("experts" in w for w in said["warnings"])
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("moment", [3, 4, 9, "saving", "between"])
+def test_killed_at_any_moment_it_ends_with_the_same_bits(way, moment, tmp_path, monkeypatch):
+    """A look, and so a checkpoint, comes every two of the twenty steps."""
+    options = {"cfg": {"dropout": 0.1}} if way == "lora" else {}
+    whole, said = healed(way, tmp_path / "whole", **options)
+    with monkeypatch.context() as patch:
+        if moment == "saving":  # the third checkpoint lacks its last file
+            real, calls = trainer.TextTrainer._save_rng_state, []
+
+            def dying(self, place):
+                calls.append(place)
+                real(self, place)
+                if len(calls) == 3:
+                    raise Killed
+            patch.setattr(trainer.TextTrainer, "_save_rng_state", dying)
+        elif moment == "between":
+            patch.setattr(text.Course, "ended", lambda self, speed: (_ for _ in ()).throw(Killed))
+        else:
+            real = trainer.TextTrainer.training_step
+
+            def step(self, *args, **kwargs):
+                if self.state.global_step == moment:
+                    raise Killed
+                return real(self, *args, **kwargs)
+            patch.setattr(trainer.TextTrainer, "training_step", step)
+        with pytest.raises(Killed):
+            healed(way, tmp_path / "broken", **options)
+    again, told = healed(way, tmp_path / "broken", **options)
+    for (name, p), q in zip(whole.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    assert told["attempts"] == said["attempts"] and told["held_out_after"] == said["held_out_after"]
+
+
+def test_killed_in_a_later_attempt_it_ends_with_the_same_bits(tmp_path, monkeypatch):
+    steep = {"cfg": {"lr": 0.9}}
+    whole, said = healed("full", tmp_path / "whole", **steep)
+    assert len(said["attempts"]) > 2 and said["attempts"][0]["harmful"] and said["lr"] < 0.9
+    real, calls = text.Course.train, []
+
+    def train(self, attempt):
+        calls.append(attempt)
+        if len(calls) == 2:
+            raise Killed
+        return real(self, attempt)
+    with monkeypatch.context() as patch:
+        patch.setattr(text.Course, "train", train)
+        with pytest.raises(Killed):
+            healed("full", tmp_path / "broken", **steep)
+    again, told = healed("full", tmp_path / "broken", **steep)
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), again.parameters(), strict=True))
+    assert told["attempts"] == said["attempts"] and "learning rate lowered" in told["warnings"][0]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_what_is_merged_is_what_was_trained(name):
+    model = pruned(name)
+    adapters = lora.Adapters(lora.targets(model, lora.Config()), lora.Config(r=4), seed=0)
+    ids = torch.randint(3, VOCAB, (2, T))
+    with torch.no_grad(), adapters:
+        for p in adapters.parameters.values():
+            p.normal_(std=0.1)
+        trained = model(ids).logits
+    with torch.no_grad():
+        merged = model(ids).logits
+        assert not torch.allclose(merged, pruned(name)(ids).logits, atol=1e-2)
+    torch.testing.assert_close(merged, trained, rtol=0, atol=0)
+
+
+def test_on_a_dense_model_the_change_can_be_saved_as_pefts_adapter(tmp_path):
+    peft = pytest.importorskip("peft")
+    model, base = families.tiny("llama").requires_grad_(False), families.tiny("llama")
+    cfg = lora.Config(r=4, lr=0.02, adapter=str(tmp_path / "adapter"))
+    lora.Heal(cfg).on_text(model, lesson(
+        tmp_path / "work", train=windows(40, ids=families_text(40)), held=windows(8, ids=families_text(8)),
+        heal_loss="next"))
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    ids = torch.randint(3, VOCAB, (2, T))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+        assert not torch.allclose(model(ids).logits, families.tiny("llama")(ids).logits, atol=1e-3)
+
+
+def test_an_adapter_of_a_model_with_zeros_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"^--lora\.adapter"):
+        healed("lora", tmp_path, cfg={"adapter": str(tmp_path / "adapter")})
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_text_that_does_harm_is_stopped_and_undone(way, tmp_path):
+    """It teaches the next token on text that is nothing but one token; the held-out text is the dense model's kind."""
+    bad, before = windows(40, ids=np.full(40 * T, 7, np.uint32)), pruned()
+    held = windows(8, ids=families_text(8))
+    model, said = healed(way, tmp_path, train=bad, held=held, heal_loss="next")
+    assert said["held_out_after"] == said["held_out_before"] and "left as it was" in said["warnings"][-1]
+    assert all(torch.equal(p, q) for p, q in zip(before.parameters(), model.parameters(), strict=True))
+    assert sum(a["steps"] for a in said["attempts"]) < 20 and all(a["harmful"] for a in said["attempts"])
+
+
+def families_text(n):
+    """Text that the pruned model itself likes: its likeliest token after each token."""
+    ids, model = torch.randint(3, VOCAB, (n, 1)), pruned()
+    with torch.no_grad():
+        for _ in range(T - 1):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+    return ids.flatten().numpy().astype(np.uint32)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_step_in_parts_is_the_same_step(parts, tmp_path, monkeypatch):
+    found = []
+    for n in (parts, 1):
+        monkeypatch.setattr(memory, "fit", lambda *_, n=n: memory.Fit(4 // n, n, False, 0))
+        found.append(healed("full", tmp_path / str(n), heal_batch=4 * T)[0])
+    for p, q in zip(*(model.parameters() for model in found), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
+
+
+def test_activations_computed_twice_change_nothing(tmp_path, monkeypatch):
+    once, _ = healed("full", tmp_path / "once")
+    monkeypatch.setattr(memory, "fit", lambda *_: memory.Fit(2, 1, True, 0))
+    twice, _ = healed("full", tmp_path / "twice")
+    for p, q in zip(once.parameters(), twice.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ losses, teacher
+
+def reference_kl(logits, dense, labels, temperature):
+    """In float64, position by position."""
+    found = []
+    for b, t in (labels[:, 1:] != -100).nonzero().tolist():
+        p, q = ((x[b, t].double() / temperature).softmax(-1) for x in (dense, logits))
+        found.append((p * (p / q).log()).sum())
+    return temperature**2 * torch.stack(found).mean()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_kl_is_its_formula_and_all_tokens_of_a_top_k_are_all_tokens(temperature):
+    logits, dense = torch.randn(2, 5, 9), torch.randn(2, 5, 9)
+    labels = torch.randint(0, 9, (2, 5)).index_put((torch.tensor([0, 1]), torch.tensor([3, 1])), torch.tensor(-100))
+    want = reference_kl(logits, dense, labels, temperature)
+    torch.testing.assert_close(losses.kl(logits, dense, labels, temperature).double(), want, rtol=1e-5, atol=1e-6)
+    top = losses.TopK.of(dense, 9, temperature)
+    torch.testing.assert_close(losses.kl(logits, top, labels, temperature).double(), want, rtol=1e-5, atol=1e-6)
+
+
+def test_top_k_counts_all_other_tokens_as_one():
+    logits, dense, labels = torch.randn(1, 2, 6), torch.randn(1, 2, 6), torch.zeros(1, 2, dtype=torch.long)
+    p, q = dense[0, 0].double().softmax(-1), logits[0, 0].double().softmax(-1)
+    best = p.topk(2).indices
+    rest = [1 - x[best].sum() for x in (p, q)]
+    want = (p[best] * (p[best] / q[best]).log()).sum() + rest[0] * (rest[0] / rest[1]).log()
+    torch.testing.assert_close(losses.kl(logits, losses.TopK.of(dense, 2), labels).double(), want, rtol=1e-5, atol=1e-6)
+
+
+def test_hidden_is_its_formula_and_refuses_another_number_of_blocks():
+    ours, dense = [tuple(torch.randn(2, 3, 4) for _ in range(3)) for _ in range(2)]
+    want = torch.stack([((h - d) ** 2).sum(-1) / (d ** 2).sum(-1) for h, d in zip(ours[1:], dense[1:], strict=True)])
+    torch.testing.assert_close(losses.hidden(ours, dense), want.mean())
+    with pytest.raises(ValueError, match="--heal-loss hidden"):
+        losses.hidden(ours[:-1], dense)
+
+
+def test_every_loss_alone_helps_its_own_measure(tmp_path):
+    for name in ("next,kl", "hidden", "next", "kl,hidden"):
+        _, said = healed("full", tmp_path / name, heal_loss=name, train=windows(40, ids=families_text(40)),
+                         held=windows(8, ids=families_text(8)))
+        assert said["held_out_after"] < said["held_out_before"], name
+
+
+def test_a_cache_is_the_teacher_within_its_top_k(tmp_path):
+    """With all tokens in it, up to float16."""
+    live = lesson(tmp_path / "live", heal_top_k=VOCAB)
+    cached = {part: teacher.cache(tmp_path / part, lambda: live.teacher, w, {"part": part}, k=VOCAB, temperature=1.0,
+                                  progress=False) for part, w in (("train", live.text.train), ("held", live.text.held))}
+    model, said = pruned(), []
+    for way in (live.teacher, cached):
+        student = Student(model, {}, Lesson(live.text, way, tmp_path, live.options, live.device), torch.float32)
+        with torch.no_grad():
+            batch = {k: v[None] for k, v in live.text.held[3].items()}
+            said.append(student(**batch)["loss"].item())
+    assert said[0] == pytest.approx(said[1], rel=2e-3)
+
+
+def test_a_cache_is_built_once_continues_and_is_not_another_models(tmp_path, monkeypatch):
+    monkeypatch.setattr(teacher, "EVERY", 16)
+    live, calls = lesson(tmp_path / "live"), []
+
+    def build(key="a", stop=None):
+        def once():
+            calls.append(key)
+            real = live.teacher.__class__.__call__
+
+            def limited(self, *args):
+                calls.append("window")
+                if stop and calls.count("window") > stop:
+                    raise Killed
+                return real(self, *args)
+            return type("Limited", (), {"model": live.teacher.model, "device": live.device,
+                                        "__call__": lambda self, *args: limited(live.teacher, *args)})()
+        return teacher.cache(tmp_path / "cache", once, windows(40, 1), {"of": key}, k=4, temperature=1.0,
+                             progress=False)
+    with pytest.raises(Killed):
+        build(stop=35)
+    calls.clear()
+    whole = build()
+    assert calls.count("window") == 40 - 2 * 16
+    calls.clear()
+    assert build().ids[39].tolist() == whole.ids[39].tolist() and not calls
+    with pytest.raises(ValueError, match=r"--heal-cache .*another"):
+        build("b")
+
+
+def test_a_disk_that_is_too_small_is_named_before_anything_is_computed(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    with pytest.raises(ValueError, match=r"^--heal-cache .* GiB"):
+        teacher.cache(tmp_path / "cache", None, windows(40), {}, k=4, temperature=1.0)
+
+
+# ------------------------------------------------------------------------------------------------ memory, settings
+
+def test_memory_prefers_many_windows_then_checkpointing_then_refuses(tmp_path):
+    model, one = pruned(), T * memory.per_token(pruned(), False)
+    given = lesson(tmp_path, heal_batch=4 * T)
+    fixed = 4 * sum(p.numel() for p in model.parameters()) + memory.STATE * 1000 + given.teacher.bytes
+
+    def fit(windows_free, name="full"):
+        return memory.fit(model, 1000, given, name, int((fixed + windows_free * one) / memory.SPARE) + 1)
+    assert [(fit(k).windows, fit(k).parts, fit(k).checkpointing) for k in (4, 2, 1)] == [
+        (4, 1, False), (2, 2, False), (1, 4, False)]
+    assert fit(0.9).checkpointing
+    with pytest.raises(ValueError, match=r"^--heal full: .*--heal lora"):
+        fit(0)
+    with pytest.raises(ValueError, match=r"^--heal lora: .*smaller model"):
+        fit(0, "lora")
+
+
+@pytest.mark.parametrize("given, want", [("500k", 500_000), ("1.5M", 1_500_000), ("2B", 2 * 10**9), ("7", 7)])
+def test_numbers_of_tokens(given, want):
+    assert count(given) == want
+
+
+@pytest.mark.parametrize("flag, value", [("heal_tokens", "5x"), ("heal_tokens", "0"), ("heal_loss", "kl,l2"),
+                                         ("heal_temperature", 0.0), ("heal_top_k", 0), ("heal_batch", 0),
+                                         ("heal_seqlen", 1), ("heal_data", ""), ("heal_data", "a.txt,a.txt")])
+def test_useless_settings_are_refused(flag, value):
+    with pytest.raises(ValueError, match=f"^--{flag.replace('_', '-')}"):
+        HealOptions(**{flag: value}).check()
+
+
+@pytest.mark.parametrize("name, apart", [("llama", True), ("gpt2", True), ("opt", False), ("bloom", False)])
+def test_families_whose_tokens_see_other_documents_are_found(name, apart):
+    assert keeps_apart(families.tiny(name)) is apart
+
+
+def test_global_random_state_is_left_alone(tmp_path):
+    torch.manual_seed(5)
+    np.random.seed(5)
+    want = torch.rand(3), np.random.rand(3)
+    model, found = pruned(), lesson(tmp_path)
+    torch.manual_seed(5)
+    np.random.seed(5)
+    full.Heal(full.Config()).on_text(model, found)
+    assert torch.equal(torch.rand(3), want[0]) and (np.random.rand(3) == want[1]).all()
+
+
+def test_methods_on_text_come_last_and_are_known():
+    assert {name for name in heal.names() if heal.trains_on_text(name)} == {"full", "lora"}
+    with pytest.raises(ValueError, match="--heal block,full"):
+        heal.check_order([full, heal.module("block")], "full,block")

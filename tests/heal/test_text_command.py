@@ -1,0 +1,145 @@
+"""`--heal full` and `lora` by command: record, checkpoint, resuming, what is refused; and from Python."""
+
+import pytest
+import tiny
+import torch
+from tiny import plain_pages  # noqa: F401
+
+import oneshot
+from oneshot import checkpoint, models
+from oneshot.heal.text import trainer
+from oneshot.pipeline import heal_command
+
+pytestmark = pytest.mark.usefixtures("plain_pages")
+SMALL = {"method": "wanda", "pattern": "2:4", "heal_tokens": "600", "heal_seqlen": 16, "heal_batch": 32}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tiny.make(tmp_path_factory.mktemp("place"))
+
+
+def argv(place, out, *more, **changed):
+    given = SMALL | {"heal": "full", "heal_data": place / "calibration.txt", "save": out,
+                     "results": out.with_name("runs")} | changed
+    return tiny.flags(place, "--no-dense", *more, **given)
+
+
+@pytest.mark.parametrize("heal", ["full", "lora", "block,full"])
+def test_the_record_says_what_was_done_and_the_checkpoint_verifies(place, heal, tmp_path):
+    more = {"block.steps": 2} if "block" in heal else {}
+    assert tiny.main(*argv(place, tmp_path / "out", heal=heal, **more)) == 0
+    record = checkpoint.read_manifest(tmp_path / "out")["record"]
+    info = record["heal"][heal.rpartition(",")[2]]
+    assert info["held_out_after"] <= info["held_out_before"] and info["text"]["sha256"] and info["seconds"] > 0
+    assert info["attempts"][0]["looks"] and info["memory"] and info["products"] == "float32"
+    assert record["sparsity"] == pytest.approx(0.5, abs=0.001)
+    assert all(row["zeros"] >= row["target_zeros"] for row in record["layers"])
+    assert not (tmp_path / "out" / ".oneshot" / "heal").exists()
+    from oneshot.checkpoint import verify
+
+    assert verify.main([str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.parametrize("heal", ["full", "lora"])
+def test_a_killed_run_continues_to_the_same_bits(place, heal, tmp_path, monkeypatch):
+    assert tiny.main(*argv(place, tmp_path / "whole", heal=heal)) == 0
+    real = trainer.TextTrainer.training_step
+
+    def step(self, *args, **kwargs):
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return real(self, *args, **kwargs)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.TextTrainer, "training_step", step)
+        assert tiny.main(*argv(place, tmp_path / "broken", heal=heal)) == 130
+    assert (tmp_path / "broken" / ".oneshot" / "heal").is_dir()
+    steps = []
+
+    def counting(self, *args, **kwargs):
+        steps.append(self.state.global_step)
+        return real(self, *args, **kwargs)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.TextTrainer, "training_step", counting)
+        assert tiny.main(*argv(place, tmp_path / "broken", heal=heal)) == 0
+    assert min(steps) > 0  # it did not begin anew
+    whole, broken = (tiny.weights(tmp_path / name) for name in ("whole", "broken"))
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+
+
+def test_evaluation_text_among_the_training_text_is_a_warning(place, tmp_path, capfd):
+    given = argv(place, tmp_path / "out", heal_data=place / "evaluation.txt")
+    assert tiny.main(*given) == 0
+    assert "13-grams of the evaluation text evaluation occur in --heal-data" in capfd.readouterr().err
+    assert any("flatters" in w for w in checkpoint.read_manifest(tmp_path / "out")["record"]["warnings"])
+
+
+@pytest.mark.parametrize("changed, said", [
+    ({"heal_data": None}, "--heal full: full trains on text; give --heal-data"),
+    ({"heal": "none"}, "--heal-data "), ({"heal": "full,block"}, "--heal block,full"),
+    ({"heal_seqlen": 4096}, "--heal-seqlen 4096"), ({"heal_data": "nowhere.txt"}, "--heal-data nowhere.txt"),
+    ({"heal": "lora", "lora.targets": "nothing"}, "--lora.targets nothing"),
+    ({"heal_teacher": "nowhere"}, "--heal-teacher nowhere"),
+    ({"heal": "lora", "lora.adapter": "adapter"}, "--lora.adapter adapter"),
+])
+def test_what_cannot_be_done_is_one_line(place, changed, said, tmp_path, capfd):
+    whole = {key: value for key, value in changed.items() if value is not None}
+    given = argv(place, tmp_path / "out", **whole)
+    if changed.get("heal_data", "") is None:
+        at = given.index("--heal-data")
+        del given[at : at + 2]
+    assert tiny.main(*given) == 2
+    err = capfd.readouterr().err
+    assert said in err and "Traceback" not in err
+
+
+def test_from_python(place):
+    model, tokenizer = models.load(str(place / "model"))
+    record = oneshot.prune(model, tokenizer, method="wanda", calibration=str(place / "calibration.txt"), nsamples=8,
+                           seqlen=16, heal="full", heal_data=str(place / "calibration.txt"), heal_tokens="600",
+                           heal_seqlen=16, heal_batch=32, progress=False)
+    assert record["heal"]["full"]["held_out_after"] < record["heal"]["full"]["held_out_before"]
+    assert record["sparsity"] == pytest.approx(0.5, abs=0.001)
+
+
+@pytest.fixture(scope="module")
+def sparse(place):
+    """A pruned model in place/sparse."""
+    assert tiny.main(*tiny.flags(place, "--no-dense", method="wanda", pattern="2:4", save=place / "sparse")) == 0
+    return place / "sparse"
+
+
+def heal_main(*words):
+    return heal_command.main([str(word) for word in words])
+
+
+SHORT = ["--tokens", "200", "--batch", "32", "--heal-seqlen", "16", "--nsamples", "4", "--seqlen", "16", "--no-dense",
+         "--evaluate", "none", "--no-progress", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_oneshot_heal_heals_a_pruned_folder_towards_what_it_was_made_from(place, sparse, method, tmp_path):
+    assert heal_main(sparse, "--data", place / "calibration.txt", "--method", method, "--save", tmp_path / "out",
+                     "--results", tmp_path / "runs", *SHORT) == 0
+    record = checkpoint.read_manifest(tmp_path / "out")["record"]
+    assert record["settings"]["heal_teacher"] == str(place / "model") and record["settings"]["pattern"] == "2:4"
+    assert record["heal"][method]["held_out_after"] < record["heal"][method]["held_out_before"]
+    before, after = tiny.weights(sparse), tiny.weights(tmp_path / "out")
+    zeros = [(before[name] == 0) & (before[name].ndim == 2) for name in before]
+    assert sum(int(z.sum()) for z in zeros) > 1000
+    assert not any(after[name][z].any() for name, z in zip(before, zeros, strict=True))
+
+
+def test_oneshot_heal_without_a_manifest_needs_a_teacher_or_the_next_token(place, tmp_path, capfd):
+    words = [place / "model", "--data", place / "calibration.txt", "--save", tmp_path / "out", "--results",
+             tmp_path / "runs", *SHORT]
+    assert heal_main(*words) == 2 and "--heal-teacher" in capfd.readouterr().err
+    assert heal_main(*words, "--loss", "next") == 0
+
+
+def test_oneshot_heal_names_what_is_missing(capfd):
+    assert heal_main("--data", "c4") == 2 and "name the model first" in capfd.readouterr().err
+    assert heal_main("--model=x", "--tokens", "5M") == 2 and "--heal-data" in capfd.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        heal_main("--help")
+    assert ended.value.code == 0 and "--tokens" in capfd.readouterr().out
