@@ -5,7 +5,7 @@
 
     bits     of codes, scales and positions for each weight of the linears in the blocks
     excess   log ppl - log ppl dense, on held-out text, nats
-    less     share of the excess of SparseGPT at 2:4, rounded to int4 to nearest, that a way of as many bytes avoids
+    less     share of the excess of SparseGPT at 2:4, rounded to nearest int4, that a way of as many bytes does without
 
 Every row is for one model, calibration seed and way; integers_ways.yaml names the ways and their flags.
 """
@@ -123,7 +123,7 @@ def one(flags: list[str], own: dict, dense: dict) -> dict:
     began = time.perf_counter()
     if first:
         rtn.quantise_model(model, grids.parse(first))
-    result = compress(cfg, model, make_plan(cfg, model), calibration)
+    result = compress(measure.Subject(model, tokenizer, cfg, texts, calibration), make_plan(cfg, model))
     seconds = time.perf_counter() - began
     sizes = model_bytes(model, [row | ({"grid": first} if first else {}) for row in result.layers])
     weights = sum(weight.size for weight in models.all_weights(model))

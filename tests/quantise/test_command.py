@@ -83,7 +83,7 @@ def test_no_zero_comes_back_and_those_that_come_are_counted(saved, name):
 def test_the_record_says_what_was_done(saved):
     record = the_record(saved["gptq"].parent / "gptq.runs")
     assert record["settings"]["quantise"] == "int4:32" and record["settings"]["rounding"] == {
-        "gptq": {"damping": 0.01, "search": True}}
+        "gptq": {"damping": 0.01, "order": True, "search": True}}
     assert "quantiser" not in record["settings"]
     grid = grids.parse("int4:32")
     want = sum(grid.bytes(*row["shape"]) - row["shape"][0] * row["shape"][1] // 4 + row["shape"][0]
@@ -210,7 +210,7 @@ def test_from_python(place):  # noqa: F811
     model, tokenizer = oneshot.load(place / "model")
     text = {"calibration": place / "calibration.txt", "nsamples": 4, "seqlen": tiny.WINDOW, "progress": False}
     record = oneshot.prune(model, tokenizer, method="dense", quantise="int2:32", parts={"gptq.damping": 0.1}, **text)
-    assert record["settings"]["rounding"] == {"gptq": {"damping": 0.1, "search": True}}
+    assert record["settings"]["rounding"] == {"gptq": {"damping": 0.1, "order": True, "search": True}}
     assert record["layers"][0]["grid"] == "int2:32"
     W = next(models.all_weights(model)).get()
     assert all(len(row.unique()) <= 4 for row in W)
