@@ -153,7 +153,7 @@ def dense_teacher(subject: Subject) -> teacher.Live:
         except ValueError as error:
             raise ValueError(str(error).replace("--model", "--heal-teacher", 1)) from error.__cause__
     else:
-        dense = subject.load_dense()
+        dense = load(cfg)[0]  # a model of its own: its dtype changes
     sizes = [models.config_of(m).vocab_size for m in (dense, model)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"--heal-teacher {cfg.heal_teacher}: has {sizes[0]} token ids and the model {sizes[1]}; give "
