@@ -177,7 +177,7 @@ def test_old_words_are_read_as_todays_and_the_file_stays(tmp_path):
     assert new["heal"] == old["recovery"] and new["blocks"][0]["heal"] == {"block": {"steps": 6}}
     assert new["blocks"][0]["seconds"] == {"collect": 1.0, "heal": 2.0} and new["blocks"][1] == old["blocks"][1]
     assert list(new["settings"]) == [{"recover": "heal", "recovery": "healing"}.get(k, k) for k in old["settings"]]
-    assert report.method_of(new) == "alps, owl, block, distil" and seconds(new)["other pruning"] > 2
+    assert report.method_of(new) == "alps, owl, block, distil" and seconds(new)["heal"] >= 2
     assert dict(report.flat_settings(new["settings"]))["distil.steps"] == 7, "the name of its flag"
     assert "distil.steps" in html([new])
 
