@@ -17,6 +17,7 @@ from oneshot.heal.text.student import Lesson, Student, keeps_apart
 from oneshot.prune.patterns import parse
 
 T = 16
+DROPOUT = {"lora": {"dropout": 0.1}}
 WAYS = {"full": (full, {"lr": 0.01}), "lora": (lora, {"lr": 0.005, "r": 4})}
 
 
@@ -74,12 +75,17 @@ class Killed(BaseException):
     pass
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """{way: (model, what was said)}, with dropout where there is one."""
+    return {way: healed(way, tmp_path_factory.mktemp(way), cfg=DROPOUT.get(way)) for way in WAYS}
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("moment", [3, 4, 9, "saving", "between"])
-def test_killed_at_any_moment_it_ends_with_the_same_bits(way, moment, tmp_path, monkeypatch):
+def test_killed_at_any_moment_it_ends_with_the_same_bits(way, moment, tmp_path, monkeypatch, uninterrupted):
     """A look, and so a checkpoint, comes every two of the twenty steps."""
-    options = {"cfg": {"dropout": 0.1}} if way == "lora" else {}
-    whole, said = healed(way, tmp_path / "whole", **options)
+    whole, said = uninterrupted[way]
     with monkeypatch.context() as patch:
         if moment == "saving":  # the third checkpoint lacks its last file
             real, calls = trainer.TextTrainer._save_rng_state, []
@@ -101,8 +107,8 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(way, moment, tmp_path, 
                 return real(self, *args, **kwargs)
             patch.setattr(trainer.TextTrainer, "training_step", step)
         with pytest.raises(Killed):
-            healed(way, tmp_path / "broken", **options)
-    again, told = healed(way, tmp_path / "broken", **options)
+            healed(way, tmp_path / "broken", cfg=DROPOUT.get(way))
+    again, told = healed(way, tmp_path / "broken", cfg=DROPOUT.get(way))
     for (name, p), q in zip(whole.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(p, q), name
     assert told["attempts"] == said["attempts"] and told["held_out_after"] == said["held_out_after"]
