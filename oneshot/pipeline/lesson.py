@@ -31,6 +31,7 @@ from .command import load
 from .plan import circumstances
 
 TOP_K = 64  # with a cache
+GIVEN = "given"  # the teacher of a call from Python that has a model in its hands
 SAME = 0.01  # share of an evaluation text's 13-grams in the training text from which on it is a warning
 
 
@@ -146,7 +147,7 @@ def needs_teacher(cfg: RunConfig) -> bool:
 def dense_teacher(subject: Subject) -> teacher.Live:
     """The dense model, loaded anew. Raises ValueError naming `--heal-teacher` if it does not go with the model."""
     cfg, model = subject.cfg, subject.model
-    if cfg.heal_teacher:
+    if cfg.heal_teacher not in (None, GIVEN):
         try:
             dense, _ = models.load(cfg.heal_teacher, dtype=cfg.dtype, cache_dir=cfg.cache_dir,
                                    trust_remote_code=cfg.trust_remote_code)

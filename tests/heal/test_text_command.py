@@ -110,6 +110,22 @@ def test_from_python(place):
     assert record["sparsity"] == pytest.approx(0.5, abs=0.001)
 
 
+@pytest.mark.parametrize("teacher", ["model", "name"])
+def test_heal_from_python(place, teacher):
+    (model, tokenizer), (dense, _) = (models.load(str(place / "model")) for _ in range(2))
+    oneshot.prune(model, tokenizer, method="wanda", calibration=str(place / "calibration.txt"), nsamples=4, seqlen=16,
+                  progress=False)
+    zeros = [p == 0 for p in model.parameters() if p.ndim == 2]
+    record = oneshot.heal(model, tokenizer, data=str(place / "calibration.txt"), tokens="400", heal_seqlen=16,
+                          heal_batch=32, teacher=dense if teacher == "model" else str(place / "model"), progress=False,
+                          parts={"full.lr": 0.01})
+    info = record["heal"]["full"]
+    assert info["held_out_after"] < info["held_out_before"] and record["settings"]["healing"]["full"]["lr"] == 0.01
+    assert not any(p[z].any() for p, z in zip([p for p in model.parameters() if p.ndim == 2], zeros, strict=True))
+    with pytest.raises(ValueError, match="--heal-teacher"):
+        oneshot.heal(model, tokenizer, data=str(place / "calibration.txt"))
+
+
 @pytest.fixture(scope="module")
 def sparse(place):
     """A pruned model in place/sparse."""
