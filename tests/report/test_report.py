@@ -516,7 +516,7 @@ def test_speed_picture_has_every_measured_run_at_its_speed_and_the_dense_one_at_
         made = record(*args, **kwargs)
         made["metrics"]["latency/decode1_speedup"] = speedup
         return made
-    smaller = timed(1.4, "obs", "dense", 30.0) | {"shrunk": {"share": 0.75}}
+    smaller = timed(1.4, "obs", "0.5", 30.0) | {"shrunk": {"share": 0.75}}
     runs = [smaller, timed(0.98, "sparsegpt", "2:4", 25.0), record("wanda", ppl=40.0), record("dense", ppl=20.0)]
     (ax,) = figures.fig_speed(runs, "builtin/ppl").axes
     dots = {(float(x), float(y)) for line in ax.lines for x, y in zip(*line.get_data(), strict=True)
