@@ -39,7 +39,7 @@ def test_two_processes_give_the_result_of_one_within_rounding(tmp_path):
 
 def test_fsdp_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="^--heal full: cannot be sharded by FSDP"):
+    with pytest.raises(ValueError, match=r"^--heal full: cannot be sharded by FSDP"):
         checks.check_text(flags.build({"method": "wanda", "pattern": "2:4", "heal": "full", "heal_data": "c4"}))
 
 
