@@ -317,3 +317,16 @@ def test_families(name, dtype):
         W, s = weight.get(), result.scales[weight.name].float()
         value = grid.value(grid.round(W, s), s)
         assert torch.equal(value.to(dtype).float(), W) and not torch.equal(W, before[weight.name])
+
+
+def test_zeros_stay_where_the_pattern_says_dense(place, tmp_path):  # noqa: F811
+    """As after an uneven allocation, which is no one pattern."""
+    assert tiny.main(*tiny.flags(place, "--no-dense", method="wanda", pattern="0.5", save=tmp_path / "pruned")) == 0
+    words = tiny.flags(place, "--no-dense", method="keep", pattern="dense", quantise="int4", save=tmp_path / "rounded")
+    words[words.index("--model") + 1] = str(tmp_path / "pruned")
+    assert tiny.main(*words) == 0
+    before, after = tiny.weights(tmp_path / "pruned"), tiny.weights(tmp_path / "rounded")
+    zeros = {name: W == 0 for name, W in before.items() if name.endswith("proj.weight")}
+    assert sum(int(z.sum()) for z in zeros.values()) > 1000
+    assert not any(after[name][z].any() for name, z in zeros.items())
+    assert any(not torch.equal(before[name], after[name]) for name in zeros)
