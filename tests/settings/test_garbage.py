@@ -36,9 +36,12 @@ def around(flag, place, record):  # noqa: F811
     elif flag.chosen_by == "allocate":
         given |= {"method": "wanda", "allocate": part, "pattern": "2:4" if part == "mix" else "0.5"}
         given |= {"sensitivity.record": record} if part == "sensitivity" else {}
+    elif flag.chosen_by == "quantiser":
+        given |= {"quantise": "int4", "quantiser": part}
     elif flag.chosen_by == "heal":
         given |= {"heal": part, f"{part}.steps": 2}
     more = {"effort": {"method": "best"}, "tasks": {"task_path": place / "tasks"}, "task_limit": {"tasks": "none"},
+            "quantiser": {"quantise": "int4"},
             "split": {"calibration": "owner/name"}, "revision": {"calibration": "owner/name"},
             "data_config": {"calibration": "owner/name"}}
     return given | more.get(flag.name, {})
