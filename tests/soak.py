@@ -23,6 +23,7 @@ import soak_cases as cases  # noqa: E402
 import soak_world  # noqa: E402
 
 from oneshot import models  # noqa: E402
+from oneshot.report.table import render  # noqa: E402
 from oneshot.runtime.environment import environment  # noqa: E402
 from oneshot.runtime.files import write_text  # noqa: E402
 
@@ -108,9 +109,10 @@ def page(rows: list[dict], seed: int) -> str:
         found = [row for row in rows if row["case"] == case]
         if not found:
             continue
-        lines += [f"## {case.replace('_', ' ')}", "", function.__doc__.strip(), "", "| outcome | times |", "|---|---|"]
         kinds = collections.Counter(row["outcome"] for row in found)
-        lines += [f"| {outcome.replace('|', '/')} | {n} |" for outcome, n in kinds.most_common()]
+        body = [[outcome, str(n)] for outcome, n in kinds.most_common()]
+        lines += [f"## {case.replace('_', ' ')}", "", function.__doc__.strip(), "",
+                  render(["outcome", "times"], body, "markdown", text={"outcome"}).strip()]
         what = collections.Counter(row["what"] for row in found)
         lines += ["", "Disturbed: " + ", ".join(f"{name} {n}" for name, n in sorted(what.items())) + ".", ""]
     return "\n".join(lines)

@@ -27,6 +27,8 @@ ONLY_IN = {  # library: the stages, or the one file, that know it
     "oneshot_kernels": {"checkpoint", "pipeline", "prune.solvers.sparsegpt"},
 }
 INSIDE_FUNCTIONS = {"lm_eval", "matplotlib", "datasets", "compressed_tensors"}  # optional or slow to import
+MANY = ["oneshot.data.training.prepare", "oneshot.data.windows.calibration",
+        "oneshot.runtime.flag.flag"]  # named arguments, in one place each
 KERNELS_MAY = {"torch", "triton", "oneshot_kernels"}
 
 
@@ -151,19 +153,31 @@ def test_there_is_something_to_check():
 
 
 def test_files_and_functions_stay_small():
-    """No file above 300 lines; no function above seven parameters where the contracts are."""
-    long = [f"{p.relative_to(ROOT)}: {n} lines" for folder in ("oneshot", "kernels", "scripts")
-            for p in (ROOT / folder).rglob("*.py") if (n := len(p.read_text(encoding="utf-8").splitlines())) > 300]
-    assert not long, "\n".join(long)
-    many = []
-    for name, source in sources().items():
-        if stage_of(name) in ("prune", "calibrate", "heal", "pipeline"):
-            for node in ast.walk(ast.parse(source)):
-                if isinstance(node, ast.FunctionDef):
-                    given = [a.arg for a in node.args.posonlyargs + node.args.args + node.args.kwonlyargs]
-                    if len([a for a in given if a not in ("self", "cls")]) > 7:
-                        many.append(f"{name}.{node.name}: {len(given)} parameters")
-    assert not many, "\n".join(many)
+    """No file above 300 lines; no function above seven parameters, except for those in MANY."""
+    files = [p for folder in ("oneshot", "kernels", "scripts") for p in (ROOT / folder).rglob("*")
+             if p.suffix in (".py", ".cpp", ".h", ".j2", ".css")]
+    long = [f"{p.relative_to(ROOT)}: {n} lines" for p in files
+            if (n := len(p.read_text(encoding="utf-8").splitlines())) > 300]
+    assert len(files) > 200 and not long, "\n".join(long)
+    many = [f"{name}.{found}" for name, source in sources().items()
+            if stage_of(name) in STAGES for found in crowded(source)]
+    assert [line.partition(":")[0] for line in many] == MANY, "\n".join(many)
+
+
+def crowded(source):
+    """["name: n parameters"] of the functions of a module that have more than seven."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            args = [a for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg,
+                                node.args.kwarg) if a is not None and a.arg not in ("self", "cls")]
+            found += [f"{node.name}: {len(args)} parameters"] if len(args) > 7 else []
+    return found
+
+
+def test_a_crowded_function_is_found():
+    assert crowded("def f(a, b, c, d, *, e, f, **g): pass") == []
+    assert crowded("class A:\n    def g(self, a, b, c, d, e, f, g, *h): pass") == ["g: 8 parameters"]
 
 
 @pytest.mark.parametrize("name, source, why", [

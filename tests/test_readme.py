@@ -10,9 +10,12 @@ from tiny import plain_pages  # noqa: F401
 from oneshot.__main__ import main
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
-HERE = {"meta-llama/Llama-3.1-8B": "demo", "c4": "builtin", "wikitext2": "builtin:prose", "cuda": "cpu"}
+HERE = {"meta-llama/Llama-3.1-8B": "demo", "c4": "builtin", "wikitext2": "builtin:prose", "cuda": "cpu",
+        "0.7*c4,0.3*mine.txt": "builtin"}
 FEW = ["--nsamples", "2", "--seqlen", "32", "--eval-windows", "2", "--no-progress"]
-SMALL = {"prune": FEW, "verify": [], "shrink": [*FEW, "--tries", "2"], "generate": ["--max-new-tokens", "4"]}
+SMALL = {"latency": ["--rounds", "1", "--no-progress"], "prune": FEW, "verify": [], "shrink": [*FEW, "--tries", "2"],
+         "heal": [*FEW, "--tokens", "1k", "--heal-seqlen", "64", "--batch", "256"],
+         "generate": ["--max-new-tokens", "4"]}
 
 
 def commands():
@@ -30,7 +33,7 @@ def test_commands(tmp_path, monkeypatch, capsys):
         argv = [verb, *(HERE.get(w, w) for w in words), *SMALL[verb]]
         assert main(argv) == 0, (argv, capsys.readouterr().err)
     out = capsys.readouterr().out
-    assert out.count("all proved") == 3 and "(packed)" in out
+    assert out.count("all proved") == 4 and "(packed)" in out
 
 
 def test_python_lines():

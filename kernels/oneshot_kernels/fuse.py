@@ -48,7 +48,7 @@ class SharedLaunch:
     result. Not safe for two threads in the same model.
     """
 
-    def __init__(self, parts: list[Sparse24Linear]):
+    def __init__(self, parts: list[Sparse24Linear]) -> None:
         self.layer = _stack(parts)
         self.sizes = [part.out_features for part in parts]
         self.x: torch.Tensor | None = None
@@ -67,7 +67,7 @@ class SharedLaunch:
 class FusedProjection(nn.Module):
     """Takes the place of one of several projections. Slot 0 owns the stacked layer. state_dict is as before fusing."""
 
-    def __init__(self, shared: SharedLaunch, slot: int):
+    def __init__(self, shared: SharedLaunch, slot: int) -> None:
         super().__init__()
         self.shared, self.slot = shared, slot
         self.in_features, self.out_features = shared.layer.in_features, shared.sizes[slot]
@@ -89,7 +89,7 @@ class FusedProjection(nn.Module):
 class FusedGatedMLP(nn.Module):
     """down(silu(gate(x)) · up(x)) in two launches. state_dict is as before fusing."""
 
-    def __init__(self, gate: Sparse24Linear, up: Sparse24Linear, down: Sparse24Linear):
+    def __init__(self, gate: Sparse24Linear, up: Sparse24Linear, down: Sparse24Linear) -> None:
         super().__init__()
         self.gate_up = _stack([gate, up], swiglu=True)
         self.down_proj = down

@@ -37,7 +37,7 @@ class Sparse24Linear(nn.Module):
         swiglu: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ):
+    ) -> None:
         """An uninitialised layer, to be loaded from a checkpoint.
 
         Raises ValueError if `in_features` is not divisible by 4.

@@ -28,7 +28,7 @@ class Rounded24Linear(nn.Module):
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, bits: int, group: int | None,
-                 device: torch.device | str | None = None, dtype: torch.dtype | None = None):
+                 device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         """An uninitialised layer, to be loaded from a checkpoint.
 
         Raises ValueError for a number of inputs that is not divisible by 4, and for other bits than 8 and 4.

@@ -81,7 +81,7 @@ class Stub(nn.Module):
     """Takes the place of a block: calls `record(args, kwargs)`, then returns `out`, or its input if `out` is None."""
 
     def __init__(self, real: nn.Module, record: Callable[[tuple, dict], None] | None, out: torch.Tensor | None = None,
-                 returns: int | None = None):
+                 returns: int | None = None) -> None:
         super().__init__()
         self.__dict__.update(real=real, record=record, out=out, returns=returns)
 

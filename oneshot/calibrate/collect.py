@@ -83,10 +83,11 @@ class Collector:
     """Collects statistics by hooks on the linears; see `collect`.
 
     After the first batch, of which the block's output is wanted, passes end with the last linear's input: what follows,
-    such as down_proj itself, is computed for nothing. With experts they do not, as each batch reaches others.
+    such as down_proj itself, would be computed for nothing. With experts they do not, as each batch reaches others.
     """
 
-    def __init__(self, weights: Sequence[Weight], needs: frozenset[str], device: torch.device, limits: Limits):
+    def __init__(self, weights: Sequence[Weight], needs: frozenset[str], device: torch.device,
+                 limits: Limits) -> None:
         self.weights, self.needs, self.device, self.limits = weights, needs, device, limits
         self.stage: str | None = None  # kind of the linear that ran first
         self.spent = 0  # bytes of Gram matrices

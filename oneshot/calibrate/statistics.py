@@ -43,7 +43,7 @@ class Statistics:
     """
 
     def __init__(self, C: int, needs: Iterable[str], device: str | torch.device = "cpu",
-                 dtype: torch.dtype = torch.float32):
+                 dtype: torch.dtype = torch.float32) -> None:
         if unknown := frozenset(needs) - NEEDS:
             raise ValueError(f"statistics: {', '.join(sorted(unknown))} unknown; there are {', '.join(sorted(NEEDS))}")
         self.C, self.needs, self.dtype, self.n = C, frozenset(needs), dtype, 0

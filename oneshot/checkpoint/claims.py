@@ -1,10 +1,12 @@
-"""Claims: what a manifest says of itself must agree: patterns, groups, numbers of zeros, the record, the settings.
+"""Claims: whether what a manifest says agrees with itself: patterns, groups, numbers of zeros, record, settings.
 
-The hashes prove that the files are those that were written. Here what they are said to be is held against what was
-asked for: a folder called 2:4 whose linears are not is not proved by its hashes.
+The hashes prove that the files are those that were written, not that they are what was asked for: a manifest that calls
+linears 2:4 which are not could have hashes that are right.
 """
 
 import dataclasses
+
+from torch import nn
 
 from ..prune import patterns, solvers
 from ..prune.patterns import Dense, Pattern, Unstructured
@@ -37,7 +39,7 @@ def check_tensors(data: dict) -> list[Fault]:
             faults.append(Fault(name, f"recorded to need {entry['target_zeros']} zeros, pattern {pattern} needs "
                                       f"{target}"))
         if entry["group"] != pattern.group or type(entry["group"]) is not type(pattern.group):
-            faults.append(Fault(name, f"group {entry['group']}, which pattern {pattern} has not"))
+            faults.append(Fault(name, f"group {entry['group']}, which pattern {pattern} does not have"))
         if not target <= entry["zeros"] <= entry["shape"][0] * entry["shape"][1]:
             faults.append(Fault(name, f"{entry['zeros']} zeros recorded, pattern {pattern} needs {target}"))
     return faults
@@ -80,11 +82,6 @@ def check_grid(data: dict) -> list[Fault]:
             for name, entry in data["tensors"].items() if entry.get("grid") != asked]
 
 
-def shrinks(settings: dict) -> bool:
-    """Whether the settings ask for a smaller model."""
-    return any(settings.get(name) is not None for name in ("shrink", "layers", "drop", "experts"))
-
-
 def check_allocated(asked: Unstructured, entries: dict[str, dict], settings: dict) -> list[Fault]:
     """Faults of a sparsity that was spread over the linears: their groups, and their zeros within one a group."""
     faults, wanted, zeros, groups = [], 0.0, 0, 0
@@ -119,7 +116,7 @@ def check_format(data: dict) -> list[Fault]:
                                                            "and are not left dense")]
 
 
-def check_packed(data: dict, model) -> list[Fault]:
+def check_packed(data: dict, model: nn.Module) -> list[Fault]:
     """Faults of the packed linears of a loaded model: their number and bytes."""
     if data.get("format") == compressed.METHOD:
         return []  # compressed.py reads the files themselves

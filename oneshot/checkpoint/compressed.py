@@ -31,7 +31,8 @@ PARTS = ("weight_packed", "weight_scale", "weight_shape")
 class Compressed(nn.Module):
     """What a rounded nn.Linear is in such a checkpoint: its tensors, to be saved. It computes nothing."""
 
-    def __init__(self, codes: torch.Tensor, scales: torch.Tensor, bits: int, bias: torch.Tensor | None):
+    def __init__(self, codes: torch.Tensor, scales: torch.Tensor, bits: int,
+                 bias: torch.Tensor | None) -> None:
         from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
         super().__init__()

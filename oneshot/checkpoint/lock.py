@@ -15,7 +15,7 @@ class FolderLock:
     Raises ValueError naming `--save` while another process holds it, or where the folder is not this program's.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         owner_of(path)
         work = self.path / WORK

@@ -106,7 +106,7 @@ def text_of(file: Path) -> str | None:
 
 @contextlib.contextmanager
 def damaged(path: Path, file: Path) -> Iterator[None]:
-    """Whatever reading raises as one ValueError."""
+    """Within the context, whatever reading raises becomes one ValueError."""
     try:
         yield
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -43,7 +43,7 @@ class PackedConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, linears: Iterable[str] = (), to_load: str = HINT, grid: str | None = None,
-                 stored: str | None = None, **kwargs: Any):
+                 stored: str | None = None, **kwargs: Any) -> None:
         self.quant_method = METHOD
         self.linears, self.to_load = list(linears), to_load
         if grid is not None:
@@ -222,7 +222,7 @@ def linear_named(model: nn.Module, name: str) -> nn.Module:
     except AttributeError:
         module = None
     if not isinstance(module, (nn.Linear, models.Conv1D)):
-        raise ValueError(f"quantization_config names {name}, which is no linear of {type(model).__name__}")
+        raise ValueError(f"quantization_config names {name}, which is not a linear of {type(model).__name__}")
     return module
 
 

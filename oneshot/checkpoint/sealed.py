@@ -19,7 +19,7 @@ def write(data: dict, file: str | Path) -> None:
 
 
 def read(file: str | Path) -> tuple[dict, bool]:
-    """(what the file holds, whether it is as it was written). Raises ValueError for what is no JSON object."""
+    """(what the file holds, whether it is as it was written). Raises ValueError if it is not a JSON object."""
     text = Path(file).read_bytes()
     try:
         data = json.loads(text)

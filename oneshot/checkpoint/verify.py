@@ -26,6 +26,7 @@ from .. import models
 from ..models import Weight
 from ..runtime.command import Parser, exit_code
 from ..structured import origin
+from ..structured.options import shrinks
 from . import claims, compressed, contents, packed, rounded
 from .contents import MANIFEST, Fault
 from .manifest import digest, old, pattern_of, read_sealed
@@ -123,7 +124,7 @@ def check_origin(model: torch.nn.Module, data: dict, original: str | None, trust
     Raises ValueError naming `--original` for a model that this one was not made from.
     """
     said = data.get("origin")
-    asked = claims.shrinks(data["record"]["settings"])
+    asked = shrinks(data["record"]["settings"])
     if said is None or not asked:
         if original:
             raise ValueError(f"--original {original}: the manifest records no larger model that this one was made from")

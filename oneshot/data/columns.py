@@ -43,8 +43,8 @@ def checked(value: Any, number: int, kind: str) -> Document:
     """A record's text or conversation. Raises Unusable naming the record."""
     if kind == CHAT:
         if kind_of(value) != CHAT:
-            raise Unusable(f"record {number} is no conversation (a list of messages with role and content); correct it "
-                           "or change --column")
+            raise Unusable(f"record {number} is not a conversation (a list of messages with role and content); correct "
+                           "it or change --column")
         return messages(value, number)
     if not isinstance(value, str):
         raise Unusable(f"record {number} is of type {type(value).__name__}, not text; correct it or change --column")
@@ -56,7 +56,7 @@ def checked(value: Any, number: int, kind: str) -> Document:
 def messages(value: list[dict], number: int) -> Conversation:
     """A conversation with plain content, and without the entries that a table has filled up with nulls.
 
-    Content in parts is joined. Raises Unusable for a part that is no text.
+    Content in parts is joined. Raises Unusable for a part that is not text.
     """
     found = []
     for message in value:

@@ -114,7 +114,7 @@ def brief(error: Exception) -> str:
 
 @contextlib.contextmanager
 def uncounted() -> Iterator[None]:
-    """Within the context, `datasets` tells nobody what is loaded: by default it reports even local files to the hub."""
+    """Within the context, `datasets` reports nothing; by default it tells the hub even of local files."""
     import datasets
 
     before, datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS, False

@@ -31,15 +31,15 @@ class Frames(io.RawIOBase):
     Reading raises EOFError if the file ends within a frame.
     """
 
-    def __init__(self, file: BinaryIO, new: Callable[[], Any]):
+    def __init__(self, file: BinaryIO, new: Callable[[], Any]) -> None:
         self.file, self.new = file, new
         self.frame, self.packed, self.plain = None, b"", memoryview(b"")
 
     def readable(self) -> bool:
-        """It is."""
+        """Yes, as io asks."""
         return True
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: Any) -> int:
         """Fill the buffer with the next bytes; how many there were, 0 at the end of the file."""
         while not self.plain:
             if not (packed := self.packed or self.file.read(CHUNK)):
@@ -55,6 +55,6 @@ class Frames(io.RawIOBase):
         return n
 
     def close(self) -> None:
-        """Close the file, too."""
+        """Close the file below as well."""
         self.file.close()
         super().close()

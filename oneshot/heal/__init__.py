@@ -33,6 +33,9 @@ from torch import nn
 
 from ..calibrate import Activations
 from ..models import Block
+from ..runtime.verb import make_callable
+
+make_callable(__name__, "oneshot.pipeline.api:heal")
 
 STAGES = ("before_block", "after_block", "after_model", "on_text")
 
@@ -43,7 +46,7 @@ class Heal:
     cfg: the method's Config. seed: of everything random. progress: whether to show bars.
     """
 
-    def __init__(self, cfg: Any, seed: int = 0, progress: bool = False):
+    def __init__(self, cfg: Any, seed: int = 0, progress: bool = False) -> None:
         self.cfg, self.seed, self.progress = cfg, seed, progress
 
     def before_block(self, block: Block, dense: Activations) -> None:

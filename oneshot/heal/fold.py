@@ -1,19 +1,19 @@
-"""Fold: the linear map that best makes up for what is missing goes into a block's last linear (ReplaceMe, 2505.02819).
+"""Fold: put the linear map that best makes up for what was removed into a block's last linear (ReplaceMe, 2505.02819).
 
     h       input of the linear by which a block writes into the hidden state last (down_proj), (N, C), K its columns
             that are not zero
-    D       the dense model's hidden state behind the block, and behind all blocks that were dropped after it, (N, H)
+    D       the dense model's hidden state after the block, and after all blocks dropped behind it, (N, H)
     R       D - block(x), what the pruned block misses of it
     w       1 / ‖D_t‖², the weight of a token
 
     ΔW_K = (Rᵀ diag(w) h_K / N) (h_Kᵀ diag(w) h_K / N + μI)⁻¹
 
-No parameter is new, nothing is trained step by step. μ is one of RIDGES, as shares of the mean diagonal, by the error
-on the held-out windows; where none lowers it, nothing is changed. Without held-out windows nothing is folded. Where the
-zeros are no whole columns, each row is solved on its own kept weights by conjugate gradients; in the walk that makes a
-model smaller, single zeros (4-bit grids have many) are weights like any other. It needs a linear that is no expert, and
-whose output is added to the hidden state as it is (no norm behind it); elsewhere it leaves the block as it was and says
-so.
+No parameter is added, nothing is trained step by step. μ is the one of RIDGES (shares of the mean diagonal) with the
+least error on the held-out windows; where none lowers it, or no window is held out, nothing is changed. Where the zeros
+are not whole columns, each row is solved on its own kept weights by conjugate gradients; while a model is made smaller,
+single zeros (4-bit grids have many) are weights like any other. It needs a linear that is not an expert, and whose
+output is added to the hidden state as it is (without a norm in between); any other block is left as it was, and the
+record says so.
 """
 
 from dataclasses import dataclass
@@ -82,7 +82,7 @@ def last_linear(block: Block) -> Weight | None:
 class Sums:
     """Weighted sums over the tokens of some windows, float64: of h hᵀ, of R hᵀ, and of ‖R‖²; see above."""
 
-    def __init__(self, C: int, H: int, device: torch.device):
+    def __init__(self, C: int, H: int, device: torch.device) -> None:
         self.n, self.missing = 0, 0.0
         self.G = torch.zeros(C, C, dtype=torch.float64, device=device)
         self.B = torch.zeros(H, C, dtype=torch.float64, device=device)

@@ -70,7 +70,7 @@ def targets(model: nn.Module, cfg: Config) -> list[Weight]:
 class Change(nn.Module):
     """The parametrization of one weight. mask: bool, of the weight's shape as it is stored, or None for no zeros."""
 
-    def __init__(self, weight: Weight, mask: torch.Tensor | None, cfg: Config, gen: torch.Generator):
+    def __init__(self, weight: Weight, mask: torch.Tensor | None, cfg: Config, gen: torch.Generator) -> None:
         super().__init__()
         (R, C), device = weight.shape, weight.parameter.device
         bound = math.sqrt(3 / C) / math.sqrt(3)  # kaiming_uniform with a = √5, as in peft
@@ -90,10 +90,12 @@ class Change(nn.Module):
 
 
 class Adapters:
-    """The changes of a model's weights, at work: a `text.Way`. Within the context the modules use Ŵ; on leaving it the
-    weights are Ŵ, rounded to their stored dtype."""
+    """The changes of a model's weights, at work: a `text.Trained`.
 
-    def __init__(self, weights: list[Weight], cfg: Config, seed: int = 0):
+    Within the context the modules use Ŵ; on leaving it the weights are Ŵ, rounded to their stored dtype.
+    """
+
+    def __init__(self, weights: list[Weight], cfg: Config, seed: int = 0) -> None:
         gen = torch.Generator().manual_seed(seed)
         self.weights, self.rounded, self.final = weights, None, {}
         self.masks = [w.parameter.data != 0 for w in weights]

@@ -52,7 +52,7 @@ class Trainable:
     that are not recognised).
     """
 
-    def __init__(self, module: nn.Module, stored: dict[str, torch.dtype], leave: Iterable[str] = ()):
+    def __init__(self, module: nn.Module, stored: dict[str, torch.dtype], leave: Iterable[str] = ()) -> None:
         self.stored = stored
         self.parameters: dict[str, nn.Parameter] = {}
         self.masks: dict[str, torch.Tensor] = {}  # of the matrices, bool, True where a weight is kept
@@ -168,7 +168,7 @@ class Fitting:
     """The state of one `fit`."""
 
     def __init__(self, trainable: Trainable, loss: Callable[[int], torch.Tensor], held: Sequence[bool], steps: int,
-                 seed: int, progress: Callable[[], object] | None):
+                 seed: int, progress: Callable[[], object] | None) -> None:
         self.trainable, self.of_batch, self.steps, self.progress = trainable, loss, steps, progress
         self.products = trainable.products()
         self.train, self.held = ([i for i, apart in enumerate(held) if apart == kind] for kind in (False, True))

@@ -15,6 +15,7 @@ and optionally
     refuse    (cfg): raise ValueError for what can be rejected before a model is loaded
     prepare   (cfg, model, tokenizer): raise ValueError for what does not fit the model, before any long computation
     identity  (cfg, texts) -> [str]: what else the run's identity depends on, such as the hash of a file
+    higher    the metrics whose higher values are better, by the beginning of their names; by default none
 
 Files without `measure` hold code shared by several measurements. Results go into the record: `metrics` become columns
 of every table, `parts` become further entries of the record, which are shown on the page.
@@ -128,6 +129,11 @@ def asked(cfg: Settings, when: str | None = None) -> list[ModuleType]:
     """The measurements that these settings ask for. when: only those "before" or "after" pruning; None: all."""
     found = [m for m in map(module, names()) if m.asked(cfg)]
     return [m for m in found if when in (None, getattr(m, "when", "after"))]
+
+
+def higher() -> tuple[str, ...]:
+    """The metrics, by the beginning of their names, of which higher values are better."""
+    return tuple(name for m in map(module, names()) for name in getattr(m, "higher", ()))
 
 
 def refuse(cfg: Settings) -> None:

@@ -208,7 +208,7 @@ def shown_of(real: torch.Tensor) -> torch.Tensor:
 class Pieces(dict[int, str]):
     """{token id: its text}, filled on access; a space that begins a word is kept, however the tokenizer encodes it."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
 
     def __missing__(self, i: int) -> str:

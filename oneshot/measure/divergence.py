@@ -18,6 +18,7 @@ from . import Found, Subject
 from .compared import Compared, mean_over_windows
 
 compares = True
+higher = ("top1_agreement",)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from . import Found, Subject
 
 PROMPT, BATCH, STEPS, ROUNDS = 512, 8, 16, 7
 KINDS = ("prefill", "decode1", f"decode{BATCH}")
+higher = tuple(f"{kind}_speedup" for kind in KINDS)
 
 
 @dataclass(frozen=True)

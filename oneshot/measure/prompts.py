@@ -28,6 +28,7 @@ from . import Found, Subject
 from .greedy import greedy
 
 NEW_TOKENS = 32
+higher = ("starts_with", "contains", "chosen")
 
 
 @dataclass(frozen=True)

@@ -63,17 +63,15 @@ def sensitivity(model: nn.Module, calibration: Tokens | None, job: Job, evaluati
     ids, mask = (calibration.ids, calibration.mask) if calibration else (None, None)
     [(result, new)] = shared_inputs.prune_shared(model, ids, mask, [job])
     errors = {row["name"]: row["relative_error"] for row in result.layers}
-    _, block_list = models.blocks(model)
     activations, at, rows = loop.start(model, evaluation.ids, evaluation.mask, measuring), 0, []
     real = predicted(evaluation.mask) if evaluation.mask is not None else None
     dense = mean_loss(model, activations.fork(), 0, real)
     for name, parts in tqdm(units(model, unit), desc="sensitivity", unit=unit, leave=False,
                             disable=not options.progress):
         first = parts[0][0]
-        while at < first:
-            with models.resident(models.tensors_of(block_list[at]), options.device):
-                calibrate.replay(block_list[at], activations, at)
-            at += 1
+        for block in models.walk(model, options.device, start=at, end=first):
+            calibrate.replay(block.module, activations, block.number)
+        at = first
         kept = [weight.get().to(weight.stored, copy=True) for _, weight in parts]
         for _, weight in parts:
             weight.set(new[weight.name])

@@ -121,7 +121,8 @@ def configs(names: Sequence[str], index: Mapping[str, Any], within: tuple[str, .
 def fetch(names: Sequence[str], manager: Any, task_path: str | None = None) -> dict[str, Any]:
     """lm-eval's tasks with their data. Raises ValueError naming `--tasks` for any error in a YAML or its data.
 
-    Nobody is told of what lies in `task_path`: `datasets` reports even local files to the hub, which counts downloads.
+    What lies in `task_path` is reported to nobody: by default `datasets` reports even local files to the hub, which
+    counts downloads.
     """
     try:
         with quiet(), hub.uncounted() if task_path else contextlib.nullcontext():
@@ -205,7 +206,7 @@ def quiet() -> "Levels":
 class Levels:
     """Within the context, the loggers of these names log errors only."""
 
-    def __init__(self, *names: str):
+    def __init__(self, *names: str) -> None:
         self.loggers = [logging.getLogger(name) for name in names]
 
     def __enter__(self) -> None:

@@ -26,6 +26,7 @@ from .task_list import GROUPS, check, digest, fetch, quiet
 from .task_list import prepare as prepared
 
 SCORED = ("multiple_choice", "loglikelihood")  # output types that score given continuations by log-probability
+higher = ("acc", "exact_match", "em", "f1", "agreement", "mcc", "bleu", "rouge")
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,16 @@
 """Models: load a model, find its transformer blocks, treat every prunable weight as an (R, C) matrix, iterate over it.
 
     loading   load a local folder, a model from the hub, or the demo model
+    gguf      load a llama.cpp file
+    source    what a loaded model came from, and what of it would be lost
     blocks    find the transformer blocks; `walk` yields them one at a time, each on the device
     weights   the weight of one linear layer ("a linear" throughout) as an (R, C) matrix
     experts   fused mixture-of-experts layers, computed one expert at a time
+    groups    what is cut together when a model gets smaller: a neuron, a KV group
+    smaller   the family's own model with fewer blocks, neurons or KV groups, from its config
+    uneven    models whose layers differ in width
     intake    check a checkpoint's files before and after loading
-    own_code  what a model's own code raises, in one line
+    own_code  turn whatever a model's own code raises into one line
 
 `walk` is the only place that iterates over a model block by block.
 """

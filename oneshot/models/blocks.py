@@ -32,7 +32,7 @@ def embedded(model: nn.Module) -> int:
 def max_positions(model: nn.Module) -> int | None:
     """The longest sequence the model supports, in tokens; None if its config does not state one.
 
-    Raises ValueError naming `--model` for what is no number.
+    Raises ValueError naming `--model` if the entry is not a number.
     """
     most = getattr(config_of(model), "max_position_embeddings", None)
     if not isinstance(most, int | None):
@@ -94,9 +94,9 @@ class Block:
         return {n: t.to("cpu", self.stored.get(n, t.dtype)) for n, t in self.module.state_dict().items()}
 
 
-def walk(model: nn.Module, device: str | torch.device | None = None, *, start: int = 0,
+def walk(model: nn.Module, device: str | torch.device | None = None, *, start: int = 0, end: int | None = None,
          bar: tqdm | None = None) -> Iterator[Block]:
-    """Yield the model's blocks from number `start` on, one at a time, each resident on `device`.
+    """Yield the model's blocks from number `start` to `end` - 1 (None: the last), one at a time, resident on `device`.
 
     device: None leaves the blocks offloaded, to be read or changed in their stored form. bar: advances by one per
     block.
@@ -106,9 +106,7 @@ def walk(model: nn.Module, device: str | torch.device | None = None, *, start: i
     """
     path, block_list = blocks(model)
     first, last = sharing(block_list)
-    for number, module in enumerate(block_list):
-        if number < start:
-            continue
+    for number, module in list(enumerate(block_list))[start:end]:
         name = f"{path}.{number}"
         weights, skipped = weights_of(module, name)
         shared = [w for w in weights if first[id(w.parameter)] < number]

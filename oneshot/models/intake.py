@@ -63,7 +63,7 @@ def check_folder(path: Path, said: str) -> dict:
     check_adapter(path, said)
     if not (path / "config.json").is_file():
         hint = "; it holds GGUF files: give one of them by its name" if any(path.glob("*.gguf")) else ""
-        raise ValueError(f"{said}: no config.json in this folder, so it is no Hugging Face model{hint}")
+        raise ValueError(f"{said}: no config.json in this folder, so it is not a Hugging Face model{hint}")
     if not any(path.glob("*.safetensors")):
         pickles = any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth"))
         raise ValueError(f"{said}: " + (

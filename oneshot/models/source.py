@@ -156,7 +156,7 @@ def check_dtypes(entries: dict[str, Entry], model: nn.Module, said: str) -> None
 
 
 def check_kind(model: object, said: str) -> None:
-    """Raise ValueError for what is no transformers model, or one whose decoder needs an encoder."""
+    """Raise ValueError for anything but a transformers model that works without an encoder."""
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
@@ -175,5 +175,5 @@ def check_parameters(model: nn.Module, said: str) -> None:
         if p.is_meta:
             raise ValueError(f"{said}: {name} is offloaded (on the meta device); load the model without offload")
         if not p.is_floating_point() or p.element_size() < 2:
-            raise ValueError(f"{said}: {name} is stored as {str(p.dtype).removeprefix('torch.')}, which is no "
+            raise ValueError(f"{said}: {name} is stored as {str(p.dtype).removeprefix('torch.')}, which is not a "
                              "floating-point weight; give the unquantised checkpoint")

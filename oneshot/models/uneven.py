@@ -27,12 +27,12 @@ ATTENTION, MLP = "attention", "mlp"
 
 
 class Gone(nn.Module):
-    """What is left of an attention or MLP of which nothing is left: its consumer without columns, so only its bias.
+    """Stands in place of an attention or MLP that was removed as a whole: its consumer without columns, so only a bias.
 
     attention: whether it takes the place of one, which returns (output, attention weights).
     """
 
-    def __init__(self, name: str, rows: int, bias: bool, attention: bool, like: torch.Tensor):
+    def __init__(self, name: str, rows: int, bias: bool, attention: bool, like: torch.Tensor) -> None:
         super().__init__()
         self.consumer, self.attention = name, attention
         with warnings.catch_warnings():
@@ -55,7 +55,7 @@ class UnevenConfig(QuantizationConfigMixin):
     """The `quantization_config` of an uneven checkpoint: {linear: its shape as stored}, {module: what it was}."""
 
     def __init__(self, shapes: Mapping[str, list[int]] | None = None, gone: Mapping[str, str] | None = None,
-                 to_load: str = HINT, **kwargs: Any):
+                 to_load: str = HINT, **kwargs: Any) -> None:
         self.quant_method = METHOD
         self.shapes, self.gone, self.to_load = dict(shapes or {}), dict(gone or {}), to_load
         if unknown := set(kwargs) - {"quant_method"}:
@@ -128,7 +128,7 @@ def found(model: nn.Module, name: str) -> nn.Module:
     except AttributeError:
         module = None
     if not isinstance(module, nn.Linear | Conv1D):
-        raise ValueError(f"quantization_config names {name}, which is no linear of {type(model).__name__}")
+        raise ValueError(f"quantization_config names {name}, which is not a linear of {type(model).__name__}")
     return module
 
 

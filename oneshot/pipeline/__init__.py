@@ -3,11 +3,16 @@
     run       one run from start to end, and the command `oneshot prune`
     plan      which linear gets which pattern, and the job made from that
     compress  prune or round a model, and prove the result
+    shrink    make the model smaller before it is pruned (shrink_command: `oneshot shrink`)
+    lesson    what healing on text needs: the text, the dense model's predictions, a place for checkpoints
+              (heal_command: `oneshot heal`)
+    rounding  `--quantise`: round what is kept, after everything else
     identity  a run's identity (run_id), and the warnings that come first
     command   what the runs of one command share
     checks    what is rejected before anything is computed
     idle      flags that would change nothing
     api       `oneshot.prune` for Python
+    device_table     what every part of a model costs on a device (latency_command: `oneshot latency`)
     attempt   a run that ends in a record even if it fails, for sweeps
     generate  `oneshot generate`: generate text, measure the speed
 """

@@ -15,6 +15,7 @@ from .. import models
 from ..checkpoint.packed import linears
 from ..data import embedding
 from ..models.loading import DTYPES
+from ..report.table import render
 from ..runtime import environment
 from ..runtime.command import Parser, exit_code
 from ..settings.values import MOST
@@ -23,7 +24,7 @@ from ..settings.values import MOST
 class Clock:
     """A streamer for transformers' `generate` that records when each token arrives."""
 
-    def __init__(self, device: str):
+    def __init__(self, device: str) -> None:
         self.device = torch.device(device)
         self.times: list[float] = []
 
@@ -89,12 +90,10 @@ def show(rows: list[dict], prompt: str) -> str:
     lines = []
     for row in rows:
         lines += [f"--- {row['model']}", prompt + row["text"], ""]
-    width = max(len(row["model"]) for row in rows)
-    lines.append(f"{'model':<{width}}  first token s  tokens/s  weights MiB  peak MiB")
-    for row in rows:
-        lines.append(f"{row['model']:<{width}}  {row['first_s']:13.3f}  {row['tokens_per_s']:8.1f}  "
-                     f"{row['weights_bytes'] / 2**20:11.1f}  {row['peak_bytes'] / 2**20:8.0f}")
-    return "\n".join(lines)
+    body = [[row["model"], f"{row['first_s']:.3f}", f"{row['tokens_per_s']:.1f}", f"{row['weights_bytes'] / 2**20:.1f}",
+             f"{row['peak_bytes'] / 2**20:.0f}"] for row in rows]
+    head = ["model", "first token s", "tokens/s", "weights MiB", "peak MiB"]
+    return "\n".join([*lines, render(head, body, "terminal", text={"model"}).rstrip("\n")])
 
 
 def main(argv: list[str] | None = None) -> int:

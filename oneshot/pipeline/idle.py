@@ -39,7 +39,7 @@ def idle(name: str, configs: Sequence[RunConfig]) -> str | None:
 
 
 def texts(cfg: RunConfig, configs: Sequence[RunConfig]) -> list[str]:
-    """The texts that are read from somewhere: what is calibrated on, if anything is, and what is evaluated on."""
+    """The texts that the command reads: for calibration, if any run needs it, and for evaluation."""
     calibration = [cfg.calibration] if any(needs_data(c) for c in configs) and cfg.calibration != "self" else []
     return calibration + list(choose.named(cfg).values())
 
@@ -67,7 +67,7 @@ def has_tasks(cfg: RunConfig, configs: Sequence[RunConfig]) -> bool:
 
 
 def waits(cfg: RunConfig, configs: Sequence[RunConfig]) -> bool:
-    """Whether activations wait between blocks: whether any run looks at calibration data."""
+    """Whether any run needs calibration data, so that activations are kept between blocks."""
     return any(needs_data(c) for c in configs)
 
 
@@ -79,7 +79,7 @@ def gathers_grams(cfg: RunConfig, configs: Sequence[RunConfig]) -> bool:
 
 
 def calibrates_on_the_hub(cfg: RunConfig, configs: Sequence[RunConfig]) -> bool:
-    """Whether what is calibrated on is a data set on the hub."""
+    """Whether the calibration text is a data set on the hub."""
     return waits(cfg, configs) and kind(cfg.calibration) in ("hub", "papers")
 
 
@@ -108,16 +108,16 @@ RULES = {  # flag: (why it is idle, whether it is used: called with a run and al
     "task_limit": (NO_TASK, has_tasks),
     "trust_task_code": ("as there is no --task-path", lambda cfg, _: bool(cfg.task_path and cfg.task_names)),
     "column": ("as no text has columns", reads(*TABLES, "hub")),
-    "data_config": ("as no text is a data set owner/name on the hub", reads("hub")),
-    "split": ("as what is calibrated on is no data set on the hub", calibrates_on_the_hub),
-    "revision": ("as what is calibrated on is no data set on the hub", lambda cfg, configs: kind(cfg.calibration) in (
+    "data_config": ("as no text is a data set owner/name of the hub", reads("hub")),
+    "split": ("as the calibration text is not a data set on the hub", calibrates_on_the_hub),
+    "revision": ("as the calibration text is not a data set on the hub", lambda cfg, configs: kind(cfg.calibration) in (
         "hub", "papers") and cfg.calibration in texts(cfg, configs)),
     "per_line": ("as no text is a .txt file", reads(".txt")),
     "documents": ("as no text is read", lambda cfg, configs: bool(texts(cfg, configs))),
     "bos": ("as no text is read", lambda cfg, configs: bool(texts(cfg, configs))),
     "activations": ("as no run looks at calibration data", waits),
     "activation_dtype": ("as no run looks at calibration data", waits),
-    "gram_budget": ("as no method of these collects Gram matrices", gathers_grams),
+    "gram_budget": ("as none of these methods collects Gram matrices", gathers_grams),
     "group": ("as only a sparsity such as --pattern 0.5 has comparison groups", lambda cfg, configs: any(
         isinstance(parse(c.pattern), Unstructured) for c in configs if c.prunes)),
     "quantiser": ("as there is no --quantise", lambda cfg, configs: any(c.quantise is not None for c in configs)),
@@ -135,6 +135,6 @@ RULES = {  # flag: (why it is idle, whether it is used: called with a run and al
     "model_revision": ("as the model is a local folder", lambda cfg, _: cfg.model != "demo"
                        and not os.path.exists(cfg.model)),
     "sensitivity": ("as nothing is pruned", lambda cfg, configs: any(c.prunes for c in configs)),
-    "divergence": ("as all there is is the dense model", lambda cfg, configs: any(c.row != "dense" for c in configs)),
-    "damage": ("as all there is is the dense model", lambda cfg, configs: any(c.row != "dense" for c in configs)),
+    "divergence": ("as there is only the dense model", lambda cfg, configs: any(c.row != "dense" for c in configs)),
+    "damage": ("as there is only the dense model", lambda cfg, configs: any(c.row != "dense" for c in configs)),
 }

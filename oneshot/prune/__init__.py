@@ -1,7 +1,7 @@
 """Prune: choose which weights to remove and set those that stay, block by block.
 
     options         how pruning is computed
-    patterns        the sparsity patterns
+    patterns        the sparsity patterns (choice: exact counts by selection)
     linalg          linear algebra shared by the solvers
     solvers/        each file is a method to prune ONE linear, or to refine such a solution
     allocate/       each file is a method to distribute the zeros over the linears

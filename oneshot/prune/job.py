@@ -38,9 +38,9 @@ class Job:
     compute. healers: the healing methods, in this order; with any, the dense model's activations are kept next to the
     pruned model's. held_out: numbers of the windows that no healer trains on (solvers use all windows). dropped:
     numbers of the blocks that go as a whole; the dense model's activations pass through them together with the block
-    before, so that what a block aims at lies behind the blocks that go after it. staged: as `true_sequential`.
-    gradients: {full linear name: Gradient} for solvers that need it. solve: what computes one linear's new weight, with
-    the parameters and the result of `linear.solve`, which it is if None.
+    before, which so aims at the dense hidden state after them. staged: as `true_sequential`. gradients: {full linear
+    name: Gradient} for solvers that need it. solve: what computes one linear's new weight, with the parameters and the
+    result of `linear.solve`, which it is if None.
     """
 
     plan: dict[str, Pattern]

@@ -73,10 +73,11 @@ def prune_model(model: nn.Module, ids: torch.Tensor | None, mask: torch.Tensor |
 
 def pass_dropped(model: nn.Module, job: Job, dense: Activations | None, number: int) -> None:
     """Run the dense model's activations through the blocks that go right after block `number`."""
-    _, block_list = models.blocks(model)
-    while dense and (number := number + 1) in job.dropped:
-        with models.resident(models.tensors_of(block_list[number]), job.options.device):
-            calibrate.replay(block_list[number], dense, number)
+    end = number + 1
+    while end in job.dropped:
+        end += 1
+    for block in models.walk(model, job.options.device, start=number + 1, end=end) if dense else ():
+        calibrate.replay(block.module, dense, block.number)
 
 
 def scales(activations: Activations, after: Activations) -> list[torch.Tensor]:

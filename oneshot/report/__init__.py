@@ -1,4 +1,4 @@
-"""Report: run records, and everything that is made of them. Comes after the measurements, before the pipeline.
+"""Report: run records, and everything that is made from them.
 
 A record is the JSON of one run. Tables, pictures and pages are pure functions of records: they can be
 made again at any time, on any machine, without a model.
@@ -16,6 +16,7 @@ made again at any time, on any machine, without a model.
     figures/    one file for each kind of picture (matplotlib)
     pictures    which of them a page has, with headings and captions
     page        one self-contained HTML page (page.html.j2, page.css)
+    details     what that page says about a single run
     summary     what a command prints when it is done
     compare     the command: any runs in one table and one page
 

@@ -22,6 +22,7 @@ class Difference:
 
     @property
     def within_noise(self) -> bool:
+        """Whether the difference is at most SURE standard errors."""
         return abs(self.value) <= SURE * self.stderr
 
 

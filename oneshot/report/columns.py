@@ -12,6 +12,7 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
+from ..measure import higher
 from ..settings.config import PARTS
 from ..settings.known import tells_apart
 from . import accuracy
@@ -19,9 +20,6 @@ from . import accuracy
 NESTED = tuple(PARTS)  # settings that hold parts' settings: {part: {name: value}}
 GRID = re.compile(r"(?:int|q)(\d+)(?::\w+|_0)?")  # quantise/grids.py
 OFF = (None, False, 0.0, "none", "uniform")  # values by which a setting is switched off
-HIGHER_IS_BETTER = ("acc", "exact_match", "em", "f1", "agreement", "mcc", "bleu", "rouge",
-                    "top1_agreement", "starts_with", "contains", "chosen", "prefill_speedup", "decode1_speedup",
-                    "decode8_speedup")
 
 
 # ---------------------------------------------------------------- columns: what was measured
@@ -36,6 +34,7 @@ class Column:
 
     @property
     def header(self) -> str:
+        """The column's name for people."""
         name, _, kind = self.metric.rpartition("/")
         at = f" @{self.window}" if self.window else " @?" if kind == "ppl" else ""
         return clean(f"{name} {kind}".strip() + at + (f" ({self.text})" if self.text else ""))
@@ -71,7 +70,8 @@ def is_task(records: list[dict], column: Column) -> bool:
 
 
 def higher_is_better(metric: str) -> bool:
-    return metric.rpartition("/")[2].startswith(HIGHER_IS_BETTER)
+    """Whether higher values of a metric are better, as its measurement says."""
+    return metric.rpartition("/")[2].startswith(higher())
 
 
 def _column(record, metric):
@@ -135,6 +135,7 @@ def is_rounded(record: dict) -> bool:
 
 
 def is_pruned(record: dict) -> bool:
+    """Whether anything was pruned."""
     return not is_dense(record) and not is_rounded(record)
 
 

@@ -2,7 +2,7 @@
 
 Each of A, B, ... is a run's record (a .json file), a folder of records (what --results named, for one run or a sweep),
 or a checkpoint that --save wrote (a folder with oneshot.json). A run that is found twice counts once. Exit code: 0, or
-2 when something given is no finished run of this version; one line on stderr then says which and why.
+2 when something given is not a finished run of this version; one line on stderr then says which and why.
 """
 
 import argparse

@@ -20,7 +20,7 @@ class Picture:
 
 def pictures(records: list[dict]) -> Iterator[Picture]:
     """The pictures of a page from top to bottom. Raises ImportError where matplotlib is not installed."""
-    for part in (_against_sparsity, _against_speed, _by_depth, _damage, _tasks, _sensitivity, _time):
+    for part in (_against_sparsity, _against_speed, _by_depth, _damage, _tasks, _sensitivity, _healing, _time):
         yield from part(records)
 
 
@@ -97,7 +97,14 @@ def _sensitivity(records):
                       "dense. White: no increase.", figures.fig_sensitivity(measured))
 
 
+def _healing(records):
+    if healed := [r for r in records if figures.healing.curves(r)]:
+        yield Picture("Healing on text", "Loss on text that was not trained on. A new line begins where the learning "
+                      "rate was halved.", figures.fig_healing(healed, records))
+
+
 def _time(records):
     yield Picture("Where the time went",
-                  "collect: forward with statistics; solve: masks, weights; replay: forward with the pruned block.",
+                  "collect: forward with statistics; solve: masks, weights; replay: forward with the pruned block; "
+                  "heal: training, of blocks and of the whole model.",
                   figures.fig_time(records))

@@ -1,12 +1,13 @@
 """The file of a run record: written whole, checked when read, old names translated.
 
-Every run writes one JSON file. In Python a record is a plain dict; what its keys hold is described in the README
-(Record), what can be computed from it is in columns.py.
+Every run writes one JSON file. In Python a record is a plain dict; of what kind its parts are is in shape.py, what can
+be computed from it in columns.py.
 """
 
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from ..runtime.files import write_text
 from ..runtime.inputs import parse_json, read_text
@@ -59,14 +60,14 @@ def read(path: str | Path) -> dict:
     return checked(record, path)
 
 
-def checked(record, path: str | Path) -> dict:
+def checked(record: Any, path: str | Path) -> dict:
     """The record that JSON read from `path` gave, made ready for use as `read` does. For records inside other files.
 
     Raises ValueError, naming the file and what to do, if it is no record or one of another schema.
     """
     if not isinstance(record, dict) or "schema" not in record or "run_id" not in record:
         raise ValueError(f"{path} is not a run record: a JSON object with `schema` and `run_id` is needed; "
-                         "give a file that oneshot.run wrote")
+                         "give a file that `oneshot prune` wrote")
     for key in ("settings", "model", "metrics", "environment"):
         if not isinstance(record.get(key, {}), dict):
             raise ValueError(f"{path} is not a run record: its `{key}` is no JSON object; run once more")

@@ -4,6 +4,7 @@ import textwrap
 from html import escape
 
 from .columns import clean, labels, ordered
+from .table import Prose, render
 
 WIDTH = 110  # characters of a line
 
@@ -31,5 +32,5 @@ def _plain(prompt, answers):
 
 def _html(prompt, answers):
     """The prompt as a heading, then a table."""
-    rows = "".join(f'<tr><td>{escape(name)}</td><td class="words">{escape(text)}</td></tr>' for name, text in answers)
-    return f"<h3>{escape(prompt)}</h3>\n<table><tbody>{rows}</tbody></table>"
+    rows = [[name, Prose(text)] for name, text in answers]
+    return f"<h3>{escape(prompt)}</h3>\n" + render(["run", "answer"], rows, "html", text={"run", "answer"})

@@ -18,5 +18,5 @@ def replace(text: str, name: str, program: str, content: str) -> str:
         return text + ("\n" if text and not text.endswith("\n\n") else "") + section + "\n"
     before, (_, found, after) = text[:begun.start()], text[begun.end():].partition(end)
     if not found:
-        raise ValueError(f"section {name}: no `{end}` behind `{begun[0]}`")
+        raise ValueError(f"section {name}: no `{end}` after `{begun[0]}`")
     return before + section + after

@@ -1,4 +1,4 @@
-"""Shape: of what kind each part of a record is, so that a record that others have changed is refused by name.
+"""Shape: the kind of every part of a record, so that a record with other parts is refused, and the part named.
 
 In a shape, TEXT, NUMBER and PLAIN (text, number, true or false) stand for values that may also be null, [x] for a list
 of x, {ANY: x} for a dict whose values are x, and {"key": x, ...} for a dict with some known keys. Parts and keys that

@@ -8,7 +8,7 @@
     | alps   | **9.75** |
 
 It knows nothing of records and does not round: the caller makes the cells (columns.number rounds). Characters with a
-meaning in markdown or HTML are escaped here, so give plain text; a cell that should be bold is a `Bold`.
+meaning in markdown or HTML are escaped here, so give plain text. `Bold` and `Prose` are cells set in their own way.
 """
 
 import csv
@@ -22,6 +22,10 @@ WIDTH = 120  # characters of a table in the terminal; a wider one is continued b
 
 class Bold(str):
     """A cell to be set in bold where the format can (markdown, HTML)."""
+
+
+class Prose(str):
+    """A cell of running text, which HTML breaks into lines."""
 
 
 def render(head: Sequence[str], body: Sequence[Sequence], fmt: str, text: Collection[str] = ()) -> str:
@@ -91,4 +95,5 @@ def _html(head, body, left):
 def _html_cell(tag, content, is_left):
     unbroken = content.replace(" ", "\u00a0") if tag == "th" and len(content) < 9 else content
     text = f"<b>{escape(unbroken)}</b>" if isinstance(content, Bold) else escape(unbroken)
-    return f"<{tag}>{text}</{tag}>" if is_left else f'<{tag} class="n">{text}</{tag}>'
+    kind = "words" if isinstance(content, Prose) else "" if is_left else "n"
+    return f'<{tag} class="{kind}">{text}</{tag}>' if kind else f"<{tag}>{text}</{tag}>"

@@ -54,5 +54,5 @@ def _cell(records, record, column):
 
 
 def _share(x):
-    """An accuracy with three decimals; what is no share like any other number."""
+    """An accuracy with three decimals; a value outside 0 to 1 like any other number."""
     return f"{x:.3f}" if isinstance(x, float) and 0 <= x <= 1 else number(x)

@@ -2,8 +2,12 @@
 
     environment   versions, device, memory
     files         atomic writes
+    inputs        input that others wrote: files, JSON, strings of any content
+    lock          a file that one process holds at a time
+    hub           whether the Hugging Face hub may be asked, and whether it answers
     command       error handling and exit codes, in one place for every command
     flag          how a stage declares its command-line flags
+    distributed   several processes under torchrun
     proof         check a promised result at run time
     verb          a subpackage that can also be called as a function (`oneshot.prune`)
 """

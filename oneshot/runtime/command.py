@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message.removeprefix('argument ')} (--help lists the flags)")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        """As argparse does; raises ValueError naming a flag whose value is no text that can be written anywhere."""
+        """As argparse does; raises ValueError naming a flag whose value cannot be written as text."""
         found = super().parse_args(args, namespace)
         for action in self._actions:
             value = getattr(found, action.dest, None)
@@ -36,6 +36,18 @@ class Parser(argparse.ArgumentParser):
                 if isinstance(text, str | PathLike):
                     self.check(action, str(text))
         return found
+
+    @property
+    def options(self) -> list[str]:
+        """All flags, in all spellings."""
+        return [option for action in self._actions for option in action.option_strings]
+
+    def given(self, args: Sequence[str]) -> dict[str, Any]:
+        """{flag: value} of those on the command line alone, without defaults. Raises ValueError as `parse_args`."""
+        unset = object()
+        names = [action.dest for action in self._actions if action.dest != "help"]
+        found = vars(self.parse_args(args, argparse.Namespace(**dict.fromkeys(names, unset))))
+        return {name: value for name, value in found.items() if value is not unset}
 
     def check(self, action: argparse.Action, text: str) -> None:
         """Raise ValueError naming the flag for a value that `check_string` refuses."""

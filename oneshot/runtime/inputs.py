@@ -10,7 +10,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair: such a string is no text and cannot be written as UTF-8
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair: such a string cannot be written as UTF-8
 ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")  # one in JSON, half or whole
 
 
@@ -46,7 +46,7 @@ def parse_json(text: str) -> Any:
 
 
 def parse_object(text: str) -> dict:
-    """The JSON object that a text stands for, all of its strings good ones. Raises ValueError."""
+    """The JSON object that a text stands for, with strings that can be written as UTF-8. Raises ValueError."""
     found = parse_json(text)
     if not isinstance(found, dict):
         raise ValueError("must be a JSON object")

@@ -25,7 +25,7 @@ class Taken(OSError):
 class Lock:
     """A lock file, from `take` to `release`. It is gone afterwards; a kill leaves it, free."""
 
-    def __init__(self, file: str | Path):
+    def __init__(self, file: str | Path) -> None:
         self.file = Path(file)
         self.exclusive = self.file.with_name(f"{self.file.name}.exclusive")
         self._handle: int | None = None

@@ -2,6 +2,7 @@
 
     config       RunConfig: one model, one method, one pattern
     known        all flags, derived from their metadata
+    values       whether a given value is of its flag's kind
     flags        the command line
     wanda_flags  the flags of Wanda's main.py, translated to oneshot's
     presets      what `--method best` stands for

@@ -17,6 +17,7 @@ from ..prune import allocate, solvers
 from ..quantise.grids import widths
 from ..runtime.command import Parser
 from ..runtime.flag import listed
+from ..structured.options import shrinks
 from . import presets, values
 from .config import RunConfig
 from .known import PACKAGES, Known, known, parts, todays_names
@@ -33,8 +34,6 @@ EXAMPLES = """examples:
 The flags of Wanda's main.py (--prune_method --sparsity_ratio --sparsity_type --save --save_model --use_variant ...)
 work as they do there.
 """
-
-UNSET = object()
 
 
 def parser() -> Parser:
@@ -109,10 +108,7 @@ def read(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """
     p = parser()
     argv = sys.argv[1:] if argv is None else list(argv)
-    options = [option for action in p._actions for option in action.option_strings]
-    dests = [action.dest for action in p._actions if action.dest != "help"]
-    found = vars(p.parse_args(normalise(argv, options), argparse.Namespace(**dict.fromkeys(dests, UNSET))))
-    given = {name: value for name, value in found.items() if value is not UNSET}
+    given = p.given(normalise(argv, p.options))
     wanda = "prune_method" in given
     given = apply_wanda(given)
     if "save" in given and not prunes(given):
@@ -209,11 +205,6 @@ def check_parts(asked: dict[str, dict[str, Any]], given: dict[str, Any]) -> None
             flag = f"method {','.join(asked) or 'dense'}" if chosen_by == "method" else chosen_by
             raise ValueError(f"{known()[name].option}: --{flag} does not use {part}; add it there or leave the flag "
                              "out")
-
-
-def shrinks(given: dict[str, Any]) -> bool:
-    """Whether these flags ask for a smaller model."""
-    return any(given.get(name) is not None for name in ("shrink", "layers", "drop", "experts"))
 
 
 def split(given: dict[str, Any], name: str) -> list[str]:

@@ -52,9 +52,11 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a cut may leave. target: its cost at most. cost: of a cut. without: kinds that must not lose any unit.
-    multiple: of which the neurons left in a layer must be one, such as the M of an N:M pattern. own: what is given of
-    single consumers, as in a Cut. allowed: whether a config can say a cut.
+    """What a cut may leave.
+
+    target: the most that a cut may cost. cost: the function that says so. without: kinds that must not lose any unit.
+    multiple: the number of neurons left in a layer is a multiple of it, such as the M of an N:M pattern. own: units of
+    single consumers that are given, as in a Cut. allowed: whether a config can say a cut.
     """
 
     target: float
@@ -114,7 +116,7 @@ class Mixtures:
     of ((kind, left),), the first of which leaves all; KV groups before query heads.
     """
 
-    def __init__(self, model: nn.Module, budget: Budget, order: Sequence[int]):
+    def __init__(self, model: nn.Module, budget: Budget, order: Sequence[int]) -> None:
         self.model, self.budget, self.order = model, budget, list(order)
         self.heads: list[tuple[tuple[str, int], ...]] = [()]
         for kind in (groups.HEADS, groups.QUERIES):

@@ -2,9 +2,9 @@
 
     influence   1 - E[cos(x, block(x))], ShortGPT's block influence (arXiv 2403.03853), on the dense model
     kl          KL(dense ‖ cut) of the logits without the block, measured anew after each that goes; before that, the
-                candidates are the `among` blocks of least influence on what the cut model hands them
+                candidates are the AMONG blocks of least influence on the cut model's own hidden states
 
-The hidden states before every block of the cut model are kept, so a candidate costs a run from its place to the end.
+The hidden states before every block of the cut model are kept, so a candidate costs a run through the blocks after it.
 """
 
 from collections.abc import Callable, Sequence
@@ -66,7 +66,7 @@ def through(model: nn.Module, activations: Activations, start: int, without: Seq
 def by_influence(model: nn.Module, activations: Activations, count: int, fixed: Sequence[int] = (),
                  allowed: Callable[[list[int]], bool] = lambda blocks: True) -> list[dict]:
     """The order of `by_kl`, by block influence on the dense model instead."""
-    (_, found), gone = streams(model, activations.fork(), ()), []
+    (_, found), gone = influences(model, activations.fork(), ()), []
     for number, value in sorted(found.items(), key=lambda item: (item[1], item[0])):
         if len(gone) < count and number not in fixed and allowed([*(row["block"] for row in gone), number]):
             gone.append({"block": number, "influence": value})
@@ -86,7 +86,7 @@ def by_kl(model: nn.Module, activations: Activations, count: int, fixed: Sequenc
     bar = tqdm(total=count, desc="order of blocks", unit="block", disable=not progress, leave=False)
     with bar:
         while len(gone) < count:
-            before, found = streams(model, activations.fork(), gone)
+            before, found = influences(model, activations.fork(), gone)
             left = sorted((value, b) for b, value in found.items() if b not in fixed)[:AMONG]
             tried = []
             for influence, b in left:
@@ -103,8 +103,8 @@ def by_kl(model: nn.Module, activations: Activations, count: int, fixed: Sequenc
 
 
 @torch.no_grad()
-def streams(model: nn.Module, activations: Activations,
-            without: Sequence[int]) -> tuple[dict[int, Activations], dict[int, float]]:
+def influences(model: nn.Module, activations: Activations,
+               without: Sequence[int]) -> tuple[dict[int, Activations], dict[int, float]]:
     """({number: activations before it}, {number: influence}) of the blocks that are left."""
     before, found = {}, {}
     for block in models.walk(model, activations.device):

@@ -3,8 +3,8 @@
     energy of expert e    Σ_t ‖W x_t‖², approximated by n_e Σ_j ‖W_:j‖² E[x_j²]: W its down projection, x_t the inputs
                           of the n_e tokens that reach it (the products of different inputs left out)
 
-They are chosen on the dense model before anything else is cut, the same number in every layer; what the others did is
-not made up for but by what follows (refit, fold, healing).
+They are chosen on the dense model before anything else is cut, the same number in every layer. Only what follows
+(refit, fold, healing) makes up for the others.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,12 +1,21 @@
 """Flags of making a model smaller, before it is pruned any further."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..prune import solvers
 from ..runtime.flag import flag
 from .budget import BYS
 from .depth import ORDERS
+
+SMALLER = ("shrink", "layers", "drop", "experts")  # the flags of which any makes the model smaller
+
+
+def shrinks(settings: Mapping[str, Any]) -> bool:
+    """Whether settings {flag: value}, of a run or of a record, ask for a smaller model."""
+    return any(settings.get(name) is not None for name in SMALLER)
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,7 @@ class ShrinkOptions:
     @property
     def shrinks(self) -> bool:
         """Whether the model is made smaller."""
-        return any(value is not None for value in (self.shrink, self.layers, self.drop, self.experts))
+        return shrinks(vars(self))
 
     @property
     def dropped_blocks(self) -> tuple[int, ...]:

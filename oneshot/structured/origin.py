@@ -83,7 +83,7 @@ def faults(dense: nn.Module, made: nn.Module, said: Mapping[str, Any]) -> list[t
         elif entry["state"] == "added":
             continue
         elif name not in was:
-            found.append((name, f"comes from {entry['from']}, which the larger model has not"))
+            found.append((name, f"comes from {entry['from']}, which the larger model does not have"))
         elif was[name].shape != t.shape:
             found.append((name, f"is {tuple(t.shape)}, its units leave {tuple(was[name].shape)}"))
         elif entry["state"] == "original" and not torch.equal(was[name], t):

@@ -1,7 +1,7 @@
-"""Search: do several cuts to a model one after the other, and choose the one of least KL on held-out windows.
+"""Search: prune a model by several cuts in turn, and choose the one with the least KL on held-out windows.
 
-The model is as it was at the end: only consumers change in a walk (no healing method but fold runs here), and they are
-put back.
+At the end the model is as it was: only consumers change (fold is the only healing method that runs here), and they get
+their dense weights back.
 """
 
 import contextlib

@@ -4,7 +4,7 @@
     producer    loses these rows, and its bias those entries
     consumer    loses these columns
 
-Which units go is read off the consumers: of those of which the cut leaves fewer, the ones whose columns are all zero. A
+The units that go are those whose columns in the consumer are all zero, wherever the cut leaves fewer than there are. A
 kept unit may be zero as well (a ReLU neuron that never fires): then the first zero ones go, which makes no difference.
 """
 

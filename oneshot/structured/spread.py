@@ -1,11 +1,11 @@
 """Spread: widths that differ by layer, so that the next neurons to go cost every layer the same.
 
     Δ_l(k)   exact increase of layer l's error when its k cheapest neurons are gone (solvers/obs.py), on the dense
-             model's inputs, tokens weighted by 1 / the squared norm of the dense block's output: what matters of an
-             error is how large it is in the hidden state
+             model's inputs, tokens weighted by 1 / the squared norm of the dense block's output, as an error matters
+             in proportion to the hidden state that it is added to
 
-From all neurons of all layers, chunk by chunk the one of least increase goes, until the cut fits. A layer keeps a
-quarter of its neurons.
+Of all layers' next chunks of neurons, the one with the least increase goes, until the cut fits. Every layer keeps at
+least a quarter of its neurons.
 """
 
 import heapq

@@ -7,7 +7,7 @@ Every method takes its turn in every round, each time on other copies of the wei
 the last-level cache), and medians are kept. Results are compared with float64 before anything is timed.
 
     torch     F.linear in the same dtype, for integers in bfloat16
-       the dense twin: same source, same tiles, same number of streams
+    dense     the dense twin: same source, same tiles, as many weights read at once
     2:4       cpu/linear.py on tiles, or cpu/integers.py (int8, int4; inputs in bfloat16, rounded to int8)
     layer     the same through its module, as a model calls it
     read      reading as many bytes as the dense weight has with four streams a thread: the limit of `dense`

@@ -4,8 +4,8 @@
     python scripts/sweep/sweep.py scripts/sweep/demo.yaml --workers 4    # four processes, sharing the GPUs out
     python scripts/sweep/sweep.py scripts/sweep/demo.yaml --shard 2/8    # the second of eight machines
 
-The file is YAML. Beside the four lists it takes every flag of `oneshot prune` by its name; what a model gives goes
-before what stands on top. Paths are relative to where the command is given.
+The file is YAML. Beside the four lists it takes every flag of `oneshot prune` by its name; what a model gives takes
+precedence over what stands on top. Paths are relative to where the command is given.
 
     methods: [wanda, sparsegpt]
     patterns: [0.5, 2:4]

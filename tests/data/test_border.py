@@ -248,7 +248,7 @@ def test_a_second_record_that_is_no_conversation(talking, tmp_path):
         if bad is None:
             assert "1 conversations" in calibrate(talking, tmp_path / "t.json", nsamples=1, seqlen=9).source
         else:
-            assert_refused(talking, "--calibration", tmp_path / "t.json", ["record 2 is no conversation"])
+            assert_refused(talking, "--calibration", tmp_path / "t.json", ["record 2 is not a conversation"])
 
 
 def test_one_column_of_instructions_may_be_named(tokenizer, tmp_path):

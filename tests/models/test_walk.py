@@ -55,10 +55,17 @@ def test_it_begins_where_it_is_told():
     assert [block.number for block in models.walk(model, start=2)] == []
 
 
+def test_it_ends_where_it_is_told():
+    model = tiny("llama")
+    assert [block.number for block in models.walk(model, "cpu", end=1)] == [0]
+    assert [block.number for block in models.walk(model, start=1, end=1)] == []
+    assert [block.number for block in models.walk(model, start=1, end=5)] == [1]
+
+
 # ---------------------------------------------------------------- residency
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gemma3"])
-def test_one_block_at_a_time_is_resident_and_all_go_home(name):
+def test_one_block_at_a_time_is_resident_and_all_are_offloaded_again(name):
     model = tiny(name, dtype=torch.bfloat16)
     before, buffers = stored(model), {n: t.dtype for n, t in model.named_buffers()}
     for block in models.walk(model, "cpu"):
@@ -168,9 +175,7 @@ def test_a_walk_is_the_whole_forward(name, dtype):
 ELSEWHERE = {  # file: why it handles the list of blocks itself
     "models/blocks.py": "walk",
     "calibrate/activations.py": "a stub stands in place of every block at once",
-    "calibrate/head.py": "the same, to run what is behind them",
-    "prune/loop.py": "the dense model's activations pass the blocks that go, before the next block is walked to",
-    "measure/sensitivity.py": "passes blocks when the next unit asks for it, and changes weights as they are stored",
+    "calibrate/head.py": "the same, to run what follows them",
 }
 LOOPS = ("iter", "list", "tuple", "enumerate", "zip", "map", "reversed", "sorted", "functools.reduce")
 

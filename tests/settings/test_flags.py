@@ -4,8 +4,11 @@ import dataclasses
 
 import pytest
 import tiny
+import torch
 
+from oneshot.pipeline import generate
 from oneshot.prune import solvers
+from oneshot.prune.options import Options
 from oneshot.settings import flags
 from oneshot.settings.config import RunConfig
 
@@ -58,6 +61,15 @@ def test_every_setting_has_its_flag(field):
             assert [r.method for r in runs] == ["wanda"]
         else:
             assert {getattr(r, field.name) for r in runs if r.method != "dense"} == {want}
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_auto_is_a_gpu_where_one_is(monkeypatch, there):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    for argv, device in (([], "cuda" if there else "cpu"), (["--device", "auto"], "cuda" if there else "cpu"),
+                         (["--device", "cpu"], "cpu"), (["--device", "cuda:1"], "cuda:1")):
+        assert {cfg.device for cfg in flags.parse(argv)} == {device}
+    assert Options().device == generate.arguments(["demo"]).device == ("cuda" if there else "cpu")
 
 
 def test_solver_flags():

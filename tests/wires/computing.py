@@ -9,9 +9,11 @@ import torch
 from oneshot import calibrate, models
 from oneshot.data import sample_self
 from oneshot.heal import train
+from oneshot.heal.text import Course, teacher
 from oneshot.prune import solvers
 from oneshot.runtime import environment
-from wires import wire
+from oneshot.structured import depth, ragged, spread
+from wires import SMALLER, text_healing, wire
 from wires.text import suite, task
 
 
@@ -24,19 +26,29 @@ def _(b):
         return str(args[1])
     with b.seen(blocks, "resident", note) as walked, b.seen(models, "resident", note) as others, \
             b.seen(environment, "peak_memory", lambda args, *_: args[0]) as measured:
-        b.record("--divergence", device="cpu:0", evaluate=b.place / "evaluation.txt", eval_windows=2,
-                 sensitivity="kind", calibration="self", allocate="owl", heal="block,distil", prompts=suite(b),
-                 **{"block.steps": 1, "distil.steps": 1})
+        b.record("--divergence", "--latency", "--say", "the", device="cpu:0", evaluate=b.place / "evaluation.txt",
+                 eval_windows=2, sensitivity="linear", calibration="self", allocate="owl", heal="block,distil",
+                 prompts=suite(b), **{"block.steps": 1, "distil.steps": 1})
+        with b.monkeypatch.context() as patch:
+            patch.setattr(ragged, "check", lambda *_: None)  # runs 16 tokens on the CPU, wherever the rest is
+            b.record("--uneven", device="cpu:0", **SMALLER)
     assert {*walked, *others, *measured} == {"cpu:0"} and len(walked) > 6 and len(others) > 6
+    with b.seen(models, "resident", note) as trained, \
+            b.seen(teacher.Live, "__post_init__", lambda args, *_: str(args[0].device)) as taught:
+        b.record(device="cpu:0", **text_healing(b))
+    assert set(trained) == set(taught) == {"cpu:0"}
 
 
 @wire("batch_size")
 def _(b):
-    """To calibrate, on the way to an allocation too, to sample, and, where nothing else is said, to measure."""
+    """To calibrate, on the way to an allocation or a smaller model too, to sample, and by default to measure."""
     for allocate, passes in (("uniform", 1), ("owl", 2)):
         with b.batches() as sizes:
             b.record(nsamples=5, batch_size=2, allocate=allocate)
         assert sizes == [2, 2, 1] * passes
+    with b.batches() as sizes:
+        b.record(nsamples=7, batch_size=3, **SMALLER)
+    assert max(sizes) == 3
     with b.seen(sample_self, "_sample_batch", lambda args, *_: len(args[1])) as sizes:
         b.record(nsamples=6, calibration="self", batch_size=3)
     assert sizes == [3, 3, 2]
@@ -88,14 +100,18 @@ def _(b):
 
 @wire("tf32")
 def _(b):
-    """Wherever there are products: a run's own solving, healing each block and the model, solving on shared inputs."""
+    """Wherever there are products: solving, also on shared inputs, healing, making the model smaller."""
     healing = {"heal": "block,distil", "block.steps": 1, "distil.steps": 1}
     for more, precision in (((), "highest"), (("--tf32",), "high")):
         with b.precisions(solvers, "solve") as solved, b.precisions(train.Fitting, "descend") as healed:
             b.record(*more, **healing)
         with b.precisions(solvers, "solve") as shared, b.precisions(calibrate, "collect") as collected:
             b.record(*more, "--shared-inputs")
-        assert [solved, healed, shared, collected] == [{precision}] * 4
+        with b.precisions(depth, "influences") as order, b.precisions(spread, "curve") as curves:
+            b.record(*more, "--uneven", **SMALLER)
+        with b.precisions(Course, "train") as trained:
+            b.record(*more, **text_healing(b))
+        assert [solved, healed, shared, collected, order, curves, trained] == [{precision}] * 7
         assert torch.get_float32_matmul_precision() == "highest"
 
 

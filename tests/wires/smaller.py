@@ -3,9 +3,10 @@
 from oneshot.measure import latency
 from oneshot.prune import linear
 from oneshot.structured import depth, search, spread
+from wires import SMALLER as TWO_TRIES
 from wires import differ, wire
 
-SMALLER = {"method": "obs", "pattern": "dense", "shrink": 0.7, "tries": 1}
+SMALLER = TWO_TRIES | {"tries": 1}  # neurons alone
 
 
 @wire("shrink")

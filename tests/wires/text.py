@@ -7,8 +7,10 @@ import pytest
 
 from oneshot import heal
 from oneshot.data import hub as hub_module
-from oneshot.pipeline import plan
-from wires import wire
+from oneshot.data import training
+from oneshot.heal.text import Course
+from oneshot.pipeline import plan, shrink
+from wires import SMALLER, text_healing, wire
 
 
 def text_of(b, kind="calibration", **changed):
@@ -32,10 +34,16 @@ def _(b):
 def _(b):
     """The windows drawn, those held out, and every method's own."""
     assert text_of(b, seed=5)["sha256"] != text_of(b)["sha256"]
-    with b.seen(plan, "held_out_windows", lambda args, *_: args[2]) as drawn, \
-            b.seen(heal.Heal, "__init__", lambda args, *_: args[0].seed) as seeds:
-        b.record(seed=5, heal="block,distil", **{"block.steps": 1, "distil.steps": 1})
-    assert (set(drawn), set(seeds)) == ({5}, {5}) and len(seeds) > 1
+    for place, given in ((plan, {"heal": "block,distil", "block.steps": 1, "distil.steps": 1}),
+                         (shrink, {"heal": "fold", **SMALLER})):
+        with b.seen(place, "held_out_windows", lambda args, *_: args[2]) as drawn, \
+                b.seen(heal.Heal, "__init__", lambda args, *_: args[0].seed) as seeds:
+            b.record(seed=5, **given)
+        assert (set(drawn), set(seeds)) == ({5}, {5})
+    with b.seen(training, "prepare", lambda args, kwargs, _: kwargs["seed"]) as read, \
+            b.seen(Course, "__init__", lambda args, *_: args[2].seed) as trained:
+        b.record(seed=5, **text_healing(b))
+    assert read == trained == [5]
 
 
 @wire("documents", "per_line")

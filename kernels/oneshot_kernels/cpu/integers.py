@@ -43,7 +43,7 @@ class IntegerLinear(nn.Module):
     Its tensors are made for this machine and are in no state dict: save the model before.
     """
 
-    def __init__(self, weight: IntegerWeight, bias: torch.Tensor | None):
+    def __init__(self, weight: IntegerWeight, bias: torch.Tensor | None) -> None:
         super().__init__()
         (self.out_features, self.in_features), self.bits = weight.shape, weight.bits
         for name, tensor in (("values", weight.values), ("indices", weight.indices), ("scale", weight.scale),

@@ -1,12 +1,13 @@
-"""Heal on text: train the kept weights on text of one's own by transformers' Trainer; `full` and `lora` are ways.
+"""Heal on text: train the kept weights on a text by transformers' Trainer, for the methods `full` and `lora`.
 
 Trainer does the batches, Adam, the schedule, gradient accumulation and checkpointing, checkpoints, resuming and
 torchrun. Ours are the loss, the zeros that stay zero, and the learning rate:
 
     look      the loss on held-out windows, LOOKS times in all
-    attempt   training at one learning rate. Where a look is worse than before healing, the rate is too high (or the
-              text does harm): it ends, the best state is restored, and another begins with half the rate and the
-              remaining windows. FALLS times at most.
+    attempt   training at one learning rate. Where a look is worse than before healing ("harm"), or the last PATIENCE
+              looks gained nothing ("no gain"), the rate is too high, or the text does harm: the attempt ends, and
+              another begins from the best state, with half the rate and the remaining windows. That is the end if an
+              attempt gained nothing at all, after FALLS of them, or where few windows remain.
 
 The state with the best look is kept, rounded to the stored dtype; where that is no better than before, the weights are
 left as they were. A checkpoint is saved at every look. A run that was killed continues from the last one and ends with
@@ -15,6 +16,9 @@ the same bits (on the same device, with as many threads).
     WORK/text/            the packed text (data/training.py)
     WORK/attempts.json    the attempts: learning rate, first window, state they began with, looks
     WORK/attempt-N/       Trainer's checkpoints
+
+The files here: losses, student (the model as Trainer sees it), teacher (the dense model's predictions), memory (how a
+step is made to fit), trainer (transformers' Trainer).
 """
 
 import contextlib
@@ -52,7 +56,7 @@ class Attempt:
     """Training at one learning rate. begins: number of its first window. state: file it starts from, or None.
 
     looks: [step, held-out loss] each. log: [step, loss in training] each. steps: done. kept: file of its best state,
-    if that was the best so far. harmful: whether it was ended because a look was worse than before healing.
+    if that was the best so far. ended: why it ended: "harm", "no gain" or "done"; None while it has not.
     """
 
     lr: float
@@ -62,17 +66,16 @@ class Attempt:
     log: list[list[float]] = field(default_factory=list)
     steps: int = 0
     kept: str | None = None
-    ended: bool = False
-    harmful: bool = False
+    ended: str | None = None
 
 
-def heal(model: nn.Module, lesson: Lesson, name: str, way: "Way", lr: float) -> dict:
+def heal(model: nn.Module, lesson: Lesson, name: str, trained: "Trained", lr: float) -> dict:
     """Train `model`, resident on the device in float32, and return plain values for the record.
 
-    name: of the method. way: what is trained and how it is rounded, see `Way`. lr: the first learning rate.
+    name: of the method. trained: the weights and how they are rounded, see `Trained`. lr: the first learning rate.
     """
     with same_random():
-        return Course(model, lesson, name, way, lr).run()
+        return Course(model, lesson, name, trained, lr).run()
 
 
 @contextlib.contextmanager
@@ -87,7 +90,7 @@ def same_random() -> Iterator[None]:
             np.random.set_state(arrays)
 
 
-class Way(Protocol):
+class Trained(Protocol):
     """What a method trains; `train.Trainable` is one."""
 
     parameters: dict[str, nn.Parameter]
@@ -114,17 +117,16 @@ class Way(Protocol):
 class Course:
     """The attempts of one healing, see above."""
 
-    def __init__(self, model: nn.Module, lesson: Lesson, name: str, way: Way, lr: float):
-        self.model, self.lesson, self.way, self.name = model, lesson, way, name
-        self.fit = memory.fit(model, sum(p.numel() for p in way.parameters.values()), lesson, name)
-        self.windows, self.start = lesson.windows, way.snapshot()
+    def __init__(self, model: nn.Module, lesson: Lesson, name: str, trained: Trained, lr: float) -> None:
+        self.model, self.lesson, self.trained = model, lesson, trained
+        self.fit = memory.fit(model, sum(p.numel() for p in trained.parameters.values()), lesson, name)
+        self.windows, self.start = lesson.windows, trained.snapshot()
         if self.fit.checkpointing:
             model.gradient_checkpointing_enable()
         self.file = lesson.work / "attempts.json"
         kept = distributed.share(json.loads(self.file.read_text()) if self.file.is_file() else {})
         self.before: float | None = kept.get("before")
         self.attempts = [Attempt(**row) for row in kept.get("attempts", [])] or [Attempt(lr, 0)]
-        self.resumed = bool(kept)
 
     def run(self) -> dict:
         """All attempts, then the best state, rounded; returns what `heal` does."""
@@ -134,10 +136,11 @@ class Course:
             self.note()
         while True:
             attempt = self.attempts[-1]
-            if not attempt.ended:
+            if attempt.ended is None:
                 seen += self.train(attempt)
             left = (len(self.lesson.text.train) - attempt.begins) // self.windows - attempt.steps
-            if not attempt.harmful or len(self.attempts) > FALLS or left < LOOKS:
+            over = attempt.ended == "done" or (attempt.ended == "no gain" and attempt.kept is None)
+            if over or len(self.attempts) > FALLS or left < LOOKS:
                 break
             begins = attempt.begins + attempt.steps * self.windows
             self.attempts.append(Attempt(attempt.lr / FALL, begins, self.best()[1]))
@@ -154,18 +157,18 @@ class Course:
         if last is None or verdict([row["eval_loss"] for row in past if "eval_loss" in row], self.before) is None:
             done = int(last.name.rpartition("-")[2]) if last else 0
             trainer.train(resume_from_checkpoint=str(last) if last else None)
-            past, seen = trainer.state.log_history, (trainer.state.global_step - done) * self.lesson.options.heal_batch
+            past = trainer.state.log_history
+            seen = (trainer.state.global_step - done) * self.windows * self.lesson.options.heal_seqlen
         looks = [[row["step"], row["eval_loss"]] for row in past if "eval_loss" in row]
         attempt.looks, attempt.steps = looks, looks[-1][0]
         attempt.log = [[row["step"], row["loss"]] for row in past if "loss" in row]
-        attempt.harmful = verdict([loss for _, loss in looks], self.before) == "harm"
         step, loss = min(looks, key=lambda look: look[1])
         distributed.wait()
         if loss < self.best()[0]:
             attempt.kept = f"{self.folder(number).name}.safetensors"
             if not distributed.rank():
                 shutil.copyfile(self.folder(number) / f"checkpoint-{step}" / WEIGHTS, self.lesson.work / attempt.kept)
-        attempt.ended = True
+        attempt.ended = verdict([loss for _, loss in looks], self.before) or "done"
         self.note()
         if not distributed.rank():
             shutil.rmtree(self.folder(number))
@@ -181,10 +184,10 @@ class Course:
         warnings = list(self.lesson.text.about["warnings"])
         last = self.attempts[-1]
         if state is not None:
-            self.way.round()
+            self.trained.round()
             loss = self.trainer(Attempt(0.0, 0)).evaluate()["eval_loss"]
         if state is None or not loss <= self.before:
-            self.way.restore(self.start)
+            self.trained.restore(self.start)
             why = f"no gain on the held-out text at learning rates down to {last.lr:g}" if state is None else \
                 "rounding to the stored dtype cost more than was gained"
             warnings.append(f"{why}: left as it was")
@@ -197,7 +200,7 @@ class Course:
         share = float(sum(counted(held[i]["labels"]) for i in range(len(held)))) / len(held)
         attempts = [asdict(a) | {"looks": [[step, value / share] for step, value in a.looks]} for a in self.attempts]
         return {"tokens": tokens, "steps": sum(a.steps for a in self.attempts), "lr": last.lr,
-                "products": str(self.way.products()).removeprefix("torch."), "held_out_before": self.before / share,
+                "products": str(self.trained.products()).removeprefix("torch."), "held_out_before": self.before / share,
                 "held_out_after": loss / share, "tokens_per_second": speed, "memory": self.fit.said(), "text": about,
                 "attempts": attempts, "warnings": warnings}
 
@@ -209,13 +212,13 @@ class Course:
     def set(self, state: str | None) -> None:
         """Set the parameters to a saved state; None: to the start."""
         if state is None:
-            self.way.restore(self.start)
+            self.trained.restore(self.start)
         else:
             self.student().load_state_dict(load_file(self.lesson.work / state))
 
     def student(self) -> Student:
         """A new one for each Trainer, as accelerate shares a module among processes the first time only."""
-        return Student(self.model, self.way.parameters, self.lesson, self.way.products())
+        return Student(self.model, self.trained.parameters, self.lesson, self.trained.products())
 
     def note(self) -> None:
         """Write attempts.json."""
@@ -246,7 +249,7 @@ class Course:
             dataloader_pin_memory=False)
         return TextTrainer(
             self.student(), arguments, train_dataset=Subset(text.train, range(attempt.begins, len(text.train))),
-            eval_dataset=text.held, groups=self.way.groups(attempt.lr), masked=self.way.mask_gradients,
+            eval_dataset=text.held, groups=self.trained.groups(attempt.lr), masked=self.trained.mask_gradients,
             callbacks=[Looks(self.before), *([Bar()] if lesson.progress and attempt.lr else [])])
 
 
@@ -263,5 +266,6 @@ def last_checkpoint(folder: Path) -> Path | None:
         with contextlib.suppress(OSError, ValueError):
             json.loads((found / "trainer_state.json").read_text())  # Trainer writes it last
             return found
-        shutil.rmtree(found)
+        if not distributed.rank():
+            shutil.rmtree(found)
     return None

@@ -37,7 +37,7 @@ class Fit:
 
 
 def fit(model: nn.Module, trained: int, lesson: Lesson, name: str, free: int | None = None) -> Fit:
-    """The fastest way to train that fits. trained: numbers. name: the method.
+    """The fastest Fit that the memory allows. trained: numbers. name: the method.
 
     free: bytes that may be used (default: what is free on the device). Many windows at once are tried first, up to
     ONCE tokens, then gradient checkpointing.
@@ -63,7 +63,10 @@ def fit(model: nn.Module, trained: int, lesson: Lesson, name: str, free: int | N
 def per_token(model: nn.Module, checkpointing: bool) -> int:
     """Bytes of activations and logits for one token."""
     _, block_list = models.blocks(model)
-    blocks = [sum(sum(p.shape[-2:]) for p in block.parameters() if p.ndim > 1) for block in block_list]
+    sizes = dict.fromkeys(range(len(block_list)), 0)
+    for name, p in block_list.named_parameters():
+        sizes[int(name.partition(".")[0])] += sum(p.shape[-2:]) if p.ndim > 1 else 0
+    blocks = list(sizes.values())
     width = model.get_input_embeddings().weight.shape[-1]
     saved = max(blocks) * FACTOR + len(blocks) * width if checkpointing else sum(blocks) * FACTOR
     return int(4 * (saved + LOGITS * models.config_of(model).vocab_size))

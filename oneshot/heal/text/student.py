@@ -45,7 +45,8 @@ class Student(nn.Module):
     trained: {name: parameter}. lesson, products: see Lesson and `train.Trainable.products`.
     """
 
-    def __init__(self, model: nn.Module, trained: dict[str, nn.Parameter], lesson: Lesson, products: torch.dtype):
+    def __init__(self, model: nn.Module, trained: dict[str, nn.Parameter], lesson: Lesson,
+                 products: torch.dtype) -> None:
         super().__init__()
         self.model = model
         self.__dict__.update(trained=trained, lesson=lesson, products=products)  # no submodules: teachers do not train

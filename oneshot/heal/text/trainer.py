@@ -17,7 +17,7 @@ __all__ = ["Bar", "Looks", "TextTrainer", "TrainingArguments"]
 class TextTrainer(Trainer):
     """Trainer with Adam's parameter groups, and a function that sets the gradients of pruned weights to zero."""
 
-    def __init__(self, *args: Any, groups: list[dict], masked: Callable[[], None], **kwargs: Any):
+    def __init__(self, *args: Any, groups: list[dict], masked: Callable[[], None], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)
         self.groups, self.masked = groups, masked
@@ -60,7 +60,7 @@ class Bar(TrainerCallback):
 class Looks(TrainerCallback):
     """Ends an attempt that does harm, or no longer gains. before: the held-out loss before healing."""
 
-    def __init__(self, before: float | None):
+    def __init__(self, before: float | None) -> None:
         self.before = before
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:

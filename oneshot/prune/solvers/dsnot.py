@@ -15,10 +15,10 @@ Differences from the paper and its code (github.com/zyxxmu/DSnoT, `lib/prune.py`
   summed over the tokens of a window, which depends on the window's length and on the scale of the activations; and
   `--without_same_sign` (type=bool, so True whatever is given) lets unstructured rows swap past zero until the last
   cycle. Here a swap that would not lower |e_i| is not made, and the row stops.
-- With N:M their code drops the lowest score of the group even if that raises |e_i|; here such a candidate is skipped. -
-When the candidates of one sign run out, their code "grows" kept weights and a count drifts; here the row stops. - Their
-code skips the MLP by default (`--skip_layer mlp`). Here all linears are treated alike, because a solver sees one
-  linear and not its place in the model. On the small models tried, swaps in the MLP are what hurts.
+- With N:M their code drops the lowest score of the group even if that raises |e_i|; here such a candidate is skipped.
+- When the candidates of one sign run out, their code "grows" kept weights and a count drifts; here the row stops.
+- Their code skips the MLP by default (`--skip_layer mlp`). Here all linears are treated alike, because a solver sees
+  one linear and not its place in the model. On the small models tried, it is the swaps in the MLP that do harm.
 """
 
 from dataclasses import dataclass

@@ -156,7 +156,7 @@ class Current:
     E (C, R), V (C, C): see above. span: columns that get the compensation for everything before them in one product.
     """
 
-    def __init__(self, E: torch.Tensor, V: torch.Tensor, span: int):
+    def __init__(self, E: torch.Tensor, V: torch.Tensor, span: int) -> None:
         self.E, self.V, self.span = E, V, span
 
     def __call__(self, B: slice, out: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:

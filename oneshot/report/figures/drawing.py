@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..columns import clean, is_dense, series
 
@@ -131,7 +131,7 @@ def nothing(text: str) -> "Figure":
     return fig
 
 
-def mark(ax: "Axes", x: float, values: list[float], colour: str, marker: str, **kwargs) -> None:
+def mark(ax: "Axes", x: float, values: list[float], colour: str, marker: str, **kwargs: Any) -> None:
     """Draw the mean of `values` at x, with a bar over their range."""
     ax.plot([x], [sum(values) / len(values)], color=colour, ls="none", marker=marker, zorder=3, **kwargs)
     if len(values) > 1:

@@ -1,0 +1,90 @@
+"""What healing on text gives back: one record a way in results/heal/MODEL.
+
+    python scripts/bench/heal.py --shared ../shared                          # all ways; continues where it was stopped
+    python scripts/bench/heal.py --shared ../shared --only smollm2 --ways "none;full 500k"
+    python scripts/tables/heal_table.py                                      # heal.md and heal.svg from the records
+    python scripts/tables/tables.py                                          # the README's table from the records
+
+Calibration and training are on the first 85 % of the C4 sample's documents (and books out of copyright), C4's
+perplexity on the rest, WikiText-2's on its test text. heal_ways.yaml names the ways. Checkpoints of unfinished ways lie
+in --work, finished models too.
+"""
+
+import argparse
+import lzma
+import sys
+from pathlib import Path
+
+import yaml
+
+from oneshot.pipeline.attempt import attempt
+from oneshot.runtime.command import Parser, exit_code
+from oneshot.runtime.files import write_text
+from oneshot.settings import parse
+
+ROOT = Path(__file__).parents[2]
+SHARE = 0.85  # of the C4 sample to train on
+BASE = {
+    "smollm2": ["--model", "smollm2", "--seqlen", "512", "--eval-seqlen", "512", "--nsamples", "64",
+                "--eval-windows", "64"],
+    "demo": ["--model", "demo", "--seqlen", "256", "--nsamples", "64", "--eval-windows", "64"],
+}
+WAYS = yaml.safe_load(Path(__file__).with_name("heal_ways.yaml").read_text(encoding="utf-8"))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code."""
+    p = Parser(prog="python scripts/bench/heal.py", description=__doc__, allow_abbrev=False,
+               formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--shared", type=Path, default=Path("../shared"), help="folder of data/")
+    p.add_argument("--work", type=Path, default=Path("build/heal"), help="texts, checkpoints, healed models")
+    p.add_argument("--out", type=Path, default=ROOT / "results" / "heal")
+    p.add_argument("--only", default="smollm2", help="models, separated by commas")
+    p.add_argument("--ways", default=";".join(WAYS), help="names separated by semicolons")
+    p.add_argument("--seeds", default="0")
+    args = p.parse_args(argv)
+    return exit_code(lambda: run(args), interrupted=lambda: "the same command continues")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run what is missing."""
+    texts = make_texts(args.shared / "data", args.work)
+    for name in args.only.split(","):
+        for seed in args.seeds.split(","):
+            for way in ["dense", *args.ways.split(";")]:
+                print(f"{name} seed {seed}: {way}", file=sys.stderr)
+                one(args, name, seed, way, texts)
+
+
+def make_texts(data: Path, work: Path) -> list[str]:
+    """The flags that name the texts, which are written into `work` where they are not there."""
+    work.mkdir(parents=True, exist_ok=True)
+    lines = (data / "c4_sample.jsonl").read_text(encoding="utf-8").splitlines()
+    first = round(SHARE * len(lines))
+    for name, part in {"c4_train.jsonl": lines[:first], "c4_held.jsonl": lines[first:]}.items():
+        write_text("\n".join(part) + "\n", work / name)
+    if not (work / "books.txt").is_file():
+        with lzma.open(data / "books_public_domain.txt.xz", "rt", encoding="utf-8") as books:
+            write_text(books.read(), work / "books.txt")
+    return ["--calibration", str(work / "c4_train.jsonl"), "--evaluate", str(data / "wikitext2_test.txt"), "--evaluate",
+            f"c4={work / 'c4_held.jsonl'}"]
+
+
+def one(args: argparse.Namespace, name: str, seed: str, way: str, texts: list[str]) -> None:
+    """One run; raises ValueError if it failed."""
+    flags = [*BASE[name], "--seed", seed, "--no-layer-errors", "--device", "cpu", *texts]
+    if way == "dense":
+        own = ["--method", "dense"]
+    else:
+        data = f"0.7*{args.work / 'c4_train.jsonl'},0.3*{args.work / 'books.txt'}"
+        own = ["--no-dense", "--save", str(args.work / f"{name}-{seed}-{way}".replace(" ", "_").replace(",", "+"))]
+        for flag, value in WAYS[way].items():
+            own += [f"--{flag}", str(value)]
+            own += ["--heal-data", data] * (flag == "heal" and any(part in str(value) for part in ("full", "lora")))
+    [cfg] = parse([*flags, *own, "--results", str(args.out / name)])
+    if attempt(cfg)["status"] != "finished":
+        raise ValueError(f"{way}: failed, see the record in {args.out / name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
