@@ -25,14 +25,14 @@ from .plan import make_plan
 
 def prune(model: nn.Module, tokenizer: Tokenizer | None = None, *, method: str = "sparsegpt",
           pattern: str | float = "2:4", calibration: str | torch.Tensor = "builtin",
-          parts: dict[str, Any] | None = None, teacher: nn.Module | None = None, **settings: Any) -> dict[str, Any]:
+          parts: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
     """Prune a loaded transformers model in place; returns the record of the run, as `oneshot prune` writes it.
 
     tokenizer: needed unless token ids are given. method, pattern: as for `--method` and `--pattern`, but one of each.
     calibration: as for `--calibration`, or token ids, int64 (n, seqlen). parts: settings of solvers, refiners,
     allocation and healing methods, such as {"sparsegpt.damping": 0.1, "block.steps": 100}. settings: the other flags by
-    name, such as nsamples=64, device="cuda", keep_dense="*.down_proj". teacher: the model that healing on text aims at
-    (default: a copy of this one as it is before pruning).
+    name, such as nsamples=64, device="cuda", keep_dense="*.down_proj"; and `teacher`, the model that healing on
+    text aims at (default: a copy of this one as it is before pruning).
 
     Raises ValueError naming the setting, with the same message as the command line.
     """
@@ -41,6 +41,7 @@ def prune(model: nn.Module, tokenizer: Tokenizer | None = None, *, method: str =
     given = isinstance(calibration, torch.Tensor)
     if not given and tokenizer is None:
         raise ValueError("tokenizer: needed to read --calibration; or give token ids as `calibration`")
+    teacher = settings.pop("teacher", None)
     settings = todays_names(settings) | ({"heal_teacher": GIVEN} if teacher is not None else {})
     refuse_unknown(settings, python_names(), "no such setting here")
     refuse_unknown(parts or {}, part_names(), "no such setting of a part")
