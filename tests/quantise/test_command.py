@@ -225,12 +225,17 @@ def test_a_rounded_model_is_read_again_without_a_word(saved, place, tmp_path):  
 # --- killed and resumed -------------------------------------------------------------------------------------
 
 
+TEXT = {"heal": "full", "heal_data": "calibration.txt", "heal_tokens": 200, "heal_seqlen": 16, "heal_batch": 32}
+
+
 @pytest.mark.parametrize(("more", "after"), [
     ({}, 1), ({}, BLOCKS), ({}, BLOCKS + 1), ({}, 2 * BLOCKS - 1), ({"quantiser": "joint"}, 1),
-    ({"method": "dense"}, 1), ({"heal": "distil", "distil.steps": 2, "nsamples": 12}, BLOCKS + 1),
+    ({"method": "dense"}, 1), (TEXT, BLOCKS + 1), ({"heal": "distil", "distil.steps": 2, "nsamples": 12}, BLOCKS + 1),
     ({"shrink": 0.7, "tries": 1, "nsamples": 12, "pattern": "dense"}, BLOCKS + 1)])
 def test_killed_and_resumed_it_is_bit_identical(place, tmp_path, monkeypatch, more, after):  # noqa: F811
     """Three blocks are pruned, three are rounded: wherever it is killed, the same command ends with the same files."""
+    monkeypatch.chdir(place)  # --heal-data
+
     def run(name):
         return command(place, save=tmp_path / name, results=tmp_path / f"{name}.runs", **more)
     assert run("whole") == 0
