@@ -15,6 +15,7 @@ import tempfile
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -72,7 +73,7 @@ def grid(kind: str) -> tuple[str, ...]:
             "flatters such rows",)
 
 
-def check_biases(gguf, file: Path, model: nn.Module, said: str) -> None:
+def check_biases(gguf: ModuleType, file: Path, model: nn.Module, said: str) -> None:
     """Raise ValueError if the file has biases that the model lacks: transformers reads no `attention_bias` of a Llama's
     file and leaves them out without a word."""
     there = sum(tensor.name.endswith(".bias") for tensor in gguf.GGUFReader(file).tensors)
