@@ -21,18 +21,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # for editors and type checkers; at run time these are imported on first use, see __getattr__
     from .measure.perplexity import perplexity
     from .models import load
-    from .pipeline.api import prune, shrink
+    from .pipeline.api import heal, prune, shrink
 
 __version__ = "0.1.0"
-__all__ = ["load", "perplexity", "prune", "shrink"]
+__all__ = ["heal", "load", "perplexity", "prune", "shrink"]
 
 _FOUND_IN = {"load": ".models", "perplexity": ".measure.perplexity", "shrink": ".pipeline.api"}
 
 
 def __getattr__(name: str) -> Any:
     """Import torch and transformers only on first use, so that `oneshot --version` and `--help` answer at once."""
-    if name == "prune":  # both a subpackage and a function, see runtime/verb.py
-        return importlib.import_module(".prune", __name__)
+    if name in ("heal", "prune"):  # both subpackages and functions, see runtime/verb.py
+        return importlib.import_module(f".{name}", __name__)
     if name not in _FOUND_IN:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_FOUND_IN[name], __name__), name)

@@ -320,12 +320,12 @@ def rtn(W, keep, bits, width):
     return W_hat
 
 
-def gptq(W, X=None, keep=None, bits=4, width=128, damping=0.01, *, pattern=None, G=None):
+def gptq(W, X=None, keep=None, bits=4, width=128, damping=0.01, *, pattern=None, G=None, given=None):
     """(W_hat, keep): GPTQ, arXiv 2210.17323, algorithm 1, every column's update at once. With a mask `keep` what is not
     kept becomes zero. Or with `pattern` (n, m) the mask is chosen on the way, as SparseGPT's section 3.5 has it.
 
     A row's scale for `width` columns is chosen at the first of them, from the weights as they are by then: of a given
-    mask only the kept ones. Without a row's error grows now and then above that of `rtn`; nothing is done about it.
+    mask only the kept ones. Or `given` (R, C) is each weight's scale. Now and then a row's error is above `rtn`'s.
     """
     R, C = W.shape
     alive, G = dead_then_damped(W.double(), _gram_of(X, G), damping)
@@ -337,7 +337,9 @@ def gptq(W, X=None, keep=None, bits=4, width=128, damping=0.01, *, pattern=None,
             n, m = pattern
             score = W[:, j:j + m] ** 2 / U.diagonal()[j:j + m] ** 2
             keep[:, j:j + m] = keep_n_of_m(score, n, m)
-        if j % width == 0:
+        if given is not None:
+            scales = given[:, j].tolist()
+        elif j % width == 0:
             group = W[:, j:j + width] if chosen else masked(W[:, j:j + width], keep[:, j:j + width])
             scales = [scale_of(row, bits) for row in group]
         q = torch.stack([nearest(w, s, bits) for w, s in zip(W[:, j], scales, strict=True)])

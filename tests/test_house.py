@@ -197,3 +197,14 @@ def test_the_programs_are_there_and_said_once(page):
 def test_every_script_is_on_a_page():
     text = (ROOT / "scripts" / "README.md").read_text(encoding="utf-8")
     assert not [p.name for p in (ROOT / "scripts").rglob("*.py") if p.name not in text]
+
+
+def test_files_that_are_named_are_there():
+    """`heal/train.py` in a docstring or comment is a file, seen from the checkout or any folder in it."""
+    there = [f"/{p.relative_to(ROOT)}" for part in ("oneshot", "kernels", "scripts", "tests")
+             for p in (ROOT / part).rglob("*.py")]
+    texts = sources() | {p.name: p.read_text(encoding="utf-8") for p in (ROOT / "scripts").rglob("*.py")}
+    named = {(name, path) for name, text in texts.items() for path in re.findall(r"\b(?:\w+/)+\w+\.py\b", text)
+             if not path.startswith("lib/")}  # of the papers' repositories
+    assert len(named) > 50
+    assert not [entry for entry in named if not any(file.endswith(f"/{entry[1]}") for file in there)]

@@ -69,7 +69,8 @@ def test_llama_cpp_goes_on_as_transformers_does(there, tmp_path):
     model, tokenizer = oneshot.load("smollm2")
     assert not out.write(tmp_path, model, tokenizer, "gguf:f32", {"tensors": {}}, {})["warnings"]
     engine, model = LlamaCpp(tmp_path / out.FILE), model.float()
-    for text in ("  two  spaces\n\nand 12345 lines\t é ü 日本語 🙂 I'll x=3.14;", "<|im_start|>user\nhi<|im_end|>\n ",
+    for text in ("  two  spaces\n\nand 12345 lines\t é ü 日本語 🙂 don't I'll x=3.14;",
+                 "<|im_start|>user\nhi<|im_end|>\n ",
                  ""):
         assert engine.tokens(text) == tokenizer(text)["input_ids"]
     chat = [{"role": "user", "content": "What is the capital of France?"}]

@@ -147,6 +147,13 @@ class Statistics:
         own.gradient = gradient
         return own
 
+    def in_order(self, order: torch.Tensor) -> "Statistics":
+        """The Gram matrix alone, of the inputs in another order: numbers of inputs, int64 (C,)."""
+        own = Statistics(self.C, (), dtype=self.dtype)
+        own.needs, own.n, own._outer_is_mean = frozenset({"outer"}), self.n, True
+        own.outer = self.G[order][:, order]
+        return own
+
     def derived(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """`make()`, cached under `key` until the next update, so that linears with the same input share the result."""
         if key not in self._derived:

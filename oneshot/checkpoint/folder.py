@@ -5,7 +5,7 @@
                                            and the run's plan
     DIR/.oneshot/block_00007.safetensors   a finished block: its tensors, and its rows of the record in the header
     DIR/.oneshot/parts/                    the next block while it is being written (safetensors has files of its own)
-    DIR/.oneshot/heal/                     checkpoints of healing on text (heal/text.py)
+    DIR/.oneshot/heal/                     checkpoints of healing on text (heal/text/)
     DIR/.oneshot/final/                    the checkpoint while it is being written
     DIR/oneshot.json                       the manifest, moved into place last: only a finished folder has it
 

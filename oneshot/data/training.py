@@ -16,9 +16,10 @@ transformers builds an attention mask that keeps documents apart. Of each source
 
 import hashlib
 import json
+import math
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,10 @@ from .sources import TextOptions, Unusable, read
 from .text import Document
 
 PIECE = 20_000  # characters, at most
-PIECES = 40  # that a text of few documents is parted into at least, so that some can be held out
+PIECES = 40  # into so many a text of few documents is cut at least, so that some can be held out
 SHORT = 100  # characters that a piece has at least
 GRAM = 13  # tokens; text is taken to be the same where so many agree, as in arXiv 2005.14165, appendix C
+Sampler = Callable[[int], list[list[int]]]
 IGNORED = -100  # the label of a token that is not predicted: the first of a document
 
 
@@ -98,7 +100,7 @@ class Source:
     name: str
     share: float
     documents: Sequence[Document]
-    encoder: Encoder
+    encoder: "Encoder | Sampled"
     draw: random.Random
     described: str
     size: int = PIECE
@@ -148,11 +150,13 @@ def piece_size(documents: Sequence[Document]) -> int:
 
 
 def prepare(spec: str, tokenizer: Tokenizer, folder: Path, *, tokens: int, held: int, seqlen: int, seed: int,
-            options: TextOptions, held_out: str | None = None, progress: bool = True) -> TrainingText:
+            options: TextOptions, held_out: str | None = None, sample: Sampler | None = None,
+            progress: bool = True) -> TrainingText:
     """The text of `--heal-data`, read from `folder` if it lies there already.
 
     tokens, held: how many tokens to train on and to hold out, both rounded up to windows. held_out: a text to take the
-    held-out windows from instead. options: as for calibration.
+    held-out windows from instead. options: as for calibration. sample(n): n windows of token ids sampled from the dense
+    model, for the text `self`.
 
     Raises ValueError naming `--heal-data` (or `--heal-held-out`) when a text cannot be used.
     """
@@ -164,8 +168,10 @@ def prepare(spec: str, tokenizer: Tokenizer, folder: Path, *, tokens: int, held:
     if about.get("asked") != asked:
         folder.mkdir(parents=True, exist_ok=True)
         done.unlink(missing_ok=True)
-        sources = _open("--heal-data", spec, tokenizer, options, seed)
-        others = _open("--heal-held-out", held_out, tokenizer, options, seed) if held_out else sources
+        def drawn(share: float) -> list[list[int]]:
+            return sample(math.ceil(share * sum(sizes.values()) / seqlen) + 1)
+        sources = _open("--heal-data", spec, tokenizer, options, seed, drawn)
+        others = _open("--heal-held-out", held_out, tokenizer, options, seed, drawn) if held_out else sources
         for name, mixed in (("held", others), ("train", sources)):
             for source in mixed:
                 source.holding, source.taken = name == "held", 0
@@ -191,11 +197,29 @@ def _files(*specs: str | None) -> list[list]:
     return [[name, Path(name).stat().st_size, Path(name).stat().st_mtime_ns] for name in names if Path(name).is_file()]
 
 
-def _open(flag: str, spec: str, tokenizer: Tokenizer, options: TextOptions, seed: int) -> list[Source]:
-    """The sources of a mixture."""
+class Sampled:
+    """Takes the place of an Encoder for documents that are token ids already."""
+
+    chat = True  # nothing is added
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    def document(self, ids: list[int]) -> list[int]:
+        """The document itself."""
+        return ids
+
+
+def _open(flag: str, spec: str, tokenizer: Tokenizer, options: TextOptions, seed: int,
+          sample: Callable[[float], list[list[int]]]) -> list[Source]:
+    """The sources of a mixture. sample(share): documents sampled from the model, for a text of that share."""
     parts, found = mixture(spec), []
     whole = sum(weight for weight, _ in parts)
     for weight, name in parts:
+        if name == "self":
+            found.append(Source(name, weight / whole, sample(weight / whole), Sampled(tokenizer),
+                                random.Random(f"{seed}/self"), "sampled from the dense model"))
+            continue
         try:
             text = read(name, options, evaluate=False)
             encoder = Encoder(tokenizer, options.bos, text.chat)

@@ -33,6 +33,9 @@ from torch import nn
 
 from ..calibrate import Activations
 from ..models import Block
+from ..runtime.verb import make_callable
+
+make_callable(__name__, "oneshot.pipeline.api:heal")
 
 STAGES = ("before_block", "after_block", "after_model", "on_text")
 

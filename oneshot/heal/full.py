@@ -1,7 +1,7 @@
 """Full: train all kept weights of the blocks on text (`--heal-data`).
 
 Embedding, output head, routers and unrecognised matrices stay as they are. Memory: 17 bytes per weight of the blocks,
-4 per other weight, the dense model beside it, and the activations of a step (heal/memory.py).
+4 per other weight, the dense model beside it, and the activations of a step (heal/text/memory.py).
 """
 
 from dataclasses import dataclass

@@ -12,10 +12,11 @@ LOSSES = ("next", "kl", "hidden")  # see heal/text/losses.py
 
 @dataclass(frozen=True)
 class HealOptions:
-    """See heal/text.py."""
+    """See heal/text/__init__.py."""
 
     heal_data: str | None = flag(None, "text that --heal full and lora train on, as for --calibration; several by "
-                                       "commas, with weights: 0.7*c4,0.3*a.txt", section="healing on text", preset=True,
+                                       "commas, with weights: 0.7*c4,0.3*a.txt; self: sampled from the dense "
+                                       "model", section="healing on text", preset=True,
                                  added=True)
     heal_tokens: str = flag("1M", "how many tokens of it: 500k, 20M, 1B", section="healing on text", preset=True,
                             added=True)

@@ -5,15 +5,20 @@ Both models run block by block, and at any time only one slice of one batch's lo
 """
 
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
-from .. import calibrate
+from .. import calibrate, models
 from ..calibrate import Activations
+from ..data.windows import digest
 from .losses import GROUP_BYTES, at_head, block_bar, groups, head_steps, of_logits, predicted, through_blocks
 
+KEPT = 2**30  # bytes of the dense model's hidden states that are kept from one comparison to the next
 SLICE = 2**23  # logits of each model at a time; in float64 and with their softmaxes these take 256 MiB
+_kept: WeakKeyDictionary[nn.Module, dict[tuple, Activations]] = WeakKeyDictionary()
 
 
 @dataclass
@@ -47,13 +52,35 @@ def compare(model: nn.Module, dense: nn.Module, ids: torch.Tensor, mask: torch.T
     parts, batches = groups(model, ids, batch_size, GROUP_BYTES // 2), []
     with block_bar([model, dense], parts, progress) as bar:
         for part in parts:
-            both = [(m, through_blocks(m, ids[part], None if mask is None else mask[part], batch_size, device, bar))
-                    for m in (model, dense)]
+            own = ids[part], None if mask is None else mask[part], batch_size, device, bar
+            both = (model, through_blocks(model, *own)), (dense, states(dense, *own))
             with at_head(model, device), at_head(dense, device):
                 batches += [compare_batch(*both, i) for i in head_steps([model, dense], len(both[0][1]), bar)]
     real = torch.ones_like(ids[:, 1:], dtype=torch.bool) if mask is None else predicted(mask)
     return Compared(*(torch.cat(t).where(real, torch.zeros((), dtype=t[0].dtype))
                       for t in zip(*batches, strict=True)), real)
+
+
+def constant(model: nn.Module) -> None:
+    """Say that a model will not change, so that its states after the blocks may be kept for the next comparison."""
+    _kept.setdefault(model, {})
+
+
+def states(dense: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, batch_size: int, device: str,
+           bar: tqdm) -> Activations:
+    """As `through_blocks`, of which the results are kept for a `constant` model, up to KEPT bytes in all."""
+    kept = _kept.get(dense)
+    if kept is None:
+        return through_blocks(dense, ids, mask, batch_size, device, bar)
+    key = digest(ids, mask), batch_size, device
+    if key in kept:
+        bar.update(len(models.blocks(dense)[1]))
+        return kept[key].fork()
+    found = through_blocks(dense, ids, mask, batch_size, device, bar)
+    size = sum(h.nbytes for own in (found, *kept.values()) for h in own.hidden)
+    if size <= KEPT:
+        kept[key] = found.fork()
+    return found
 
 
 def compare_batch(pruned: tuple[nn.Module, Activations], dense: tuple[nn.Module, Activations],

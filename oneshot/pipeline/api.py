@@ -19,7 +19,7 @@ from ..settings.known import part_names, python_names, todays_names
 from . import checks, rounding, run
 from .command import Command
 from .identity import describe, identify
-from .lesson import needs_teacher
+from .lesson import GIVEN, needs_teacher
 from .plan import make_plan
 
 
@@ -31,7 +31,8 @@ def prune(model: nn.Module, tokenizer: Tokenizer | None = None, *, method: str =
     tokenizer: needed unless token ids are given. method, pattern: as for `--method` and `--pattern`, but one of each.
     calibration: as for `--calibration`, or token ids, int64 (n, seqlen). parts: settings of solvers, refiners,
     allocation and healing methods, such as {"sparsegpt.damping": 0.1, "block.steps": 100}. settings: the other flags by
-    name, such as nsamples=64, device="cuda", keep_dense="*.down_proj".
+    name, such as nsamples=64, device="cuda", keep_dense="*.down_proj"; and `teacher`, the model that healing on
+    text aims at (default: a copy of this one as it is before pruning).
 
     Raises ValueError naming the setting, with the same message as the command line.
     """
@@ -40,7 +41,8 @@ def prune(model: nn.Module, tokenizer: Tokenizer | None = None, *, method: str =
     given = isinstance(calibration, torch.Tensor)
     if not given and tokenizer is None:
         raise ValueError("tokenizer: needed to read --calibration; or give token ids as `calibration`")
-    settings = todays_names(settings)
+    teacher = settings.pop("teacher", None)
+    settings = todays_names(settings) | ({"heal_teacher": GIVEN} if teacher is not None else {})
     refuse_unknown(settings, python_names(), "no such setting here")
     refuse_unknown(parts or {}, part_names(), "no such setting of a part")
     asked = values.plain({**settings, **(parts or {}), "model": name, "pattern": str(pattern), "evaluate": "none",
@@ -58,7 +60,7 @@ def prune(model: nn.Module, tokenizer: Tokenizer | None = None, *, method: str =
     checks.check_heal(cfg, model)
     checks.check_shared(cfg, model)
     plan = make_plan(cfg, model)
-    dense = copy.deepcopy(model) if needs_teacher(cfg) else None
+    dense = copy.deepcopy(model) if needs_teacher(cfg) else teacher
     if was_dequantised(model):
         undo_quantisation(model)
     with at_rest(model):
@@ -82,6 +84,21 @@ def shrink(model: nn.Module, tokenizer: Tokenizer | None = None, *, to: float | 
     Raises ValueError naming the setting.
     """
     return prune(model, tokenizer, method=method, pattern="dense", shrink=to, shrink_method=method, **settings)
+
+
+def heal(model: nn.Module, tokenizer: Tokenizer, *, data: str, tokens: str = "1M",
+         teacher: nn.Module | str | None = None, method: str = "full", **settings: Any) -> dict[str, Any]:
+    """Train what a pruned or smaller model has left, in place, as `oneshot heal` does; returns the record of the run.
+
+    Every weight that is zero stays zero. data, tokens: as for `--heal-data` and `--heal-tokens`. teacher: the dense
+    model, or its folder or name; needed unless heal_loss="next". method: full or lora. settings: as for
+    `oneshot.prune`, such as heal_batch, heal_seqlen, heal_held_out, seed, device, parts={"lora.r": 32}.
+
+    Raises ValueError naming the setting.
+    """
+    own = {"heal_teacher": teacher} if isinstance(teacher, str) else {"teacher": teacher}
+    return prune(model, tokenizer, **{"method": "keep", "pattern": "dense", "heal": method, "heal_data": data,
+                                      "heal_tokens": tokens, **own, **settings})
 
 
 @contextlib.contextmanager

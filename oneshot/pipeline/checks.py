@@ -4,6 +4,7 @@ Each raises ValueError naming the flag.
 """
 
 import importlib.util
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -91,6 +92,8 @@ def check_shrink(cfg: RunConfig) -> None:
 
 def check_text(cfg: RunConfig) -> None:
     """Reject what does not go with healing on text. Raises ValueError naming the flag."""
+    if cfg.text_heals and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ValueError(f"--heal {cfg.text_heals[0]}: cannot be sharded by FSDP yet; start it with torchrun alone")
     if distributed.world() > 1 and not cfg.text_heals:
         raise ValueError("torchrun: only healing on text is shared among processes; start this command without it, or "
                          "give --heal full or --heal lora")

@@ -11,6 +11,7 @@ from torch import nn
 
 from .. import checkpoint, models
 from ..data import Tokens, choose
+from ..measure import compared
 from ..models import Tokenizer
 from ..prune import shared_inputs
 from ..prune.job import Job, Result
@@ -33,6 +34,7 @@ class Command:
 
     configs: Sequence[RunConfig]
     _sampled: Tokens | None = field(default=None, repr=False)
+    _dense: nn.Module | None = field(default=None, repr=False)
     _locks: dict[str, checkpoint.FolderLock] = field(default_factory=dict, repr=False)
 
     def locked(self, configs: Sequence[RunConfig]) -> contextlib.AbstractContextManager[None]:
@@ -65,6 +67,13 @@ class Command:
         if self._sampled is None:
             self._sampled = choose.calibration(cfg, model, tokenizer)
         return self._sampled
+
+    def dense(self, cfg: RunConfig) -> nn.Module:
+        """The dense model, loaded once for all runs of the command (on a CPU, its weights are mapped from the file)."""
+        if self._dense is None:
+            self._dense = load(cfg)[0]
+            compared.constant(self._dense)
+        return self._dense
 
     def solved(self, cfg: RunConfig) -> Solution | None:
         """A run's solution with `--shared-inputs`; None for a run that is solved on its own inputs."""

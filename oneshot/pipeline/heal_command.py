@@ -3,9 +3,9 @@
     oneshot heal PRUNED --data c4 --tokens 5M --save DIR
 
 is `oneshot prune --model PRUNED --method keep --heal full --heal-data c4 --heal-tokens 5M --save DIR`, and takes all
-of its flags (`oneshot prune --help`); those that begin with `--heal-` may do without it. The dense model, whose
-are the aim, is the one that PRUNED was made from, by its manifest, unless `--teacher` names it; `--loss next` does
-without. A killed run continues when the same command is repeated. With torchrun, processes share the work:
+of its flags (`oneshot prune --help`); those that begin with `--heal-` may leave it out. The targets are the predictions
+of the dense model: the one that PRUNED was made from, by its manifest, or the one that `--teacher` names; `--loss next`
+needs none. A killed run continues when the same command is repeated. With torchrun, processes share the work:
 
     torchrun --nproc-per-node 2 -m oneshot heal PRUNED --data c4 --tokens 5M --save DIR
 """

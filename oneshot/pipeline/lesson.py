@@ -16,11 +16,13 @@ from torch import nn
 
 from .. import checkpoint, heal, models
 from ..data import choose, training
+from ..data.sample_self import sample_from_model
 from ..heal.options import count
 from ..heal.text import HELD, teacher
 from ..heal.text.student import Lesson, keeps_apart
 from ..measure import Subject
 from ..prune.job import Result
+from ..prune.loop import float32_products
 from ..runtime import distributed
 from ..runtime.files import write_text
 from ..runtime.flag import listed
@@ -29,6 +31,7 @@ from .command import load
 from .plan import circumstances
 
 TOP_K = 64  # with a cache
+GIVEN = "given"  # the teacher of a call from Python that has a model in its hands
 SAME = 0.01  # share of an evaluation text's 13-grams in the training text from which on it is a warning
 
 
@@ -48,7 +51,8 @@ def heal_on_text(subject: Subject, result: Result, folder: checkpoint.Folder | N
             if not keeps_apart(model):
                 warnings.append("in this family, tokens see the documents before theirs in a window of training text")
             healer = heal.module(name).Heal(cfg.healing[name], cfg.seed, cfg.progress)
-            info = healer.on_text(model, lesson)
+            with float32_products(cfg.tf32):
+                info = healer.on_text(model, lesson)
         result.warnings += [f"--heal {name}: {w}" for w in [*warnings, *info.pop("warnings")]]
         result.heal[name] = info | {"seconds": time.perf_counter() - began}
 
@@ -75,7 +79,8 @@ def work_along() -> None:
         model, tokenizer = models.load(str(Path(work) / "start"))
         subject = Subject(model, tokenizer, cfg, {}, None, lambda cfg=cfg: load(cfg)[0])
         lesson = replace(make_lesson(subject, Path(work)), work=Path(work) / name)
-        heal.module(name).Heal(cfg.healing[name], cfg.seed).on_text(model, lesson)
+        with float32_products(cfg.tf32):
+            heal.module(name).Heal(cfg.healing[name], cfg.seed).on_text(model, lesson)
     distributed.end()
 
 
@@ -96,7 +101,7 @@ def same_start(cfg: RunConfig, model: nn.Module, work: Path) -> list[str]:
     warnings = []
     if before and before["weights"] != now["weights"]:
         shutil.rmtree(work)
-        warnings = ["the weights it was to continue from are not those that were healed before: begun anew"]
+        warnings = ["the weights to continue from are not those that were healed before, so healing began again"]
     elif before:
         return checkpoint.other_circumstances("it was trained in part and", before["with"], now["with"])
     work.mkdir(parents=True, exist_ok=True)
@@ -109,20 +114,24 @@ def make_lesson(subject: Subject, work: Path) -> Lesson:
     cfg, model, device = subject.cfg, subject.model, torch.device(subject.cfg.device)
     seqlen = choose.window(model, cfg.heal_seqlen, "--heal-seqlen")
     options = choose.text_options(cfg, model, subject.tokenizer)
+    live: list[teacher.Live] = []
+
+    def once() -> teacher.Live:
+        return live[0] if live else live.append(dense_teacher(subject)) or live[0]
+
+    def sample(n: int) -> list[list[int]]:
+        return sample_from_model(once().model, subject.tokenizer, n, seqlen, cfg.seed, cfg.batch_size,
+                                 cfg.progress)[0].tolist()
     text = training.prepare(cfg.heal_data, subject.tokenizer, work / "text", tokens=count(cfg.heal_tokens),
                             held=min(HELD, count(cfg.heal_tokens)), seqlen=seqlen, seed=cfg.seed, options=options,
-                            held_out=cfg.heal_held_out, progress=cfg.progress)
+                            held_out=cfg.heal_held_out, sample=sample, progress=cfg.progress)
     top_k = cfg.heal_top_k or (TOP_K if cfg.heal_cache else None)
     top_k = top_k and min(top_k, models.config_of(model).vocab_size)
     lesson = Lesson(text, None, work, replace(cfg, heal_top_k=top_k), device, cfg.seed, cfg.progress)
     if not set(listed(cfg.heal_loss)) & {"kl", "hidden"}:
         return lesson
     if cfg.heal_cache is None:
-        return replace(lesson, teacher=dense_teacher(subject))
-    live: list[teacher.Live] = []
-
-    def once() -> teacher.Live:
-        return live[0] if live else live.append(dense_teacher(subject)) or live[0]
+        return replace(lesson, teacher=once())
     key = {"teacher": cfg.heal_teacher or cfg.model, "text": text.about["sha256"]}
     cached = {part: teacher.cache(Path(cfg.heal_cache) / part, once, windows, key | {"part": part}, k=top_k,
                                   temperature=cfg.heal_temperature, progress=cfg.progress)
@@ -138,14 +147,14 @@ def needs_teacher(cfg: RunConfig) -> bool:
 def dense_teacher(subject: Subject) -> teacher.Live:
     """The dense model, loaded anew. Raises ValueError naming `--heal-teacher` if it does not go with the model."""
     cfg, model = subject.cfg, subject.model
-    if cfg.heal_teacher:
+    if cfg.heal_teacher not in (None, GIVEN):
         try:
             dense, _ = models.load(cfg.heal_teacher, dtype=cfg.dtype, cache_dir=cfg.cache_dir,
                                    trust_remote_code=cfg.trust_remote_code)
         except ValueError as error:
             raise ValueError(str(error).replace("--model", "--heal-teacher", 1)) from error.__cause__
     else:
-        dense = subject.load_dense()
+        dense = load(cfg)[0]  # a model of its own: its dtype changes
     sizes = [models.config_of(m).vocab_size for m in (dense, model)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"--heal-teacher {cfg.heal_teacher}: has {sizes[0]} token ids and the model {sizes[1]}; give "

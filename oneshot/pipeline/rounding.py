@@ -1,4 +1,4 @@
-"""Rounding: what `--quantise` adds to a run, behind pruning and healing: checks, the second walk, its rows."""
+"""Rounding: what `--quantise` adds to a run, after pruning and healing: checks, the second walk, its rows."""
 
 from collections.abc import Iterator
 

@@ -106,7 +106,7 @@ def made(cfg: RunConfig, command: Command, reuse: Callable[[Path], dict | None] 
         calibration = command.calibration(cfg, model, tokenizer)
 
     prepared = time.perf_counter()
-    subject = Subject(model, tokenizer, cfg, texts, calibration, lambda: load(cfg)[0])
+    subject = Subject(model, tokenizer, cfg, texts, calibration, lambda: command.dense(cfg))
     record = work(subject, make_plan(cfg, model), command, folder)
     record |= {"run_id": run_id, "model": describe(cfg, model, weights)}
     record["seconds"] |= {"load": loaded - began, "data": prepared - loaded, "total": time.perf_counter() - began}

@@ -1,4 +1,4 @@
-"""Quantise: round weights to integers, behind whatever pruned and healed them. One file, one method of `--quantiser`.
+"""Quantise: round weights to integers, after they were pruned and healed. One file, one method of `--quantiser`.
 
     grids   the integer formats and their exact bytes
     walk    the walk over a pruned model that rounds each block on its own rounded inputs

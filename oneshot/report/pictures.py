@@ -105,5 +105,6 @@ def _healing(records):
 
 def _time(records):
     yield Picture("Where the time went",
-                  "collect: forward with statistics; solve: masks, weights; replay: forward with the pruned block.",
+                  "collect: forward with statistics; solve: masks, weights; replay: forward with the pruned block; "
+                  "heal: training, of blocks and of the whole model.",
                   figures.fig_time(records))

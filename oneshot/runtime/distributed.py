@@ -1,7 +1,7 @@
 """Distributed: several processes started by torchrun. Rank 0 runs the command; the others wait until it needs them.
 
-Rank 0 sends a job with `send`; the others `receive` it, do their part of it together with rank 0, and wait for the
-next. All functions do nothing in a process that was started alone.
+Rank 0 hands a job to all by `share`; the others do their part of it together with rank 0, and wait for the next, until
+rank 0 has `ended`. All functions do nothing in a process that was started alone.
 """
 
 import datetime

@@ -6,8 +6,8 @@
     tables.csv    a line per model, calibration text, metric, method and pattern: mean, standard deviation over seeds
     runs.csv      a line per run, numbers in full
 
-A pure function of results/runs/*.json, results/smollm2/*.json, results/best/*.json and results/bench/packed.json. Text
-outside the markers is left alone.
+A pure function of results/runs/*.json, results/smollm2/*.json, results/best/*.json, results/heal/*/*.json and
+results/bench/packed.json. Text outside the markers is left alone.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import best_rows
 import best_table
+import heal_table
 
 from oneshot import report
 from oneshot.report import said, section, table, tables, task_table
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 def write_all(records: list[dict], root: Path, check: bool) -> list[Path]:
     """Write what is stale, or only find it if `check`. The stale files."""
     stale = []
-    texts = {"README.md": lambda old: with_smollm2(with_best(with_runs(old, records), root), root),
+    texts = {"README.md": lambda old: with_heal(with_smollm2(with_best(with_runs(old, records), root), root), root),
              "results/tables.md": lambda old: with_packed(replaced(old, "pruning", all_tables(records)), root),
              "results/tables.csv": lambda old: tables_csv(records),
              "results/runs.csv": lambda old: tables.table(records, "csv")}
@@ -144,8 +145,8 @@ def tasks_section(records: list[dict]) -> list[str]:
 
 
 def with_runs(text: str, records: list[dict]) -> str:
-    """The README's `text` with its table of the runs."""
-    return replaced(text, "pruning", readme_table(records))
+    """The README's `text` with its table of the runs on models that are known elsewhere; all are in tables.md."""
+    return replaced(text, "pruning", readme_table([r for r in records if r["model"]["name"] != "demo"]))
 
 
 def with_best(text: str, root: Path) -> str:
@@ -163,6 +164,14 @@ def with_smollm2(text: str, root: Path) -> str:
     how = where(records).replace("results/runs", "results/smollm2")
     return replaced(text, "smollm2", "\n\n".join([how, tables.table(records, "markdown"),
                                                    said.table(records, "markdown").rstrip()]))
+
+
+def with_heal(text: str, root: Path) -> str:
+    """`text` with the section of what healing on text gives back, where heal.py has run."""
+    folder = root / "results" / "heal"
+    if not heal_table.rows(folder):
+        return text
+    return replaced(text, "heal", f"{heal_table.told(folder)}\n\n{heal_table.lines_of(folder).rstrip()}")
 
 
 def with_packed(text: str, root: Path) -> str:

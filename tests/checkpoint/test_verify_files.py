@@ -183,9 +183,9 @@ def settings(**changes):
 
 @pytest.mark.parametrize(("name", "change", "words"), [
     ("llama", entry(target_zeros=767), f"{UP}: recorded to need 767 zeros, pattern 2:4 needs 768"),
-    ("llama", entry(group="row"), f"{UP}: group row, which pattern 2:4 has not"),
+    ("llama", entry(group="row"), f"{UP}: group row, which pattern 2:4 does not have"),
     ("half", entry(group="row"), f"{UP}: pattern 0.5 by row, the settings ask for 0.5 by 128"),
-    ("half", entry(group="128"), f"{UP}: group 128, which pattern 0.5 has not"),
+    ("half", entry(group="128"), f"{UP}: group 128, which pattern 0.5 does not have"),
     ("llama", entry(zeros=10**9), f"{UP}: 1000000000 zeros recorded"),
     ("llama", lambda m: m["record"]["layers"].pop(), "has no row in the record"),
     ("llama", lambda m: m["record"]["layers"][3].update(zeros=5), "its zeros differ between record and manifest"),

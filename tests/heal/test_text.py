@@ -17,6 +17,7 @@ from oneshot.heal.text.student import Lesson, Student, keeps_apart
 from oneshot.prune.patterns import parse
 
 T = 16
+DROPOUT = {"lora": {"dropout": 0.1}}
 WAYS = {"full": (full, {"lr": 0.01}), "lora": (lora, {"lr": 0.005, "r": 4})}
 
 
@@ -74,12 +75,17 @@ class Killed(BaseException):
     pass
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """{way: (model, what was said)}, with dropout where there is one."""
+    return {way: healed(way, tmp_path_factory.mktemp(way), cfg=DROPOUT.get(way)) for way in WAYS}
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("moment", [3, 4, 9, "saving", "between"])
-def test_killed_at_any_moment_it_ends_with_the_same_bits(way, moment, tmp_path, monkeypatch):
+def test_killed_at_any_moment_it_ends_with_the_same_bits(way, moment, tmp_path, monkeypatch, uninterrupted):
     """A look, and so a checkpoint, comes every two of the twenty steps."""
-    options = {"cfg": {"dropout": 0.1}} if way == "lora" else {}
-    whole, said = healed(way, tmp_path / "whole", **options)
+    whole, said = uninterrupted[way]
     with monkeypatch.context() as patch:
         if moment == "saving":  # the third checkpoint lacks its last file
             real, calls = trainer.TextTrainer._save_rng_state, []
@@ -101,8 +107,8 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(way, moment, tmp_path, 
                 return real(self, *args, **kwargs)
             patch.setattr(trainer.TextTrainer, "training_step", step)
         with pytest.raises(Killed):
-            healed(way, tmp_path / "broken", **options)
-    again, told = healed(way, tmp_path / "broken", **options)
+            healed(way, tmp_path / "broken", cfg=DROPOUT.get(way))
+    again, told = healed(way, tmp_path / "broken", cfg=DROPOUT.get(way))
     for (name, p), q in zip(whole.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(p, q), name
     assert told["attempts"] == said["attempts"] and told["held_out_after"] == said["held_out_after"]
@@ -111,7 +117,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(way, moment, tmp_path, 
 def test_killed_in_a_later_attempt_it_ends_with_the_same_bits(tmp_path, monkeypatch):
     steep = {"cfg": {"lr": 0.9}}
     whole, said = healed("full", tmp_path / "whole", **steep)
-    assert len(said["attempts"]) > 2 and said["attempts"][0]["harmful"] and said["lr"] < 0.9
+    assert len(said["attempts"]) > 2 and said["attempts"][0]["ended"] == "harm" and said["lr"] < 0.9
     real, calls = text.Course.train, []
 
     def train(self, attempt):
@@ -170,7 +176,7 @@ def test_text_that_does_harm_is_stopped_and_undone(way, tmp_path):
     model, said = healed(way, tmp_path, train=bad, held=held, heal_loss="next")
     assert said["held_out_after"] == said["held_out_before"] and "left as it was" in said["warnings"][-1]
     assert all(torch.equal(p, q) for p, q in zip(before.parameters(), model.parameters(), strict=True))
-    assert sum(a["steps"] for a in said["attempts"]) < 20 and all(a["harmful"] for a in said["attempts"])
+    assert sum(a["steps"] for a in said["attempts"]) < 20 and all(a["ended"] == "harm" for a in said["attempts"])
 
 
 def families_text(n):
@@ -345,3 +351,32 @@ def test_methods_on_text_come_last_and_are_known():
     assert {name for name in heal.names() if heal.trains_on_text(name)} == {"full", "lora"}
     with pytest.raises(ValueError, match="--heal block,full"):
         heal.check_order([full, heal.module("block")], "full,block")
+
+
+@pytest.mark.parametrize("losses, want", [
+    ([], None), ([2.1], "harm"), ([float("nan")], "harm"), ([2.0], None), ([1.5, 1.6], None), ([1.5, 2.1], "harm"),
+    ([1.5, 1.6, 1.6, 1.6], "no gain"), ([1.5, 1.6, 1.6, 1.4], None)])
+def test_when_an_attempt_ends(losses, want):
+    assert text.verdict(losses, 2.0) == want
+
+
+def test_where_looks_gain_nothing_any_more_the_rate_is_halved_and_the_best_state_goes_on(tmp_path, monkeypatch):
+    """Looks that are told to be flat from the second on, at the first rate only."""
+    real, told = text.verdict, []
+
+    def flat(losses, before):
+        told.append(len(losses))
+        return "no gain" if len(losses) == 3 and not flat.over else real(losses, before)
+    flat.over = False
+    kept = text.Course.train
+
+    def train(self, attempt):
+        flat.over = len(self.attempts) > 1
+        return kept(self, attempt)
+    monkeypatch.setattr(text, "verdict", flat)
+    monkeypatch.setattr(trainer, "verdict", flat)
+    monkeypatch.setattr(text.Course, "train", train)
+    _, said = healed("full", tmp_path)
+    first, second = said["attempts"][:2]
+    assert first["ended"] == "no gain" and second["lr"] == first["lr"] / 2 and second["state"] == first["kept"]
+    assert second["begins"] == first["steps"] * 2 and said["held_out_after"] < min(loss for _, loss in first["looks"])

@@ -67,6 +67,14 @@ def test_a_killed_run_continues_to_the_same_bits(place, heal, tmp_path, monkeypa
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
 
 
+def test_the_dense_models_own_samples_are_a_text(place, tmp_path):
+    data = f"1*self,1*{place / 'calibration.txt'}"
+    assert tiny.main(*argv(place, tmp_path / "out", heal_tokens="200", heal_data=data)) == 0
+    sources = checkpoint.read_manifest(tmp_path / "out")["record"]["heal"]["full"]["text"]["sources"]
+    assert [s["share"] for s in sources] == [0.5, 0.5] and sources[0]["source"] == "sampled from the dense model"
+    assert abs(sources[0]["tokens"] - sources[1]["tokens"]) <= 64
+
+
 def test_evaluation_text_among_the_training_text_is_a_warning(place, tmp_path, capfd):
     given = argv(place, tmp_path / "out", heal_data=place / "evaluation.txt")
     assert tiny.main(*given) == 0
@@ -100,6 +108,22 @@ def test_from_python(place):
                            heal_seqlen=16, heal_batch=32, progress=False)
     assert record["heal"]["full"]["held_out_after"] < record["heal"]["full"]["held_out_before"]
     assert record["sparsity"] == pytest.approx(0.5, abs=0.001)
+
+
+@pytest.mark.parametrize("teacher", ["model", "name"])
+def test_heal_from_python(place, teacher):
+    (model, tokenizer), (dense, _) = (models.load(str(place / "model")) for _ in range(2))
+    oneshot.prune(model, tokenizer, method="wanda", calibration=str(place / "calibration.txt"), nsamples=4, seqlen=16,
+                  progress=False)
+    zeros = [p == 0 for p in model.parameters() if p.ndim == 2]
+    record = oneshot.heal(model, tokenizer, data=str(place / "calibration.txt"), tokens="400", heal_seqlen=16,
+                          heal_batch=32, teacher=dense if teacher == "model" else str(place / "model"), progress=False,
+                          parts={"full.lr": 0.01})
+    info = record["heal"]["full"]
+    assert info["held_out_after"] < info["held_out_before"] and record["settings"]["healing"]["full"]["lr"] == 0.01
+    assert not any(p[z].any() for p, z in zip([p for p in model.parameters() if p.ndim == 2], zeros, strict=True))
+    with pytest.raises(ValueError, match="--heal-teacher"):
+        oneshot.heal(model, tokenizer, data=str(place / "calibration.txt"))
 
 
 @pytest.fixture(scope="module")

@@ -141,3 +141,26 @@ def test_a_run_records_it(tmp_path, capfd):
     assert "evaluation kl @16" in capfd.readouterr().out
     assert tiny.main(*tiny.flags(place, "--divergence", evaluate="none")) == 2
     assert "--divergence: needs a text to compare on" in capfd.readouterr().err
+
+
+def test_a_constant_model_passes_its_blocks_once_and_gives_the_same_numbers(pair, monkeypatch):
+    ids, mask, passed = windows(), padding(), []
+    want = [compared.compare(*pair, ids, mask, batch_size=2), compared.compare(*pair, ids, batch_size=2)]
+    real = compared.through_blocks
+    monkeypatch.setattr(compared, "through_blocks", lambda m, *args: passed.append(m) or real(m, *args))
+    compared.constant(pair[1])
+    for _ in range(2):
+        got = [compared.compare(*pair, ids, mask, batch_size=2), compared.compare(*pair, ids, batch_size=2)]
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a.kl, b.kl) and torch.equal(a.dense_loss, b.dense_loss) and torch.equal(a.loss, b.loss)
+    assert sum(m is pair[1] for m in passed) == 2 and sum(m is pair[0] for m in passed) == 4
+
+
+def test_what_is_kept_of_a_constant_model_is_limited(pair, monkeypatch):
+    passed, real = [], compared.through_blocks
+    monkeypatch.setattr(compared, "KEPT", 10)
+    monkeypatch.setattr(compared, "through_blocks", lambda m, *args: passed.append(m) or real(m, *args))
+    compared.constant(pair[1])
+    for _ in range(2):
+        compared.compare(*pair, windows(), batch_size=7)
+    assert sum(m is pair[1] for m in passed) == 2

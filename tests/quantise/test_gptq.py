@@ -50,6 +50,22 @@ def test_gptq_is_the_papers(loop, text, pattern):
     torch.testing.assert_close(plain, ref.rtn(W, kept, grid.bits, grid.width(96)), **F64)
 
 
+@pytest.mark.parametrize("pattern", [None, NM(2, 4)], ids=str)
+@pytest.mark.parametrize("text", ["int4:32", "int3:row", "int4:64"])
+def test_by_size_it_is_the_papers_on_sorted_columns(loop, text, pattern):
+    """200 columns are two blocks; the scales are those of the columns' own groups."""
+    grid = grids.parse(text)
+    W, kept, X = problem(4, 200, 500, seed=3, pattern=pattern, dead=(7, 150))
+    cfg = gptq.Config(search=False)
+    got = gptq.by_size(W, Solution(W, kept), statistics_of(X, {"outer"}), grid, cfg)
+    width, order = grid.width(200), X.square().mean(0).argsort(descending=True, stable=True)
+    scales = torch.tensor([[ref.scale_of(row[j:j + width], grid.bits) for j in range(0, 200, width)] for row in W])
+    each = scales.double().repeat_interleave(width, 1)[:, :200]
+    want, _ = ref.gptq(W[:, order], X[:, order], kept[:, order], grid.bits, given=each[:, order])
+    assert torch.equal(got.scales, scales.double())
+    torch.testing.assert_close(got.W_hat[:, order], want, **F64)
+
+
 @pytest.mark.parametrize("n, m", [(2, 4), (4, 8), (1, 4)])
 @pytest.mark.parametrize("text", ["int4:32", "int3:row", "int8", "int2:64"])
 def test_the_joint_pass_is_the_papers(loop, text, n, m):
@@ -142,11 +158,20 @@ def test_the_scale_that_is_found_is_the_best_of_those_tried():
         assert bool((best <= cost((full * share).half().double()) + 1e-12).all())
 
 
+def test_the_largest_inputs_first_pays():
+    """Behind 2:4 and alone, over some layers whose inputs are of different size."""
+    for pattern in (None, NM(2, 4)):
+        errors = [sum(((W - rounded("gptq", W, kept, X, Integers(3, 64), order=order).W_hat) @ X.T).square().sum()
+                      / (W @ X.T).square().sum() for W, kept, X in (problem(32, 128, 400, seed, pattern=pattern)
+                                                                    for seed in range(4))) for order in (True, False)]
+        assert errors[0] < 0.95 * errors[1]
+
+
 def test_rows_that_are_better_off_to_nearest_are_said():
     """Two bits, few tokens: some rows, and their scales are those of rounding to nearest."""
     W, kept, X = problem(200, 64, 100, seed=1)
     grid = Integers(2, 32)
-    found, plain = rounded("gptq", W, kept, X, grid), rounded("rtn", W, kept, X, grid)
+    found, plain = rounded("gptq", W, kept, X, grid, order=False, search=False), rounded("rtn", W, kept, X, grid)
     same = (found.W_hat == plain.W_hat).all(1)
     assert 0 < found.info["rows_to_nearest"] <= int(same.sum()) < 200
     assert torch.equal(found.scales[same], plain.scales[same])

@@ -177,7 +177,7 @@ def test_old_words_are_read_as_todays_and_the_file_stays(tmp_path):
     assert new["heal"] == old["recovery"] and new["blocks"][0]["heal"] == {"block": {"steps": 6}}
     assert new["blocks"][0]["seconds"] == {"collect": 1.0, "heal": 2.0} and new["blocks"][1] == old["blocks"][1]
     assert list(new["settings"]) == [{"recover": "heal", "recovery": "healing"}.get(k, k) for k in old["settings"]]
-    assert report.method_of(new) == "alps, owl, block, distil" and seconds(new)["other pruning"] > 2
+    assert report.method_of(new) == "alps, owl, block, distil" and seconds(new)["heal"] >= 2
     assert dict(report.flat_settings(new["settings"]))["distil.steps"] == 7, "the name of its flag"
     assert "distil.steps" in html([new])
 
@@ -509,6 +509,21 @@ def test_healing_picture_has_every_look_at_its_tokens_and_a_line_for_every_rate(
     curves = [list(zip(*line.get_data(), strict=True)) for line in ax.lines]
     assert curves == [[(0, 2.0), (200, 1.5), (400, 2.5)], [(700, 1.2), (1000, 1.0)]]
     assert not figures.fig_healing([record()]).axes and ax.get_xlabel() and ax.get_ylabel()
+
+
+def test_speed_picture_has_every_measured_run_at_its_speed_and_the_dense_one_at_1():
+    def timed(speedup, *args, **kwargs):
+        made = record(*args, **kwargs)
+        made["metrics"]["latency/decode1_speedup"] = speedup
+        return made
+    smaller = timed(1.4, "obs", "0.5", 30.0) | {"shrunk": {"share": 0.75}}
+    runs = [smaller, timed(0.98, "sparsegpt", "2:4", 25.0), record("wanda", ppl=40.0), record("dense", ppl=20.0)]
+    (ax,) = figures.fig_speed(runs, "builtin/ppl").axes
+    dots = {(float(x), float(y)) for line in ax.lines for x, y in zip(*line.get_data(), strict=True)
+            if line.get_marker() not in (None, "None", "")}
+    assert dots == {(1.4, 30.0), (0.98, 25.0), (1.0, 20.0)}  # the run without a measured time is not there
+    assert {t.get_text() for t in ax.texts} >= {"dense"} and "times as fast" in ax.get_xlabel()
+    assert not figures.fig_speed(runs[2:3], "builtin/ppl").axes
 
 
 def test_perplexity_picture_has_every_finite_value_once_and_names_the_others():

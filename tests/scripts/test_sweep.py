@@ -1,6 +1,8 @@
 """Sweeps: what the file asks for, what is recognised as finished, failures as rows, shards, a kill."""
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import index
@@ -306,3 +308,20 @@ def test_no_file_can_say_that_code_is_to_be_trusted(flag, tmp_path, capsys):
     assert f"give --{flag.replace('_', '-')} to the sweep" in capsys.readouterr().err
     file.write_text("methods: [wanda]\npatterns: [0.5]\nmodels: [demo]\n")
     assert sweep.main([str(file), "--list", "--results", str(tmp_path), f"--{flag.replace('_', '-')}"]) == 0
+
+
+def test_the_tasks_of_a_slurm_array_share_the_runs(tmp_path):
+    """slurm.sh as Slurm would run it, with tasks numbered from 3; a stand-in for python notes the command lines."""
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    script = Path(sweep.__file__).with_name("slurm.sh")
+    found = []
+    for task in (3, 4):
+        env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": str(task),
+               "SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_COUNT": "2"}
+        done = subprocess.run(["bash", script, "my.yaml", "--workers", "0"], env=env, capture_output=True, text=True,
+                              check=True)
+        found.append(done.stdout.split())
+    assert found == [["scripts/sweep/sweep.py", "my.yaml", "--workers", "0", "--shard", f"{i}/2"] for i in (1, 2)]
+    done = subprocess.run(["bash", script, "my.yaml"], env={"PATH": os.environ["PATH"]}, capture_output=True, text=True)
+    assert done.returncode and "submit it as an array" in done.stderr

@@ -34,6 +34,12 @@ def wire(*names):
 SMALLER = {"method": "obs", "pattern": "dense", "shrink": 0.7, "tries": 2}  # makes the model smaller, blocks too
 
 
+def text_healing(b, **changed):
+    """Flags of healing all weights on the place's calibration text, in six steps."""
+    return {"method": "wanda", "heal": "full", "heal_data": b.place / "calibration.txt", "heal_tokens": "200",
+            "heal_seqlen": 16, "heal_batch": 32} | changed
+
+
 class Bench:
     """Runs of the command on what `tiny.make` left in `place`, with little in them: four windows, no measuring."""
 

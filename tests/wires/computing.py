@@ -9,10 +9,11 @@ import torch
 from oneshot import calibrate, models
 from oneshot.data import sample_self
 from oneshot.heal import train
+from oneshot.heal.text import Course, teacher
 from oneshot.prune import solvers
 from oneshot.runtime import environment
 from oneshot.structured import depth, ragged, spread
-from wires import SMALLER, wire
+from wires import SMALLER, text_healing, wire
 from wires.text import suite, task
 
 
@@ -32,6 +33,10 @@ def _(b):
             patch.setattr(ragged, "check", lambda *_: None)  # runs 16 tokens on the CPU, wherever the rest is
             b.record("--uneven", device="cpu:0", **SMALLER)
     assert {*walked, *others, *measured} == {"cpu:0"} and len(walked) > 6 and len(others) > 6
+    with b.seen(models, "resident", note) as trained, \
+            b.seen(teacher.Live, "__post_init__", lambda args, *_: str(args[0].device)) as taught:
+        b.record(device="cpu:0", **text_healing(b))
+    assert set(trained) == set(taught) == {"cpu:0"}
 
 
 @wire("batch_size")
@@ -104,7 +109,9 @@ def _(b):
             b.record(*more, "--shared-inputs")
         with b.precisions(depth, "influences") as order, b.precisions(spread, "curve") as curves:
             b.record(*more, "--uneven", **SMALLER)
-        assert [solved, healed, shared, collected, order, curves] == [{precision}] * 6
+        with b.precisions(Course, "train") as trained:
+            b.record(*more, **text_healing(b))
+        assert [solved, healed, shared, collected, order, curves, trained] == [{precision}] * 7
         assert torch.get_float32_matmul_precision() == "highest"
 
 

@@ -29,6 +29,7 @@ OTHERS = {  # flag of an allocation or a healing method: such a value, and what 
     "obs.step": (1.0, OBS), "obs.ridge": (3.0, OBS), "obs.refit": (False, OBS), "obs.weigh": (False, OBS),
     "fold.everywhere": (False, {**OBS, "heal": "fold", "nsamples": 40}),
     "gptq.search": (False, {"method": "magnitude", "quantise": "int3"}),
+    "gptq.order": (False, {"method": "magnitude", "quantise": "int3"}),
     "gptq.damping": (1.0, {"method": "magnitude", "quantise": "int3"}),
     "distil.steps": (3, {"heal": "distil"}), "distil.lr": (1e-4, {"heal": "distil", "distil.steps": 2}),
 }

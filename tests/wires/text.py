@@ -7,8 +7,10 @@ import pytest
 
 from oneshot import heal
 from oneshot.data import hub as hub_module
+from oneshot.data import training
+from oneshot.heal.text import Course
 from oneshot.pipeline import plan, shrink
-from wires import SMALLER, wire
+from wires import SMALLER, text_healing, wire
 
 
 def text_of(b, kind="calibration", **changed):
@@ -38,6 +40,10 @@ def _(b):
                 b.seen(heal.Heal, "__init__", lambda args, *_: args[0].seed) as seeds:
             b.record(seed=5, **given)
         assert (set(drawn), set(seeds)) == ({5}, {5})
+    with b.seen(training, "prepare", lambda args, kwargs, _: kwargs["seed"]) as read, \
+            b.seen(Course, "__init__", lambda args, *_: args[2].seed) as trained:
+        b.record(seed=5, **text_healing(b))
+    assert read == trained == [5]
 
 
 @wire("documents", "per_line")

@@ -4,9 +4,10 @@ Trainer does the batches, Adam, the schedule, gradient accumulation and checkpoi
 torchrun. Ours are the loss, the zeros that stay zero, and the learning rate:
 
     look      the loss on held-out windows, LOOKS times in all
-    attempt   training at one learning rate. Where a look is worse than before healing, the rate is too high (or the
-              text does harm): it ends, the best state is restored, and another begins with half the rate and the
-              remaining windows. FALLS times at most.
+    attempt   training at one learning rate. Where a look is worse than before healing ("harm"), or the last PATIENCE
+              looks gained nothing ("no gain"), the rate is too high, or the text does harm: the attempt ends, and
+              another begins from the best state, with half the rate and the remaining windows. That is the end if an
+              attempt gained nothing at all, after FALLS of them, or where few windows remain.
 
 The state with the best look is kept, rounded to the stored dtype; where that is no better than before, the weights are
 left as they were. A checkpoint is saved at every look. A run that was killed continues from the last one and ends with
@@ -55,7 +56,7 @@ class Attempt:
     """Training at one learning rate. begins: number of its first window. state: file it starts from, or None.
 
     looks: [step, held-out loss] each. log: [step, loss in training] each. steps: done. kept: file of its best state,
-    if that was the best so far. harmful: whether it was ended because a look was worse than before healing.
+    if that was the best so far. ended: why it ended: "harm", "no gain" or "done"; None while it has not.
     """
 
     lr: float
@@ -65,8 +66,7 @@ class Attempt:
     log: list[list[float]] = field(default_factory=list)
     steps: int = 0
     kept: str | None = None
-    ended: bool = False
-    harmful: bool = False
+    ended: str | None = None
 
 
 def heal(model: nn.Module, lesson: Lesson, name: str, trained: "Trained", lr: float) -> dict:
@@ -118,7 +118,7 @@ class Course:
     """The attempts of one healing, see above."""
 
     def __init__(self, model: nn.Module, lesson: Lesson, name: str, trained: Trained, lr: float) -> None:
-        self.model, self.lesson, self.trained, self.name = model, lesson, trained, name
+        self.model, self.lesson, self.trained = model, lesson, trained
         self.fit = memory.fit(model, sum(p.numel() for p in trained.parameters.values()), lesson, name)
         self.windows, self.start = lesson.windows, trained.snapshot()
         if self.fit.checkpointing:
@@ -127,7 +127,6 @@ class Course:
         kept = distributed.share(json.loads(self.file.read_text()) if self.file.is_file() else {})
         self.before: float | None = kept.get("before")
         self.attempts = [Attempt(**row) for row in kept.get("attempts", [])] or [Attempt(lr, 0)]
-        self.resumed = bool(kept)
 
     def run(self) -> dict:
         """All attempts, then the best state, rounded; returns what `heal` does."""
@@ -137,10 +136,11 @@ class Course:
             self.note()
         while True:
             attempt = self.attempts[-1]
-            if not attempt.ended:
+            if attempt.ended is None:
                 seen += self.train(attempt)
             left = (len(self.lesson.text.train) - attempt.begins) // self.windows - attempt.steps
-            if not attempt.harmful or len(self.attempts) > FALLS or left < LOOKS:
+            over = attempt.ended == "done" or (attempt.ended == "no gain" and attempt.kept is None)
+            if over or len(self.attempts) > FALLS or left < LOOKS:
                 break
             begins = attempt.begins + attempt.steps * self.windows
             self.attempts.append(Attempt(attempt.lr / FALL, begins, self.best()[1]))
@@ -157,18 +157,18 @@ class Course:
         if last is None or verdict([row["eval_loss"] for row in past if "eval_loss" in row], self.before) is None:
             done = int(last.name.rpartition("-")[2]) if last else 0
             trainer.train(resume_from_checkpoint=str(last) if last else None)
-            past, seen = trainer.state.log_history, (trainer.state.global_step - done) * self.lesson.options.heal_batch
+            past = trainer.state.log_history
+            seen = (trainer.state.global_step - done) * self.windows * self.lesson.options.heal_seqlen
         looks = [[row["step"], row["eval_loss"]] for row in past if "eval_loss" in row]
         attempt.looks, attempt.steps = looks, looks[-1][0]
         attempt.log = [[row["step"], row["loss"]] for row in past if "loss" in row]
-        attempt.harmful = verdict([loss for _, loss in looks], self.before) == "harm"
         step, loss = min(looks, key=lambda look: look[1])
         distributed.wait()
         if loss < self.best()[0]:
             attempt.kept = f"{self.folder(number).name}.safetensors"
             if not distributed.rank():
                 shutil.copyfile(self.folder(number) / f"checkpoint-{step}" / WEIGHTS, self.lesson.work / attempt.kept)
-        attempt.ended = True
+        attempt.ended = verdict([loss for _, loss in looks], self.before) or "done"
         self.note()
         if not distributed.rank():
             shutil.rmtree(self.folder(number))
@@ -266,5 +266,6 @@ def last_checkpoint(folder: Path) -> Path | None:
         with contextlib.suppress(OSError, ValueError):
             json.loads((found / "trainer_state.json").read_text())  # Trainer writes it last
             return found
-        shutil.rmtree(found)
+        if not distributed.rank():
+            shutil.rmtree(found)
     return None

@@ -8,6 +8,7 @@
     FOLDER/cache.json  which model, text, k and temperature they are of, and how many windows are done
 """
 
+import copy
 import inspect
 import json
 import shutil
@@ -39,9 +40,14 @@ class Live:
     def __post_init__(self) -> None:
         stored = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
         fast = stored.itemsize < 4 and environment.fast_bfloat16(self.device)
-        for t in models.tensors_of(self.model):  # not `Module.to`: rotary frequencies are float32 on purpose
+
+        def wanted(t: torch.Tensor) -> torch.dtype:  # buffers stay: rotary frequencies are float32 on purpose
             weight = isinstance(t, nn.Parameter) and t.is_floating_point()
-            t.data = t.data.to(self.device, (torch.bfloat16 if fast else torch.float32) if weight else t.dtype)
+            return (torch.bfloat16 if fast else torch.float32) if weight else t.dtype
+        if any((t.device, t.dtype) != (self.device, wanted(t)) for t in models.tensors_of(self.model)):
+            self.model = copy.deepcopy(self.model)  # others measure with it
+            for t in models.tensors_of(self.model):
+                t.data = t.data.to(self.device, wanted(t))
         self.model.eval().requires_grad_(False)
 
     @property

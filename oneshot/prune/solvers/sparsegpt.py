@@ -117,6 +117,22 @@ def sweep(W: torch.Tensor, statistics: Statistics, pattern: Pattern, cfg: Config
     return Solution(W_hat.T, mask.T, info, scales=torch.cat(scales).T if grid else None)
 
 
+def rounded(W: torch.Tensor, V: torch.Tensor, mask: torch.Tensor, scales: torch.Tensor, grid: Any) -> torch.Tensor:
+    """Ŵ (C, R) of W (C, R), V (C, C) and mask (C, R), with a scale for each weight (C, R), chosen before.
+
+    The columns may stand in any order, as long as all four have the same.
+    """
+    E, W_hat, b = W * mask, torch.empty_like(W), 128
+    current = Current(E, V, SPAN * b)
+    for i in range(0, len(W), b):
+        B = slice(i, min(i + b, len(W)))
+        W_B, U = current(B, out=W_hat[B])
+        solve = compiled if column_loop.available(W) else solve_block
+        solve(W_B, U, mask[B], None, column_loop.Grid(scales[B], 1, grid.low, grid.high))
+        E[B] -= W_B
+    return W_hat
+
+
 def widths(C: int, b: int, nm: NM | None, grid: Any) -> tuple[int, int, int]:
     """(columns of a block in the loop, columns that share a scale, columns of a span) of C.
 
@@ -202,9 +218,8 @@ def solve_block(W: torch.Tensor, U: torch.Tensor, mask: torch.Tensor, nm: NM | N
                 grid: column_loop.Grid | None = None) -> None:
     """The paper's column loop on one mask block, in place: W (b, R) becomes Ŵ. U: (b, b).
 
-    mask: bool (b, R). For an N:M pattern it is chosen here, at every m-th column from the current weights. grid: with
-    one scale for each row. A column updates only its own sub-block; the rest of the block gets the sub-block's errors
-    in one product.
+    mask: bool (b, R). For an N:M pattern it is chosen here, at every m-th column from the current weights. A column
+    updates only its own sub-block; the rest of the block gets the sub-block's errors in one product.
     """
     b, m = len(W), nm.m if nm else 1
     d, rows = U.diagonal().unbind(0), W.unbind(0)
@@ -218,8 +233,8 @@ def solve_block(W: torch.Tensor, U: torch.Tensor, mask: torch.Tensor, nm: NM | N
                 mask[j : j + m] = nm.keep_of((W[j : j + m] / U.diagonal()[j : j + m, None]).abs_())
                 removed[j : j + m] = ~mask[j : j + m]
             if grid:
-                code = (rows[j] / grid.scale[0]).round_().clamp_(grid.low, grid.high)
-                q = code.mul_(grid.scale[0]).mul_(mask[j])
+                scale = grid.scale[j // grid.width]
+                q = (rows[j] / scale).round_().clamp_(grid.low, grid.high).mul_(scale).mul_(mask[j])
                 torch.sub(rows[j], q, out=err)
                 rows[j].copy_(q)
             else:

@@ -8,9 +8,10 @@ from .drawing import COLOURS, WIDTH, drawn, handle, legend, new_figure, nothing
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# The parts shown, in this order; what else a block's seconds hold ("dense", "heal") is "other pruning".
+# The parts shown, in this order; what else a block's seconds hold ("dense") is "other pruning".
 PARTS = {"load": COLOURS[0], "data": "#F0E442", "collect": COLOURS[1], "solve": COLOURS[2],
-         "replay": COLOURS[3], "other pruning": COLOURS[4], "evaluate": COLOURS[5], "other": COLOURS[6]}
+         "replay": COLOURS[3], "heal": "#7B3294", "other pruning": COLOURS[4], "evaluate": COLOURS[5],
+         "other": COLOURS[6]}
 
 
 @drawn
@@ -49,6 +50,9 @@ def seconds(record: dict) -> dict[str, float]:
         for name, spent in (block.get("seconds") or {}).items():
             name = name if name in PARTS else "other pruning"
             parts[name] = parts.get(name, 0) + (spent or 0)
+    for info in (record.get("heal") or {}).values():  # of the whole model; of single blocks it is above
+        spent = info.get("seconds") if isinstance(info, dict) else None
+        parts["heal"] = parts.get("heal", 0) + (spent if isinstance(spent, int | float) else 0)
     rest = max(0, total.get("prune", 0) - sum(parts.values()))
     parts["other pruning"] = parts.get("other pruning", 0) + rest
     for name in ("load", "data", "evaluate"):

@@ -1,0 +1,160 @@
+"""Device table: what every part of a model costs on the device at hand, so that the time of any cut can be foretold.
+
+    kind      prefill, decode1, decode8, as in latency.py
+    t(L,k,w)  the time of a model of L blocks with k KV groups and MLPs of w neurons
+    rest      embedding, final norm, head: what does not grow with L
+    block     one block with all its units
+    saved     what one block gains with k KV groups, or w neurons
+
+Parts are not timed by themselves, where caches and Python behave otherwise, but by differences between small models of
+the same family and widths, FEW blocks high, that take turns: rest and block from two heights, saved from fewer units.
+
+    foretold t(L, k, w) = rest + L · (block - saved(k) - saved(w)), between measured points by straight lines
+
+Whether parts add up is measured as well: on the whole model, and on one with fewer of both units at once.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import nn
+from tqdm import tqdm
+
+from .. import models
+from ..measure import latency
+from ..models import groups
+from ..models.gguf import cache
+from ..runtime import environment
+from ..runtime.files import write_text
+from ..structured import Cut, cut, slices
+
+FEW = 4  # blocks of the small models
+SHARES = (0.75, 0.5, 0.25)  # of the units of a kind
+BOTH = 0.5  # of both kinds, to see whether they add up
+UNITS = (groups.HEADS, groups.NEURONS)
+ADDITIVE = 0.1  # how far the foretold time may be from the measured one
+
+
+def table(model: nn.Module, device: str, rounds: int = latency.ROUNDS, progress: bool = True) -> dict:
+    """The device's table for models of this family and size, plain values; measured once, then read from the cache.
+
+    Raises ValueError naming `--model` for a model of one block, or a family whose blocks cannot go.
+    """
+    file = cache() / "latency" / f"{key(model, device, rounds)}.json"
+    if file.is_file():
+        return json.loads(file.read_text(encoding="utf-8"))
+    found = measured(model, device, rounds, progress)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(json.dumps(found, indent=1), file)
+    return found
+
+
+def key(model: nn.Module, device: str, rounds: int) -> str:
+    """What the table depends on, as a short hash: device, threads, versions, the shapes of the model, its dtype."""
+    e = environment.environment(device)
+    shapes = {name: list(p.shape) for name, p in model.named_parameters()}
+    whole = [e["device"], e["threads"], e["torch"], e["transformers"], str(model.dtype), shapes, rounds, FEW, SHARES]
+    return hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:16]
+
+
+def measured(model: nn.Module, device: str, rounds: int, progress: bool) -> dict:
+    """The table, see above."""
+    L = len(models.blocks(model)[1])
+    if L < 2:
+        raise ValueError("--model: a table needs a model of two blocks at least, to tell blocks from the rest")
+    few = min(FEW, L)
+    variants = dict(shapes(model, L, few))
+    times = {name: {kind: [] for kind in latency.KINDS} for name in variants}
+    for number in tqdm(range(rounds + 1), desc="latency", unit="round", disable=not progress, leave=False):
+        for name, made in variants.items():
+            for kind in latency.KINDS:
+                ms = 1000 * latency.one(made, kind, device)
+                if number:  # the first is to warm up
+                    times[name][kind].append(ms)
+    ms = {name: {kind: sorted(values)[len(values) // 2] for kind, values in own.items()} for name, own in times.items()}
+    parts = {kind: {"block": (ms["few"][kind] - ms["fewer"][kind]) / (few - few // 2)} for kind in latency.KINDS}
+    for kind, own in parts.items():
+        own["rest"] = ms["few"][kind] - few * own["block"]
+        own["saved"] = {unit: {str(count): (ms["few"][kind] - ms[f"{unit} {count}"][kind]) / few
+                               for count in counts(model, unit)} for unit in UNITS if counts(model, unit)}
+    e = environment.environment(device)
+    found = {"device": e["device"], "threads": e["threads"], "torch": e["torch"], "transformers": e["transformers"],
+             "date": e["date"], "dtype": str(model.dtype).removeprefix("torch."), "family": model.config.model_type,
+             "blocks": L, "units": {unit: of(model, unit) for unit in parts["decode1"]["saved"]}, "parts": parts}
+    both = {unit: round(BOTH * found["units"][unit]) for unit in found["units"]}
+    found["checks"] = {"whole model": check(found, ms["whole"], L, {}),
+                       **({"both kinds": check(found, ms["both"], few, both)} if "both" in ms else {})}
+    return found
+
+
+def shapes(model: nn.Module, L: int, few: int) -> Iterator[tuple[str, nn.Module]]:
+    """(name, model) of everything that is timed."""
+    yield "whole", model
+    gone = tuple(range(few, L))
+    yield "few", slices.first_units(model, Cut(gone)) if gone else model
+    yield "fewer", slices.first_units(model, Cut(tuple(range(few // 2, L))))
+    for unit in UNITS:
+        for count in counts(model, unit):
+            yield f"{unit} {count}", slices.first_units(model, Cut(gone, ((unit, count),)))
+    halves = tuple((unit, round(BOTH * of(model, unit))) for unit in UNITS if counts(model, unit))
+    if len(halves) == len(UNITS) and all(n > 0 for _, n in halves):
+        yield "both", slices.first_units(model, Cut(gone, halves))
+
+
+def counts(model: nn.Module, unit: str) -> list[int]:
+    """How many units of a kind are left in the small models; none if the family cannot lose any."""
+    return sorted({round(share * of(model, unit)) for share in SHARES} - {0, of(model, unit)}, reverse=True)
+
+
+def of(model: nn.Module, unit: str) -> int:
+    """How many units of a kind every block has; 0 where its config cannot say another number."""
+    found = cut.kinds(model).get(unit)
+    return found.count if found else 0
+
+
+def foretell(table: dict, kind: str, blocks: int, units: dict[str, int]) -> float:
+    """The time in ms of a model of so many blocks, with {kind of unit: how many are left in each}, by a table."""
+    own = table["parts"][kind]
+    saved = sum(between(own["saved"][unit], table["units"][unit], left) for unit, left in units.items())
+    return own["rest"] + blocks * (own["block"] - saved)
+
+
+def between(points: dict[str, float], of: int, left: int) -> float:
+    """What a block saves with `left` of `of` units: on straight lines through the points, beyond them the last one."""
+    known = sorted([(of, 0.0), *((int(n), ms) for n, ms in points.items())])
+    if left <= known[0][0]:
+        (a, low), (b, high) = known[0], known[1]
+    else:
+        (a, low), (b, high) = next((p, q) for p, q in itertools.pairwise(known) if p[0] <= left <= q[0])
+    return low + (high - low) * (left - a) / (b - a)
+
+
+def check(table: dict, ms: dict[str, float], blocks: int, units: dict[str, int]) -> dict:
+    """{kind: {"measured", "foretold", "off"}} of one model."""
+    found = {}
+    for kind in latency.KINDS:
+        told = foretell(table, kind, blocks, units)
+        found[kind] = {"measured": ms[kind], "foretold": told, "off": told / ms[kind] - 1}
+    return found
+
+
+def warnings(table: dict) -> list[str]:
+    """One line for each check in which parts do not add up."""
+    return [f"{name}, {kind}: the parts add up to {row['foretold']:.2f} ms, {row['off']:+.0%} of the measured "
+            f"{row['measured']:.2f} ms" for name, rows in table["checks"].items() for kind, row in rows.items()
+            if abs(row["off"]) > ADDITIVE]
+
+
+def read(file: Path) -> dict:
+    """A table that was measured elsewhere. Raises ValueError naming `--device` for anything else."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        for kind in latency.KINDS:
+            foretell(found, kind, found["blocks"], {})
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"--device {file}: is no table of `oneshot latency` ({type(error).__name__}); measure one "
+                         "there with --out") from None
+    return found

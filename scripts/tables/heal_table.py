@@ -1,0 +1,127 @@
+"""What healing on text gives back: heal.md and heal.svg from the records of scripts/bench/heal.py.
+
+    python scripts/tables/heal_table.py            # write them into results/heal
+    python scripts/tables/heal_table.py --check    # exit 1 if heal.md is stale
+
+    excess   log ppl - log ppl of the dense model, on text that nothing was trained on
+    share    of the excess of the pruned model without healing that a way removes
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+from oneshot import report
+from oneshot.report import figures, table
+from oneshot.runtime.command import Parser, exit_code
+from oneshot.runtime.files import write_text
+
+ROOT = Path(__file__).parents[2]
+METRICS = ("wikitext2_test/ppl", "c4/ppl")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 1 where --check finds heal.md stale."""
+    p = Parser(prog="python scripts/tables/heal_table.py", description=__doc__, allow_abbrev=False,
+               formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--out", type=Path, default=ROOT / "results" / "heal", help="folder of the records and both files")
+    p.add_argument("--check", action="store_true", help="write nothing, exit 1 if heal.md would change")
+    args = p.parse_args(argv)
+
+    def work() -> int:
+        file = args.out / "heal.md"
+        stale = not file.is_file() or file.read_text(encoding="utf-8") != page(args.out)
+        if stale and not args.check:
+            write_text(page(args.out), file)
+            records = [record for _, record in rows(args.out) if figures.healing.curves(record)]
+            figures.save(figures.fig_healing(records), args.out / "heal.svg")
+        print(f"{'stale' if args.check else 'written'}: {file}" if stale else "up to date")
+        return int(stale and args.check)
+    return exit_code(work)
+
+
+def rows(out: Path) -> list[tuple[str, dict]]:
+    """(model, record) of all finished runs."""
+    files = sorted(out.glob("*/*.json"))
+    found = [(file.parent.name, report.read(file)) for file in files if not file.name.endswith("-failed.json")]
+    return [(model, record) for model, record in found if record.get("status") == "finished"]
+
+
+def lines_of(out: Path) -> str:
+    """The table of all records in the folder `out`."""
+    found, lines = rows(out), []
+    heads = ["model", "seed", "way", "tokens", *(f"{m.split('/')[0]} ppl" for m in METRICS),
+             *(f"share, {m.split('/')[0]}" for m in METRICS), "held-out loss", "tokens/s", "minutes", "peak GiB"]
+    for model, record in sorted(found, key=lambda row: (row[0], seed_of(row[1]), order(row[1]))):
+        same = [r for m, r in found if m == model]
+        dense = next((r for r in same if r["settings"]["method"] == "dense"), None)
+        plain = next((r for r in same if unhealed(r) and of(r) == of(record)), None)
+        info = next((i for i in record["heal"].values() if "attempts" in i), {})
+        loss = f"{info['held_out_before']:.3f} to {info['held_out_after']:.3f}" if info else ""
+        shares = [share(record, plain, dense, m) for m in METRICS]
+        lines.append([model, str(seed_of(record)), way_of(record), f"{info['tokens']:,}" if info else "",
+                      *(f"{record['metrics'][m]:.2f}" for m in METRICS), *shares, loss,
+                      f"{info['tokens_per_second']:.0f}" if info.get("tokens_per_second") else "",
+                      f"{record['seconds']['prune'] / 60:.1f}", f"{record['peak_memory_bytes'] / 2**30:.1f}"])
+    return table.render(heads, lines, "markdown", text={"model", "way"})
+
+
+def told(out: Path) -> str:
+    """How the numbers came about, one line."""
+    about = sorted({f"commit {e['commit']}{' (dirty)' * bool(e['dirty'])}, {e['device']}, threads {e['threads']}, "
+                    f"torch {e['torch']}, transformers {e['transformers']}"
+                    for e in (record["environment"] for _, record in rows(out))})
+    return (f"`scripts/bench/heal.py`; {'; '.join(about)}. 64 windows of each text, on which nothing was trained. "
+            "share: of the excess log-perplexity of the same model without healing that is gone. held-out loss: KL to "
+            "the dense model, nats, on a part of the training mixture that was not trained on.")
+
+
+def page(out: Path) -> str:
+    """heal.md."""
+    return f"# Healing on text\n\n{told(out)}\n\n{lines_of(out)}\n![held-out loss against tokens](heal.svg)\n"
+
+
+def unhealed(record: dict) -> bool:
+    """Whether a pruned or smaller model was not trained."""
+    return record["settings"]["method"] != "dense" and record["settings"].get("heal", "none") in ("none", "fold")
+
+
+def of(record: dict) -> tuple:
+    """What a healed model and the unhealed one that it is compared with share."""
+    return record["settings"]["pattern"], record["settings"].get("shrink"), seed_of(record)
+
+
+def seed_of(record: dict) -> int:
+    """The calibration seed."""
+    return record["settings"]["seed"]
+
+
+def order(record: dict) -> tuple:
+    """Dense first, then without healing, then by the tokens trained on."""
+    info = next((i for i in record["heal"].values() if "attempts" in i), {})
+    return record["settings"]["method"] != "dense", info.get("tokens", 0), way_of(record)
+
+
+def way_of(record: dict) -> str:
+    """A way as the table names it."""
+    settings = record["settings"]
+    if settings["method"] == "dense":
+        return "dense"
+    made = [f"shrink {settings['shrink']:g}"] if settings.get("shrink") else []
+    made += [f"{settings['method']} {settings['pattern']}"] if settings["pattern"] != "dense" else []
+    own = settings.get("heal") if settings.get("heal") not in (None, "none") else None
+    loss = settings.get("heal_loss")
+    return " ".join(made) + (f", {own}" if own else "") + (f" ({loss})" if loss else "")
+
+
+def share(record: dict, plain: dict | None, dense: dict | None, metric: str) -> str:
+    """The share of the excess of `plain` that a record's way removes, as text."""
+    if not plain or not dense or record in (plain, dense):
+        return ""
+    excess = [math.log(r["metrics"][metric] / dense["metrics"][metric]) for r in (plain, record)]
+    return f"{1 - excess[1] / excess[0]:.2f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""The device's table: exact where parts add up, says where they do not, measured once, refused where it is none."""
+
+import json
+
+import families
+import pytest
+import tiny
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from oneshot.measure import latency
+from oneshot.models import blocks, config_of
+from oneshot.pipeline import device_table, latency_command
+
+
+def additive(model, kind, device, twist=0.0):
+    """Seconds of a model by its shapes: 5 ms and, for each block, 1 ms a KV group and 1/16 ms a neuron."""
+    config, L = config_of(model), len(blocks(model)[1])
+    k, w = config.num_key_value_heads, config.intermediate_size / 16
+    return (5 + L * (k + w + twist * k * w) + twist * L**2) / 1000
+
+
+@pytest.fixture
+def model(monkeypatch, tmp_path):
+    monkeypatch.setenv("ONESHOT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(latency, "one", additive)
+    return high(6)
+
+
+def high(blocks_in_all):
+    """A random Mistral of so many blocks."""
+    config = AutoConfig.for_model("mistral", **families.COMMON | {"num_hidden_layers": blocks_in_all,
+                                                                  "sliding_window": None})
+    return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+def test_parts_that_add_up_are_foretold_exactly(model):
+    found = device_table.table(model, "cpu", rounds=1, progress=False)
+    own = found["parts"]["decode1"]
+    assert own["rest"] == pytest.approx(5) and own["block"] == pytest.approx(2 + 3)
+    assert own["saved"] == {"KV groups": {"1": pytest.approx(1)},
+                            "neurons": {"36": pytest.approx(0.75), "24": pytest.approx(1.5), "12": pytest.approx(2.25)}}
+    assert not device_table.warnings(found) and set(found["checks"]) == {"whole model", "both kinds"}
+    for blocks_left, k, w in ((6, 2, 48), (3, 1, 24), (5, 2, 30), (1, 1, 4)):
+        want = 5 + blocks_left * (k + w / 16)
+        got = device_table.foretell(found, "decode1", blocks_left, {"KV groups": k, "neurons": w})
+        assert got == pytest.approx(want)
+
+
+def test_parts_that_do_not_add_up_are_a_warning(model, monkeypatch):
+    monkeypatch.setattr(latency, "one", lambda *args: additive(*args, twist=2.0))
+    told = device_table.warnings(device_table.table(high(12), "cpu", rounds=1, progress=False))
+    assert any(line.startswith("whole model, decode1: the parts add up to") for line in told)
+    assert any(line.startswith("both kinds") for line in told)
+
+
+def test_it_is_measured_once_for_the_same_shapes_and_again_for_others(model, monkeypatch):
+    first, calls = device_table.table(model, "cpu", rounds=1, progress=False), []
+    monkeypatch.setattr(device_table, "measured", lambda *args: calls.append(args) or {"other": 1})
+    assert device_table.table(model, "cpu", rounds=1, progress=False) == first and not calls
+    assert device_table.table(high(5), "cpu", rounds=1, progress=False) == {"other": 1} and len(calls) == 1
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"parts": {"prefill": {"rest": "x"}}, "blocks": 2}'])
+def test_a_file_that_is_no_table_is_refused(text, tmp_path):
+    (tmp_path / "table.json").write_text(text)
+    with pytest.raises(ValueError, match=r"^--device .*table\.json: is no table"):
+        device_table.read(tmp_path / "table.json")
+    with pytest.raises(ValueError, match="FileNotFoundError"):
+        device_table.read(tmp_path / "nowhere.json")
+
+
+def test_the_command_measures_prints_and_writes(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("ONESHOT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(latency, "STEPS", 2)
+    place = tiny.make(tmp_path / "place")
+    out = tmp_path / "table.json"
+    words = [str(place / "model"), "--device", "cpu", "--rounds", "1", "--no-progress", "--out", str(out)]
+    assert latency_command.main(words) == 0
+    shown = capfd.readouterr().out
+    assert all(kind in shown for kind in latency.KINDS) and "foretold" in shown and "with 1 KV groups" in shown
+    read = device_table.read(out)
+    assert read == json.loads(out.read_text()) and read["blocks"] == tiny.BLOCKS and read["dtype"] == "float32"
+    assert all(row["measured"] > 0 for row in read["checks"]["whole model"].values())
+    assert latency_command.main([str(tmp_path / "nowhere")]) == 2
+    assert latency_command.main([*words[:3], "--rounds", "0"]) == 2 and "--rounds 0" in capfd.readouterr().err

@@ -1,0 +1,60 @@
+"""scripts/bench/heal.py and scripts/tables/heal_table.py: every way is a command line, and the table's arithmetic."""
+
+import json
+import math
+from argparse import Namespace
+
+import heal as bench
+import heal_table
+import pytest
+
+from oneshot import report
+from oneshot.pipeline import checks
+
+
+@pytest.mark.parametrize("way", bench.WAYS)
+def test_every_way_is_a_command_line_that_passes_the_checks(way, tmp_path, monkeypatch):
+    asked = []
+    def attempt(cfg):
+        asked.append(cfg)
+        text = "c4" if len(asked) == 1 else "wikitext2_test"
+        return {"status": "finished", "run_id": "x", "metrics": {f"{text}/ppl": len(asked)}, "metric_info": {}}
+    monkeypatch.setattr(bench, "attempt", attempt)
+    args = Namespace(work=tmp_path, out=tmp_path / "out", shared=tmp_path)
+    bench.one(args, "demo", "0", way, ["--calibration", "builtin", "--evaluate", "builtin"])
+    cfg, evaluation = asked
+    checks.check([cfg])
+    assert evaluation.model == cfg.save and evaluation.method == "dense"
+    written = json.loads((tmp_path / "out" / "demo" / "x.json").read_text())
+    assert written["metrics"] == {"c4/ppl": 1, "wikitext2_test/ppl": 2}
+    assert bool(cfg.text_heals) == any(part in way for part in ("full", "lora", "next"))
+    assert not cfg.text_heals or cfg.heal_data.startswith("0.7*")
+
+
+def made(method="sparsegpt", ppl=(40.0, 50.0), heal=None, **settings):
+    """A record with what the table reads."""
+    info = {"attempts": [{"looks": [[5, 0.5]], "steps": 10}], "tokens": 5000, "steps": 10, "held_out_before": 1.25,
+            "held_out_after": 0.5, "tokens_per_second": 123.4}
+    return {"schema": report.SCHEMA, "run_id": "x", "status": "finished", "model": {"name": "demo"},
+            "settings": {"method": method, "pattern": "dense" if method == "dense" else "2:4", "seed": 0, **settings},
+            "metrics": dict(zip(heal_table.METRICS, ppl, strict=True)), "heal": {heal: info} if heal else {},
+            "blocks": [], "seconds": {"prune": 120.0}, "peak_memory_bytes": 2**31,
+            "environment": {"commit": "abc", "dirty": False, "device": "cpu", "threads": 1, "torch": "2",
+                            "transformers": "5"}}
+
+
+def test_the_share_is_of_the_excess_without_healing(tmp_path):
+    records = [made("dense", (10.0, 20.0)), made(ppl=(40.0, 80.0)),
+               made(ppl=(20.0, 40.0), heal="full", heal_loss="next")]
+    records[2]["settings"]["heal"] = "full"
+    folder = tmp_path / "demo"
+    folder.mkdir()
+    for i, found in enumerate(records):
+        (folder / f"{i}.json").write_text(json.dumps(found))
+    assert heal_table.share(records[2], records[1], records[0], "c4/ppl") == f"{1 - math.log(2) / math.log(4):.2f}"
+    lines = heal_table.lines_of(tmp_path).splitlines()
+    assert len(lines) == 5 and "dense" in lines[2] and lines[3].count("0.50") == 0
+    assert "sparsegpt 2:4, full (next)" in lines[4] and lines[4].count(" 0.50 |") == 2 and "1.250 to 0.500" in lines[4]
+    assert heal_table.main(["--out", str(tmp_path), "--check"]) == 1
+    assert heal_table.main(["--out", str(tmp_path)]) == heal_table.main(["--out", str(tmp_path), "--check"]) == 0
+    assert "<svg" in (tmp_path / "heal.svg").read_text()
