@@ -41,6 +41,7 @@ def compress(subject: Subject, plan: Plan, folder: Folder | None = None) -> Resu
         smaller = shrink(cfg, model, calibration, folder, finished, on_block)
         cfg = replace(cfg, keep_dense=renamed(kept, model, smaller.shrunk["kept_blocks"]))
         plan = make_plan(cfg, model)
+        rounding.check_model(cfg, model)
         on_block = (lambda number, *rest: folder.save_block(blocks + number, *rest)) if folder else None
     result = pruned(replace(subject, cfg=cfg), plan, folder, finished, on_block)
     return joined(smaller, result) if smaller else result

@@ -4,6 +4,7 @@
 """
 
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -20,6 +21,7 @@ from ..models import groups, smaller, source
 from ..prune import loop, solvers
 from ..prune.job import Job, Result
 from ..prune.patterns import NM, parse
+from ..quantise import grids
 from ..settings import RunConfig
 from ..structured import Cut, budget, cut, depth, mixture, origin, search, slices, spread
 from .plan import kept_dense
@@ -167,7 +169,9 @@ def choose(cfg: RunConfig, model: nn.Module, calibration: Tokens, job: Job, whol
     pattern, (target, cost) = parse(cfg.pattern), cost_of(cfg, model, whole, bool(parts))
     biases = slices.biases_added(model) or (slices.can_add_biases(model)
                                             and any(getattr(own, "bias", False) for _, own in job.chain))
-    own = budget.Budget(target, cost, frozenset(kinds), pattern.m if isinstance(pattern, NM) else 1, parts,
+    whole_groups = math.lcm(pattern.m if isinstance(pattern, NM) else 1,
+                            cfg.grid.group if isinstance(cfg.grid, grids.GGUF) else 1)
+    own = budget.Budget(target, cost, frozenset(kinds), whole_groups, parts,
                         lambda c: slices.says(model, c, biases))
     tokens, tried = first(calibration, SEARCH), []
     n = len(tokens[0])  # of which a quarter is held out, as mixtures are close to one another

@@ -236,6 +236,21 @@ def test_llama_cpp_runs_what_was_saved(saved):
     assert float((want[:-1].exp() * (want[:-1] - got)).sum(-1).mean()) < 2e-3  # KL, nats
 
 
+def test_a_smaller_model_with_whole_blocks(tmp_path, capsys, plain_pages):  # noqa: F811
+    """The neurons that are left fill blocks of 32, so that GGUF's grids fit."""
+    folder = tmp_path / "small"
+    assert run(folder, "--method", "magnitude", "--format", "gguf", "--quantise", "q8_0", "--quantiser", "rtn",
+               "--shrink", "0.8", "--shrink-method", "magnitude", "--tries", "1", "--heal", "none") == 0
+    left = json.loads((folder / "config.json").read_text())["intermediate_size"]
+    assert left % 32 == 0 < left < 512
+    assert verify.main([str(folder), "--quiet"]) == 0
+    model, words = oneshot.load(folder)
+    engine, ids = LlamaCpp(folder / gguf.FILE), words("The history of science")["input_ids"]
+    with torch.no_grad():
+        want = model.float()(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+    assert (engine.log_probabilities(ids, len(want)) - want).abs().mean() < 0.1  # inputs are rounded to int8
+
+
 @pytest.mark.parametrize("spoil", ["byte", "sealed", "cut", "gone", "another"])
 def test_verify_finds_what_is_not_the_model(saved, tmp_path, capsys, spoil):
     """Also where all hashes have been made to fit."""

@@ -132,8 +132,10 @@ def sentencepiece(spec: dict, tokens: list, merges: list[tuple]) -> Vocabulary:
     made = [left + right for left, right in merges]
     order = [token for token, _ in groupby(made)]
     added = {token["content"] for token in spec["added_tokens"]}
-    every = sum(token[:i] in known and token[i:] in known for token in known - added for i in range(1, len(token)))
-    if len(order) != len(set(order)) or every != len(set(merges)):
+    there = set(merges)  # whoever writes an added token means that one, so its letters are never merged
+    missing = any(token[:i] in known and token[i:] in known and (token[:i], token[i:]) not in there
+                  for token in known - added for i in range(1, len(token)))
+    if len(order) != len(set(order)) or missing:
         raise refused("merges by a list that is no order of scores")
     rank = {token: i for i, token in enumerate(order)}
     scores = [-float(rank.get(token, len(rank))) for token in tokens]
