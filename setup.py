@@ -43,7 +43,7 @@ setup(
     extras_require={
         "eval": ["lm-eval>=0.4.13", "accelerate"],
         "heal": ["accelerate", "peft"],
-        "gguf": ["gguf>=0.10"],
+        "gguf": ["gguf>=0.19"],
         "compressed": ["compressed-tensors>=0.15"],
         "dev": ["pytest>=8", "pytest-xdist", "ruff", "hypothesis", "zstandard",
                 'xllamacpp; platform_system == "Linux" and platform_machine == "x86_64"'],
