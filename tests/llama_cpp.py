@@ -4,9 +4,11 @@ It runs in a process of its own, which is killed when it is no longer needed: in
 xllamacpp hangs, which must not be the tests' end.
 """
 
+import contextlib
 import importlib.util
 import json
 import select
+import signal
 import subprocess
 import sys
 import urllib.request
@@ -38,14 +40,18 @@ class LlamaCpp:
         if importlib.util.find_spec("xllamacpp") is None:
             pytest.skip("needs a real llama.cpp: pip install xllamacpp")
         self.address = started(self, file) or started(self, file)
-        assert self.address, "llama.cpp did not start twice"
+        if not self.address:
+            pytest.skip("llama.cpp hung twice when it was started (it happens to xllamacpp)")
 
     def ask(self, path, **body):
         """The answer of the server."""
         request = urllib.request.Request(self.address + path, json.dumps(body).encode(),
                                          {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.loads(answer.read())
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return json.loads(answer.read())
+        except TimeoutError:
+            pytest.skip("llama.cpp did not answer within a minute (it happens to xllamacpp)")
 
     def tokens(self, text):
         """The ids of a text, with what the tokenizer adds."""
@@ -71,12 +77,21 @@ class LlamaCpp:
 
 
 def started(owner, file):
-    """The address of a server that lives as long as `owner`; None if it does not say it within half a minute."""
+    """The address of a server that lives as long as `owner`; None if it does not say it within half a minute.
+
+    A server that ends by itself has refused the file, which fails the test.
+    """
     process = subprocess.Popen([sys.executable, "-c", SERVE, str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                stderr=subprocess.DEVNULL, text=True)
     weakref.finalize(owner, process.kill)
     while select.select([process.stdout], [], [], 30)[0] and (line := process.stdout.readline()):
         if line.startswith("at "):
             return line.removeprefix("at ").strip()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=2)
+    code = process.returncode
+    if code == -signal.SIGILL:
+        pytest.skip("xllamacpp is built for another processor")
+    assert code is None, f"llama.cpp ended with {code}: it refuses {file}"
     process.kill()
     return None
