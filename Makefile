@@ -12,7 +12,7 @@ CORE   := tests/test_layers.py $(patsubst %,tests/%,calibrate checkpoint/test_fo
 
 $(STAMP): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[eval,heal,gguf,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[eval,heal,gguf,compressed,dev]'
 	touch $@
 
 demo: $(STAMP)   ## prune the built-in model: three methods, two patterns, a table

@@ -45,6 +45,7 @@ setup(
         "heal": ["accelerate", "peft"],
         "gguf": ["gguf>=0.10"],
         "compressed": ["compressed-tensors>=0.15"],
-        "dev": ["pytest>=8", "pytest-xdist", "ruff", "hypothesis", "zstandard"],
+        "dev": ["pytest>=8", "pytest-xdist", "ruff", "hypothesis", "zstandard",
+                'xllamacpp; platform_system == "Linux" and platform_machine == "x86_64"'],
     },
 )

@@ -35,7 +35,7 @@ def test_commands(tmp_path, monkeypatch, capsys):
         argv = [verb, *(HERE.get(w, w) for w in words), *SMALL[verb]]
         assert main(argv) == 0, (argv, capsys.readouterr().err)
     out = capsys.readouterr().out
-    assert out.count("all proved") == 4 and "(packed)" in out
+    assert out.count("all proved") == 5 and "(packed)" in out
 
 
 def test_python_lines():

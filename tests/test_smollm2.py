@@ -58,3 +58,29 @@ def test_every_linear_is_pruned_and_what_is_saved_loads_anywhere(saved, capsys):
     ids = tokenizer("The history of science is", return_tensors="pt").input_ids
     with torch.no_grad():
         assert torch.equal(model(ids).logits, ours(ids).logits)
+
+
+def test_llama_cpp_goes_on_as_transformers_does(there, tmp_path):
+    """The same tokens for any text, the same chat, the same 40 next tokens, the same probabilities."""
+    from llama_cpp import LlamaCpp
+
+    from oneshot.checkpoint import gguf as out
+
+    model, tokenizer = oneshot.load("smollm2")
+    assert not out.write(tmp_path, model, tokenizer, "gguf:f32", {"tensors": {}}, {})["warnings"]
+    engine, model = LlamaCpp(tmp_path / out.FILE), model.float()
+    for text in ("  two  spaces\n\nand 12345 lines\t é ü 日本語 🙂 don't I'll x=3.14;",
+                 "<|im_start|>user\nhi<|im_end|>\n ",
+                 ""):
+        assert engine.tokens(text) == tokenizer(text)["input_ids"]
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    said = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert engine.ask("/apply-template", messages=chat)["prompt"] == said
+    ends = [i for token, i in tokenizer.get_vocab().items() if token in ("<|endoftext|>", "<|im_end|>")]
+    for text in ("Once upon a time, there was a little girl", said):
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            want = model.generate(ids, max_new_tokens=40, do_sample=False, suppress_tokens=ends)[0, ids.shape[1]:]
+            log_p = model(ids).logits[0, -1].log_softmax(-1)
+        assert engine.greedy(ids[0].tolist(), 40) == want.tolist()
+        assert (engine.log_probabilities(ids[0].tolist(), len(log_p)) - log_p).abs().max() < 2e-3  # float32, 30 blocks

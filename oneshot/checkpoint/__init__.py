@@ -10,6 +10,7 @@
     outcome   compare a saved folder with the model and with the input
     packed    the packed 2:4 format
     compressed  rounded linears as compressed-tensors stores them
+    gguf      a file for llama.cpp beside the weights
     rounded   the scales of rounded linears, and the proof of their grid
     bytes     the storage of the weights, pruned and dense
     verify    `oneshot verify`: check a folder against its manifest

@@ -11,7 +11,7 @@ from torch import nn
 from ..prune import patterns, solvers
 from ..prune.patterns import Dense, Pattern, Unstructured
 from ..quantise import grids
-from . import compressed, packed
+from . import compressed, gguf, packed
 from .contents import MANIFEST, Fault
 from .manifest import pattern_of
 
@@ -103,11 +103,13 @@ def check_format(data: dict) -> list[Fault]:
     """Its format: dense or packed as the settings say, with the packed linears that this gives."""
     if (asked := data["record"]["settings"].get("format", data["format"])) != data["format"]:
         return [Fault(MANIFEST, f"its format is {data['format']}, the settings ask for {asked}")]
+    if data["format"] in gguf.FORMS:
+        return gguf.claimed(data)
     if data["format"] == "dense":
         return [Fault(MANIFEST, f"its format is dense, but it has an entry {key}") for key in ("packed", "left_dense")
                 if key in data]
     if data["format"] not in ("packed", compressed.METHOD):
-        return [Fault(MANIFEST, f"its format is {data['format']}, neither dense nor packed")]
+        return [Fault(MANIFEST, f"its format is {data['format']}, none there is")]
     what, can = ("the pattern 2:4", lambda entry: entry["pattern"] == "2:4") if data["format"] == "packed" else (
         "a grid", lambda entry: "grid" in entry)
     could = {name for name, entry in data["tensors"].items() if can(entry)} - set(data["left_dense"])

@@ -28,7 +28,7 @@ from ..models import Tokenizer, source_of
 from ..prune import patterns
 from ..runtime import sealed
 from ..runtime.files import remove_parts, sync, umask, write_text
-from . import compressed, contents, kept, owner, packed, rounded
+from . import compressed, contents, gguf, kept, owner, packed, rounded
 from .lock import FolderLock
 from .manifest import MANIFEST, WORK, manifest, old, read_manifest, read_sealed
 from .outcome import check_saved, copy_side_files
@@ -209,13 +209,13 @@ class Folder:
         """Write checkpoint, page and manifest, move them into place, remove the work files; returns the saved record.
 
         form: "dense" (zeros are stored), "packed" or "compressed-tensors" (linears are replaced in the model, see
-        packed.py and compressed.py). page: returns the text of report.html for a record. more: further entries of the
-        manifest.
+        packed.py and compressed.py), or one of gguf.FORMS (a GGUF file beside it). page: returns the text of
+        report.html for a record. more: further entries of the manifest.
 
         Raises OSError naming `--save` if writing fails, ProofError if what was saved is not the model.
         """
         data = manifest(model, record) | (more or {})
-        if form != "dense":
+        if form in ("packed", compressed.METHOD):
             kind = packed if form == "packed" else compressed
             data |= kind.pack_checkpoint(model, data["tensors"], self.scales)
             record = data["record"] = record | {"packed": data["packed"], "warnings": record["warnings"] + [
@@ -230,6 +230,9 @@ class Folder:
             check_saved(final, model, source_of(model), compressed.replaced(model))
             copy_side_files(source_of(model).folder, final)
             rounded.write(final, self.scales)
+            if form in gguf.FORMS:
+                data |= gguf.write(final, model, tokenizer, form, data, self.scales)
+                record = data["record"] = record | {"warnings": record["warnings"] + data.pop("warnings")}
             if page:
                 write_text(page(record), final / "report.html")
             data |= contents.describe(final)

@@ -1,7 +1,8 @@
 """The manifest of a finished checkpoint: what was done to each tensor, and hashes to check it by.
 
     schema          2; 1 has no `files` and `stored_tensors`, and no seal
-    format          "dense" or "packed"; packed ones also have `packed` and `left_dense` (packed.py)
+    format          "dense" or "packed"; packed ones also have `packed` and `left_dense` (packed.py), those with a GGUF
+                    file `gguf` (gguf/)
     record          the run's record
     tensors         {linear: its pattern, zeros, sha256 of its dense bytes, ...} of all prunable linears; `grid` if
                     it was rounded to one (rounded.py)

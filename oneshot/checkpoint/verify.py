@@ -27,7 +27,7 @@ from ..models import Weight
 from ..runtime.command import Parser, exit_code
 from ..structured import origin
 from ..structured.options import shrinks
-from . import claims, compressed, contents, packed, rounded
+from . import claims, compressed, contents, gguf, packed, rounded
 from .contents import MANIFEST, Fault
 from .manifest import digest, old, pattern_of, read_sealed
 
@@ -71,6 +71,7 @@ def verify(path: str | Path, trust_remote_code: bool = False, original: str | No
     faults += compressed.faults(path, data) if data.get("format") == compressed.METHOD else []
     packed.to_dense(model)  # the recorded hashes are of the dense weights, so they also show that packing lost nothing
     rows, found = check_linears(model, data, scales)
+    faults += gguf.faults(path, data, model, scales) if data.get("format") in gguf.FORMS else []
     faults += check_origin(model, data, original, trust_remote_code)
     bad = {fault.name for fault in found}
     faults += found + [fault for fault in changed if not fault.tensor or fault.name.rpartition(".")[0] not in bad]

@@ -15,6 +15,7 @@ import tempfile
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -38,7 +39,7 @@ def is_gguf(path: Path) -> bool:
 def load(file: Path, dtype: str, said: str) -> tuple[nn.Module, object]:
     """(model, tokenizer) of a GGUF file, weights in `dtype` ("auto": bfloat16).
 
-    Raises ValueError beginning with `said` when `gguf` is missing or transformers cannot read the family.
+    Raises ValueError beginning with `said` when `gguf` is missing, or transformers cannot read the family or a part.
     """
     try:
         import gguf
@@ -54,6 +55,7 @@ def load(file: Path, dtype: str, said: str) -> tuple[nn.Module, object]:
     except Exception as error:  # a damaged file can raise anything in two libraries
         lines = [line.strip() for line in str(error).split("\n") if line.strip()]
         raise ValueError(f"{said}: cannot be loaded ({lines[0] if lines else type(error).__name__})") from error
+    check_biases(gguf, file, model, said)
     source.undo_quantisation(model)
     source.check_parameters(model, said)
     model.config._name_or_path = str(file)
@@ -69,6 +71,16 @@ def grid(kind: str) -> tuple[str, ...]:
         return (text,)
     return (f"{text}, so they lie on a grid: rounding them to integers again (int8, int4) costs next to nothing, which "
             "flatters such rows",)
+
+
+def check_biases(gguf: ModuleType, file: Path, model: nn.Module, said: str) -> None:
+    """Raise ValueError if the file has biases that the model lacks: transformers reads no `attention_bias` of a Llama's
+    file and leaves them out without a word."""
+    there = sum(tensor.name.endswith(".bias") for tensor in gguf.GGUFReader(file).tensors)
+    taken = sum(name.endswith(".bias") for name, _ in model.named_parameters())
+    if there > taken:
+        raise ValueError(f"{said}: transformers reads {taken} of its {there} biases; give the model that the file was "
+                         "made from")
 
 
 def _dequantised() -> dict:

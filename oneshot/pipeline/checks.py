@@ -4,6 +4,7 @@ Each raises ValueError naming the flag.
 """
 
 import importlib.util
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from .. import checkpoint, heal, measure, models
-from ..checkpoint import compressed, packed
+from ..checkpoint import compressed, gguf, packed
 from ..models.source import check_kind, check_parameters
 from ..prune import patterns
 from ..prune.solvers import KEEP, chain
@@ -35,6 +36,8 @@ def check(configs: Sequence[RunConfig]) -> None:
             raise ValueError(f"--format packed: holds {' and '.join(packed.GRIDS)}, not --quantise {cfg.quantise}")
         if cfg.format == compressed.METHOD and cfg.prunes:
             compressed.check_flags(cfg.grid if cfg.save else None)
+        if cfg.format in gguf.FORMS and cfg.prunes:
+            gguf.check_flags(cfg.format, cfg.grid, bool(cfg.save))
         if cfg.save:
             checkpoint.owner_of(cfg.save)
             environment.check_writable(cfg.save, "--save")
@@ -76,8 +79,9 @@ def check_shrink(cfg: RunConfig) -> None:
     """Reject what does not go with a smaller model. Raises ValueError naming the flag."""
     if cfg.shared_inputs:
         raise ValueError("--shared-inputs: looks at the dense model alone, so it does not go with --shrink")
-    if cfg.format == "packed" and (cfg.uneven or any(part for part, _ in cfg.dropped_parts)):
-        raise ValueError("--format packed: layers that differ (--uneven, --drop mlp:3) are stored dense; leave out one")
+    if cfg.format in ("packed", *gguf.FORMS) and (cfg.uneven or any(part for part, _ in cfg.dropped_parts)):
+        raise ValueError(f"--format {cfg.format}: layers that differ (--uneven, --drop mlp:3) are stored dense; leave "
+                         "out one")
     if cfg.sensitivity != "none":
         raise ValueError("--sensitivity: looks at linears of the model before it gets smaller; measure it without "
                          "--shrink")
@@ -88,6 +92,8 @@ def check_shrink(cfg: RunConfig) -> None:
 
 def check_text(cfg: RunConfig) -> None:
     """Reject what does not go with healing on text. Raises ValueError naming the flag."""
+    if cfg.text_heals and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ValueError(f"--heal {cfg.text_heals[0]}: cannot be sharded by FSDP yet; start it with torchrun alone")
     if distributed.world() > 1 and not cfg.text_heals:
         raise ValueError("torchrun: only healing on text is shared among processes; start this command without it, or "
                          "give --heal full or --heal lora")
@@ -142,6 +148,12 @@ def check_model(model: nn.Module) -> None:
         if "expert" in type(owner).__name__.lower():
             raise ValueError(f"--model: {name} holds experts ({type(owner).__name__}) that cannot be seen one by one, "
                              "so most of the model would stay dense; this family is not supported")
+
+
+def check_format(cfg: RunConfig, model: nn.Module, tokenizer: models.Tokenizer) -> None:
+    """Raise ValueError naming `--format` for a model that a GGUF file cannot hold."""
+    if cfg.format in gguf.FORMS and cfg.prunes:
+        gguf.check_model(cfg.format, model, tokenizer, cfg.shrinks)
 
 
 def check_shared(cfg: RunConfig, model: nn.Module) -> None:

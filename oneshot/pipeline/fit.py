@@ -6,6 +6,7 @@
 Every round takes --step of the blocks' parameters (`oneshot shrink`), heals what is left on --data, and measures. A
 round that breaks a floor is undone and tried again with half the step, twice; then the best state that keeps all floors
 is the result. Rounds are ordinary runs, with folders and records of their own in --save; a killed command continues.
+Beside them stands what plain rounding of the dense model to int8 would have given at half its bytes.
 
     target   parameters=0.7: share of the blocks' parameters; latency=0.75: time of decoding a token on this device
     floor    TEXT/ppl<=1.5x: times the dense model's; arc_easy/acc>=-0.02: less than the dense model's by at most that;
@@ -31,6 +32,7 @@ from ..runtime.files import write_text
 from ..settings import parse
 from . import run
 
+ROUNDED = "int8"  # what plain rounding of the dense model gives stands beside the rounds
 TRIES = 2  # how often the step is halved
 SLACK = 1e-6  # a share that is that near another is the same
 KINDS = ("parameters", "latency")
@@ -106,6 +108,7 @@ class Fit:
         if not 0 < args.step < 1:
             raise ValueError(f"--step {args.step:g}: give a share between 0 and 1, such as 0.1")
         [self.dense_cfg] = self.parsed("--method", "dense")
+        [self.rounded_cfg] = self.parsed("--method", "dense", "--no-dense", "--quantise", ROUNDED, "--quantiser", "rtn")
         models.quiet()
 
     def parsed(self, *words: str) -> list:
@@ -141,7 +144,7 @@ class Fit:
                 best, share, reached, tries = str(self.round(now)), aim, now.reached, 0
             else:
                 step, tries = step / 2, tries + 1
-        print(self.told(rounds, dense, best))
+        print(self.told(rounds, dense, numbers(run.run(self.rounded_cfg)["metrics"]), best))
         return MET if self.met(share, rounds) else STOPPED
 
     def met(self, share: float, rounds: list[Round]) -> bool:
@@ -211,11 +214,12 @@ class Fit:
         write_text(json.dumps({"asked": self.asked(), "rounds": [asdict(r) for r in rounds]}, indent=1),
                    self.folder / "fit.json")
 
-    def told(self, rounds: list[Round], dense: dict[str, float], best: str) -> str:
-        """What the command prints at its end."""
+    def told(self, rounds: list[Round], dense: dict[str, float], rounded: dict[str, float], best: str) -> str:
+        """What the command prints at its end. rounded: the metrics of the dense model with its linears rounded."""
         metrics = list(dict.fromkeys([own.metric for own in self.floors] + [m for m in dense if m.endswith("ppl")]))
         head = ["round", "parameters", "time", *metrics, "kept"]
         body = [["dense", "100 %", "1.00", *(f"{dense[m]:.4g}" for m in metrics), ""]]
+        body.append([ROUNDED, "100 %", "", *(f"{rounded[m]:.4g}" for m in metrics), "plain rounding, half the bytes"])
         for r in rounds:
             body.append([str(r.number), f"{r.reached or r.share:.1%}", "" if r.latency is None else f"{r.latency:.2f}",
                          *(f"{r.metrics[m]:.4g}" if r.metrics else "" for m in metrics),
@@ -223,6 +227,8 @@ class Fit:
         end = "target met" if self.met(share_of(rounds), rounds) else \
             "the model cannot get smaller: " * bool(rounds[-1].failed) + "a floor stands in the way: " * (
                 not rounds[-1].failed) + "; ".join(rounds[-1].broken)
+        if self.floors and all(own.holds(rounded, dense) for own in self.floors):
+            end = f"plain {ROUNDED} rounding of the dense model keeps all floors at half its bytes\n{end}"
         return f"{render(head, body, 'terminal', text={'round', 'kept'})}\n{end}\nresult: {best}"
 
 

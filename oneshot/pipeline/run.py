@@ -81,6 +81,7 @@ def made(cfg: RunConfig, command: Command, reuse: Callable[[Path], dict | None] 
     for other in (cfg, *command.configs):  # what does not fit the model is rejected before the first run is computed
         make_plan(other, model)
         rounding.check_model(other, model)
+        checks.check_format(other, model, tokenizer)
         checks.check_heal(other, model)
         checks.check_shared(other, model)
     texts = choose.evaluation(cfg, model, tokenizer)

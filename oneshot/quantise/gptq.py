@@ -43,7 +43,7 @@ def quantise(W: torch.Tensor, solution: Solution, statistics: Statistics, grid: 
     """
     found = (by_size if cfg.order else by_place)(W, solution, statistics, grid, cfg)
     plain = rtn.quantise(W, solution, statistics, grid, rtn.Config())
-    worse = row_errors(W, found.W_hat, statistics) > row_errors(W, plain.W_hat, statistics)
+    worse = more_error(W, found.W_hat, plain.W_hat, statistics) > 0
     if worse.any():
         rows = worse.unsqueeze(1)
         found.W_hat, found.scales = (torch.where(rows, a, b) for a, b in ((plain.W_hat, found.W_hat),
@@ -75,7 +75,6 @@ def by_size(W: torch.Tensor, solution: Solution, statistics: Statistics, grid: G
     return Solution(W_hat.T, solution.mask, info, scales=scales)
 
 
-def row_errors(W: torch.Tensor, W_hat: torch.Tensor, statistics: Statistics) -> torch.Tensor:
-    """(w-ŵ) G (w-ŵ)ᵀ of each row, (R,)."""
-    D = W - W_hat
-    return ((D @ statistics.G.to(D)) * D).sum(1)
+def more_error(W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, statistics: Statistics) -> torch.Tensor:
+    """By how much the error (w-a) G (w-a)ᵀ of each row of A is above that of B, (R,); with a single product."""
+    return ((B - A) @ statistics.G.to(W)).mul_(2 * W - A - B).sum(1)

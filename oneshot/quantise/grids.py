@@ -163,7 +163,7 @@ def parse(text: str) -> Grid:
         return GGUF(int(text[1]))
     match = re.fullmatch(r"int(\d{1,2})(?::(row|\d{1,6}))?", text)
     if not match or not 2 <= int(match[1]) <= 16 or (match[2] or "").startswith("0"):
-        raise ValueError(f"{text}: no such integers; give int2 to int16 (a scale for each 128 columns of a row), "
+        raise ValueError(f"{text:.40}: no such integers; give int2 to int16 (a scale for each 128 columns of a row), "
                          "int4:64 or int4:row for other groups, q8_0 or q4_0")
     return Integers(int(match[1]), None if match[2] == "row" else int(match[2] or GROUP))
 

@@ -1,8 +1,9 @@
 """Walk: how a quantiser takes part in the block loop (prune/loop.py), which rounds one block after the other.
 
 Each block is rounded on the outputs of the already rounded blocks before it, with statistics of their own: those of
-the model as pruning and healing have left it. A weight that is zero stays zero, unless its linear is dense by plan.
-What the loop proves of a pruned weight it proves of a rounded one: its pattern, on what is stored.
+the model as pruning and healing have left it. A weight that is zero stays zero, also where the plan says dense: it may
+have been pruned before. What the loop proves of a pruned weight it proves of a rounded one: its pattern, on what is
+stored.
 """
 
 import functools
@@ -10,8 +11,6 @@ import time
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
-
-import torch
 
 from ..calibrate import Statistics
 from ..models import Weight
@@ -47,7 +46,7 @@ def solve(job: Job, weight: Weight, statistics: Statistics | None, *, method: Mo
     """
     W, pattern, began = weight.get(), job.plan.get(weight.name, Dense()), time.perf_counter()
     linear.require_usable(weight.name, W, statistics)
-    notes, kept = [], torch.ones_like(W, dtype=torch.bool) if isinstance(pattern, Dense) else W != 0
+    notes, kept = [], W != 0
     if method.needs and (statistics is None or statistics.n == 0):
         method, cfg, notes = rtn, rtn.Config(), ["no calibration token reached it: rounded to nearest instead"]
         if solver:  # nothing says what to remove either

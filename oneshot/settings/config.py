@@ -78,8 +78,11 @@ class OutputOptions:
                             section="output", bears_on="output")
     format: str = flag("dense", "dense: zeros are stored, loads everywhere; packed: 2:4 layers take 0.5625 of their "
                                 "dense bytes (--quantise int8:row or int4:64: less), loads after `import oneshot`; "
-                                "compressed-tensors: what --quantise rounded, for transformers and vLLM",
-                       section="output", shown=False, python=False, choices=("dense", "packed", "compressed-tensors"))
+                                "compressed-tensors: what --quantise rounded, for transformers and vLLM; "
+                                "gguf, or gguf:f16 for another type: model.gguf beside the weights, for llama.cpp",
+                       section="output", shown=False, python=False, choices=(
+                           "dense", "packed", "compressed-tensors", "gguf", "gguf:f32", "gguf:f16", "gguf:bf16",
+                           "gguf:q8_0", "gguf:q4_0"))
     overwrite: bool = flag(False, "replace another run's result in --save", section="output", bears_on="output")
     results: str = flag("runs", "folder for the run's record (JSON) and page (HTML)", section="output",
                         bears_on="output")

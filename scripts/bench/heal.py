@@ -17,12 +17,14 @@ from pathlib import Path
 
 import yaml
 
+from oneshot import report
 from oneshot.pipeline.attempt import attempt
 from oneshot.runtime.command import Parser, exit_code
 from oneshot.runtime.files import write_text
 from oneshot.settings import parse
 
 ROOT = Path(__file__).parents[2]
+WIKITEXT = "wikitext2_test/ppl"
 SHARE = 0.85  # of the C4 sample to train on
 BASE = {
     "smollm2": ["--model", "smollm2", "--seqlen", "512", "--eval-seqlen", "512", "--nsamples", "64",
@@ -66,8 +68,7 @@ def make_texts(data: Path, work: Path) -> list[str]:
     if not (work / "books.txt").is_file():
         with lzma.open(data / "books_public_domain.txt.xz", "rt", encoding="utf-8") as books:
             write_text(books.read(), work / "books.txt")
-    return ["--calibration", str(work / "c4_train.jsonl"), "--evaluate", str(data / "wikitext2_test.txt"), "--evaluate",
-            f"c4={work / 'c4_held.jsonl'}"]
+    return ["--calibration", str(work / "c4_train.jsonl"), "--evaluate", f"c4={work / 'c4_held.jsonl'}"]
 
 
 def one(args: argparse.Namespace, name: str, seed: str, way: str, texts: list[str]) -> None:
@@ -81,9 +82,24 @@ def one(args: argparse.Namespace, name: str, seed: str, way: str, texts: list[st
         for flag, value in WAYS[way].items():
             own += [f"--{flag}", str(value)]
             own += ["--heal-data", data] * (flag == "heal" and any(part in str(value) for part in ("full", "lora")))
-    [cfg] = parse([*flags, *own, "--results", str(args.out / name)])
-    if attempt(cfg)["status"] != "finished":
-        raise ValueError(f"{way}: failed, see the record in {args.out / name}")
+    record = done([*flags, *own], args.out / name, way)
+    if WIKITEXT not in record["metrics"]:  # of what was saved, by a run of its own
+        saved = own[own.index("--save") + 1] if "--save" in own else None
+        wiki = ["--evaluate", str(args.shared / "data" / "wikitext2_test.txt"), "--method", "dense"]
+        wiki += ["--model", saved] if saved else []
+        found = done([*flags, *wiki], args.work / "evaluations", way)
+        record["metrics"] |= found["metrics"]
+        record["metric_info"] |= found["metric_info"]
+        report.write(record, args.out / name / f"{record['run_id']}.json")
+
+
+def done(words: list[str], results: Path, way: str) -> dict:
+    """The record of one run. Raises ValueError if it failed."""
+    [cfg] = parse([*words, "--results", str(results)])
+    record = attempt(cfg)
+    if record["status"] != "finished":
+        raise ValueError(f"{way}: failed, see the record in {results}")
+    return record
 
 
 if __name__ == "__main__":

@@ -146,17 +146,40 @@ def page(rows: list[dict]) -> str:
         own = [row for row in rows if row["model"] == name]
         parts.append(f"## {name}\n")
         parts += [f"{MARKED[name].capitalize()}.\n"] if name in MARKED else []
+        parts += [f"{winner(own)}\n"] if winner(own) else []
         parts.append(f"{own[0]['metric']}: dense {report.number(own[0]['dense_ppl'])} at {own[0]['window']} tokens.\n")
         parts.append(render(["way", "bits", "KB", "excess", "less", "to zero", "seconds"], body(own), "markdown",
                             text={"way"}))
     return "\n".join(parts)
 
 
-def body(rows: list[dict]) -> list[list[str]]:
-    """The lines of a model's table."""
+def winner(rows: list[dict]) -> str:
+    """Which way loses least of those that take as many bytes as NEAREST; "" where there is none to compare with."""
+    groups = grouped(rows)
+    if NEAREST not in groups:
+        return ""
+    same = {way: statistics.fmean(r["excess"] for r in met) for way, met in groups.items() if alike(met[0], groups)}
+    best = min(same, key=same.get)
+    return (f"At {groups[NEAREST][0]['bits']:.2f} bits the least is lost by **{best}**, {same[best]:.4f} nats; "
+            f"by \"{NEAREST}\" {same[NEAREST]:.4f}.")
+
+
+def grouped(rows: list[dict]) -> dict[str, list[dict]]:
+    """{way: its rows}."""
     groups = {}
     for row in rows:
         groups.setdefault(row["way"], []).append(row)
+    return groups
+
+
+def alike(row: dict, groups: dict[str, list[dict]]) -> bool:
+    """Whether a row takes as many bytes as NEAREST, to 1 %."""
+    return abs(row["stored"] / groups[NEAREST][0]["stored"] - 1) <= 0.01
+
+
+def body(rows: list[dict]) -> list[list[str]]:
+    """The lines of a model's table."""
+    groups = grouped(rows)
     excess = {way: statistics.fmean(r["excess"] for r in met) for way, met in groups.items()}
     lines = []
     for way, met in sorted(groups.items(), key=lambda item: (-item[1][0]["bits"], excess[item[0]])):
@@ -171,8 +194,7 @@ def less(way: str, groups: dict[str, list[dict]], excess: dict[str, float]) -> s
     """The share of NEAREST's excess that a way does without; "-" where it takes other bytes, by more than 1 %."""
     if NEAREST not in groups or way == NEAREST:
         return "-"
-    same = abs(groups[way][0]["stored"] / groups[NEAREST][0]["stored"] - 1) <= 0.01
-    return f"{100 * (1 - excess[way] / excess[NEAREST]):.0f} %" if same else "-"
+    return f"{100 * (1 - excess[way] / excess[NEAREST]):.0f} %" if alike(groups[way][0], groups) else "-"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 
 from oneshot import checkpoint
 from oneshot.measure import Subject
-from oneshot.pipeline import lesson
+from oneshot.pipeline import checks, lesson
 from oneshot.settings import flags
 
 
@@ -35,6 +35,12 @@ def test_two_processes_give_the_result_of_one_within_rounding(tmp_path):
     assert told[0]["steps"] == told[1]["steps"] > 5
     assert told[0]["held_out_after"] == pytest.approx(told[1]["held_out_after"], rel=1e-3)
     assert not (tmp_path / "2" / ".oneshot" / "heal").exists()
+
+
+def test_fsdp_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"^--heal full: cannot be sharded by FSDP"):
+        checks.check_text(flags.build({"method": "wanda", "pattern": "2:4", "heal": "full", "heal_data": "c4"}))
 
 
 @pytest.mark.parametrize("batch, processes", [(16, 2), (96, 4)])

@@ -15,6 +15,8 @@ pytestmark = pytest.mark.usefixtures("plain_pages")
 class World:
     """Stands in for the runs: perplexity and time follow from the share of parameters that is left."""
 
+    rounded = 21.0  # perplexity of the dense model in int8
+
     def __init__(self, monkeypatch, ppl, time=lambda share: share):
         self.ppl, self.time, self.shares, self.runs, self.timed = ppl, time, {"model": 1.0}, [], []
         monkeypatch.setattr(fit.run, "run", self.run)
@@ -22,6 +24,8 @@ class World:
             self.shares[str(folder)]))
 
     def run(self, cfg):
+        if cfg.quantise:
+            return {"metrics": {"text/ppl": self.rounded, "task/acc": 0.5}}
         share = self.shares[cfg.model] * (cfg.shrink or 1)
         if cfg.save:
             self.shares[cfg.save] = share
@@ -38,6 +42,7 @@ def test_it_steps_down_to_the_target_and_not_beyond(tmp_path, monkeypatch, capsy
     assert go(tmp_path, "--target", "parameters=0.75", "--floor", "text/ppl<=2x") == 0
     assert world.runs == [("model", "round-1", 0.9), ("round-1", "round-2", 0.8), ("round-2", "round-3", 0.75)]
     out = capsys.readouterr().out
+    assert "plain int8 rounding of the dense model keeps all floors" in out and "plain rounding, half the bytes" in out
     assert "target met" in out and out.rstrip().endswith("round-3") and not world.timed
 
 
@@ -55,9 +60,10 @@ def test_a_round_that_breaks_a_floor_is_undone_and_tried_with_half_the_step(tmp_
 
 
 def test_a_floor_that_cannot_be_met_leaves_the_model_as_it_was(tmp_path, monkeypatch, capsys):
-    World(monkeypatch, lambda share: 20 / share**9)
+    World(monkeypatch, lambda share: 20 / share**9)  # and rounding breaks it, too
     assert go(tmp_path, "--target", "parameters=0.5", "--floor", "text/ppl<=19") == 3
-    assert capsys.readouterr().out.rstrip().endswith("result: model")
+    out = capsys.readouterr().out
+    assert out.rstrip().endswith("result: model") and "keeps all floors" not in out
 
 
 def test_a_damaged_round_is_rolled_back(tmp_path, monkeypatch):

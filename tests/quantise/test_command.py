@@ -225,12 +225,17 @@ def test_a_rounded_model_is_read_again_without_a_word(saved, place, tmp_path):  
 # --- killed and resumed -------------------------------------------------------------------------------------
 
 
+TEXT = {"heal": "full", "heal_data": "calibration.txt", "heal_tokens": 200, "heal_seqlen": 16, "heal_batch": 32}
+
+
 @pytest.mark.parametrize(("more", "after"), [
     ({}, 1), ({}, BLOCKS), ({}, BLOCKS + 1), ({}, 2 * BLOCKS - 1), ({"quantiser": "joint"}, 1),
-    ({"method": "dense"}, 1), ({"heal": "distil", "distil.steps": 2, "nsamples": 12}, BLOCKS + 1),
+    ({"method": "dense"}, 1), (TEXT, BLOCKS + 1), ({"heal": "distil", "distil.steps": 2, "nsamples": 12}, BLOCKS + 1),
     ({"shrink": 0.7, "tries": 1, "nsamples": 12, "pattern": "dense"}, BLOCKS + 1)])
 def test_killed_and_resumed_it_is_bit_identical(place, tmp_path, monkeypatch, more, after):  # noqa: F811
     """Three blocks are pruned, three are rounded: wherever it is killed, the same command ends with the same files."""
+    monkeypatch.chdir(place)  # --heal-data
+
     def run(name):
         return command(place, save=tmp_path / name, results=tmp_path / f"{name}.runs", **more)
     assert run("whole") == 0
@@ -317,3 +322,16 @@ def test_families(name, dtype):
         W, s = weight.get(), result.scales[weight.name].float()
         value = grid.value(grid.round(W, s), s)
         assert torch.equal(value.to(dtype).float(), W) and not torch.equal(W, before[weight.name])
+
+
+def test_zeros_stay_where_the_pattern_says_dense(place, tmp_path):  # noqa: F811
+    """As after an uneven allocation, which is no one pattern."""
+    assert tiny.main(*tiny.flags(place, "--no-dense", method="wanda", pattern="0.5", save=tmp_path / "pruned")) == 0
+    words = tiny.flags(place, "--no-dense", method="keep", pattern="dense", quantise="int4", save=tmp_path / "rounded")
+    words[words.index("--model") + 1] = str(tmp_path / "pruned")
+    assert tiny.main(*words) == 0
+    before, after = tiny.weights(tmp_path / "pruned"), tiny.weights(tmp_path / "rounded")
+    zeros = {name: W == 0 for name, W in before.items() if name.endswith("proj.weight")}
+    assert sum(int(z.sum()) for z in zeros.values()) > 1000
+    assert not any(after[name][z].any() for name, z in zeros.items())
+    assert any(not torch.equal(before[name], after[name]) for name in zeros)

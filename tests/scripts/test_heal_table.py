@@ -15,11 +15,18 @@ from oneshot.pipeline import checks
 @pytest.mark.parametrize("way", bench.WAYS)
 def test_every_way_is_a_command_line_that_passes_the_checks(way, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(bench, "attempt", lambda cfg: asked.append(cfg) or {"status": "finished"})
-    args = Namespace(work=tmp_path, out=tmp_path / "out")
+    def attempt(cfg):
+        asked.append(cfg)
+        text = "c4" if len(asked) == 1 else "wikitext2_test"
+        return {"status": "finished", "run_id": "x", "metrics": {f"{text}/ppl": len(asked)}, "metric_info": {}}
+    monkeypatch.setattr(bench, "attempt", attempt)
+    args = Namespace(work=tmp_path, out=tmp_path / "out", shared=tmp_path)
     bench.one(args, "demo", "0", way, ["--calibration", "builtin", "--evaluate", "builtin"])
-    [cfg] = asked
+    cfg, evaluation = asked
     checks.check([cfg])
+    assert evaluation.model == cfg.save and evaluation.method == "dense"
+    written = json.loads((tmp_path / "out" / "demo" / "x.json").read_text())
+    assert written["metrics"] == {"c4/ppl": 1, "wikitext2_test/ppl": 2}
     assert bool(cfg.text_heals) == any(part in way for part in ("full", "lora", "next"))
     assert not cfg.text_heals or cfg.heal_data.startswith("0.7*")
 

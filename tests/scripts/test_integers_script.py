@@ -1,6 +1,7 @@
 """scripts/bench/integers.py: a row is measured once, the page says what the rows say, bytes are compared with bytes."""
 
 import json
+from pathlib import Path
 
 import integers
 import pytest
@@ -22,11 +23,18 @@ def test_the_page_says_what_the_rows_say(tmp_path):
             row("int8 by GPTQ", 0.01, 800)]
     (tmp_path / "integers.json").write_text(json.dumps({"rows": rows}))
     assert integers.main(["--out", str(tmp_path), "--page"]) == 0
+    assert "At 3.25 bits the least is lost by **int3 by GPTQ**, 0.3000 nats" in (tmp_path / "integers.md").read_text()
     lines = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
              for line in (tmp_path / "integers.md").read_text().splitlines() if line.startswith("| ")}
     assert lines["int3 by GPTQ"][2:4] == ["0.3000", "40 %"] and lines["int8 by GPTQ"][3] == "-"
     assert lines[integers.NEAREST][2:4] == ["0.5000 ± 0.1414", "-"]
     assert list(lines)[2] == "int8 by GPTQ"  # most bits first, behind the head
+
+
+def test_the_page_here_is_not_stale():
+    folder = Path(__file__).parents[2] / "results" / "bench"
+    if rows := integers.read(folder / "integers.json"):
+        assert integers.page(rows) == (folder / "integers.md").read_text(encoding="utf-8"), "run it with --page"
 
 
 @pytest.mark.usefixtures("plain_pages")

@@ -36,11 +36,14 @@ def around(flag, place, record):  # noqa: F811
     elif flag.chosen_by == "allocate":
         given |= {"method": "wanda", "allocate": part, "pattern": "2:4" if part == "mix" else "0.5"}
         given |= {"sensitivity.record": record} if part == "sensitivity" else {}
+    elif flag.chosen_by == "quantiser":
+        given |= {"quantise": "int4", "quantiser": part}
     elif flag.chosen_by == "heal":
         given |= {"heal": part} | ({f"{part}.steps": 2} if f"{part}.steps" in known() else {})
         given |= {"heal_data": place / "calibration.txt", "heal_tokens": "200", "heal_seqlen": 16,
                   "heal_batch": 32} if heal.trains_on_text(part) else {}
     more = {"effort": {"method": "best"}, "tasks": {"task_path": place / "tasks"}, "task_limit": {"tasks": "none"},
+            "quantiser": {"quantise": "int4"},
             "split": {"calibration": "owner/name"}, "revision": {"calibration": "owner/name"},
             "data_config": {"calibration": "owner/name"}}
     return given | more.get(flag.name, {})
