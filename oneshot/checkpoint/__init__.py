@@ -7,7 +7,6 @@
     manifest  what was done to each tensor, and hashes to check it by
     contents  hashes of all files of a folder, and of all tensors in them
     claims    whether a manifest agrees with itself
-    sealed    JSON files that contain their own hash
     outcome   compare a saved folder with the model and with the input
     packed    the packed 2:4 format
     compressed  rounded linears as compressed-tensors stores them

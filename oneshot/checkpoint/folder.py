@@ -26,8 +26,9 @@ from torch import nn
 
 from ..models import Tokenizer, source_of
 from ..prune import patterns
+from ..runtime import sealed
 from ..runtime.files import remove_parts, sync, umask, write_text
-from . import compressed, contents, gguf, kept, owner, packed, rounded, sealed
+from . import compressed, contents, gguf, kept, owner, packed, rounded
 from .lock import FolderLock
 from .manifest import MANIFEST, WORK, manifest, old, read_manifest, read_sealed
 from .outcome import check_saved, copy_side_files

@@ -22,7 +22,7 @@ from torch import nn
 from .. import models
 from ..models import Weight
 from ..prune import patterns
-from . import sealed
+from ..runtime import sealed
 from .contents import MANIFEST, WORK
 
 SCHEMA, READABLE = 2, (1, 2)

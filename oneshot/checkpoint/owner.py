@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import sealed
+from ..runtime import sealed
 from .contents import MANIFEST, WORK, inside
 from .manifest import READABLE
 

@@ -11,7 +11,7 @@ transformers builds an attention mask that keeps documents apart. Of each source
 
     FOLDER/train.npy, held.npy               token ids, uint32
     FOLDER/train_starts.npy, held_starts.npy where documents begin, int64
-    FOLDER/text.json                         what was read, written last
+    FOLDER/text.json                         what was read, and the hashes of these files, written last
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..models import Tokenizer
-from ..runtime.files import write_text
+from ..runtime import sealed
 from .encode import Encoder
 from .sources import TextOptions, Unusable, read
 from .text import Document
@@ -164,7 +164,7 @@ def prepare(spec: str, tokenizer: Tokenizer, folder: Path, *, tokens: int, held:
     asked = {"spec": spec, "held_out": held_out, "sizes": sizes, "seqlen": seqlen, "seed": seed,
              "options": str(options), "tokenizer": fingerprint(tokenizer), "files": _files(spec, held_out)}
     done = folder / "text.json"
-    about = json.loads(done.read_text()) if done.is_file() else {}
+    about = sealed.kept(done)
     if about.get("asked") != asked:
         folder.mkdir(parents=True, exist_ok=True)
         done.unlink(missing_ok=True)
@@ -177,8 +177,8 @@ def prepare(spec: str, tokenizer: Tokenizer, folder: Path, *, tokens: int, held:
                 source.holding, source.taken = name == "held", 0
             _write(folder / name, mixed, sizes[name], "--heal-data" if mixed is sources else "--heal-held-out",
                    tqdm(total=sizes[name], desc=f"{name} text", unit=" tokens", disable=not progress, leave=False))
-        about = {"asked": asked, **_described(sources, sizes["train"]), "sha256": _digest(folder / "train.npy")}
-        write_text(json.dumps(about), done)
+        about = {"asked": asked, **_described(sources, sizes["train"]), "sha256": sealed.digest(folder / "train.npy")}
+        sealed.keep(about, done, [f"{name}{part}.npy" for name in sizes for part in ("", "_starts")])
     windows = {name: Windows(np.load(folder / f"{name}.npy", mmap_mode="r"), np.load(folder / f"{name}_starts.npy"),
                              seqlen) for name in sizes}
     return TrainingText(windows["train"], windows["held"], {key: about[key] for key in about if key != "asked"})
@@ -256,13 +256,6 @@ def _described(sources: list[Source], tokens: int) -> dict[str, Any]:
              "--heal-tokens or add text" for s in sources if s.passes > 1]
     return {"tokens": tokens, "sources": [{"source": s.described, "share": s.share, "tokens": s.taken,
                                            "passes": s.passes} for s in sources], "warnings": again}
-
-
-def _digest(file: Path) -> str:
-    """sha256 of a file."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else \
-            hashlib.sha256(stream.read()).hexdigest()
 
 
 def overlap(train: np.ndarray, other: np.ndarray, chunk: int = 2**22) -> float:

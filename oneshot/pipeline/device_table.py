@@ -27,8 +27,7 @@ from .. import models
 from ..measure import latency
 from ..models import groups
 from ..models.gguf import cache
-from ..runtime import environment
-from ..runtime.files import write_text
+from ..runtime import environment, sealed
 from ..structured import Cut, cut, slices
 
 FEW = 4  # blocks of the small models
@@ -44,11 +43,10 @@ def table(model: nn.Module, device: str, rounds: int = latency.ROUNDS, progress:
     Raises ValueError naming `--model` for a model of one block, or a family whose blocks cannot go.
     """
     file = cache() / "latency" / f"{key(model, device, rounds)}.json"
-    if file.is_file():
-        return json.loads(file.read_text(encoding="utf-8"))
+    if kept := sealed.kept(file):
+        return kept
     found = measured(model, device, rounds, progress)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(json.dumps(found, indent=1), file)
+    sealed.keep(found, file)
     return found
 
 

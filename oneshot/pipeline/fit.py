@@ -12,12 +12,13 @@ Beside them stands what plain rounding of the dense model to int8 would have giv
     floor    TEXT/ppl<=1.5x: times the dense model's; arc_easy/acc>=-0.02: less than the dense model's by at most that;
              TEXT/ppl<=40: the value itself
 
-Exit code: 0 the target is met, 3 a floor stood in the way, 2 the command is wrong. All other flags are those of
-`oneshot prune`; they go to every round.
+Exit code: 0 the target is met, 3 a floor stood in the way, or no unit is left to take, 2 the command is wrong. All
+other flags are those of `oneshot prune`; they go to every round.
 """
 
 import argparse
 import json
+import math
 import re
 import sys
 from dataclasses import asdict, dataclass, field
@@ -26,13 +27,14 @@ from pathlib import Path
 from .. import models
 from ..measure import higher, latency
 from ..report.table import render
-from ..runtime.command import Parser, exit_code
+from ..runtime.command import Parser, exit_code, one_line
 from ..runtime.files import write_text
 from ..settings import parse
 from . import run
 
 ROUNDED = "int8"  # what plain rounding of the dense model gives stands beside the rounds
 TRIES = 2  # how often the step is halved
+SLACK = 1e-6  # a share that is that near another is the same
 KINDS = ("parameters", "latency")
 MET, STOPPED = 0, 3
 
@@ -53,13 +55,14 @@ class Floor:
     def holds(self, metrics: dict[str, float], dense: dict[str, float]) -> bool:
         """Whether a round keeps it."""
         bound = self.bound(dense[self.metric])
-        return metrics[self.metric] >= bound if self.at_least else metrics[self.metric] <= bound
+        return metrics[self.metric] >= bound if self.at_least else metrics[self.metric] <= bound  # NaN: never
 
 
 @dataclass
 class Round:
     """One round. share: of the blocks' parameters that it aims at. step: what it took. model: what it started from.
 
+    reached: the share that whole units left. failed: why it could not be cut, or None.
     kept: whether all floors hold. broken: the floors that do not, in words.
     """
 
@@ -67,6 +70,8 @@ class Round:
     share: float
     step: float
     model: str
+    reached: float | None = None
+    failed: str | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     latency: float | None = None
     kept: bool = False
@@ -113,27 +118,33 @@ class Fit:
     def run(self) -> int:
         """All rounds; exit code."""
         began = self.read()
-        dense = run.run(self.dense_cfg)["metrics"]
+        dense = numbers(run.run(self.dense_cfg)["metrics"])
         for own in self.floors:
             if own.metric not in dense:
                 raise ValueError(f"--floor {own.metric}: not measured; there are {', '.join(sorted(dense)) or 'none'} "
                                  "(--evaluate and --tasks say what is)")
+            if not math.isfinite(own.bound(dense[own.metric])):
+                raise ValueError(f"--floor {own.metric}: is {dense[own.metric]:g} for --model, which no round can keep")
         rounds: list[Round] = []
-        best, share, step, tries = self.args.model, 1.0, self.args.step, 0
+        best, share, reached, step, tries = self.args.model, 1.0, 1.0, self.args.step, 0
         while not self.met(share, rounds) and tries <= TRIES:
             aim = share - step if self.kind == "latency" else max(self.target, share - step)
+            if reached <= aim + SLACK:  # whole units took more than was asked
+                share = aim
+                continue
             now = Round(len(rounds) + 1, aim, step, best)
             known = began[len(rounds)] if len(rounds) < len(began) else None
-            self.measure(now, share, known)
-            now.broken = [said(own, now.metrics, dense) for own in self.floors if not own.holds(now.metrics, dense)]
+            self.measure(now, reached, known)
+            now.broken = [now.failed] if now.failed else [
+                said(own, now.metrics, dense) for own in self.floors if not own.holds(now.metrics, dense)]
             now.kept = not now.broken
             rounds.append(now)
             self.write(rounds)
             if now.kept:
-                best, share, tries = str(self.round(now)), aim, 0
+                best, share, reached, tries = str(self.round(now)), aim, now.reached, 0
             else:
                 step, tries = step / 2, tries + 1
-        print(self.told(rounds, dense, run.run(self.rounded_cfg)["metrics"], best))
+        print(self.told(rounds, dense, numbers(run.run(self.rounded_cfg)["metrics"]), best))
         return MET if self.met(share, rounds) else STOPPED
 
     def met(self, share: float, rounds: list[Round]) -> bool:
@@ -145,13 +156,26 @@ class Fit:
 
     def measure(self, now: Round, share: float, known: dict | None) -> None:
         """Do a round and fill in what was measured. share: what it starts from. known: the same, from before a kill."""
+        if now.share < SLACK:
+            now.failed = "nothing would be left"
+            return
         heal = ["--heal", "fold"] if self.args.data is None else [
             "--heal", "fold,full", "--heal-data", self.args.data, "--heal-tokens", self.args.tokens, "--heal-teacher",
             self.args.model]
         [cfg] = self.parsed("--model", now.model, "--method", self.args.method, "--pattern", "dense", "--shrink",
                             f"{now.share / share:.6g}", "--shrink-method", self.args.method, *heal, "--no-dense",
                             "--save", str(self.round(now)))
-        now.metrics = run.run(cfg)["metrics"]
+        try:
+            record = run.run(cfg)
+        except ValueError as error:
+            if not str(error).startswith("--shrink"):
+                raise
+            now.failed = one_line(error)  # this model has no unit left that could go
+            return
+        if record["shrunk"]["share"] >= 1:
+            now.failed = f"a step of {now.step:g} is less than one unit"
+            return
+        now.metrics, now.reached = numbers(record["metrics"]), share * record["shrunk"]["share"]
         if self.kind == "latency":
             now.latency = known["latency"] if known else self.latency(self.round(now))
 
@@ -169,10 +193,15 @@ class Fit:
         file = self.folder / "fit.json"
         if not file.is_file():
             return []
-        data = json.loads(file.read_text(encoding="utf-8"))
-        if data["asked"] != self.asked():
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+            asked, rounds = data["asked"], [asdict(Round(**row)) for row in data["rounds"]]
+        except (ValueError, LookupError, TypeError):
+            raise ValueError(f"--save {self.folder}: its fit.json is damaged; remove it: rounds that are finished are "
+                             "timed again, not made again") from None
+        if asked != self.asked():
             raise ValueError(f"--save {self.folder}: holds the rounds of another command; choose another folder")
-        return data["rounds"]
+        return rounds
 
     def asked(self) -> list:
         """What identifies the command."""
@@ -192,13 +221,20 @@ class Fit:
         body = [["dense", "100 %", "1.00", *(f"{dense[m]:.4g}" for m in metrics), ""]]
         body.append([ROUNDED, "100 %", "", *(f"{rounded[m]:.4g}" for m in metrics), "plain rounding, half the bytes"])
         for r in rounds:
-            body.append([str(r.number), f"{r.share:.1%}", "" if r.latency is None else f"{r.latency:.2f}",
-                         *(f"{r.metrics[m]:.4g}" for m in metrics), "yes" if r.kept else "; ".join(r.broken)])
+            body.append([str(r.number), f"{r.reached or r.share:.1%}", "" if r.latency is None else f"{r.latency:.2f}",
+                         *(f"{r.metrics[m]:.4g}" if r.metrics else "" for m in metrics),
+                         "yes" if r.kept else "; ".join(r.broken)])
         end = "target met" if self.met(share_of(rounds), rounds) else \
-            "a floor stands in the way: " + "; ".join(rounds[-1].broken if rounds else [])
+            "the model cannot get smaller: " * bool(rounds[-1].failed) + "a floor stands in the way: " * (
+                not rounds[-1].failed) + "; ".join(rounds[-1].broken)
         if self.floors and all(own.holds(rounded, dense) for own in self.floors):
             end = f"plain {ROUNDED} rounding of the dense model keeps all floors at half its bytes\n{end}"
         return f"{render(head, body, 'terminal', text={'round', 'kept'})}\n{end}\nresult: {best}"
+
+
+def numbers(metrics: dict[str, float | None]) -> dict[str, float]:
+    """Metrics of a record, in which null stands for what is no number."""
+    return {name: math.nan if value is None else value for name, value in metrics.items()}
 
 
 def share_of(rounds: list[Round]) -> float:

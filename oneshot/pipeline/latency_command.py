@@ -16,7 +16,7 @@ from ..measure import latency
 from ..report.table import render
 from ..runtime import environment
 from ..runtime.command import Parser, exit_code
-from ..runtime.files import write_text
+from ..runtime.files import write_text, writing
 from . import device_table
 
 
@@ -40,6 +40,8 @@ def work(args: argparse.Namespace) -> None:
     environment.check_device(device)
     if args.rounds < 1:
         raise ValueError(f"--rounds {args.rounds}: must be at least 1")
+    if args.out and args.out.is_dir():
+        raise ValueError(f"--out {args.out}: is a folder; name a file")
     models.quiet()
     model, _ = models.load(args.model, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
     found = device_table.table(model.to(device), device, args.rounds, args.progress)
@@ -47,7 +49,8 @@ def work(args: argparse.Namespace) -> None:
     for line in device_table.warnings(found):
         print(f"warning: {line}", file=sys.stderr)
     if args.out:
-        write_text(json.dumps(found, indent=1), args.out)
+        with writing("--out", args.out):
+            write_text(json.dumps(found, indent=1), args.out)
         print(f"table: {args.out}")
 
 

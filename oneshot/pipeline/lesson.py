@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import shutil
 import sys
 import tempfile
@@ -18,13 +17,12 @@ from .. import checkpoint, heal, models
 from ..data import choose, training
 from ..data.sample_self import sample_from_model
 from ..heal.options import count
-from ..heal.text import HELD, teacher
+from ..heal.text import HELD, damaged, teacher
 from ..heal.text.student import Lesson, keeps_apart
 from ..measure import Subject
 from ..prune.job import Result
 from ..prune.loop import float32_products
-from ..runtime import distributed
-from ..runtime.files import write_text
+from ..runtime import distributed, sealed
 from ..runtime.flag import listed
 from ..settings import RunConfig
 from .command import load
@@ -97,15 +95,18 @@ def working(folder: checkpoint.Folder | None) -> Iterator[Path]:
 def same_start(cfg: RunConfig, model: nn.Module, work: Path) -> list[str]:
     """Warnings of a run that resumes. What was trained from other weights is removed."""
     note, now = work / "start.json", {"weights": models.fingerprint(model), "with": circumstances(cfg, None)}
-    before = json.loads(note.read_text()) if note.is_file() else None
+    before = sealed.kept(note)
     warnings = []
-    if before and before["weights"] != now["weights"]:
+    if damaged(work) or (not before and any(work.glob("*.json"))):
+        shutil.rmtree(work)
+        warnings = ["the work files of the interrupted run are damaged, so healing began again"]
+    elif before and before["weights"] != now["weights"]:
         shutil.rmtree(work)
         warnings = ["the weights to continue from are not those that were healed before, so healing began again"]
     elif before:
         return checkpoint.other_circumstances("it was trained in part and", before["with"], now["with"])
     work.mkdir(parents=True, exist_ok=True)
-    write_text(json.dumps(now), note)
+    sealed.keep(now, note)
     return warnings
 
 

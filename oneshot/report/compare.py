@@ -10,8 +10,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..checkpoint import MANIFEST, WORK, sealed
-from ..runtime import environment
+from ..checkpoint import MANIFEST, WORK
+from ..runtime import environment, sealed
 from ..runtime.command import Parser, exit_code
 from . import said, tables, task_table
 from .page import write_html

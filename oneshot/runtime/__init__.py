@@ -3,6 +3,7 @@
     environment   versions, device, memory
     files         atomic writes
     inputs        input that others wrote: files, JSON, strings of any content
+    sealed        JSON files that contain their own hash, and those of files beside them
     lock          a file that one process holds at a time
     hub           whether the Hugging Face hub may be asked, and whether it answers
     command       error handling and exit codes, in one place for every command

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from tiny import place, plain_pages  # noqa: F401
 
 from oneshot import checkpoint
-from oneshot.checkpoint import kept, sealed, verify
+from oneshot.checkpoint import kept, verify
 from oneshot.pipeline import compress
 from oneshot.prune import loop
-from oneshot.runtime import files
+from oneshot.runtime import files, sealed
 
 pytestmark = pytest.mark.usefixtures("plain_pages")
 LAST = tiny.BLOCKS - 1

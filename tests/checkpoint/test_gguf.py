@@ -12,9 +12,10 @@ from tiny import plain_pages  # noqa: F401
 
 import oneshot
 from oneshot import checkpoint, models
-from oneshot.checkpoint import contents, gguf, rounded, sealed, verify
+from oneshot.checkpoint import contents, gguf, rounded, verify
 from oneshot.checkpoint.gguf import blocks, family, file
 from oneshot.quantise import grids
+from oneshot.runtime import sealed
 
 pytest.importorskip("gguf", reason="pip install 'oneshot[gguf]'")
 SIZE = 2051  # three more than the tokenizer has, so that the vocabulary is padded

@@ -12,7 +12,8 @@ from tiny import plain_pages  # noqa: F401
 from transformers import AutoModelForCausalLM
 
 from oneshot import models
-from oneshot.checkpoint import contents, sealed, verify
+from oneshot.checkpoint import contents, verify
+from oneshot.runtime import sealed
 
 pytestmark = pytest.mark.usefixtures("plain_pages")
 UP = "model.layers.1.mlp.up_proj"

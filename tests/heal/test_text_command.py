@@ -1,5 +1,7 @@
 """`--heal full` and `lora` by command: record, checkpoint, resuming, what is refused; and from Python."""
 
+import shutil
+
 import pytest
 import tiny
 import torch
@@ -9,6 +11,7 @@ import oneshot
 from oneshot import checkpoint, models
 from oneshot.heal.text import trainer
 from oneshot.pipeline import heal_command
+from oneshot.report import page
 
 pytestmark = pytest.mark.usefixtures("plain_pages")
 SMALL = {"method": "wanda", "pattern": "2:4", "heal_tokens": "600", "heal_seqlen": 16, "heal_batch": 32}
@@ -65,6 +68,47 @@ def test_a_killed_run_continues_to_the_same_bits(place, heal, tmp_path, monkeypa
     assert min(steps) > 0  # it did not begin anew
     whole, broken = (tiny.weights(tmp_path / name) for name in ("whole", "broken"))
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
+
+
+@pytest.fixture(scope="module")
+def broken(place, tmp_path_factory):
+    """(the folder of a run that was killed after two checkpoints, the weights that an uninterrupted one gives)."""
+    out = tmp_path_factory.mktemp("broken") / "out"
+    real = trainer.TextTrainer.training_step
+
+    def step(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return real(self, *args, **kwargs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "_pictures", lambda records: [])
+        assert tiny.main(*argv(place, out.with_name("whole"), heal_tokens="320")) == 0
+        patch.setattr(trainer.TextTrainer, "training_step", step)
+        assert tiny.main(*argv(place, out, heal_tokens="320")) == 130
+    return out, tiny.weights(out.with_name("whole"))
+
+
+@pytest.mark.parametrize("name, spoil, said", [
+    ("full/attempt-0/checkpoint-*/model.safetensors", "truncate", None),
+    ("full/attempt-0/checkpoint-*/optimizer.pt", "flip", None), ("full/attempts.json", "truncate", "are damaged"),
+    ("full/start.json", "remove", "are damaged"), ("text/train.npy", "flip", None),
+    ("text/text.json", "truncate", None)])
+def test_damaged_work_files_are_not_used(place, broken, name, spoil, said, tmp_path):
+    """Bits that changed on the disk, or a file that a power failure cut short."""
+    shutil.copytree(broken[0], tmp_path / "out")
+    files = list((tmp_path / "out" / ".oneshot" / "heal").glob(name))
+    assert files
+    for file in files:
+        content = file.read_bytes()
+        middle = len(content) // 2
+        file.write_bytes(content[:middle] + (b"" if spoil == "truncate" else b"\xff" * 8 + content[middle + 8:]))
+        if spoil == "remove":
+            file.unlink()
+    assert tiny.main(*argv(place, tmp_path / "out", heal_tokens="320")) == 0
+    found = tiny.weights(tmp_path / "out")
+    assert all(torch.equal(found[name], value) for name, value in broken[1].items())
+    warnings = checkpoint.read_manifest(tmp_path / "out")["record"]["warnings"]
+    assert [said in w for w in warnings] == [True] if said else warnings == []
 
 
 def test_the_dense_models_own_samples_are_a_text(place, tmp_path):

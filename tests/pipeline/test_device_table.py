@@ -83,3 +83,18 @@ def test_the_command_measures_prints_and_writes(tmp_path, monkeypatch, capfd):
     assert all(row["measured"] > 0 for row in read["checks"]["whole model"].values())
     assert latency_command.main([str(tmp_path / "nowhere")]) == 2
     assert latency_command.main([*words[:3], "--rounds", "0"]) == 2 and "--rounds 0" in capfd.readouterr().err
+
+
+def test_a_damaged_table_in_the_cache_is_measured_again(model, tmp_path):
+    found = device_table.table(model, "cpu", rounds=1, progress=False)
+    [file] = (tmp_path / "cache").rglob("*.json")
+    for damage in (file.read_text()[:50], file.read_text().replace("5.0", "6.0", 1)):
+        file.write_text(damage)
+        assert device_table.table(model, "cpu", rounds=1, progress=False)["parts"] == found["parts"]
+
+
+def test_out_that_cannot_be_written_is_one_line(model, tmp_path, capsys):
+    tiny.save_model(tmp_path / "saved")
+    for out in (tmp_path, tmp_path / "saved" / "config.json" / "t.json"):
+        assert latency_command.main([str(tmp_path / "saved"), "--rounds", "1", "--no-progress", "--out", str(out)]) == 2
+        assert f"--out {out}: " in capsys.readouterr().err

@@ -30,7 +30,7 @@ class World:
         if cfg.save:
             self.shares[cfg.save] = share
             self.runs.append((Path(cfg.model).name, Path(cfg.save).name, round(share, 4)))
-        return {"metrics": {"text/ppl": self.ppl(share), "task/acc": 0.5 * share}}
+        return {"metrics": {"text/ppl": self.ppl(share), "task/acc": 0.5 * share}, "shrunk": {"share": cfg.shrink or 1}}
 
 
 def go(tmp_path, *words):
@@ -50,7 +50,8 @@ def test_a_round_that_breaks_a_floor_is_undone_and_tried_with_half_the_step(tmp_
     """The floor lies at a share of 0.82: 0.9, then 0.8 breaks it, 0.85 holds, 0.8 breaks it again, 0.825 holds ..."""
     world = World(monkeypatch, lambda share: 20 if share >= 0.82 else 100)
     assert go(tmp_path, "--target", "parameters=0.5", "--floor", "text/ppl<=1.1x") == 3
-    assert [share for *_, share in world.runs] == [0.9, 0.8, 0.85, 0.8, 0.825, 0.8, 0.8125, 0.8187]
+    assert [share for *_, share in world.runs] == pytest.approx([0.9, 0.8, 0.85, 0.8, 0.825, 0.8, 0.8125, 0.81875],
+                                                                abs=1e-4)
     assert world.runs[2][0] == "round-1" and world.runs[-1][0] == "round-5"
     out = capsys.readouterr().out
     assert "a floor stands in the way: text/ppl 100, asked <= 22" in out and out.rstrip().endswith("round-5")
@@ -82,6 +83,67 @@ def test_latency_is_measured_and_the_target_is_its_own(tmp_path, monkeypatch):
     world = World(monkeypatch, lambda share: 20, time=lambda share: 0.5 + 0.5 * share)
     assert go(tmp_path, "--target", "latency=0.86x") == 0
     assert [share for *_, share in world.runs] == [0.9, 0.8, 0.7] and len(world.timed) == 3
+
+
+def test_whole_units_are_counted_as_they_are(tmp_path, monkeypatch, capsys):
+    """A model of eight units: steps of a tenth become eighths, and one that is less than an eighth ends it."""
+    world = World(monkeypatch, lambda share: 20)
+    real = world.run
+
+    def whole(cfg):
+        start = world.shares[cfg.model]
+        record = real(cfg)
+        if cfg.save:
+            world.shares[cfg.save] = -(-8 * round(world.shares[cfg.save], 6) // 1) / 8
+            record["shrunk"]["share"] = world.shares[cfg.save] / start
+        return record
+    monkeypatch.setattr(fit.run, "run", whole)
+    assert go(tmp_path, "--target", "parameters=0.5", "--step", "0.2") == 0
+    assert list(world.shares.values()) == [1.0, 0.875, 0.625, 0.5] and "62.5%" in capsys.readouterr().out
+    assert go(tmp_path / "small", "--target", "parameters=0.62", "--step", "0.01") == 3
+    assert "cannot get smaller: a step of 0.0025 is less than one unit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error, code, said", [
+    ("--shrink: leaves less than one unit", 3, "the model cannot get smaller: --shrink: leaves less"),
+    ("--data x: no such file", 2, "--data x")])
+def test_a_round_that_cannot_be_cut_ends_the_rounds_and_other_errors_end_the_command(error, code, said, tmp_path,
+                                                                                   monkeypatch, capsys):
+    world = World(monkeypatch, lambda share: 20)
+    real = world.run
+
+    def failing(cfg):
+        if cfg.save and world.shares[cfg.model] * cfg.shrink < 0.85:
+            raise ValueError(error)
+        return real(cfg)
+    monkeypatch.setattr(fit.run, "run", failing)
+    assert go(tmp_path, "--target", "parameters=0.3") == code
+    out, err = capsys.readouterr()
+    assert said in out + err and (code == 2 or Path(out.split()[-1]).name.startswith("round-"))
+
+
+def test_latency_rounds_end_where_nothing_would_be_left(tmp_path, monkeypatch, capsys):
+    World(monkeypatch, lambda share: 20, time=lambda share: 0.9)
+    assert go(tmp_path, "--target", "latency=0.5", "--step", "0.5") == 3
+    assert "nothing would be left" in capsys.readouterr().out
+
+
+def test_what_is_no_number_keeps_no_floor(tmp_path, monkeypatch, capsys):
+    """Records hold null for NaN."""
+    World(monkeypatch, lambda share: 20 if share > 0.85 else None)
+    assert go(tmp_path, "--target", "parameters=0.5", "--floor", "text/ppl<=2x") == 3
+    assert "text/ppl nan, asked <= 40" in capsys.readouterr().out
+    World(monkeypatch, lambda share: None)
+    assert go(tmp_path / "dense", "--target", "parameters=0.5", "--floor", "text/ppl<=2x") == 2
+    assert "--floor text/ppl: is nan for --model" in capsys.readouterr().err
+
+
+def test_a_damaged_file_of_rounds_is_one_line(tmp_path, monkeypatch, capsys):
+    World(monkeypatch, lambda share: 20)
+    assert go(tmp_path, "--target", "parameters=0.8") == 0
+    file = tmp_path / "out" / "fit.json"
+    file.write_text(file.read_text()[:-9])
+    assert go(tmp_path, "--target", "parameters=0.8") == 2 and "fit.json is damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text, holds", [

@@ -14,8 +14,9 @@ left as they were. A checkpoint is saved at every look. A run that was killed co
 the same bits (on the same device, with as many threads).
 
     WORK/text/            the packed text (data/training.py)
-    WORK/attempts.json    the attempts: learning rate, first window, state they began with, looks
-    WORK/attempt-N/       Trainer's checkpoints
+    WORK/attempts.json    the attempts: learning rate, first window, state they began with, looks; and the hashes of
+    WORK/attempt-N.safetensors  the best state of an attempt, if it was the best so far
+    WORK/attempt-N/       Trainer's checkpoints, each with the hashes of its files; a damaged one is not used
 
 The files here: losses, student (the model as Trainer sees it), teacher (the dense model's predictions), memory (how a
 step is made to fit), trainer (transformers' Trainer).
@@ -37,8 +38,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Subset
 
-from ...runtime import distributed
-from ...runtime.files import write_text
+from ...runtime import distributed, sealed
 from ..train import FALL, WARM_UP
 from . import memory
 from .student import Lesson, Student, counted
@@ -47,7 +47,8 @@ LOOKS = 10  # evaluations of the held-out loss, and checkpoints
 PATIENCE = 3  # looks in a row without gain after which training ends
 FALLS = 6  # how often the learning rate is halved at most
 HELD = 8192  # tokens held out
-WEIGHTS = "model.safetensors"  # in Trainer's checkpoints
+ATTEMPTS = "attempts.json"
+WEIGHTS, SEAL = "model.safetensors", "sealed.json"  # in Trainer's checkpoints
 CLIP = 1.0  # norm of the gradient, at most
 
 
@@ -123,8 +124,8 @@ class Course:
         self.windows, self.start = lesson.windows, trained.snapshot()
         if self.fit.checkpointing:
             model.gradient_checkpointing_enable()
-        self.file = lesson.work / "attempts.json"
-        kept = distributed.share(json.loads(self.file.read_text()) if self.file.is_file() else {})
+        self.file = lesson.work / ATTEMPTS
+        kept = distributed.share(sealed.kept(self.file))
         self.before: float | None = kept.get("before")
         self.attempts = [Attempt(**row) for row in kept.get("attempts", [])] or [Attempt(lr, 0)]
 
@@ -151,7 +152,7 @@ class Course:
         """Do one attempt, from its last checkpoint if there is one; returns the tokens it was trained on here."""
         self.set(attempt.state)
         number = self.attempts.index(attempt)
-        trainer, last = self.trainer(attempt), last_checkpoint(self.folder(number))
+        trainer, last = self.trainer(attempt), distributed.share(last_checkpoint(self.folder(number)))
         past = json.loads((last / "trainer_state.json").read_text())["log_history"] if last else []
         seen = 0
         if last is None or verdict([row["eval_loss"] for row in past if "eval_loss" in row], self.before) is None:
@@ -223,7 +224,8 @@ class Course:
     def note(self) -> None:
         """Write attempts.json."""
         if not distributed.rank():
-            write_text(json.dumps({"before": self.before, "attempts": [asdict(a) for a in self.attempts]}), self.file)
+            sealed.keep({"before": self.before, "attempts": [asdict(a) for a in self.attempts]}, self.file,
+                        [a.kept for a in self.attempts if a.kept])
 
     def folder(self, number: int) -> Path:
         """Trainer's folder for an attempt."""
@@ -231,7 +233,7 @@ class Course:
 
     def trainer(self, attempt: Attempt) -> "TextTrainer":  # noqa: F821 - see below
         """Trainer for an attempt on what is left of the text."""
-        from .trainer import Bar, Looks, TextTrainer, TrainingArguments  # slow to import
+        from .trainer import Bar, Looks, Seals, TextTrainer, TrainingArguments  # slow to import
 
         text, lesson = self.lesson.text, self.lesson
         steps = max(1, (len(text.train) - attempt.begins) // self.windows)
@@ -250,7 +252,7 @@ class Course:
         return TextTrainer(
             self.student(), arguments, train_dataset=Subset(text.train, range(attempt.begins, len(text.train))),
             eval_dataset=text.held, groups=self.trained.groups(attempt.lr), masked=self.trained.mask_gradients,
-            callbacks=[Looks(self.before), *([Bar()] if lesson.progress and attempt.lr else [])])
+            callbacks=[Looks(self.before), Seals(), *([Bar()] if lesson.progress and attempt.lr else [])])
 
 
 def verdict(losses: list[float], before: float) -> str | None:
@@ -261,11 +263,24 @@ def verdict(losses: list[float], before: float) -> str | None:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint in a folder that was written to its end; incomplete ones are removed."""
-    for found in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
-        with contextlib.suppress(OSError, ValueError):
-            json.loads((found / "trainer_state.json").read_text())  # Trainer writes it last
-            return found
-        if not distributed.rank():
+    """The last of Trainer's checkpoints in a folder that is as it was written, and whose best one is; damaged and
+    incomplete ones are removed. None in a process that is not the first."""
+    if distributed.rank():
+        return None
+    whole = []
+    for found in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2])):
+        if sealed.kept(found / SEAL):
+            whole.append(found)
+        else:
             shutil.rmtree(found)
+    while whole:
+        state = json.loads((whole[-1] / "trainer_state.json").read_text())
+        if Path(state["best_model_checkpoint"] or whole[-1]).name in [path.name for path in whole]:
+            return whole[-1]
+        shutil.rmtree(whole.pop())
     return None
+
+
+def damaged(work: Path) -> bool:
+    """Whether the attempts of an earlier process, in this folder, are not as they were written."""
+    return (work / ATTEMPTS).is_file() and not sealed.kept(work / ATTEMPTS)

@@ -1,6 +1,7 @@
 """Transformers' Trainer as healing on text uses it: Adam's parameter groups, a mask, looks, a progress bar."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,10 +9,11 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from ...runtime import sealed
 from ..train import BETAS
-from . import verdict
+from . import SEAL, verdict
 
-__all__ = ["Bar", "Looks", "TextTrainer", "TrainingArguments"]
+__all__ = ["Bar", "Looks", "Seals", "TextTrainer", "TrainingArguments"]
 
 
 class TextTrainer(Trainer):
@@ -68,3 +70,20 @@ class Looks(TrainerCallback):
         if self.before is not None and verdict(
                 [row["eval_loss"] for row in state.log_history if "eval_loss" in row], self.before):
             control.should_training_stop = True
+
+
+class Seals(TrainerCallback):
+    """Adds to each checkpoint the hashes of its files, last of all; other processes' random states are not among them.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The best checkpoint lies where the others do, also if the folder was moved or is called otherwise now."""
+        if state.best_model_checkpoint:
+            state.best_model_checkpoint = str(Path(args.output_dir) / Path(state.best_model_checkpoint).name)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """See the class."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero:
+            names = sorted(f.name for f in folder.iterdir() if f.is_file() and not f.match("rng_state_[1-9]*"))
+            sealed.keep({"step": state.global_step}, folder / SEAL, [name for name in names if name != SEAL])
