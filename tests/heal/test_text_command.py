@@ -171,6 +171,12 @@ def test_heal_from_python(place, teacher):
         oneshot.heal(model, tokenizer, data=str(place / "calibration.txt"))
 
 
+def test_no_more_tokens_are_told_than_the_text_has(place, tmp_path):
+    assert tiny.main(*argv(place, tmp_path / "out", heal_tokens="16")) == 0
+    info = checkpoint.read_manifest(tmp_path / "out")["record"]["heal"]["full"]
+    assert info["tokens"] == info["text"]["tokens"] == 16
+
+
 @pytest.mark.parametrize("given", [True, False])
 def test_from_python_the_teacher_is_the_model_in_hand_not_what_lies_under_its_name(place, given):
     """The perfect student of another random model: with the same weights as its teacher, it has nothing to learn."""
