@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..data.choose import check_least
 from ..data.training import mixture
@@ -49,6 +50,8 @@ class HealOptions:
             raise ValueError(f"--heal-loss {self.heal_loss}: give {', '.join(LOSSES)}, or several by commas")
         if not self.heal_temperature > 0:
             raise ValueError(f"--heal-temperature {self.heal_temperature:g}: must be above 0")
+        if self.heal_cache is not None and (not self.heal_cache or Path(self.heal_cache).is_file()):
+            raise ValueError(f"--heal-cache {self.heal_cache}: give a folder")
         if self.heal_cache is not None and "hidden" in listed(self.heal_loss):
             raise ValueError("--heal-cache: holds predictions, no hidden states; use --heal-loss kl with it")
 

@@ -133,7 +133,8 @@ def make_lesson(subject: Subject, work: Path) -> Lesson:
         return lesson
     if cfg.heal_cache is None:
         return replace(lesson, teacher=once())
-    key = {"teacher": cfg.heal_teacher or cfg.model, "text": text.about["sha256"]}
+    who = models.fingerprint(subject.dense) if cfg.heal_teacher == GIVEN else cfg.heal_teacher or cfg.model
+    key = {"teacher": who, "text": text.about["sha256"]}
     cached = {part: teacher.cache(Path(cfg.heal_cache) / part, once, windows, key | {"part": part}, k=top_k,
                                   temperature=cfg.heal_temperature, progress=cfg.progress)
               for part, windows in (("train", text.train), ("held", text.held))}
@@ -146,7 +147,7 @@ def needs_teacher(cfg: RunConfig) -> bool:
 
 
 def dense_teacher(subject: Subject) -> teacher.Live:
-    """The dense model, loaded anew. Raises ValueError naming `--heal-teacher` if it does not go with the model."""
+    """The dense model. Raises ValueError naming `--heal-teacher` if it does not go with the model."""
     cfg, model = subject.cfg, subject.model
     if cfg.heal_teacher not in (None, GIVEN):
         try:
@@ -155,7 +156,7 @@ def dense_teacher(subject: Subject) -> teacher.Live:
         except ValueError as error:
             raise ValueError(str(error).replace("--model", "--heal-teacher", 1)) from error.__cause__
     else:
-        dense = load(cfg)[0]  # a model of its own: its dtype changes
+        dense = subject.dense  # from Python, the one in the caller's hands; Live copies what it has to change
     sizes = [models.config_of(m).vocab_size for m in (dense, model)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"--heal-teacher {cfg.heal_teacher}: has {sizes[0]} token ids and the model {sizes[1]}; give "

@@ -294,6 +294,18 @@ def test_a_cache_is_built_once_continues_and_is_not_another_models(tmp_path, mon
         build("b")
 
 
+@pytest.mark.parametrize("name", ["cache.json", "log_p.npy", "ids.npy"])
+def test_a_cache_that_was_cut_short_is_named(name, tmp_path):
+    live = lesson(tmp_path / "live")
+    given = (tmp_path / "cache", lambda: live.teacher, windows(4), {})
+    teacher.cache(*given, k=4, temperature=1.0, progress=False)
+    file = tmp_path / "cache" / name
+    for size in (file.stat().st_size // 2, 0):
+        file.write_bytes(file.read_bytes()[:size])
+        with pytest.raises(ValueError, match=r"^--heal-cache .* is damaged"):
+            teacher.cache(*given, k=4, temperature=1.0, progress=False)
+
+
 def test_a_disk_that_is_too_small_is_named_before_anything_is_computed(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(ValueError, match=r"^--heal-cache .* GiB"):

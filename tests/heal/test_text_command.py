@@ -1,5 +1,6 @@
 """`--heal full` and `lora` by command: record, checkpoint, resuming, what is refused; and from Python."""
 
+import copy
 import shutil
 
 import pytest
@@ -131,7 +132,7 @@ def test_evaluation_text_among_the_training_text_is_a_warning(place, tmp_path, c
     ({"heal": "none"}, "--heal-data "), ({"heal": "full,block"}, "--heal block,full"),
     ({"heal_seqlen": 4096}, "--heal-seqlen 4096"), ({"heal_data": "nowhere.txt"}, "--heal-data nowhere.txt"),
     ({"heal": "lora", "lora.targets": "nothing"}, "--lora.targets nothing"),
-    ({"heal_teacher": "nowhere"}, "--heal-teacher nowhere"),
+    ({"heal_teacher": "nowhere"}, "--heal-teacher nowhere"), ({"heal_cache": ""}, "--heal-cache : give a folder"),
     ({"heal": "lora", "lora.adapter": "adapter"}, "--lora.adapter adapter"),
 ])
 def test_what_cannot_be_done_is_one_line(place, changed, said, tmp_path, capfd):
@@ -168,6 +169,26 @@ def test_heal_from_python(place, teacher):
     assert not any(p[z].any() for p, z in zip([p for p in model.parameters() if p.ndim == 2], zeros, strict=True))
     with pytest.raises(ValueError, match="--heal-teacher"):
         oneshot.heal(model, tokenizer, data=str(place / "calibration.txt"))
+
+
+def test_no_more_tokens_are_told_than_the_text_has(place, tmp_path):
+    assert tiny.main(*argv(place, tmp_path / "out", heal_tokens="16")) == 0
+    info = checkpoint.read_manifest(tmp_path / "out")["record"]["heal"]["full"]
+    assert info["tokens"] == info["text"]["tokens"] == 16
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_from_python_the_teacher_is_the_model_in_hand_not_what_lies_under_its_name(place, given):
+    """The perfect student of another random model: with the same weights as its teacher, it has nothing to learn."""
+    model, tokenizer = models.load(str(place / "model"))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.9)
+    teacher = {"teacher": copy.deepcopy(model)} if given else {}
+    record = oneshot.prune(model, tokenizer, method="magnitude", pattern="0.0", heal="full", heal_tokens="64",
+                           heal_data=str(place / "calibration.txt"), heal_seqlen=16, heal_batch=32, progress=False,
+                           **teacher)
+    assert abs(record["heal"]["full"]["held_out_before"]) < 1e-5
 
 
 @pytest.fixture(scope="module")

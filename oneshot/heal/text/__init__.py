@@ -195,7 +195,8 @@ class Course:
             loss = self.before
         elif last.lr < self.attempts[0].lr:
             warnings.append(f"learning rate lowered from {self.attempts[0].lr:g} to {last.lr:g}")
-        tokens = sum(a.steps for a in self.attempts) * self.windows * self.lesson.options.heal_seqlen
+        n = len(self.lesson.text.train)  # windows: fewer than one step takes, in a tiny text
+        tokens = sum(min(a.steps * self.windows, n - a.begins) for a in self.attempts) * self.lesson.options.heal_seqlen
         about = {key: value for key, value in self.lesson.text.about.items() if key != "warnings"}
         held = self.lesson.text.held
         share = float(sum(counted(held[i]["labels"]) for i in range(len(held)))) / len(held)

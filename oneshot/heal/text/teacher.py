@@ -85,7 +85,13 @@ def cache(folder: Path, teacher: Callable[[], Live], windows: Windows, key: dict
     """
     note, shape = folder / "cache.json", (len(windows), windows.seqlen, k)
     asked = key | {"k": k, "temperature": temperature, "windows": len(windows), "seqlen": windows.seqlen}
-    found = json.loads(note.read_text()) if note.is_file() else {}
+    try:
+        found = json.loads(note.read_text()) if note.is_file() else {}
+        if found:
+            Cached(folder)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"--heal-cache {folder}: is damaged ({' '.join(str(error).split())}); remove it, it is "
+                         "computed again") from None
     if found and found["of"] != asked:
         raise ValueError(f"--heal-cache {folder}: holds the predictions of another model or for another text; give "
                          "another folder")
