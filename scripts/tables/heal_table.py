@@ -89,12 +89,12 @@ def unhealed(record: dict) -> bool:
 
 def of(record: dict) -> tuple:
     """What a healed model and the unhealed one that it is compared with share."""
-    return record["settings"]["pattern"], record["settings"].get("shrink"), seed_of(record)
+    return record["settings"].get("pattern"), record["settings"].get("shrink"), seed_of(record)
 
 
 def seed_of(record: dict) -> int:
-    """The calibration seed."""
-    return record["settings"]["seed"]
+    """The calibration seed; 0 for the dense model, which has none."""
+    return record["settings"].get("seed", 0)
 
 
 def order(record: dict) -> tuple:
@@ -109,7 +109,7 @@ def way_of(record: dict) -> str:
     if settings["method"] == "dense":
         return "dense"
     made = [f"shrink {settings['shrink']:g}"] if settings.get("shrink") else []
-    made += [f"{settings['method']} {settings['pattern']}"] if settings["pattern"] != "dense" else []
+    made += [f"{settings['method']} {settings['pattern']}"] if settings.get("pattern") != "dense" else []
     own = settings.get("heal") if settings.get("heal") not in (None, "none") else None
     loss = settings.get("heal_loss")
     return " ".join(made) + (f", {own}" if own else "") + (f" ({loss})" if loss else "")

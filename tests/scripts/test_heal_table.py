@@ -36,7 +36,8 @@ def made(method="sparsegpt", ppl=(40.0, 50.0), heal=None, **settings):
     info = {"attempts": [{"looks": [[5, 0.5]], "steps": 10}], "tokens": 5000, "steps": 10, "held_out_before": 1.25,
             "held_out_after": 0.5, "tokens_per_second": 123.4}
     return {"schema": report.SCHEMA, "run_id": "x", "status": "finished", "model": {"name": "demo"},
-            "settings": {"method": method, "pattern": "dense" if method == "dense" else "2:4", "seed": 0, **settings},
+            "settings": {"method": method, "pattern": "dense" if method == "dense" else "2:4",
+                         **({} if method == "dense" else {"seed": 0}), **settings},
             "metrics": dict(zip(heal_table.METRICS, ppl, strict=True)), "heal": {heal: info} if heal else {},
             "blocks": [], "seconds": {"prune": 120.0}, "peak_memory_bytes": 2**31,
             "environment": {"commit": "abc", "dirty": False, "device": "cpu", "threads": 1, "torch": "2",
