@@ -184,6 +184,13 @@ def prepare(spec: str, tokenizer: Tokenizer, folder: Path, *, tokens: int, held:
     return TrainingText(windows["train"], windows["held"], {key: about[key] for key in about if key != "asked"})
 
 
+def check(spec: str, tokenizer: Tokenizer, options: TextOptions, held_out: str | None = None) -> None:
+    """Raise what `prepare` would, as far as that shows when the texts are opened."""
+    for flag, text in (("--heal-data", spec), ("--heal-held-out", held_out)):
+        if text:
+            _open(flag, text, tokenizer, options, 0, lambda share: [])
+
+
 def fingerprint(tokenizer: Tokenizer) -> str:
     """What tells two tokenizers apart, short."""
     whole = json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), tokenizer.chat_template],

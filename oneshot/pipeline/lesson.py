@@ -20,6 +20,7 @@ from ..heal.options import count
 from ..heal.text import HELD, damaged, teacher
 from ..heal.text.student import Lesson, keeps_apart
 from ..measure import Subject
+from ..models import Tokenizer
 from ..prune.job import Result
 from ..prune.loop import float32_products
 from ..runtime import distributed, sealed
@@ -146,22 +147,40 @@ def needs_teacher(cfg: RunConfig) -> bool:
     return bool(cfg.text_heals and set(listed(cfg.heal_loss)) & {"kl", "hidden"} and not cfg.heal_teacher)
 
 
+def check(cfg: RunConfig, model: nn.Module, tokenizer: Tokenizer) -> None:
+    """Raise, before anything is pruned, what would be raised when healing on text begins. Names the flag."""
+    if not cfg.text_heals:
+        return
+    choose.window(model, cfg.heal_seqlen, "--heal-seqlen")
+    training.check(cfg.heal_data, tokenizer, choose.text_options(cfg, model, tokenizer), cfg.heal_held_out)
+    if cfg.heal_teacher not in (None, GIVEN):
+        same_tokens(cfg, named_teacher(cfg), model)
+
+
+def named_teacher(cfg: RunConfig) -> nn.Module:
+    """The model of `--heal-teacher`. Raises ValueError naming the flag."""
+    try:
+        return models.load(cfg.heal_teacher, dtype=cfg.dtype, cache_dir=cfg.cache_dir,
+                           trust_remote_code=cfg.trust_remote_code)[0]
+    except ValueError as error:
+        raise ValueError(str(error).replace("--model", "--heal-teacher", 1)) from error.__cause__
+
+
 def dense_teacher(subject: Subject) -> teacher.Live:
     """The dense model. Raises ValueError naming `--heal-teacher` if it does not go with the model."""
     cfg, model = subject.cfg, subject.model
-    if cfg.heal_teacher not in (None, GIVEN):
-        try:
-            dense, _ = models.load(cfg.heal_teacher, dtype=cfg.dtype, cache_dir=cfg.cache_dir,
-                                   trust_remote_code=cfg.trust_remote_code)
-        except ValueError as error:
-            raise ValueError(str(error).replace("--model", "--heal-teacher", 1)) from error.__cause__
-    else:
-        dense = subject.dense  # from Python, the one in the caller's hands; Live copies what it has to change
+    # from Python, the one in the caller's hands; Live copies what it has to change
+    dense = subject.dense if cfg.heal_teacher in (None, GIVEN) else named_teacher(cfg)
+    same_tokens(cfg, dense, model)
+    return teacher.Live(dense, torch.device(cfg.device))
+
+
+def same_tokens(cfg: RunConfig, dense: nn.Module, model: nn.Module) -> None:
+    """Raise ValueError naming `--heal-teacher` if the two models have other vocabularies."""
     sizes = [models.config_of(m).vocab_size for m in (dense, model)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"--heal-teacher {cfg.heal_teacher}: has {sizes[0]} token ids and the model {sizes[1]}; give "
                          "the model that this one was made from")
-    return teacher.Live(dense, torch.device(cfg.device))
 
 
 def overlap_warnings(subject: Subject, text: training.TrainingText) -> list[str]:

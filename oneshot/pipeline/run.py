@@ -85,6 +85,7 @@ def made(cfg: RunConfig, command: Command, reuse: Callable[[Path], dict | None] 
         checks.check_heal(other, model)
         checks.check_shared(other, model)
     texts = choose.evaluation(cfg, model, tokenizer)
+    lesson.check(cfg, model, tokenizer)
     measure.prepare(cfg, model, tokenizer)
     late = cfg.calibration == "self"  # it follows from weights and settings, so it can wait until the run_id is checked
     calibration = None if late else command.calibration(cfg, model, tokenizer)
@@ -104,7 +105,6 @@ def made(cfg: RunConfig, command: Command, reuse: Callable[[Path], dict | None] 
         return record
     if late:
         calibration = command.calibration(cfg, model, tokenizer)
-
     prepared = time.perf_counter()
     subject = Subject(model, tokenizer, cfg, texts, calibration, lambda: command.dense(cfg))
     record = work(subject, make_plan(cfg, model), command, folder)
