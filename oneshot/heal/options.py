@@ -8,6 +8,7 @@ from ..data.choose import check_least
 from ..data.training import mixture
 from ..runtime.flag import flag, listed
 
+HOTTEST = 100  # at which all of the likeliest tokens are as likely
 LOSSES = ("next", "kl", "hidden")  # see heal/text/losses.py
 
 
@@ -48,8 +49,8 @@ class HealOptions:
         unknown = [name for name in listed(self.heal_loss) if name not in LOSSES]
         if unknown or not listed(self.heal_loss):
             raise ValueError(f"--heal-loss {self.heal_loss}: give {', '.join(LOSSES)}, or several by commas")
-        if not self.heal_temperature > 0:
-            raise ValueError(f"--heal-temperature {self.heal_temperature:g}: must be above 0")
+        if not 0 < self.heal_temperature <= HOTTEST:
+            raise ValueError(f"--heal-temperature {self.heal_temperature:g}: must be above 0, and at most {HOTTEST}")
         if self.heal_cache is not None and (not self.heal_cache or Path(self.heal_cache).is_file()):
             raise ValueError(f"--heal-cache {self.heal_cache}: give a folder")
         if self.heal_cache is not None and "hidden" in listed(self.heal_loss):

@@ -60,6 +60,8 @@ def translated(argv: list[str]) -> list[str]:
         raise ValueError("oneshot heal: name the model first, such as: oneshot heal ./pruned --data c4 --save ./healed")
     made = made_from(own["model"])
     given = {word.partition("=")[0].replace("_", "-") for word in words}
+    if "--heal" in given:
+        raise ValueError("oneshot heal: --method says how to heal; leave --heal out")
     if "--heal-teacher" not in given and "model" in made:
         words += ["--heal-teacher", made["model"]]
     return ["--model", own["model"], "--method", "keep", "--pattern", own.get("pattern", made.get("pattern", "dense")),

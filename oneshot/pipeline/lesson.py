@@ -1,7 +1,6 @@
 """Lesson: what healing on text needs: the text, the dense model's predictions, a place for checkpoints."""
 
 import contextlib
-import hashlib
 import shutil
 import sys
 import tempfile
@@ -199,5 +198,5 @@ def overlap_warnings(subject: Subject, text: training.TrainingText) -> list[str]
 def mark(cfg: RunConfig) -> list[str]:
     """What identifies the training text beside its name: the sha256 of every file that is named."""
     names = [name for spec in (cfg.heal_data, cfg.heal_held_out) if spec for _, name in training.mixture(spec)]
-    return [hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in names if Path(name).is_file()]
+    return [sealed.digest(Path(name)) for name in names if Path(name).is_file()]
 

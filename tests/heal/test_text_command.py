@@ -232,6 +232,7 @@ def test_oneshot_heal_without_a_manifest_needs_a_teacher_or_the_next_token(place
 
 def test_oneshot_heal_names_what_is_missing(capfd):
     assert heal_main("--data", "c4") == 2 and "name the model first" in capfd.readouterr().err
+    assert heal_main("x", "--data", "c4", "--heal", "lora") == 2 and "leave --heal out" in capfd.readouterr().err
     assert heal_main("--model=x", "--tokens", "5M") == 2 and "--heal-data" in capfd.readouterr().err
     with pytest.raises(SystemExit) as ended:
         heal_main("--help")
