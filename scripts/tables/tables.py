@@ -146,7 +146,7 @@ def tasks_section(records: list[dict]) -> list[str]:
 
 def with_runs(text: str, records: list[dict]) -> str:
     """The README's `text` with its table of the runs on models that are known elsewhere; all are in tables.md."""
-    return replaced(text, "pruning", readme_table([r for r in records if r["model"]["name"] != "demo"]))
+    return replaced(text, "pruning", readme_table([r for r in records if (r.get("model") or {}).get("name") != "demo"]))
 
 
 def with_best(text: str, root: Path) -> str:

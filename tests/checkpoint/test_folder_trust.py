@@ -14,7 +14,7 @@ from tiny import place, plain_pages  # noqa: F401
 
 from oneshot import checkpoint
 from oneshot.checkpoint import kept, verify
-from oneshot.pipeline import compress
+from oneshot.pipeline import compress, plan
 from oneshot.prune import loop
 from oneshot.runtime import files, sealed
 
@@ -204,9 +204,9 @@ def test_resumed_with_other_threads_says_so(place, tmp_path, monkeypatch, thread
 
 
 def test_resumed_by_another_version_says_so(place, tmp_path, monkeypatch):  # noqa: F811
-    argv, real = command(place, tmp_path / "out"), compress.environment.environment
+    argv, real = command(place, tmp_path / "out"), plan.environment.environment
     with monkeypatch.context() as patch:
-        patch.setattr(compress.environment, "environment", lambda device: real(device) | {
+        patch.setattr(plan.environment, "environment", lambda device: real(device) | {
             "commit": "0123456789", "torch": "1.0", "device": "another"})
         interrupted(argv, monkeypatch, after=1)
     assert tiny.main(*argv) == 0

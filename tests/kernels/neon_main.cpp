@@ -36,7 +36,7 @@ int main(int, char** argv) {
     linear_integers(p[0], (uint8_t*)p[1], (uint32_t*)p[2], p[3], p[4], p[5], n[0], n[1], n[2], n[3], n[4], 1);
 #else
     const int64_t result = 0;
-    column_loop_float32((float*)p[0], (float*)p[1], (uint8_t*)p[2], n[0], n[1], n[2], n[3], nullptr, 1, 0, nullptr, 1);
+    column_loop_float32((float*)p[0], (float*)p[1], (uint8_t*)p[2], n[0], n[1], n[2], n[3], nullptr, 1, 0, 0, nullptr, 1);
 #endif
     std::FILE* out = std::fopen(argv[2], "wb");
     std::fwrite(p[result], 1, sizes[result], out);

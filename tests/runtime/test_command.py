@@ -111,7 +111,7 @@ def test_version(capsys, called):
 def test_an_unknown_verb_is_one_line_and_2(verb, capsys, called):
     assert dispatcher.main([verb, "--method", "wanda"]) == 2 and not called
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith(f"error: {verb}: no such command; there are prune, shrink, verify, generate, ")
+    assert out == "" and err.startswith(f"error: {verb}: no such command; there are prune, shrink, fit, heal, ")
     assert len(err.splitlines()) == 1
 
 
