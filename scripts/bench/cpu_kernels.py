@@ -14,7 +14,7 @@ the last-level cache), and medians are kept. Results are compared with float64 b
 
 Errors of integers are against float64 on the very codes; torch's is then that of rounding. `limit` is the share of the
 read limit that a method reaches, by its own bytes. `load` is what other processes took, in cores, at the worst moment
-(the average of a minute less this program's threads); from 0.3 on the row is marked `busy`: only its ratios count.
+(the average of a minute less this program's threads); above 0.3 the row is marked `busy`: only its ratios count.
 """
 
 import argparse
@@ -109,7 +109,7 @@ def measure(n: int, k: int, kind: str, args: argparse.Namespace) -> list[list]:
             raise ValueError(f"{n}x{k} {kind}, {tokens} tokens: wrong results, relative errors {errors}")
         busy = others()
         us = interleaved({name: functools.partial(run, x) for name, run in kinds.items()}, args.rounds, copies)
-        busy = max(busy, others())
+        busy = round(max(busy, others()), 1)  # as it is written
         for name, median in us.items():
             out.append([n, k, kind, tokens, torch.get_num_threads(), name, f"{median:.1f}",
                         f"{size[name] / median / 1e3:.2f}", f"{size[name] / median / (size['read'] / us['read']):.2f}",
