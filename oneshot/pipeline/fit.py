@@ -6,7 +6,7 @@
 Every round takes --step of the blocks' parameters (`oneshot shrink`), heals what is left on --data, and measures. A
 round that breaks a floor is undone and tried again with half the step, twice; then the best state that keeps all floors
 is the result. Rounds are ordinary runs, with folders and records of their own in --save; a killed command continues.
-Beside them stands what plain rounding of the dense model to int8 would have given at half its bytes.
+Beside them stands what plain rounding of the dense model to int8 would have given, with its measured bytes.
 
     target   parameters=0.7: share of the blocks' parameters; latency=0.75: time of decoding a token on this device
     floor    TEXT/ppl<=1.5x: times the dense model's; arc_easy/acc>=-0.02: less than the dense model's by at most that;
@@ -144,7 +144,7 @@ class Fit:
                 best, share, reached, tries = str(self.round(now)), aim, now.reached, 0
             else:
                 step, tries = step / 2, tries + 1
-        print(self.told(rounds, dense, numbers(run.run(self.rounded_cfg)["metrics"]), best))
+        print(self.told(rounds, dense, run.run(self.rounded_cfg), best))
         return MET if self.met(share, rounds) else STOPPED
 
     def met(self, share: float, rounds: list[Round]) -> bool:
@@ -214,12 +214,14 @@ class Fit:
         write_text(json.dumps({"asked": self.asked(), "rounds": [asdict(r) for r in rounds]}, indent=1),
                    self.folder / "fit.json")
 
-    def told(self, rounds: list[Round], dense: dict[str, float], rounded: dict[str, float], best: str) -> str:
-        """What the command prints at its end. rounded: the metrics of the dense model with its linears rounded."""
+    def told(self, rounds: list[Round], dense: dict[str, float], rounded: dict, best: str) -> str:
+        """What the command prints at its end. rounded: the record of the dense model with its linears rounded."""
+        plain, size = numbers(rounded["metrics"]), rounded["bytes"]["stored"] / rounded["bytes"]["dense"]
         metrics = list(dict.fromkeys([own.metric for own in self.floors] + [m for m in dense if m.endswith("ppl")]))
         head = ["round", "parameters", "time", *metrics, "kept"]
         body = [["dense", "100 %", "1.00", *(f"{dense[m]:.4g}" for m in metrics), ""]]
-        body.append([ROUNDED, "100 %", "", *(f"{rounded[m]:.4g}" for m in metrics), "plain rounding, half the bytes"])
+        body.append([ROUNDED, "100 %", "", *(f"{plain[m]:.4g}" for m in metrics),
+                     f"plain rounding, {size:.0%} of the linears' bytes"])
         for r in rounds:
             body.append([str(r.number), f"{r.reached or r.share:.1%}", "" if r.latency is None else f"{r.latency:.2f}",
                          *(f"{r.metrics[m]:.4g}" if r.metrics else "" for m in metrics),
@@ -227,8 +229,9 @@ class Fit:
         end = "target met" if self.met(share_of(rounds), rounds) else \
             "the model cannot get smaller: " * bool(rounds[-1].failed) + "a floor stands in the way: " * (
                 not rounds[-1].failed) + "; ".join(rounds[-1].broken)
-        if self.floors and all(own.holds(rounded, dense) for own in self.floors):
-            end = f"plain {ROUNDED} rounding of the dense model keeps all floors at half its bytes\n{end}"
+        if self.floors and all(own.holds(plain, dense) for own in self.floors):
+            kept = f"keeps all floors at {size:.0%} of the linears' bytes"
+            end = f"plain {ROUNDED} rounding of the dense model {kept}\n{end}"
         return f"{render(head, body, 'terminal', text={'round', 'kept'})}\n{end}\nresult: {best}"
 
 

@@ -13,10 +13,11 @@ The state with the best look is kept, rounded to the stored dtype; where that is
 left as they were. A checkpoint is saved at every look. A run that was killed continues from the last one and ends with
 the same bits (on the same device, with as many threads).
 
-    WORK/text/            the packed text (data/training.py)
-    WORK/attempts.json    the attempts: learning rate, first window, state they began with, looks; and the hashes of
+    WORK/text/                  the packed text (data/training.py)
+    WORK/attempts.json          the attempts (learning rate, first window, state they began with, looks), and the
+                                hashes of their states
     WORK/attempt-N.safetensors  the best state of an attempt, if it was the best so far
-    WORK/attempt-N/       Trainer's checkpoints, each with the hashes of its files; a damaged one is not used
+    WORK/attempt-N/             Trainer's checkpoints, each with the hashes of its files; a damaged one is not used
 
 The files here: losses, student (the model as Trainer sees it), teacher (the dense model's predictions), memory (how a
 step is made to fit), trainer (transformers' Trainer).
