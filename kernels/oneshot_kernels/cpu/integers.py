@@ -14,7 +14,7 @@ columns; all is symmetric. Sums are exact within 64 columns, then float32.
 """
 
 import ctypes
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -207,6 +207,11 @@ def value(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     if scale.ndim == 1:
         return codes.double() * scale.double()[:, None]
     return codes.double() * scale.double().repeat_interleave(BLOCK, 1)[:, : codes.shape[1]]
+
+
+def function() -> Any:
+    """The compiled function itself, for decode.cpp; None where there is none."""
+    return None if _library() is None else _library().linear_integers
 
 
 def _library() -> ctypes.CDLL | None:
