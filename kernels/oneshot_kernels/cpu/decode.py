@@ -10,6 +10,7 @@ Results differ from transformers' only in how sums are rounded; a few tokens are
 of the model decodes as before; what is saved is the same.
 """
 
+import copy
 import functools
 import warnings
 import weakref
@@ -59,6 +60,11 @@ def fast_decode(model: nn.Module) -> str | None:
         model.__class__ = type(kind.__name__, (kind,), {"forward": _wrapped(kind.forward), "decodes_fast": True,
                                                         "__module__": kind.__module__})
     return None
+
+
+def decoder_of(model: nn.Module) -> "Decoder | None":
+    """What computes a model's single tokens; None where transformers does."""
+    return _decoders.get(model)
 
 
 def _wrapped(plain: Callable) -> Callable:
@@ -179,9 +185,7 @@ class Decoder:
 
     def output(self, ids: torch.Tensor, cache: Any) -> Any:
         """What the model's forward returns."""
-        from transformers.modeling_outputs import CausalLMOutputWithPast
-
-        return CausalLMOutputWithPast(logits=self.step(ids, cache), past_key_values=cache)
+        return self.kind(logits=self.step(ids, cache), past_key_values=cache)
 
     def step(self, ids: torch.Tensor, cache: Any) -> torch.Tensor:
         """The logits (1, 1, V) of the token ids (1, 1); its keys and values are appended to the cache."""
@@ -213,13 +217,10 @@ class Decoder:
     @torch.no_grad()
     def check_agreement(self) -> None:
         """Raise Refused if the model itself says something else of a few random tokens."""
-        from transformers import DynamicCache
-
         model = self.model()
         ids = torch.randint(self.struct.head.N, (1, 8), generator=torch.Generator().manual_seed(0))
-        theirs, ours = DynamicCache(config=model.config), DynamicCache(config=model.config)
-        for cache in (theirs, ours):
-            model(input_ids=ids[:, :4], past_key_values=cache, use_cache=True)
+        out = model(input_ids=ids[:, :4], use_cache=True)
+        theirs, ours, self.kind = out.past_key_values, copy.deepcopy(out.past_key_values), type(out)
         if not self.past(ours):
             raise Refused("its cache is not transformers' plain one (sliding windows)")
         most = max(AGREE[self.type], AGREE_ROUNDED if self.rounded else 0)
