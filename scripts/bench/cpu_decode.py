@@ -8,6 +8,7 @@
     dense, 2:4             generate with one compiled call a token (oneshot_kernels.fast_decode); bf16, int8, int4. int8
                            and int4 round the inputs too, and the output head to int8
     alone                  tokens per second of the compiled calls, without generate around them
+    llama.cpp              what xllamacpp's server says of its own speed, for each file of --gguf (of the first model)
 
 All ways have the same weights, 2:4 by magnitude, so that dense and 2:4 compute the same. Every way takes its turn in
 every round; medians over the rounds. `same` is how many tokens, from the first on, are those of transformers. MB: of
@@ -26,6 +27,7 @@ from pathlib import Path
 
 import torch
 from common import others, written
+from llama_server import Server
 from oneshot_kernels import fast_decode, sparsify
 from oneshot_kernels.cpu import bandwidth, decode, integers, library
 from torch import nn
@@ -63,6 +65,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--models", default="smollm2,llama-1.1b", help="smollm2, a folder, or a shape, by commas")
     p.add_argument("--ways", default=";".join(WAYS), help="names separated by semicolons; transformers is always there")
+    p.add_argument("--gguf", default="", help="files that llama.cpp runs beside the first model, by commas")
     p.add_argument("--tokens", type=int, default=64, help="generated in each round")
     p.add_argument("--rounds", type=int, default=5, help="the median is kept")
     p.add_argument("--threads", default=f"1,{torch.get_num_threads()}")
@@ -84,7 +87,8 @@ def work(args: argparse.Namespace) -> None:
     file, before = args.out / "cpu_decode.json", torch.get_num_threads()
     try:
         for name in args.models.split(","):
-            made = make(name, args)
+            first = name == args.models.split(",")[0]
+            made, args.files = make(name, args), [file for file in args.gguf.split(",") if file and first]
             for threads in args.threads:
                 torch.set_num_threads(threads)
                 kept = [row for row in read(file) if (row["model"], row["threads"]) != (name, threads)]
@@ -163,6 +167,9 @@ def measured(name: str, made: dict[str, nn.Module], args: argparse.Namespace) ->
         for way, model in made.items()}
     turns |= {f"{way}, alone": lambda model=model: alone(model, ids, args.tokens) for way, model in made.items()
               if "transformers" not in way}
+    servers = {f"llama.cpp {Path(file).name}": (Server(file, torch.get_num_threads(), "F16"), Path(file).stat().st_size)
+               for file in args.files}
+    turns |= {way: lambda server=server: llama_cpp(server, ids, args.tokens) for way, (server, _) in servers.items()}
     memory = torch.ones(READ // 4, dtype=torch.int32)
     found: dict[str, list[tuple[float, list[int]]]] = {way: [] for way in turns}
     speeds, busy = [], others()
@@ -178,7 +185,8 @@ def measured(name: str, made: dict[str, nn.Module], args: argparse.Namespace) ->
     said = found["transformers"][0][1]
     where, rows = environment.environment("cpu"), []
     for way, results in found.items():
-        rate, size = statistics.median(rate for rate, _ in results), bytes_of(made[way.removesuffix(", alone")])
+        rate = statistics.median(rate for rate, _ in results)
+        size = servers[way][1] if way in servers else bytes_of(made[way.removesuffix(", alone")])
         same = next((i for i, (a, b) in enumerate(zip(results[0][1], said, strict=False)) if a != b), len(said))
         rows.append({"model": name, "threads": torch.get_num_threads(), "way": way, "tokens_per_second": rate,
                      "spread": [min(r for r, _ in results), max(r for r, _ in results)], "bytes": size,
@@ -200,6 +208,12 @@ def generated(model: nn.Module, ids: torch.Tensor, n: int, compiled: bool) -> tu
                          pad_token_id=0, streamer=clock, **options)
     times = clock.times[1:]
     return (len(times) - 1) / (times[-1] - times[0]), out[0, ids.shape[1]:].tolist()
+
+
+def llama_cpp(server: Server, ids: torch.Tensor, n: int) -> tuple[float, list[int]]:
+    """`generated` by llama.cpp."""
+    found = server.complete(ids[0].tolist(), n)
+    return found["timings"]["predicted_per_second"], found["tokens"]
 
 
 @torch.no_grad()
