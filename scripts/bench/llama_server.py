@@ -54,7 +54,7 @@ class Server:
         self.end()
         if code is not None:
             raise ChildProcessError(code, f"llama.cpp refuses {file}")
-        raise Hung(f"llama.cpp did not start with {file}")
+        raise Hung(f"llama.cpp hung when it was started with {file}")
 
     def ask(self, path: str, **body: Any) -> dict:
         """The answer of the server. Raises Hung after a minute without one."""
@@ -64,7 +64,7 @@ class Server:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 return json.loads(answer.read())
         except TimeoutError:
-            raise Hung("llama.cpp did not answer within a minute") from None
+            raise Hung("llama.cpp hung: no answer within a minute") from None
 
     def complete(self, ids: list[int], n: int, **options: Any) -> dict:
         """What llama.cpp says of the n tokens that follow, greedy; none of them ends the text."""

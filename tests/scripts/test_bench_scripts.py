@@ -8,6 +8,8 @@ import column_loop
 import common
 import cpu_decode
 import cpu_kernels
+import families
+import gguf_files
 import one_side
 import packed
 import prune
@@ -147,6 +149,18 @@ def test_cpu_decode(tmp_path, capsys):
     text = (tmp_path / "cpu_decode.md").read_text()
     assert all(f"| {way} " in text for way in rows) and "1 thread\n" in text
     assert cpu_decode.main([*small, "2:5"]) == 2
+
+
+def test_cpu_decode_beside_llama_cpp(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("xllamacpp")
+    file = gguf_files.write(tmp_path / "tiny.gguf")
+    monkeypatch.setitem(cpu_decode.SHAPES["toy"], "vocab_size", families.tiny("llama").config.vocab_size)
+    given = ["--toy", "--threads", "1", "--ways", "dense bf16", "--gguf", str(file), "--out", str(tmp_path)]
+    if cpu_decode.main(given) and "hung" in (said := capsys.readouterr().err):
+        pytest.skip(said)
+    row = json.loads((tmp_path / "cpu_decode.json").read_text())["rows"][-1]
+    assert row["way"] == "llama.cpp tiny.gguf" and row["tokens_per_second"] > 0
+    assert row["bytes"] == file.stat().st_size
 
 
 def test_packed(tmp_path, monkeypatch, capsys):
