@@ -2,7 +2,8 @@
 // Python does in some hundred small operations is one call here; the products are those of linear.cpp and integers.cpp,
 // whose functions are handed over, and `rows` for weights that lie row by row as torch has them.
 //
-// Numbers are float32 inside each operation and rounded to the model's type between them, where transformers rounds too.
+// Numbers are float32 inside each operation and rounded to the model's type wherever transformers rounds them (`near`), so
+// that inputs which are rounded to int8 afterwards mostly get the same codes.
 #include <cmath>
 #include <cstdlib>
 #include <memory>
@@ -136,19 +137,24 @@ static int products(const Model& m, const Linear* w, int most, const void* x, ui
     return failed;
 }
 
+// f as the model's type holds it
+static inline float near(float f, Type type) {
+    return type == FLOAT32 ? f : type == BFLOAT16 ? bf16_to_float(float_to_bf16(f)) : half_to_float(float_to_half(f));
+}
+
 // y = x / sqrt(mean x² + eps) · gain, n numbers
 static void rms_norm(const void* x, const void* gain, void* y, int64_t n, double eps, Type type) {
     double sum = 0;
     for (int64_t i = 0; i < n; i++) { const float v = get(x, i, type); sum += double(v) * v; }
     const float factor = float(1 / std::sqrt(sum / n + eps));
-    for (int64_t i = 0; i < n; i++) put(y, i, type, get(x, i, type) * factor * get(gain, i, type));
+    for (int64_t i = 0; i < n; i++) put(y, i, type, near(get(x, i, type) * factor, type) * get(gain, i, type));
 }
 
 static void rotate(void* head, const float* cosine, const float* sine, int64_t d, Type type) {
     for (int64_t i = 0; i < d / 2; i++) {
         const float a = get(head, i, type), b = get(head, i + d / 2, type);
-        put(head, i, type, a * cosine[i] - b * sine[i]);
-        put(head, i + d / 2, type, b * cosine[i + d / 2] + a * sine[i + d / 2]);
+        put(head, i, type, near(a * cosine[i], type) - near(b * sine[i], type));
+        put(head, i + d / 2, type, near(b * cosine[i + d / 2], type) + near(a * sine[i + d / 2], type));
     }
 }
 
@@ -206,8 +212,8 @@ static void gated(const void* both, void* y, int64_t n, Type type) {
         float g[L] = {}, u[L] = {};
         for (int64_t j = 0; j < end; j++) g[j] = get(both, i + j, type), u[j] = get(both, n + i + j, type);
         const F gate = load<F>(g);
-        store(g, gate / (1.0f + exponential(-gate)) * load<F>(u));
-        for (int64_t j = 0; j < end; j++) put(y, i + j, type, g[j]);
+        store(g, gate / (1.0f + exponential(-gate)));
+        for (int64_t j = 0; j < end; j++) put(y, i + j, type, near(g[j], type) * u[j]);
     }
 }
 
