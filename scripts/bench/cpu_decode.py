@@ -172,7 +172,7 @@ def measured(name: str, made: dict[str, nn.Module], args: argparse.Namespace) ->
         for way, model in made.items()}
     turns |= {f"{way}, alone": lambda model=model: alone(model, ids, args.tokens) for way, model in made.items()
               if "transformers" not in way}
-    servers = {f"llama.cpp {Path(file).name}": (Server(file, torch.get_num_threads(), "F16"), Path(file).stat().st_size)
+    servers = {f"llama.cpp {Path(file).parent.name}/{Path(file).name}": (Server(file, torch.get_num_threads(), "F16"), Path(file).stat().st_size)
                for file in args.files}
     turns |= {way: lambda server=server: llama_cpp(server, ids, args.tokens) for way, (server, _) in servers.items()}
     memory = torch.ones(READ // 4, dtype=torch.int32)

@@ -159,7 +159,7 @@ def test_cpu_decode_beside_llama_cpp(tmp_path, monkeypatch, capsys):
     if cpu_decode.main(given) and "hung" in (said := capsys.readouterr().err):
         pytest.skip(said)
     row = json.loads((tmp_path / "cpu_decode.json").read_text())["rows"][-1]
-    assert row["way"] == "llama.cpp tiny.gguf" and row["tokens_per_second"] > 0
+    assert row["way"] == f"llama.cpp {tmp_path.name}/tiny.gguf" and row["tokens_per_second"] > 0
     assert row["bytes"] == file.stat().st_size
 
 

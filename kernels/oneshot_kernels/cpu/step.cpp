@@ -11,7 +11,7 @@
 #include "vectors.h"
 
 constexpr int AT_ONCE = 4;   // rows read at once: one address stream does not reach the memory's speed
-constexpr int PIECE = 16;    // rows that a thread takes at a time
+constexpr int PIECE = 8;     // rows that a thread takes at a time from each stream
 
 typedef int (*Floats)(const void*, const uint8_t*, const uint32_t*, const void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t);
 typedef int (*Integers)(const void*, const uint8_t*, const uint32_t*, const void*, const void*, void*, int64_t, int64_t, int64_t,
@@ -40,10 +40,11 @@ struct Model {
 };
 
 static inline float total(F v) {
-    float lanes[L], sum = 0;
+    float lanes[L];
     std::memcpy(lanes, &v, sizeof(v));
-    for (int i = 0; i < L; i++) sum += lanes[i];
-    return sum;
+    for (int half = L / 2; half; half /= 2)  // as a tree: one after the other they would wait for each other
+        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+    return lanes[0];
 }
 static inline void store(float* p, F v) { std::memcpy(p, &v, sizeof(v)); }
 
@@ -76,10 +77,11 @@ struct AsB16 {
     }
 };
 
-// y = W x + bias for a weight (N, K) row by row.
-template <typename D, int R> static inline void some_rows(const Linear& w, const float* x, void* y, int64_t row, Type type) {
+// y = W x + bias for a weight (N, K) row by row: R rows at once, each `apart` rows from the one before it, so that each is a
+// stream of its own through a part of the memory.
+template <typename D, int R> static inline void some_rows(const Linear& w, const float* x, void* y, int64_t row, int64_t apart, Type type) {
     const uint8_t* at[R];
-    for (int r = 0; r < R; r++) at[r] = w.values + (row + r) * w.K * D::BYTES;
+    for (int r = 0; r < R; r++) at[r] = w.values + (row + r * apart) * w.K * D::BYTES;
     F acc[R] = {};
     int64_t k = 0;
     for (; k + L <= w.K; k += L) {
@@ -90,15 +92,14 @@ template <typename D, int R> static inline void some_rows(const Linear& w, const
     for (int r = 0; r < R; r++) {
         float sum = total(acc[r]);
         for (int64_t tail = k; tail < w.K; tail++) sum += get(at[r], tail, type) * x[tail];
-        put(y, row + r, type, sum + (w.bias ? get(w.bias, row + r, type) : 0));
+        put(y, row + r * apart, type, sum + (w.bias ? get(w.bias, row + r * apart, type) : 0));
     }
 }
 template <typename D> static void all_rows(const Linear& w, const float* x, void* y, Type type, int64_t threads) {
-    parallel((w.N + PIECE - 1) / PIECE, threads, [&](int64_t i) {
-        int64_t row = i * PIECE;
-        const int64_t end = row + PIECE < w.N ? row + PIECE : w.N;
-        for (; row + AT_ONCE <= end; row += AT_ONCE) some_rows<D, AT_ONCE>(w, x, y, row, type);
-        for (; row < end; row++) some_rows<D, 1>(w, x, y, row, type);
+    const int64_t part = w.N / AT_ONCE, left = w.N % AT_ONCE, pieces = (part + PIECE - 1) / PIECE;
+    parallel(pieces + (left > 0), threads, [&](int64_t i) {
+        if (i == pieces) for (int64_t row = w.N - left; row < w.N; row++) some_rows<D, 1>(w, x, y, row, 0, type);
+        else for (int64_t row = i * PIECE; row < (i + 1) * PIECE && row < part; row++) some_rows<D, AT_ONCE>(w, x, y, row, part, type);
     });
 }
 
