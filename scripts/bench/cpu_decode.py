@@ -93,7 +93,7 @@ def work(args: argparse.Namespace) -> None:
     try:
         for name in args.models.split(","):
             first = name == args.models.split(",")[0]
-            made, args.files = make(name, args), [file for file in args.gguf.split(",") if file and first]
+            made, args.files = make(name, args), [Path(file) for file in args.gguf.split(",") if file and first]
             for threads in args.threads:
                 torch.set_num_threads(threads)
                 kept = [row for row in read(file) if (row["model"], row["threads"]) != (name, threads)]
@@ -172,8 +172,8 @@ def measured(name: str, made: dict[str, nn.Module], args: argparse.Namespace) ->
         for way, model in made.items()}
     turns |= {f"{way}, alone": lambda model=model: alone(model, ids, args.tokens) for way, model in made.items()
               if "transformers" not in way}
-    servers = {f"llama.cpp {Path(file).parent.name}/{Path(file).name}": (Server(file, torch.get_num_threads(), "F16"), Path(file).stat().st_size)
-               for file in args.files}
+    servers = {f"llama.cpp {file.parent.name}/{file.name}": (Server(file, torch.get_num_threads(), "F16"),
+                                                             file.stat().st_size) for file in args.files}
     turns |= {way: lambda server=server: llama_cpp(server, ids, args.tokens) for way, (server, _) in servers.items()}
     memory = torch.ones(READ // 4, dtype=torch.int32)
     found: dict[str, list[tuple[float, list[int]]]] = {way: [] for way in turns}

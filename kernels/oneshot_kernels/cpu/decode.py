@@ -140,8 +140,8 @@ class Decoder:
                 layout.is_native(layer.weight, linear.lanes())):
             tensors, n, k, form = (layer.weight, layer.metadata, None), layer.rows, layer.in_features, 1
         elif isinstance(layer, integers.IntegerLinear):
-            tensors, n, k = (layer.values, layer.indices, layer.scale), layer.out_features, layer.in_features
-            form = layer.bits
+            tensors, n, k = (layer.values, None, layer.scale), layer.out_features, layer.in_features
+            form = layer.bits + 16 * (layer.values.ndim == 5)
         else:
             raise Refused(f"{name} is a {type(layer).__name__} of another kind or dtype than step.cpp reads")
         tensors = [None if t is None else t.detach() for t in (*tensors, bias)]
@@ -237,7 +237,7 @@ _decoders: weakref.WeakKeyDictionary[nn.Module, Decoder] = weakref.WeakKeyDictio
 
 def addresses(layer: nn.Module) -> list[int | None]:
     """Where a layer's tensors are, in the order of `Decoder._weight`."""
-    names = ("values", "indices", "scale") if isinstance(layer, integers.IntegerLinear) else (
+    names = ("values", None, "scale") if isinstance(layer, integers.IntegerLinear) else (
         "weight", "metadata", None)
     tensors = [getattr(layer, name, None) if name else None for name in (*names, "bias")]
     return [None if t is None else t.data_ptr() for t in tensors]
