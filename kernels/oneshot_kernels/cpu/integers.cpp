@@ -31,7 +31,7 @@ template <bool FOUR> static inline U weights(const uint8_t* v, int64_t step) {
 template <bool FOUR> constexpr int HALF = VECTOR * (1 + (FOUR ? 2 : 4));  // bytes of half a block of columns in a tile
 
 // The integer sums of one block of columns, for M tokens and S tiles.
-template <bool FOUR, int M, int S> static inline void sparse(const uint8_t* const (&v)[S], const uint8_t* x, int64_t columns, int64_t b,
+template <bool FOUR, int M, int S> ALWAYS void sparse(const uint8_t* const (&v)[S], const uint8_t* x, int64_t columns, int64_t b,
                                                              I (&acc)[M][S], I (&over)[S]) {
     for (int half = 0; half < 2; half++) {
         const uint8_t* at[S];
@@ -55,7 +55,7 @@ template <bool FOUR, int M, int S> static inline void sparse(const uint8_t* cons
         }
     }
 }
-template <bool FOUR, int M, int S> static inline void dense(const uint8_t* const (&v)[S], const uint8_t* x, int64_t columns, int64_t b,
+template <bool FOUR, int M, int S> ALWAYS void dense(const uint8_t* const (&v)[S], const uint8_t* x, int64_t columns, int64_t b,
                                                             I (&acc)[M][S], I (&over)[S]) {
 #pragma GCC unroll 4
     for (int step = 0; step < BLOCK / 4; step++) {

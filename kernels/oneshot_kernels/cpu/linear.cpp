@@ -23,7 +23,7 @@ struct BFloat16 {  // one word per lane: the first in its low half
 
 struct Weight { const uint8_t* values; const uint32_t* metadata; int64_t chunks; };  // metadata null: dense
 
-template <typename D, int M, int S> static void sparse(Weight w, int64_t tile, int64_t apart, const float* x, F (*sum)[S]) {
+template <typename D, int M, int S> ALWAYS void sparse(Weight w, int64_t tile, int64_t apart, const float* x, F (*sum)[S]) {
     const int64_t stride = w.chunks * GROUPS * D::BYTES;
     const uint8_t* v[S]; const uint32_t* meta[S];
     for (int s = 0; s < S; s++) { v[s] = w.values + (tile + s * apart) * stride; meta[s] = w.metadata + (tile + s * apart) * w.chunks * L; }
@@ -54,7 +54,7 @@ template <typename D, int M, int S> static void sparse(Weight w, int64_t tile, i
     }
 }
 
-template <typename D, int M, int S> static void dense(Weight w, int64_t tile, int64_t apart, const float* x, F (*sum)[S]) {
+template <typename D, int M, int S> ALWAYS void dense(Weight w, int64_t tile, int64_t apart, const float* x, F (*sum)[S]) {
     const int64_t stride = w.chunks * (CHUNK / 2) * D::BYTES;
     const uint8_t* v[S];
     for (int s = 0; s < S; s++) v[s] = w.values + (tile + s * apart) * stride;
