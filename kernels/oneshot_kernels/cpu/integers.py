@@ -68,6 +68,8 @@ class IntegerLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., K) -> (..., N), in x's dtype."""
+        if not torch.compiler.is_compiling() and not (x.requires_grad and torch.is_grad_enabled()):
+            return compute(x, self.values, self.scale, self.bias, self.out_features, self.bits)  # 20 µs less a call
         return torch.ops.oneshot_kernels.linear_integers(x, self.values, self.scale, self.bias, self.out_features,
                                                          self.bits)
 
@@ -160,9 +162,8 @@ def linear(x: torch.Tensor, weight: IntegerWeight, bias: torch.Tensor | None = N
     return y
 
 
-@torch.library.custom_op("oneshot_kernels::linear_integers", mutates_args=())
-def _op(x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int,
-        bits: int) -> torch.Tensor:
+def compute(x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int,
+            bits: int) -> torch.Tensor:
     """x (..., K) -> (..., n). Raises ValueError if the tensors do not fit together."""
     k = x.shape[-1]
     blocks, lanes = -(-k // BLOCK), lanes_of()
@@ -176,6 +177,9 @@ def _op(x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, bias: torch.
                          f"{tuple(values.shape)} or the bias")
     flat = x.reshape(-1, k).contiguous()
     return linear(flat, IntegerWeight(values, scale, (n, k), bits), bias).view(*x.shape[:-1], n)
+
+
+_op = torch.library.custom_op("oneshot_kernels::linear_integers", compute, mutates_args=())
 
 
 @_op.register_fake
