@@ -69,7 +69,7 @@ class IntegerLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., K) -> (..., N), in x's dtype."""
         if not torch.compiler.is_compiling() and not (x.requires_grad and torch.is_grad_enabled()):
-            return compute(x, self.values, self.scale, self.bias, self.out_features, self.bits)  # 20 µs less a call
+            return compute(x, self.values, self.scale, self.bias, self.out_features, self.bits)
         return torch.ops.oneshot_kernels.linear_integers(x, self.values, self.scale, self.bias, self.out_features,
                                                          self.bits)
 
