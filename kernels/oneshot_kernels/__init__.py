@@ -4,6 +4,7 @@
     linear      Sparse24Linear                                   ops        the torch operator
     fuse        sparsify(model)                                  gpu/       Triton kernels for NVIDIA GPUs
     rounded     Rounded24Linear: int8, int4                      cpu/       compiled kernels for CPUs
+    columns     SparseGPT's loop over the columns
 
 Needs torch; on a GPU also Triton.
 """
