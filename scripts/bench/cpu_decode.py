@@ -122,6 +122,8 @@ def make(name: str, args: argparse.Namespace) -> dict[str, nn.Module]:
     made = {}
     for way in tqdm(["transformers", *(way for way in args.ways if way != "transformers")], desc=f"{name}: models"):
         made[way] = formed(model, *WAYS[way])
+        if "compiled" in way:
+            made[way].forward = torch.compile(made[way].forward)
         if "transformers" not in way and (why := fast_decode(made[way])):
             raise ValueError(f"{name}, {way}: {why}")
     return made
@@ -205,11 +207,6 @@ def generated(model: nn.Module, ids: torch.Tensor, n: int, compiled: bool) -> tu
     """(tokens per second after the first, the n tokens) of greedy generation."""
     clock = Clock("cpu")
     options = {"cache_implementation": "static"} if compiled else {}
-    if compiled:
-        from transformers import CompileConfig
-
-        options["compile_config"] = CompileConfig(fullgraph=False, dynamic=False)
-        options["compile_config"]._compile_all_devices = True
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n, do_sample=False,
                          pad_token_id=0, streamer=clock, **options)
     times = clock.times[1:]
