@@ -1,0 +1,132 @@
+"""Two processes (gloo) prune together: the same weights in both, those of one process within rounding."""
+
+import functools
+
+import families
+import jobs
+import pytest
+import torch
+from families import T
+from processes import together as processes
+
+from oneshot import heal
+from oneshot.heal.train import held_out_windows
+from oneshot.measure import losses
+from oneshot.pipeline import plan, shrink
+from oneshot.prune import loop
+from oneshot.prune.job import Job
+from oneshot.runtime import distributed
+from oneshot.settings import flags
+
+CASES = {  # name: (family, padding, settings); 3 batches of 4 windows, so that one process has more than the other
+    "wanda": ("llama", False, {"method": "wanda"}),
+    "magnitude, no data": ("gpt2", False, {"method": "magnitude", "layer_errors": False}),
+    "sparsegpt, padding": ("gpt2", True, {"method": "sparsegpt"}),
+    "sparsegpt, tied, bias": ("llama-tied-bias", True, {"method": "sparsegpt"}),  # (+refit hangs on the last bits here)
+    "swaps, 16 bits": ("qwen3", False, {"method": "wanda+swaps", "dtype": "bfloat16"}),
+    "flap adds a bias": ("llama", False, {"method": "flap", "pattern": "0.5", "flap.bias": True}),
+    "alps, held out, aimed, weighed": ("llama", True, {"method": "alps", "dense_target": 0.5}),
+    "in stages": ("llama", False, {"method": "sparsegpt", "true_sequential": True}),
+    "in stages, several passes": ("llama", False, {"method": "sparsegpt", "true_sequential": True,
+                                                   "gram_budget": jobs.BYTE}),
+    "several passes": ("llama", False, {"method": "sparsegpt", "dense_target": 0.5, "gram_budget": jobs.BYTE}),
+    "fused experts": ("mixtral", False, {"method": "sparsegpt"}),
+    "fused experts, several passes": ("qwen2_moe", True, {"method": "sparsegpt", "gram_budget": jobs.BYTE}),
+    "experts, aimed": ("qwen2_moe", False, {"method": "sparsegpt", "dense_target": 0.5}),
+    "single experts": ("jamba", False, {"method": "wanda"}),
+    "state between blocks": ("gemma3n", False, {"method": "wanda"}),
+    "gradient": ("llama", True, {"method": "taylor"}),
+}
+HEALED = {
+    "block": ("llama", False, {"method": "wanda", "heal": "block", "block.steps": 8}),
+    "parts": ("mixtral", True, {"method": "wanda", "heal": "block", "block.steps": 8, "block.unit": "parts"}),
+    "fold": ("llama", True, {"method": "wanda", "heal": "fold"}),
+}
+ALL = CASES | HEALED
+
+
+def made(name):
+    """(model, ids, mask, job) of a case."""
+    family, padded, settings = ALL[name]
+    cfg = flags.build({"pattern": "2:4", "dtype": "float32", "batch_size": 4, "progress": False, "device": "cpu", **settings})
+    model, ids, mask = families.tiny(family, dtype=getattr(torch, cfg.dtype)), jobs.tokens(12), None
+    if padded:
+        mask = torch.ones(12, T, dtype=torch.bool)
+        mask[::3, 17:] = False
+    job = plan.job_of(cfg, plan.make_plan(cfg, model), None)
+    if cfg.heals:
+        healers = tuple(heal.module(n).Heal(cfg.healing[n], 0) for n in cfg.heals)
+        job = Job(job.plan, job.chain, cfg, healers, held_out_windows(12, T, 0))
+    elif "held" in job.needs:
+        job = Job(job.plan, job.chain, cfg, (), (1, 5, 7))
+    return model, ids, mask, job, cfg
+
+
+def pruned(name):
+    """What one process has at the end: weights, rows of the record, losses of some windows."""
+    model, ids, mask, job, cfg = made(name)
+    if "gradient" in job.needs:
+        job = Job(job.plan, job.chain, cfg, gradients=shrink.all_gradients(model, ids, mask, cfg, ()))
+    result = loop.prune_blocks(model, ids, mask, job)
+    loss = losses.divided_losses(model, jobs.tokens(7, seed=9), None, 2, "cpu", None)
+    return {"weights": {n: p.data for n, p in model.named_parameters()}, "loss": loss, "layers": result.layers,
+            "blocks": result.blocks, "warnings": result.warnings,
+            "dense": None if result.dense is None else (result.dense.hidden, result.dense.held)}
+
+
+def all_pruned(folder, names):
+    """In each of two processes: every case."""
+    distributed.start()
+    with distributed.joined():
+        torch.save({name: pruned(name) for name in names}, folder / f"{distributed.rank()}.pt")
+    distributed.end()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """[what rank 0 has, what rank 1 has] after all cases."""
+    folder = tmp_path_factory.mktemp("two")
+    assert processes(2, folder, all_pruned, folder, list(ALL)) == [0, 0], (folder / "0.err").read_text() + (
+        folder / "1.err").read_text()
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@functools.cache
+def alone(name):
+    return pruned(name)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_both_processes_end_with_the_same_bits(two, name):
+    first, other = (part[name] for part in two)
+    assert first["weights"].keys() == other["weights"].keys()
+    assert all(torch.equal(first["weights"][n], other["weights"][n]) for n in first["weights"])
+    assert torch.equal(first["loss"], other["loss"])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_give_what_one_gives(two, name):
+    one, both = alone(name), two[0][name]
+    for part in (one, both):  # where a pass holds less, more passes are made, and rows come in their order
+        part["layers"].sort(key=lambda row: row["name"])
+    assert [(row["name"], row["zeros"], row["block"]) for row in one["layers"]] == [
+        (row["name"], row["zeros"], row["block"]) for row in both["layers"]]
+    assert one["warnings"] == both["warnings"]
+    whole = [n for n, W in one["weights"].items() if W.ndim > 1]
+    same = sum(int(((one["weights"][n] == 0) == (both["weights"][n] == 0)).sum()) for n in whole)
+    assert same >= 0.999 * sum(one["weights"][n].numel() for n in whole)
+    assert float(both["loss"].mean()) == pytest.approx(float(one["loss"].mean()), abs=1e-3)  # 0.1 % of the perplexity
+    for mine, other in zip(one["layers"], both["layers"], strict=True):
+        assert (mine["relative_error"] or 0) == pytest.approx(other["relative_error"] or 0, rel=0.02)
+
+
+@pytest.mark.parametrize("name", HEALED)
+def test_two_processes_heal_as_well(two, name):
+    """On twice the data a step, so not the same weights: the law is that the held-out loss falls."""
+    for mine, other in zip(alone(name)["blocks"], two[0][name]["blocks"], strict=True):
+        for method, told in mine["heal"].items():
+            both = other["heal"][method]
+            assert both["held_out_before"] == pytest.approx(told["held_out_before"], rel=0.3)
+            assert both["held_out_after"] <= both["held_out_before"]
+            gain = told["held_out_before"] - told["held_out_after"]
+            assert both["held_out_before"] - both["held_out_after"] > 0.5 * gain
