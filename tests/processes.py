@@ -4,7 +4,7 @@ They are forked from a server that has imported what they need, so that starting
 """
 
 import contextlib
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import socket
 import sys
@@ -14,7 +14,20 @@ import torch
 
 LIMIT = 240  # seconds after which a test fails
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tiny", "families", "jobs", "oneshot.pipeline.run", "oneshot.heal.block"])
+_context.set_forkserver_preload(["tiny", "families", "jobs", "oneshot.pipeline.run", "transformers.models.llama."
+                                 "modeling_llama"])
+
+
+@contextlib.contextmanager
+def environ(**changed):
+    """Within the context, the environment has these variables."""
+    before = {name: os.environ.get(name) for name in changed}
+    os.environ.update(changed)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def port() -> int:
@@ -45,6 +58,8 @@ def together(n: int, folder: Path, function, *args) -> list[int]:
     FOLDER/RANK.err and RANK.out are what they printed. If one dies and others are left, these are waited for.
     """
     folder.mkdir(exist_ok=True, parents=True)
+    with environ(PYTHONPATH=os.pathsep.join(filter(None, sys.path)), OMP_NUM_THREADS="1"):
+        multiprocessing.forkserver.ensure_running()
     at = port()
     started = [_context.Process(target=_child, args=(rank, n, at, folder, function, args)) for rank in range(n)]
     for process in started:

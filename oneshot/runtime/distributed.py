@@ -26,6 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 from .command import one_line
 
 PATIENCE = datetime.timedelta(days=7)  # rank 0 prunes and measures while the others wait; torchrun ends all if one dies
+JOIN = datetime.timedelta(minutes=10)  # until all have started
 LIMIT = datetime.timedelta(hours=6)  # within `together.run`: the longest that others wait for what one solves
 RESUMES = "the same command resumes after the last finished block"
 _groups: dict[str, Any] = {}  # "control": plain objects between jobs; "work": within `together.run`
@@ -73,11 +74,12 @@ def start() -> None:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    store, own, size = next(rendezvous("env://", timeout=LIMIT))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if dist.is_nccl_available() else "gloo", store=store, rank=own,
-                            world_size=size, timeout=PATIENCE)
-    _groups["control"] = dist.new_group(backend="gloo", timeout=PATIENCE)
-    _groups["work"] = dist.new_group(timeout=LIMIT)
+    with _answering():
+        store, own, size = next(rendezvous("env://", timeout=JOIN))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if dist.is_nccl_available() else "gloo", store=store, rank=own,
+                                world_size=size, timeout=PATIENCE)
+        _groups["control"] = dist.new_group(backend="gloo", timeout=PATIENCE)
+        _groups["work"] = dist.new_group(timeout=LIMIT)
     _store.append(dist.PrefixStore("oneshot", store))
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _stopped)
@@ -95,8 +97,8 @@ def _answering() -> Iterator[None]:
         yield
     except RuntimeError as error:
         why = f"another process has ended, or does not answer ({one_line(error)[:100]}); {RESUMES}"
-        with contextlib.suppress(RuntimeError):
-            why = _store[0].get("failed").decode() if _store[0].check(["failed"]) else why
+        if _store and not rank() and _store[0].check(["failed"]):  # rank 0 keeps the store, and says what it finds there
+            why = _store[0].get("failed").decode()
         raise Lost(why) from error
 
 
