@@ -97,7 +97,7 @@ def _answering() -> Iterator[None]:
         yield
     except RuntimeError as error:
         why = f"another process has ended, or does not answer ({one_line(error)[:100]}); {RESUMES}"
-        if _store and not rank() and _store[0].check(["failed"]):  # rank 0 keeps the store, and says what it finds there
+        if _store and not rank() and _store[0].check(["failed"]):  # rank 0 has the store and says it
             why = _store[0].get("failed").decode()
         raise Lost(why) from error
 

@@ -1,4 +1,4 @@
-"""`torchrun -m oneshot prune`: two processes (gloo) share a run; one that dies ends it, and the same command continues."""
+"""`torchrun -m oneshot prune`: two processes (gloo) share a run; one that dies ends it, and the command continues."""
 
 import json
 import os
@@ -118,7 +118,8 @@ def test_too_few_windows_or_batches_are_one_line(place, tmp_path, windows, batch
 
 
 WHOLE = {  # settings of which parts run in rank 0 alone, or together in other ways
-    "gradients, allocation, rounding": {"method": "taylor", "pattern": "0.5", "allocate": "owl", "quantise": "int8:row"},
+    "gradients, allocation, rounding": {"method": "taylor", "pattern": "0.5", "allocate": "owl",
+                                        "quantise": "int8:row"},
     "whole-model healing": {"method": "wanda", "heal": "block,distil", "block.steps": 4, "distil.steps": 4},
     "shared inputs": {"method": "wanda,magnitude", "shared_inputs": ""},
     "before pruning": {"method": "wanda", "sensitivity": "kind"},
@@ -139,7 +140,8 @@ def every(place, folder):
 def settings(place, out, changed):
     """The command line of one of WHOLE."""
     switches = [f"--{name.replace('_', '-')}" for name, value in changed.items() if value == ""]
-    return command(place, out, "--no-dense", *switches, **{"eval_windows": 6, "pattern": "2:4"} | {n: v for n, v in changed.items() if v != ""})
+    values = {name: value for name, value in changed.items() if value != ""}
+    return command(place, out, "--no-dense", *switches, **{"eval_windows": 6} | values)
 
 
 @pytest.fixture(scope="module")
@@ -173,15 +175,15 @@ def test_help_ends_in_all(tmp_path):
 
 def test_what_cannot_be_shared_is_refused(monkeypatch, place, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="^torchrun: shares the work of"):
+    with pytest.raises(ValueError, match=r"^torchrun: shares the work of"):
         api.prune(None, calibration=torch.zeros(1, 4, dtype=torch.long))
     [cfg] = flags.parse(["--method", "dense"])
-    with pytest.raises(ValueError, match="^torchrun: shares the work of"):
+    with pytest.raises(ValueError, match=r"^torchrun: shares the work of"):
         run.run(cfg)
     argv = ["--model", place / "model", "--target", "parameters=0.5", "--save", place / "fit"]
     assert fit.main([str(word) for word in argv]) == 2
     assert capsys.readouterr().err.startswith("error: torchrun: shares the work of")
     assert not (place / "fit").exists()
     monkeypatch.setattr("oneshot.runtime.environment.check_device", lambda *args: None)
-    with pytest.raises(ValueError, match="^--device cuda:1: is one GPU for all"):
+    with pytest.raises(ValueError, match=r"^--device cuda:1: is one GPU for all"):
         checks.check_devices(flags.build({"method": "wanda", "pattern": "2:4", "device": "cuda:1"}))

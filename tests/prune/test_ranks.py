@@ -48,7 +48,8 @@ ALL = CASES | HEALED
 def made(name):
     """(model, ids, mask, job) of a case."""
     family, padded, settings = ALL[name]
-    cfg = flags.build({"pattern": "2:4", "dtype": "float32", "batch_size": 4, "progress": False, "device": "cpu", **settings})
+    cfg = flags.build({"pattern": "2:4", "dtype": "float32", "batch_size": 4, "progress": False, "device": "cpu",
+                       **settings})
     model, ids, mask = families.tiny(family, dtype=getattr(torch, cfg.dtype)), jobs.tokens(12), None
     if padded:
         mask = torch.ones(12, T, dtype=torch.bool)
