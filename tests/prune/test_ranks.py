@@ -1,6 +1,7 @@
 """Two processes (gloo) prune together: the same weights in both, those of one process within rounding."""
 
 import functools
+from dataclasses import replace
 
 import families
 import jobs
@@ -35,6 +36,7 @@ CASES = {  # name: (family, padding, settings); 3 batches of 4 windows, so that 
     "experts, aimed": ("qwen2_moe", False, {"method": "sparsegpt", "dense_target": 0.5}),
     "single experts": ("jamba", False, {"method": "wanda"}),
     "state between blocks": ("gemma3n", False, {"method": "wanda"}),
+    "blocks that share weights": ("zamba2", False, {"method": "sparsegpt"}),
     "gradient": ("llama", True, {"method": "taylor"}),
 }
 HEALED = {
@@ -76,7 +78,7 @@ def pruned(name):
 
 
 def all_pruned(folder, names):
-    """In each of two processes: every case."""
+    """In each of several processes: every case."""
     distributed.start()
     with distributed.joined():
         torch.save({name: pruned(name) for name in names}, folder / f"{distributed.rank()}.pt")
@@ -90,6 +92,58 @@ def two(tmp_path_factory):
     assert processes(2, folder, all_pruned, folder, list(ALL)) == [0, 0], (folder / "0.err").read_text() + (
         folder / "1.err").read_text()
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def test_three_processes_end_with_the_same_bits(tmp_path):
+    """With three, the sums go from one to the next, and some own less than others."""
+    names = ["fused experts, several passes", "sparsegpt, padding", "block"]
+    assert processes(3, tmp_path, all_pruned, tmp_path, names) == [0, 0, 0], (tmp_path / "2.err").read_text()
+    every = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(3)]
+    for name in names:
+        first = every[0][name]["weights"]
+        assert all(torch.equal(first[n], other[name]["weights"][n]) for other in every[1:] for n in first)
+
+
+def stopped(folder):
+    """In each of two processes: a block collapses, which only the first can see; what is raised goes into a file."""
+    distributed.start()
+    model, ids, mask, job, _ = made("wanda")
+    job = replace(job, options=replace(job.options, stop_on_collapse=True))
+    real = loop.health.compare
+    loop.health.compare = lambda *args: real(*args) | {"norm_ratio": 9.0 if distributed.rank() == 0 else 1.0}
+    try:
+        with distributed.joined():
+            loop.prune_blocks(model, ids, mask, job)
+    except ValueError as error:
+        (folder / f"{distributed.rank()}.said").write_text(str(error))
+    distributed.end()
+
+
+def test_all_stop_where_the_first_sees_a_collapse(tmp_path):
+    assert processes(2, tmp_path, stopped, tmp_path) == [0, 0]
+    said = [(tmp_path / f"{rank}.said").read_text() for rank in range(2)]
+    assert said[0] == said[1] and said[0].startswith("--stop-on-collapse: model.layers.0: norm ratio 9")
+
+
+def test_owners_are_busy_about_equally_long(monkeypatch):
+    monkeypatch.setattr(distributed, "ranks", lambda: 3)
+    found = distributed.owners([1, 9, 5, 4, 1, 4])
+    assert found == distributed.owners([1, 9, 5, 4, 1, 4])
+    load = [sum(cost for cost, owner in zip([1, 9, 5, 4, 1, 4], found, strict=True) if owner == rank)
+            for rank in range(3)]
+    assert sum(load) == 24 and max(load) == 9
+
+
+@pytest.mark.parametrize("n, ranks", [(8, 2), (7, 3), (3, 3), (2, 3), (0, 2)])
+def test_every_batch_is_one_processs(n, ranks, monkeypatch):
+    monkeypatch.setattr(distributed, "ranks", lambda: ranks)
+    monkeypatch.setattr(distributed, "_joined", [True])
+    parts = []
+    for rank in range(ranks):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        parts.append(list(distributed.part(n)))
+    assert [i for part in parts for i in part] == list(range(n))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 @functools.cache
