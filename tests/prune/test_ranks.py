@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import families
 import jobs
@@ -9,9 +10,10 @@ import pytest
 import torch
 from families import T
 from processes import together as processes
+from torch import nn
 
 from oneshot import heal
-from oneshot.heal.train import held_out_windows
+from oneshot.heal.train import Trainable, fit, held_out_windows
 from oneshot.measure import losses
 from oneshot.pipeline import plan, shrink
 from oneshot.prune import loop
@@ -102,6 +104,70 @@ def test_three_processes_end_with_the_same_bits(tmp_path):
     for name in names:
         first = every[0][name]["weights"]
         assert all(torch.equal(first[n], other[name]["weights"][n]) for other in every[1:] for n in first)
+
+
+def batch(number):
+    """(x, y) of a batch of a linear regression."""
+    gen = torch.Generator().manual_seed(number)
+    return torch.randn(20, 6, generator=gen), torch.randn(20, 5, generator=gen)
+
+
+def fitted(train, held):
+    """({...} of `fit`, the weight) of a linear trained on the mean of these batches, with others held out."""
+    torch.manual_seed(0)
+    linear = nn.Linear(6, 5, bias=False).requires_grad_(False)
+    linear.weight.data[:, ::2] = 0
+
+    def loss(i):
+        numbers = [train, *([n] for n in held)][i]
+        return sum((linear(x) - y).square().mean() for x, y in map(batch, numbers)) / len(numbers)
+    with Trainable(linear, {"weight": torch.float32}) as trainable:
+        told = fit(trainable, loss, [False, *[True] * len(held)], steps=12, lr=0.05, seed=0)
+    return told, linear.weight.data
+
+
+def scaled(numbers):
+    """`loop.scales` of batches whose tokens have other norms each."""
+    hidden = [batch(n)[0][None] * (1 + 5 * n) for n in numbers]
+    real = [None if n % 2 else torch.arange(20) < 15 for n in numbers]
+    return loop.scales(SimpleNamespace(rows=real, device="cpu"), SimpleNamespace(hidden=hidden))
+
+
+class Drifting(heal.Heal):
+    """Heals otherwise in each process, as another kind of CPU would."""
+
+    def after_block(self, block, activations, targets):
+        for p in block.module.parameters():
+            p.data *= 1 + 2.0**-20 * distributed.rank()
+
+
+def pieces(folder):
+    """In each of two processes: pieces of the work, with one batch each, and a healing method that drifts."""
+    distributed.start()
+    own = distributed.rank()
+    with distributed.joined():
+        model, ids, mask, job, _ = made("wanda")
+        loop.prune_blocks(model, ids, mask, replace(job, healers=(Drifting(None),)))
+        torch.save((fitted([own], [2] if own else []), scaled([0, 1, 2] if own else [3, 4]),
+                    [p.data for p in model.parameters()]), folder / f"{own}.pt")
+    distributed.end()
+
+
+def test_pieces_of_the_work_are_those_of_one_process(tmp_path):
+    """A step on a batch of each process is one on the mean of both; the held-out loss is that of the one that has it;
+    the mean square of the scales is 1 over the tokens of both; and what drifts apart is put right."""
+    assert processes(2, tmp_path, pieces, tmp_path) == [0, 0], (tmp_path / "0.err").read_text()
+    (first, second) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    told, weight = fitted([0, 1], [2])
+    for (other, W), _, _ in (first, second):
+        assert other["held_out_after"] == pytest.approx(told["held_out_after"], rel=1e-5) and told["held_out_after"] < \
+            told["held_out_before"] == pytest.approx(other["held_out_before"], rel=1e-6)
+        assert other["steps"] == told["steps"]
+        torch.testing.assert_close(W, weight)
+    assert torch.equal(first[0][1], second[0][1])
+    for mine, one in zip([*first[1], *second[1]], scaled([3, 4, 0, 1, 2]), strict=True):
+        torch.testing.assert_close(mine, one)
+    assert all(map(torch.equal, first[2], second[2]))
 
 
 def stopped(folder):
