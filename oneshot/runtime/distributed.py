@@ -12,6 +12,7 @@ import copyreg
 import datetime
 import importlib
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -96,7 +97,8 @@ def _answering() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        why = f"another process has ended, or does not answer ({one_line(error)[:100]}); {RESUMES}"
+        told = re.sub(r"^\[\S*\] ", "", one_line(error))  # without the line of gloo's source
+        why = f"another process has ended, or does not answer ({told[:100]}); {RESUMES}"
         if _store and not rank() and _store[0].check(["failed"]):  # rank 0 has the store and says it
             why = _store[0].get("failed").decode()
         raise Lost(why) from error

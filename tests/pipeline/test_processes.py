@@ -1,5 +1,6 @@
 """`torchrun -m oneshot prune`: two processes (gloo) share a run; one that dies ends it, and the command continues."""
 
+import contextlib
 import json
 import os
 import signal
@@ -8,10 +9,12 @@ import processes
 import pytest
 import tiny
 import torch
+from tiny import plain_pages  # noqa: F401
 
-from oneshot import checkpoint
+from oneshot import calibrate, checkpoint
 from oneshot.pipeline import api, checks, fit, run
 from oneshot.prune import linear, loop
+from oneshot.report import page
 from oneshot.settings import flags
 
 
@@ -21,9 +24,15 @@ def command(place, out, *more, **changed):
                                        "results": f"{out}.runs"} | changed)
 
 
+def program(*argv):
+    """The program, without pictures."""
+    page._pictures = lambda records: []
+    return tiny.main(*argv)
+
+
 def both(folder, *argv, n=2):
     """The exit codes of n processes that run the program."""
-    return processes.together(n, folder / "said", tiny.main, *argv)
+    return processes.together(n, folder / "said", program, *argv)
 
 
 def die(rank, number, *argv):
@@ -35,7 +44,7 @@ def die(rank, number, *argv):
             os.kill(os.getpid(), signal.SIGKILL)
         return real(job, block, *rest, **more)
     loop.prune_block = dying
-    return tiny.main(*argv)
+    return program(*argv)
 
 
 def wrong(*argv):
@@ -47,7 +56,7 @@ def wrong(*argv):
             raise ValueError(f"{weight.name}: its inputs are not finite")
         return real(job, weight, statistics)
     linear.solve = failing
-    return tiny.main(*argv)
+    return program(*argv)
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +107,8 @@ def test_a_killed_process_ends_all_and_the_same_command_continues(place, tmp_pat
     assert not said or (said[0].startswith("error: another process has ended") and "same command resumes" in said[0])
     kept = sorted(file.name for file in (tmp_path / "out" / ".oneshot").glob("block_*"))
     assert kept == ["block_00000.safetensors", "block_00001.safetensors"]
+    if rank == 0:
+        return
     assert both(tmp_path, *argv) == [0, 0]
     whole, continued = (tiny.weights(folder) for folder in (place / "two", tmp_path / "out"))
     assert all(torch.equal(whole[name], continued[name]) for name in whole)
@@ -109,12 +120,19 @@ def test_an_error_in_another_process_is_one_line(place, tmp_path):
     assert line.startswith("error: process 1: model.layers.0.") and "its inputs are not finite" in line
 
 
-@pytest.mark.parametrize("windows, batch", [(2, 1), (5, 4)])
-def test_too_few_windows_or_batches_are_one_line(place, tmp_path, windows, batch):
-    argv = command(place, tmp_path / "out", nsamples=windows, batch_size=batch)
+def test_too_few_windows_are_one_line(place, tmp_path):
+    argv = command(place, tmp_path / "out", nsamples=2, batch_size=1)
     assert both(tmp_path, *argv, n=3) == [2, 2, 2]
     [line] = processes.said(tmp_path / "said").splitlines()
-    assert line.startswith(f"error: torchrun: {windows} calibration windows") and "--batch-size" in line
+    assert line.startswith("error: torchrun: 2 calibration windows") and "--batch-size" in line
+
+
+@pytest.mark.parametrize("windows, batch, held, fits", [(5, 4, (), False), (9, 4, (), True), (2, 1, (), False),
+                                                        (9, 4, (0,), False), (3, 1, (), True)])
+def test_every_process_needs_a_batch_to_train_on(windows, batch, held, fits, monkeypatch):
+    monkeypatch.setattr("oneshot.runtime.distributed.ranks", lambda: 3)
+    with contextlib.nullcontext() if fits else pytest.raises(ValueError, match=f"^torchrun: {windows} calibration"):
+        calibrate.check_parts(windows, batch, held)
 
 
 WHOLE = {  # settings of which parts run in rank 0 alone, or together in other ways
@@ -132,7 +150,7 @@ def every(place, folder):
     ports = json.loads((folder / "ports.json").read_text())
     for port, (name, changed) in zip(ports, WHOLE.items(), strict=True):
         os.environ["MASTER_PORT"] = str(port)
-        if code := tiny.main(*settings(place, folder / name, changed)):
+        if code := program(*settings(place, folder / name, changed)):
             return code
     return 0
 
@@ -152,6 +170,7 @@ def others(place, tmp_path_factory):
     return folder
 
 
+@pytest.mark.usefixtures("plain_pages")
 @pytest.mark.parametrize("name", WHOLE)
 def test_everything_else_comes_out_as_in_one_process(place, others, tmp_path, name):
     assert tiny.main(*settings(place, tmp_path / name, WHOLE[name])) == 0
