@@ -16,7 +16,7 @@ from oneshot import heal
 from oneshot.heal.train import Trainable, fit, held_out_windows
 from oneshot.measure import losses
 from oneshot.pipeline import plan, shrink
-from oneshot.prune import loop
+from oneshot.prune import linear, loop
 from oneshot.prune.job import Job
 from oneshot.runtime import distributed
 from oneshot.settings import flags
@@ -72,11 +72,16 @@ def pruned(name):
     model, ids, mask, job, cfg = made(name)
     if "gradient" in job.needs:
         job = Job(job.plan, job.chain, cfg, gradients=shrink.all_gradients(model, ids, mask, cfg, ()))
-    result = loop.prune_blocks(model, ids, mask, job)
+    solved = []
+
+    def solve(job, weight, statistics):
+        solved.append(weight.name)
+        return linear.solve(job, weight, statistics)
+    result = loop.prune_blocks(model, ids, mask, replace(job, solve=solve))
     loss = losses.divided_losses(model, jobs.tokens(7, seed=9), None, 2, "cpu", None)
     return {"weights": {n: p.data for n, p in model.named_parameters()}, "loss": loss, "layers": result.layers,
-            "blocks": result.blocks, "warnings": result.warnings,
-            "dense": None if result.dense is None else (result.dense.hidden, result.dense.held)}
+            "blocks": result.blocks, "warnings": result.warnings, "solved": solved,
+            "dense": None if result.dense is None else (result.dense.hidden, result.dense.rows, result.dense.held)}
 
 
 def all_pruned(folder, names):
@@ -98,7 +103,7 @@ def two(tmp_path_factory):
 
 def test_three_processes_end_with_the_same_bits(tmp_path):
     """With three, the sums go from one to the next, and some own less than others."""
-    names = ["fused experts, several passes", "sparsegpt, padding", "block"]
+    names = ["fused experts, several passes", "sparsegpt, padding"]
     assert processes(3, tmp_path, all_pruned, tmp_path, names) == [0, 0, 0], (tmp_path / "2.err").read_text()
     every = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(3)]
     for name in names:
@@ -115,15 +120,15 @@ def batch(number):
 def fitted(train, held):
     """({...} of `fit`, the weight) of a linear trained on the mean of these batches, with others held out."""
     torch.manual_seed(0)
-    linear = nn.Linear(6, 5, bias=False).requires_grad_(False)
-    linear.weight.data[:, ::2] = 0
+    layer = nn.Linear(6, 5, bias=False).requires_grad_(False)
+    layer.weight.data[:, ::2] = 0
 
     def loss(i):
         numbers = [train, *([n] for n in held)][i]
-        return sum((linear(x) - y).square().mean() for x, y in map(batch, numbers)) / len(numbers)
-    with Trainable(linear, {"weight": torch.float32}) as trainable:
+        return sum((layer(x) - y).square().mean() for x, y in map(batch, numbers)) / len(numbers)
+    with Trainable(layer, {"weight": torch.float32}) as trainable:
         told = fit(trainable, loss, [False, *[True] * len(held)], steps=12, lr=0.05, seed=0)
-    return told, linear.weight.data
+    return told, layer.weight.data
 
 
 def scaled(numbers):
@@ -239,6 +244,30 @@ def test_two_processes_give_what_one_gives(two, name):
     assert float(both["loss"].mean()) == pytest.approx(float(one["loss"].mean()), abs=1e-3)  # 0.1 % of the perplexity
     for mine, other in zip(one["layers"], both["layers"], strict=True):
         assert (mine["relative_error"] or 0) == pytest.approx(other["relative_error"] or 0, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_each_linear_is_solved_once_those_with_one_input_together(two, name):
+    first, second = (part[name]["solved"] for part in two)
+    assert sorted(first + second) == sorted(alone(name)["solved"])
+    for part in ("k_proj", "v_proj"):
+        assert {n.replace(part, "q_proj") for n in first if part in n and "mamba" not in n} <= {*first}
+    if {"true_sequential", "gram_budget"}.isdisjoint(ALL[name][2]):  # a pass then has one input, which one process owns
+        assert min(len(first), len(second)) >= len(first + second) // 4
+
+
+@pytest.mark.parametrize("name", ["fused experts", "single experts"])
+def test_experts_are_spread(two, name):
+    mine, others = ([n for n in part[name]["solved"] if ".experts." in n] for part in two)
+    assert len(mine) > 3 and len(others) > 3
+
+
+@pytest.mark.parametrize("name", HEALED)
+def test_the_first_has_the_dense_activations_of_all_in_order(two, name):
+    for mine, both in zip(alone(name)["dense"], two[0][name]["dense"], strict=True):
+        for one, other in zip(mine, both, strict=True):
+            assert one == other if isinstance(one, bool) or one is None else torch.equal(one, other)
+    assert two[1][name]["dense"][0] == []
 
 
 @pytest.mark.parametrize("name", HEALED)
