@@ -92,6 +92,8 @@ def check_shrink(cfg: RunConfig) -> None:
 
 def check_text(cfg: RunConfig) -> None:
     """Reject what does not go with healing on text. Raises ValueError naming the flag."""
+    # accelerate (1.15) shards on GPUs alone: on a CPU it would overlook the flag. A model that transformers (5.23) has
+    # sharded while loading, Trainer does not resume.
     if cfg.text_heals and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise ValueError(f"--heal {cfg.text_heals[0]}: cannot be sharded by FSDP yet; start it with torchrun alone")
     if cfg.text_heals and cfg.heal_data is None:

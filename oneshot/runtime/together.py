@@ -70,8 +70,14 @@ def follow() -> int:
 
 
 def hold(model: nn.Module, load: Callable[..., nn.Module], *args: Any) -> None:
-    """Let the others load the model that rank 0 holds: `load(*args)`, a function of a module and plain values."""
+    """Let the others load the model that rank 0 holds: `load(*args)`, a function of a module and plain values.
+
+    Raises ValueError for a model whose blocks are on disk.
+    """
     if distributed.world() > 1:
+        if any(p.is_meta for p in model.parameters()):
+            raise ValueError("torchrun: every process holds the whole model in memory; leave out --offload disk, or "
+                             "start it without torchrun")
         distributed.share(("hold", load, args))
         _held[:] = [weakref.ref(model)]
 

@@ -11,10 +11,11 @@ import tiny
 import torch
 from tiny import plain_pages  # noqa: F401
 
-from oneshot import calibrate, checkpoint
+from oneshot import __main__, calibrate, checkpoint
 from oneshot.pipeline import api, checks, fit, run
 from oneshot.prune import linear, loop
 from oneshot.report import page
+from oneshot.runtime import together
 from oneshot.settings import flags
 
 
@@ -203,6 +204,10 @@ def test_what_cannot_be_shared_is_refused(monkeypatch, place, capsys):
     assert fit.main([str(word) for word in argv]) == 2
     assert capsys.readouterr().err.startswith("error: torchrun: shares the work of")
     assert not (place / "fit").exists()
+    assert __main__.main(["compare", "nothing"]) == 2
+    assert capsys.readouterr().err.startswith("error: torchrun: shares the work of")
+    with torch.device("meta"), pytest.raises(ValueError, match=r"^torchrun: every process holds the whole model"):
+        together.hold(torch.nn.Linear(2, 2), torch.nn.Linear)
     monkeypatch.setattr("oneshot.runtime.environment.check_device", lambda *args: None)
     with pytest.raises(ValueError, match=r"^--device cuda:1: is one GPU for all"):
         checks.check_devices(flags.build({"method": "wanda", "pattern": "2:4", "device": "cuda:1"}))
