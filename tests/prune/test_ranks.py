@@ -28,7 +28,8 @@ CASES = {  # name: (family, padding, settings); 3 batches of 4 windows, so that 
     "sparsegpt, tied, bias": ("llama-tied-bias", True, {"method": "sparsegpt"}),  # (+refit hangs on the last bits here)
     "swaps, 16 bits": ("qwen3", False, {"method": "wanda+swaps", "dtype": "bfloat16"}),
     "flap adds a bias": ("llama", False, {"method": "flap", "pattern": "0.5", "flap.bias": True}),
-    "alps, held out, aimed, weighed": ("llama", True, {"method": "alps", "dense_target": 0.5}),
+    "alps, aimed": ("llama", True, {"method": "alps", "dense_target": 0.5}),
+    "obs, held out, weighed": ("llama", True, {"method": "obs", "pattern": "0.5"}),
     "in stages": ("llama", False, {"method": "sparsegpt", "true_sequential": True}),
     "in stages, several passes": ("llama", False, {"method": "sparsegpt", "true_sequential": True,
                                                    "gram_budget": jobs.BYTE}),
@@ -244,6 +245,8 @@ def test_two_processes_give_what_one_gives(two, name):
     assert float(both["loss"].mean()) == pytest.approx(float(one["loss"].mean()), abs=1e-3)  # 0.1 % of the perplexity
     for mine, other in zip(one["layers"], both["layers"], strict=True):
         assert (mine["relative_error"] or 0) == pytest.approx(other["relative_error"] or 0, rel=0.02)
+        assert mine["info"].keys() == other["info"].keys()
+        assert mine["info"].get("ridge") == other["info"].get("ridge")  # chosen on the held-out windows of all
 
 
 @pytest.mark.parametrize("name", ALL)
