@@ -1,9 +1,11 @@
 """`torchrun -m oneshot prune`: two processes (gloo) share a run; one that dies ends it, and the command continues."""
 
 import contextlib
+import datetime
 import json
 import os
 import signal
+import time
 
 import processes
 import pytest
@@ -15,7 +17,7 @@ from oneshot import __main__, calibrate, checkpoint
 from oneshot.pipeline import api, checks, fit, run
 from oneshot.prune import linear, loop
 from oneshot.report import page
-from oneshot.runtime import together
+from oneshot.runtime import distributed, together
 from oneshot.settings import flags
 
 
@@ -45,6 +47,20 @@ def die(rank, number, *argv):
             os.kill(os.getpid(), signal.SIGKILL)
         return real(job, block, *rest, **more)
     loop.prune_block = dying
+    return program(*argv)
+
+
+def hang(*argv):
+    """The program with little patience, in which process 1 does nothing any more when it comes to the second block."""
+    distributed.LIMIT = datetime.timedelta(seconds=3)
+    real = loop.prune_block
+
+    def hanging(job, block, *rest, **more):
+        if os.environ["RANK"] == "1" and block.number == 1:
+            time.sleep(6)
+            os._exit(9)
+        return real(job, block, *rest, **more)
+    loop.prune_block = hanging
     return program(*argv)
 
 
@@ -113,6 +129,12 @@ def test_a_killed_process_ends_all_and_the_same_command_continues(place, tmp_pat
     assert both(tmp_path, *argv) == [0, 0]
     whole, continued = (tiny.weights(folder) for folder in (place / "two", tmp_path / "out"))
     assert all(torch.equal(whole[name], continued[name]) for name in whole)
+
+
+def test_a_process_that_no_longer_answers_is_not_waited_for(place, tmp_path):
+    assert processes.together(2, tmp_path / "said", hang, *command(place, tmp_path / "out")) == [2, 9]
+    [line] = processes.said(tmp_path / "said").splitlines()
+    assert line.startswith("error: another process has ended, or does not answer (") and "imed out" in line
 
 
 def test_an_error_in_another_process_is_one_line(place, tmp_path):
