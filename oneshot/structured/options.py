@@ -10,7 +10,7 @@ from ..runtime.flag import flag
 from .budget import BYS
 from .depth import ORDERS
 
-SMALLER = ("shrink", "layers", "drop", "experts")  # the flags of which any makes the model smaller
+SMALLER = ("shrink", "layers", "drop", "kv_groups", "experts")  # the flags of which any makes the model smaller
 
 
 def shrinks(settings: Mapping[str, Any]) -> bool:
@@ -32,6 +32,8 @@ class ShrinkOptions:
     drop: str | None = flag(None, "transformer blocks that go, by their numbers from 0: '3,7'; attention or MLP alone: "
                                   "'mlp:3,attn:7' (loads after `import oneshot` only)", section="smaller", preset=True,
                             added=True)
+    kv_groups: int | None = flag(None, "how many KV groups are left in each attention; with --shrink the neurons "
+                                       "give the rest", section="smaller", preset=True, added=True)
     uneven: bool = flag(False, "let layers differ in width where that loses less; such a model loads after `import "
                                "oneshot` only", section="smaller", preset=True, added=True)
     experts: int | None = flag(None, "of a mixture: how many experts are left in each layer, those that matter most on "
@@ -52,6 +54,8 @@ class ShrinkOptions:
             raise ValueError(f"--shrink {self.shrink:g}: give a share between 0 and 1, such as 0.75")
         if self.experts is not None and self.experts < 1:
             raise ValueError(f"--experts {self.experts}: must be at least 1")
+        if self.kv_groups is not None and self.kv_groups < 1:
+            raise ValueError(f"--kv-groups {self.kv_groups}: must be at least 1")
         if self.layers is not None and self.layers < 1:
             raise ValueError(f"--layers {self.layers}: must be at least 1")
         if self.tries < 1:
@@ -67,6 +71,11 @@ class ShrinkOptions:
     def shrinks(self) -> bool:
         """Whether the model is made smaller."""
         return shrinks(vars(self))
+
+    @property
+    def says_what_goes(self) -> bool:
+        """Whether blocks or KV groups are named, so that no mixture is searched for."""
+        return any(value is not None for value in (self.drop, self.layers, self.kv_groups))
 
     @property
     def dropped_blocks(self) -> tuple[int, ...]:

@@ -1,0 +1,182 @@
+"""Candidates: what each part of a model loses in each form, measured as KL to the dense model on calibration windows.
+
+    drops     depth.by_kl: the order in which blocks go, measured anew after each; before that the blocks of least
+              influence are picked
+    heads     fewer KV groups in every block: one less, and half
+    widths    as few neurons in every block as the round's aim needs, and half-way there; both by walks of the solver
+    sparse    each block alone in 2:4, solved on the model's own inputs, the others as they are
+    grids     all linears rounded to nearest
+
+What gains nothing for any target is not measured. Once a block is 2:4, widths and KV groups stay, as cutting columns
+would break its groups of four.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from ... import calibrate, models
+from ...calibrate import Activations
+from ...data import Tokens
+from ...models import groups
+from ...prune import loop, shared_inputs
+from ...prune.patterns import NM
+from ...quantise import grids, rtn
+from ...settings import RunConfig
+from ...structured import Cut, budget, cut, depth, search, slices
+from .. import forms, shrink
+from ..plan import job_of, make_plan
+from .plans import Candidates, Costs, Kept, Plan
+
+WALK = 8192  # tokens on which a solver chooses the units of a candidate
+LEAST = 4  # how many times narrower an MLP may get in one round
+
+
+class Looks:
+    """Measures candidates against one dense model, on the same windows in every round.
+
+    cut, sparse: the settings of runs that make a model smaller, and 2:4. tokens: calibration Tokens.
+    """
+
+    def __init__(self, cut: RunConfig, sparse: RunConfig, dense: nn.Module, tokens: Tokens) -> None:
+        self.cut, self.sparse, self.tokens = cut, sparse, tokens
+        ids, mask = shrink.first(tokens, shrink.ORDER)
+        width = depth.KEPT // (len(ids) * models.config_of(dense).vocab_size)  # of the windows, for the teacher's sake
+        self.ids, self.mask = ids[:, :width], None if mask is None else mask[:, :width]
+        self.known = None
+        self.known = self.run(dense, lambda activations: depth.teacher(dense, depth.through(dense, activations, 0, ())))
+
+    def run(self, model: nn.Module, work: Callable[[Activations], object]) -> object:
+        """What `work` makes of the activations at the model's first block."""
+        with torch.no_grad(), models.experts_one_by_one(model), loop.float32_products(self.cut.tf32):
+            return work(loop.start(model, self.ids, self.mask, self.cut))
+
+    def kl(self, model: nn.Module, activations: Activations) -> float:
+        """KL(dense ‖ model), nats a token, of the model's activations after its last block."""
+        return depth.divergence(model, activations, activations, known=self.known)
+
+    def base(self, model: nn.Module) -> float:
+        """KL(dense ‖ model) of the model as it is."""
+        return self.run(model, lambda found: self.kl(model, depth.through(model, found, 0, ())))
+
+    def at(self, model: nn.Module, costs: Costs, start: Plan, limits: Mapping[str, float],
+           allow: frozenset[str]) -> Candidates:
+        """The candidates of a model. start: what it is already. limits: as for `plans.best`. allow: see targets.py."""
+        found, base = Candidates(), self.base(model)
+
+        def above(kl: float) -> float:
+            return max(0.0, kl - base)
+        if "shrink" in allow:
+            rows = self.drops(model, costs, start, limits)
+            found.drops += [(tuple(row["block"] for row in rows[:i + 1]), above(row["kl"]))
+                            for i, row in enumerate(rows)]
+            found.influence = {row["block"]: row["influence"] for row in rows}
+            if not start.sparse:
+                for heads in fewer_groups(model):
+                    found.heads.append((heads, above(self.walked(model, Cut((), heads)))))
+                for widths in narrower(model, costs, limits):
+                    found.widths.append((widths, above(self.walked(model, Cut((), widths)))))
+        if forms.SPARSE in allow and gains(costs, start, limits, sparse=True):
+            try:
+                found.sparse = {b: above(kl) for b, kl in self.in_24(model, start).items()}
+            except ValueError as error:  # a shape that no 2:4 has
+                found.notes.append(f"2:4 is left out: {error}")
+        for grid in forms.GRIDS:
+            if grid in allow and gains(costs, start, limits, grid=grid):
+                found.grids[grid] = above(self.rounded(model, grids.parse(forms.GRIDS[grid])))
+        return found
+
+    def drops(self, model: nn.Module, costs: Costs, start: Plan, limits: Mapping[str, float]) -> list[dict]:
+        """The rows of `depth.by_kl`, as many as reach the limits by themselves."""
+        most = next((d for d in range(1, costs.number) if within(costs, Plan(tuple(range(d))), limits)),
+                    costs.number - 1)
+
+        def allowed(blocks: list[int]) -> bool:
+            return slices.possible(model, Cut(tuple(blocks)))
+        return self.run(model, lambda found: depth.by_kl(model, found, most, (), allowed, self.cut.progress,
+                                                         self.known)) if most else []
+
+    def walked(self, model: nn.Module, found: Cut) -> float:
+        """KL(dense ‖ cut) after the solver has chosen and refitted the units of a cut; the model is as before."""
+        ids, mask = shrink.first(self.tokens, WALK)
+        job = replace(shrink.job_of(self.cut, model, self.tokens), healers=(),
+                      held_out=tuple(range(0, len(ids), 4)) if len(ids) > 1 else ())
+        with search.put_back(model):
+            loop.prune_model(model, ids, mask, search.job_for(job, model, found))
+            return self.base(model)
+
+    def in_24(self, model: nn.Module, start: Plan) -> dict[int, float]:
+        """{number of a block: KL with that block alone in 2:4}, of those that are not yet."""
+        plan = make_plan(replace(self.sparse, keep_dense=None), model)
+        job = replace(job_of(replace(self.sparse, layer_errors=False), plan), healers=())
+        [(_, new)] = shared_inputs.prune_shared(model, self.ids, self.mask, [job])
+
+        def work(activations: Activations) -> dict[int, float]:
+            found = {}
+            for block in models.walk(model):
+                if block.number not in start.sparse:
+                    kept = [(w, w.get().to(w.stored, copy=True)) for w in block.weights]
+                    for w in block.weights:
+                        w.set(new[w.name])
+                    found[block.number] = self.kl(model, depth.through(model, activations.fork(), block.number, ()))
+                    for w, W in kept:
+                        w.set(W)
+                for resident in models.walk(model, self.cut.device, start=block.number, end=block.number + 1):
+                    calibrate.replay(resident.module, activations, block.number)
+            return found
+        return self.run(model, work)
+
+    def rounded(self, model: nn.Module, grid: grids.Grid) -> float:
+        """KL(dense ‖ rounded) with all linears rounded to nearest; the model is as before."""
+        def work(activations: Activations) -> float:
+            for number in range(len(models.blocks(model)[1])):
+                [block] = models.walk(model, start=number, end=number + 1)
+                kept = [(w, w.get().to(w.stored, copy=True)) for w in block.weights]
+                for w, W in kept:
+                    w.set(rtn.round_to_nearest(W.to(w.get()), grid)[0])
+                for resident in models.walk(model, self.cut.device, start=number, end=number + 1):
+                    calibrate.replay(resident.module, activations, number)
+                for w, W in kept:
+                    w.set(W)
+            return self.kl(model, activations)
+        return self.run(model, work)
+
+
+def within(costs: Costs, plan: Plan, limits: Mapping[str, float]) -> bool:
+    """Whether a plan costs no more than the limits."""
+    found = costs.of(plan)
+    return all(found[kind] <= limit for kind, limit in limits.items())
+
+
+def gains(costs: Costs, start: Plan, limits: Mapping[str, float], sparse: bool = False,
+          grid: str | None = None) -> bool:
+    """Whether a form, in all blocks, costs less of anything that has a limit than the model as it is."""
+    before = costs.of(Plan(sparse=start.sparse))
+    after = costs.of(Plan(sparse=tuple(range(costs.number)) if sparse else start.sparse, grid=grid))
+    return any(after[kind] < before[kind] for kind in limits)
+
+
+def fewer_groups(model: nn.Module) -> list[Kept]:
+    """One KV group less in each block, and half of them, as far as the family's config can say it."""
+    width = cut.kinds(model).get(groups.HEADS)
+    counts = dict.fromkeys((width.count - 1, width.count // 2)) if width else ()
+    found = [((groups.HEADS, left),) for left in counts if left > 0]
+    return [heads for heads in found if slices.says(model, Cut((), heads))]
+
+
+def narrower(model: nn.Module, costs: Costs, limits: Mapping[str, float]) -> list[Kept]:
+    """The widest MLPs that reach the limits by themselves (else the narrowest a round may make), and half-way there."""
+    whole = costs.sizes.left(Cut())
+
+    def at(share: float) -> Kept | None:
+        found = budget.neurons_for(model, budget.Budget(share * whole, costs.sizes.left, multiple=NM(2, 4).m), ())
+        return found.kept if found else None
+    shares, known = [i / 64 for i in range(63, 15, -1)], dict(cut.kinds(model))
+    there = [(share, kept) for share in shares if (kept := at(share)) and all(
+        LEAST * left >= known[kind].count for kind, left in kept)]
+    if not there:
+        return []
+    low, end = next(((s, k) for s, k in there if within(costs, Plan(widths=k), limits)), there[-1])
+    return list(dict.fromkeys(kept for kept in (end, at((1 + low) / 2)) if kept))

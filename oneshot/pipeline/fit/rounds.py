@@ -1,0 +1,203 @@
+"""Rounds: aim, plan, run, judge the floors, keep or take back; until the targets are met or a floor stands in the way.
+
+    aim     from where the model is, --step of the whole way from the dense model to each target
+    broken  a floor that does not hold: the round is taken back and tried again, with half the step and without the
+            part that it was foretold to lose most by; TRIES times, then the rounds end
+"""
+
+import time
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from ... import models
+from ...models import Tokenizer
+from ...runtime.command import one_line
+from .. import device_table
+from ..command import Command
+from . import steps, targets
+from .candidates import Looks
+from .ledger import Ledger, Round
+from .plans import Costs, Plan, best, changed
+from .steps import State, Steps
+
+TRIES = 2  # how often a broken round is tried another way
+NEAR = 1e-6  # a share that is that near its target has met it
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command asks for, see targets.py. table: of another device, or None: it is measured here.
+
+    final: tokens of the long heal at the end, or None.
+    """
+
+    targets: dict[str, float]
+    floors: list[targets.Floor]
+    step: float
+    allow: frozenset[str]
+    budget: float
+    table: dict | None = None
+    final: str | None = None
+
+
+@dataclass
+class Fit:
+    """The rounds of one command. state, shares: of the best model so far. stopped: why the rounds ended, or None."""
+
+    asked: Asked
+    steps: Steps
+    ledger: Ledger
+    dense: dict
+    state: State
+    shares: dict[str, float] = field(default_factory=dict)
+    stopped: str | None = None
+    spent: float = 0.0
+    _looks: Looks | None = None
+    _table: dict | None = None
+
+    def run(self) -> None:
+        """All rounds."""
+        self.shares = dict.fromkeys(self.asked.targets, 1.0) | {"parameters": 1.0, "bytes": 1.0}
+        step, tries, without, failed = self.asked.step, 0, frozenset(), []
+        while not self.met(self.shares) and tries <= TRIES:
+            if self.out_of_time():
+                self.stopped = "the budget of time is used up"
+                return
+            now = self.one(step, without, failed)
+            if now.kept:
+                tries, without, failed, self.stopped = 0, frozenset(), [], None
+                continue
+            step, tries = step / 2, tries + 1
+            self.stopped = now.failed or "; ".join(now.broken)
+            if now.plan:
+                failed.append(Plan.of(now.plan))
+                without |= {now.candidates["most"]}
+
+    def met(self, shares: dict[str, float]) -> bool:
+        """Whether all targets are reached."""
+        return all(shares[kind] <= share + NEAR for kind, share in self.asked.targets.items())
+
+    def out_of_time(self) -> bool:
+        """Whether another round as long as the longest would exceed the budget."""
+        done = [r.seconds for r in self.ledger.rounds]
+        return self.spent + sum(done) + max(done, default=0.0) > self.asked.budget
+
+    def one(self, step: float, without: frozenset[str], failed: list[Plan]) -> Round:
+        """One round, from planning to judging; the state moves on if it is kept."""
+        began, number = time.perf_counter(), len(self.ledger.rounds) + 1
+        now = self.ledger.before()
+        timed = now.shares.get("latency") if now else None
+        if now is None:
+            now = Round(f"round-{number}", self.aims(step), step)
+            self.plan(now, without, failed)
+            self.ledger.write(now)
+        before = now.seconds
+        now.broken, now.kept = [], False
+        if now.failed is None:
+            self.make(now, timed)
+        now.seconds = before or time.perf_counter() - began
+        self.ledger.rounds.append(now)
+        self.ledger.write()
+        return now
+
+    def aims(self, step: float) -> dict[str, float]:
+        """{kind of target: the share that the next round aims at}."""
+        return {kind: max(share, self.shares[kind] - step * (1 - share)) for kind, share in self.asked.targets.items()}
+
+    def plan(self, now: Round, without: frozenset[str], failed: list[Plan]) -> None:
+        """Choose what the round does. What was chosen, and from what, goes into it."""
+        model, _ = load(self.steps, self.state.float)
+        costs = Costs(model, self.table)
+        here = costs.of(self.state.plan)
+        limits = {kind: aim * here[kind] / self.shares[kind] for kind, aim in now.aims.items()}
+        found = self.looks.at(model, costs, self.state.plan, limits, self.asked.allow)
+        now.notes = found.notes
+        for avoided in dict.fromkeys((without, frozenset())):
+            chosen = best(costs, found, self.state.plan, limits, avoided)
+            if chosen and chosen[0] not in failed:
+                plan, now.loss = chosen
+                after, now.plan, now.told = costs.of(plan), plan.plain(), str(plan)
+                now.foretold = {kind: after[kind] / here[kind] * self.shares[kind] for kind in now.aims}
+                now.candidates = found.plain() | {"most": changed(plan, self.state.plan, found)}
+                return
+        now.candidates = found.plain()
+        now.failed = "nothing that --allow names is small enough for the next step" if not failed else \
+            "no other way to take the next step"
+
+    def make(self, now: Round, timed: float | None) -> None:
+        """Do a round that is planned, measure and judge it. timed: its share of time, measured before a kill."""
+        plan = Plan.of(now.plan)
+        model, _ = load(self.steps, self.state.float)
+        blocks, share = steps.dims(Costs(model).sizes, plan)
+        configs = self.steps.of(now.name, self.state, plan, (blocks, share))
+        try:
+            record = steps.done(configs)
+        except ValueError as error:
+            if not str(error).startswith(("--shrink", "--drop", "--kv-groups")):
+                raise
+            now.failed = one_line(error)  # what the family cannot be without
+            return
+        state = self.steps.after(self.state, plan, configs)
+        self.judge(now, record, state, blocks, timed)
+        if now.kept:
+            self.state, self.shares = state, now.shares
+
+    def judge(self, now: Round, record: dict, state: State, blocks: int, timed: float | None) -> None:
+        """Fill in what was measured of a state, and whether all floors hold."""
+        now.metrics = record["metrics"]
+        now.shares = steps.shares(record, self.dense)
+        if "latency" in self.asked.targets:
+            now.shares["latency"] = now.foretold["latency"] if self.asked.table else \
+                timed or steps.time_share(self.steps.dense, state, blocks)
+        found = [own.judge(record, self.dense) for own in self.asked.floors]
+        now.floors = [own.plain() for own in found]
+        now.broken = [str(own) for own in found if not own.holds]
+        now.kept = not now.broken
+
+    def final(self) -> None:
+        """The long heal of the best state; kept if it keeps the floors and the targets that were met."""
+        if self.asked.final is None or self.state.float == self.steps.model or not self.steps.heal:
+            return
+        began, before = time.perf_counter(), self.ledger.before()
+        heal = list(self.steps.heal)
+        heal[heal.index("--heal-tokens") + 1] = self.asked.final
+        now = before or Round("final", dict(self.asked.targets), 0.0, foretold=dict(self.shares))
+        now.plan, now.told = self.state.plan.plain(), f"healed on {self.asked.final} tokens more"
+        blocks = Costs(load(self.steps, self.state.float)[0]).number
+        configs = self.steps.healed("final", self.state, self.state.plan, blocks, heal)
+        record, timed = steps.done(configs), now.shares.get("latency")
+        state = self.steps.after(self.state, self.state.plan, configs)
+        self.judge(now, record, state, blocks, timed)
+        now.kept = now.kept and (self.met(now.shares) or not self.met(self.shares))
+        now.seconds = now.seconds or time.perf_counter() - began
+        self.ledger.rounds.append(now)
+        self.ledger.write()
+        if now.kept:
+            self.state, self.shares = state, now.shares
+
+    @property
+    def looks(self) -> Looks:
+        """What candidates are measured with, made on first use."""
+        if self._looks is None:
+            cfg = self.steps.cutting
+            dense, tokenizer = load(self.steps, self.steps.model)
+            tokens = Command([cfg]).calibration(cfg, dense, tokenizer)
+            self._looks = Looks(cfg, self.steps.sparsening, dense, tokens)
+        return self._looks
+
+    @property
+    def table(self) -> dict | None:
+        """The device's table, where a target asks for it; measured on first use."""
+        if "latency" not in self.asked.targets or self.asked.table is not None:
+            return self.asked.table
+        if self._table is None:
+            cfg = self.steps.dense
+            self._table = device_table.table(steps.load(cfg, cfg.model), cfg.device, progress=cfg.progress)
+        return self._table
+
+
+def load(own: Steps, name: str) -> tuple[nn.Module, Tokenizer]:
+    """(model, tokenizer) with the settings of the command."""
+    cfg = own.dense
+    return models.load(name, dtype=cfg.dtype, trust_remote_code=cfg.trust_remote_code, cache_dir=cfg.cache_dir)
