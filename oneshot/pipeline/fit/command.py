@@ -21,6 +21,7 @@ is wrong. All other flags are those of `oneshot prune`; they go to every round.
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,7 +60,8 @@ def parser() -> Parser:
     p.add_argument("--floor", action="append", default=[], help="a bound on a metric; may be given several times")
     p.add_argument("--step", default="10%", help="share of the way that a round takes; 100%%: one shot (default: 10%%)")
     p.add_argument("--allow", default=",".join(targets.FORMS), help="what may be done (default: %(default)s)")
-    p.add_argument("--budget", help="time after which no round begins, such as 2h (default: none)")
+    p.add_argument("--budget", help="time for all rounds and the long heal, such as 2h: no round begins that would "
+                                    "exceed it (default: none)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, or a table that `oneshot latency --out` wrote on "
                                                     "the device that the model is for")
     p.add_argument("--data", help="text to heal on (default: no healing but folding)")
@@ -72,7 +74,7 @@ def parser() -> Parser:
 
 def fitted(args: argparse.Namespace, rest: Sequence[str]) -> tuple[Fit, str]:
     """(the rounds, done; what the command says). Raises ValueError naming the flag for what cannot be used."""
-    folder, (device, table) = Path(args.save), device_of(args.device)
+    began, folder, (device, table) = time.perf_counter(), Path(args.save), device_of(args.device)
     allow = targets.allow(args.allow)
     if "heal" in allow and args.final is not None and args.data is None:
         raise ValueError(f"--final {args.final}: heals on text; give --data")
@@ -96,7 +98,7 @@ def fitted(args: argparse.Namespace, rest: Sequence[str]) -> tuple[Fit, str]:
                             [word for word in rest if word != "--no-progress"]])
     dense = run.run(own.dense)
     targets.check(asked.floors, dense)
-    fit = Fit(asked, own, known, dense, State(args.model, args.model))
+    fit = Fit(asked, own, known, dense, State(args.model, args.model), time.perf_counter() - began)
     fit.run()
     fit.final()
     return fit, ending.finish(fit)

@@ -144,9 +144,9 @@ def told(fit: Fit, plain: list[Round], accepted: dict) -> str:
     lines += accepted_lines(fit, accepted)
     met = fit.met(fit.shares)
     lines += ["target met" if met else f"target not met: {fit.stopped}"]
-    last = fit.ledger.rounds[-1] if fit.ledger.rounds else None
-    if not met and last and last.plan and not last.kept:
-        lines += [f"next would be: {last.told}"]
+    tried = next((r for r in reversed(fit.ledger.rounds) if r.plan and not r.kept), None)
+    if not met and tried:
+        lines += [f"next would be: {tried.told}"]
     return "\n".join([*lines, f"pictures: {fit.ledger.folder / 'fit.svg'}, {fit.ledger.folder / 'candidates.svg'}",
                       f"report: {fit.ledger.folder / 'fit.html'}", f"result: {fit.state.result}"])
 

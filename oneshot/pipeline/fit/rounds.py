@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ... import models
+from ...heal.options import count
 from ...models import Tokenizer
 from ...runtime.command import one_line
 from .. import device_table
@@ -43,16 +44,20 @@ class Asked:
 
 @dataclass
 class Fit:
-    """The rounds of one command. state, shares: of the best model so far. stopped: why the rounds ended, or None."""
+    """The rounds of one command.
+
+    dense: the dense model's record. state, shares: of the best model so far. spent: seconds before the first round.
+    stopped: why the rounds ended, or None.
+    """
 
     asked: Asked
     steps: Steps
     ledger: Ledger
     dense: dict
     state: State
+    spent: float = 0.0
     shares: dict[str, float] = field(default_factory=dict)
     stopped: str | None = None
-    spent: float = 0.0
     _looks: Looks | None = None
     _table: dict | None = None
 
@@ -69,7 +74,7 @@ class Fit:
                 tries, without, failed, self.stopped = 0, frozenset(), [], None
                 continue
             step, tries = step / 2, tries + 1
-            self.stopped = now.failed or "; ".join(now.broken)
+            self.stopped = "; ".join(now.broken or filter(None, (self.stopped, now.failed)))
             if now.plan:
                 failed.append(Plan.of(now.plan))
                 without |= {now.candidates["most"]}
@@ -79,9 +84,14 @@ class Fit:
         return all(shares[kind] <= share + NEAR for kind, share in self.asked.targets.items())
 
     def out_of_time(self) -> bool:
-        """Whether another round as long as the longest would exceed the budget."""
+        """Whether another round as long as the longest, and the long heal after it, would exceed the budget.
+
+        The long heal is taken to need as long a token as that round.
+        """
         done = [r.seconds for r in self.ledger.rounds]
-        return self.spent + sum(done) + max(done, default=0.0) > self.asked.budget
+        heal = list(self.steps.heal)
+        final = count(self.asked.final) / count(heal[heal.index("--heal-tokens") + 1]) if self.asked.final else 0.0
+        return self.spent + sum(done) + max(done, default=0.0) * (1 + final) > self.asked.budget
 
     def one(self, step: float, without: frozenset[str], failed: list[Plan]) -> Round:
         """One round, from planning to judging; the state moves on if it is kept."""

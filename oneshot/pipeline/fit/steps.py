@@ -29,7 +29,8 @@ from .plans import Plan
 SPARSE = "sparsegpt"  # the solver of 2:4
 LATER = ("damage", "divergence", "say", "sensitivity", "robustness", "latency")  # measured of the last state alone
 OURS = {*SMALLER, "pattern", "uneven", "shrink_method", "quantise", "keep_dense", "allocate", "heal", "heal_data",
-        "heal_tokens", "heal_teacher", "results", "format", "quantised", "shared_inputs", "by", "effort"}
+        "heal_tokens", "heal_teacher", "results", "format", "quantised", "shared_inputs", "by", "tries", "order",
+        "effort"}
 
 
 @dataclass(frozen=True)
