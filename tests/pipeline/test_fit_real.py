@@ -14,7 +14,7 @@ import oneshot
 from oneshot import checkpoint
 from oneshot.measure import latency
 from oneshot.pipeline import compress, device_table, forms, latency_command, run
-from oneshot.pipeline.fit import command, ending, ledger, rounds, steps
+from oneshot.pipeline.fit import candidates, command, ending, ledger, rounds, steps
 
 pytestmark = pytest.mark.usefixtures("plain_pages")
 STORIES = Path(__file__).parents[1] / "data" / "stories260k"
@@ -48,16 +48,19 @@ def fitted(out):
     return json.loads((out / "fit.json").read_text())
 
 
-def test_every_form_in_one_run_healed_and_repeated_for_nothing(place, tmp_path, capfd):
-    """Blocks and neurons go, blocks become 2:4, all is rounded: one ordinary checkpoint, proved by `oneshot verify`."""
+def test_every_form_in_one_run_healed_and_repeated_for_nothing(place, tmp_path, monkeypatch, capfd):
+    """A block goes, others become 2:4, all is rounded: one ordinary checkpoint, proved by `oneshot verify`."""
+    monkeypatch.setattr(candidates, "narrower", lambda *args: [])
+    monkeypatch.setattr(candidates, "fewer_groups", lambda model: [])
     out = tmp_path / "out"
-    asked = words(place, out, "--target", "parameters=0.8,bytes=0.1", "--step", "100%", "--floor", "evaluation/ppl<=9x",
-                  "--device", "cpu", "--final", "300", "--damage", "--say", "the", *healing(place))
+    asked = words(place, out, "--target", "parameters=0.8,bytes=0.088", "--step", "100%", "--floor",
+                  "evaluation/ppl<=9x", "--device", "cpu", "--final", "300", "--damage", "--say", "the",
+                  *healing(place))
     assert command.main(asked) == 0, capfd.readouterr().err
     first = capfd.readouterr()
     [now, final] = fitted(out)["rounds"]
     assert now["plan"]["sparse"] and now["plan"]["grid"] == "int4" and now["kept"]
-    assert now["shares"]["parameters"] <= 0.8 and now["shares"]["bytes"] <= 0.1 and final["name"] == "final"
+    assert now["shares"]["parameters"] <= 0.8 and now["shares"]["bytes"] <= 0.088 and final["name"] == "final"
     assert len(now["candidates"]["sparse"]) == tiny.BLOCKS and now["candidates"]["drops"][1:]
     folder = Path(first.out.rstrip().rpartition("result: ")[2])
     record = json.loads((folder / "oneshot.json").read_text())["record"]
@@ -110,7 +113,7 @@ def test_a_bug_that_zeroes_the_weights_of_a_layer_is_taken_back(stories, tmp_pat
 
 def test_a_floor_that_cannot_be_met_ends_with_the_best_state_and_3(stories, tmp_path, capfd):
     out = tmp_path / "out"
-    asked = words(stories, out, "--target", "parameters=0.3", "--step", "30%", "--floor", "evaluation/ppl<=1.3x",
+    asked = words(stories, out, "--target", "parameters=0.3", "--step", "30%", "--floor", "evaluation/ppl<=1.03x",
                   "--device", "cpu", "--seqlen", "64", "--allow", "shrink", model=STORIES)
     assert command.main(asked) == 3
     said = capfd.readouterr().out

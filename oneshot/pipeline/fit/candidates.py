@@ -3,7 +3,8 @@
     drops     depth.by_kl: the order in which blocks go, measured anew after each; before that the blocks of least
               influence are picked
     heads     fewer KV groups in every block: one less, and half
-    widths    as few neurons in every block as the round's aim needs, and half-way there; both by walks of the solver
+    widths    as few neurons in every block as the round's aim needs, and half-way there; between these by straight
+              lines. Both by walks of the solver
     sparse    each block alone in 2:4, solved on the model's own inputs, the others as they are
     grids     all linears rounded to nearest
 
@@ -14,6 +15,7 @@ would break its groups of four.
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -32,6 +34,7 @@ from .plans import Candidates, Costs, Kept, Plan
 
 WALK = 8192  # tokens on which a solver chooses the units of a candidate
 LEAST = 4  # how many times narrower an MLP may get in one round
+SHARES = 64  # widths are tried that leave so many shares of the blocks' parameters
 
 
 class Looks:
@@ -72,12 +75,12 @@ class Looks:
             rows = self.drops(model, costs, start, limits)
             found.drops += [(tuple(row["block"] for row in rows[:i + 1]), above(row["kl"]))
                             for i, row in enumerate(rows)]
-            found.influence = {row["block"]: row["influence"] for row in rows}
+            found.influence = self.run(model, lambda own: depth.influences(model, own, ()))[1]
             if not start.sparse:
                 for heads in fewer_groups(model):
                     found.heads.append((heads, above(self.walked(model, Cut((), heads)))))
-                for widths in narrower(model, costs, limits):
-                    found.widths.append((widths, above(self.walked(model, Cut((), widths)))))
+                found.widths += losses_of(narrower(model, costs, limits), lambda widths: above(
+                    self.walked(model, Cut((), widths))))
         if forms.SPARSE in allow and gains(costs, start, limits, sparse=True):
             try:
                 found.sparse = {b: above(kl) for b, kl in self.in_24(model, start).items()}
@@ -167,16 +170,25 @@ def fewer_groups(model: nn.Module) -> list[Kept]:
 
 
 def narrower(model: nn.Module, costs: Costs, limits: Mapping[str, float]) -> list[Kept]:
-    """The widest MLPs that reach the limits by themselves (else the narrowest a round may make), and half-way there."""
-    whole = costs.sizes.left(Cut())
+    """Narrower MLPs, widest first: down to those that reach the limits alone, or the narrowest a round may make."""
+    whole, known = costs.sizes.left(Cut()), cut.kinds(model)
+    found: dict[Kept, None] = {}
+    for i in range(SHARES - 1, 0, -1):
+        share = budget.Budget(i / SHARES * whole, costs.sizes.left, multiple=NM(2, 4).m)
+        made = budget.neurons_for(model, share, ())
+        if made is None or any(LEAST * left < known[kind].count for kind, left in made.kept):
+            break
+        found[made.kept] = None
+        if within(costs, Plan(widths=made.kept), limits):
+            break
+    return list(found)
 
-    def at(share: float) -> Kept | None:
-        found = budget.neurons_for(model, budget.Budget(share * whole, costs.sizes.left, multiple=NM(2, 4).m), ())
-        return found.kept if found else None
-    shares, known = [i / 64 for i in range(63, 15, -1)], dict(cut.kinds(model))
-    there = [(share, kept) for share in shares if (kept := at(share)) and all(
-        LEAST * left >= known[kind].count for kind, left in kept)]
-    if not there:
+
+def losses_of(widths: list[Kept], measured: Callable[[Kept], float]) -> list[tuple[Kept, float]]:
+    """[(widths, loss)], measured at the narrowest and in the middle, between them and 0 by straight lines."""
+    if not widths:
         return []
-    low, end = next(((s, k) for s, k in there if within(costs, Plan(widths=k), limits)), there[-1])
-    return list(dict.fromkeys(kept for kept in (end, at((1 + low) / 2)) if kept))
+    last, middle = len(widths), (len(widths) + 1) // 2
+    points = {0: 0.0} | {place: measured(widths[place - 1]) for place in sorted({middle, last})}
+    return [(kept, float(np.interp(place, list(points), list(points.values()))))
+            for place, kept in enumerate(widths, 1)]

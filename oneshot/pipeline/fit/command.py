@@ -89,8 +89,7 @@ def fitted(args: argparse.Namespace, rest: Sequence[str]) -> tuple[Fit, str]:
     own = Steps(words, args.model, "", args.method, heal, folder)
     checks.check([own.dense, own.cutting])
     models.quiet()
-    model, _ = models.load(args.model, dtype=own.dense.dtype, cache_dir=own.dense.cache_dir,
-                           trust_remote_code=own.dense.trust_remote_code)
+    model, _ = steps.load(own.dense, args.model)
     if table is not None:
         fits(table, model, args.device)
     own = Steps(words, args.model, models.blocks(model)[0], args.method, heal, folder)

@@ -84,9 +84,7 @@ def acceptance(fit: Fit) -> dict:
     if fit.state.result == fit.steps.model:
         return {}
     cfg = asked_of(fit)
-    dense, tokenizer = models.load(fit.steps.model, dtype=cfg.dtype, cache_dir=cfg.cache_dir,
-                                   trust_remote_code=cfg.trust_remote_code)
-    model, _ = models.load(fit.state.result, dtype=cfg.dtype, trust_remote_code=cfg.trust_remote_code)
+    (dense, tokenizer), (model, _) = fit.load(fit.steps.model), fit.load(fit.state.result)
     texts = choose.evaluation(cfg, model, tokenizer)
     found = measure.measure(measure.Subject(model, tokenizer, cfg, texts, None, lambda: dense))
     if "latency" in fit.asked.targets and fit.state.grid and forms.runnable(cfg.device) and fit.asked.table is None:

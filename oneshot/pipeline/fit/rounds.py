@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ... import models
 from ...heal.options import count
 from ...models import Tokenizer
 from ...runtime.command import one_line
@@ -23,6 +22,7 @@ from .plans import Costs, Plan, best, changed
 from .steps import State, Steps
 
 TRIES = 2  # how often a broken round is tried another way
+FINAL = "final"  # the folder of the long heal
 NEAR = 1e-6  # a share that is that near its target has met it
 
 
@@ -66,7 +66,11 @@ class Fit:
         self.shares = dict.fromkeys(self.asked.targets, 1.0) | {"parameters": 1.0, "bytes": 1.0}
         step, tries, without, failed = self.asked.step, 0, frozenset(), []
         while not self.met(self.shares) and tries <= TRIES:
-            if self.out_of_time():
+            known = self.ledger.before()
+            if known and known.name == FINAL:  # of a command that has ended
+                self.stopped = self.ledger.ending.get("stopped")
+                return
+            if known is None and self.out_of_time():
                 self.stopped = "the budget of time is used up"
                 return
             now = self.one(step, without, failed)
@@ -78,6 +82,10 @@ class Fit:
             if now.plan:
                 failed.append(Plan.of(now.plan))
                 without |= {now.candidates["most"]}
+
+    def load(self, name: str) -> tuple[nn.Module, Tokenizer]:
+        """(model, tokenizer) of the dense model or of a round."""
+        return steps.load(self.steps.dense, name)
 
     def met(self, shares: dict[str, float]) -> bool:
         """Whether all targets are reached."""
@@ -117,7 +125,7 @@ class Fit:
 
     def plan(self, now: Round, without: frozenset[str], failed: list[Plan]) -> None:
         """Choose what the round does. What was chosen, and from what, goes into it."""
-        model, _ = load(self.steps, self.state.float)
+        model, _ = self.load(self.state.float)
         costs = Costs(model, self.table)
         here = costs.of(self.state.plan)
         limits = {kind: aim * here[kind] / self.shares[kind] for kind, aim in now.aims.items()}
@@ -138,7 +146,7 @@ class Fit:
     def make(self, now: Round, timed: float | None) -> None:
         """Do a round that is planned, measure and judge it. timed: its share of time, measured before a kill."""
         plan = Plan.of(now.plan)
-        model, _ = load(self.steps, self.state.float)
+        model, _ = self.load(self.state.float)
         blocks, share = steps.dims(Costs(model).sizes, plan)
         configs = self.steps.of(now.name, self.state, plan, (blocks, share))
         try:
@@ -172,10 +180,10 @@ class Fit:
         began, before = time.perf_counter(), self.ledger.before()
         heal = list(self.steps.heal)
         heal[heal.index("--heal-tokens") + 1] = self.asked.final
-        now = before or Round("final", dict(self.asked.targets), 0.0, foretold=dict(self.shares))
+        now = before or Round(FINAL, dict(self.asked.targets), 0.0, foretold=dict(self.shares))
         now.plan, now.told = self.state.plan.plain(), f"healed on {self.asked.final} tokens more"
-        blocks = Costs(load(self.steps, self.state.float)[0]).number
-        configs = self.steps.healed("final", self.state, self.state.plan, blocks, heal)
+        blocks = Costs(self.load(self.state.float)[0]).number
+        configs = self.steps.healed(FINAL, self.state, self.state.plan, blocks, heal)
         record, timed = steps.done(configs), now.shares.get("latency")
         state = self.steps.after(self.state, self.state.plan, configs)
         self.judge(now, record, state, blocks, timed)
@@ -191,7 +199,7 @@ class Fit:
         """What candidates are measured with, made on first use."""
         if self._looks is None:
             cfg = self.steps.cutting
-            dense, tokenizer = load(self.steps, self.steps.model)
+            dense, tokenizer = self.load(self.steps.model)
             tokens = Command([cfg]).calibration(cfg, dense, tokenizer)
             self._looks = Looks(cfg, self.steps.sparsening, dense, tokens)
         return self._looks
@@ -203,11 +211,5 @@ class Fit:
             return self.asked.table
         if self._table is None:
             cfg = self.steps.dense
-            self._table = device_table.table(steps.load(cfg, cfg.model), cfg.device, progress=cfg.progress)
+            self._table = device_table.table(self.load(cfg.model)[0].to(cfg.device), cfg.device, progress=cfg.progress)
         return self._table
-
-
-def load(own: Steps, name: str) -> tuple[nn.Module, Tokenizer]:
-    """(model, tokenizer) with the settings of the command."""
-    cfg = own.dense
-    return models.load(name, dtype=cfg.dtype, trust_remote_code=cfg.trust_remote_code, cache_dir=cfg.cache_dir)

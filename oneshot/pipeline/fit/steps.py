@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ... import models
 from ...checkpoint import rounded
 from ...measure import latency
+from ...models import Tokenizer
 from ...prune import solvers
 from ...settings import RunConfig, flags, parse
 from ...structured import Cut, budget
 from ...structured.options import SMALLER
-from .. import checks, forms, run
+from .. import checks, command, forms, run
 from .plans import Plan
 
 SPARSE = "sparsegpt"  # the solver of 2:4
@@ -202,7 +202,7 @@ def time_share(cfg: RunConfig, state: State, blocks: int) -> float:
 
     cfg: the dense model's run. Both compute in its --dtype, by default the one that is stored.
     """
-    named = {"model": loaded(cfg, state, blocks), "dense": load(cfg, cfg.model)}
+    named = {"model": loaded(cfg, state, blocks), "dense": load(cfg, cfg.model)[0].to(cfg.device)}
     times: dict[str, list[float]] = {name: [] for name in named}
     for number in range(latency.ROUNDS + 1):
         for name, model in named.items():
@@ -211,10 +211,10 @@ def time_share(cfg: RunConfig, state: State, blocks: int) -> float:
     return statistics.median(a / b for a, b in zip(times["model"], times["dense"], strict=True))
 
 
-def load(cfg: RunConfig, name: str) -> nn.Module:
-    """A model in the --dtype of the command, on its device."""
-    return models.load(name, dtype=cfg.dtype, trust_remote_code=cfg.trust_remote_code,
-                       cache_dir=cfg.cache_dir)[0].to(cfg.device)
+def load(cfg: RunConfig, name: str) -> tuple[nn.Module, Tokenizer]:
+    """(model, tokenizer), the model in the --dtype of the command."""
+    own = name == cfg.model
+    return command.load(replace(cfg, model=name, model_revision=cfg.model_revision if own else None))
 
 
 def loaded(cfg: RunConfig, state: State, blocks: int) -> nn.Module:
@@ -224,4 +224,4 @@ def loaded(cfg: RunConfig, state: State, blocks: int) -> nn.Module:
     usable = {b: form if form in known else forms.SPARSE for b, form in wanted.items()
               if form in known or (form.startswith(forms.SPARSE) and forms.SPARSE in known)}
     scales = rounded.read(Path(state.result)) if state.grid and cfg.dtype == "auto" else None
-    return forms.with_kernels(load(cfg, state.result), usable, scales)
+    return forms.with_kernels(load(cfg, state.result)[0].to(cfg.device), usable, scales)
