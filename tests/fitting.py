@@ -38,6 +38,7 @@ class World:
         monkeypatch.setattr(rounds.Fit, "table", property(lambda own: self.table if "latency" in own.asked.targets
                                                           else None))
         monkeypatch.setattr(ending, "acceptance", lambda fit: {})
+        monkeypatch.setattr(ending.device_table, "warnings", lambda table: [])
         monkeypatch.setattr(ending, "accepted_lines", lambda fit, accepted: [])
         monkeypatch.setattr(ending, "draw", lambda fit, plain: None)
         monkeypatch.setattr(ending, "record_of", lambda state: self.records[state.result])
@@ -67,9 +68,9 @@ class World:
                 found.grids[grid] = loss
         return found
 
-    def time_share(self, cfg, state, blocks):
-        self.timed.append(state.result)
-        return self.time(self.share(state.result))
+    def time_share(self, cfg, folder):
+        self.timed.append(folder)
+        return self.time(self.share(folder))
 
     def run(self, cfg):
         if cfg.save:

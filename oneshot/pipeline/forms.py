@@ -10,6 +10,8 @@ A form without a kernel on a device takes fewer bytes there, but no less time.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from oneshot_kernels import Sparse24Linear, is_24
@@ -18,7 +20,7 @@ from oneshot_kernels.cpu import linear as tiles
 from torch import nn
 
 from .. import models
-from ..checkpoint import rounded
+from ..checkpoint import read_manifest, rounded
 from ..prune.patterns import NM, Dense, Pattern
 from ..quantise import grids
 
@@ -55,6 +57,29 @@ def runnable(device: str | torch.device) -> list[str]:
     if integers.available():
         found += [form for form in FORMS if form != SPARSE]
     return found
+
+
+def load(folder: str | Path, dtype: str = "auto", device: str = "cpu", **options: Any) -> nn.Module:
+    """The model of a saved folder, with the kernels of its blocks' forms that run on the device.
+
+    dtype: to compute in; integers that were stored in another one are rounded anew. options: as for `models.load`.
+    """
+    model, record = models.load(str(folder), dtype=dtype, **options)[0].to(device), read_manifest(folder)["record"]
+    known = runnable(device)
+    usable = {b: form if form in known else SPARSE for b, form in in_record(record).items()
+              if form in known or (form.startswith(SPARSE) and SPARSE in known)}
+    return with_kernels(model, usable, rounded.read(Path(folder)) if dtype == "auto" else None)
+
+
+def in_record(record: dict) -> dict[int, str]:
+    """{number of a block: its form}, by the rows of a record; where its linears differ, what all of them are."""
+    grids_of = {text: name for name, text in GRIDS.items()}
+    rows: dict[int, list[dict]] = {}
+    for row in record.get("layers") or ():
+        rows.setdefault(row["block"], []).append(row)
+    found = {b: named(all(r["pattern"] == SPARSE for r in own), grids_of.get(own[0].get("grid")) if len(
+        {r.get("grid") for r in own}) == 1 else None) for b, own in rows.items()}
+    return {b: form for b, form in found.items() if form != "dense"}
 
 
 @torch.no_grad()

@@ -94,7 +94,7 @@ def one(args: argparse.Namespace, name: str, seed: str, way: str) -> dict:
         asked = {"target": f"parameters={SHARE}", "allow": "shrink,heal", "step": STEP, "tokens": str(tokens),
                  "final": str(tokens)}
         if way == "one shot":
-            asked |= {"step": "100%", "tokens": str(other(file, seed, "step by step")["tokens"]), "final": None}
+            asked |= {"step": "100%", "tokens": str(other(file, seed, "step by step")["tokens"]), "final": "none"}
         elif way == "all forms":
             asked |= {"target": "bytes=0.5", "allow": "shrink,2:4,int8,int4,heal",
                       "floor": f"{text_of(flags)}/ppl<=1.2x"}

@@ -109,7 +109,7 @@ def test_flags_of_healing_and_the_solver_arrive_in_the_rounds(tmp_path, monkeypa
     assert [name for name in found if "plain" not in name] == ["round-1-cut", "round-1", "final-heal", "final"]
     cut, last = found["round-1-cut"], found["final-heal"]
     assert (cut.shrink_method, cut.heal, cut.heal_tokens, cut.heal_teacher) == ("flap", "full", "3k", "model")
-    assert (last.heal, last.heal_tokens, last.heal_batch, last.method) == ("full", "9k", 64, "keep")
+    assert (last.heal, last.heal_tokens, last.heal_batch, last.method) == ("full", "9000", 64, "keep")
     assert found["round-1"].heal == "none" and found["round-1"].evaluate != "none" == cut.evaluate
     assert last.model == cut.save and found["final"].model == last.save
 

@@ -113,13 +113,13 @@ def test_a_bug_that_zeroes_the_weights_of_a_layer_is_taken_back(stories, tmp_pat
 
 def test_a_floor_that_cannot_be_met_ends_with_the_best_state_and_3(stories, tmp_path, capfd):
     out = tmp_path / "out"
-    asked = words(stories, out, "--target", "parameters=0.3", "--step", "30%", "--floor", "evaluation/ppl<=1.03x",
+    asked = words(stories, out, "--target", "parameters=0.3", "--step", "40%", "--floor", "evaluation/ppl<=1.03x",
                   "--device", "cpu", "--seqlen", "64", "--allow", "shrink", model=STORIES)
     assert command.main(asked) == 3
     said = capfd.readouterr().out
     assert "target not met: evaluation/ppl" in said and "next would be: " in said
     rows = fitted(out)["rounds"]
-    assert not rows[-1]["kept"] and len(rows) >= 3
+    assert not rows[-1]["kept"] and len(rows) >= 3 and [r["broken"] for r in rows if r["plan"] and not r["kept"]]
     best = next((r for r in reversed(rows) if r["kept"]), None)
     assert said.rstrip().endswith(f"result: {out / best['name'] if best else STORIES}")
 
@@ -174,12 +174,11 @@ def test_kernels_compute_what_the_stored_weights_say(form, place, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert forms.stored(forms.linears(model), dict.fromkeys(range(tiny.BLOCKS), form)) == record["bytes"]["stored"]
     ids = (torch.arange(32) % 28 + 3).view(2, 16)
+    runs = forms.load(tmp_path / "out")
     with torch.no_grad():
-        want = model(ids).logits
-        scales = forms.rounded.read(tmp_path / "out")
-        found = forms.with_kernels(model, dict.fromkeys(range(tiny.BLOCKS), form), scales)(ids).logits
+        want, found = model(ids).logits, runs(ids).logits
     assert (found - want).norm() <= (0.05 if grid else 1e-4) * want.norm()
-    kinds = {type(m).__name__ for m in model.model.layers.modules()} & {"IntegerLinear", "Sparse24Linear", "Linear"}
+    kinds = {type(m).__name__ for m in runs.model.layers.modules()} & {"IntegerLinear", "Sparse24Linear", "Linear"}
     assert kinds == {"IntegerLinear" if grid else "Sparse24Linear"}
 
 

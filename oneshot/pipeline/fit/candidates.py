@@ -32,7 +32,7 @@ from .. import forms, shrink
 from ..plan import job_of, make_plan
 from .plans import Candidates, Costs, Kept, Plan
 
-WALK = 8192  # tokens on which a solver chooses the units of a candidate
+WALK = 4096  # tokens on which a solver chooses the units of a candidate
 LEAST = 4  # how many times narrower an MLP may get in one round
 SHARES = 64  # widths are tried that leave so many shares of the blocks' parameters
 

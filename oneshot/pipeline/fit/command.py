@@ -28,6 +28,7 @@ from pathlib import Path
 from torch import nn
 
 from ... import models
+from ...heal.options import count
 from ...runtime import environment
 from ...runtime.command import Parser, exit_code
 from .. import checks, device_table, run
@@ -37,6 +38,7 @@ from .rounds import Asked, Fit
 from .steps import State, Steps
 
 MET, STOPPED = 0, 3
+LONG = 4  # times --tokens: the heal at the end, unless --final says otherwise
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,7 +68,8 @@ def parser() -> Parser:
                                                     "the device that the model is for")
     p.add_argument("--data", help="text to heal on (default: no healing but folding)")
     p.add_argument("--tokens", default="200k", help="tokens of it in each round (default: %(default)s)")
-    p.add_argument("--final", help="tokens of the long heal at the end (default: none)")
+    p.add_argument("--final", help="tokens of the long heal at the end; none: no such heal (default: four times "
+                                   "--tokens, with --data)")
     p.add_argument("--save", required=True, help="folder for the rounds")
     p.add_argument("--method", default="obs", help="solver that chooses neurons and KV groups (default: %(default)s)")
     return p
@@ -76,12 +79,12 @@ def fitted(args: argparse.Namespace, rest: Sequence[str]) -> tuple[Fit, str]:
     """(the rounds, done; what the command says). Raises ValueError naming the flag for what cannot be used."""
     began, folder, (device, table) = time.perf_counter(), Path(args.save), device_of(args.device)
     allow = targets.allow(args.allow)
-    if "heal" in allow and args.final is not None and args.data is None:
+    if args.final not in (None, "none") and args.data is None:
         raise ValueError(f"--final {args.final}: heals on text; give --data")
     if args.data is not None and "heal" not in allow:
         raise ValueError(f"--data {args.data}: is text to heal on, and --allow {args.allow} does not name heal")
     asked = Asked(targets.targets(args.target), [targets.floor(text) for text in args.floor], targets.step(args.step),
-                  allow, targets.budget(args.budget), table, args.final)
+                  allow, targets.budget(args.budget), table, final_of(args))
     words = (*rest, "--device", device)
     steps.refuse(words)
     heal = () if args.data is None else ("--heal-data", args.data, "--heal-tokens", args.tokens, "--heal-teacher",
@@ -101,6 +104,13 @@ def fitted(args: argparse.Namespace, rest: Sequence[str]) -> tuple[Fit, str]:
     fit.run()
     fit.final()
     return fit, ending.finish(fit)
+
+
+def final_of(args: argparse.Namespace) -> str | None:
+    """The tokens of the long heal, None without. Raises ValueError naming `--heal-tokens`."""
+    if args.data is None or args.final == "none":
+        return None
+    return str(LONG * count(args.tokens) if args.final is None else count(args.final))
 
 
 def device_of(text: str) -> tuple[str, dict | None]:

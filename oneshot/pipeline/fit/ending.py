@@ -9,15 +9,15 @@
 import math
 from dataclasses import asdict, replace
 
-from ... import checkpoint, measure, models, report
+from ... import checkpoint, measure, report
 from ...data import choose
 from ...measure import perplexity
-from ...report import accuracy, figures, page
+from ...report import accuracy, figures, page, summary
 from ...report.figures.path import Point
 from ...report.table import render
 from ...runtime.files import write_text, writing
 from ...settings import RunConfig, parse
-from .. import forms
+from .. import device_table, forms
 from . import steps
 from .ledger import Round
 from .rounds import Fit
@@ -45,13 +45,11 @@ def plainly(fit: Fit, grid: str) -> Round:
     record = steps.done([cfg])
     now = Round(f"plain {grid}", {}, 0.0, told=f"{grid}: plain rounding")
     timed = kept.get(grid, {}).get("shares", {}).get("latency")
-    state = State(fit.steps.model, str(cfg.save), (), grid)
-    blocks = record["model"]["blocks"]
     if fit.asked.table is not None:
-        told = fit.asked.table["parts"]["decode1"]
+        told, blocks = fit.asked.table["parts"]["decode1"], record["model"]["blocks"]
         whole = told["rest"] + blocks * told["block"]
         now.foretold = {"latency": 1 - blocks * told.get("forms", {}).get(grid, 0.0) / whole}
-    fit.judge(now, record, state, blocks, timed)
+    fit.judge(now, record, str(cfg.save), timed)
     kept[grid] = asdict(now)
     fit.ledger.write()
     return now
@@ -88,7 +86,7 @@ def acceptance(fit: Fit) -> dict:
     texts = choose.evaluation(cfg, model, tokenizer)
     found = measure.measure(measure.Subject(model, tokenizer, cfg, texts, None, lambda: dense))
     if "latency" in fit.asked.targets and fit.state.grid and forms.runnable(cfg.device) and fit.asked.table is None:
-        runs = steps.loaded(fit.steps.dense, fit.state, len(models.blocks(model)[1])).float()
+        runs = steps.loaded(fit.steps.dense, fit.state.result).float()
         for name, tokens in texts.items():
             found.metrics[f"{name}/ppl as it runs"] = perplexity.perplexity(
                 runs, tokens.ids, tokens.mask, device=cfg.device, batch_size=cfg.batch_size)[0]
@@ -140,6 +138,7 @@ def told(fit: Fit, plain: list[Round], accepted: dict) -> str:
                      text={"round", "what", "floors kept"})]
     lines += [f"note: {note}" for note in notes(fit)]
     lines += accepted_lines(fit, accepted)
+    lines += summary.warnings([record_of(fit.state)]) if accepted else []
     met = fit.met(fit.shares)
     lines += ["target met" if met else f"target not met: {fit.stopped}"]
     tried = next((r for r in reversed(fit.ledger.rounds) if r.plan and not r.kept), None)
@@ -157,6 +156,7 @@ def notes(fit: Fit) -> list[str]:
         lacking = [form for form in (forms.SPARSE, *forms.GRIDS) if form in fit.asked.allow and form not in known]
         found += [f"no kernel for {', '.join(lacking)} in the device's table: no time is gained by them, bytes only"
                   ] * bool(lacking)
+        found += [] if fit.table is None else device_table.warnings(fit.table)
         found += ["times are foretold by the table of --device, not measured"] * (fit.asked.table is not None)
     unsure = [own.metric for own, row in zip(fit.asked.floors, last_floors(fit), strict=False) if row["worst"] is None]
     found += [f"floors judged by the value alone, without a standard error: {', '.join(unsure)}"] * bool(unsure)

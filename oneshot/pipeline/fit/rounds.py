@@ -157,17 +157,17 @@ class Fit:
             now.failed = one_line(error)  # what the family cannot be without
             return
         state = self.steps.after(self.state, plan, configs)
-        self.judge(now, record, state, blocks, timed)
+        self.judge(now, record, state.result, timed)
         if now.kept:
             self.state, self.shares = state, now.shares
 
-    def judge(self, now: Round, record: dict, state: State, blocks: int, timed: float | None) -> None:
-        """Fill in what was measured of a state, and whether all floors hold."""
+    def judge(self, now: Round, record: dict, folder: str, timed: float | None) -> None:
+        """Fill in what was measured of the model in a folder, and whether all floors hold. timed: as for `make`."""
         now.metrics = record["metrics"]
         now.shares = steps.shares(record, self.dense)
         if "latency" in self.asked.targets:
             now.shares["latency"] = now.foretold["latency"] if self.asked.table else \
-                timed or steps.time_share(self.steps.dense, state, blocks)
+                timed or steps.time_share(self.steps.dense, folder)
         found = [own.judge(record, self.dense) for own in self.asked.floors]
         now.floors = [own.plain() for own in found]
         now.broken = [str(own) for own in found if not own.holds]
@@ -186,7 +186,7 @@ class Fit:
         configs = self.steps.healed(FINAL, self.state, self.state.plan, blocks, heal)
         record, timed = steps.done(configs), now.shares.get("latency")
         state = self.steps.after(self.state, self.state.plan, configs)
-        self.judge(now, record, state, blocks, timed)
+        self.judge(now, record, state.result, timed)
         now.kept = now.kept and (self.met(now.shares) or not self.met(self.shares))
         now.seconds = now.seconds or time.perf_counter() - began
         self.ledger.rounds.append(now)

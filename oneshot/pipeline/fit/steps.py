@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ...checkpoint import rounded
 from ...measure import latency
 from ...models import Tokenizer
 from ...prune import solvers
@@ -197,12 +196,12 @@ def shares(record: dict, dense: dict) -> dict[str, float]:
 
 
 @torch.no_grad()
-def time_share(cfg: RunConfig, state: State, blocks: int) -> float:
+def time_share(cfg: RunConfig, folder: str) -> float:
     """The time of decoding a token with the forms' kernels, as a share of the dense model's; both take turns.
 
     cfg: the dense model's run. Both compute in its --dtype, by default the one that is stored.
     """
-    named = {"model": loaded(cfg, state, blocks), "dense": load(cfg, cfg.model)[0].to(cfg.device)}
+    named = {"model": loaded(cfg, folder), "dense": load(cfg, cfg.model)[0].to(cfg.device)}
     times: dict[str, list[float]] = {name: [] for name in named}
     for number in range(latency.ROUNDS + 1):
         for name, model in named.items():
@@ -217,11 +216,6 @@ def load(cfg: RunConfig, name: str) -> tuple[nn.Module, Tokenizer]:
     return command.load(replace(cfg, model=name, model_revision=cfg.model_revision if own else None))
 
 
-def loaded(cfg: RunConfig, state: State, blocks: int) -> nn.Module:
-    """The model of a state with the kernels that run on the device."""
-    known = forms.runnable(cfg.device)
-    wanted = {b: forms.named(b in state.sparse, state.grid) for b in range(blocks)}
-    usable = {b: form if form in known else forms.SPARSE for b, form in wanted.items()
-              if form in known or (form.startswith(forms.SPARSE) and forms.SPARSE in known)}
-    scales = rounded.read(Path(state.result)) if state.grid and cfg.dtype == "auto" else None
-    return forms.with_kernels(load(cfg, state.result)[0].to(cfg.device), usable, scales)
+def loaded(cfg: RunConfig, folder: str) -> nn.Module:
+    """The model of a round with the kernels that run on the device."""
+    return forms.load(folder, cfg.dtype, cfg.device, trust_remote_code=cfg.trust_remote_code)
