@@ -126,8 +126,8 @@ def test_a_floor_that_cannot_be_met_ends_with_the_best_state_and_3(stories, tmp_
 
 @pytest.mark.parametrize("seed", [0])
 def test_kills_at_random_moments_end_with_the_same(seed, place, tmp_path, monkeypatch, capfd):
-    more = ["--target", "parameters=0.8,bytes=0.5", "--step", "50%", "--device", "cpu", "--allow",
-            "shrink,2:4,heal", *healing(place)]
+    more = ["--target", "parameters=0.8,bytes=0.5", "--step", "100%", "--device", "cpu", "--allow",
+            "shrink,2:4,heal", "--final", "200", *healing(place)]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert command.main(words(place, whole, *more)) == 0
     draw, left = random.Random(seed), []
