@@ -163,3 +163,12 @@ def test_a_block_alone_in_24_is_what_pruning_it_gives(looks):
             if weight.name.startswith(f"model.layers.{b}."):
                 weight.set(new[weight.name])
         assert kl == pytest.approx(naive(model, other, ids), rel=1e-3)
+
+
+def test_no_more_blocks_are_tried_than_a_round_can_need(looks):
+    """Alone, four fifths of the bytes are three of four blocks; with int4 none would have to go, so a third is tried."""
+    own, model, _ = looks
+    costs = Costs(model)
+    limits = {"bytes": 0.25 * costs.of(Plan())["bytes"]}
+    assert len(own.drops(model, costs, limits, frozenset({"shrink"}))) == 3
+    assert len(own.drops(model, costs, limits, frozenset({"shrink", "int4"}))) == 1

@@ -33,6 +33,7 @@ from ..plan import job_of, make_plan
 from .plans import Candidates, Costs, Kept, Plan
 
 WALK = 4096  # tokens on which a solver chooses the units of a candidate
+MOST = 1 / 3  # of the blocks are tried in one round, unless more must go
 LEAST = 4  # how many times narrower an MLP may get in one round
 SHARES = 64  # widths are tried that leave so many shares of the blocks' parameters
 
@@ -72,7 +73,7 @@ class Looks:
         def above(kl: float) -> float:
             return max(0.0, kl - base)
         if "shrink" in allow:
-            rows = self.drops(model, costs, start, limits)
+            rows = self.drops(model, costs, limits, allow)
             found.drops += [(tuple(row["block"] for row in rows[:i + 1]), above(row["kl"]))
                             for i, row in enumerate(rows)]
             found.influence = self.run(model, lambda own: depth.influences(model, own, ()))[1]
@@ -91,10 +92,13 @@ class Looks:
                 found.grids[grid] = above(self.rounded(model, grids.parse(forms.GRIDS[grid])))
         return found
 
-    def drops(self, model: nn.Module, costs: Costs, start: Plan, limits: Mapping[str, float]) -> list[dict]:
-        """The rows of `depth.by_kl`, as many as reach the limits by themselves."""
-        most = next((d for d in range(1, costs.number) if within(costs, Plan(tuple(range(d))), limits)),
-                    costs.number - 1)
+    def drops(self, model: nn.Module, costs: Costs, limits: Mapping[str, float], allow: frozenset[str]) -> list[dict]:
+        """The rows of `depth.by_kl`: as many as reach the limits alone, or MOST of all if all else helps enough."""
+        strongest = Plan(sparse=tuple(range(costs.number)) if forms.SPARSE in allow else (),
+                         grid=next((grid for grid in reversed(forms.GRIDS) if grid in allow), None))
+        alone, helped = (next((d for d in range(1, costs.number) if within(costs, replace(
+            own, drop=tuple(range(d))), limits)), costs.number - 1) for own in (Plan(), strongest))
+        most = min(alone, max(helped, round(MOST * costs.number)))
 
         def allowed(blocks: list[int]) -> bool:
             return slices.possible(model, Cut(tuple(blocks)))

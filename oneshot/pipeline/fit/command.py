@@ -102,6 +102,8 @@ def fitted(args: argparse.Namespace, rest: Sequence[str]) -> tuple[Fit, str]:
     targets.check(asked.floors, dense)
     fit = Fit(asked, own, known, dense, State(args.model, args.model), time.perf_counter() - began)
     fit.run()
+    known.ending["stopped"] = fit.stopped
+    known.write()
     fit.final()
     return fit, ending.finish(fit)
 
