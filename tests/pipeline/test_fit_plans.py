@@ -166,7 +166,7 @@ def test_a_block_alone_in_24_is_what_pruning_it_gives(looks):
 
 
 def test_no_more_blocks_are_tried_than_a_round_can_need(looks):
-    """Alone, four fifths of the bytes are three of four blocks; with int4 none would have to go, so a third is tried."""
+    """Alone, three of four blocks must go for a quarter of the bytes; with int4 none has to, so a third is tried."""
     own, model, _ = looks
     costs = Costs(model)
     limits = {"bytes": 0.25 * costs.of(Plan())["bytes"]}
