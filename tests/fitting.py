@@ -68,6 +68,10 @@ class World:
                 found.grids[grid] = loss
         return found
 
+    def whole(self, model, plan):
+        """What a cut loses as a whole: what its parts lose."""
+        return 0.1 * len(plan.drop) + 5.0 * bool(plan.widths)
+
     def time_share(self, cfg, folder):
         self.timed.append(folder)
         return self.time(self.share(folder))

@@ -15,7 +15,7 @@ from oneshot import models
 from oneshot.data.windows import Tokens
 from oneshot.models import groups
 from oneshot.pipeline import forms
-from oneshot.pipeline.fit import candidates, plans
+from oneshot.pipeline.fit import candidates, plans, rounds
 from oneshot.pipeline.fit.plans import Candidates, Costs, Plan
 from oneshot.pipeline.fit.steps import State, Steps, kept_sparse
 from oneshot.quantise import grids, rtn
@@ -88,6 +88,27 @@ def test_the_best_plan_is_as_good_as_trying_all(seed):
         assert other is None or (other[1] >= best[1] - 1e-12 and other[0] != best[0])
 
 
+def test_plans_that_are_close_are_measured_as_a_whole(monkeypatch):
+    """Foretold, a block costs least; as a whole, neurons do. What is foretold to lose far more is not measured."""
+    model = llama()
+    costs = Costs(model)
+    found = Candidates([((), 0.0), ((2,), 0.3)], [((), 0.0), (((HEADS, 1),), 9.0)], [((), 0.0), (((NEURONS, 8),), 0.5)],
+                       {}, {None: 0.0, "int8": 0.1})
+    limits = {"parameters": 0.76 * costs.of(Plan())["parameters"]}
+    close = plans.alternatives(costs, found, Plan(), limits)
+    assert close == [(Plan(drop=(2,)), 0.3), (Plan(widths=((NEURONS, 8),)), 0.5)]
+
+    class Whole:
+        def whole(self, model, plan):
+            return 0.45 if plan.drop else 0.35
+    own = rounds.Fit(None, None, None, {}, None)
+    monkeypatch.setattr(rounds.Fit, "looks", Whole())
+    assert own.least(model, found, close) == (Plan(widths=((NEURONS, 8),)), 0.35)
+    rounded = [(Plan(drop=(2,), grid="int8"), 0.4), (Plan(widths=((NEURONS, 8),)), 0.5)]
+    assert own.least(model, found, rounded)[1] == pytest.approx(0.35) and own.least(model, found, close[:1])[1] == 0.3
+    assert plans.uncut(rounded[0][0], found, 0.4) == pytest.approx(0.1)
+
+
 def test_blocks_that_are_24_keep_their_places_when_others_go():
     state = State("a", "a", (1, 3), None)
     assert kept_sparse(state, Plan(drop=(0, 2))) == (0, 1) and kept_sparse(state, Plan(drop=(3,))) == (1,)
@@ -132,6 +153,9 @@ def test_losses_are_the_kl_of_each_part_alone(looks):
     assert found.widths[1:] and found.heads[1:] == [(((HEADS, 1),), pytest.approx(found.heads[1][1]))]
     left = [dict(kept).get(NEURONS, 48) for kept, _ in found.widths]
     assert left == sorted(left, reverse=True) and all(n % 4 == 0 for n in left)
+    both = Plan((0,), found.heads[1][0], found.widths[-1][0])  # more than its parts, and the block is really gone
+    assert own.whole(model, Plan(drop=found.drops[1][0])) == pytest.approx(found.drops[1][1], rel=1e-3)
+    assert own.whole(model, both) > max(found.heads[1][1], found.widths[-1][1])
     losses = [loss for _, loss in found.widths]
     assert losses == sorted(losses)
     after = model.state_dict()

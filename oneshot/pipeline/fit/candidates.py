@@ -8,11 +8,12 @@
     sparse    each block alone in 2:4, solved on the model's own inputs, the others as they are
     grids     all linears rounded to nearest
 
-What gains nothing for any target is not measured. Once a block is 2:4, widths and KV groups stay, as cutting columns
+Plans that are close to each other are walked as a whole before one is chosen. What gains nothing for any target is not
+measured. Once a block is 2:4, widths and KV groups stay, as cutting columns
 would break its groups of four.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -61,9 +62,9 @@ class Looks:
         """KL(dense ‖ model), nats a token, of the model's activations after its last block."""
         return depth.divergence(model, activations, activations, known=self.known)
 
-    def base(self, model: nn.Module) -> float:
-        """KL(dense ‖ model) of the model as it is."""
-        return self.run(model, lambda found: self.kl(model, depth.through(model, found, 0, ())))
+    def base(self, model: nn.Module, without: Sequence[int] = ()) -> float:
+        """KL(dense ‖ model) of the model as it is, or without some blocks."""
+        return self.run(model, lambda found: self.kl(model, depth.through(model, found, 0, without)))
 
     def at(self, model: nn.Module, costs: Costs, start: Plan, limits: Mapping[str, float],
            allow: frozenset[str]) -> Candidates:
@@ -112,7 +113,11 @@ class Looks:
                       held_out=tuple(range(0, len(ids), 4)) if len(ids) > 1 else ())
         with search.put_back(model):
             loop.prune_model(model, ids, mask, search.job_for(job, model, found))
-            return self.base(model)
+            return self.base(model, found.dropped)
+
+    def whole(self, model: nn.Module, plan: Plan) -> float:
+        """What the cut of a plan loses as a whole, nats above the model as it is."""
+        return max(0.0, self.walked(model, plan.cut) - self.base(model))
 
     def in_24(self, model: nn.Module, start: Plan) -> dict[int, float]:
         """{number of a block: KL with that block alone in 2:4}, of those that are not yet."""

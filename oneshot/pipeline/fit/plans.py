@@ -19,6 +19,7 @@ from .. import device_table, forms
 from .choice import Option, choose
 
 KIND = "decode1"  # of the device table: what the target `latency` counts
+CLOSE = 2.0  # times the least foretold loss
 PARTS = ("drop", "heads", "widths", "sparse", "grid")
 Kept = tuple[tuple[str, int], ...]  # as Cut.kept
 
@@ -159,6 +160,19 @@ def best(costs: Costs, candidates: Candidates, start: Plan, limits: Mapping[str,
     return found
 
 
+def alternatives(costs: Costs, candidates: Candidates, start: Plan, limits: Mapping[str, float],
+                 without: frozenset[str] = frozenset()) -> list[tuple[Plan, float]]:
+    """[(plan, loss)]: the best, and those without each of its ways to cut that are foretold to lose at most CLOSE
+    times as much. Losses of cuts add only roughly, so these are worth measuring as a whole.
+    """
+    found = [best(costs, candidates, start, limits, without | extra)
+             for extra in (frozenset(), *(frozenset({part}) for part in PARTS[:3]))]
+    if found[0] is None:
+        return []
+    close = {plan: loss for plan, loss in filter(None, found) if loss <= CLOSE * found[0][1]}
+    return list(({found[0][0]: found[0][1]} | close).items())
+
+
 def with_sparse(costs: Costs, plan: Plan, start: Plan, losses: Mapping[int, float],
                 limits: Mapping[str, float]) -> tuple[Plan, float] | None:
     """(the plan with the best blocks for 2:4, what they lose); None where the limits cannot be kept."""
@@ -174,6 +188,12 @@ def with_sparse(costs: Costs, plan: Plan, start: Plan, losses: Mapping[int, floa
     sparse = tuple(place for (place, own), i in zip(places, picked, strict=True) if own[i])
     loss = sum(unit[i].loss for unit, i in zip(units, picked, strict=True))
     return Plan(plan.drop, plan.heads, plan.widths, sparse, plan.grid), loss
+
+
+def uncut(plan: Plan, candidates: Candidates, loss: float) -> float:
+    """What of a plan's foretold loss is not that of its cut: 2:4 and rounding."""
+    return loss - sum(dict(own)[part] for own, part in ((candidates.drops, plan.drop), (candidates.heads, plan.heads),
+                                                        (candidates.widths, plan.widths)))
 
 
 def changed(plan: Plan, start: Plan, candidates: Candidates) -> str:

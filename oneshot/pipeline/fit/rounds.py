@@ -18,7 +18,7 @@ from ..command import Command
 from . import steps, targets
 from .candidates import Looks
 from .ledger import Ledger, Round
-from .plans import Costs, Plan, best, changed
+from .plans import Candidates, Costs, Plan, alternatives, changed, uncut
 from .steps import State, Steps
 
 TRIES = 2  # how often a broken round is tried another way
@@ -132,9 +132,9 @@ class Fit:
         found = self.looks.at(model, costs, self.state.plan, limits, self.asked.allow)
         now.notes = found.notes
         for avoided in dict.fromkeys((without, frozenset())):
-            chosen = best(costs, found, self.state.plan, limits, avoided)
-            if chosen and chosen[0] not in failed:
-                plan, now.loss = chosen
+            close = alternatives(costs, found, self.state.plan, limits, avoided)
+            if close := [own for own in close if own[0] not in failed]:
+                plan, now.loss = self.least(model, found, close)
                 after, now.plan, now.told = costs.of(plan), plan.plain(), str(plan)
                 now.foretold = {kind: after[kind] / here[kind] * self.shares[kind] for kind in now.aims}
                 now.candidates = found.plain() | {"most": changed(plan, self.state.plan, found)}
@@ -142,6 +142,12 @@ class Fit:
         now.candidates = found.plain()
         now.failed = "nothing that --allow names is small enough for the next step" if not failed else \
             "no other way to take the next step"
+
+    def least(self, model: nn.Module, found: Candidates, close: list[tuple[Plan, float]]) -> tuple[Plan, float]:
+        """The plan that loses least, and what; where there are several, their cuts are measured as a whole."""
+        if len(close) > 1:
+            close = [(plan, self.looks.whole(model, plan) + uncut(plan, found, loss)) for plan, loss in close]
+        return min(close, key=lambda own: own[1])
 
     def make(self, now: Round, timed: float | None) -> None:
         """Do a round that is planned, measure and judge it. timed: its share of time, measured before a kill."""
