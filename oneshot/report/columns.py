@@ -124,6 +124,8 @@ def method_of(record: dict) -> str:
 
 def is_dense(record: dict) -> bool:
     """Whether nothing was done to the model: the run is the baseline of the others."""
+    if setting(record, "method") == "keep" and setting(record, "heal") not in ("?", "none"):
+        return False  # a dense model that was trained
     return not left_of(record) and not grid_of(record) and "dense" in (setting(record, "method"),
                                                                        setting(record, "pattern"))
 

@@ -34,7 +34,7 @@ from oneshot.runtime.files import write_json, write_text
 from oneshot.settings import parse
 
 SHARE, STEP = 0.7, "25%"
-TOKENS = {"stories260k": "50k", "craftgpt-5m": "8k"}  # of each round; the heal at the end has as many
+TOKENS = {"stories260k": "30k", "craftgpt-5m": "6k"}  # of each round; the heal at the end has as many
 HEAL = {"stories260k": ["--heal-seqlen", "256", "--heal-batch", "1024"],
         "craftgpt-5m": ["--heal-seqlen", "64", "--heal-batch", "512"]}
 WAYS = ("step by step", "one shot", "shrink", "all forms")
