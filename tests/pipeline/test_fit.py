@@ -21,8 +21,9 @@ def test_it_steps_down_to_the_target_and_not_beyond(tmp_path, monkeypatch, capsy
     assert world.go(tmp_path, "--target", "parameters=0.5", "--step", "25%", "--floor", "text/ppl<=2.1x") == 0
     assert world.runs == [("model", "round-1", 0.875), ("round-1", "round-2", 0.75), ("round-2", "round-3", 0.625),
                           ("round-3", "round-4", 0.5)]
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     assert "target met" in out and out.rstrip().endswith("round-4") and not world.timed
+    assert err.splitlines()[:2] == ["round-1: without block 0", "round-1: parameters 0.88; all floors hold"]
     assert [r["told"] for r in rounds_of(tmp_path)] == ["without block 0"] * 4
 
 

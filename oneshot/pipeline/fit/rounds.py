@@ -5,6 +5,7 @@
             part that it was foretold to lose most by; TRIES times, then the rounds end
 """
 
+import sys
 import time
 from dataclasses import dataclass, field
 
@@ -24,6 +25,11 @@ from .steps import State, Steps
 TRIES = 2  # how often a broken round is tried another way
 FINAL = "final"  # the folder of the long heal
 NEAR = 1e-6  # a share that is that near its target has met it
+
+
+def say(text: str) -> None:
+    """A line of progress."""
+    print(text, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,7 @@ class Fit:
             self.ledger.write(now)
         before = now.seconds
         now.broken, now.kept = [], False
+        say(f"{now.name}: {now.failed or now.told}")
         if now.failed is None:
             self.make(now, timed)
         now.seconds = before or time.perf_counter() - began
@@ -178,6 +185,8 @@ class Fit:
         now.floors = [own.plain() for own in found]
         now.broken = [str(own) for own in found if not own.holds]
         now.kept = not now.broken
+        reached = ", ".join(f"{kind} {now.shares[kind]:.2f}" for kind in self.asked.targets)
+        say(f"{now.name}: {reached}; {'; '.join(now.broken) or 'all floors hold'}")
 
     def final(self) -> None:
         """The long heal of the best state; kept if it keeps the floors and the targets that were met."""
