@@ -36,8 +36,9 @@ from . import forms
 
 FEW = 4  # blocks of the small models
 SHARES = (0.75, 0.5, 0.25)  # of the units of a kind
-BOTH = 0.5  # of both kinds, to see whether they add up
-UNITS = (groups.HEADS, groups.NEURONS)
+BOTH = 0.5  # of the kinds TOGETHER, to see whether they add up
+UNITS = (groups.HEADS, groups.QUERIES, groups.NEURONS)
+TOGETHER = (groups.HEADS, groups.NEURONS)  # an attention loses either KV groups or query heads
 ADDITIVE = 0.1  # how far the foretold time may be from the measured one
 
 
@@ -88,7 +89,7 @@ def measured(model: nn.Module, device: str, rounds: int, progress: bool) -> dict
     found = {"device": e["device"], "threads": e["threads"], "torch": e["torch"], "transformers": e["transformers"],
              "date": e["date"], "dtype": str(model.dtype).removeprefix("torch."), "family": model.config.model_type,
              "blocks": L, "units": {unit: of(model, unit) for unit in parts["decode1"]["saved"]}, "parts": parts}
-    both = {unit: round(BOTH * found["units"][unit]) for unit in found["units"]}
+    both = {unit: round(BOTH * found["units"][unit]) for unit in found["units"] if unit in TOGETHER}
     found["checks"] = {"whole model": check(found, ms["whole"], L, {}),
                        **({"both kinds": check(found, ms["both"], few, both)} if "both" in ms else {})}
     return found
@@ -103,8 +104,8 @@ def shapes(model: nn.Module, L: int, few: int, device: str) -> Iterator[tuple[st
     for unit in UNITS:
         for count in counts(model, unit):
             yield f"{unit} {count}", slices.first_units(model, Cut(gone, ((unit, count),)))
-    halves = tuple((unit, round(BOTH * of(model, unit))) for unit in UNITS if counts(model, unit))
-    if len(halves) == len(UNITS) and all(n > 0 for _, n in halves):
+    halves = tuple((unit, round(BOTH * of(model, unit))) for unit in TOGETHER if counts(model, unit))
+    if len(halves) == len(TOGETHER) and all(n > 0 for _, n in halves):
         yield "both", slices.first_units(model, Cut(gone, halves))
     for form in forms.runnable(device):
         made = slices.first_units(model, Cut(gone)) if gone else copy.deepcopy(model)

@@ -164,7 +164,7 @@ def choose(cfg: RunConfig, model: nn.Module, calibration: Tokens, job: Job, whol
         if cfg.layers is not None and len(order) < wanted:
             raise ValueError(f"--layers {cfg.layers}: only {len(order)} of the {n} blocks can go")
     parts = cut.parts(model, [part for part in cfg.dropped_parts if part[0]])
-    heads = fewer_groups(cfg, model, kinds)
+    heads = fewer_heads(cfg, model, kinds)
     if cfg.shrink is None:
         return Cut(tuple(sorted(order)), heads, parts), {"order": rows, "tried": []}
     pattern, (target, cost) = parse(cfg.pattern), cost_of(cfg, model, whole, bool(parts))
@@ -190,21 +190,19 @@ def choose(cfg: RunConfig, model: nn.Module, calibration: Tokens, job: Job, whol
     return found, {"order": rows, "tried": tried}
 
 
-def fewer_groups(cfg: RunConfig, model: nn.Module, fixed: set[str]) -> tuple[tuple[str, int], ...]:
-    """((KV groups, how many are left),) as `--kv-groups` says; () without. fixed: kinds of units that never go.
+def fewer_heads(cfg: RunConfig, model: nn.Module, fixed: set[str]) -> tuple[tuple[str, int], ...]:
+    """((KV groups or query heads, how many are left),) as the flags say; () without. fixed: kinds that never go.
 
     Raises ValueError naming the flag.
     """
-    if cfg.kv_groups is None:
-        return ()
-    width = cut.kinds(model).get(groups.HEADS)
-    if width is None or groups.HEADS in fixed:
-        why = "--keep-dense keeps its attention" if width else "it cannot have fewer of them"
-        raise ValueError(f"--kv-groups {cfg.kv_groups}: {why}; leave it out")
-    if cfg.kv_groups >= width.count:
-        raise ValueError(f"--kv-groups {cfg.kv_groups}: the model has {width.count} in each attention, so none would "
-                         "go")
-    return ((groups.HEADS, cfg.kv_groups),)
+    asked = {"--kv-groups": (groups.HEADS, cfg.kv_groups), "--query-heads": (groups.QUERIES, cfg.query_heads)}
+    for flag, (kind, left) in asked.items():
+        width = cut.kinds(model).get(kind)
+        if left is not None and (width is None or kind in fixed or left >= width.count):
+            why = f"the model cannot have fewer {kind}" if width is None else f"--keep-dense keeps its {kind}" \
+                if kind in fixed else f"the model has {width.count}, so none would go"
+            raise ValueError(f"{flag} {left}: {why}; leave it out")
+    return tuple((kind, left) for kind, left in asked.values() if left is not None)
 
 
 def first(calibration: Tokens, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:

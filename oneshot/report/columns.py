@@ -149,7 +149,7 @@ def grid_of(record: dict) -> str:
 def left_of(record: dict) -> str:
     """What is left of a model that was made smaller: "0.75 left", "24 layers"; "" for the whole model."""
     named = {"shrink": "{} left", "layers": "{} layers", "drop": "without {}", "kv_groups": "{} KV groups",
-             "experts": "{} experts"}
+             "query_heads": "{} query heads", "experts": "{} experts"}
     return ", ".join(named[k].format(x) for k in named if (x := (record.get("settings") or {}).get(k)) is not None)
 
 

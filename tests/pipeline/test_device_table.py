@@ -38,7 +38,7 @@ def test_parts_that_add_up_are_foretold_exactly(model):
     found = device_table.table(model, "cpu", rounds=1, progress=False)
     own = found["parts"]["decode1"]
     assert own["rest"] == pytest.approx(5) and own["block"] == pytest.approx(2 + 3)
-    assert own["saved"] == {"KV groups": {"1": pytest.approx(1)},
+    assert own["saved"] == {"KV groups": {"1": pytest.approx(1)}, "query heads": {"1": pytest.approx(0)},
                             "neurons": {"36": pytest.approx(0.75), "24": pytest.approx(1.5), "12": pytest.approx(2.25)}}
     assert not device_table.warnings(found) and set(found["checks"]) == {"whole model", "both kinds"}
     for blocks_left, k, w in ((6, 2, 48), (3, 1, 24), (5, 2, 30), (1, 1, 4)):

@@ -150,7 +150,7 @@ def test_losses_are_the_kl_of_each_part_alone(looks):
         rtn.quantise_model(rounded, grids.parse(forms.GRIDS[grid]))
         assert found.grids[grid] == pytest.approx(naive(model, rounded, ids), rel=1e-2, abs=1e-7)
     assert set(found.sparse) == set(range(4)) == set(found.influence) and min(found.sparse.values()) > 0
-    assert found.widths[1:] and found.heads[1:] == [(((HEADS, 1),), pytest.approx(found.heads[1][1]))]
+    assert found.widths[1:] and [kept for kept, _ in found.heads] == [(), ((HEADS, 1),), ((groups.QUERIES, 1),)]
     left = [dict(kept).get(NEURONS, 48) for kept, _ in found.widths]
     assert left == sorted(left, reverse=True) and all(n % 4 == 0 for n in left)
     both = Plan((0,), found.heads[1][0], found.widths[-1][0])  # more than its parts, and the block is really gone

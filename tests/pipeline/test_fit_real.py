@@ -51,7 +51,7 @@ def fitted(out):
 def test_every_form_in_one_run_healed_and_repeated_for_nothing(place, tmp_path, monkeypatch, capfd):
     """A block goes, others become 2:4, all is rounded: one ordinary checkpoint, proved by `oneshot verify`."""
     monkeypatch.setattr(candidates, "narrower", lambda *args: [])
-    monkeypatch.setattr(candidates, "fewer_groups", lambda model: [])
+    monkeypatch.setattr(candidates, "fewer_heads", lambda model: [])
     out = tmp_path / "out"
     asked = words(place, out, "--target", "parameters=0.8,bytes=0.088", "--step", "100%", "--floor",
                   "evaluation/ppl<=9x", "--device", "cpu", "--final", "300", "--damage", "--say", "the",

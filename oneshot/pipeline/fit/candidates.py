@@ -2,7 +2,7 @@
 
     drops     depth.by_kl: the order in which blocks go, measured anew after each; before that the blocks of least
               influence are picked
-    heads     fewer KV groups in every block: one less, and half
+    heads     in every block fewer KV groups (one less, and half) or fewer query heads in each of them (one less)
     widths    as few neurons in every block as the round's aim needs, and half-way there; between these by straight
               lines. Both by walks of the solver
     sparse    each block alone in 2:4, solved on the model's own inputs, the others as they are
@@ -79,7 +79,7 @@ class Looks:
                             for i, row in enumerate(rows)]
             found.influence = self.run(model, lambda own: depth.influences(model, own, ()))[1]
             if not start.sparse:
-                for heads in fewer_groups(model):
+                for heads in fewer_heads(model):
                     found.heads.append((heads, above(self.walked(model, Cut((), heads)))))
                 found.widths += losses_of(narrower(model, costs, limits), lambda widths: above(
                     self.walked(model, Cut((), widths))))
@@ -170,11 +170,12 @@ def gains(costs: Costs, start: Plan, limits: Mapping[str, float], sparse: bool =
     return any(after[kind] < before[kind] for kind in limits)
 
 
-def fewer_groups(model: nn.Module) -> list[Kept]:
-    """One KV group less in each block, and half of them, as far as the family's config can say it."""
-    width = cut.kinds(model).get(groups.HEADS)
-    counts = dict.fromkeys((width.count - 1, width.count // 2)) if width else ()
-    found = [((groups.HEADS, left),) for left in counts if left > 0]
+def fewer_heads(model: nn.Module) -> list[Kept]:
+    """The Kept of `heads`, as far as the family's config can say them."""
+    known = cut.kinds(model)
+    ways = {groups.HEADS: lambda n: (n - 1, n // 2), groups.QUERIES: lambda n: (n - 1,)}
+    found = [((kind, left),) for kind, fewer in ways.items() if kind in known
+             for left in dict.fromkeys(fewer(known[kind].count)) if left > 0]
     return [heads for heads in found if slices.says(model, Cut((), heads))]
 
 

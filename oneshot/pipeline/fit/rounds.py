@@ -165,7 +165,7 @@ class Fit:
         try:
             record = steps.done(configs)
         except ValueError as error:
-            if not str(error).startswith(("--shrink", "--drop", "--kv-groups")):
+            if not str(error).startswith(("--shrink", "--drop", "--kv-groups", "--query-heads")):
                 raise
             now.failed = one_line(error)  # what the family cannot be without
             return

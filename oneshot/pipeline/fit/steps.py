@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ...measure import latency
-from ...models import Tokenizer
+from ...models import Tokenizer, groups
 from ...prune import solvers
 from ...settings import RunConfig, flags, parse
 from ...structured import Cut, budget
@@ -123,7 +123,8 @@ class Steps:
         folds = any(m.updates for m in solvers.chain(self.method))
         words = ["--method", self.method, "--shrink-method", self.method, "--pattern", "dense", *(
             ["--drop", ",".join(map(str, sorted(plan.drop)))] if plan.drop else [])]
-        words += ["--kv-groups", str(plan.heads[0][1])] if plan.heads else []
+        for kind, left in plan.heads:
+            words += ["--query-heads" if kind == groups.QUERIES else "--kv-groups", str(left)]
         words += ["--shrink", repr(share), "--tries", "1"] if plan.widths else []
         ways = ["fold"] * folds + ["full"] * bool(heal)
         return [*words, "--heal", ",".join(ways) or "none", *heal]
