@@ -35,8 +35,8 @@ from oneshot.settings import parse
 
 SHARE, STEP = 0.7, "25%"
 TOKENS = {"stories260k": "30k", "craftgpt-5m": "6k"}  # of each round; the heal at the end has as many
-HEAL = {"stories260k": ["--heal-seqlen", "256", "--heal-batch", "1024"],
-        "craftgpt-5m": ["--heal-seqlen", "64", "--heal-batch", "512"]}
+HEAL = {"stories260k": ["--heal-seqlen", "256", "--heal-batch", "256"],
+        "craftgpt-5m": ["--heal-seqlen", "64", "--heal-batch", "256"]}
 WAYS = ("step by step", "one shot", "shrink", "all forms")
 
 
