@@ -1,6 +1,7 @@
 """scripts/bench/fit.py: ways compared at the same heal tokens, rows once, the page from the rows."""
 
 import json
+from pathlib import Path
 
 import fit as bench
 import pytest
@@ -56,3 +57,9 @@ def test_every_way_is_measured_once_on_a_tiny_model(tmp_path, monkeypatch):
     assert rows["all forms"]["shares"]["bytes"] <= 0.5 and len(rows["step by step"]["rounds"]) == 3
     monkeypatch.setattr(bench, "one", None)
     assert bench.main(argv) == 0
+
+
+def test_the_page_here_is_not_stale():
+    folder = Path(__file__).parents[2] / "results" / "fit"
+    if (folder / "fit.md").is_file():
+        assert (folder / "fit.md").read_text(encoding="utf-8") == bench.page(folder), "run scripts/bench/fit.py --page"
