@@ -80,6 +80,7 @@ def test_latency_is_measured_and_the_aims_follow_what_was_measured(tmp_path, mon
     found = rounds_of(tmp_path)
     assert [r["shares"]["latency"] for r in found] == [0.9375, 0.875, 0.8125, 0.75] and len(world.timed) == 4 + 2
     assert [r["aims"]["latency"] for r in found] == pytest.approx([0.9, 0.8375, 0.8, 0.8])
+    assert world.limits[0]["latency"] == pytest.approx(0.8 * 8)  # the first round looks at the whole way
     assert world.limits[1]["latency"] == pytest.approx(0.8375 * 7 / 0.9375)
 
 

@@ -196,3 +196,18 @@ def test_no_more_blocks_are_tried_than_a_round_can_need(looks):
     limits = {"bytes": 0.25 * costs.of(Plan())["bytes"]}
     assert len(own.drops(model, costs, limits, frozenset({"shrink"}))) == 3
     assert len(own.drops(model, costs, limits, frozenset({"shrink", "int4"}))) == 1
+
+
+def test_a_step_takes_nothing_that_the_whole_way_leaves():
+    """Alone, the step would take neurons; the way wants fewer query heads, one block, and no more neurons than 36."""
+    found = Candidates([((), 0.0), ((2,), 0.1), ((2, 0), 0.5)],
+                       [((), 0.0), (((HEADS, 1),), 0.1), (((groups.QUERIES, 1),), 0.4)],
+                       [((), 0.0), (((NEURONS, 44),), 0.01), (((NEURONS, 36),), 0.02), (((NEURONS, 24),), 0.03)],
+                       {0: 0.1}, {None: 0.0, "int8": 0.1, "int4": 0.2})
+    way = plans.way_of(Plan((2,), ((groups.QUERIES, 1),), ((NEURONS, 36),), (0, 1), "int4"))
+    on = plans.towards(found, way, 0, Plan())
+    assert [d for d, _ in on.drops] == [(), (2,)] and [h for h, _ in on.heads] == [(), ((groups.QUERIES, 1),)]
+    assert [w for w, _ in on.widths] == [(), ((NEURONS, 44),), ((NEURONS, 36),)]
+    assert set(on.grids) == {None, "int4"} and on.sparse == found.sparse
+    assert [d for d, _ in plans.towards(found, way, 1, Plan(grid="int8")).drops] == [()]
+    assert "int8" in plans.towards(found, way, 1, Plan(grid="int8")).grids

@@ -16,15 +16,17 @@ class Round:
     """One round.
 
     name: of its folder. aims: {kind of target: the share that it aims at}. step: the share of the way that it takes.
-    plan: `Plan.plain`, None if there was none. loss: foretold, nats. foretold, shares: {kind of target: share of the
-    dense model's}, by the table and measured. candidates: `Candidates.plain`. metrics: of the record. floors: rows of
-    `Judged.plain`. failed: why it could not be done, or None. kept: whether all floors hold. broken: those that do
-    not, in words. seconds: what it took, planning included.
+    way: `plans.way_of` the best plan for the whole way, None if there is none. plan: `Plan.plain`, None if there was
+    none; told: the same in words. loss: foretold, nats. foretold, shares: {kind of target: share of the dense model's},
+    by the table and measured. candidates: `Candidates.plain`. metrics: of the record. floors: rows of `Judged.plain`.
+    failed: why it could not be done, or None. kept: whether all floors hold. broken: those that do not, in words.
+    seconds: what it took, planning included.
     """
 
     name: str
     aims: dict[str, float]
     step: float
+    way: dict | None = None
     plan: dict | None = None
     told: str = ""
     loss: float | None = None

@@ -8,8 +8,9 @@ and each grid, `choice.choose` says which blocks become 2:4.
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from torch import nn
 
@@ -171,6 +172,23 @@ def alternatives(costs: Costs, candidates: Candidates, start: Plan, limits: Mapp
         return []
     close = {plan: loss for plan, loss in filter(None, found) if loss <= CLOSE * found[0][1]}
     return list(({found[0][0]: found[0][1]} | close).items())
+
+
+def way_of(plan: Plan) -> dict:
+    """What a plan for the whole way leaves, plain values: of heads and widths, and how many blocks go."""
+    return {"heads": dict(plan.heads), "widths": dict(plan.widths), "drop": len(plan.drop), "grid": plan.grid}
+
+
+def towards(candidates: Candidates, way: dict, gone: int, start: Plan) -> Candidates:
+    """The candidates that lie on a way (`way_of`): nothing is taken that it leaves. gone: blocks that went already.
+
+    A step alone would take many small units where the whole way is better off with a large one.
+    """
+    def on(options: list[tuple[Kept, float]], left: dict[str, int]) -> list[tuple[Kept, float]]:
+        return [(kept, x) for kept, x in options if all(n >= left.get(kind, math.inf) for kind, n in kept)]
+    grids = {grid: x for grid, x in candidates.grids.items() if grid in (None, start.grid, way["grid"])}
+    return replace(candidates, drops=[(d, x) for d, x in candidates.drops if len(d) <= max(0, way["drop"] - gone)],
+                   heads=on(candidates.heads, way["heads"]), widths=on(candidates.widths, way["widths"]), grids=grids)
 
 
 def with_sparse(costs: Costs, plan: Plan, start: Plan, losses: Mapping[int, float],

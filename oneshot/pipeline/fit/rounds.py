@@ -1,5 +1,6 @@
 """Rounds: aim, plan, run, judge the floors, keep or take back; until the targets are met or a floor stands in the way.
 
+    way     the best plan for all targets at once, made in the first round: later ones take nothing that it leaves
     aim     from where the model is, --step of the whole way from the dense model to each target
     broken  a floor that does not hold: the round is taken back and tried again, with half the step and without the
             part that it was foretold to lose most by; TRIES times, then the rounds end
@@ -19,7 +20,7 @@ from ..command import Command
 from . import steps, targets
 from .candidates import Looks
 from .ledger import Ledger, Round
-from .plans import Candidates, Costs, Plan, alternatives, changed, uncut
+from .plans import Candidates, Costs, Plan, alternatives, best, changed, towards, uncut, way_of
 from .steps import State, Steps
 
 TRIES = 2  # how often a broken round is tried another way
@@ -53,7 +54,7 @@ class Fit:
     """The rounds of one command.
 
     dense: the dense model's record. state, shares: of the best model so far. spent: seconds before the first round.
-    stopped: why the rounds ended, or None.
+    stopped: why the rounds ended, or None. way: `plans.way_of` the best plan for the whole way, known from round 1 on.
     """
 
     asked: Asked
@@ -64,6 +65,7 @@ class Fit:
     spent: float = 0.0
     shares: dict[str, float] = field(default_factory=dict)
     stopped: str | None = None
+    way: dict | None = None
     _looks: Looks | None = None
     _table: dict | None = None
 
@@ -116,7 +118,7 @@ class Fit:
             now = Round(f"round-{number}", self.aims(step), step)
             self.plan(now, without, failed)
             self.ledger.write(now)
-        before = now.seconds
+        self.way, before = now.way, now.seconds
         now.broken, now.kept = [], False
         say(f"{now.name}: {now.failed or now.told}")
         if now.failed is None:
@@ -135,11 +137,17 @@ class Fit:
         model, _ = self.load(self.state.float)
         costs = Costs(model, self.table)
         here = costs.of(self.state.plan)
-        limits = {kind: aim * here[kind] / self.shares[kind] for kind, aim in now.aims.items()}
-        found = self.looks.at(model, costs, self.state.plan, limits, self.asked.allow)
-        now.notes = found.notes
-        for avoided in dict.fromkeys((without, frozenset())):
-            close = alternatives(costs, found, self.state.plan, limits, avoided)
+        limits, ends = ({kind: aim * here[kind] / self.shares[kind] for kind, aim in own.items()}
+                        for own in (now.aims, self.asked.targets))
+        first = not self.ledger.rounds
+        found = self.looks.at(model, costs, self.state.plan, ends if first else limits, self.asked.allow)
+        if first and (whole := best(costs, found, self.state.plan, ends)):
+            self.way = way_of(whole[0])
+        now.notes, now.way = found.notes, self.way
+        gone = self.dense["model"]["blocks"] - costs.number
+        near = towards(found, self.way, gone, self.state.plan) if self.way else found
+        for options, avoided in ((near, without), (found, without), (found, frozenset())):
+            close = alternatives(costs, options, self.state.plan, limits, avoided)
             if close := [own for own in close if own[0] not in failed]:
                 plan, now.loss = self.least(model, found, close)
                 after, now.plan, now.told = costs.of(plan), plan.plain(), str(plan)
