@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # for editors and type checkers; at run time these are imported on first use, see __getattr__
     from .measure.perplexity import perplexity
     from .models import load
-    from .pipeline.api import heal, prune, shrink
+    from .pipeline.api import fit, heal, prune, shrink
 
 __version__ = "0.1.0"
-__all__ = ["heal", "load", "perplexity", "prune", "shrink"]
+__all__ = ["fit", "heal", "load", "perplexity", "prune", "shrink"]
 
-_FOUND_IN = {"load": ".models", "perplexity": ".measure.perplexity", "shrink": ".pipeline.api"}
+_FOUND_IN = {"load": ".models", "perplexity": ".measure.perplexity", "fit": ".pipeline.api",
+             "shrink": ".pipeline.api"}
 
 
 def __getattr__(name: str) -> Any:

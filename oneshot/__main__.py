@@ -6,7 +6,7 @@ import sys
 COMMANDS = {  # verb: (module with its main, what it does)
     "prune": ("oneshot.pipeline.run", "prune a model, measure what that cost, save the result"),
     "shrink": ("oneshot.pipeline.shrink_command", "make a smaller dense model: fewer layers, neurons, KV groups"),
-    "fit": ("oneshot.pipeline.fit", "make a model smaller step by step to a target, with a floor under its quality"),
+    "fit": ("oneshot.pipeline.fit.command", "make a model smaller step by step, with a floor under its quality"),
     "heal": ("oneshot.pipeline.heal_command", "train what pruning has left, on text, while zeros stay zero"),
     "latency": ("oneshot.pipeline.latency_command", "measure what each part of a model costs on this device"),
     "verify": ("oneshot.checkpoint.verify", "check a saved checkpoint against its manifest"),

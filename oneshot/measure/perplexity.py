@@ -61,8 +61,15 @@ def measure(subject: Subject) -> Found:
                                   progress=subject.bar(name))
         value, n = of_losses(losses, tokens.mask)
         found.metrics[f"{name}/ppl"] = value
-        found.info[f"{name}/ppl"] = {"window": tokens.ids.shape[1], "windows": len(tokens.ids), "tokens": n}
+        found.info[f"{name}/ppl"] = {"window": tokens.ids.shape[1], "windows": len(tokens.ids), "tokens": n,
+                                     "by_window": by_window(losses, tokens.mask)}
     return found
+
+
+def by_window(losses: torch.Tensor, mask: torch.Tensor | None = None) -> list[float]:
+    """The mean loss of each window that predicts any token, nats: what two models can be compared by, in pairs."""
+    counts = torch.full((len(losses),), losses.shape[1]) if mask is None else predicted(mask).sum(1)
+    return [round(x, 6) for x in (losses.double().sum(1) / counts)[counts > 0].tolist()]
 
 
 def perplexity(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None,

@@ -12,7 +12,8 @@
     checks    what is rejected before anything is computed
     idle      flags that would change nothing
     api       `oneshot.prune` for Python
-    fit       `oneshot fit`: smaller step by step, to a target, with floors under quality
+    fit/      `oneshot fit`: smaller step by step, to targets, with floors under quality
+    forms     how the linears of a block can be stored (2:4, int8, int4), and what computes with them here
     device_table     what every part of a model costs on a device (latency_command: `oneshot latency`)
     attempt   a run that ends in a record even if it fails, for sweeps
     generate  `oneshot generate`: generate text, measure the speed

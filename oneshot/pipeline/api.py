@@ -3,6 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from ..models import Tokenizer
 from ..models.source import undo_quantisation, was_dequantised
 from ..runtime import distributed
 from ..settings import flags, presets, values
-from ..settings.known import part_names, python_names, todays_names
+from ..settings.known import known, part_names, python_names, todays_names
 from . import checks, rounding, run
 from .command import Command
+from .fit import command as fit_command
 from .identity import describe, identify
 from .lesson import GIVEN, needs_teacher
 from .plan import make_plan
@@ -101,6 +103,45 @@ def heal(model: nn.Module, tokenizer: Tokenizer, *, data: str, tokens: str = "1M
     own = {"heal_teacher": teacher} if isinstance(teacher, str) else {"teacher": teacher}
     return prune(model, tokenizer, **{"method": "keep", "pattern": "dense", "heal": method, "heal_data": data,
                                       "heal_tokens": tokens, **own, **settings})
+
+
+def fit(model: nn.Module | str, tokenizer: Tokenizer | None = None, *, target: str, save: str | Path,
+        floor: str | Iterable[str] = (), **settings: Any) -> dict[str, Any]:
+    """Make a model smaller step by step, as `oneshot fit` does, until targets are met or a floor stands in the way.
+
+    model: a folder or name, or a loaded model, which is saved into the folder `save` first and is not changed. target:
+    as for `--target`, such as "latency=0.6x,bytes=0.5x". floor: one or several, as for `--floor`. settings: the other
+    flags of `oneshot fit` (step, allow, budget, device, data, tokens, final, method) and of `oneshot prune`, by name.
+
+    Returns {"result": its folder, "met": whether the targets are, "stopped": why not, "shares", "rounds": as in
+    fit.json, "text": what the command says}. Raises ValueError naming the setting.
+    """
+    if isinstance(model, nn.Module):
+        if tokenizer is None:
+            raise ValueError("tokenizer: needed, as the model is saved with it")
+        folder = Path(save) / "model"
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        model = str(folder)
+    floors = [floor] if isinstance(floor, str) else floor
+    own = [word for name, value in {"model": model, "target": target, "save": save}.items()
+           for word in (f"--{name}", str(value))]
+    found, text = fit_command.fitted(*fit_command.parser().parse_known_args(
+        [*own, *(word for one in floors for word in ("--floor", one)), *as_words(settings)]))
+    return {"result": found.state.result, "met": found.met(found.shares), "stopped": found.stopped,
+            "shares": found.shares, "rounds": [asdict(r) for r in found.ledger.rounds], "text": text}
+
+
+def as_words(settings: dict[str, Any]) -> list[str]:
+    """{name: value} as words of a command line. A switch at its default value is left out."""
+    found = []
+    for name, value in settings.items():
+        flag = known().get(name)
+        if flag and flag.is_switch:
+            found += [flag.option] * (value != flag.default)
+        elif value is not None:
+            found += [f"--{name.replace('_', '-')}", str(value)]
+    return found
 
 
 @contextlib.contextmanager

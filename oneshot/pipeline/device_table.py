@@ -5,19 +5,22 @@
     rest      embedding, final norm, head: what does not grow with L
     block     one block with all its units
     saved     what one block gains with k KV groups, or w neurons
+    forms     what one block gains with its linears in 2:4, int8 ... (forms.py), as far as a kernel runs here
 
 Parts are not timed by themselves, where caches and Python behave otherwise, but by differences between small models of
 the same family and widths, FEW blocks high, that take turns: rest and block from two heights, saved from fewer units.
 
-    foretold t(L, k, w) = rest + L · (block - saved(k) - saved(w)), between measured points by straight lines
+    foretold t(L, k, w) = rest + L · (block - saved(k) - saved(w)), between measured points by straight lines; a block
+    in another form gains as much less as it has become narrower
 
 Whether parts add up is measured as well: on the whole model, and on one with fewer of both units at once.
 """
 
+import copy
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -29,11 +32,13 @@ from ..models import groups
 from ..models.gguf import cache
 from ..runtime import environment, sealed
 from ..structured import Cut, cut, slices
+from . import forms
 
 FEW = 4  # blocks of the small models
 SHARES = (0.75, 0.5, 0.25)  # of the units of a kind
-BOTH = 0.5  # of both kinds, to see whether they add up
-UNITS = (groups.HEADS, groups.NEURONS)
+BOTH = 0.5  # of the kinds TOGETHER, to see whether they add up
+UNITS = (groups.HEADS, groups.QUERIES, groups.NEURONS)
+TOGETHER = (groups.HEADS, groups.NEURONS)  # an attention loses either KV groups or query heads
 ADDITIVE = 0.1  # how far the foretold time may be from the measured one
 
 
@@ -54,7 +59,8 @@ def key(model: nn.Module, device: str, rounds: int) -> str:
     """What the table depends on, as a short hash: device, threads, versions, the shapes of the model, its dtype."""
     e = environment.environment(device)
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
-    whole = [e["device"], e["threads"], e["torch"], e["transformers"], str(model.dtype), shapes, rounds, FEW, SHARES]
+    whole = [e["device"], e["threads"], e["torch"], e["transformers"], str(model.dtype), shapes, rounds, FEW, SHARES,
+             forms.runnable(device)]
     return hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:16]
 
 
@@ -64,7 +70,7 @@ def measured(model: nn.Module, device: str, rounds: int, progress: bool) -> dict
     if L < 2:
         raise ValueError("--model: a table needs a model of two blocks at least, to tell blocks from the rest")
     few = min(FEW, L)
-    variants = dict(shapes(model, L, few))
+    variants, found_forms = dict(shapes(model, L, few, device)), forms.runnable(device)
     times = {name: {kind: [] for kind in latency.KINDS} for name in variants}
     for number in tqdm(range(rounds + 1), desc="latency", unit="round", disable=not progress, leave=False):
         for name, made in variants.items():
@@ -78,17 +84,18 @@ def measured(model: nn.Module, device: str, rounds: int, progress: bool) -> dict
         own["rest"] = ms["few"][kind] - few * own["block"]
         own["saved"] = {unit: {str(count): (ms["few"][kind] - ms[f"{unit} {count}"][kind]) / few
                                for count in counts(model, unit)} for unit in UNITS if counts(model, unit)}
+        own["forms"] = {form: (ms["few"][kind] - ms[form][kind]) / few for form in found_forms}
     e = environment.environment(device)
     found = {"device": e["device"], "threads": e["threads"], "torch": e["torch"], "transformers": e["transformers"],
              "date": e["date"], "dtype": str(model.dtype).removeprefix("torch."), "family": model.config.model_type,
              "blocks": L, "units": {unit: of(model, unit) for unit in parts["decode1"]["saved"]}, "parts": parts}
-    both = {unit: round(BOTH * found["units"][unit]) for unit in found["units"]}
+    both = {unit: round(BOTH * found["units"][unit]) for unit in found["units"] if unit in TOGETHER}
     found["checks"] = {"whole model": check(found, ms["whole"], L, {}),
                        **({"both kinds": check(found, ms["both"], few, both)} if "both" in ms else {})}
     return found
 
 
-def shapes(model: nn.Module, L: int, few: int) -> Iterator[tuple[str, nn.Module]]:
+def shapes(model: nn.Module, L: int, few: int, device: str) -> Iterator[tuple[str, nn.Module]]:
     """(name, model) of everything that is timed."""
     yield "whole", model
     gone = tuple(range(few, L))
@@ -97,9 +104,12 @@ def shapes(model: nn.Module, L: int, few: int) -> Iterator[tuple[str, nn.Module]
     for unit in UNITS:
         for count in counts(model, unit):
             yield f"{unit} {count}", slices.first_units(model, Cut(gone, ((unit, count),)))
-    halves = tuple((unit, round(BOTH * of(model, unit))) for unit in UNITS if counts(model, unit))
-    if len(halves) == len(UNITS) and all(n > 0 for _, n in halves):
+    halves = tuple((unit, round(BOTH * of(model, unit))) for unit in TOGETHER if counts(model, unit))
+    if len(halves) == len(TOGETHER) and all(n > 0 for _, n in halves):
         yield "both", slices.first_units(model, Cut(gone, halves))
+    for form in forms.runnable(device):
+        made = slices.first_units(model, Cut(gone)) if gone else copy.deepcopy(model)
+        yield form, forms.with_kernels(made, dict.fromkeys(range(few), form)).to(device)
 
 
 def counts(model: nn.Module, unit: str) -> list[int]:
@@ -113,11 +123,15 @@ def of(model: nn.Module, unit: str) -> int:
     return found.count if found else 0
 
 
-def foretell(table: dict, kind: str, blocks: int, units: dict[str, int]) -> float:
-    """The time in ms of a model of so many blocks, with {kind of unit: how many are left in each}, by a table."""
+def foretell(table: dict, kind: str, blocks: int, units: dict[str, int], stored: Sequence[str] = ()) -> float:
+    """The time in ms of a model of so many blocks, with {kind of unit: how many are left in each}, by a table.
+
+    stored: the forms of the blocks that are not dense; a form for which the device has no kernel gains nothing.
+    """
     own = table["parts"][kind]
     saved = sum(between(own["saved"][unit], table["units"][unit], left) for unit, left in units.items())
-    return own["rest"] + blocks * (own["block"] - saved)
+    gained = sum(own.get("forms", {}).get(form, 0.0) for form in stored) * (1 - saved / own["block"] if saved else 1)
+    return own["rest"] + blocks * (own["block"] - saved) - gained
 
 
 def between(points: dict[str, float], of: int, left: int) -> float:

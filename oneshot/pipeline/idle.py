@@ -95,7 +95,7 @@ def shrinks(cfg: RunConfig, configs: Sequence[RunConfig]) -> bool:
 
 def chooses(cfg: RunConfig, configs: Sequence[RunConfig]) -> bool:
     """Whether any run chooses among mixtures."""
-    return any(c.prunes and c.shrink is not None and c.drop is None and c.layers is None for c in configs)
+    return any(c.prunes and c.shrink is not None and not c.says_what_goes for c in configs)
 
 
 NO_TEXT, NO_TASK = "as nothing is evaluated (--evaluate none)", "as there are no --tasks"
@@ -124,7 +124,7 @@ RULES = {  # flag: (why it is idle, whether it is used: called with a run and al
     "format": ("as nothing is pruned", lambda cfg, configs: any(c.prunes for c in configs)),
     "by": ("as there is no --shrink", lambda cfg, configs: any(c.prunes and c.shrink is not None for c in configs)),
     "order": ("as no run chooses blocks that go (--shrink, --layers)", lambda cfg, configs: any(
-        c.prunes and (c.layers is not None or (c.shrink is not None and c.drop is None and c.tries > 1))
+        c.prunes and (c.layers is not None or (c.shrink is not None and not c.says_what_goes and c.tries > 1))
         for c in configs)),
     "tries": ("as no run chooses a mixture (--shrink without --layers or --drop)", chooses),
     "uneven": ("as there is no --shrink to spread over the layers",

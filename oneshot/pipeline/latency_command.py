@@ -3,7 +3,8 @@
     oneshot latency ./llama --out here.json
 
 The table is measured once for a model's shapes, device and versions and then read from the cache. Blocks of other
-widths and numbers can be foretold from it; the last columns show how well (pipeline/device_table.py).
+widths and numbers can be foretold from it; the last columns show how well (pipeline/device_table.py). What has no
+kernel on the device (pipeline/forms.py) is not in it.
 """
 
 import argparse
@@ -57,11 +58,14 @@ def work(args: argparse.Namespace) -> None:
 def shown(table: dict) -> str:
     """The table as the terminal shows it, ms."""
     saved = [(unit, n) for unit, points in table["parts"]["decode1"]["saved"].items() for n in points]
-    head = ["ms", "rest", "a block", *(f"with {n} {unit}" for unit, n in saved), "whole model", "foretold"]
+    stored = list(table["parts"]["decode1"].get("forms", {}))
+    head = ["ms", "rest", "a block", *(f"with {n} {unit}" for unit, n in saved), *(f"in {form}" for form in stored),
+            "whole model", "foretold"]
     body = []
     for kind, own in table["parts"].items():
         whole = table["checks"]["whole model"][kind]
         less = [own["block"] - own["saved"][unit][n] for unit, n in saved]
+        less += [own["block"] - own["forms"][form] for form in stored]
         body.append([kind, *(f"{ms:.3f}" for ms in (own["rest"], own["block"], *less, whole["measured"])),
                      f"{whole['foretold']:.3f} ({whole['off']:+.0%})"])
     told = f"{table['device']}, threads {table['threads']}, {table['dtype']}, torch {table['torch']}, {table['date']}"

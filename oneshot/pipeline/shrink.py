@@ -167,14 +167,15 @@ def choose(cfg: RunConfig, model: nn.Module, calibration: Tokens, job: Job, whol
     if cfg.drop is not None:
         order, rows = list(cfg.dropped_blocks), []
     else:
-        wanted = n - cfg.layers if cfg.layers is not None else most_blocks(cfg, n)
+        wanted = n - cfg.layers if cfg.layers is not None else 0 if cfg.says_what_goes else most_blocks(cfg, n)
         rows = order_of(cfg, model, calibration, wanted, fixed) if wanted else []
         order = [row["block"] for row in rows]
         if cfg.layers is not None and len(order) < wanted:
             raise ValueError(f"--layers {cfg.layers}: only {len(order)} of the {n} blocks can go")
     parts = cut.parts(model, [part for part in cfg.dropped_parts if part[0]])
+    heads = fewer_heads(cfg, model, kinds)
     if cfg.shrink is None:
-        return Cut(tuple(sorted(order)), (), parts), {"order": rows, "tried": []}
+        return Cut(tuple(sorted(order)), heads, parts), {"order": rows, "tried": []}
     pattern, (target, cost) = parse(cfg.pattern), cost_of(cfg, model, whole, bool(parts))
     biases = slices.biases_added(model) or (slices.can_add_biases(model)
                                             and any(getattr(own, "bias", False) for _, own in job.chain))
@@ -187,8 +188,8 @@ def choose(cfg: RunConfig, model: nn.Module, calibration: Tokens, job: Job, whol
     simple = replace(job, options=replace(job.options, batch_size=cfg.batch_size),
                      healers=tuple(h for h in job.healers if type(h).__module__.endswith("fold")),
                      held_out=tuple(range(0, n, 4)) if n > 1 else ())
-    if cfg.drop is not None or cfg.layers is not None:
-        found = budget.neurons_for(model, own, order)
+    if cfg.says_what_goes:
+        found = budget.neurons_for(model, own, order, heads)
         if found is None:
             raise ValueError(f"--shrink {cfg.shrink:g}: cannot be reached with the neurons of the blocks that are left")
     else:
@@ -196,6 +197,21 @@ def choose(cfg: RunConfig, model: nn.Module, calibration: Tokens, job: Job, whol
     if cfg.uneven:
         found, tried = uneven(cfg, model, tokens, simple, own, found, tried)
     return found, {"order": rows, "tried": tried}
+
+
+def fewer_heads(cfg: RunConfig, model: nn.Module, fixed: set[str]) -> tuple[tuple[str, int], ...]:
+    """((KV groups or query heads, how many are left),) as the flags say; () without. fixed: kinds that never go.
+
+    Raises ValueError naming the flag.
+    """
+    asked = {"--kv-groups": (groups.HEADS, cfg.kv_groups), "--query-heads": (groups.QUERIES, cfg.query_heads)}
+    for flag, (kind, left) in asked.items():
+        width = cut.kinds(model).get(kind)
+        if left is not None and (width is None or kind in fixed or left >= width.count):
+            why = f"the model cannot have fewer {kind}" if width is None else f"--keep-dense keeps its {kind}" \
+                if kind in fixed else f"the model has {width.count}, so none would go"
+            raise ValueError(f"{flag} {left}: {why}; leave it out")
+    return tuple((kind, left) for kind, left in asked.values() if left is not None)
 
 
 def first(calibration: Tokens, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -38,7 +38,7 @@ def translated(argv: list[str]) -> list[str]:
     words = [word.partition("=") for word in argv]
     names = {name.replace("_", "-") for name, _, _ in words if name.startswith("--")}
     found = [("--shrink" if name == "--to" else name) + eq + value for name, eq, value in words]
-    if not names & {"--to", *(f"--{name}" for name in SMALLER)}:
+    if not names & {"--to", *(f"--{name.replace('_', '-')}" for name in SMALLER)}:
         found += ["--shrink", "0.75"]
     if "--pattern" in names:
         return found

@@ -124,6 +124,8 @@ def method_of(record: dict) -> str:
 
 def is_dense(record: dict) -> bool:
     """Whether nothing was done to the model: the run is the baseline of the others."""
+    if setting(record, "method") == "keep" and setting(record, "heal") not in ("?", "none"):
+        return False  # a dense model that was trained
     return not left_of(record) and not grid_of(record) and "dense" in (setting(record, "method"),
                                                                        setting(record, "pattern"))
 
@@ -146,7 +148,8 @@ def grid_of(record: dict) -> str:
 
 def left_of(record: dict) -> str:
     """What is left of a model that was made smaller: "0.75 left", "24 layers"; "" for the whole model."""
-    named = {"shrink": "{} left", "layers": "{} layers", "drop": "without {}", "experts": "{} experts"}
+    named = {"shrink": "{} left", "layers": "{} layers", "drop": "without {}", "kv_groups": "{} KV groups",
+             "query_heads": "{} query heads", "experts": "{} experts"}
     return ", ".join(named[k].format(x) for k in named if (x := (record.get("settings") or {}).get(k)) is not None)
 
 

@@ -74,14 +74,15 @@ def by_influence(model: nn.Module, activations: Activations, count: int, fixed: 
 
 
 def by_kl(model: nn.Module, activations: Activations, count: int, fixed: Sequence[int] = (),
-          allowed: Callable[[list[int]], bool] = lambda blocks: True, progress: bool = False) -> list[dict]:
+          allowed: Callable[[list[int]], bool] = lambda blocks: True, progress: bool = False,
+          known: list[list[torch.Tensor]] | None = None) -> list[dict]:
     """[{"block", "kl", "influence"}] of at most `count` blocks, in the order in which they go.
 
     activations: of the dense model at its first block; they stay there. fixed: blocks that never go. allowed: whether a
-    list of blocks may go together.
+    list of blocks may go together. known: what `teacher` gave for the model to compare with, if not this one.
     """
     dense, gone, rows = through(model, activations.fork(), 0, ()), [], []
-    known = teacher(model, dense)
+    known = known or teacher(model, dense)
     n = len(models.blocks(model)[1])
     bar = tqdm(total=count, desc="order of blocks", unit="block", disable=not progress, leave=False)
     with bar:

@@ -10,7 +10,8 @@ from ..runtime.flag import flag
 from .budget import BYS
 from .depth import ORDERS
 
-SMALLER = ("shrink", "layers", "drop", "experts")  # the flags of which any makes the model smaller
+SMALLER = ("shrink", "layers", "drop", "kv_groups", "query_heads",
+           "experts")  # the flags of which any makes the model smaller
 
 
 def shrinks(settings: Mapping[str, Any]) -> bool:
@@ -32,6 +33,10 @@ class ShrinkOptions:
     drop: str | None = flag(None, "transformer blocks that go, by their numbers from 0: '3,7'; attention or MLP alone: "
                                   "'mlp:3,attn:7' (loads after `import oneshot` only)", section="smaller", preset=True,
                             added=True)
+    kv_groups: int | None = flag(None, "how many KV groups are left in each attention; with --shrink the neurons "
+                                       "give the rest", section="smaller", preset=True, added=True)
+    query_heads: int | None = flag(None, "how many query heads are left in each KV group, in place of --kv-groups",
+                                   section="smaller", preset=True, added=True)
     uneven: bool = flag(False, "let layers differ in width where that loses less; such a model loads after `import "
                                "oneshot` only", section="smaller", preset=True, added=True)
     experts: int | None = flag(None, "of a mixture: how many experts are left in each layer, those that matter most on "
@@ -52,6 +57,12 @@ class ShrinkOptions:
             raise ValueError(f"--shrink {self.shrink:g}: give a share between 0 and 1, such as 0.75")
         if self.experts is not None and self.experts < 1:
             raise ValueError(f"--experts {self.experts}: must be at least 1")
+        for name in ("kv_groups", "query_heads"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        if self.kv_groups is not None and self.query_heads is not None:
+            raise ValueError("--query-heads: an attention loses either query heads or whole KV groups (--kv-groups); "
+                             "give one of them")
         if self.layers is not None and self.layers < 1:
             raise ValueError(f"--layers {self.layers}: must be at least 1")
         if self.tries < 1:
@@ -67,6 +78,11 @@ class ShrinkOptions:
     def shrinks(self) -> bool:
         """Whether the model is made smaller."""
         return shrinks(vars(self))
+
+    @property
+    def says_what_goes(self) -> bool:
+        """Whether blocks or heads are named, so that no mixture is searched for."""
+        return any(value is not None for value in (self.drop, self.layers, self.kv_groups, self.query_heads))
 
     @property
     def dropped_blocks(self) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from oneshot.measure import latency
 from oneshot.models import blocks, config_of
-from oneshot.pipeline import device_table, latency_command
+from oneshot.pipeline import device_table, forms, latency_command
 
 
 def additive(model, kind, device, twist=0.0):
@@ -23,6 +23,7 @@ def additive(model, kind, device, twist=0.0):
 def model(monkeypatch, tmp_path):
     monkeypatch.setenv("ONESHOT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(latency, "one", additive)
+    monkeypatch.setattr(forms, "runnable", lambda device: [])  # nothing is compiled
     return high(6)
 
 
@@ -37,7 +38,7 @@ def test_parts_that_add_up_are_foretold_exactly(model):
     found = device_table.table(model, "cpu", rounds=1, progress=False)
     own = found["parts"]["decode1"]
     assert own["rest"] == pytest.approx(5) and own["block"] == pytest.approx(2 + 3)
-    assert own["saved"] == {"KV groups": {"1": pytest.approx(1)},
+    assert own["saved"] == {"KV groups": {"1": pytest.approx(1)}, "query heads": {"1": pytest.approx(0)},
                             "neurons": {"36": pytest.approx(0.75), "24": pytest.approx(1.5), "12": pytest.approx(2.25)}}
     assert not device_table.warnings(found) and set(found["checks"]) == {"whole model", "both kinds"}
     for blocks_left, k, w in ((6, 2, 48), (3, 1, 24), (5, 2, 30), (1, 1, 4)):
@@ -72,6 +73,7 @@ def test_a_file_that_is_no_table_is_refused(text, tmp_path):
 def test_the_command_measures_prints_and_writes(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("ONESHOT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(latency, "STEPS", 2)
+    monkeypatch.setattr(forms, "runnable", lambda device: [])
     place = tiny.make(tmp_path / "place")
     out = tmp_path / "table.json"
     words = [str(place / "model"), "--device", "cpu", "--rounds", "1", "--no-progress", "--out", str(out)]
@@ -98,3 +100,21 @@ def test_out_that_cannot_be_written_is_one_line(model, tmp_path, capsys):
     for out in (tmp_path, tmp_path / "saved" / "config.json" / "t.json"):
         assert latency_command.main([str(tmp_path / "saved"), "--rounds", "1", "--no-progress", "--out", str(out)]) == 2
         assert f"--out {out}: " in capsys.readouterr().err
+
+
+def test_forms_with_a_kernel_are_timed_and_others_gain_nothing(model, monkeypatch):
+    """A block in a form takes half a ms less; what a form gains scales with what is left of a block."""
+    def timed(made, kind, device):
+        stored = sum(type(m).__name__ in ("IntegerLinear", "Sparse24Linear") for m in made.modules())
+        return additive(made, kind, device) - stored / 7 / 2000
+    monkeypatch.setattr(latency, "one", timed)
+    monkeypatch.setattr(forms, "runnable", lambda device: ["int8"])
+    found = device_table.table(model, "cpu", rounds=1, progress=False)
+    assert found["parts"]["decode1"]["forms"] == {"int8": pytest.approx(0.5)}
+    told = [device_table.foretell(found, "decode1", 4, {}, forms_) for forms_ in ([], ["int8"] * 3, ["2:4"] * 3)]
+    assert told == [pytest.approx(25), pytest.approx(23.5), pytest.approx(25)]
+    narrow = device_table.foretell(found, "decode1", 4, {"KV groups": 1}, ["int8"])
+    assert narrow == pytest.approx(5 + 4 * 4 - 0.5 * 4 / 5)
+    assert "in int8" in latency_command.shown(found)
+    monkeypatch.setattr(forms, "runnable", lambda device: [])
+    assert device_table.table(model, "cpu", rounds=1, progress=False)["parts"]["decode1"]["forms"] == {}

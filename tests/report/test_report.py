@@ -19,6 +19,7 @@ import pytest
 from oneshot import report
 from oneshot.report import figures, tables
 from oneshot.report import table as table_writer
+from oneshot.report.columns import is_dense, is_pruned
 from oneshot.report.figures import drawing
 from oneshot.report.figures.time import PARTS, seconds
 from oneshot.report.page import html, write_html
@@ -509,6 +510,15 @@ def test_healing_picture_has_every_look_at_its_tokens_and_a_line_for_every_rate(
     curves = [list(zip(*line.get_data(), strict=True)) for line in ax.lines]
     assert curves == [[(0, 2.0), (200, 1.5), (400, 2.5)], [(700, 1.2), (1000, 1.0)]]
     assert not figures.fig_healing([record()]).axes and ax.get_xlabel() and ax.get_ylabel()
+
+
+def test_a_dense_model_that_was_healed_is_no_baseline_and_has_its_picture():
+    """`oneshot heal` of a smaller dense model: --method keep --pattern dense."""
+    info = {"attempts": [{"looks": [[5, 1.5]], "steps": 10}], "tokens": 1000, "steps": 10, "held_out_before": 2.0}
+    found = record("keep") | {"heal": {"full": info}, "layers": []}
+    found["settings"] |= {"pattern": "dense", "heal": "full"}
+    assert is_pruned(found) and not is_dense(found)
+    assert figures.fig_healing([found]).axes and "keep" in html([found, record("dense")])
 
 
 def test_speed_picture_has_every_measured_run_at_its_speed_and_the_dense_one_at_1():

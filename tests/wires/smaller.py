@@ -42,6 +42,26 @@ def _(b):
     assert b.record(**given, drop="0,2")["shrunk"]["kept_blocks"] == [1]
 
 
+@wire("kv_groups")
+def _(b):
+    given = {key: value for key, value in SMALLER.items() if key not in ("shrink", "tries")}
+    found = b.record(**given, kv_groups=1)["shrunk"]
+    assert {row["kind"]: row["left"] for row in found["units"]} == {"KV groups": 1}
+    assert found["cut"] == {"dropped": [], "kept": {"KV groups": 1}, "own": {}}
+    both = b.record(**given | {"shrink": 0.6}, kv_groups=1)["shrunk"]
+    assert both["cut"]["kept"]["KV groups"] == 1 and 0.5 < both["share"] <= 0.6 and not both["tried"]
+    assert b.code(**given, kv_groups=2) == 2 and "--kv-groups 2: the model has 2" in b.capfd.readouterr().err
+
+
+@wire("query_heads")
+def _(b):
+    given = {key: value for key, value in SMALLER.items() if key not in ("shrink", "tries")}
+    found = b.record(**given, query_heads=1)["shrunk"]
+    assert {(row["kind"], row["of"], row["left"]) for row in found["units"]} == {("query heads", 4, 2)}  # of 2 groups
+    assert b.code(**given, query_heads=1, kv_groups=1) == 2 and "--query-heads: an attention" in \
+        b.capfd.readouterr().err
+
+
 @wire("shrink_method")
 def _(b):
     assert differ(b.weights(**SMALLER, shrink_method="magnitude", heal="none"), b.weights(**SMALLER, heal="none"))

@@ -8,6 +8,7 @@
     sensitivity  fig_sensitivity: which linears the model can least spare
     tasks        fig_tasks: results of lm-eval tasks
     speed        fig_speed: a metric against the measured speedup
+    path         fig_path, fig_candidates: the rounds of `oneshot fit`, and what each block can spare
     healing      fig_healing: the held-out loss against the tokens trained on
     time         fig_time: where the seconds went
 
@@ -20,6 +21,7 @@ from .damage import fig_damage
 from .depth import fig_layer_errors, fig_layer_sparsity
 from .drawing import COLOURS, save, svg
 from .healing import fig_healing
+from .path import fig_candidates, fig_path
 from .sensitivity import fig_sensitivity
 from .size import fig_bytes
 from .sparsity import fig_perplexity
@@ -27,5 +29,6 @@ from .speed import fig_speed
 from .tasks import fig_tasks
 from .time import fig_time
 
-__all__ = ["COLOURS", "fig_bytes", "fig_damage", "fig_healing", "fig_layer_errors", "fig_layer_sparsity",
-           "fig_perplexity", "fig_sensitivity", "fig_speed", "fig_tasks", "fig_time", "save", "svg"]
+__all__ = ["COLOURS", "fig_bytes", "fig_candidates", "fig_damage", "fig_healing", "fig_layer_errors",
+           "fig_layer_sparsity", "fig_path", "fig_perplexity", "fig_sensitivity", "fig_speed", "fig_tasks", "fig_time",
+           "save", "svg"]

@@ -1,0 +1,131 @@
+"""Forms: how the linears of a block can be stored, and what computes with them on a device.
+
+    dense      as they are
+    2:4        two of every four weights are zero: oneshot_kernels.Sparse24Linear
+    int8       integers, a scale for each row: oneshot_kernels.cpu.integers.IntegerLinear
+    int4       integers, a scale for each 64 columns of a row: the same
+    2:4 int8   both, and 2:4 int4
+
+A form without a kernel on a device takes fewer bytes there, but no less time.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from oneshot_kernels import Sparse24Linear, is_24
+from oneshot_kernels.cpu import integers
+from oneshot_kernels.cpu import linear as tiles
+from torch import nn
+
+from .. import models
+from ..checkpoint import read_manifest, rounded
+from ..prune.patterns import NM, Dense, Pattern
+from ..quantise import grids
+
+SPARSE = "2:4"
+GRIDS = {"int8": "int8:row", "int4": "int4:64"}  # {what --allow calls it: the grid, which a compiled kernel knows}
+FORMS = (SPARSE, *GRIDS, *(f"{SPARSE} {grid}" for grid in GRIDS))
+
+
+def named(sparse: bool, integers: str | None) -> str:
+    """The form of a block. integers: a key of GRIDS, or None."""
+    return " ".join(([SPARSE] if sparse else []) + ([integers] if integers else [])) or "dense"
+
+
+def of(form: str) -> tuple[Pattern, grids.Grid | None]:
+    """(pattern, grid) of a form."""
+    parts = form.split(" ")
+    grid = next((grids.parse(GRIDS[part]) for part in parts if part in GRIDS), None)
+    return NM(2, 4) if SPARSE in parts else Dense(), grid
+
+
+def nbytes(form: str, R: int, C: int, itemsize: int) -> int:
+    """The stored bytes of a weight (R, C) in a form; dense where its shape does not allow 2:4."""
+    pattern, grid = of(form)
+    if isinstance(pattern, NM) and C % pattern.m:
+        pattern = Dense()
+    return grid.bytes(R, C, pattern) if grid else pattern.bytes(R, C, itemsize)
+
+
+def runnable(device: str | torch.device) -> list[str]:
+    """The forms for which this machine has a kernel; compiles those for a CPU at the first call."""
+    if torch.device(device).type == "cuda":
+        return [SPARSE]
+    found = [SPARSE] if tiles.available() else []
+    if integers.available():
+        found += [form for form in FORMS if form != SPARSE]
+    return found
+
+
+def load(folder: str | Path, dtype: str = "auto", device: str = "cpu", **options: Any) -> nn.Module:
+    """The model of a saved folder, with the kernels of its blocks' forms that run on the device.
+
+    dtype: to compute in; integers that were stored in another one are rounded anew. options: as for `models.load`.
+    """
+    model, record = models.load(str(folder), dtype=dtype, **options)[0].to(device), read_manifest(folder)["record"]
+    known = runnable(device)
+    usable = {b: form if form in known else SPARSE for b, form in in_record(record).items()
+              if form in known or (form.startswith(SPARSE) and SPARSE in known)}
+    return with_kernels(model, usable, rounded.read(Path(folder)) if dtype == "auto" else None)
+
+
+def in_record(record: dict) -> dict[int, str]:
+    """{number of a block: its form}, by the rows of a record; where its linears differ, what all of them are."""
+    grids_of = {text: name for name, text in GRIDS.items()}
+    rows: dict[int, list[dict]] = {}
+    for row in record.get("layers") or ():
+        rows.setdefault(row["block"], []).append(row)
+    found = {b: named(all(r["pattern"] == SPARSE for r in own), grids_of.get(own[0].get("grid")) if len(
+        {r.get("grid") for r in own}) == 1 else None) for b, own in rows.items()}
+    return {b: form for b, form in found.items() if form != "dense"}
+
+
+@torch.no_grad()
+def with_kernels(model: nn.Module, forms: Mapping[int, str],
+                 scales: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
+    """Put the kernels' layers into a model, in place, and return it.
+
+    forms: {number of a block: its form}. scales: {full linear name: (R, groups), float16} of weights that lie on their
+    grid; others are rounded to nearest, and made 2:4 by magnitude where they are not: good for measuring time. What has
+    no kernel (experts that are fused, Conv1D, shapes that are no 2:4) stays as it is. Inputs of integer layers are
+    rounded to int8, too.
+    """
+    for block in models.walk(model):
+        form = forms.get(block.number, "dense")
+        for weight in block.weights if form != "dense" else ():
+            if type(weight.owner) is nn.Linear:
+                layer = made(weight.owner, form, (scales or {}).get(weight.name))
+                parent, _, child = weight.linear.rpartition(".")
+                setattr(block.module.get_submodule(parent), child, layer)
+    return model
+
+
+def made(linear: nn.Linear, form: str, scales: torch.Tensor | None) -> nn.Module:
+    """The layer that computes with a linear in a form; the linear itself where it cannot be 2:4."""
+    pattern, grid = of(form)
+    sparse = isinstance(pattern, NM)
+    if sparse and linear.in_features % pattern.m:
+        return linear
+    if sparse and not is_24(linear.weight):
+        linear.weight.data = linear.weight.data * pattern.keep(linear.weight.data.abs().float())
+    if grid is None:
+        return Sparse24Linear.from_linear(linear)
+    bias = None if linear.bias is None else linear.bias.detach()
+    if scales is None:
+        return integers.IntegerLinear.from_linear(linear, bits=grid.bits, sparse=sparse)
+    codes, scale = rounded.codes_of(linear.weight.data, grid, scales), scales.float()
+    if grid.bits == 8:
+        scale = scale[:, 0]
+    return integers.IntegerLinear(integers.prepare(codes.to(torch.int8), scale, sparse=sparse, bits=grid.bits), bias)
+
+
+def linears(model: nn.Module) -> list[list[tuple[int, int, int]]]:
+    """[[(R, C, bytes of a stored weight), ...]] of all linears, a list for each block."""
+    return [[(*w.shape, w.stored.itemsize) for w in block.weights] for block in models.walk(model)]
+
+
+def stored(shapes: Sequence[Sequence[tuple[int, int, int]]], forms: Mapping[int, str]) -> int:
+    """The bytes of all linears of `linears`, with {number of a block: its form}, dense where it is not there."""
+    return sum(nbytes(forms.get(b, "dense"), *shape) for b, block in enumerate(shapes) for shape in block)

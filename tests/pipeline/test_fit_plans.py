@@ -1,0 +1,213 @@
+"""Plans of `oneshot fit`: costs are those of the models, losses those of plain torch, the best is the best of all."""
+
+import copy
+import itertools
+import random
+from pathlib import Path
+
+import families
+import pytest
+import tiny
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from oneshot import models
+from oneshot.data.windows import Tokens
+from oneshot.models import groups
+from oneshot.pipeline import forms
+from oneshot.pipeline.fit import candidates, plans, rounds
+from oneshot.pipeline.fit.plans import Candidates, Costs, Plan
+from oneshot.pipeline.fit.steps import State, Steps, kept_sparse
+from oneshot.quantise import grids, rtn
+from oneshot.structured import slices
+
+HEADS, NEURONS = groups.HEADS, groups.NEURONS
+
+
+def llama(blocks=4, seed=0):
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model("mistral", **families.COMMON | {"num_hidden_layers": blocks, "sliding_window": None})
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    for p in model.parameters():
+        if p.ndim == 2:
+            p.normal_(std=1.5 * p.shape[-1] ** -0.5)
+    return model
+
+
+TABLE = {"units": {HEADS: 2, NEURONS: 48}, "parts": {kind: {
+    "rest": 3.0, "block": 2.0, "saved": {HEADS: {"1": 0.5}, NEURONS: {"24": 0.8, "12": 1.0}},
+    "forms": {"2:4": 0.6, "int8": 0.9, "2:4 int8": 1.1}} for kind in ("prefill", "decode1", "decode8")}}
+PLANS = [Plan(), Plan(drop=(1,)), Plan((0, 2), ((HEADS, 1),)), Plan((3,), (), ((NEURONS, 24),), (0, 2)),
+         Plan(grid="int8"), Plan((1,), ((HEADS, 1),), ((NEURONS, 24),), (0, 1, 2), "int4")]
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_costs_are_those_of_the_smaller_model(plan):
+    model = llama()
+    costs = Costs(model, TABLE).of(plan)
+    made = slices.first_units(model, plan.cut)
+    left = len(models.blocks(made)[1])
+    assert costs["parameters"] == pytest.approx(sum(p.numel() for p in models.blocks(made)[1].parameters()))
+    named = {b: forms.named(b in plan.sparse, plan.grid) for b in range(left)}
+    assert costs["bytes"] == pytest.approx(forms.stored(forms.linears(made), named), rel=0.03)  # norms, scales
+    kept = dict(plan.cut.kept)
+    block = 2.0 - (0.5 if HEADS in kept else 0) - (0.8 if NEURONS in kept else 0)
+    gained = sum(TABLE["parts"]["decode1"]["forms"].get(form, 0.0) for form in named.values()) * block / 2
+    assert costs["latency"] == pytest.approx(3 + left * block - gained)
+    assert Plan.of(plan.plain()) == plan
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_best_plan_is_as_good_as_trying_all(seed):
+    draw = random.Random(seed)
+    model = llama()
+    costs = Costs(model, TABLE)
+    found = Candidates([((), 0.0), ((2,), draw.random()), ((2, 0), 1 + draw.random())],
+                       [((), 0.0), (((HEADS, 1),), draw.random())],
+                       [((), 0.0), (((NEURONS, 36),), draw.random()), (((NEURONS, 24),), 1 + draw.random())],
+                       {b: draw.random() for b in (0, 1, 3)}, {None: 0.0, "int8": 0.3 * draw.random()})
+    start, whole = Plan(sparse=(2,)), costs.of(Plan())
+    limits = {kind: draw.uniform(0.5, 0.8) * whole[kind] for kind in draw.sample(["latency", "bytes", "parameters"], 2)}
+    least = None
+    for (drop, a), (heads, b), (widths, c), (grid, d) in itertools.product(found.drops, found.heads, found.widths,
+                                                                           found.grids.items()):
+        stay = [n for n in range(4) if n not in drop]
+        free = [n for n in stay if n in found.sparse]
+        for chosen in (set(x) for k in range(len(free) + 1) for x in itertools.combinations(free, k)):
+            sparse = tuple(place for place, n in enumerate(stay) if n in chosen or n == 2)
+            of = costs.of(Plan(drop, heads, widths, sparse, grid))
+            if all(of[kind] <= limit * (1 + 1e-9) for kind, limit in limits.items()):
+                loss = a + b + c + d + sum(found.sparse[n] for n in chosen)
+                least = loss if least is None else min(least, loss)
+    best = plans.best(costs, found, start, limits)
+    assert (best is None) == (least is None)
+    if best:
+        assert best[1] == pytest.approx(least) and candidates.within(costs, best[0], limits)
+        part = plans.changed(best[0], start, found)
+        other = plans.best(costs, found, start, limits, frozenset({part}))
+        assert other is None or (other[1] >= best[1] - 1e-12 and other[0] != best[0])
+
+
+def test_plans_that_are_close_are_measured_as_a_whole(monkeypatch):
+    """Foretold, a block costs least; as a whole, neurons do. What is foretold to lose far more is not measured."""
+    model = llama()
+    costs = Costs(model)
+    found = Candidates([((), 0.0), ((2,), 0.3)], [((), 0.0), (((HEADS, 1),), 9.0)], [((), 0.0), (((NEURONS, 8),), 0.5)],
+                       {}, {None: 0.0, "int8": 0.1})
+    limits = {"parameters": 0.76 * costs.of(Plan())["parameters"]}
+    close = plans.alternatives(costs, found, Plan(), limits)
+    assert close == [(Plan(drop=(2,)), 0.3), (Plan(widths=((NEURONS, 8),)), 0.5)]
+
+    class Whole:
+        def whole(self, model, plan):
+            return 0.45 if plan.drop else 0.35
+    own = rounds.Fit(None, None, None, {}, None)
+    monkeypatch.setattr(rounds.Fit, "looks", Whole())
+    assert own.least(model, found, close) == (Plan(widths=((NEURONS, 8),)), 0.35)
+    rounded = [(Plan(drop=(2,), grid="int8"), 0.4), (Plan(widths=((NEURONS, 8),)), 0.5)]
+    assert own.least(model, found, rounded)[1] == pytest.approx(0.35) and own.least(model, found, close[:1])[1] == 0.3
+    assert plans.uncut(rounded[0][0], found, 0.4) == pytest.approx(0.1)
+
+
+def test_blocks_that_are_24_keep_their_places_when_others_go():
+    state = State("a", "a", (1, 3), None)
+    assert kept_sparse(state, Plan(drop=(0, 2))) == (0, 1) and kept_sparse(state, Plan(drop=(3,))) == (1,)
+    assert kept_sparse(State("a", "a"), Plan(drop=(3,))) == ()
+
+
+# ---------------------------------------------------------------- losses
+
+@pytest.fixture(scope="module")
+def looks(tmp_path_factory):
+    """(Looks, the dense model, the ids that it looks at)."""
+    place = tiny.make(tmp_path_factory.mktemp("place"))
+    words = ("--calibration", str(place / "calibration.txt"), "--nsamples", "8", "--seqlen", "16", "--device", "cpu",
+             "--no-progress")
+    own = Steps(words, str(place / "model"), "model.layers", "obs", (), Path(place / "out"))
+    model, ids = llama(), (torch.arange(128) * 7919 % 64).view(8, 16)
+    return candidates.Looks(own.cutting, own.sparsening, model, Tokens(ids, None, "", "")), model, ids
+
+
+@torch.no_grad()
+def naive(dense, model, ids):
+    """KL(dense ‖ model), nats a token, float64."""
+    p, q = (m(ids).logits.double().log_softmax(-1) for m in (dense, model))
+    return (p.exp() * (p - q)).sum(-1).mean().item()
+
+
+def test_losses_are_the_kl_of_each_part_alone(looks):
+    own, model, ids = looks
+    before, limits = copy.deepcopy(model.state_dict()), {"parameters": 1.0, "bytes": 1.0}
+    costs = Costs(model)
+    found = own.at(model, costs, Plan(), {kind: 0.6 * costs.of(Plan())[kind] for kind in limits},
+                   frozenset({"shrink", "2:4", "int8", "int4"}))
+    assert own.base(model) == pytest.approx(0, abs=1e-6)
+    for drop, loss in found.drops[1:]:
+        cut = slices.first_units(model, Plan(drop).cut)
+        assert loss == pytest.approx(naive(model, cut, ids), rel=1e-3)
+    for grid in ("int8", "int4"):
+        rounded = copy.deepcopy(model)
+        rtn.quantise_model(rounded, grids.parse(forms.GRIDS[grid]))
+        assert found.grids[grid] == pytest.approx(naive(model, rounded, ids), rel=1e-2, abs=1e-7)
+    assert set(found.sparse) == set(range(4)) == set(found.influence) and min(found.sparse.values()) > 0
+    assert found.widths[1:] and [kept for kept, _ in found.heads] == [(), ((HEADS, 1),), ((groups.QUERIES, 1),)]
+    left = [dict(kept).get(NEURONS, 48) for kept, _ in found.widths]
+    assert left == sorted(left, reverse=True) and all(n % 4 == 0 for n in left)
+    both = Plan((0,), found.heads[1][0], found.widths[-1][0])  # more than its parts, and the block is really gone
+    assert own.whole(model, Plan(drop=found.drops[1][0])) == pytest.approx(found.drops[1][1], rel=1e-3)
+    assert own.whole(model, both) > max(found.heads[1][1], found.widths[-1][1])
+    losses = [loss for _, loss in found.widths]
+    assert losses == sorted(losses)
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_what_gains_nothing_is_not_measured_and_widths_stay_once_a_block_is_24(looks):
+    own, model, _ = looks
+    costs = Costs(model)
+    found = own.at(model, costs, Plan(sparse=(0,)), {"parameters": 0.6 * costs.of(Plan())["parameters"]},
+                   frozenset({"shrink", "2:4", "int8", "int4"}))
+    assert not found.sparse and list(found.grids) == [None] and len(found.widths) == len(found.heads) == 1
+    assert found.drops[1:]
+
+
+def test_a_block_alone_in_24_is_what_pruning_it_gives(looks):
+    """The naive way: all linears solved on the dense model's inputs, one block's put into a copy."""
+    own, model, ids = looks
+    found = own.in_24(model, Plan(sparse=(1,)))
+    assert set(found) == {0, 2, 3}
+    from oneshot.pipeline.plan import job_of, make_plan
+    from oneshot.prune import shared_inputs
+
+    job = job_of(own.sparse, make_plan(own.sparse, model))
+    [(_, new)] = shared_inputs.prune_shared(model, own.ids, own.mask, [job])
+    for b, kl in found.items():
+        other = copy.deepcopy(model)
+        for weight in models.all_weights(other):
+            if weight.name.startswith(f"model.layers.{b}."):
+                weight.set(new[weight.name])
+        assert kl == pytest.approx(naive(model, other, ids), rel=1e-3)
+
+
+def test_no_more_blocks_are_tried_than_a_round_can_need(looks):
+    """Alone, three of four blocks must go for a quarter of the bytes; with int4 none has to, so a third is tried."""
+    own, model, _ = looks
+    costs = Costs(model)
+    limits = {"bytes": 0.25 * costs.of(Plan())["bytes"]}
+    assert len(own.drops(model, costs, limits, frozenset({"shrink"}))) == 3
+    assert len(own.drops(model, costs, limits, frozenset({"shrink", "int4"}))) == 1
+
+
+def test_a_step_takes_nothing_that_the_whole_way_leaves():
+    """Alone, the step would take neurons; the way wants fewer query heads, one block, and no more neurons than 36."""
+    found = Candidates([((), 0.0), ((2,), 0.1), ((2, 0), 0.5)],
+                       [((), 0.0), (((HEADS, 1),), 0.1), (((groups.QUERIES, 1),), 0.4)],
+                       [((), 0.0), (((NEURONS, 44),), 0.01), (((NEURONS, 36),), 0.02), (((NEURONS, 24),), 0.03)],
+                       {0: 0.1}, {None: 0.0, "int8": 0.1, "int4": 0.2})
+    way = plans.way_of(Plan((2,), ((groups.QUERIES, 1),), ((NEURONS, 36),), (0, 1), "int4"))
+    on = plans.towards(found, way, 0, Plan())
+    assert [d for d, _ in on.drops] == [(), (2,)] and [h for h, _ in on.heads] == [(), ((groups.QUERIES, 1),)]
+    assert [w for w, _ in on.widths] == [(), ((NEURONS, 44),), ((NEURONS, 36),)]
+    assert set(on.grids) == {None, "int4"} and on.sparse == found.sparse
+    assert [d for d, _ in plans.towards(found, way, 1, Plan(grid="int8")).drops] == [()]
+    assert "int8" in plans.towards(found, way, 1, Plan(grid="int8")).grids
