@@ -10,6 +10,7 @@
     identity  a run's identity (run_id), and the warnings that come first
     command   what the runs of one command share
     checks    what is rejected before anything is computed
+    offloading  what goes with `--offload disk`
     idle      flags that would change nothing
     api       `oneshot.prune` for Python
     fit       `oneshot fit`: smaller step by step, to a target, with floors under quality
