@@ -45,8 +45,8 @@ class Folder:
     otherwise the Folder takes it and keeps it until `release`.
 
     computed_with: plain values that the bits of a block depend on (threads, device, versions), saved with each block.
-    plan: the run's plan if it was computed from data, saved with the first block. scales: of rounded linears. disk: where
-    the model's blocks are, if they are on disk; it is told where they go.
+    plan: the run's plan if it was computed from data, saved with the first block. scales: of rounded linears. disk:
+    where the model's blocks are, if they are on disk; it is told where they go.
 
     Raises ValueError naming `--save` when the folder holds another run or anything else, or when another process
     writes into it.

@@ -50,7 +50,8 @@ def seal(entries: dict[str, str], state: State) -> str:
 def read(file: Path, run_id: str, number: int, before: str, shard: bool = False) -> tuple[State, dict, dict, str]:
     """(state dict, rows, what it was computed with, seal) of a kept block.
 
-    before: the seal of the block before it. shard: whether it has to be one. Raises Damaged for a file that is not exactly this block as it was kept.
+    before: the seal of the block before it. shard: whether it has to be one of the checkpoint. Raises Damaged for a
+    file that is not exactly this block as it was kept.
     """
     try:
         with safe_open(file, "pt") as f:

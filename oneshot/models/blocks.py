@@ -104,8 +104,8 @@ def walk(model: nn.Module, device: str | torch.device | None = None, *, start: i
     device: None leaves the blocks offloaded, to be read or changed in their stored form. bar: advances by one per
     block.
 
-    This is the only place that iterates over a model. Of a model on disk, a block is read when it is reached and dropped
-    afterwards; one that has changed is written first. With no device, a weight of it is read when it is looked at.
+    This is the only place that iterates over a model. Of a model on disk, a block is read when it is reached, and
+    dropped afterwards; one that has changed is written first. With no device, a weight is read when it is looked at.
     """
     path, block_list = blocks(model)
     first, last = sharing(block_list)
@@ -127,9 +127,11 @@ def walk(model: nn.Module, device: str | torch.device | None = None, *, start: i
         if device is None:
             yield block
         else:
-            with disk.present(number, changed) if disk else contextlib.nullcontext():
-                with resident(tensors_of(module), device, write_back=changed):
-                    yield block
+            with contextlib.ExitStack() as stack:
+                if disk:
+                    stack.enter_context(disk.present(number, changed))
+                stack.enter_context(resident(tensors_of(module), device, write_back=changed))
+                yield block
         if bar is not None:
             bar.update()
 

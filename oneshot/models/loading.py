@@ -137,7 +137,7 @@ def keep_on_disk(model: nn.Module, folder: Path | None, said: str) -> None:
     Raises ValueError for a model that cannot be read block by block.
     """
     if model.is_remote_code():
-        raise ValueError(f"{said}: brings code of its own, of which --offload disk does not know what it computes while "
+        raise ValueError(f"{said}: brings code of its own, and --offload disk does not know what that computes while "
                          "loading; leave it out")
     if shares_weights(model):
         raise ValueError(f"{said}: its blocks share weights, so --offload disk cannot drop one of them; leave it out")
@@ -159,6 +159,8 @@ def stored(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         if disk and p.is_meta:
             disk.fetch(disk.block_of(name))
         yield name, p
+    if disk:
+        disk.drop()
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -94,10 +94,13 @@ class OnDisk:
 
     def _read(self, number: int | None, wanted: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """[(tensor of the model, its values)] from the files; each once."""
+        own = self._files.get(number, {})
         with contextlib.ExitStack() as stack:
-            opened = {file: stack.enter_context(safe_open(file, "pt"))
-                      for file in dict.fromkeys(self._files.get(number, {}).values())}
-            slices = {key: opened[file].get_slice(key) for key, file in self._files.get(number, {}).items()}
+            try:
+                opened = {file: stack.enter_context(safe_open(file, "pt")) for file in dict.fromkeys(own.values())}
+                slices = {key: opened[file].get_slice(key) for key, file in own.items()}
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{self.said}: {error}; its files must not change during a run") from None
             return self._converted(slices, wanted)
 
     def _converted(self, state: dict[str, Any],
@@ -174,10 +177,6 @@ class OnDisk:
         for p, twin in self._twins:
             become(p, twin.data)
         self._twins.clear()
-        module = self.model.get_submodule(f"{self.path}.{self.held}")
-        for p in module.parameters():  # a bias that a solver added
-            if not p.is_meta:
-                become(p, torch.empty_like(p, device="meta"))
         self.held = None
 
     def _file(self, number: int) -> None:
@@ -210,9 +209,7 @@ class OnDisk:
         prefix, module = f"{self.path}.{number}.", self.model.get_submodule(f"{self.path}.{number}")
         wanted = {f"{prefix}{name}": t for name, t in module.state_dict(keep_vars=True).items()}
         names = {id(t): name.removeprefix(prefix) for name, t in wanted.items()}
-        added = {name.removeprefix(prefix): t for name, t in state.items()
-                 if name.startswith(prefix) and name not in wanted and is_empty_place(module, name.removeprefix(prefix))}
-        return {names[id(p)]: t for p, t in self._converted(state, wanted)} | added
+        return {names[id(p)]: t for p, t in self._converted(state, wanted)}
 
 
 _ON_DISK: weakref.WeakKeyDictionary[nn.Module, OnDisk] = weakref.WeakKeyDictionary()
@@ -239,12 +236,6 @@ def place(model: nn.Module, name: str) -> tuple[dict[str, torch.Tensor | None], 
     owner, _, last = name.rpartition(".")
     module = model.get_submodule(owner)
     return (module._buffers if last in module._buffers else module._parameters), last
-
-
-def is_empty_place(module: nn.Module, name: str) -> bool:
-    """Whether a module has a parameter of this name that is None, such as the bias of a linear without one."""
-    owner, _, last = name.rpartition(".")
-    return dict(module.named_modules()).get(owner, module)._parameters.get(last, False) is None
 
 
 def fill_buffers(model: nn.Module) -> None:
