@@ -1,7 +1,8 @@
 """Not a test: runs the program in forked children that SIGKILL themselves at chosen moments, then lets each continue.
 
-    python tests/killed_runs.py PLACE [FLAGS]     PLACE as tiny.make leaves it, more flags of oneshot prune; prints
-                                                  {moment: [exit codes, blocks pruned]}
+    python tests/killed_runs.py PLACE MOMENTS [FLAGS]     PLACE as tiny.make leaves it; MOMENTS separated by commas; more
+                                                          flags of oneshot prune. Prints
+                                                          {moment: [exit codes, blocks pruned]}
 
 In PLACE: `whole` is an uninterrupted result, MOMENT what the continued run left, MOMENT.killed what the kill left. All
 compute with one thread, which makes forking safe and the bits comparable.
@@ -91,7 +92,7 @@ def child(argv, prepare=lambda: None):
         return code, len(pipe.read())
 
 
-def main(place, *more):
+def main(place, moments, *more):
     torch.set_num_threads(1)
     page._pictures = lambda records: []
     sys.stdout = sys.stderr
@@ -100,8 +101,8 @@ def main(place, *more):
         return tiny.flags(place, "--no-dense", *more, method="sparsegpt", eval_windows=8, save=place / name)
     assert tiny.main(*command("whole")) == 0  # here, so that the children find everything imported
     told = {}
-    for moment, prepare in MOMENTS.items():
-        killed = child(command(moment), prepare)
+    for moment in moments.split(","):
+        killed = child(command(moment), MOMENTS[moment])
         shutil.copytree(place / moment, place / f"{moment}.killed")
         told[moment] = [killed, child(command(moment))]
     print(json.dumps(told), file=sys.__stdout__)

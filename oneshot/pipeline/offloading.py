@@ -44,7 +44,7 @@ def check_space(model: nn.Module, folder: Folder | None) -> None:
     """Raise ValueError if the pruned blocks of a model on disk, of which those saved are there, have no room."""
     if not (disk := models.on_disk(model)):
         return
-    sizes = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in models.blocks(model)[1]]
+    sizes = [sum(p.numel() * p.element_size() for p in block.module.parameters()) for block in models.walk(model)]
     rest = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if disk.block_of(name) is None)
     needed = sum(sizes[folder.next_block:]) + rest if folder else sum(sizes)
     place = existing(folder.path) if folder else Path(tempfile.gettempdir())
