@@ -1,8 +1,9 @@
 """Not a test: runs the program in forked children that SIGKILL themselves at chosen moments, then lets each continue.
 
-    python tests/killed_runs.py PLACE MOMENTS [FLAGS]     PLACE as tiny.make leaves it; MOMENTS separated by commas; more
-                                                          flags of oneshot prune. Prints
-                                                          {moment: [exit codes, blocks pruned]}
+    python tests/killed_runs.py PLACE MOMENTS [FLAGS]
+
+PLACE as tiny.make leaves it; MOMENTS separated by commas; more flags of oneshot prune. Prints {moment: [exit codes,
+blocks pruned]}.
 
 In PLACE: `whole` is an uninterrupted result, MOMENT what the continued run left, MOMENT.killed what the kill left. All
 compute with one thread, which makes forking safe and the bits comparable.
