@@ -15,6 +15,9 @@
     api       `oneshot.prune` for Python
     fit       `oneshot fit`: smaller step by step, to a target, with floors under quality
     device_table     what every part of a model costs on a device (latency_command: `oneshot latency`)
+    sizes     how large a model's parts are
+    forecast  memory, disk and work of a run, from sizes and settings alone
+    machine   how fast this machine does each kind of work (plan_command: `oneshot plan`)
     attempt   a run that ends in a record even if it fails, for sweeps
     generate  `oneshot generate`: generate text, measure the speed
 """
