@@ -18,7 +18,7 @@ from ..prune.job import Chain
 from ..prune.patterns import Pattern
 from .forecast import LOOP
 
-N, LONG = 2048, 1.0  # rows and columns of the trial matrices; seconds of each measurement
+N, LONG = 2048, 0.5  # rows and columns of the trial matrices; seconds of each measurement
 BYTES = 2**26  # of what is read, written and hashed
 
 
@@ -31,7 +31,8 @@ def speeds(device: str, chain: Chain, pattern: Pattern | None, reads: Path | Non
     half = torch.zeros(BYTES // 2, dtype=torch.bfloat16, device=device)
     data = bytes(BYTES)
     found = {"product": 2 * x.numel() * len(W) / timed(lambda: x @ W.T, device),
-             "touched": 3 * BYTES / timed(half.float, device), "start": 1 / started(),
+             "touched": 3 * BYTES / timed(half.float, device),
+             "start": 1 / max(time.process_time(), 0.1),  # imports took that, as they will for a run
              "hashed": BYTES / timed(lambda: hashlib.sha256(data).digest(), "cpu"),
              "written": BYTES / written(writes, data)}
     found["read"] = read(reads) if reads else found["written"]
@@ -83,15 +84,6 @@ def written(folder: Path, data: bytes) -> float:
         file.flush()
         os.fsync(file.fileno())
         return time.perf_counter() - began
-
-
-def started() -> float:
-    """Seconds that this process took to get here, as a run takes to begin; 5 where the system does not say."""
-    try:
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    except (OSError, AttributeError, ValueError):
-        return 5.0
 
 
 def resident() -> int:

@@ -27,6 +27,7 @@ from ..prune import solvers
 from ..report.table import render
 from ..runtime import environment
 from ..runtime.command import Parser, exit_code
+from ..runtime.files import write_json, writing
 from ..settings import RunConfig, flags
 from ..settings.known import known
 from . import checks, forecast, idle, machine, offloading
@@ -41,13 +42,15 @@ KEEPS = 2**27  # bytes that the allocator keeps from what was freed
 @dataclass(frozen=True)
 class Planned:
     """A plan. phases, disk: parts in bytes. seconds: {stage: time}. flags: {name: value} that had to be chosen. limits:
-    bytes of memory, and of the GPU's, if there is one."""
+    bytes of memory, and of the GPU's, if there is one. speeds: the machine's, {kind of work: so much a second}.
+    """
 
     phases: dict[str, list[Part]]
     disk: list[Part]
     seconds: dict[str, float]
     flags: dict[str, Any]
     limits: tuple[float, float | None]
+    speeds: dict[str, float]
 
     @property
     def peak(self) -> float:
@@ -66,6 +69,7 @@ def parser() -> Parser:
                formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--memory", metavar="SIZE", help="what the run may take, such as 24GiB or 800MB (default: what is "
                                                     "free now)")
+    p.add_argument("--out", type=Path, help="file for the plan, JSON")
     return p
 
 
@@ -81,9 +85,19 @@ def work(argv: list[str]) -> None:
     if limit is None:
         raise ValueError("--memory: this system does not say how much is free; give a size such as 24GiB")
     planned = plan(configs, given, limit)
+    if args.out:
+        with writing("--out", args.out):
+            write_json(plain(planned), args.out)
     print(shown(planned))
     more = [part for name, value in planned.flags.items() for part in (known()[name].option, str(value))]
     print("oneshot prune " + shlex.join([*rest, *more]))
+
+
+def plain(planned: Planned) -> dict[str, Any]:
+    """A plan as plain values: bytes and seconds by part."""
+    return {"peak": planned.peak, "seconds": planned.seconds, "flags": planned.flags, "speeds": planned.speeds,
+            "phases": {name: {part.name: part.bytes for part in parts} for name, parts in planned.phases.items()},
+            "disk": {part.name: part.bytes for part in planned.disk}}
 
 
 def size(text: str) -> float:
@@ -118,7 +132,7 @@ def plan(configs: Sequence[RunConfig], given: dict[str, Any], limit: float) -> P
                for own in stages for name in own}
     largest = max(found, key=lambda own: forecast.peak(own)[1])
     return Planned(largest, max((forecast.disk(shape, task) for task in tasks), key=lambda own: sum(
-        part.bytes for part in own)), seconds, chosen, limits)
+        part.bytes for part in own)), seconds, chosen, limits, speeds)
 
 
 def task_of(cfg: RunConfig, model: nn.Module, tokenizer: Tokenizer) -> Task:

@@ -2,8 +2,8 @@
 
     python scripts/bench/synthetic.py build/llama-3b --size 3b
 
-It has the built-in model's tokenizer, of which a larger vocabulary leaves most tokens unused. What it says is noise; what
-pruning it costs is what pruning a trained one costs.
+It has the built-in model's tokenizer, of which a larger vocabulary leaves most tokens unused. What it says is noise;
+what pruning it costs is what pruning a trained one costs.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from oneshot.runtime.files import write_json
 
 SIZES = {  # Llama 3.2's 1B and 3B, 2's 7B, 3.1's 70B; the first two with Llama 2's vocabulary
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "vocab_size": 512},
+             "num_key_value_heads": 2, "vocab_size": 4096},
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
            "num_key_value_heads": 8, "vocab_size": 32000},
     "3b": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24,
@@ -90,7 +90,7 @@ def values(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
 def is_made(folder: Path, size: str) -> bool:
     """Whether a folder holds the whole model of that size: the config is written last."""
     file = folder / "config.json"
-    return file.is_file() and json.loads(file.read_text())["hidden_size"] == SIZES[size]["hidden_size"]
+    return file.is_file() and json.loads(file.read_text()).items() >= SIZES[size].items()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -109,8 +109,8 @@ def test_several_runs(place):  # noqa: F811
     assert sum(one.seconds.values()) < sum(both.seconds.values()) < sum(with_dense.seconds.values())
 
 
-@pytest.mark.parametrize("text, size", [("24GiB", 24 * 2**30), ("24", 24 * 2**30), ("800MB", 8e8), ("1.5g", 1.5 * 2**30),
-                                        ("2 MiB", 2 * 2**20)])
+@pytest.mark.parametrize("text, size", [("24GiB", 24 * 2**30), ("24", 24 * 2**30), ("800MB", 8e8),
+                                        ("1.5g", 1.5 * 2**30), ("2 MiB", 2 * 2**20)])
 def test_sizes(text, size):
     assert plan_command.size(text) == size
 
