@@ -39,7 +39,7 @@ FEW = ["--pattern", "2:4", "--nsamples", "4", "--seqlen", "128", "--batch-size",
 ASSUMED = {  # a second, of one GPU: operations of bfloat16 products and of float32 solvers; bytes
     "start": 1 / 30, "product": 3e14, "solve": 2e13, "choice": 1e9, "touched": 2e12, "hashed": 1e9, "read": 2e9,
     "written": 1e9, "link": 5e10}
-PAPER = Task(("sparsegpt",), 1, 1, (128, 2048), (164, 2048), 8, 8, 4 * GIB, saves=True)  # 164: WikiText-2's windows
+ON_PAPER = Task(("sparsegpt",), 1, 1, (128, 2048), (164, 2048), 8, 8, 4 * GIB, saves=True)  # 164: WikiText-2's windows
 PROGRAM = 0.6 * GIB
 
 
@@ -159,8 +159,8 @@ def paper(name: str, size: str, task: Task, speeds: dict[str, float], limits: tu
 
 def on_paper(speeds: dict[str, float]) -> str:
     """The table of larger models. speeds: this machine's."""
-    gpu = replace(PAPER, gpu=True)
-    body = [paper("70B, 24 GiB, this CPU", "70b", PAPER, speeds, (24 * GIB, None)),
+    gpu = replace(ON_PAPER, gpu=True)
+    body = [paper("70B, 24 GiB, this CPU", "70b", ON_PAPER, speeds, (24 * GIB, None)),
             paper("70B, 24 GiB and a GPU of 24 GiB", "70b", gpu, ASSUMED, (24 * GIB, 24 * GIB)),
             paper("7B, a GPU", "7b", gpu, ASSUMED), paper("7B, 8 GPUs", "7b", gpu, ASSUMED, gpus=8),
             paper("70B, 8 GPUs", "70b", replace(gpu, offload=True, waits_on_cpu=True), ASSUMED, gpus=8)]
@@ -171,8 +171,8 @@ def on_paper(speeds: dict[str, float]) -> str:
 def phases_on_paper() -> str:
     """Memory by part of 70B within 24 GiB, on a CPU, as `oneshot plan` prints it."""
     own = shape("70b")
-    chosen = plan_command.fit(own, [PAPER], (24 * GIB, None), PROGRAM, list(forecast.STEPS))
-    found = forecast.phases(own, plan_command.applied(PAPER, chosen), PROGRAM)
+    chosen = plan_command.fit(own, [ON_PAPER], (24 * GIB, None), PROGRAM, list(forecast.STEPS))
+    found = forecast.phases(own, plan_command.applied(ON_PAPER, chosen), PROGRAM)
     body = [[phase, part.name, f"{part.bytes / GIB:.2f}"] for phase, parts in found.items() for part in parts
             if part.bytes]
     return render(["phase", "part", "GiB"], body, "markdown", text={"phase", "part"})

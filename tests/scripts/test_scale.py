@@ -70,8 +70,8 @@ def test_refusals(tmp_path, capsys, monkeypatch):
 def test_on_paper():
     """More GPUs take less time and move more; a row that has to fit says by which flags."""
     speeds = {**scale.ASSUMED}
-    gpu = scale.replace(scale.PAPER, gpu=True)
+    gpu = scale.replace(scale.ON_PAPER, gpu=True)
     one, eight = scale.paper("a", "7b", gpu, speeds), scale.paper("b", "7b", gpu, speeds, gpus=8)
     assert float(eight[6]) <= float(one[6]) and one[5] == "" and float(eight[5]) > 100
-    fits = scale.paper("c", "70b", scale.PAPER, speeds, (24 * scale.GIB, None))
+    fits = scale.paper("c", "70b", scale.ON_PAPER, speeds, (24 * scale.GIB, None))
     assert "--offload disk" in fits[1] and float(fits[2]) <= 24
