@@ -33,7 +33,7 @@ def speeds(device: str, chain: Chain, pattern: Pattern | None, reads: Path | Non
     found = {"product": 2 * x.numel() * len(W) / timed(lambda: x @ W.T, device),
              "touched": 3 * BYTES / timed(half.float, device),
              "start": 1 / max(time.process_time(), 0.1),  # imports took that, as they will for a run
-             "hashed": BYTES / timed(lambda: hashlib.sha256(data).digest(), "cpu"),
+             "hashed": BYTES / timed(lambda: hashlib.sha256(data).digest(), "cpu", 1),
              "written": BYTES / written(writes, data)}
     found["read"] = read(reads) if reads else found["written"]
     return found | (solving(device, chain, pattern) if chain else {})
@@ -52,16 +52,20 @@ def solving(device: str, chain: Chain, pattern: Pattern) -> dict[str, float]:
     return {"solve": (N**3 / 3 + N**2 * (N + LOOP)) / seconds, "choice": N**2 / seconds}
 
 
-def timed(work: Callable[[], object], device: str) -> float:
-    """Seconds of one call: the least of as many as take LONG, at least three, as nothing else should be at work."""
+def timed(work: Callable[[], object], device: str, threads: int = 0) -> float:
+    """Seconds of one call: the least of as many as take LONG, at least three, after one that does not count.
+
+    On a CPU, processor time divided by the number of threads (0: torch's), so that other processes do not count.
+    """
     work()
-    times: list[float] = []
+    on_gpu, threads = torch.device(device).type == "cuda", threads or torch.get_num_threads()
+    clock, times = time.perf_counter if on_gpu else lambda: time.process_time() / threads, []
     while len(times) < 3 or sum(times) < LONG:
-        began = time.perf_counter()
+        began = clock()
         work()
-        if torch.device(device).type == "cuda":
+        if on_gpu:
             torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - began)
+        times.append(max(clock() - began, 1e-6))
     return min(times)
 
 
