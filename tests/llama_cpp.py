@@ -1,57 +1,29 @@
-"""A real llama.cpp, as the package xllamacpp brings it: one thread, float32 keys and values, nothing cached.
+"""A real llama.cpp (scripts/bench/llama_server.py): one thread, float32 keys and values, nothing cached."""
 
-It runs in a process of its own, which is killed when it is no longer needed: in about one of a hundred starts or stops
-xllamacpp hangs, which must not be the tests' end.
-"""
-
-import contextlib
 import importlib.util
-import json
-import select
 import signal
-import subprocess
-import sys
-import urllib.request
-import weakref
 
 import pytest
 import torch
-
-SERVE = """
-import sys, xllamacpp
-params = xllamacpp.CommonParams()
-params.model.path = sys.argv[1]
-params.n_ctx, params.n_parallel, params.n_gpu_layers = 512, 1, 0
-params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-params.warmup, params.verbosity = False, 0
-params.fit_params, params.cache_prompt = False, False
-params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-server = xllamacpp.Server(params)
-print("at " + server.listening_address, flush=True)
-sys.stdin.read()
-"""
+from llama_server import Hung, Server
 
 
 class LlamaCpp:
-    """A model that llama.cpp runs. Everything is asked over the server's own interface."""
+    """A model that llama.cpp runs; tests are skipped where there is none, or where it hangs."""
 
     def __init__(self, file):
         if importlib.util.find_spec("xllamacpp") is None:
             pytest.skip("needs a real llama.cpp: pip install xllamacpp")
-        self.address = started(self, file) or started(self, file)
-        if not self.address:
+        self.server = started(file) or started(file)
+        if not self.server:
             pytest.skip("llama.cpp hung twice when it was started (it happens to xllamacpp)")
 
     def ask(self, path, **body):
         """The answer of the server."""
-        request = urllib.request.Request(self.address + path, json.dumps(body).encode(),
-                                         {"Content-Type": "application/json"})
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                return json.loads(answer.read())
-        except TimeoutError:
-            pytest.skip("llama.cpp did not answer within a minute (it happens to xllamacpp)")
+            return self.server.ask(path, **body)
+        except Hung as why:
+            pytest.skip(f"{why} (it happens to xllamacpp)")
 
     def tokens(self, text):
         """The ids of a text, with what the tokenizer adds."""
@@ -59,9 +31,10 @@ class LlamaCpp:
 
     def greedy(self, ids, n):
         """The n ids that follow; none of them ends the text."""
-        found = self.ask("/completion", prompt=ids, n_predict=n, temperature=0, return_tokens=True, cache_prompt=False,
-                         ignore_eos=True)
-        return found["tokens"]
+        try:
+            return self.server.complete(ids, n)["tokens"]
+        except Hung as why:
+            pytest.skip(f"{why} (it happens to xllamacpp)")
 
     def log_probabilities(self, ids, vocabulary):
         """log p of every token after `ids`: (vocabulary,), float32.
@@ -76,22 +49,13 @@ class LlamaCpp:
         return values
 
 
-def started(owner, file):
-    """The address of a server that lives as long as `owner`; None if it does not say it within half a minute.
-
-    A server that ends by itself has refused the file, which fails the test.
-    """
-    process = subprocess.Popen([sys.executable, "-c", SERVE, str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL, text=True)
-    weakref.finalize(owner, process.kill)
-    while select.select([process.stdout], [], [], 30)[0] and (line := process.stdout.readline()):
-        if line.startswith("at "):
-            return line.removeprefix("at ").strip()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=2)
-    code = process.returncode
-    if code == -signal.SIGILL:
-        pytest.skip("xllamacpp is built for another processor")
-    assert code is None, f"llama.cpp ended with {code}: it refuses {file}"
-    process.kill()
-    return None
+def started(file):
+    """A Server; None if it hangs. One that ends by itself has refused the file, which fails the test."""
+    try:
+        return Server(file)
+    except Hung:
+        return None
+    except ChildProcessError as error:
+        if error.errno == -signal.SIGILL:
+            pytest.skip("xllamacpp is built for another processor")
+        raise

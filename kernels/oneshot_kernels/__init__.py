@@ -4,14 +4,17 @@
     linear      Sparse24Linear                                   ops        the torch operator
     fuse        sparsify(model)                                  gpu/       Triton kernels for NVIDIA GPUs
     rounded     Rounded24Linear: int8, int4                      cpu/       compiled kernels for CPUs
+    columns     SparseGPT's loop over the columns
 
 Needs torch; on a GPU also Triton.
 """
 
+from .cpu.decode import fast_decode
 from .dispatch import explain
 from .fuse import Report, sparsify
 from .linear import Sparse24Linear
 from .reference import Packed, is_24, pack, unpack
 from .rounded import Rounded24Linear
 
-__all__ = ["Packed", "Report", "Rounded24Linear", "Sparse24Linear", "explain", "is_24", "pack", "sparsify", "unpack"]
+__all__ = ["Packed", "Report", "Rounded24Linear", "Sparse24Linear", "explain", "fast_decode", "is_24", "pack",
+           "sparsify", "unpack"]

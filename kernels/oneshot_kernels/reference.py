@@ -206,6 +206,34 @@ def linear(
     return y if residual is None else y + residual.double()
 
 
+def llama_token(x: torch.Tensor, blocks: list[dict[str, torch.Tensor]], past: list[tuple | None],
+                angles: tuple[torch.Tensor, torch.Tensor], *, heads: int, eps: float, scaling: float) -> torch.Tensor:
+    """One token through Llama-like blocks, in float64: its embedding (H,) -> its state behind the last block (H,).
+
+    blocks: weights by the names q k v o gate up down, gains before after and, if there are any, q_norm k_norm, biases
+    q_bias and so on. past: (keys, values), each (J, T, D), of each block; gets this token's. angles: cos and sin (D,).
+    """
+    x = x.double()
+    cosine, sine = (t.double() for t in angles)
+    for i, block in enumerate(blocks):
+        own = {name: t.double() for name, t in block.items()}
+
+        def product(name: str, y: torch.Tensor, own: dict = own) -> torch.Tensor:
+            return F.linear(y, own[name], own.get(f"{name}_bias"))
+        y = rms_norm(x, own["before"], eps)
+        q, k, v = (product(name, y).view(-1, len(cosine)) for name in "qkv")
+        q, k = (rms_norm(t, own[gain], eps) if gain in own else t for t, gain in ((q, "q_norm"), (k, "k_norm")))
+        q, k = (t * cosine + torch.cat((-t[:, t.shape[1] // 2:], t[:, : t.shape[1] // 2]), 1) * sine for t in (q, k))
+        new = k[:, None], v[:, None]
+        past[i] = new if past[i] is None else tuple(torch.cat(pair, 1) for pair in zip(past[i], new, strict=True))
+        keys, values = (t.repeat_interleave(heads // len(k), 0) for t in past[i])
+        shares = (torch.einsum("hd,htd->ht", q, keys) * scaling).softmax(-1)
+        x = x + product("o", torch.einsum("ht,htd->hd", shares, values).flatten())
+        y = rms_norm(x, own["after"], eps)
+        x = x + product("down", F.silu(product("gate", y)) * product("up", y))
+    return x
+
+
 def random_24(n: int, k: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
     """A random 2:4 weight (n, k), scaled for outputs of unit variance, on the generator's device."""
     weight = torch.randn(n, k, generator=generator, device=generator.device) * (2 / k) ** 0.5

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.functional import kl_div
 from tqdm import tqdm
 
 from .. import calibrate, models
@@ -22,6 +21,7 @@ from ..calibrate import Activations
 from ..runtime import environment
 from ..runtime.flag import flag
 from . import Heal as Base
+from . import sliced
 from .train import Trainable, check, fit
 
 LOGITS = 2**24
@@ -72,14 +72,13 @@ def divergence(model: nn.Module, dense: Activations, seed: int) -> Callable[[int
         held_out = not torch.is_grad_enabled()  # the held-out loss is always computed on the same positions
         at = positions(model, dense, i, torch.Generator().manual_seed(seed + i) if held_out else gen)
         with torch.no_grad():
-            teacher = calibrate.tail(model, dense, i, at).float().log_softmax(-1)
-        inputs = dense.inputs[i]
-        pruned = model(**inputs, use_cache=False, **calibrate.logits_to_keep(model, at)).logits.float().log_softmax(-1)
-        kl = kl_div(pruned, teacher, reduction="none", log_target=True).sum(-1)
-        if dense.rows[i] is None:
-            return kl.mean()
-        real = dense.rows[i].view(inputs["input_ids"].shape)[:, at]
-        return kl[real].mean()
+            teacher = calibrate.tail(model, dense, i, at)
+        inputs, real = dense.inputs[i], torch.ones(teacher.shape[:-1], dtype=torch.bool, device=teacher.device)
+        if dense.rows[i] is not None:
+            real = dense.rows[i].view(inputs["input_ids"].shape)[:, at]
+        logits = model(**inputs, use_cache=False, **calibrate.logits_to_keep(model, at)).logits
+        flat, rows = teacher.flatten(0, -2), real.flatten().nonzero()[:, 0]
+        return sliced.mean(lambda z, part: sliced.divergence(z, flat[part].to(z)), logits, rows)
     return loss
 
 

@@ -10,6 +10,7 @@ from ..runtime.flag import flag, listed
 
 HOTTEST = 100  # at which all of the likeliest tokens are as likely
 LOSSES = ("next", "kl", "hidden")  # see heal/text/losses.py
+TENSORBOARD = "TENSORBOARD_LOGGING_DIR"  # transformers' own name for the folder of TensorBoard's logs
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import nn
 
 from .. import checkpoint, heal, measure, models
 from ..checkpoint import compressed, gguf, packed
+from ..heal.options import TENSORBOARD
 from ..models.source import check_kind, check_parameters
 from ..prune import patterns
 from ..prune.solvers import KEEP, chain
@@ -107,6 +108,9 @@ def check_text(cfg: RunConfig) -> None:
                          "already; name the dense one by --heal-teacher, or use --heal-loss next")
     if cfg.text_heals and importlib.util.find_spec("accelerate") is None:
         raise ValueError(f"--heal {cfg.text_heals[0]}: needs accelerate; pip install 'oneshot[heal]'")
+    if cfg.text_heals and os.environ.get(TENSORBOARD) and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError(f"{TENSORBOARD}: is set, and tensorboard is not installed; pip install tensorboard, or unset "
+                         "it")
     if "lora" in cfg.heals and cfg.healing["lora"].adapter and importlib.util.find_spec("peft") is None:
         raise ValueError("--lora.adapter: needs peft; pip install 'oneshot[heal]'")
     if cfg.heal_data is not None and not cfg.text_heals:

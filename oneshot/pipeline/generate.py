@@ -2,6 +2,9 @@
 
 With `--compare OTHER_DIR` the other model continues the same prompt, and both are shown side by side: text, time to the
 first token, tokens per second after it, memory of the weights, peak memory. Greedy unless `--temperature` is given.
+
+On a CPU every token after the first is one compiled call, for dense models as for packed ones, where the model is of a
+family that oneshot_kernels.fast_decode knows; the table says what computed it, and why.
 """
 
 import argparse
@@ -10,6 +13,7 @@ import time
 from typing import Any
 
 import torch
+from torch import nn
 
 from .. import models
 from ..checkpoint.packed import linears
@@ -46,7 +50,8 @@ def measure(name: str, flag: str, prompt: str, args: argparse.Namespace) -> dict
     gc.collect()
     environment.reset_peak_memory(args.device)
     on_cpu = torch.device(args.device).type == "cpu"
-    dtype = "float32" if on_cpu and args.dtype == "auto" else args.dtype
+    slow = on_cpu and not environment.fast_bfloat16(args.device)  # the prompt would take several times as long
+    dtype = "float32" if slow and args.dtype == "auto" else args.dtype
     model, tokenizer = models.load(name, flag=flag, dtype=dtype, trust_remote_code=args.trust_remote_code)
     model.to(args.device)
     packed = bool(linears(model))
@@ -54,6 +59,7 @@ def measure(name: str, flag: str, prompt: str, args: argparse.Namespace) -> dict
         from oneshot_kernels import sparsify
 
         sparsify(model)
+    decoding = compiled(model, args) if on_cpu else "transformers"
     with models.own_code("--prompt: the tokenizer cannot take it"):
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     length = inputs["input_ids"].shape[1]
@@ -77,12 +83,20 @@ def measure(name: str, flag: str, prompt: str, args: argparse.Namespace) -> dict
         with models.own_code(f"{flag} {name}: {type(model).__name__} cannot generate".strip(), ()):
             out = model.generate(**inputs, **options, streamer=clock)
     times = clock.times[1:]  # the first call is for the prompt
-    return {"model": str(name) + (" (packed)" if packed else ""),
+    return {"model": str(name) + (" (packed)" if packed else ""), "decoding": decoding,
             "text": tokenizer.decode(out[0, length:], skip_special_tokens=True), "tokens": len(times),
             "first_s": times[0] - began,
             "tokens_per_s": (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else float("nan"),
             "peak_bytes": environment.peak_memory(args.device),
             "weights_bytes": sum(t.numel() * t.element_size() for t in models.tensors_of(model))}
+
+
+def compiled(model: nn.Module, args: argparse.Namespace) -> str:
+    """Let the model decode by compiled calls on a CPU; says what decodes."""
+    from oneshot_kernels import fast_decode
+
+    why = "--static" if args.static else fast_decode(model)
+    return f"transformers ({why})" if why else "one compiled call"
 
 
 def show(rows: list[dict], prompt: str) -> str:
@@ -91,9 +105,9 @@ def show(rows: list[dict], prompt: str) -> str:
     for row in rows:
         lines += [f"--- {row['model']}", prompt + row["text"], ""]
     body = [[row["model"], f"{row['first_s']:.3f}", f"{row['tokens_per_s']:.1f}", f"{row['weights_bytes'] / 2**20:.1f}",
-             f"{row['peak_bytes'] / 2**20:.0f}"] for row in rows]
-    head = ["model", "first token s", "tokens/s", "weights MiB", "peak MiB"]
-    return "\n".join([*lines, render(head, body, "terminal", text={"model"}).rstrip("\n")])
+             f"{row['peak_bytes'] / 2**20:.0f}", row["decoding"]] for row in rows]
+    head = ["model", "first token s", "tokens/s", "weights MiB", "peak MiB", "a token by"]
+    return "\n".join([*lines, render(head, body, "terminal", text={"model", "a token by"}).rstrip("\n")])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -130,7 +144,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--temperature", type=float, help="sample at this temperature (default: greedy)")
     p.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
     p.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1")
-    p.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: as stored on a GPU, float32 on a CPU")
+    p.add_argument("--dtype", default="auto", choices=DTYPES,
+                   help="auto: as stored; float32 on a CPU that is slow with 16 bits")
     p.add_argument("--trust-remote-code", action="store_true", help="run code that the model's repository brings")
     p.add_argument("--static", action="store_true", help="use a static cache and compiled decoding (GPU)")
     args = p.parse_args(argv)

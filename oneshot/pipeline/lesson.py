@@ -133,8 +133,7 @@ def make_lesson(subject: Subject, work: Path) -> Lesson:
         return lesson
     if cfg.heal_cache is None:
         return replace(lesson, teacher=once())
-    who = models.fingerprint(subject.dense) if cfg.heal_teacher == GIVEN else cfg.heal_teacher or cfg.model
-    key = {"teacher": who, "text": text.about["sha256"]}
+    key = {"teacher": models.fingerprint(dense_model(subject)), "text": text.about["sha256"]}
     cached = {part: teacher.cache(Path(cfg.heal_cache) / part, once, windows, key | {"part": part}, k=top_k,
                                   temperature=cfg.heal_temperature, progress=cfg.progress)
               for part, windows in (("train", text.train), ("held", text.held))}
@@ -167,11 +166,15 @@ def named_teacher(cfg: RunConfig) -> nn.Module:
 
 def dense_teacher(subject: Subject) -> teacher.Live:
     """The dense model. Raises ValueError naming `--heal-teacher` if it does not go with the model."""
-    cfg, model = subject.cfg, subject.model
-    # from Python, the one in the caller's hands; Live copies what it has to change
-    dense = subject.dense if cfg.heal_teacher in (None, GIVEN) else named_teacher(cfg)
-    same_tokens(cfg, dense, model)
-    return teacher.Live(dense, torch.device(cfg.device))
+    dense = dense_model(subject)
+    same_tokens(subject.cfg, dense, subject.model)
+    return teacher.Live(dense, torch.device(subject.cfg.device))
+
+
+def dense_model(subject: Subject) -> nn.Module:
+    """The dense model as it was loaded; from Python, the one in the caller's hands (Live copies what it changes)."""
+    cfg = subject.cfg
+    return subject.dense if cfg.heal_teacher in (None, GIVEN) else named_teacher(cfg)
 
 
 def same_tokens(cfg: RunConfig, dense: nn.Module, model: nn.Module) -> None:

@@ -4,7 +4,7 @@ import fnmatch
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from oneshot_kernels.cpu import column_loop
+from oneshot_kernels import columns
 from torch import nn
 
 from .. import heal, models, quantise
@@ -184,5 +184,5 @@ def circumstances(cfg: RunConfig, calibration: Tokens | None) -> dict:
     same = {key: found[key] for key in ("threads", "device", "torch", "transformers", "oneshot", "commit")}
     compiled = cfg.quantise is not None or any(module is sparsegpt for module, _ in chain_of(cfg))
     return same | {"calibration": calibration.sha256[:12] if calibration else None} | (
-        {"column_loop": column_loop.kind(cfg.device)} if compiled else {}) | (
+        {"column_loop": columns.kind(cfg.device)} if compiled else {}) | (
         {"bfloat16": environment.fast_bfloat16(cfg.device)} if cfg.heals else {})

@@ -13,11 +13,14 @@ EFFORTS: dict[int, tuple[str, dict[str, Any]]] = {  # {effort: (description, fla
     1: ("SparseGPT's mask with refitted values", {"method": "sparsegpt+refit"}),
     2: ("ALPS aimed at the dense model's outputs", {"method": "alps", "dense_target": 0.5}),
     3: ("ALPS, each block healed, then a distillation (the whole model on the device), both short", {
-        "method": "alps", "heal": "block,distil", "block.steps": 80, "distil.steps": 80}),
+        "method": "alps", "heal": "block,distil", "block.steps": 120, "block.lr": 0.01,
+        "distil.steps": 160, "distil.lr": 0.002}),
     4: ("the same, longer", {
-        "method": "alps", "heal": "block,distil", "block.steps": 160, "distil.steps": 200}),
+        "method": "alps", "heal": "block,distil", "block.steps": 200, "block.lr": 0.01,
+        "distil.steps": 320, "distil.lr": 0.002}),
     5: ("the same, longest", {
-        "method": "alps", "heal": "block,distil", "block.steps": 300, "distil.steps": 1000}),
+        "method": "alps", "heal": "block,distil", "block.steps": 300, "block.lr": 0.01,
+        "distil.steps": 1000, "distil.lr": 0.002}),
 }
 NAMES = ("best",)
 

@@ -147,8 +147,8 @@ def integer_forms(weight: torch.Tensor, copies: int, kind: str) -> tuple[dict[st
             "dense": lambda x, i: integers.linear(x, dense[i]), "2:4": lambda x, i: integers.linear(x, sparse[i]),
             "layer": lambda x, i: layers[(i + away) % copies](x),
             "read": lambda x, i: bandwidth.read(dense[(i + away) % copies].values)}
-    half = held(sparse[0][:3])
-    size = {"torch": held(plain[:1]), "dense": held(dense[0][:3]), "2:4": half, "layer": half,
+    half = held(sparse[0][:2])
+    size = {"torch": held(plain[:1]), "dense": held(dense[0][:2]), "2:4": half, "layer": half,
             "read": held(dense[0][:1])}
     return runs, size, lambda x: integers.emulate(x, *rounded, None)
 

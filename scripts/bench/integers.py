@@ -1,4 +1,4 @@
-"""Quality against real bytes: pruned, rounded, both; rows in results/bench/integers.json, the page beside it.
+"""Quality against real bytes: pruned, rounded, both; rows in results/bench/integers.json, page and picture beside it.
 
     python scripts/bench/integers.py --shared ../shared                    # all; continues where it was stopped
     python scripts/bench/integers.py --shared ../shared --only stories260k --seeds 0 --ways "int3 by GPTQ"
@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import yaml
@@ -31,17 +32,22 @@ from oneshot.pipeline.command import load
 from oneshot.pipeline.compress import compress
 from oneshot.pipeline.plan import make_plan
 from oneshot.quantise import grids, rtn
+from oneshot.report.figures import drawing, size
 from oneshot.report.table import render
 from oneshot.runtime import environment
 from oneshot.runtime.command import Parser, exit_code
 from oneshot.runtime.files import write_json, write_text
 from oneshot.settings import parse
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 MODELS = ("stories260k", "craftgpt-5m", "demo")  # and smollm2, of which a run takes minutes
 BATCH = {"craftgpt-5m": "16"}  # its windows are single dialogues of some 30 tokens
 MARKED = {"smollm2": "its dense weights come off a 4-bit grid already, which flatters its rows of int4"}
 WAYS = yaml.safe_load(Path(__file__).with_name("integers_ways.yaml").read_text(encoding="utf-8"))
 NEAREST = "2:4, then int4 to nearest"  # what `less` compares with
+LEAST = 1e-4  # nats; what loses less, or gains, is drawn there
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -89,6 +95,7 @@ def measure_all(args: argparse.Namespace) -> None:
     if not rows:
         raise ValueError(f"--out {args.out}: holds no integers.json yet; leave out --page")
     write_text(page(rows), args.out / "integers.md")
+    drawing.save(picture(rows), args.out / "integers.svg")
     print(f"written: {args.out / 'integers.md'}")
 
 
@@ -141,7 +148,8 @@ def page(rows: list[dict]) -> str:
     parts = ["# Quality against bytes\n", written("integers.py", rows[-1]["environment"]) + "\n",
              "bits: of codes, scales and positions for each weight of the linears in the blocks. excess: log "
              "perplexity above the dense model's, nats, mean over seeds (± standard deviation). less: share of the "
-             f"excess of \"{NEAREST}\" that a way of as many bytes does without.\n"]
+             f"excess of \"{NEAREST}\" that a way of as many bytes does without.\n",
+             "![excess against bits, with the front of what no other way beats](integers.svg)\n"]
     for name in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == name]
         parts.append(f"## {name}\n")
@@ -162,6 +170,35 @@ def winner(rows: list[dict]) -> str:
     best = min(same, key=same.get)
     return (f"At {groups[NEAREST][0]['bits']:.2f} bits the least is lost by **{best}**, {same[best]:.4f} nats; "
             f"by \"{NEAREST}\" {same[NEAREST]:.4f}.")
+
+
+def kind(flags: dict) -> str:
+    """What a way's point in the picture is called."""
+    if "shrink" in flags:
+        return "smaller dense model"
+    if flags["pattern" if "pattern" in flags else "method"] == "dense":
+        return "dense, to nearest" if flags.get("quantiser") == "rtn" else "dense, GPTQ"
+    return ("50 %" if flags["pattern"] == "0.5" else flags["pattern"]) + (", healed" if "heal" in flags else "")
+
+
+@drawing.drawn
+def picture(rows: list[dict]) -> "Figure":
+    """Excess against bits, a panel for each model; a line joins the ways that no other beats."""
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    kinds = list(dict.fromkeys(kind(row["flags"]) for row in rows))
+    styles = dict(zip(kinds, zip(drawing.COLOURS, drawing.MARKERS, strict=False), strict=False))
+    fig = drawing.new_figure(drawing.WIDTH, 0.5 + 2.9 * len(names))
+    for ax, name in zip(fig.subplots(len(names), squeeze=False)[:, 0], names, strict=True):
+        groups = grouped([row for row in rows if row["model"] == name])
+        points = {way: (met[0]["bits"], [max(r["excess"], LEAST) for r in met]) for way, met in groups.items()}
+        for way, (bits, values) in points.items():
+            drawing.mark(ax, bits, values, *styles[kind(groups[way][0]["flags"])])
+        line = [(points[way][0], statistics.fmean(points[way][1])) for way in size.front(points)]
+        ax.plot(*zip(*line, strict=True), color=drawing.MUTED, lw=1, zorder=1)
+        drawing.scale_y([ax], [v for _, values in points.values() for v in values])
+        ax.set(title=name, xlabel="bits of storage a weight", ylabel="excess log perplexity, nats")
+    drawing.legend(fig, [drawing.handle(name, colour, "none", marker) for name, (colour, marker) in styles.items()])
+    return fig
 
 
 def grouped(rows: list[dict]) -> dict[str, list[dict]]:

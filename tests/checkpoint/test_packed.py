@@ -266,6 +266,8 @@ def test_generate_shows_both(twins, capsys):
     out = capsys.readouterr().out
     first, second = (part.split("\n")[1] for part in ("\n" + out).split("\n--- ")[1:])
     assert first == second and "(packed)" in out and "tokens/s" in out
+    llama = "llama" in str(dense)
+    assert out.count("one compiled call" if llama else "transformers (gpt2 is not among") == 2
 
 
 def test_generate_compiles_packed_models_where_it_compiles_dense_ones(twins):

@@ -306,6 +306,29 @@ def test_a_cache_that_was_cut_short_is_named(name, tmp_path):
             teacher.cache(*given, k=4, temperature=1.0, progress=False)
 
 
+@pytest.mark.parametrize("name", ["log_p.npy", "ids.npy"])
+def test_one_flipped_bit_of_a_cache_is_noticed(name, tmp_path):
+    live = lesson(tmp_path / "live")
+    given = (tmp_path / "cache", lambda: live.teacher, windows(4), {})
+    teacher.cache(*given, k=4, temperature=1.0, progress=False)
+    file = tmp_path / "cache" / name
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=r"^--heal-cache .* is damaged"):
+        teacher.cache(*given, k=4, temperature=1.0, progress=False)
+
+
+def test_two_processes_do_not_fill_one_cache(tmp_path):
+    live = lesson(tmp_path / "live")
+    given = (tmp_path / "cache", lambda: live.teacher, windows(4), {})
+    with teacher.locked(tmp_path / "cache"), pytest.raises(ValueError, match=r"^--heal-cache .* another process"):
+        teacher.cache(*given, k=4, temperature=1.0, progress=False)
+    teacher.cache(*given, k=4, temperature=1.0, progress=False)
+    with teacher.locked(tmp_path / "cache"):  # to read a whole one needs no lock
+        teacher.cache(*given, k=4, temperature=1.0, progress=False)
+
+
 def test_a_disk_that_is_too_small_is_named_before_anything_is_computed(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(ValueError, match=r"^--heal-cache .* GiB"):

@@ -1,6 +1,7 @@
 """`--heal full` and `lora` by command: record, checkpoint, resuming, what is refused; and from Python."""
 
 import copy
+import importlib.util
 import shutil
 
 import pytest
@@ -237,3 +238,39 @@ def test_oneshot_heal_names_what_is_missing(capfd):
     with pytest.raises(SystemExit) as ended:
         heal_main("--help")
     assert ended.value.code == 0 and "--tokens" in capfd.readouterr().out
+
+
+def test_a_cache_of_a_teacher_whose_weights_changed_is_refused(place, tmp_path, capfd):
+    """It is known by its weights, not by its name."""
+    dense = tmp_path / "dense"
+    shutil.copytree(place / "model", dense)
+    given = argv(place, tmp_path / "out", heal_teacher=dense, heal_cache=tmp_path / "cache")
+    assert tiny.main(*given) == 0
+    model, _ = models.load(str(dense))
+    model.lm_head.weight.data.mul_(1.5)
+    model.save_pretrained(dense)
+    shutil.rmtree(tmp_path / "out")
+    assert tiny.main(*given) == 2
+    assert "holds the predictions of another model" in capfd.readouterr().err
+
+
+def test_tensorboard_is_written_where_the_environment_says(place, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    assert tiny.main(*argv(place, tmp_path / "out")) == 0
+    [attempt] = checkpoint.read_manifest(tmp_path / "out")["record"]["heal"]["full"]["attempts"]
+    log = EventAccumulator(str(tmp_path / "logs" / "attempt-0")).Reload()
+    found = [[event.step, event.value] for event in log.Scalars("train/loss")]
+    assert [step for step, _ in found] == [step for step, _ in attempt["log"]]
+    assert [value for _, value in found] == pytest.approx([value for _, value in attempt["log"]])
+    assert "eval/loss" in log.Tags()["scalars"]
+
+
+def test_tensorboard_that_is_not_installed_is_named(place, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else real(name))
+    assert tiny.main(*argv(place, tmp_path / "out")) == 2
+    assert "TENSORBOARD_LOGGING_DIR: is set, and tensorboard is not installed" in capfd.readouterr().err

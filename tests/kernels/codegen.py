@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "bench"))
 
 import gpu_checks as checks
 import gpu_measure as measure
+from oneshot_kernels.gpu import column_loop as loop_module
 from oneshot_kernels.gpu import decode as decode_module
 from oneshot_kernels.gpu import expand as expand_module
 from triton.backends.compiler import GPUTarget
@@ -40,6 +41,12 @@ DECODE = {
 }
 # name -> (tokens, N, K) that pick expand.default_config
 MATMUL = {"middle, 512 tokens": (512, 28672, 4096)}
+
+
+# name -> constexprs that differ from those of a given mask of 128 columns
+COLUMN_LOOP = {"column loop, 2:4": {"N": 2, "M": 4},
+               "column loop, 2:4 and codes": {"N": 2, "M": 4, "GRID": True, "CODES": True},
+               "column loop, 256 columns and scales": {"B": 256, "GRID": True}}
 
 
 def compile_kernel(
@@ -132,6 +139,16 @@ def expand_variant(architecture: str, _name: str) -> dict:
     )
 
 
+def column_loop_variant(architecture: str, name: str) -> dict:
+    """Facts about the column loop in one of the variants of `COLUMN_LOOP`."""
+    floats = dict.fromkeys(("W_ptr", "U_ptr", "scale_ptr"), "*fp32")
+    bytes_ = dict.fromkeys(("mask_ptr", "codes_ptr"), "*i8")
+    sizes = dict.fromkeys(("b", "R", "width"), "i32") | dict.fromkeys(("low", "high"), "fp32")
+    constants = {"B": 128, "BR": loop_module.ROWS, "N": 0, "M": 0, "GRID": False, "CODES": False, **COLUMN_LOOP[name]}
+    return facts(compile_kernel(loop_module._kernel, {**floats, **bytes_, **sizes}, constants, architecture,
+                                loop_module.warps(constants["B"])))
+
+
 def bench_variant(architecture: str, name: str) -> dict:
     """Facts about a kernel of scripts/bench/gpu.py: what a first GPU session runs before anything else."""
     kernel, signature, constants, warps = {
@@ -157,7 +174,7 @@ BENCH = ("bench: fragment map", "bench: mma.sp rate", "bench: read")
 
 def main(*architectures: str) -> None:
     """Print the facts of every variant (sm_90), of each kernel's first (others), or of the portable ones (AMD)."""
-    portable = [(matmul_variant, MATMUL), (expand_variant, {"scratch": None})]
+    portable = [(matmul_variant, MATMUL), (expand_variant, {"scratch": None}), (column_loop_variant, COLUMN_LOOP)]
     for architecture in architectures:
         kernels = portable if architecture.startswith("gfx") else [(decode_variant, DECODE), *portable]
         if architecture == "sm_90":

@@ -6,7 +6,10 @@ import tempfile
 
 import column_loop
 import common
+import cpu_decode
 import cpu_kernels
+import families
+import gguf_files
 import one_side
 import packed
 import prune
@@ -128,6 +131,36 @@ def test_cpu_kernels(tmp_path, capsys):
     for row in (dict(zip(rows[0], row, strict=True)) for row in rows[1:]):
         assert float(row["us"]) > 0 and row["machine"] == ("busy" if float(row["load"]) > 0.3 else "idle")
         assert row["method"] != "torch" or row["over_torch"] == "1.00"
+
+
+def test_cpu_decode(tmp_path, capsys):
+    if not cpu_kernels.linear.available():
+        pytest.skip("no C++ compiler")
+    threads, ways = torch.get_num_threads(), "dense bf16;2:4 bf16;dense int8;2:4 int8;2:4 int4"
+    small = ["--toy", "--threads", "1", "--out", str(tmp_path), "--ways"]
+    assert cpu_decode.main([*small, ways]) == 0, capsys.readouterr().err
+    assert torch.get_num_threads() == threads
+    rows = {row["way"]: row for row in json.loads((tmp_path / "cpu_decode.json").read_text())["rows"]}
+    assert list(rows) == ["transformers", *ways.split(";"), *(f"{way}, alone" for way in ways.split(";"))]
+    assert all(row["tokens_per_second"] > 0 and row["bytes"] > 0 for row in rows.values())
+    assert rows["2:4 bf16"]["bytes"] < rows["dense bf16"]["bytes"] == rows["transformers"]["bytes"]
+    assert rows["2:4 int8"]["bytes"] < rows["dense int8"]["bytes"] < rows["dense bf16"]["bytes"]
+    assert rows["2:4 int4"]["bytes"] < rows["2:4 int8"]["bytes"] and rows["transformers"]["same"] == 8
+    text = (tmp_path / "cpu_decode.md").read_text()
+    assert all(f"| {way} " in text for way in rows) and "1 thread\n" in text
+    assert cpu_decode.main([*small, "2:5"]) == 2
+
+
+def test_cpu_decode_beside_llama_cpp(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("xllamacpp")
+    file = gguf_files.write(tmp_path / "tiny.gguf")
+    monkeypatch.setitem(cpu_decode.SHAPES["toy"], "vocab_size", families.tiny("llama").config.vocab_size)
+    given = ["--toy", "--threads", "1", "--ways", "dense bf16", "--gguf", str(file), "--out", str(tmp_path)]
+    if cpu_decode.main(given) and "hung" in (said := capsys.readouterr().err):
+        pytest.skip(said)
+    row = json.loads((tmp_path / "cpu_decode.json").read_text())["rows"][-1]
+    assert row["way"] == f"llama.cpp {tmp_path.name}/tiny.gguf" and row["tokens_per_second"] > 0
+    assert row["bytes"] == file.stat().st_size
 
 
 def test_packed(tmp_path, monkeypatch, capsys):

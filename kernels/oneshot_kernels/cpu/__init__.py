@@ -4,5 +4,7 @@
     parallel.h  torch's own threads                    vectors.h  one vector of rows, on three processors
     column_loop  SparseGPT's loop over the columns     linear     2:4 and dense layers for few tokens
     integers  the same with int8 or int4 weights and int8 inputs
+    step      one token of a Llama-like model in one call      decode  transformers' generate by it
+    cache     room for keys and values in transformers' cache
     layout    tiles: how their weights lie             bandwidth  the read limit        tune  measure, for dispatch
 """

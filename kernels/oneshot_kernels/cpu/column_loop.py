@@ -143,7 +143,7 @@ def _self_test(cdll: ctypes.CDLL) -> str | None:
         U = torch.randn(b, b, generator=generator, dtype=dtype).mul_(0.1).triu_(1)
         U += torch.diag(torch.rand(b, generator=generator, dtype=dtype) + 0.5)
         given = torch.rand(b, R, generator=generator) < 0.5
-        got, want = ((W.clone(), given.clone(), _some_grid(W) if rounded else None) for _ in range(2))
+        got, want = ((W.clone(), given.clone(), some_grid(W) if rounded else None) for _ in range(2))
         _run(cdll, got[0], U, got[1], nm, got[2], 2)
         reference(want[0], U, want[1], nm, want[2])
         error = float((got[0] - want[0]).norm() / want[0].norm())
@@ -152,7 +152,7 @@ def _self_test(cdll: ctypes.CDLL) -> str | None:
     return None
 
 
-def _some_grid(W: torch.Tensor) -> Grid:
+def some_grid(W: torch.Tensor) -> Grid:
     """int4 with a scale for every row and eight columns."""
     scale = torch.stack([part.abs().amax(0) / 7 for part in W.split(8)])
     return Grid(scale, 8, -8, 7, torch.empty_like(W, dtype=torch.int8))

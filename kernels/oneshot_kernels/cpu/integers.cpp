@@ -13,8 +13,8 @@
 constexpr int BLOCK = 64;                                   // columns that share a scale of x
 constexpr int MOST = VECTOR == 64 || VECTOR == 16 ? 8 : 4;  // tokens at once: AVX2 has half the registers
 
-// indices null: dense. scale: float for each row (int8), or fp16 for each block of columns and row (int4).
-struct Weight { const uint8_t* values; const uint32_t* indices; const void* scale; int64_t blocks; };
+// scale: float for each row (int8), or fp16 for each block of columns and row (int4).
+struct Weight { const uint8_t* values; const void* scale; int64_t blocks; bool sparse; };
 struct Input { const uint8_t* codes; const float* scale; int64_t blocks; };
 struct Output { void* y; const void* bias; int64_t N; Type type; };
 
@@ -27,18 +27,22 @@ template <bool FOUR> static inline U weights(const uint8_t* v, int64_t step) {
     return U(Bytes((step & 1 ? both >> 4 : both) & 0x0f0f0f0fu) - uint8_t(8));
 }
 
+// 2:4: a vector of indices, then the values that they are of: one stream of memory, not two.
+template <bool FOUR> constexpr int HALF = VECTOR * (1 + (FOUR ? 2 : 4));  // bytes of half a block of columns in a tile
+
 // The integer sums of one block of columns, for M tokens and S tiles.
-template <bool FOUR, int M, int S> static inline void sparse(const uint8_t* const (&v)[S], const uint32_t* const (&index)[S],
-                                                             const uint8_t* x, int64_t columns, int64_t b, I (&acc)[M][S], I (&over)[S]) {
+template <bool FOUR, int M, int S> ALWAYS void sparse(const uint8_t* const (&v)[S], const uint8_t* x, int64_t columns, int64_t b,
+                                                             I (&acc)[M][S], I (&over)[S]) {
     for (int half = 0; half < 2; half++) {
+        const uint8_t* at[S];
         U word[S];
-        for (int s = 0; s < S; s++) word[s] = load<U>(index[s] + (2 * b + half) * L);
+        for (int s = 0; s < S; s++) { at[s] = v[s] + (2 * b + half) * HALF<FOUR>; word[s] = load<U>(at[s]); }
 #pragma GCC unroll 4
         for (int step = 0; step < 4; step++) {
             U w[S], i[S];
 #pragma GCC unroll 4
             for (int s = 0; s < S; s++) {
-                w[s] = weights<FOUR>(v[s], 8 * b + 4 * half + step);
+                w[s] = weights<FOUR>(at[s] + VECTOR, step);
                 i[s] = (word[s] >> (2 * step) & 0x03030303u) | 0x04040000u;
                 over[s] = excess(over[s], w[s]);
             }
@@ -51,7 +55,7 @@ template <bool FOUR, int M, int S> static inline void sparse(const uint8_t* cons
         }
     }
 }
-template <bool FOUR, int M, int S> static inline void dense(const uint8_t* const (&v)[S], const uint8_t* x, int64_t columns, int64_t b,
+template <bool FOUR, int M, int S> ALWAYS void dense(const uint8_t* const (&v)[S], const uint8_t* x, int64_t columns, int64_t b,
                                                             I (&acc)[M][S], I (&over)[S]) {
 #pragma GCC unroll 4
     for (int step = 0; step < BLOCK / 4; step++) {
@@ -70,51 +74,53 @@ template <bool FOUR, int M, int S> static inline void dense(const uint8_t* const
     }
 }
 
-template <bool FOUR, int M, int S> static void block(Weight w, int64_t tile, Input x, Output out, int64_t token) {
-    const int64_t columns = w.blocks * BLOCK, stride = columns / (w.indices ? 2 : 1) * L / (FOUR ? 2 : 1);
-    const uint8_t* v[S]; const uint32_t* index[S];
-    for (int s = 0; s < S; s++) { v[s] = w.values + (tile + s) * stride; index[s] = w.indices + (tile + s) * 2 * w.blocks * L; }
+// S tiles, each `apart` tiles from the one before it.
+template <bool FOUR, int M, int S> static void block(Weight w, int64_t tile, int64_t apart, Input x, Output out, int64_t token) {
+    const int64_t columns = w.blocks * BLOCK, stride = w.sparse ? 2 * w.blocks * HALF<FOUR> : columns * L / (FOUR ? 2 : 1);
+    const uint8_t* v[S];
+    for (int s = 0; s < S; s++) v[s] = w.values + (tile + s * apart) * stride;
     F sum[M][S] = {};
     for (int64_t b = 0; b < w.blocks; b++) {
         I acc[M][S] = {}, over[S] = {};
-        if (w.indices) sparse<FOUR, M, S>(v, index, x.codes + token * columns, columns, b, acc, over);
+        if (w.sparse) sparse<FOUR, M, S>(v, x.codes + token * columns, columns, b, acc, over);
         else dense<FOUR, M, S>(v, x.codes + token * columns, columns, b, acc, over);
         for (int s = 0; s < S; s++) {
             F scale = F{} + 1;
-            if (FOUR) scale = load_half(static_cast<const uint16_t*>(w.scale) + ((tile + s) * w.blocks + b) * L);
+            if (FOUR) scale = load_half(static_cast<const uint16_t*>(w.scale) + ((tile + s * apart) * w.blocks + b) * L);
             for (int m = 0; m < M; m++)
                 sum[m][s] += __builtin_convertvector(acc[m][s] - over[s], F) * (scale * x.scale[(token + m) * w.blocks + b]);
         }
     }
-    const int64_t row = tile * L, rows = out.N - row < S * L ? out.N - row : S * L;
-    const float* scale = static_cast<const float*>(w.scale) + row;
-    for (int m = 0; m < M; m++) {
-        float lanes[S * L];
-        std::memcpy(lanes, sum[m], sizeof(lanes));
+    const float* scale = static_cast<const float*>(w.scale);
+    for (int m = 0; m < M; m++) for (int s = 0; s < S; s++) {
+        float lanes[L];
+        std::memcpy(lanes, &sum[m][s], sizeof(lanes));
+        const int64_t row = (tile + s * apart) * L, rows = out.N - row < L ? out.N - row : L;
         for (int64_t r = 0; r < rows; r++)
             put(out.y, (token + m) * out.N + row + r, out.type,
-                lanes[r] * (FOUR ? 1 : scale[r]) + (out.bias ? get(out.bias, row + r, out.type) : 0));
+                lanes[r] * (FOUR ? 1 : scale[row + r]) + (out.bias ? get(out.bias, row + r, out.type) : 0));
     }
 }
 
-template <bool FOUR, int M, int S, int AT_ONCE> static void some(Weight w, int64_t tile, Input x, Output out, int64_t token) {
+template <bool FOUR, int M, int S, int AT_ONCE> static void some(Weight w, int64_t tile, int64_t apart, Input x, Output out, int64_t token) {
     constexpr int STEP = S < AT_ONCE ? S : AT_ONCE;
-    for (int s = 0; s < S; s += STEP) block<FOUR, M, STEP>(w, tile + s, x, out, token);
+    for (int s = 0; s < S; s += STEP) block<FOUR, M, STEP>(w, tile + s * apart, apart, x, out, token);
 }
-template <bool FOUR, int S> static void tiles(Weight w, int64_t tile, Input x, Output out, int64_t tokens) {
+template <bool FOUR, int S> static void tiles(Weight w, int64_t tile, int64_t apart, Input x, Output out, int64_t tokens) {
     int64_t t = 0;
-    for (; MOST >= 8 && tokens - t >= 8; t += 8) some<FOUR, MOST, S, 2>(w, tile, x, out, t);
-    for (; tokens - t >= 4; t += 4) some<FOUR, 4, S, 2>(w, tile, x, out, t);
-    for (; tokens - t >= 2; t += 2) some<FOUR, 2, S, 4>(w, tile, x, out, t);
-    for (; tokens - t >= 1; t += 1) some<FOUR, 1, S, 4>(w, tile, x, out, t);
+    for (; MOST >= 8 && tokens - t >= 8; t += 8) some<FOUR, MOST, S, 2>(w, tile, apart, x, out, t);
+    for (; tokens - t >= 4; t += 4) some<FOUR, 4, S, 2>(w, tile, apart, x, out, t);
+    for (; tokens - t >= 2; t += 2) some<FOUR, 2, S, 4>(w, tile, apart, x, out, t);
+    for (; tokens - t >= 1; t += 1) some<FOUR, 1, S, 4>(w, tile, apart, x, out, t);
 }
 
+// Tiles that are read at once lie far apart, so that each is part of a long stream: memory is fetched ahead along these.
 template <bool FOUR> static void all(Weight w, Input in, Output out, int64_t tokens, int64_t threads) {
     constexpr int S = 4;
     const int64_t n = (out.N + L - 1) / L, whole = n / S;
     parallel(whole + n % S, threads, [&](int64_t i) {
-        if (i < whole) tiles<FOUR, S>(w, i * S, in, out, tokens);
-        else tiles<FOUR, 1>(w, whole * S + i - whole, in, out, tokens);
+        if (i < whole) tiles<FOUR, S>(w, i, whole, in, out, tokens);
+        else tiles<FOUR, 1>(w, whole * S + i - whole, 0, in, out, tokens);
     });
 }
 
@@ -143,10 +149,9 @@ static void quantise(const float* x, uint8_t* codes, float* scale) {
 
 extern "C" int lanes() { return L; }
 
-// x (tokens, K), y (tokens, N), bias (N) or null: contiguous, of `type`. values, indices, scale: integers.py. Returns 1 without
-// memory.
-extern "C" int linear_integers(const void* x, const uint8_t* values, const uint32_t* indices, const void* scale, const void* bias,
-                               void* y, int64_t tokens, int64_t N, int64_t K, int64_t type, int64_t bits, int64_t threads) {
+// x (tokens, K), y (tokens, N), bias (N) or null: contiguous, of `type`. values, scale: integers.py. Returns 1 without memory.
+extern "C" int linear_integers(const void* x, const uint8_t* values, const void* scale, const void* bias, void* y, int64_t tokens,
+                               int64_t N, int64_t K, int64_t type, int64_t bits, int64_t sparse, int64_t threads) {
     const int64_t blocks = (K + BLOCK - 1) / BLOCK, columns = blocks * BLOCK;
     std::unique_ptr<uint8_t, void (*)(void*)> codes(static_cast<uint8_t*>(std::aligned_alloc(64, tokens * columns)), std::free);
     std::unique_ptr<float, void (*)(void*)> scales(static_cast<float*>(std::malloc(tokens * blocks * 4)), std::free);
@@ -158,7 +163,7 @@ extern "C" int linear_integers(const void* x, const uint8_t* values, const uint3
         for (int64_t b = 0; b < blocks; b++)
             quantise(wide.get() + b * BLOCK, codes.get() + t * columns + b * BLOCK, scales.get() + t * blocks + b);
     }
-    const Weight w{values, indices, scale, blocks};
+    const Weight w{values, scale, blocks, sparse != 0};
     const Input in{codes.get(), scales.get(), blocks};
     const Output out{y, bias, N, Type(type)};
     if (bits == 4) all<true>(w, in, out, tokens, threads);

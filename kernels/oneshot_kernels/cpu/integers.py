@@ -6,15 +6,16 @@ A weight is `scale · code`: int8 with a scale for each row and codes of 8 bits,
 columns (an fp16 number) and codes from -8 to 7. The input is rounded too, to int8 with one scale for each token and 64
 columns; all is symmetric. Sums are exact within 64 columns, then float32.
 
-    values   bytes (T, steps, L, 4). A step is four columns (dense: K'/4 steps) or the kept four of eight (2:4: K'/8).
-             int8: the codes of a step. int4: codes + 8 of two steps, the first in the low half: half as many steps
-    indices  int32 (T, K'/32, L), 2:4 only: byte 2h + s of a word has, for each of four steps of eight columns, two bits
-             from 2·step on: the position of kept weight s of the step's group h
+    values   dense: bytes (T, steps, L, 4), a step being four columns, K'/4 in all. int8: the codes of a step. int4:
+             codes + 8 of two steps, the first in the low half: half as many steps.
+             2:4: bytes (T, K'/32, 1 + steps, L, 4): for 32 columns their indices, then four steps, each of the kept
+             four of eight columns (int4: two). Byte 2h + s of an index has, for each of the four steps, two bits from
+             2·step on: the position of kept weight s of the step's group h
     scale    int8: float32 (N,). int4: float16 (T, K'/64, L)
 """
 
 import ctypes
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,13 +29,17 @@ BLOCK = 64
 
 
 class IntegerWeight(NamedTuple):
-    """A weight (N, K) = `shape` for `linear`, see above; indices: None for a dense one. bits: 8 or 4."""
+    """A weight (N, K) = `shape` for `linear`, see above. bits: 8 or 4."""
 
     values: torch.Tensor
-    indices: torch.Tensor | None
     scale: torch.Tensor
     shape: tuple[int, int]
     bits: int
+
+    @property
+    def sparse(self) -> bool:
+        """Whether it is 2:4."""
+        return self.values.ndim == 5
 
 
 class IntegerLinear(nn.Module):
@@ -46,8 +51,7 @@ class IntegerLinear(nn.Module):
     def __init__(self, weight: IntegerWeight, bias: torch.Tensor | None) -> None:
         super().__init__()
         (self.out_features, self.in_features), self.bits = weight.shape, weight.bits
-        for name, tensor in (("values", weight.values), ("indices", weight.indices), ("scale", weight.scale),
-                             ("bias", bias)):
+        for name, tensor in (("values", weight.values), ("scale", weight.scale), ("bias", bias)):
             self.register_buffer(name, tensor, persistent=False)
 
     @classmethod
@@ -64,8 +68,10 @@ class IntegerLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., K) -> (..., N), in x's dtype."""
-        return torch.ops.oneshot_kernels.linear_integers(x, self.values, self.indices, self.scale, self.bias,
-                                                         self.out_features, self.bits)
+        if not torch.compiler.is_compiling() and not (x.requires_grad and torch.is_grad_enabled()):
+            return compute(x, self.values, self.scale, self.bias, self.out_features, self.bits)
+        return torch.ops.oneshot_kernels.linear_integers(x, self.values, self.scale, self.bias, self.out_features,
+                                                         self.bits)
 
     def _apply(self, fn, recurse=True):
         scale = self.scale
@@ -75,7 +81,7 @@ class IntegerLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """What print(model) shows."""
-        form = "dense" if self.indices is None else "2:4"
+        form = "2:4" if self.values.ndim == 5 else "dense"
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, int{self.bits} {form}"
 
 
@@ -129,51 +135,56 @@ def prepare(codes: torch.Tensor, scale: torch.Tensor, *, sparse: bool, bits: int
         step = torch.arange(4, dtype=torch.int32).mul_(2)[:, None]
         first, second = (i & 3) << step, (i >> 2) << step
         byte = torch.stack((first, second), -1).sum(2).flatten(2).to(torch.uint8)  # (N', chunks, 2h + s)
-        words = byte.contiguous().view(torch.int32).view(-1, lanes, byte.shape[1])
-        indices = words.transpose(1, 2).contiguous()
+        indices = byte.view(-1, lanes, byte.shape[1], 4).transpose(1, 2)[:, :, None]  # (T, chunks, 1, lanes, 4)
     else:
         four, indices = F.pad(codes, (0, -k % BLOCK, 0, -n % lanes)), None
-    values = four.reshape(-1, lanes, four.shape[1] // 4, 4).transpose(1, 2).contiguous()
+    values = four.reshape(-1, lanes, four.shape[1] // 4, 4).transpose(1, 2)
+    if bits == 4:
+        halves = (values + 8).view(torch.uint8)
+        values = (halves[:, ::2] | halves[:, 1::2] << 4).view(torch.int8)
+    if indices is not None:
+        values = torch.cat((indices.view(torch.int8), values.unflatten(1, (indices.shape[1], -1))), 2)
+    values = library.huge_pages(values.contiguous())
     if bits == 8:
-        return IntegerWeight(library.huge_pages(values), indices, scale.float().contiguous(), (n, k), 8)
-    halves = (values + 8).view(torch.uint8)
-    values = (halves[:, ::2] | halves[:, 1::2] << 4).view(torch.int8)
+        return IntegerWeight(values, scale.float().contiguous(), (n, k), 8)
     scale = F.pad(scale.half(), (0, 0, 0, -n % lanes)).view(-1, lanes, scale.shape[1]).transpose(1, 2).contiguous()
-    return IntegerWeight(library.huge_pages(values), indices, scale, (n, k), 4)
+    return IntegerWeight(values, scale, (n, k), 4)
 
 
 def linear(x: torch.Tensor, weight: IntegerWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x (M, K), contiguous -> (M, N) in x's dtype. Nothing is checked here."""
     n, k = weight.shape
     y = x.new_empty(x.shape[0], n)
-    pointers = (None if t is None else t.data_ptr() for t in (x, *weight[:3], bias, y))
+    pointers = (None if t is None else t.data_ptr() for t in (x, *weight[:2], bias, y))
     threads = library.threads() if n * k >= SERIAL else 1
-    if _library().linear_integers(*pointers, x.shape[0], n, k, TYPES[x.dtype], weight.bits, threads):
+    if _library().linear_integers(*pointers, x.shape[0], n, k, TYPES[x.dtype], weight.bits, weight.sparse, threads):
         raise RuntimeError(f"no memory for {x.shape[0]} tokens of {k} inputs")
     return y
 
 
-@torch.library.custom_op("oneshot_kernels::linear_integers", mutates_args=())
-def _op(x: torch.Tensor, values: torch.Tensor, indices: torch.Tensor | None, scale: torch.Tensor,
-        bias: torch.Tensor | None, n: int, bits: int) -> torch.Tensor:
+def compute(x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int,
+            bits: int) -> torch.Tensor:
     """x (..., K) -> (..., n). Raises ValueError if the tensors do not fit together."""
     k = x.shape[-1]
     blocks, lanes = -(-k // BLOCK), lanes_of()
-    shape = (-(-n // lanes), blocks * BLOCK // (4 if indices is None else 8) * bits // 8, lanes, 4)
-    scales = (n,) if bits == 8 else (shape[0], blocks, lanes)
-    fits = tuple(values.shape) == shape and tuple(scale.shape) == scales and x.dtype in TYPES and (
-        bias is None or (tuple(bias.shape) == (n,) and bias.dtype == x.dtype)) and (
-        indices is None or tuple(indices.shape) == (shape[0], 2 * blocks, lanes))
+    tiles = -(-n // lanes)
+    shapes = ((tiles, 2 * bits * blocks, lanes, 4), (tiles, 2 * blocks, 1 + bits // 2, lanes, 4))  # dense, 2:4
+    scales = (n,) if bits == 8 else (tiles, blocks, lanes)
+    fits = tuple(values.shape) in shapes and tuple(scale.shape) == scales and x.dtype in TYPES and (
+        bias is None or (tuple(bias.shape) == (n,) and bias.dtype == x.dtype))
     if not fits:
         raise ValueError(f"int{bits} layer: x {tuple(x.shape)} {x.dtype} and {n} outputs do not fit values "
                          f"{tuple(values.shape)} or the bias")
     flat = x.reshape(-1, k).contiguous()
-    return linear(flat, IntegerWeight(values, indices, scale, (n, k), bits), bias).view(*x.shape[:-1], n)
+    return linear(flat, IntegerWeight(values, scale, (n, k), bits), bias).view(*x.shape[:-1], n)
+
+
+_op = torch.library.custom_op("oneshot_kernels::linear_integers", compute, mutates_args=())
 
 
 @_op.register_fake
-def _(x: torch.Tensor, values: torch.Tensor, indices: torch.Tensor | None, scale: torch.Tensor,
-      bias: torch.Tensor | None, n: int, bits: int) -> torch.Tensor:
+def _(x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int,
+      bits: int) -> torch.Tensor:
     """The shape and dtype of the result, for torch.compile."""
     return x.new_empty(*x.shape[:-1], n)
 
@@ -209,6 +220,11 @@ def value(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return codes.double() * scale.double().repeat_interleave(BLOCK, 1)[:, : codes.shape[1]]
 
 
+def function() -> Any:
+    """The compiled function itself, for decode.cpp; None where there is none."""
+    return None if _library() is None else _library().linear_integers
+
+
 def _library() -> ctypes.CDLL | None:
     """The compiled library, or None."""
     return library.load("integers", _declare, _self_test)
@@ -217,7 +233,7 @@ def _library() -> ctypes.CDLL | None:
 def _declare(cdll: ctypes.CDLL) -> None:
     """The functions' argument types."""
     cdll.lanes.argtypes, cdll.lanes.restype = [], ctypes.c_int
-    cdll.linear_integers.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 6
+    cdll.linear_integers.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 7
     cdll.linear_integers.restype = ctypes.c_int
 
 
@@ -232,8 +248,8 @@ def _self_test(cdll: ctypes.CDLL) -> str | None:
             weight = reference.random_24(n, k, torch.float32, generator)
         codes, scale = round_rows(weight) if bits == 8 else round_groups(weight)
         made, y = prepare(codes, scale, sparse=sparse, bits=bits, lanes=cdll.lanes()), torch.full((m, n), torch.nan)
-        pointers = (None if t is None else t.data_ptr() for t in (x, *made[:3], bias, y))
-        cdll.linear_integers(*pointers, m, n, k, TYPES[x.dtype], bits, 2)
+        pointers = (None if t is None else t.data_ptr() for t in (x, *made[:2], bias, y))
+        cdll.linear_integers(*pointers, m, n, k, TYPES[x.dtype], bits, sparse, 2)
         error = reference.relative_error(y, emulate(x, codes, scale, bias))
         if not error <= 1e-6:
             return f"{'2:4' if sparse else 'dense'} int{bits}: relative error {error:.3g}"

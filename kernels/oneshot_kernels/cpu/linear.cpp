@@ -23,10 +23,10 @@ struct BFloat16 {  // one word per lane: the first in its low half
 
 struct Weight { const uint8_t* values; const uint32_t* metadata; int64_t chunks; };  // metadata null: dense
 
-template <typename D, int M, int S> static void sparse(Weight w, int64_t tile, const float* x, F (*sum)[S]) {
+template <typename D, int M, int S> ALWAYS void sparse(Weight w, int64_t tile, int64_t apart, const float* x, F (*sum)[S]) {
     const int64_t stride = w.chunks * GROUPS * D::BYTES;
     const uint8_t* v[S]; const uint32_t* meta[S];
-    for (int s = 0; s < S; s++) { v[s] = w.values + (tile + s) * stride; meta[s] = w.metadata + (tile + s) * w.chunks * L; }
+    for (int s = 0; s < S; s++) { v[s] = w.values + (tile + s * apart) * stride; meta[s] = w.metadata + (tile + s * apart) * w.chunks * L; }
     for (int64_t first = 0; first < w.chunks; first += FLUSH) {
         F acc[M][S] = {};
         const int64_t end = first + FLUSH < w.chunks ? first + FLUSH : w.chunks;
@@ -54,10 +54,10 @@ template <typename D, int M, int S> static void sparse(Weight w, int64_t tile, c
     }
 }
 
-template <typename D, int M, int S> static void dense(Weight w, int64_t tile, const float* x, F (*sum)[S]) {
+template <typename D, int M, int S> ALWAYS void dense(Weight w, int64_t tile, int64_t apart, const float* x, F (*sum)[S]) {
     const int64_t stride = w.chunks * (CHUNK / 2) * D::BYTES;
     const uint8_t* v[S];
-    for (int s = 0; s < S; s++) v[s] = w.values + (tile + s) * stride;
+    for (int s = 0; s < S; s++) v[s] = w.values + (tile + s * apart) * stride;
     for (int64_t first = 0; first < w.chunks; first += FLUSH) {
         F acc[M][S] = {};
         const int64_t end = first + FLUSH < w.chunks ? first + FLUSH : w.chunks;
@@ -85,38 +85,40 @@ template <typename D, int M, int S> static void dense(Weight w, int64_t tile, co
 
 struct Output { void* y; const void* bias; int64_t N; Type type; };
 
-template <typename D, int M, int S> static void block(Weight w, int64_t tile, const float* x, Output out, int64_t token) {
+// S tiles, each `apart` tiles from the one before it.
+template <typename D, int M, int S> static void block(Weight w, int64_t tile, int64_t apart, const float* x, Output out, int64_t token) {
     F sum[M][S] = {};
-    if (w.metadata) sparse<D, M, S>(w, tile, x, sum);
-    else dense<D, M, S>(w, tile, x, sum);
-    const int64_t row = tile * L, rows = out.N - row < S * L ? out.N - row : S * L;
-    for (int m = 0; m < M; m++) {
-        float lanes[S * L];
-        std::memcpy(lanes, sum[m], sizeof(lanes));
+    if (w.metadata) sparse<D, M, S>(w, tile, apart, x, sum);
+    else dense<D, M, S>(w, tile, apart, x, sum);
+    for (int m = 0; m < M; m++) for (int s = 0; s < S; s++) {
+        float lanes[L];
+        std::memcpy(lanes, &sum[m][s], sizeof(lanes));
+        const int64_t row = (tile + s * apart) * L, rows = out.N - row < L ? out.N - row : L;
         for (int64_t r = 0; r < rows; r++)
             put(out.y, (token + m) * out.N + row + r, out.type, lanes[r] + (out.bias ? get(out.bias, row + r, out.type) : 0));
     }
 }
 
 // All tokens of S tiles: for few tokens all tiles at once (memory counts), else fewer tiles and more tokens (registers).
-template <typename D, int M, int S, int AT_ONCE> static void some(Weight w, int64_t tile, const float* x, Output out, int64_t token) {
+template <typename D, int M, int S, int AT_ONCE> static void some(Weight w, int64_t tile, int64_t apart, const float* x, Output out, int64_t token) {
     constexpr int STEP = S < AT_ONCE ? S : AT_ONCE;
-    for (int s = 0; s < S; s += STEP) block<D, M, STEP>(w, tile + s, x + token * w.chunks * CHUNK, out, token);
+    for (int s = 0; s < S; s += STEP) block<D, M, STEP>(w, tile + s * apart, apart, x + token * w.chunks * CHUNK, out, token);
 }
-template <typename D, int S> static void tiles(Weight w, int64_t tile, const float* x, Output out, int64_t tokens) {
+template <typename D, int S> static void tiles(Weight w, int64_t tile, int64_t apart, const float* x, Output out, int64_t tokens) {
     int64_t t = 0;
-    for (; MOST >= 8 && tokens - t >= 8; t += 8) some<D, MOST, S, 2>(w, tile, x, out, t);
-    for (; tokens - t >= 4; t += 4) some<D, 4, S, 2>(w, tile, x, out, t);
-    for (; tokens - t >= 2; t += 2) some<D, 2, S, 4>(w, tile, x, out, t);
-    for (; tokens - t >= 1; t += 1) some<D, 1, S, 4>(w, tile, x, out, t);
+    for (; MOST >= 8 && tokens - t >= 8; t += 8) some<D, MOST, S, 2>(w, tile, apart, x, out, t);
+    for (; tokens - t >= 4; t += 4) some<D, 4, S, 2>(w, tile, apart, x, out, t);
+    for (; tokens - t >= 2; t += 2) some<D, 2, S, 4>(w, tile, apart, x, out, t);
+    for (; tokens - t >= 1; t += 1) some<D, 1, S, 4>(w, tile, apart, x, out, t);
 }
 
+// Tiles that are read at once lie far apart, so that each is part of a long stream: memory is fetched ahead along these.
 template <typename D> static void all(Weight w, const float* x, Output out, int64_t tokens, int64_t threads) {
     constexpr int S = 4;
     const int64_t n = (out.N + L - 1) / L, whole = n / S;
     parallel(whole + n % S, threads, [&](int64_t i) {
-        if (i < whole) tiles<D, S>(w, i * S, x, out, tokens);
-        else tiles<D, 1>(w, whole * S + i - whole, x, out, tokens);
+        if (i < whole) tiles<D, S>(w, i, whole, x, out, tokens);
+        else tiles<D, 1>(w, whole * S + i - whole, 0, x, out, tokens);
     });
 }
 

@@ -7,6 +7,7 @@ number of threads gives the same bits. Weights are in tiles (layout.py).
 """
 
 import ctypes
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,11 @@ def expand(values: torch.Tensor, metadata: torch.Tensor, n: int, k: int) -> torc
     _library().expand(values.data_ptr(), metadata.data_ptr(), out.data_ptr(), n, k, TYPES[values.dtype],
                       layout.in_pairs(values, metadata.shape[2]), library.threads())
     return out
+
+
+def function() -> Any:
+    """The compiled function itself, for decode.cpp; None where there is none."""
+    return None if _library() is None else _library().linear
 
 
 def _library() -> ctypes.CDLL | None:

@@ -21,6 +21,8 @@ typedef float F __attribute__((vector_size(VECTOR)));
 typedef uint32_t U __attribute__((vector_size(VECTOR)));
 typedef int32_t I __attribute__((vector_size(VECTOR)));
 
+#define ALWAYS static inline __attribute__((always_inline))  // for inner loops: 2:4 with 16 tokens is a quarter slower without
+
 template <typename V> static inline V load(const void* p) { V v; std::memcpy(&v, p, sizeof(V)); return v; }
 
 // four floats, once for every four lanes

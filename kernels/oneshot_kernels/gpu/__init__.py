@@ -4,4 +4,5 @@
     mma_sp     the sparse tensor-core instruction    selftest   check the decode kernel on the GPU itself
     decode     1 to 64 tokens                        tune       measure the kernels on your GPU
     expand     64 to 512 tokens, every other GPU     timing     measure kernel times
+    column_loop  SparseGPT's loop over the columns
 """

@@ -235,7 +235,7 @@ class Course:
 
     def trainer(self, attempt: Attempt) -> "TextTrainer":  # noqa: F821 - see below
         """Trainer for an attempt on what is left of the text."""
-        from .trainer import Bar, Looks, Seals, TextTrainer, TrainingArguments  # slow to import
+        from .trainer import Looks, Seals, TextTrainer, TrainingArguments, watching  # slow to import
 
         text, lesson = self.lesson.text, self.lesson
         steps = max(1, (len(text.train) - attempt.begins) // self.windows)
@@ -254,7 +254,7 @@ class Course:
         return TextTrainer(
             self.student(), arguments, train_dataset=Subset(text.train, range(attempt.begins, len(text.train))),
             eval_dataset=text.held, groups=self.trained.groups(attempt.lr), masked=self.trained.mask_gradients,
-            callbacks=[Looks(self.before), Seals(), *([Bar()] if lesson.progress and attempt.lr else [])])
+            callbacks=[Looks(self.before), Seals(), *(watching(number, lesson.progress) if attempt.lr else [])])
 
 
 def verdict(losses: list[float], before: float) -> str | None:

@@ -11,7 +11,9 @@ Several are added. `TopK` is the dense model's k most likely tokens: kl then cou
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import cross_entropy, kl_div
+from torch.nn.functional import cross_entropy
+
+from .. import sliced
 
 LEAST = 1e-8  # probability of all other tokens, at least, so that its logarithm exists
 
@@ -32,19 +34,31 @@ class TopK:
 
 def next_token(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of logits (B, T, V) for labels (B, T), each predicted by the position before; -100: not counted."""
-    return cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    after = following(labels).flatten()
+    return sliced.mean(lambda z, part: cross_entropy(z, after[part], reduction="none"), logits,
+                       (after != -100).nonzero()[:, 0])
+
+
+def following(labels: torch.Tensor) -> torch.Tensor:
+    """The label that each position of labels (B, T) predicts; -100 for the last of a window."""
+    return torch.cat((labels[:, 1:], labels.new_full((len(labels), 1), -100)), 1)
 
 
 def kl(logits: torch.Tensor, teacher: torch.Tensor | TopK, labels: torch.Tensor,
        temperature: float = 1.0) -> torch.Tensor:
     """KL of logits (B, T, V) from the teacher's logits (B, T, V), or its TopK, where a label follows."""
-    counts = torch.zeros_like(labels, dtype=torch.bool)
-    counts[:, :-1] = labels[:, 1:] != -100
-    ours = (logits[counts].float() / temperature).log_softmax(-1)
+    rows = (following(labels).flatten() != -100).nonzero()[:, 0]
     if isinstance(teacher, TopK):
-        return temperature**2 * _top(ours, teacher.log_p[counts].float(), teacher.ids[counts]).mean()
-    dense = (teacher[counts].float() / temperature).log_softmax(-1)
-    return temperature**2 * kl_div(ours, dense, reduction="none", log_target=True).sum(-1).mean()
+        log_p, ids = teacher.log_p.flatten(0, 1), teacher.ids.flatten(0, 1)
+
+        def some(z: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+            return temperature**2 * _top(sliced.log_softmax(z, temperature), log_p[part].float(), ids[part])
+    else:
+        dense = teacher.flatten(0, 1)
+
+        def some(z: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+            return temperature**2 * sliced.divergence(z, dense[part].to(z), temperature)
+    return sliced.mean(some, logits, rows)
 
 
 def _top(ours: torch.Tensor, log_p: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -5,14 +5,16 @@
 
     FOLDER/log_p.npy   float16 (n, T, k), log-probabilities
     FOLDER/ids.npy     uint32 (n, T, k)
-    FOLDER/cache.json  which model, text, k and temperature they are of, and how many windows are done
+    FOLDER/cache.json  which model, text, k and temperature they are of, how many windows are done, and their hashes
+    FOLDER/lock        held by the process that fills it
 """
 
+import contextlib
 import copy
+import hashlib
 import inspect
-import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,11 +25,12 @@ from tqdm import tqdm
 
 from ... import models
 from ...data.training import Windows
-from ...runtime import environment
-from ...runtime.files import write_text
+from ...runtime import environment, sealed
+from ...runtime.lock import Lock, Taken
 from .losses import TopK
 
-EVERY = 64  # windows after which a cache that is being built notes how far it is
+EVERY = 64  # windows in a part; after each, a cache that is being built notes how far it is
+NOTE = "cache.json"
 
 
 @dataclass
@@ -80,40 +83,84 @@ def cache(folder: Path, teacher: Callable[[], Live], windows: Windows, key: dict
           progress: bool = True) -> Cached:
     """The cache in `folder`, built if it is not there or was left unfinished. key: of which model and text it is.
 
-    Raises ValueError naming `--heal-cache` if the disk is too small, before anything is computed, or if the folder
-    holds another cache.
+    Raises ValueError naming `--heal-cache` if the disk is too small, before anything is computed, if the folder holds
+    another cache or a damaged one, or if another process is filling it.
     """
-    note, shape = folder / "cache.json", (len(windows), windows.seqlen, k)
     asked = key | {"k": k, "temperature": temperature, "windows": len(windows), "seqlen": windows.seqlen}
-    try:
-        found = json.loads(note.read_text()) if note.is_file() else {}
-        if found:
-            Cached(folder)
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"--heal-cache {folder}: is damaged ({' '.join(str(error).split())}); remove it, it is "
-                         "computed again") from None
+    if len(opened(folder, asked)) * EVERY < len(windows):
+        with locked(folder):
+            fill(folder, teacher, windows, asked, progress)
+    return Cached(folder)
+
+
+def opened(folder: Path, asked: dict) -> list[str]:
+    """The hashes of the parts that a cache holds, EVERY windows each; none where there is no cache.
+
+    Raises ValueError naming `--heal-cache` if one of them is not as it was written, or they are of something else.
+    """
+    note = folder / NOTE
+    if not note.is_file():
+        return []
+    found = sealed.kept(note)
     if found and found["of"] != asked:
         raise ValueError(f"--heal-cache {folder}: holds the predictions of another model or for another text; give "
                          "another folder")
-    done = found.get("done", 0)
-    if not found:
+    try:
+        cached = Cached(folder)
+        whole = bool(found) and all(hashed(cached, part) == value for part, value in enumerate(found["parts"]))
+    except (OSError, ValueError, EOFError):
+        whole = False
+    if not whole:
+        raise ValueError(f"--heal-cache {folder}: is damaged; remove it, it is computed again")
+    return found["parts"]
+
+
+def fill(folder: Path, teacher: Callable[[], Live], windows: Windows, asked: dict, progress: bool) -> None:
+    """Compute what is missing; the folder is locked."""
+    parts = opened(folder, asked)  # another process may have filled it until now
+    if not parts:
+        shape = (len(windows), windows.seqlen, asked["k"])
         reserve(folder, 6 * int(np.prod(shape)))
         np.lib.format.open_memmap(folder / "log_p.npy", "w+", np.float16, shape)
         np.lib.format.open_memmap(folder / "ids.npy", "w+", np.uint32, shape)
-        write_text(json.dumps({"of": asked, "done": 0}), note)
-    if done < len(windows):
-        log_p, ids = (np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("log_p", "ids"))
-        live = teacher()
-        for i in tqdm(range(done, len(windows)), initial=done, total=len(windows), desc="teacher", unit="window",
-                      disable=not progress, leave=False):
-            logits, _ = live(model_inputs(live.model, windows[i], live.device))
-            top = TopK.of(logits, k, temperature)
-            log_p[i], ids[i] = top.log_p[0].half().cpu().numpy(), top.ids[0].cpu().numpy().astype(np.uint32)
-            if (i + 1) % EVERY == 0 or i + 1 == len(windows):
-                log_p.flush()
-                ids.flush()
-                write_text(json.dumps({"of": asked, "done": i + 1}), note)
-    return Cached(folder)
+        sealed.keep({"of": asked, "parts": []}, folder / NOTE)
+    if len(parts) * EVERY >= len(windows):
+        return
+    log_p, ids = (np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("log_p", "ids"))
+    live = teacher()
+    for i in tqdm(range(len(parts) * EVERY, len(windows)), initial=len(parts) * EVERY, total=len(windows),
+                  desc="teacher", unit="window", disable=not progress, leave=False):
+        logits, _ = live(model_inputs(live.model, windows[i], live.device))
+        top = TopK.of(logits, asked["k"], asked["temperature"])
+        log_p[i], ids[i] = top.log_p[0].half().cpu().numpy(), top.ids[0].cpu().numpy().astype(np.uint32)
+        if (i + 1) % EVERY == 0 or i + 1 == len(windows):
+            log_p.flush()
+            ids.flush()
+            parts.append(hashed(Cached(folder), len(parts)))
+            sealed.keep({"of": asked, "parts": parts}, folder / NOTE)
+
+
+def hashed(cached: Cached, part: int) -> str:
+    """sha256 (hex) of a part of a cache."""
+    found = hashlib.sha256()
+    for array in (cached.log_p, cached.ids):
+        found.update(np.ascontiguousarray(array[part * EVERY:(part + 1) * EVERY]))
+    return found.hexdigest()
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Within the context, no other process fills the folder. Raises ValueError naming `--heal-cache` if one does."""
+    lock = Lock(folder / "lock")
+    try:
+        lock.take()
+    except Taken as error:
+        raise ValueError(f"--heal-cache {folder}: is being filled by another process ({error}); wait for it, or give "
+                         "another folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def reserve(folder: Path, size: int) -> None:

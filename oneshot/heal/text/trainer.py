@@ -1,5 +1,6 @@
 """Transformers' Trainer as healing on text uses it: Adam's parameter groups, a mask, looks, a progress bar."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from ...runtime import sealed
+from ...runtime import distributed, sealed
+from ..options import TENSORBOARD
 from ..train import BETAS
 from . import SEAL, verdict
 
-__all__ = ["Bar", "Looks", "Seals", "TextTrainer", "TrainingArguments"]
+__all__ = ["Looks", "Seals", "TextTrainer", "TrainingArguments", "watching"]
 
 
 class TextTrainer(Trainer):
@@ -35,6 +37,17 @@ class TextTrainer(Trainer):
         loss = super().training_step(*args, **kwargs)
         self.masked()
         return loss
+
+
+def watching(attempt: int, progress: bool) -> list[TrainerCallback]:
+    """What shows how training goes: a bar, and TensorBoard's log where the environment names a folder for it."""
+    bar = [Bar()] if progress else []
+    if distributed.rank() or not (folder := os.environ.get(TENSORBOARD)):
+        return bar
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    return [*bar, TensorBoardCallback(SummaryWriter(Path(folder).expanduser() / f"attempt-{attempt}"))]
 
 
 class Bar(TrainerCallback):

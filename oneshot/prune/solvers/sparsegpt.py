@@ -14,8 +14,8 @@ best values if (w - ŵ) V = 0 there, that is
 
 This leaves one Cholesky factorisation (C³/3), and the compensation for all earlier blocks is a single matrix product.
 Within a block U_BB = V_BB⁻¹ is exactly the paper's, and its column loop is used. W is held transposed, so that columns
-are contiguous. On a CPU the loop is compiled (oneshot_kernels/cpu/column_loop.py); `solve_block` is the same in torch,
-for GPUs and for machines without a compiler.
+are contiguous. The loop is compiled on a CPU and one launch on a GPU (oneshot_kernels/columns.py); `solve_block` is the
+same in torch, for machines without a compiler or Triton.
 
 The loop also rounds (the paper's section 3.5; with a given mask it is GPTQ, arXiv 2210.17323): a kept weight goes to
 the nearest value of its grid, and the error of that is compensated like that of a removed weight. A group's scale is
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from oneshot_kernels.cpu import column_loop
+from oneshot_kernels import columns
 
 from ...calibrate.statistics import Statistics
 from ...runtime.flag import flag
@@ -98,7 +98,6 @@ def sweep(W: torch.Tensor, statistics: Statistics, pattern: Pattern, cfg: Config
     b, shared, span = widths(C, chosen or cfg.block_size, nm, grid)
     plain = sweep(W, statistics, pattern, cfg, given).W_hat.T if search and shared == C else None
     scales, W_hat, current = [], torch.empty_like(E), Current(E, V, span)
-    solve = compiled if column_loop.available(W) else solve_block
     for i in range(0, C, b):
         B = slice(i, min(i + b, C))
         W_B, U = current(B, out=W_hat[B])
@@ -110,9 +109,9 @@ def sweep(W: torch.Tensor, statistics: Statistics, pattern: Pattern, cfg: Config
             W_G, U_G = (E, None) if shared == C else (W_B, U) if G == B else current(G)
             known = not nm and (not chosen or G.stop <= M.stop)  # what is kept in the group
             if search and (nm or known):  # as it would be unless it were rounded
-                W_G = unrounded(solve, W_G, U_G, mask[G], nm) if plain is None else plain
+                W_G = unrounded(W_G, U_G, mask[G], nm) if plain is None else plain
             scales.append(scales_of(grid, W_G * mask[G] if known else W_G, d[G] if search else None))
-        solve(W_B, U, mask[B], nm, column_loop.Grid(scales[-1], b, grid.low, grid.high) if grid else None)
+        solve(W_B, U, mask[B], nm, columns.Grid(scales[-1], b, grid.low, grid.high) if grid else None)
         E[B] -= W_B
     return Solution(W_hat.T, mask.T, info, scales=torch.cat(scales).T if grid else None)
 
@@ -127,8 +126,7 @@ def rounded(W: torch.Tensor, V: torch.Tensor, mask: torch.Tensor, scales: torch.
     for i in range(0, len(W), b):
         B = slice(i, min(i + b, len(W)))
         W_B, U = current(B, out=W_hat[B])
-        solve = compiled if column_loop.available(W) else solve_block
-        solve(W_B, U, mask[B], None, column_loop.Grid(scales[B], 1, grid.low, grid.high))
+        solve(W_B, U, mask[B], None, columns.Grid(scales[B], 1, grid.low, grid.high))
         E[B] -= W_B
     return W_hat
 
@@ -174,7 +172,7 @@ class Current:
         return torch.addmm(E[B], U.T, compensation, out=out), U
 
 
-def unrounded(solve: Any, W: torch.Tensor, U: torch.Tensor, mask: torch.Tensor, nm: NM | None) -> torch.Tensor:
+def unrounded(W: torch.Tensor, U: torch.Tensor, mask: torch.Tensor, nm: NM | None) -> torch.Tensor:
     """What the column loop makes of a group of columns W (b, R) without rounding; nothing given is changed."""
     W = W.clone()
     solve(W, U, mask.clone(), nm)
@@ -208,14 +206,18 @@ def keep(pattern: Pattern, scaled: torch.Tensor) -> torch.Tensor:
     return pattern.keep(strength(scaled.T, pattern)).T
 
 
-def compiled(W: torch.Tensor, U: torch.Tensor, mask: torch.Tensor, nm: NM | None,
-             grid: column_loop.Grid | None = None) -> None:
-    """`solve_block` in C++: the same mask, values to rounding."""
-    column_loop.solve(W, U, mask, (nm.n, nm.m) if nm else None, grid)
+def solve(W: torch.Tensor, U: torch.Tensor, mask: torch.Tensor, nm: NM | None,
+          grid: columns.Grid | None = None) -> None:
+    """`solve_block` where it is fast: the same mask, values to rounding."""
+    pair = (nm.n, nm.m) if nm else None
+    if columns.available(W, pair):
+        columns.solve(W, U, mask, pair, grid)
+    else:
+        solve_block(W, U, mask, nm, grid)
 
 
 def solve_block(W: torch.Tensor, U: torch.Tensor, mask: torch.Tensor, nm: NM | None,
-                grid: column_loop.Grid | None = None) -> None:
+                grid: columns.Grid | None = None) -> None:
     """The paper's column loop on one mask block, in place: W (b, R) becomes Ŵ. U: (b, b).
 
     mask: bool (b, R). For an N:M pattern it is chosen here, at every m-th column from the current weights. A column

@@ -1,0 +1,302 @@
+"""`fast_decode`: transformers' generate with one compiled call a token, against float64 and against transformers."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+import variants
+from oneshot_kernels import reference, sparsify
+from oneshot_kernels.cpu import cache as room
+from oneshot_kernels.cpu import integers, library, step
+from oneshot_kernels.cpu.decode import Decoder, fast_decode
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+pytestmark = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPE = {"vocab_size": 211, "hidden_size": 48, "intermediate_size": 100, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "sliding_window": None,
+         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+FAMILIES = {"llama": {"head_dim": 20}, "mistral": {"num_key_value_heads": 4}, "qwen2": {"num_key_value_heads": 1},
+            "qwen3": {"head_dim": 24}}
+BIAS = {"llama": {"attention_bias": True, "mlp_bias": True}, "qwen2": {}, "qwen3": {"attention_bias": True}}
+ROPES = {"llama3": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+         "yarn": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64},
+         "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0,
+                     "original_max_position_embeddings": 8}}
+PROMPT = torch.tensor([[5, 17, 3, 99, 140]])
+
+
+def make(family="llama", dtype=torch.float32, **changed):
+    """A model with random weights, biases and gains, and sharp logits."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **(SHAPE | FAMILIES.get(family, {}) | changed))
+    model = AutoModelForCausalLM.from_config(config).to(dtype).eval().requires_grad_(False)
+    for name, p in model.named_parameters():
+        p.copy_(torch.randn(p.shape) * 0.2 + ("norm" in name))
+    return model
+
+
+def say(model, ids=PROMPT, n=40, **options):
+    return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n, do_sample=False,
+                          **options)
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """How many tokens were computed by one call."""
+    made, real = [], Decoder.step
+    monkeypatch.setattr(Decoder, "step", lambda self, *args: (made.append(1), real(self, *args))[1])
+    return made
+
+
+def install(model, steps):
+    assert fast_decode(model) is None
+    steps.clear()  # without those of the check
+    return model
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_errs_at_most_twice_as_much_as_transformers(family, dtype):
+    """Against float64 on the very weights, token by token behind prompts of several lengths."""
+    model = make(family, dtype, **BIAS.get(family, {}))
+    truth = copy.deepcopy(model).double()
+    fast = copy.deepcopy(model)
+    assert fast_decode(fast) is None
+    ours = theirs = size = 0.0
+    for n in (1, 5, 90):
+        ids = torch.randint(3, 211, (1, n + 6), generator=torch.Generator().manual_seed(n))
+        caches = [DynamicCache(config=model.config) for _ in range(3)]
+        with torch.no_grad():
+            for m, cache in zip((truth, model, fast), caches, strict=True):
+                m(input_ids=ids[:, :n], past_key_values=cache)
+            for t in range(n, n + 6):
+                want, plain, got = (m(input_ids=ids[:, t : t + 1], past_key_values=cache).logits
+                                    for m, cache in zip((truth, model, fast), caches, strict=True))
+                assert got.dtype == plain.dtype and got.shape == plain.shape
+                ours += float((got - want).square().sum())
+                theirs += float((plain - want).square().sum())
+                size += float(want.square().sum())
+    assert 0 < ours <= 4 * theirs < 0.1 * size
+
+
+@pytest.mark.parametrize("name", variants.NAMES)
+def test_every_variant_is_the_reference(name, monkeypatch):
+    """The reference in float64 (reference.llama_token), which the library's own test compares with."""
+    variants.use(step, "step", name, monkeypatch)
+    assert step._self_test(step._library()) is None
+
+
+def test_the_reference_is_transformers_llama():
+    model = make("qwen3").double()
+    attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+
+    def weights(layer):
+        parts = {name: getattr(layer.self_attn, f"{name}_proj") for name in "qkvo"}
+        parts |= {name: getattr(layer.mlp, f"{name}_proj") for name in ("gate", "up", "down")}
+        parts |= {"before": layer.input_layernorm, "after": layer.post_attention_layernorm,
+                  "q_norm": layer.self_attn.q_norm, "k_norm": layer.self_attn.k_norm}
+        return {name: part.weight for name, part in parts.items()}
+    assert attention.scaling == 24**-0.5 and type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
+    past = [None, None]
+    cosine, sine = model.model.rotary_emb(torch.empty(1, 1, dtype=torch.float64), torch.arange(5)[None])
+    blocks = [weights(layer) for layer in model.model.layers]
+    for t in range(5):
+        x = reference.llama_token(model.model.embed_tokens(PROMPT[0, t]), blocks, past, (cosine[0, t], sine[0, t]),
+                                  heads=4, eps=model.config.rms_norm_eps, scaling=24**-0.5)
+    with torch.no_grad():
+        want = model.model(input_ids=PROMPT).last_hidden_state[0, -1]
+    got = reference.rms_norm(x, model.model.norm.weight, model.config.rms_norm_eps)
+    assert reference.relative_error(got, want) < 1e-6
+
+
+@pytest.mark.parametrize("rope", ["llama3", "yarn"])
+def test_generates_what_transformers_does(rope, steps):
+    model = make(rope_parameters=ROPES[rope])
+    want = say(model, n=200)  # beyond the room that the cache gets at first
+    assert torch.equal(say(install(model, steps), n=200), want) and len(steps) == 199
+
+
+@pytest.mark.parametrize("form", ["2:4", "int8", "int4", "int8 head"])
+def test_packed_layers_are_read_where_they_are(form, steps):
+    model = make(dtype=torch.bfloat16, hidden_size=64, head_dim=16, intermediate_size=128)
+    g = torch.Generator().manual_seed(1)
+    for layer in model.model.layers:
+        for module in (layer.self_attn, layer.mlp):
+            for name, linear in list(module.named_children()):
+                if not isinstance(linear, nn.Linear):
+                    continue
+                linear.weight.copy_(reference.random_24(*linear.weight.shape, torch.float32, g) / 8)
+                if form in ("int8", "int4"):
+                    setattr(module, name, integers.IntegerLinear.from_linear(linear, bits=int(form[-1]), sparse=True))
+    if form in ("2:4", "int8 head"):
+        sparsify(model, head="int8" if "head" in form else None)
+    plain = copy.deepcopy(model)
+    install(model, steps)
+    got, want = ([out.float() for out in say(m, return_dict_in_generate=True, output_logits=True).logits]
+                 for m in (model, plain))
+    assert len(steps) == 39
+    assert reference.relative_error(torch.cat(got[:3]), torch.cat(want[:3])) < 0.05
+
+
+def test_any_number_of_threads_gives_the_same_bits():
+    model = make(hidden_size=192, intermediate_size=640, head_dim=48)
+    assert fast_decode(model) is None
+    ids = torch.randint(3, 200, (1, 300), generator=torch.Generator().manual_seed(0))
+    prompt, before, found = DynamicCache(config=model.config), torch.get_num_threads(), []
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=prompt)
+        try:
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                cache = copy.deepcopy(prompt)
+                found.append([model(input_ids=PROMPT[:, t : t + 1], past_key_values=cache).logits for t in range(3)])
+        finally:
+            torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for own in found[1:] for a, b in zip(own, found[0], strict=True))
+
+
+def several(model):
+    """What is not a single token behind a plain cache."""
+    two, padded = PROMPT.repeat(2, 1), torch.cat((torch.zeros(1, 3, dtype=torch.long), PROMPT), 1)
+    yield lambda: model.generate(two, attention_mask=torch.ones_like(two), max_new_tokens=6, do_sample=False)
+    yield lambda: model.generate(padded, attention_mask=(padded > 0).long(), max_new_tokens=6, do_sample=False)
+    yield lambda: say(model, n=6, cache_implementation="static")
+    yield lambda: say(model, n=6, num_beams=2)
+    yield lambda: say(model, n=6, use_cache=False)
+    yield lambda: model(PROMPT).logits
+    yield lambda: model(input_ids=PROMPT, labels=PROMPT).loss
+    yield lambda: say(model, n=6, return_dict_in_generate=True, output_hidden_states=True).hidden_states[1][1]
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_everything_else_is_transformers_own(number, steps):
+    model, plain = make(), make()
+    install(model, steps)
+    got, want = (list(several(m))[number]() for m in (model, plain))
+    assert torch.equal(got, want) and not steps
+
+
+def test_a_cache_may_be_cropped_shared_and_used_by_others(steps):
+    model, plain = make(), make()
+    install(model, steps)
+    ids = torch.randint(3, 200, (1, 40), generator=torch.Generator().manual_seed(3))
+    caches = {m: [DynamicCache(config=m.config) for _ in range(2)] for m in (model, plain)}
+    found = {}
+    with torch.no_grad():
+        for m, (one, other) in caches.items():
+            logits = [m(input_ids=ids[:, :4], past_key_values=one).logits,
+                      m(input_ids=ids[:, 9:20], past_key_values=other).logits]
+            for t in range(4, 9):  # two texts by turns
+                logits += [m(input_ids=ids[:, t : t + 1], past_key_values=cache).logits for cache in (one, other)]
+            one.crop(-3)
+            logits += [m(input_ids=ids[:, t : t + 1], past_key_values=one).logits for t in range(20, 24)]
+            logits.append(m(input_ids=ids[:, 24:30], past_key_values=one).logits)  # several tokens: transformers
+            logits += [m(input_ids=ids[:, t : t + 1], past_key_values=one).logits for t in range(30, 33)]
+            found[m] = torch.cat([part.flatten(0, 1) for part in logits])
+    assert len(steps) == 5 * 2 + 4 + 3
+    assert reference.relative_error(found[model], found[plain].double()) < 1e-5
+
+
+def test_a_cache_that_grows_keeps_what_it_holds(monkeypatch):
+    monkeypatch.setattr(room, "ROOM", 2)
+    model = make()
+    want = say(model, n=70)
+    assert fast_decode(model) is None and torch.equal(say(model, n=70), want)
+
+
+def test_a_copy_and_what_is_saved_are_as_before(tmp_path, steps):
+    model = make()
+    keys = list(model.state_dict())
+    install(model, steps)
+    assert list(model.state_dict()) == keys and type(model).__name__ == "LlamaForCausalLM"
+    say(copy.deepcopy(model), n=4)
+    assert not steps
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config.architectures == ["LlamaForCausalLM"] and torch.equal(say(again, n=9), say(model, n=9))
+
+
+@pytest.mark.parametrize("what", ["layer", "weight", "moved"])
+def test_a_model_that_was_changed_is_noticed(what, steps):
+    model = make()
+    install(model, steps)
+    mlp = model.model.layers[1].mlp
+    if what == "layer":
+        mlp.up_proj = nn.Linear(48, 100, bias=False)
+    elif what == "weight":
+        mlp.up_proj.weight = nn.Parameter(mlp.up_proj.weight * 2)
+    else:
+        model.double()
+    with pytest.warns(RuntimeWarning, match="changed since fast_decode"):
+        got = say(model, n=9)
+    plain = copy.deepcopy(model)
+    assert torch.equal(got, say(plain, n=9)) and not steps
+
+
+def test_weights_that_change_where_they_are_count(steps):
+    model = make()
+    install(model, steps)
+    model.model.layers[0].mlp.up_proj.weight.mul_(2)
+    got = say(model, n=9)
+    assert len(steps) == 8 and torch.equal(got, say(copy.deepcopy(model), n=9))
+
+
+@pytest.mark.parametrize("family, changed, said", [
+    ("gpt2", {}, "gpt2 is not among"), ("gemma", {"head_dim": 16}, "gemma is not among"),
+    ("llama", {"hidden_act": "relu"}, "with SiLU"),
+    ("llama", {"rope_parameters": ROPES["dynamic"]}, "depend on the length"),
+    ("mistral", {"sliding_window": 16}, "sliding windows")])
+def test_what_it_does_not_know_it_refuses(family, changed, said, steps):
+    model = make(family, **changed)
+    assert said in fast_decode(model)
+    steps.clear()
+    say(model, n=3)
+    assert not steps
+
+
+def test_a_model_that_computes_something_else_is_refused(monkeypatch):
+    """The same parts, another forward."""
+    model = make()
+    model.model.layers[1].mlp.forward = lambda x: 2 * x
+    assert "something else" in fast_decode(model)
+
+
+def test_row_major_2_4_layers_are_refused(monkeypatch):
+    model = make(dtype=torch.bfloat16)
+    sparse = nn.Linear(48, 100, bias=False, dtype=torch.bfloat16)
+    sparse.weight = nn.Parameter(reference.random_24(100, 48, torch.bfloat16, torch.Generator()), requires_grad=False)
+    from oneshot_kernels import Sparse24Linear
+
+    layer = Sparse24Linear.from_linear(sparse)
+    layer._arrange(2)
+    model.model.layers[0].mlp.up_proj = layer
+    assert "another kind" in fast_decode(model)
+
+
+def test_without_a_compiler_it_says_so(monkeypatch):
+    monkeypatch.setattr(step, "_library", lambda: None)
+    model = make()
+    assert fast_decode(model).startswith("no compiled kernel") and library.why("step")
+    assert say(model, n=3).shape == (1, 8)
+
+
+def test_a_variant_that_computes_wrong_is_found(monkeypatch):
+    class Wrong:
+        @staticmethod
+        def step(*args):
+            return 0  # and writes nothing
+    assert "relative error" in step._self_test(Wrong())
+
+
+def test_nan_passes_through(steps):
+    model = make()
+    install(model, steps)
+    model.model.layers[0].mlp.down_proj.weight[3, 4] = torch.nan
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=PROMPT, past_key_values=cache)
+        assert model(input_ids=PROMPT[:, :1], past_key_values=cache).logits.isnan().all() and steps
