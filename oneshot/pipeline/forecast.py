@@ -40,8 +40,9 @@ class Task:
     """What a run does, as far as memory and time depend on it.
 
     chain: names of solver and refiners; () if nothing is pruned. grams: Gram matrices of each input. copies: of the
-    activations. calibration, evaluation: (windows, tokens of each). batch, eval_batch: windows. budget: bytes of Gram
-    matrices at once. activation: bytes of a waiting number.
+    activations and of the block. calibration, evaluation: (windows, tokens of each). batch, eval_batch: windows.
+    budget: bytes of Gram matrices at once. activation: bytes of a waiting number. passes: of the calibration windows
+    through the blocks.
     """
 
     chain: tuple[str, ...]
@@ -53,6 +54,7 @@ class Task:
     eval_batch: int
     budget: int
     activation: int = 4
+    passes: int = 2
     offload: bool = False
     saves: bool = False
     gpu: bool = False
@@ -71,7 +73,8 @@ def phases(shape: Shape, task: Task, program: float) -> dict[str, list[Part]]:
     blocks = layer.stored if task.offload else sum(own.stored for own in shape.layers)
     always = [Part("the program", program), Part("outside the blocks, stored", shape.rest * shape.itemsize),
               Part("block, stored" if task.offload else "blocks, stored", blocks)]
-    block = Part("block, computing", layer.weights * wide * (shape.itemsize != wide or task.gpu), True)
+    own = layer.weights * wide * (shape.itemsize != wide or task.gpu)
+    block = Part("block, computing", own, True)
     waiting = Part("activations", hidden_bytes(shape, task.calibration, task.activation) * task.copies,
                    not task.waits_on_cpu)
     largest = max(shape.embedding, shape.head, *(own.R * own.C * own.experts for own in layer.linears))
@@ -81,7 +84,8 @@ def phases(shape: Shape, task: Task, program: float) -> dict[str, list[Part]]:
         solving = max(solver_bytes(layer, task), batch_bytes(shape, layer, task.calibration[1], task.batch, wide),
                       0 if task.gpu else layer.stored)
         found["calibrating"] = [*always, block, first, waiting]
-        found["pruning"] = [*always, block, waiting, Part("Gram matrices", gram_bytes(layer, task), True),
+        teacher = [Part("block, dense", own or layer.stored, True)] * (task.copies - 1)
+        found["pruning"] = [*always, block, *teacher, waiting, Part("Gram matrices", gram_bytes(layer, task), True),
                             Part("solver, or a batch", solving, True)]
     if task.evaluation[0]:
         kept = Part("activations", min(GROUP_BYTES, hidden_bytes(shape, task.evaluation, wide)), True)
@@ -179,9 +183,9 @@ def forward(shape: Shape, windows: tuple[int, int], layers: tuple[Layer, ...] | 
 
 
 def pruning(shape: Shape, task: Task) -> Work:
-    """What calibrating and solving take: two passes, Gram matrices, the solver, the error on a sample of tokens."""
+    """What calibrating and solving take: the passes, Gram matrices, the solver, the error on a sample of tokens."""
     tokens, total = task.calibration[0] * task.calibration[1], Counter()
-    total["product"] = (1 + task.copies) * forward(shape, task.calibration)
+    total["product"] = task.passes * forward(shape, task.calibration)
     for layer in shape.layers:
         inputs = {own.fed: own for own in layer.linears}
         passes = max(1, -(-gram_bytes(layer, replace(task, budget=2**62)) // max(gram_bytes(layer, task), 1)))

@@ -23,9 +23,16 @@ def check(cfg: RunConfig) -> None:
     if cfg.offload == "none":
         return
     if importlib.util.find_spec("accelerate") is None:
-        raise ValueError("--offload disk: needs accelerate; pip install accelerate")
+        raise ValueError("--offload disk: needs accelerate; pip install 'oneshot[offload]'")
     if distributed.world() > 1:
         raise ValueError("--offload disk: works in one process; start the command without torchrun")
+    if found := whole(cfg):
+        raise ValueError(f"{found[0]}: needs the whole model in memory, so it does not go with --offload disk; leave "
+                         "out one of them")
+
+
+def whole(cfg: RunConfig) -> list[str]:
+    """The flags of a run that need the whole model in memory."""
     pruned = {
         "--shrink": cfg.shrinks, f"--heal {cfg.heal}": set(cfg.heals) - HEALERS,
         f"--quantise {cfg.quantise}": cfg.quantise is not None, f"--format {cfg.format}": cfg.format != "dense",
@@ -34,10 +41,7 @@ def check(cfg: RunConfig) -> None:
             "gradient" in module.needs for module, _ in chain_of(cfg)))}
     found = [flag for flag, given in pruned.items() if cfg.prunes and given]
     found += ["--quantised"] if cfg.row == "rounded" else []
-    found += [f"--{name}" for name in sorted(WHOLE) if measure.module(name).asked(cfg)]
-    if found:
-        raise ValueError(f"{found[0]}: needs the whole model in memory, so it does not go with --offload disk; leave "
-                         "out one of them")
+    return found + [f"--{name}" for name in sorted(WHOLE) if measure.module(name).asked(cfg)]
 
 
 def check_space(model: nn.Module, folder: Folder | None) -> None:

@@ -20,10 +20,10 @@ from typing import Any
 
 from torch import nn
 
-from .. import models
+from .. import measure, models
 from ..data import choose
 from ..models import Tokenizer
-from ..prune import solvers
+from ..prune import allocate, solvers
 from ..report.table import render
 from ..runtime import environment
 from ..runtime.command import Parser, exit_code
@@ -79,6 +79,7 @@ def work(argv: list[str]) -> None:
     given = flags.read(rest)
     configs = flags.expand(given)
     checks.check(configs)
+    check_known(configs)
     idle.check(given, configs)
     models.quiet()
     limit = size(args.memory) if args.memory is not None else environment.free_memory("cpu")
@@ -148,10 +149,26 @@ def task_of(cfg: RunConfig, model: nn.Module, tokenizer: Tokenizer) -> Task:
         {"outer", "cross"} if cfg.prunes and cfg.dense_target else set())
     half = cfg.activation_dtype in ("bfloat16", "float16")
     return Task(tuple(map(solvers.short, modules)), len(needs & {"outer", "cross", "held"}),
-                1 + bool(cfg.prunes and (cfg.dense_target or cfg.heals)),
+                1 + bool(cfg.prunes and cfg.dense_target),
                 (cfg.nsamples if needs_data(cfg) else 0, seqlen), (texts, length), cfg.batch_size,
-                cfg.eval_batch_size or cfg.batch_size, cfg.gram_bytes, 2 if half else 4, cfg.offload == "disk",
-                bool(cfg.save), environment.total_memory(cfg.device) is not None, cfg.activations == "cpu")
+                cfg.eval_batch_size or cfg.batch_size, cfg.gram_bytes, 2 if half else 4, passes(cfg),
+                cfg.offload == "disk", bool(cfg.save), environment.total_memory(cfg.device) is not None,
+                cfg.activations == "cpu")
+
+
+def passes(cfg: RunConfig) -> int:
+    """How often the calibration windows pass through the blocks, if the Gram matrices fit their budget."""
+    stages = 4 if cfg.true_sequential else 1  # q, k, v; o; gate, up; down
+    return 1 + stages * (1 + bool(cfg.dense_target)) + bool(cfg.dense_target) + 2 * bool(
+        allocate.module(cfg.allocate).needs)
+
+
+def check_known(configs: Sequence[RunConfig]) -> None:
+    """Raise ValueError naming the first flag whose memory and time the plan's arithmetic does not know."""
+    for cfg in configs:
+        beside = [f"--{name}" for name in ("divergence", "damage") if measure.module(name).asked(cfg)]
+        if found := offloading.whole(cfg) + ([f"--heal {cfg.heal}"] if cfg.prunes and cfg.heals else []) + beside:
+            raise ValueError(f"{found[0]}: a plan does not know what it takes; plan without it, and leave room")
 
 
 def free_flags(configs: Sequence[RunConfig], given: dict[str, Any]) -> list[str]:
@@ -199,8 +216,7 @@ def why_not(shape: Shape, task: Task, limits: tuple[float, float | None], progra
     name, total = forecast.peak(found, on_gpu)
     parts = sorted((p for p in found[name] if on_gpu is None or p.on_gpu == on_gpu), key=lambda part: -part.bytes)
     limit, flag = (limits[1], "--device: its memory") if on_gpu else (limits[0], "--memory")
-    how = "with --offload disk and the smallest batches" if task.offload else \
-        "in memory as a whole, as one of the flags needs it"
+    how = "with --offload disk and the smallest batches" if task.offload else "with the whole model in memory"
     return (f"{flag} {limit / 2**30:.3g} GiB: the run takes {total / 2**30:.3g} GiB while {name}, {how}; the largest "
             f"parts: {', '.join(f'{part.name} {part.bytes / 2**30:.3g}' for part in parts[:3])}")
 

@@ -7,7 +7,11 @@ import tiny
 from tiny import place, plain_pages  # noqa: F401
 
 from oneshot import __main__ as dispatcher
+from oneshot import models
+from oneshot.data import choose
 from oneshot.pipeline import forecast, machine, plan_command
+from oneshot.pipeline.plan import allocated, job_of, make_plan
+from oneshot.prune import loop
 from oneshot.settings import flags
 
 SPEEDS = dict.fromkeys(forecast.KINDS, 1e9)
@@ -71,11 +75,37 @@ def test_what_is_given_stays(place):  # noqa: F811
         planned(*argv, "--offload", "none", "--eval-batch-size", "4", limit=limit)
 
 
-def test_what_does_not_go_with_a_disk_stays_in_memory(place):  # noqa: F811
-    argv = words(place, "--heal", "distil")
-    full = planned(*argv).peak
-    with pytest.raises(ValueError, match="in memory as a whole, as one of the flags needs it"):
-        planned(*argv, limit=full / 2)
+def test_what_cannot_be_on_disk_stays_in_memory(place, monkeypatch):  # noqa: F811
+    argv = words(place)
+    limit = planned(*argv, "--eval-batch-size", "1", "--batch-size", "1").peak - 4000
+    assert "offload" in planned(*argv, limit=limit).flags
+    monkeypatch.setattr(plan_command.offloading.importlib.util, "find_spec", lambda name: None)  # no accelerate
+    with pytest.raises(ValueError, match="with the whole model in memory"):
+        planned(*argv, limit=limit)
+
+
+@pytest.mark.parametrize("more", [("--heal", "block"), ("--shrink", "0.7"), ("--divergence",), ("--latency",),
+                                  ("--method", "gradient"), ("--quantise", "int4")])
+def test_what_a_plan_does_not_know(more, place, capfd):  # noqa: F811
+    code, _, [line] = said(capfd, *words(place, *more))
+    assert code == 2 and line.startswith(f"error: {more[0]}") and "a plan does not know what it takes" in line
+
+
+def test_passes(place):  # noqa: F811
+    """As many as there are: the calls of the first block while one block is pruned."""
+    for more in ((), ("--true-sequential",), ("--dense-target", "0.5"), ("--allocate", "owl"),
+                 ("--true-sequential", "--dense-target", "0.5")):
+        [cfg] = flags.parse(words(place, "--pattern", "0.5", *more, nsamples=1, evaluate="none", pattern=None))
+        model = models.load(place / "model")[0]
+        calls, first = [], models.blocks(model)[1][0]
+        first.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        tokens = choose.calibration(cfg, model, models.load(place / "model")[1])
+        calls.clear()
+        [plan] = allocated([cfg], model, [make_plan(cfg, model)], tokens)
+        loop.prune_model(model, tokens.ids, None, job_of(cfg, plan, tokens))
+        probes = 1 + bool(cfg.allocate != "uniform")  # what the block returns is asked before
+        teacher = bool(cfg.dense_target)  # a copy of the block takes its hooks along
+        assert len(calls) - probes == plan_command.passes(cfg), (more, len(calls), teacher)
 
 
 def test_it_refuses_in_one_line(place, tmp_path, capfd, monkeypatch):  # noqa: F811
