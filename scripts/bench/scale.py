@@ -61,25 +61,37 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def work(args: argparse.Namespace) -> None:
-    """Measure, unless only the page is asked for, and write both files."""
+    """Measure, unless only the page is asked for, and write both files after each method."""
     file = args.out / "scale.json"
-    if not args.page:
-        write_json(measured(args), file)
-    elif not file.is_file():
+    if args.page and not file.is_file():
         raise ValueError(f"{file}: is not there; leave out --page")
-    text = page(json.loads(file.read_text(encoding="utf-8")))
+    for method in () if args.page else args.methods.split(","):
+        write_json(with_run(before(file, args.size), method, args), file)
+        write_text(page(read_json(file)), args.out / "scale.md")
+    text = page(read_json(file))
     write_text(text, args.out / "scale.md")
     print(text, end="")
 
 
-def measured(args: argparse.Namespace) -> dict:
-    """What scale.json holds."""
+def read_json(file: Path) -> dict:
+    """What a file holds."""
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def before(file: Path, size: str) -> dict:
+    """The runs in scale.json, if they are of this size and these flags: other methods' stay; else none."""
+    found = read_json(file) if file.is_file() else {}
+    return found if (found.get("size"), found.get("flags")) == (size, FEW) else {"size": size, "flags": FEW, "runs": []}
+
+
+def with_run(data: dict, method: str, args: argparse.Namespace) -> dict:
+    """scale.json with the run of one method, in place of an earlier one."""
     model = args.work / f"llama-{args.size}"
     if not synthetic.is_made(model, args.size):
         synthetic.make(model, args.size)
-    runs = [one_run(model, method, args.work) for method in args.methods.split(",")]
-    return {"size": args.size, "bytes": sum(f.stat().st_size for f in model.glob("*.safetensors")), "flags": FEW,
-            "runs": runs, "environment": environment.environment("cpu")}
+    runs = [run for run in data["runs"] if run["method"] != method] + [one_run(model, method, args.work)]
+    return data | {"bytes": sum(f.stat().st_size for f in model.glob("*.safetensors")),
+                   "runs": runs, "environment": environment.environment("cpu")}
 
 
 def one_run(model: Path, method: str, work: Path) -> dict:
