@@ -14,6 +14,7 @@ COMMANDS = {  # verb: (module with its main, what it does)
     "generate": ("oneshot.pipeline.generate", "generate text with a dense or packed model and measure the speed"),
     "compare": ("oneshot.report.compare", "put finished runs into one table and one page"),
 }
+SHARED = ("prune", "shrink", "heal")  # which torchrun may start
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,6 +32,12 @@ def main(argv: list[str] | None = None) -> int:
     if verb and not verb.startswith("-") and verb not in COMMANDS:
         print(f"error: {verb}: no such command; there are {', '.join(COMMANDS)} (oneshot --help)", file=sys.stderr)
         return 2
+    if verb in COMMANDS and verb not in SHARED:
+        from .runtime import distributed
+        from .runtime.command import exit_code
+
+        if code := exit_code(distributed.check):
+            return code
     module, _ = COMMANDS[verb if verb in COMMANDS else "prune"]
     return importlib.import_module(module).main(argv[1:] if verb in COMMANDS else argv)
 

@@ -110,12 +110,13 @@ class FusedGatedMLP(nn.Module):
 
 def sparsify(
     model: nn.Module, *, fuse: bool = True, prefill_copy: bool = False, skip: tuple[str, ...] = ("lm_head",),
-    head: str | None = None,
+    head: str | None = None, round_inputs: bool = False,
 ) -> Report:
     """Replace, in place, every nn.Linear with a 2:4 weight by a `Sparse24Linear`, then fuse. Returns what was done.
 
     Layers that are already packed (from a packed checkpoint) are prepared and fused too; those of int8 or int4 codes
-    round their inputs from here on, where they are compiled. fuse: whether to fuse.
+    compute with the codes, where they are compiled. fuse: whether to fuse. round_inputs: whether these round their
+    inputs to int8 as well: faster, and further from what was measured.
     prefill_copy: whether to keep copies for cuSPARSELt and print their size. skip: last parts of names to leave dense.
     head: "int8" rounds the output head, `lm_head`, to int8 (on a CPU): a fifth to a third of a small model's bytes.
 
@@ -129,8 +130,8 @@ def sparsify(
             module.prepare()
             report.replaced.append(name)
         elif isinstance(module, Rounded24Linear):
-            if module.can_round_inputs():
-                _put(model, name, module.round_inputs())
+            if module.can_compile():
+                _put(model, name, module.compiled(round_inputs))
             report.replaced.append(name)
         elif isinstance(module, nn.Linear):
             reason = _refuses(name, module, skip)

@@ -10,7 +10,8 @@ dense bytes at 16 bits a weight, and the scales:
     metadata   (R, ceil(C/8)) uint8, as in reference.py
     scales     (R, G) int16, the bits of float16 numbers: what casts a model to another dtype leaves them alone
 
-`forward` multiplies by exactly these weights. `round_inputs` gives the compiled layer that rounds its inputs as well.
+`forward` multiplies by exactly these weights. `compiled` gives the layer of cpu/integers.py, which computes with the
+codes.
 """
 
 import torch
@@ -104,19 +105,19 @@ class Rounded24Linear(nn.Module):
         """x (..., C) -> (..., R)."""
         return F.linear(x, self.dense().to(x.dtype), self.bias)
 
-    def round_inputs(self) -> integers.IntegerLinear:
-        """The compiled layer with the same codes and scales, whose inputs are rounded to int8 too (cpu/integers.py).
+    def compiled(self, round_inputs: bool = False) -> integers.IntegerLinear:
+        """The compiled layer with the same codes and scales (cpu/integers.py). round_inputs: to int8, which is faster.
 
         Raises ValueError where nothing can be compiled, and for other groups than it knows: int8 by row, int4 by 64.
         """
-        if not self.can_round_inputs():
+        if not self.can_compile():
             raise ValueError(f"int{self.bits} with groups of {self.group or 'a whole row'}: no compiled kernel here")
         scale = self.half_scales().float()
         weight = integers.prepare(self.codes().to(torch.int8), scale[:, 0] if self.bits == 8 else scale, sparse=True,
                                   bits=self.bits)
-        return integers.IntegerLinear(weight, self.bias)
+        return integers.IntegerLinear(weight, self.bias, not round_inputs)
 
-    def can_round_inputs(self) -> bool:
+    def can_compile(self) -> bool:
         """Whether there is a compiled kernel for this layer on this machine."""
         known = (self.bits, self.group) in ((8, None), (4, integers.BLOCK)) or (
             self.bits == 4 and self.groups == 1 and self.in_features <= integers.BLOCK)

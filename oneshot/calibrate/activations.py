@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from .. import models
+from .batches import batches, own
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def capture(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = Non
     stubs = [Stub(block, functools.partial(record, b), returns=activations.returns)
              for b, block in enumerate(block_list)]
     with models.resident(models.rest_of(inner, block_list), device), stubbed(block_list, stubs):
-        for windows, held in batches(len(ids), batch_size, held_out):
+        for windows, held in own(batches(len(ids), batch_size, held_out)):
             intern.start()
             inputs = {"input_ids": ids[windows].to(device)}
             if mask is not None:
@@ -154,20 +155,6 @@ def capture(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = Non
             padded = mask is not None and not bool(mask[windows].all())
             activations.rows.append(inputs["attention_mask"].reshape(-1).bool() if padded else None)
     return activations
-
-
-def batches(n: int, size: int, held_out: Sequence[int] = ()) -> list[tuple[torch.Tensor, bool]]:
-    """Divide n windows, in order, into batches of at most `size`: [(window numbers, whether they are held out)].
-
-    Held-out windows come last, in batches of their own. With any held out, batches have nearly equal sizes, because in
-    training a small last batch would give its windows more weight than the others.
-    """
-    if not len(held_out):
-        return [(part, False) for part in torch.arange(n).split(size)]
-    held = torch.zeros(n, dtype=torch.bool)
-    held[list(held_out)] = True
-    return [(part, kind) for kind in (False, True) if (windows := (held == kind).nonzero()[:, 0]).numel()
-            for part in windows.tensor_split(-(-len(windows) // size))]
 
 
 def cannot(module: nn.Module) -> str:

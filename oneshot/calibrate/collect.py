@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..models import Weight
+from ..runtime import distributed
 from .activations import Activations, forward
 from .statistics import Statistics
 
@@ -21,7 +22,8 @@ from .statistics import Statistics
 class Limits:
     """What one pass may collect.
 
-    budget: bytes of Gram matrices; None: no limit. one_stage: only linears in the same stage of the block as the first
+    budget: bytes of Gram matrices; None: no limit. With several processes, which must agree on what fits, linears with
+    the same input count one by one. one_stage: only linears in the same stage of the block as the first
     one that runs (q, k, v; then o; then gate, up; then down).
     """
 
@@ -79,6 +81,29 @@ class Enough(BaseException):
     """Ends a forward pass of a block once all its linears have been seen; no Exception, which becomes a message."""
 
 
+def needs_of(weight: Weight, needs: frozenset[str]) -> frozenset[str]:
+    """The sums to keep of one linear's input."""
+    return needs if weight.expert is None else needs - {"cross"}
+
+
+def gram_bytes(weight: Weight, needs: frozenset[str], C: int) -> int:
+    """Bytes of the Gram matrices of one linear's input (..., C)."""
+    return 4 * C * C * len(needs_of(weight, needs) & {"outer", "cross", "held"})
+
+
+def affordable(weights: Sequence[Weight], needs: frozenset[str], limits: Limits) -> set[str]:
+    """Names of the first weights, of each stage if there is one stage a pass, whose Gram matrices fit the budget."""
+    spent: dict[str, int] = {}
+    names = set()
+    for weight in weights:
+        stage = weight.kind if limits.one_stage else ""
+        whole = spent.get(stage, 0) + gram_bytes(weight, needs, weight.shape[1])
+        if not spent.get(stage) or whole <= limits.budget:
+            spent[stage] = whole
+            names.add(weight.name)
+    return names
+
+
 class Collector:
     """Collects statistics by hooks on the linears; see `collect`.
 
@@ -89,6 +114,8 @@ class Collector:
     def __init__(self, weights: Sequence[Weight], needs: frozenset[str], device: torch.device,
                  limits: Limits) -> None:
         self.weights, self.needs, self.device, self.limits = weights, needs, device, limits
+        shares = distributed.ranks() > 1 and limits.budget is not None
+        self.allowed = affordable(weights, needs, limits) if shares else None  # names of weights
         self.stage: str | None = None  # kind of the linear that ran first
         self.spent = 0  # bytes of Gram matrices
         self.statistics: dict[str, Statistics] = {}
@@ -170,12 +197,12 @@ class Collector:
         """Start Statistics of C inputs for a weight, if budget and stage allow; whether they do."""
         if weight.name in self.deferred:
             return False
-        needs = self.needs if weight.expert is None else self.needs - {"cross"}
-        cost = 4 * C * C * len(needs & {"outer", "cross", "held"})
+        needs, cost = needs_of(weight, self.needs), gram_bytes(weight, self.needs, C)
         self.stage = self.stage or weight.kind
         limits, whole = self.limits, self.spent + cost
+        full = limits.budget is not None and self.spent and whole > limits.budget
         if (limits.one_stage and weight.kind != self.stage) or \
-                (limits.budget is not None and self.spent and whole > limits.budget):
+                (full if self.allowed is None else weight.name not in self.allowed):
             return False
         self.spent += cost
         self.statistics[weight.name] = Statistics(C, needs, self.device)

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from .. import models
+from ..runtime import distributed
 from .activations import Activations, forward
 from .head import tail
 from .statistics import Gradient
@@ -24,7 +25,8 @@ def gradients(model: nn.Module, activations: Activations, wanted: Iterable[str],
               progress: bool = False) -> dict[str, Gradient]:
     """{full linear name: its Gradient} of the linears `wanted`.
 
-    activations: at the model's first block; they stay there.
+    activations: at the model's first block; they stay there. Processes that work together have the Gradient over the
+    windows of all.
     """
     _, block_list = models.blocks(model)
     sums: dict[str, list[torch.Tensor]] = {}
@@ -45,6 +47,12 @@ def gradients(model: nn.Module, activations: Activations, wanted: Iterable[str],
                 with models.resident(tensors, activations.device, dtype=torch.float32):
                     upstream = backward(block, at, i, upstream, wanted, sums)
             bar.update()
+    n = sum(distributed.gathered(n))
+    for shapes in distributed.gathered({name: total.shape for name, (total, _) in sums.items()}):
+        for name, shape in shapes.items():
+            sums.setdefault(name, [torch.zeros(shape), torch.zeros(shape)])
+    for name in sorted(sums):
+        distributed.add(*sums[name])
     return {name: Gradient(total / n, squares / n) for name, (total, squares) in sums.items()}
 
 

@@ -21,6 +21,10 @@ data are the calibration windows. A tenth of them, but at most 4096 tokens, is h
 seed, in batches of their own, the same for every block and every method, so that no method is judged on windows that
 another has trained on (solvers and calibration statistics do use them). A run with a single window holds out nothing,
 keeps the last state and warns.
+
+With several processes (torchrun) the stages of a block run in all of them, each with its share of the batches: what is
+computed from these must be put together by `runtime.distributed`, as `train.fit` does. Afterwards all have rank 0's
+parameters. `after_model` runs in rank 0 alone, with the batches of all.
 """
 
 import importlib

@@ -28,6 +28,7 @@ from torch import nn
 from .. import calibrate, models
 from ..calibrate import Activations
 from ..models import Block
+from ..runtime import distributed
 from ..runtime.flag import flag
 from . import Heal as Base
 from .train import Trainable, check, distance, fit, mean
@@ -91,13 +92,13 @@ class Heal(Base):
         loss, held = distance(block, activations, targets), [i for i, apart in enumerate(activations.held) if apart]
         before, start = mean(loss, held), whole.snapshot()
         with models.silent(models.mlp(block.module)):
-            ahead = reached(whole, block, activations)
+            ahead = distributed.first(reached(whole, block, activations))
             attention = self.train(block, activations, self.middle, leave | (set(whole.parameters) - ahead))
         mlp = self.train(block, activations, targets, leave | ahead)
         parts = {"attention": attention, "mlp": mlp}
         warnings = [f"{part}: {w}" for part, info in parts.items() for w in info.pop("warnings")]
         after = mean(loss, held)
-        if held and not after <= before:  # a NaN is no gain
+        if before is not None and not after <= before:  # a NaN is no gain
             whole.restore(start)
             warnings.append(f"attention and MLP one by one made the held-out loss worse, {before:.3g} to {after:.3g}: "
                             "left as it was")

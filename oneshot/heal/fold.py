@@ -23,6 +23,7 @@ import torch
 from .. import calibrate, models
 from ..calibrate import Activations
 from ..models import Block, Weight, groups
+from ..runtime import distributed
 from ..runtime.flag import flag
 from . import Heal as Base
 
@@ -52,9 +53,9 @@ class Heal(Base):
         with torch.no_grad(), models.resident(tensors, activations.device, write_back=True, dtype=torch.float32):
             W = weight.get()
             kept = W.any(0)
-            if not any(activations.held):
+            if not any(distributed.gathered(any(activations.held))):
                 return nothing("no window is held out (--nsamples)")
-            if not writes_plainly(block, weight, activations):
+            if not distributed.first(writes_plainly(block, weight, activations)):
                 return nothing(f"the output of {weight.linear} is not added to the hidden state as it is")
             train, held = sums(block, weight, kept, activations, targets)
             best, change = choose(train, held, (W[:, kept] != 0) | self.columns)
@@ -111,6 +112,9 @@ def sums(block: Block, weight: Weight, kept: torch.Tensor, activations: Activati
         w = 1 / D.square().sum(1).clamp_min(torch.finfo(torch.float32).tiny)
         both[held].add(h[:, kept], D - out, w)
     for part in both:
+        distributed.add(part.G, part.B)
+        part.n = sum(distributed.gathered(part.n))
+        part.missing = sum(distributed.gathered(part.missing))
         part.G /= part.n
         part.B /= part.n
         part.missing /= part.n

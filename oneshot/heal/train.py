@@ -6,6 +6,9 @@
 
 Weights, gradients and Adam's averages are float32. Matrix products are bfloat16 (autocast) where the model is stored in
 16 bits and the device multiplies bfloat16 faster: 2.4 times on a Zen 5 core. The record's `products` says which.
+
+Processes that work together (torchrun) take one batch each in a step, whose gradients are averaged: as many steps, in
+the same time, on more data. Losses on held-out windows are means over those of all, so all decide alike.
 """
 
 import math
@@ -18,7 +21,7 @@ from torch import nn
 from .. import calibrate
 from ..calibrate import Activations
 from ..models import Block
-from ..runtime import environment
+from ..runtime import distributed, environment
 from ..runtime.proof import prove
 
 TOKENS = 512  # in a batch at most, but at least one window
@@ -196,7 +199,7 @@ class Fitting:
         optimizer, best, worse = self.optimizer(lr), before, 0
         for done in range(1, self.steps + 1):
             self.step(optimizer, done - 1)
-            if not self.held or done not in self.looks:
+            if before is None or done not in self.looks:
                 continue
             now = self.held_out_loss()
             if now < best:
@@ -209,7 +212,7 @@ class Fitting:
                 worse += 1
                 if worse == 2:
                     break
-        if self.held:
+        if before is not None:
             self.trainable.restore(state)
         return done, lr, best
 
@@ -225,6 +228,7 @@ class Fitting:
         self.queue = self.queue or [self.train[i] for i in torch.randperm(len(self.train), generator=self.gen).tolist()]
         optimizer.zero_grad(set_to_none=True)
         self.loss(self.queue.pop()).backward()
+        distributed.mean_gradients(self.trainable.parameters.values())
         self.trainable.mask_gradients()
         optimizer.step()
         if self.progress:
@@ -237,9 +241,11 @@ class Fitting:
 
 
 def mean(loss: Callable[[int], torch.Tensor], batches: Sequence[int]) -> float | None:
-    """Mean of loss(i) over the batches i; None if there are none."""
+    """Mean of loss(i) over the batches i, those of all processes; None if there are none."""
     with torch.no_grad():
-        return sum(float(loss(i)) for i in batches) / len(batches) if batches else None
+        sums = distributed.gathered((sum(float(loss(i)) for i in batches), len(batches)))
+    n = sum(n for _, n in sums)
+    return sum(total for total, _ in sums) / n if n else None
 
 
 def distance(block: Block, activations: Activations, targets: list[torch.Tensor]) -> Callable[[int], torch.Tensor]:

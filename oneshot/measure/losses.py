@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from .. import calibrate, models
 from ..calibrate import Activations
+from ..runtime import distributed, together
 
 GROUP_BYTES = 2**31  # of activations of the windows that pass through the blocks together
 SLICE = 2**24  # logits at a time: with their softmax these take 128 MiB in float32
@@ -26,15 +27,26 @@ def token_losses(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None 
 
     ids: int64 (n, T). mask: bool (n, T), False at padding, or None. batch_size: windows per batch. device: where blocks
     run. progress: label of a bar over the blocks, or None.
+
+    Where other processes hold the model as well, each runs its share of the windows, in the same batches as one alone.
     """
-    parts = groups(model, ids, batch_size)
+    return together.run(divided_losses, model, ids, mask, batch_size, device, progress)
+
+
+@torch.no_grad()
+def divided_losses(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, batch_size: int, device: str,
+                   progress: str | None) -> torch.Tensor:
+    """`token_losses` of all windows, from all processes."""
+    device, progress = distributed.device(device), None if distributed.rank() else progress
+    parts = groups(model, ids, batch_size, GROUP_BYTES * distributed.ranks())
     losses = []
     with block_bar([model], parts, progress) as bar:
         for part in parts:
             part_mask = None if mask is None else mask[part]
             activations = through_blocks(model, ids[part], part_mask, batch_size, device, bar)
             with at_head(model, device):
-                losses += [batch_losses(model, activations, i) for i in head_steps([model], len(activations), bar)]
+                own = [batch_losses(model, activations, i) for i in head_steps([model], len(activations), bar)]
+            losses += [batch for part in distributed.gathered(own) for batch in part]
     losses = torch.cat(losses)
     return losses if mask is None else losses.where(predicted(mask), 0.0)  # not multiplied by 0: padding may give NaN
 

@@ -14,6 +14,7 @@ from ..data import choose
 from ..measure import Subject
 from ..models import Tokenizer
 from ..models.source import undo_quantisation, was_dequantised
+from ..runtime import distributed
 from ..settings import flags, presets, values
 from ..settings.known import part_names, python_names, todays_names
 from . import checks, rounding, run
@@ -36,6 +37,7 @@ def prune(model: nn.Module, tokenizer: Tokenizer | None = None, *, method: str =
 
     Raises ValueError naming the setting, with the same message as the command line.
     """
+    distributed.check()
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
     name = "demo" if Path(name) == models.DEMO else name
     given = isinstance(calibration, torch.Tensor)

@@ -94,11 +94,10 @@ def check_shrink(cfg: RunConfig) -> None:
 
 def check_text(cfg: RunConfig) -> None:
     """Reject what does not go with healing on text. Raises ValueError naming the flag."""
+    # accelerate (1.15) shards on GPUs alone: on a CPU it would overlook the flag. A model that transformers (5.23) has
+    # sharded while loading, Trainer does not resume.
     if cfg.text_heals and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise ValueError(f"--heal {cfg.text_heals[0]}: cannot be sharded by FSDP yet; start it with torchrun alone")
-    if distributed.world() > 1 and not cfg.text_heals:
-        raise ValueError("torchrun: only healing on text is shared among processes; start this command without it, or "
-                         "give --heal full or --heal lora")
     if cfg.text_heals and cfg.heal_data is None:
         raise ValueError(f"--heal {cfg.heal}: {cfg.text_heals[0]} trains on text; give --heal-data, such as c4 or "
                          "a file")
@@ -120,6 +119,8 @@ def check_text(cfg: RunConfig) -> None:
 def check_devices(cfg: RunConfig) -> None:
     """Raise ValueError naming the flag when a device does not exist."""
     environment.check_device(cfg.device)
+    if distributed.world() > 1 and ":" in cfg.device:
+        raise ValueError(f"--device {cfg.device}: is one GPU for all processes of torchrun; give cuda")
     if cfg.activations:
         environment.check_device(cfg.activations, "--activations")
 

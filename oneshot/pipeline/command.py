@@ -28,6 +28,12 @@ def load(cfg: RunConfig) -> tuple[nn.Module, Tokenizer]:
                        trust_remote_code=cfg.trust_remote_code, offload=cfg.offload)
 
 
+def held(cfg: RunConfig) -> nn.Module:
+    """The model that one of the other processes of torchrun holds."""
+    models.quiet()
+    return load(cfg)[0]
+
+
 @dataclass
 class Command:
     """The runs of one command, in order."""

@@ -9,6 +9,7 @@ from .. import measure, models
 from ..data import Tokens, choose
 from ..measure import Subject
 from ..prune import allocate
+from ..runtime import distributed
 from ..settings import RunConfig
 from . import checks, lesson
 from .plan import keep_dense_warning, kept_mark
@@ -33,6 +34,8 @@ def identify(cfg: RunConfig, model: nn.Module, calibration: Tokens | None,
         marks += lesson.mark(cfg)
     if cfg.prunes and cfg.keep_dense:
         marks.append(kept_mark(cfg, model, weights))
+    if cfg.prunes and distributed.world() > 1:  # their sums differ in the last bits
+        marks.append(f"{distributed.world()} processes")
     return weights, cfg.run_id(weights, *marks)
 
 

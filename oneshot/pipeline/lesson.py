@@ -22,7 +22,7 @@ from ..measure import Subject
 from ..models import Tokenizer
 from ..prune.job import Result
 from ..prune.loop import float32_products
-from ..runtime import distributed, sealed
+from ..runtime import distributed, sealed, together
 from ..runtime.flag import listed
 from ..settings import RunConfig
 from .command import load
@@ -65,21 +65,17 @@ def share(subject: Subject, work: Path, name: str) -> None:
                          f"{options.heal_seqlen} a step cannot be shared by {distributed.world()} processes")
     subject.model.save_pretrained(work / "start")
     subject.tokenizer.save_pretrained(work / "start")
-    distributed.share((replace(subject.cfg, progress=False), str(work), name))
+    together.beside(take_part, subject.cfg, str(work), name)
 
 
-def work_along() -> None:
-    """What all processes but rank 0 do: take part in healing until rank 0 says that nothing more will come."""
-    distributed.start()
-    while job := distributed.share(None):
-        cfg, work, name = job
-        cfg = replace(cfg, device=distributed.device(cfg.device))
-        model, tokenizer = models.load(str(Path(work) / "start"))
-        subject = Subject(model, tokenizer, cfg, {}, None, lambda cfg=cfg: load(cfg)[0])
-        lesson = replace(make_lesson(subject, Path(work)), work=Path(work) / name)
-        with float32_products(cfg.tf32):
-            heal.module(name).Heal(cfg.healing[name], cfg.seed).on_text(model, lesson)
-    distributed.end()
+def take_part(cfg: RunConfig, work: str, name: str) -> None:
+    """What all processes but rank 0 do to heal on text."""
+    cfg = cfg.here
+    model, tokenizer = models.load(str(Path(work) / "start"))
+    subject = Subject(model, tokenizer, cfg, {}, None, lambda: load(cfg)[0])
+    lesson = replace(make_lesson(subject, Path(work)), work=Path(work) / name)
+    with float32_products(cfg.tf32):
+        heal.module(name).Heal(cfg.healing[name], cfg.seed).on_text(model, lesson)
 
 
 @contextlib.contextmanager

@@ -15,12 +15,12 @@ from ..measure import Subject
 from ..prune import shared_inputs
 from ..quantise import grids
 from ..report import page, summary
-from ..runtime import distributed, environment
+from ..runtime import distributed, environment, together
 from ..runtime.command import exit_code
 from ..runtime.files import remove_parts, writing
 from ..settings import RunConfig, flags
 from . import checks, idle, lesson, rounding
-from .command import Command, load
+from .command import Command, held, load
 from .compress import compress, sparsity
 from .identity import describe, identify, warnings
 from .plan import Plan, job_of, make_plan
@@ -37,10 +37,10 @@ def main(argv: list[str] | None = None) -> int:
         return "the same command resumes after the last finished block" if command.resumes else ""
 
     def work() -> None:
+        distributed.start()
         given = flags.read(argv)
         command.configs = flags.expand(given)
         checks.check(command.configs)
-        distributed.start()
         idle.check(given, command.configs)
         models.quiet()
         print(f"device: {environment.device_name(command.configs[0].device)}", file=sys.stderr)
@@ -54,9 +54,7 @@ def main(argv: list[str] | None = None) -> int:
             told = summary.text(records, Path(command.configs[0].results))
         print(told)
 
-    if distributed.rank():
-        return exit_code(lesson.work_along)
-    return distributed.ended(exit_code(work, interrupted=interrupted, memory=SHORT_OF_MEMORY))
+    return together.lead(lambda: exit_code(work, interrupted=interrupted, memory=SHORT_OF_MEMORY))
 
 
 def run(cfg: RunConfig, command: Command | None = None, reuse: Callable[[Path], dict | None] | None = None) -> dict:
@@ -67,6 +65,7 @@ def run(cfg: RunConfig, command: Command | None = None, reuse: Callable[[Path], 
 
     Raises ValueError naming the flag for user errors, OSError when files cannot be written.
     """
+    distributed.check()
     command = command or Command([cfg])
     with command.locked([cfg]):
         return made(cfg, command, reuse)
@@ -106,6 +105,7 @@ def made(cfg: RunConfig, command: Command, reuse: Callable[[Path], dict | None] 
     if late:
         calibration = command.calibration(cfg, model, tokenizer)
     prepared = time.perf_counter()
+    together.hold(model, held, cfg)
     subject = Subject(model, tokenizer, cfg, texts, calibration, lambda: command.dense(cfg))
     record = work(subject, make_plan(cfg, model), command, folder)
     record |= {"run_id": run_id, "model": describe(cfg, model, weights)}

@@ -22,6 +22,7 @@ from ..prune import loop, solvers
 from ..prune.job import Job, Result
 from ..prune.patterns import NM, parse
 from ..quantise import grids
+from ..runtime import distributed, together
 from ..settings import RunConfig
 from ..structured import Cut, budget, cut, depth, mixture, origin, search, slices, spread
 from .plan import kept_dense
@@ -36,6 +37,7 @@ def shrink(cfg: RunConfig, model: nn.Module, calibration: Tokens, folder: Folder
     folder: keeps the cut that was chosen, so that a run that resumes need not choose again. finished, on_block: as for
     `loop.prune_model`.
     """
+    together.release()  # the others of torchrun wait from here on: their model does not get smaller
     began, before = time.perf_counter(), cut.whole(model)
     ids, mask = calibration.ids, calibration.mask
     chosen = folder.kept_choice() if folder else None
@@ -127,7 +129,14 @@ def chain_needs(chain: list) -> frozenset[str]:
 
 def gradients(cfg: RunConfig, model: nn.Module, calibration: Tokens, job: Job) -> dict:
     """{full linear name: Gradient} of all linears, on the dense model."""
-    activations = loop.start(model, calibration.ids, calibration.mask, cfg, job.held_out)
+    return together.run(all_gradients, model, calibration.ids, calibration.mask, cfg, job.held_out)
+
+
+def all_gradients(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, cfg: RunConfig,
+                  held_out: tuple[int, ...]) -> dict:
+    """`gradients`, from this process's share of the windows and those of all others."""
+    cfg = cfg.here if distributed.ranks() > 1 else cfg
+    activations = loop.start(model, ids, mask, cfg, held_out)
     return calibrate.gradients(model, activations, [w.name for w in models.all_weights(model)], cfg.progress)
 
 

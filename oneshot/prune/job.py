@@ -93,6 +93,12 @@ class Rows:
     warnings: list[str] = field(default_factory=list)
     scales: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    def add(self, other: "Rows") -> None:
+        """Append the rows of further linears of the block."""
+        self.layers += other.layers
+        self.warnings += other.warnings
+        self.scales |= other.scales
+
     def saved(self, state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict]:
         """(the block's `state` with the scales, the rows as plain values) to be saved."""
         plain = {"layers": self.layers, "block": self.block, "warnings": self.warnings}

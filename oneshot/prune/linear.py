@@ -1,6 +1,7 @@
-"""One linear: compute its new weight, write it into the model, prove the pattern on what is stored."""
+"""One linear: compute its new weight, write it into the model, prove the pattern on what is stored, tell the others."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 from ..calibrate import Statistics
 from ..models import Weight
+from ..runtime import distributed
 from ..runtime.proof import prove
 from . import solvers
 from .job import Job, Rows
@@ -86,8 +88,8 @@ def add_bias(weight: Weight, bias: torch.Tensor) -> None:
         own.data.copy_((own.data.to(bias) + bias).to(weight.stored))
 
 
-def write(solved: Solved, rows: Rows) -> None:
-    """Write a linear's new weight into the model and append its row and warnings to `rows`.
+def write(solved: Solved, block: int) -> Rows:
+    """Write a linear's new weight into the model; returns its row, warnings and scales. block: its number.
 
     Raises ValueError when the stored dtype cannot hold the weight, ProofError when what is stored lacks the pattern.
     """
@@ -102,10 +104,44 @@ def write(solved: Solved, rows: Rows) -> None:
     zeros, target = R * C - int(stored.count_nonzero()), pattern.zeros(R, C)
     removed = R * C - int(solved.solution.mask.count_nonzero())
     prove(removed == target and pattern.holds(stored), f"{name}: pattern {pattern} broken")
-    rows.layers.append({
-        "name": name, "block": rows.block["block"], "linear": weight.linear, "shape": [R, C], "pattern": str(pattern),
+    rows = Rows([{
+        "name": name, "block": block, "linear": weight.linear, "shape": [R, C], "pattern": str(pattern),
         "group": pattern.group, "target_zeros": target, "zeros": zeros, "surplus": zeros - target,
-        "relative_error": solved.error, "seconds": solved.seconds, "info": solved.solution.info})
-    rows.warnings += [f"{name}: {w}" for w in solved.warnings]
+        "relative_error": solved.error, "seconds": solved.seconds, "info": solved.solution.info}],
+        warnings=[f"{name}: {w}" for w in solved.warnings])
     if solved.solution.scales is not None:
         rows.scales[name] = solved.solution.scales.to("cpu", torch.float16).contiguous()
+    return rows
+
+
+def settle(written: Sequence[Rows], weights: Sequence[Weight], rows: Rows) -> None:
+    """Give all processes the weights and biases that each has `written`; their Rows, one a linear, are added to `rows`.
+
+    weights: those that any of them may have written, in order.
+    """
+    by_name = {w.name: w for w in weights}
+    own = [(one, bias_of(by_name[one.layers[0]["name"]])) for one in written]
+    told = {one.layers[0]["name"]: (one, bias, source) for source, part in enumerate(distributed.gathered(own))
+            for one, bias in part}
+    for weight in (w for w in weights if w.name in told):
+        one, bias, source = told[weight.name]
+        rows.add(one)
+        if distributed.ranks() > 1:
+            receive(weight, bias, source)
+
+
+def bias_of(weight: Weight) -> torch.Tensor | None:
+    """The bias (R,) of a weight's linear, on the CPU; None if it has none of its own."""
+    bias = weight.owner.bias if weight.expert is None else None
+    return None if bias is None else bias.data.cpu()
+
+
+def receive(weight: Weight, bias: torch.Tensor | None, source: int) -> None:
+    """Take over a linear's weight and bias from the process that has written them."""
+    W = weight.get().to(weight.stored).contiguous()
+    distributed.give(W, source)
+    weight.set(W)
+    if bias is not None and weight.owner.bias is None:
+        weight.owner.bias = nn.Parameter(bias.to(weight.parameter), requires_grad=False)
+    elif bias is not None:
+        weight.owner.bias.data.copy_(bias)

@@ -5,12 +5,17 @@ passes over the data per block: one collects statistics with the block still den
 block. If the dense model's outputs are a target (`dense_target`, healing), its activations are kept as well and pass
 through the dense blocks: one more pass, and twice the memory for activations. `dense_target` takes a further pass each
 time statistics are collected; its outputs are not kept, as they would be a third copy of the activations.
+
+Several processes (torchrun) run the loop together: each has its share of the windows, solves the linears it owns, and
+then has all of the block's new weights.
 """
 
 import contextlib
 import copy
+import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -18,7 +23,8 @@ from tqdm import tqdm
 
 from .. import calibrate, models
 from ..calibrate import Activations, Limits, Wait, health
-from ..models import Block
+from ..models import Block, Weight
+from ..runtime import distributed, together
 from . import linear
 from .job import Chain, Job, Result, Rows, make_plan, skipped_rows
 from .linear import Solved
@@ -38,9 +44,20 @@ def prune_model(model: nn.Module, ids: torch.Tensor | None, mask: torch.Tensor |
     finished: (state dict, rows) of the blocks that an earlier, interrupted run has pruned, in order. on_block(number,
     state dict, rows): called with each newly pruned block as it will be saved.
 
+    Where other processes hold the model as well, all prune it together, and rank 0 has the Result.
+
     Raises ValueError naming the linear when weights or statistics cannot be used, and naming `--stop-on-collapse` when
     a block has collapsed.
     """
+    return together.run(prune_blocks, model, ids, mask, job, finished=finished, on_block=on_block)
+
+
+@torch.no_grad()
+def prune_blocks(model: nn.Module, ids: torch.Tensor | None, mask: torch.Tensor | None, job: Job, *,
+                 finished: Iterable[tuple[dict, dict]] = (),
+                 on_block: Callable[[int, dict, dict], None] | None = None) -> Result:
+    """`prune_model` in this process, on its share of the windows. finished, on_block: in rank 0."""
+    job = replace(job, options=job.options.here) if distributed.ranks() > 1 else job
     result, finished = Result(skipped=skipped_rows(model)), iter(finished)
     last = len(models.blocks(model)[1]) - 1
     bar = tqdm(total=last + 1, desc=f"prune ({job.label})", unit="block", disable=not job.options.progress, leave=False)
@@ -50,7 +67,7 @@ def prune_model(model: nn.Module, ids: torch.Tensor | None, mask: torch.Tensor |
         pass_dropped(model, job, dense, -1)
         for block in models.walk(model, job.options.device, bar=bar):
             block.changed = True
-            if done := next(finished, None):
+            if done := distributed.first(next(finished, None)):
                 state, rows = Rows.of(*done)
                 if block.number not in job.dropped:
                     restore(block, state, None if block.number == last else activations, dense)
@@ -66,7 +83,8 @@ def prune_model(model: nn.Module, ids: torch.Tensor | None, mask: torch.Tensor |
             result.add(rows)
             if job.options.stop_on_collapse and (found := health.collapses(rows.block)):
                 raise ValueError(f"--stop-on-collapse: {block.name}: {'; '.join(found)}")
-    result.dense, result.pruned = dense, activations
+    result.dense = calibrate.whole(dense) if dense else None
+    result.pruned = activations if distributed.ranks() == 1 else None
     result.warnings += not_aimed(result.layers, job.options.dense_target)
     return result
 
@@ -87,7 +105,9 @@ def scales(activations: Activations, after: Activations) -> list[torch.Tensor]:
     """
     norms = [h.float().norm(dim=-1).flatten().clamp_min(torch.finfo(torch.float32).tiny) for h in after.hidden]
     real = [n if rows is None else n[rows.to(n.device)] for n, rows in zip(norms, activations.rows, strict=True)]
-    mean = torch.cat([1 / n.double().square() for n in real]).mean().sqrt().item()
+    weights = torch.cat([1 / n.double().square() for n in real])
+    means = distributed.gathered((weights.mean().item(), len(weights)))
+    mean = math.sqrt(sum(mean * (n / sum(n for _, n in means)) for mean, n in means))
     return [(1 / n / mean).to(activations.device) for n in norms]
 
 
@@ -117,7 +137,11 @@ def not_aimed(layers: list[dict], dense_target: float) -> list[str]:
 
 def start(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, options: Options,
           held_out: Sequence[int] = ()) -> Activations:
-    """The activations at the first block on ids int64 (n, T), mask bool (n, T) or None."""
+    """The activations at the first block on ids int64 (n, T), mask bool (n, T) or None; this process's share of them.
+
+    Raises ValueError naming `--nsamples` if there are fewer batches than processes.
+    """
+    calibrate.check_parts(len(ids), options.batch_size, held_out)
     return calibrate.capture(model, ids, mask, batch_size=options.batch_size, held_out=held_out, device=options.device,
                              wait=Wait(options.activations, options.waiting_dtype))
 
@@ -167,7 +191,7 @@ def prune_block(job: Job, block: Block, activations: Activations | None, dense: 
         with clock(seconds, "replay", device):
             pruned_out = calibrate.replay(block.module, activations, block.number)
     if activations and dense_out is not None:
-        rows.block |= health.compare(dense_out, pruned_out, activations.rows[0])
+        rows.block |= distributed.first(health.compare(dense_out, pruned_out, activations.rows[0]))
         if found := health.collapses(rows.block):
             rows.warnings.append(f"{block.name} collapsed: {'; '.join(found)}")
     return rows
@@ -180,6 +204,8 @@ def heal_block(job: Job, block: Block, activations: Activations, dense: Activati
             rows.warnings += [f"{block.name}: {w}" for w in info.pop("warnings", [])]
             name = type(healer).__module__.rpartition(".")[2]
             rows.block.setdefault("heal", {})[name] = info
+        for p in block.module.parameters():
+            distributed.give(p.data, 0)
 
 
 def solve_block(job: Job, block: Block, activations: Activations | None, teacher: tuple[nn.Module, Activations] | None,
@@ -188,37 +214,42 @@ def solve_block(job: Job, block: Block, activations: Activations | None, teacher
 
     teacher: (the dense block, the dense model's activations) if the linears aim at these. There are several passes if
     the Gram matrices exceed the budget, or with `true_sequential`. With the latter each pass sees what the previous one
-    has pruned; otherwise all new weights are written after the last pass.
+    has pruned; otherwise all new weights are written after the last pass. Each process solves the linears it owns.
     """
     seconds, options = rows.block["seconds"], job.options
     remaining, dense_out = block.weights + [w for w in block.shared if w.name not in solved], None
     remaining = [w for w in remaining if w.name in job.plan]
     waiting: list[Solved] = []
+    later: list[Weight] = []  # whose new weights wait, in all processes
     while remaining:
         statistics, deferred = {}, []
-        if activations:
-            with clock(seconds, "collect", options.device):
+        with clock(seconds, "collect", options.device) if activations else contextlib.nullcontext():
+            if activations:
                 statistics, deferred, out = calibrate.collect(
                     block.module, activations, block.number, remaining, job.needs, dense=teacher,
                     limits=Limits(options.gram_bytes, options.true_sequential or job.staged))
-            dense_out = out if dense_out is None else dense_out
+                dense_out = out if dense_out is None else dense_out
+            statistics, deferred, owner = calibrate.reduce(statistics, deferred, remaining, options.device)
             if deferred:  # an expert without tokens may get some once the attention before it is pruned
                 deferred = [w for w in remaining if w.name not in statistics]
-        put_off = {w.name for w in deferred}
+        put_off, written = {w.name for w in deferred}, []
         with clock(seconds, "solve", options.device):
             for weight in (w for w in remaining if w.name not in put_off):
-                own = statistics.pop(weight.name, None)
-                if activations and own is None and weight.name in block.recurring:
+                seen, own = weight.name in statistics, statistics.pop(weight.name, None)
+                if activations and not seen and weight.name in block.recurring:
                     continue  # a later block, which holds it again, may feed it
+                if owner[weight.name] != distributed.rank():
+                    continue
                 found = (job.solve or linear.solve)(job, weight, own)
                 if deferred and not (options.true_sequential or job.staged):
                     waiting.append(found)
                 else:
-                    linear.write(found, rows)
-                own = None
+                    written.append(linear.write(found, block.number))
+                own = found = None
+            linear.settle(written, remaining, rows)
+        later += [w for w in remaining if w.name not in put_off]
         remaining = deferred
-    for found in waiting:
-        linear.write(found, rows)
+    linear.settle([linear.write(found, block.number) for found in waiting], later, rows)
     return dense_out
 
 

@@ -1,11 +1,11 @@
 """Options: how pruning is computed. What is computed is given by the plan and the chain of solvers."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from ..runtime import environment
+from ..runtime import distributed, environment
 from ..runtime.flag import flag
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -52,6 +52,12 @@ class Options:
             raise ValueError(f"--gram-budget {self.gram_budget:g}: must be a positive number of GiB")
         if not 0 <= self.dense_target <= 1:
             raise ValueError(f"--dense-target {self.dense_target:g}: give a share from 0 to 1")
+
+    @property
+    def here(self) -> "Options":
+        """For this of several processes: its own device; only rank 0 shows progress."""
+        return replace(self, device=distributed.device(self.device),
+                       progress=self.progress and distributed.rank() == 0)
 
     @property
     def gram_bytes(self) -> int:

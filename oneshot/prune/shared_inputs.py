@@ -5,6 +5,7 @@ how its pruned blocks change the inputs of later blocks.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,8 +14,9 @@ from tqdm import tqdm
 from .. import calibrate, models
 from ..calibrate import Limits, Statistics
 from ..models import Block, Weight
+from ..runtime import distributed, together
 from . import linear
-from .job import Job, Result, Rows, skipped_rows
+from .job import Job, Result, skipped_rows
 from .loop import float32_products, start
 from .options import Options
 
@@ -26,8 +28,24 @@ def dense_pass(model: nn.Module, ids: torch.Tensor | None, mask: torch.Tensor | 
 
     ids: int64 (n, T), mask: bool (n, T) or None. needs: which statistics to collect; if empty, nothing is run and the
     statistics are empty. If the Gram matrices exceed `gram_budget`, a block is yielded several times, each time with
-    other weights.
+    other weights. Where other processes hold the model as well, all run their share of the windows, and what is yielded
+    is rank 0's.
     """
+    with together.joint(take_part, model, ids, mask, needs, options):
+        yield from blocks_of(model, ids, mask, needs, options)
+
+
+def take_part(*args: Any) -> None:
+    """What the other processes do of a `dense_pass`."""
+    for _ in blocks_of(*args):
+        pass
+
+
+@torch.no_grad()
+def blocks_of(model: nn.Module, ids: torch.Tensor | None, mask: torch.Tensor | None, needs: Iterable[str],
+              options: Options) -> Iterator[tuple[Block, list[Weight], dict[str, Statistics]]]:
+    """`dense_pass` in this process, on its share of the windows."""
+    options = options.here if distributed.ranks() > 1 else options
     bar = tqdm(total=len(models.blocks(model)[1]), desc="calibrate (dense)", unit="block",
                disable=not options.progress, leave=False)
     with models.experts_one_by_one(model), float32_products(options.tf32), bar:
@@ -40,6 +58,8 @@ def dense_pass(model: nn.Module, ids: torch.Tensor | None, mask: torch.Tensor | 
             while remaining:
                 statistics, deferred, _ = calibrate.collect(block.module, activations, block.number, remaining, needs,
                                                             limits=Limits(options.gram_bytes))
+                statistics, deferred, _ = calibrate.reduce(statistics, deferred, remaining, options.device,
+                                                           only_first=True)
                 waiting = {w.name for w in deferred}
                 yield block, [w for w in remaining if w.name not in waiting], statistics
                 remaining = deferred
@@ -61,8 +81,9 @@ def prune_shared(model: nn.Module, ids: torch.Tensor | None, mask: torch.Tensor 
         for weight in weights:
             W, own = weight.get().clone(), statistics.pop(weight.name, None)
             for job, (result, new) in zip(jobs, found, strict=True):
-                rows = Rows(result.layers, {"block": block.number}, result.warnings)
-                linear.write(linear.solve(job, weight, own), rows)
+                rows = linear.write(linear.solve(job, weight, own), block.number)
+                result.layers += rows.layers
+                result.warnings += rows.warnings
                 new[weight.name] = weight.get().to("cpu", weight.stored, copy=True)
                 weight.set(W)
         own = None  # frees the last linear's statistics before the next pass collects more

@@ -8,7 +8,8 @@
     hub           whether the Hugging Face hub may be asked, and whether it answers
     command       error handling and exit codes, in one place for every command
     flag          how a stage declares its command-line flags
-    distributed   several processes under torchrun
+    distributed   several processes under torchrun: joining them, putting together what each finds
+    together      what rank 0 lets the others do
     proof         check a promised result at run time
     verb          a subpackage that can also be called as a function (`oneshot.prune`)
 """

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from .distributed import world
+
 
 def environment(device: str) -> dict:
     """The record's `environment`: versions, device, threads, date, commit (None outside a checkout), as plain values.
@@ -23,6 +25,7 @@ def environment(device: str) -> dict:
         "oneshot": version("oneshot"), "commit": commit,
         "dirty": bool(changed) if commit else None,
         "device": device_name(device), "threads": torch.get_num_threads(), "python": platform.python_version(),
+        **({"processes": world()} if world() > 1 else {}),
         **{name: version(name) for name in ("torch", "transformers", "triton", "datasets", "tokenizers",
                                             "lm_eval")},
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

@@ -30,6 +30,9 @@ EXAMPLES = """examples:
       --evaluate wikitext2 --save llama-2of4
       saves a checkpoint that from_pretrained loads and `oneshot verify` checks
   oneshot prune --model ./my-model --calibration my.jsonl --column text --evaluate held_out.txt
+  torchrun --nproc-per-node 8 -m oneshot prune ...
+      eight processes share the windows and the linears; --heal distil, --shrink and all measurements but perplexity
+      run in the first alone
 
 The flags of Wanda's main.py (--prune_method --sparsity_ratio --sparsity_type --save --save_model --use_variant ...)
 work as they do there.

@@ -5,8 +5,8 @@
 
     transformers           generate as it is, weights as stored (bfloat16)
     transformers, compiled the same with a static cache and torch.compile
-    dense, 2:4             generate with one compiled call a token (oneshot_kernels.fast_decode); bf16, int8, int4. int8
-                           and int4 round the inputs too, and the output head to int8
+    dense, 2:4             generate with one compiled call a token (oneshot_kernels.fast_decode); bf16, int8, int4
+    rounded                inputs are rounded to int8 too, and so is the output head
     alone                  tokens per second of the compiled calls, without generate around them
     llama.cpp              what xllamacpp's server says of its own speed, for each file of --gguf (of the first model)
 
@@ -46,10 +46,11 @@ SHAPES = {  # random weights of these shapes, Llama's architecture
                    "num_key_value_heads": 4, "vocab_size": 32000},
     "toy": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
             "num_key_value_heads": 2, "vocab_size": 211}}
-WAYS = {"transformers": (None, False, None), "transformers, compiled": (None, False, None),
-        **{f"{name} {form}": (form, name == "2:4", None if form == "bf16" else "int8")
+WAYS = {"transformers": (None, False, False), "transformers, compiled": (None, False, False),
+        **{f"{name} {form}": (form, name == "2:4", False)
            for form in ("bf16", "int8", "int4") for name in ("dense", "2:4")},
-        "2:4 int8, bf16 head": ("int8", True, None)}
+        **{f"{name} {form}, rounded": (form, name == "2:4", True)
+           for form in ("int8", "int4") for name in ("dense", "2:4")}}
 PROMPT = 16  # tokens
 READ = 256 << 20  # bytes that are read to measure the speed of memory
 
@@ -121,6 +122,8 @@ def make(name: str, args: argparse.Namespace) -> dict[str, nn.Module]:
     made = {}
     for way in tqdm(["transformers", *(way for way in args.ways if way != "transformers")], desc=f"{name}: models"):
         made[way] = formed(model, *WAYS[way])
+        if "compiled" in way:
+            made[way].forward = torch.compile(made[way].forward)
         if "transformers" not in way and (why := fast_decode(made[way])):
             raise ValueError(f"{name}, {way}: {why}")
     return made
@@ -139,7 +142,7 @@ def random_model(name: str) -> nn.Module:
         torch.set_default_dtype(before)
 
 
-def formed(model: nn.Module, form: str | None, sparse: bool, head: str | None) -> nn.Module:
+def formed(model: nn.Module, form: str | None, sparse: bool, rounds: bool) -> nn.Module:
     """A model of the same weights in another form, which shares what stays as it is."""
     twin = copy.deepcopy(model, {id(t): t for t in models.tensors_of(model)})
     if form == "bf16" and sparse:
@@ -148,8 +151,8 @@ def formed(model: nn.Module, form: str | None, sparse: bool, head: str | None) -
         for weight in models.all_weights(twin):
             owner, _, child = weight.name.removesuffix(".weight").rpartition(".")
             setattr(twin.get_submodule(owner), child, integers.IntegerLinear.from_linear(
-                weight.owner, bits=int(form[-1]), sparse=sparse))
-    if head:
+                weight.owner, bits=int(form[-1]), sparse=sparse, plain=not rounds))
+    if rounds:
         twin.lm_head = integers.IntegerLinear.from_linear(twin.lm_head)
     return twin
 
@@ -204,11 +207,6 @@ def generated(model: nn.Module, ids: torch.Tensor, n: int, compiled: bool) -> tu
     """(tokens per second after the first, the n tokens) of greedy generation."""
     clock = Clock("cpu")
     options = {"cache_implementation": "static"} if compiled else {}
-    if compiled:
-        from transformers import CompileConfig
-
-        options["compile_config"] = CompileConfig(fullgraph=False, dynamic=False)
-        options["compile_config"]._compile_all_devices = True
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n, do_sample=False,
                          pad_token_id=0, streamer=clock, **options)
     times = clock.times[1:]

@@ -6,8 +6,8 @@
     tables.csv    a line per model, calibration text, metric, method and pattern: mean, standard deviation over seeds
     runs.csv      a line per run, numbers in full
 
-A pure function of results/runs/*.json, results/smollm2/*.json, results/best/*.json, results/heal/*/*.json and
-results/bench/packed.json. Text outside the markers is left alone.
+A pure function of results/runs/*.json, results/smollm2/*.json, results/best/*.json, results/heal/*/*.json,
+results/bench/packed.json and results/bench/cpu_decode.json. Text outside the markers is left alone.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import best_rows
 import best_table
+import cpu_table
 import heal_table
 
 from oneshot import report
@@ -53,7 +54,8 @@ def main(argv: list[str] | None = None) -> int:
 def write_all(records: list[dict], root: Path, check: bool) -> list[Path]:
     """Write what is stale, or only find it if `check`. The stale files."""
     stale = []
-    texts = {"README.md": lambda old: with_heal(with_smollm2(with_best(with_runs(old, records), root), root), root),
+    texts = {"README.md": lambda old: with_cpu(with_heal(with_smollm2(with_best(with_runs(old, records), root), root),
+                                                         root), root),
              "results/tables.md": lambda old: with_packed(replaced(old, "pruning", all_tables(records)), root),
              "results/tables.csv": lambda old: tables_csv(records),
              "results/runs.csv": lambda old: tables.table(records, "csv")}
@@ -172,6 +174,12 @@ def with_heal(text: str, root: Path) -> str:
     if not heal_table.rows(folder):
         return text
     return replaced(text, "heal", f"{heal_table.told(folder)}\n\n{heal_table.lines_of(folder).rstrip()}")
+
+
+def with_cpu(text: str, root: Path) -> str:
+    """`text` with the section of tokens per second on a CPU, where cpu_decode.py has run."""
+    lines = cpu_table.lines(root / "results" / "bench" / "cpu_decode.json")
+    return replaced(text, "cpu", lines) if lines else text
 
 
 def with_packed(text: str, root: Path) -> str:

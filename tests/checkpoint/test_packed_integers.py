@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from oneshot import checkpoint, models
 from oneshot.checkpoint import packed, rounded, verify
+from oneshot.pipeline import generate
 from oneshot.prune.patterns import NM
 from oneshot.quantise import grids
 from oneshot.report import page
@@ -126,20 +127,32 @@ def test_saved_again_and_loaded_again(twins, tmp_path):
 
 
 @pytest.mark.skipif(not integers.available(), reason="no C++ compiler")
-def test_the_compiled_layers_hold_the_same_codes_and_round_inputs(twins):
-    """Their products are near the exact ones: what differs is the rounding of the inputs to int8."""
+@pytest.mark.parametrize("rounds", [False, True])
+def test_the_compiled_layers_hold_the_same_codes(twins, rounds):
+    """What differs is that no weight is rounded to the model's dtype, and with `rounds` the inputs to int8."""
     exact, fast = (load(twins[1], dtype=torch.float32) for _ in range(2))
-    report = sparsify(fast, fuse=False)
+    report = sparsify(fast, fuse=False, round_inputs=rounds)
     assert len(report.replaced) == len(packed.linears(exact)) and not packed.linears(fast)
     for name, m in exact.named_modules():
         if isinstance(m, Rounded24Linear):
             layer = fast.get_submodule(name)
             x = torch.randn(3, m.in_features, generator=torch.Generator().manual_seed(1))
             scale = m.half_scales().float()
-            want = integers.emulate(x, m.codes(), scale[:, 0] if m.bits == 8 else scale, m.bias)
+            want = integers.emulate(x, m.codes(), scale[:, 0] if m.bits == 8 else scale, m.bias, not rounds)
             assert reference.relative_error(layer(x), want) < 1e-6
     a, b = (m(ids(m)).logits for m in (exact, fast))
-    assert 0 < (a - b).norm() < 0.05 * a.norm()
+    assert 0 < (a - b).norm() < (0.05 if rounds else 0.01) * a.norm()
+
+
+@pytest.mark.skipif(not integers.available(), reason="no C++ compiler")
+@pytest.mark.parametrize("rounds", [False, True])
+def test_generate_computes_with_the_codes(twins, rounds, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(generate, "compiled", lambda model, args: seen.append(
+        {layer.plain for layer in model.modules() if isinstance(layer, integers.IntegerLinear)}) or "")
+    flags = ["--round-inputs"] if rounds else []
+    assert generate.main([str(twins[1]), "--max-new-tokens", "2", "--device", "cpu", *flags]) == 0
+    assert seen == [{not rounds}]
 
 
 def test_what_the_format_cannot_hold_is_refused(tmp_path, capfd):
@@ -175,7 +188,7 @@ def test_codes_and_scales_come_back(bits):
     layer = Rounded24Linear.from_codes(codes, scales, bits=bits, group=32, dtype=torch.float32)
     assert torch.equal(layer.codes(), codes) and torch.equal(layer.half_scales(), scales)
     wide = scales.float().repeat_interleave(32, 1)[:, :36]
-    assert torch.equal(layer.dense(), codes * wide) and not layer.can_round_inputs()
+    assert torch.equal(layer.dense(), codes * wide) and not layer.can_compile()
     with pytest.raises(ValueError, match="no compiled kernel"):
-        layer.round_inputs()
+        layer.compiled()
     assert torch.equal(layer.to(torch.bfloat16).half_scales(), scales)

@@ -33,7 +33,7 @@ int main(int, char** argv) {
     linear(p[0], (uint8_t*)p[1], (uint32_t*)p[2], p[3], p[4], n[0], n[1], n[2], n[3], 1);
 #elif defined(INTEGERS)
     const int64_t result = 4;
-    linear_integers(p[0], (uint8_t*)p[1], p[2], p[3], p[4], n[0], n[1], n[2], n[3], n[4], n[5], 1);
+    linear_integers(p[0], (uint8_t*)p[1], p[2], p[3], p[4], n[0], n[1], n[2], n[3], n[4], n[5], n[6], 1);
 #else
     const int64_t result = 0;
     column_loop_float32((float*)p[0], (float*)p[1], (uint8_t*)p[2], n[0], n[1], n[2], n[3], nullptr, 1, 0, 0, nullptr, 1);

@@ -62,8 +62,10 @@ def test_integers(run, sparse, bits):
     codes, scale = integers.round_rows(weight) if bits == 8 else integers.round_groups(weight)
     x, bias = torch.randn(m, k, generator=g), torch.randn(n, generator=g)
     made = integers.prepare(codes, scale, sparse=sparse, bits=bits, lanes=LANES)
-    y = run("integers", (x, *made[:2], bias, torch.zeros(m, n)), (m, n, k, 0, bits, sparse), torch.empty(m, n))
-    assert reference.relative_error(y, integers.emulate(x, codes, scale, bias)) < 1e-6
+    for plain in (False, True):
+        given = (x, *made[:2], bias, torch.zeros(m, n))
+        y = run("integers", given, (m, n, k, 0, bits, sparse, plain), torch.empty(m, n))
+        assert reference.relative_error(y, integers.emulate(x, codes, scale, bias, plain)) < 1e-6
 
 
 @pytest.mark.parametrize("nm", [(2, 4), (3, 5), None])

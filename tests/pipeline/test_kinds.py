@@ -160,12 +160,6 @@ def pickles(folder):
     return folder
 
 
-ZAMBA2 = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,
-          "num_key_value_heads": 4, "intermediate_size": 48, "hybrid_layer_ids": [1, 3],
-          "layers_block_type": ["mamba", "hybrid"] * 2,
-          "layer_types": ["mamba", "hybrid"] * 2, "mamba_d_state": 8, "mamba_d_conv": 4, "mamba_expand": 2,
-          "mamba_ngroups": 1, "n_mamba_heads": 8, "mamba_headdim": 8, "num_mem_blocks": 1, "adapter_rank": 4,
-          "use_shared_attention_adapter": False, "max_position_embeddings": 64, "pad_token_id": 0}
 MAMBA2 = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "num_heads": 8, "head_dim": 8,
           "n_groups": 1, "chunk_size": 16, "pad_token_id": 0}
 JETMOE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_key_value_heads": 2, "kv_channels": 8,
@@ -194,7 +188,7 @@ KINDS = {  # kind: (makes the folder, further flags, the dtypes that come out or
     "MoE, all tokens to all experts (Llama-4)": (lambda f: saved(f, "llama4"), (), {"F32"}),
     "MoE of a kind unknown (JetMoE)": (lambda f: built(f, "jetmoe", JETMOE), (), "cannot be seen one by one"),
     "hybrid (Jamba)": (lambda f: saved(f, "jamba"), (), {"F32"}),
-    "blocks that share weights (Zamba2)": (lambda f: built(f, "zamba2", ZAMBA2), (), {"F32"}),
+    "blocks that share weights (Zamba2)": (lambda f: built(f, "zamba2", families.ZAMBA2), (), {"F32"}),
     "state space (Mamba2)": (lambda f: built(f, "mamba2", MAMBA2), (), {"F32"}),
 }
 NOT_ON_DISK = {"block FP8": "stored by fp8", "MXFP4 (GPT-OSS)": "stored by mxfp4", "GGUF": "is a GGUF file",

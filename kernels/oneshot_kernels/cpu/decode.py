@@ -141,7 +141,7 @@ class Decoder:
             tensors, n, k, form = (layer.weight, layer.metadata, None), layer.rows, layer.in_features, 1
         elif isinstance(layer, integers.IntegerLinear):
             tensors, n, k = (layer.values, None, layer.scale), layer.out_features, layer.in_features
-            form = layer.bits + 16 * (layer.values.ndim == 5)
+            form = layer.bits + 16 * (layer.values.ndim == 5) + 32 * layer.plain
         else:
             raise Refused(f"{name} is a {type(layer).__name__} of another kind or dtype than step.cpp reads")
         tensors = [None if t is None else t.detach() for t in (*tensors, bias)]
@@ -223,7 +223,7 @@ class Decoder:
         theirs, ours, self.kind = out.past_key_values, copy.deepcopy(out.past_key_values), type(out)
         if not self.past(ours):
             raise Refused("its cache is not transformers' plain one (sliding windows)")
-        most = AGREE_ROUNDED if any(w.form > 1 for block in self.blocks for w in (*block.qkv, block.down)) else (
+        most = AGREE_ROUNDED if any(1 < w.form < 32 for block in self.blocks for w in (*block.qkv, block.down)) else (
             AGREE[self.type])
         for t in range(4, 8):
             want = model(input_ids=ids[:, t : t + 1], past_key_values=theirs, use_cache=True).logits.double()

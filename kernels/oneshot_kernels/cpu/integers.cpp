@@ -1,6 +1,6 @@
 // y = x Wᵀ + bias for a few tokens with int8 weights (a scale for each row) or int4 (one for each row and 64 columns), 2:4
-// and dense. x is rounded to int8 on the fly, with a scale for each token and 64 columns; sums are exact in int32 within
-// those, then float32.
+// and dense. Either x stays float32, or it is rounded to int8 on the fly, with a scale for each token and 64 columns: then
+// sums are exact in int32 within those.
 //
 // Rows lie on SIMD lanes as in linear.cpp; a lane is 32 bits, which are four weights of its row. Dense: four columns.
 // 2:4: the four kept ones of eight columns, and pshufb picks their x by three bits each. int4: a byte holds code + 8 of one
@@ -11,11 +11,12 @@
 #include "vectors.h"
 
 constexpr int BLOCK = 64;                                   // columns that share a scale of x
+constexpr int APART = 16;                                   // floats between two tokens: 16 KB would be the same place in the cache
 constexpr int MOST = VECTOR == 64 || VECTOR == 16 ? 8 : 4;  // tokens at once: AVX2 has half the registers
 
 // scale: float for each row (int8), or fp16 for each block of columns and row (int4).
 struct Weight { const uint8_t* values; const void* scale; int64_t blocks; bool sparse; };
-struct Input { const uint8_t* codes; const float* scale; int64_t blocks; };
+struct Input { const float* plain; const uint8_t* codes; const float* scale; int64_t blocks; };  // plain null: rounded
 struct Output { void* y; const void* bias; int64_t N; Type type; };
 
 typedef uint8_t Bytes __attribute__((vector_size(VECTOR)));
@@ -32,7 +33,7 @@ template <bool FOUR> constexpr int HALF = VECTOR * (1 + (FOUR ? 2 : 4));  // byt
 
 // The integer sums of one block of columns, for M tokens and S tiles.
 template <bool FOUR, int M, int S> ALWAYS void sparse(const uint8_t* const (&v)[S], const uint8_t* x, int64_t columns, int64_t b,
-                                                             I (&acc)[M][S], I (&over)[S]) {
+                                                      I (&acc)[M][S], I (&over)[S]) {
     for (int half = 0; half < 2; half++) {
         const uint8_t* at[S];
         U word[S];
@@ -56,7 +57,7 @@ template <bool FOUR, int M, int S> ALWAYS void sparse(const uint8_t* const (&v)[
     }
 }
 template <bool FOUR, int M, int S> ALWAYS void dense(const uint8_t* const (&v)[S], const uint8_t* x, int64_t columns, int64_t b,
-                                                            I (&acc)[M][S], I (&over)[S]) {
+                                                     I (&acc)[M][S], I (&over)[S]) {
 #pragma GCC unroll 4
     for (int step = 0; step < BLOCK / 4; step++) {
         U w[S];
@@ -74,21 +75,85 @@ template <bool FOUR, int M, int S> ALWAYS void dense(const uint8_t* const (&v)[S
     }
 }
 
+// Byte j of four signed ones a lane.
+static inline F weight(U w, int j) { return __builtin_convertvector(I(w << (24 - 8 * j)) >> 24, F); }
+
+// The same with x as it is.
+template <bool FOUR, int M, int S> ALWAYS void sparse(const uint8_t* const (&v)[S], const float* x, int64_t columns, int64_t b,
+                                                      F (&acc)[M][S]) {
+    for (int half = 0; half < 2; half++) {
+        const uint8_t* at[S];
+        U word[S];
+        for (int s = 0; s < S; s++) { at[s] = v[s] + (2 * b + half) * HALF<FOUR>; word[s] = load<U>(at[s]); }
+#pragma GCC unroll 4
+        for (int step = 0; step < 4; step++) {
+            U w[S];
+#pragma GCC unroll 4
+            for (int s = 0; s < S; s++) w[s] = weights<FOUR>(at[s] + VECTOR, step);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {  // kept weight j % 2 of group j / 2
+                F kept[S];
+#pragma GCC unroll 4
+                for (int s = 0; s < S; s++) kept[s] = weight(w[s], j);
+#pragma GCC unroll 8
+                for (int m = 0; m < M; m++) {
+                    const F four = broadcast4(x + m * columns + b * BLOCK + 32 * half + 8 * step + 4 * (j / 2));
+#pragma GCC unroll 4
+                    for (int s = 0; s < S; s++) acc[m][s] += pick(four, word[s] >> (8 * j + 2 * step)) * kept[s];
+                }
+            }
+        }
+    }
+}
+template <bool FOUR, int M, int S> ALWAYS void dense(const uint8_t* const (&v)[S], const float* x, int64_t columns, int64_t b,
+                                                     F (&acc)[M][S]) {
+#pragma GCC unroll 4
+    for (int step = 0; step < BLOCK / 4; step++) {
+        U w[S];
+#pragma GCC unroll 4
+        for (int s = 0; s < S; s++) w[s] = weights<FOUR>(v[s], BLOCK / 4 * b + step);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++)
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++) {
+                const float one = x[m * columns + b * BLOCK + 4 * step + j];
+#pragma GCC unroll 4
+                for (int s = 0; s < S; s++) acc[m][s] += one * weight(w[s], j);
+            }
+    }
+}
+
+// One block of columns, without the scales of the weight.
+template <bool FOUR, bool PLAIN, int M, int S> ALWAYS void part(Weight w, const uint8_t* const (&v)[S], Input x, int64_t token, int64_t b,
+                                                                F (&out)[M][S]) {
+    const int64_t columns = w.blocks * BLOCK, first = token * columns;
+    if (PLAIN) {
+        for (int m = 0; m < M; m++) for (int s = 0; s < S; s++) out[m][s] = F{};
+        const float* plain = x.plain + token * (columns + APART);
+        if (w.sparse) sparse<FOUR, M, S>(v, plain, columns + APART, b, out);
+        else dense<FOUR, M, S>(v, plain, columns + APART, b, out);
+        return;
+    }
+    I acc[M][S] = {}, over[S] = {};
+    if (w.sparse) sparse<FOUR, M, S>(v, x.codes + first, columns, b, acc, over);
+    else dense<FOUR, M, S>(v, x.codes + first, columns, b, acc, over);
+    for (int s = 0; s < S; s++) for (int m = 0; m < M; m++)
+        out[m][s] = __builtin_convertvector(acc[m][s] - over[s], F) * x.scale[(token + m) * w.blocks + b];
+}
+
 // S tiles, each `apart` tiles from the one before it.
-template <bool FOUR, int M, int S> static void block(Weight w, int64_t tile, int64_t apart, Input x, Output out, int64_t token) {
+template <bool FOUR, bool PLAIN, int M, int S> static void block(Weight w, int64_t tile, int64_t apart, Input x, Output out, int64_t token) {
     const int64_t columns = w.blocks * BLOCK, stride = w.sparse ? 2 * w.blocks * HALF<FOUR> : columns * L / (FOUR ? 2 : 1);
     const uint8_t* v[S];
     for (int s = 0; s < S; s++) v[s] = w.values + (tile + s * apart) * stride;
     F sum[M][S] = {};
     for (int64_t b = 0; b < w.blocks; b++) {
-        I acc[M][S] = {}, over[S] = {};
-        if (w.sparse) sparse<FOUR, M, S>(v, x.codes + token * columns, columns, b, acc, over);
-        else dense<FOUR, M, S>(v, x.codes + token * columns, columns, b, acc, over);
+        F of[M][S];
+        part<FOUR, PLAIN, M, S>(w, v, x, token, b, of);
         for (int s = 0; s < S; s++) {
             F scale = F{} + 1;
             if (FOUR) scale = load_half(static_cast<const uint16_t*>(w.scale) + ((tile + s * apart) * w.blocks + b) * L);
-            for (int m = 0; m < M; m++)
-                sum[m][s] += __builtin_convertvector(acc[m][s] - over[s], F) * (scale * x.scale[(token + m) * w.blocks + b]);
+            for (int m = 0; m < M; m++) sum[m][s] += of[m][s] * scale;
         }
     }
     const float* scale = static_cast<const float*>(w.scale);
@@ -102,25 +167,25 @@ template <bool FOUR, int M, int S> static void block(Weight w, int64_t tile, int
     }
 }
 
-template <bool FOUR, int M, int S, int AT_ONCE> static void some(Weight w, int64_t tile, int64_t apart, Input x, Output out, int64_t token) {
+template <bool FOUR, bool PLAIN, int M, int S, int AT_ONCE> static void some(Weight w, int64_t tile, int64_t apart, Input x, Output out, int64_t token) {
     constexpr int STEP = S < AT_ONCE ? S : AT_ONCE;
-    for (int s = 0; s < S; s += STEP) block<FOUR, M, STEP>(w, tile + s * apart, apart, x, out, token);
+    for (int s = 0; s < S; s += STEP) block<FOUR, PLAIN, M, STEP>(w, tile + s * apart, apart, x, out, token);
 }
-template <bool FOUR, int S> static void tiles(Weight w, int64_t tile, int64_t apart, Input x, Output out, int64_t tokens) {
+template <bool FOUR, bool PLAIN, int S> static void tiles(Weight w, int64_t tile, int64_t apart, Input x, Output out, int64_t tokens) {
     int64_t t = 0;
-    for (; MOST >= 8 && tokens - t >= 8; t += 8) some<FOUR, MOST, S, 2>(w, tile, apart, x, out, t);
-    for (; tokens - t >= 4; t += 4) some<FOUR, 4, S, 2>(w, tile, apart, x, out, t);
-    for (; tokens - t >= 2; t += 2) some<FOUR, 2, S, 4>(w, tile, apart, x, out, t);
-    for (; tokens - t >= 1; t += 1) some<FOUR, 1, S, 4>(w, tile, apart, x, out, t);
+    for (; MOST >= 8 && tokens - t >= 8; t += 8) some<FOUR, PLAIN, MOST, S, 2>(w, tile, apart, x, out, t);
+    for (; tokens - t >= 4; t += 4) some<FOUR, PLAIN, 4, S, 2>(w, tile, apart, x, out, t);
+    for (; tokens - t >= 2; t += 2) some<FOUR, PLAIN, 2, S, 4>(w, tile, apart, x, out, t);
+    for (; tokens - t >= 1; t += 1) some<FOUR, PLAIN, 1, S, 4>(w, tile, apart, x, out, t);
 }
 
 // Tiles that are read at once lie far apart, so that each is part of a long stream: memory is fetched ahead along these.
-template <bool FOUR> static void all(Weight w, Input in, Output out, int64_t tokens, int64_t threads) {
+template <bool FOUR, bool PLAIN> static void all(Weight w, Input in, Output out, int64_t tokens, int64_t threads) {
     constexpr int S = 4;
     const int64_t n = (out.N + L - 1) / L, whole = n / S;
     parallel(whole + n % S, threads, [&](int64_t i) {
-        if (i < whole) tiles<FOUR, S>(w, i, whole, in, out, tokens);
-        else tiles<FOUR, 1>(w, whole * S + i - whole, 0, in, out, tokens);
+        if (i < whole) tiles<FOUR, PLAIN, S>(w, i, whole, in, out, tokens);
+        else tiles<FOUR, PLAIN, 1>(w, whole * S + i - whole, 0, in, out, tokens);
     });
 }
 
@@ -149,24 +214,25 @@ static void quantise(const float* x, uint8_t* codes, float* scale) {
 
 extern "C" int lanes() { return L; }
 
-// x (tokens, K), y (tokens, N), bias (N) or null: contiguous, of `type`. values, scale: integers.py. Returns 1 without memory.
+// x (tokens, K), y (tokens, N), bias (N) or null: contiguous, of `type`. values, scale: integers.py. plain: x stays as it is.
+// Returns 1 without memory.
 extern "C" int linear_integers(const void* x, const uint8_t* values, const void* scale, const void* bias, void* y, int64_t tokens,
-                               int64_t N, int64_t K, int64_t type, int64_t bits, int64_t sparse, int64_t threads) {
+                               int64_t N, int64_t K, int64_t type, int64_t bits, int64_t sparse, int64_t plain, int64_t threads) {
     const int64_t blocks = (K + BLOCK - 1) / BLOCK, columns = blocks * BLOCK;
-    std::unique_ptr<uint8_t, void (*)(void*)> codes(static_cast<uint8_t*>(std::aligned_alloc(64, tokens * columns)), std::free);
-    std::unique_ptr<float, void (*)(void*)> scales(static_cast<float*>(std::malloc(tokens * blocks * 4)), std::free);
-    if (!codes || !scales) return 1;
-    std::unique_ptr<float, void (*)(void*)> wide(static_cast<float*>(std::aligned_alloc(64, columns * 4)), std::free);
-    if (!wide) return 1;
+    std::unique_ptr<float, void (*)(void*)> wide(static_cast<float*>(std::aligned_alloc(64, (plain ? tokens : 1) * (columns + APART) * 4)), std::free);
+    std::unique_ptr<uint8_t, void (*)(void*)> codes(plain ? nullptr : static_cast<uint8_t*>(std::aligned_alloc(64, tokens * columns)), std::free);
+    std::unique_ptr<float, void (*)(void*)> scales(plain ? nullptr : static_cast<float*>(std::malloc(tokens * blocks * 4)), std::free);
+    if (!wide || (!plain && (!codes || !scales))) return 1;
     for (int64_t t = 0; t < tokens; t++) {
-        widen(x, t, K, columns, Type(type), wide.get());
-        for (int64_t b = 0; b < blocks; b++)
-            quantise(wide.get() + b * BLOCK, codes.get() + t * columns + b * BLOCK, scales.get() + t * blocks + b);
+        float* row = wide.get() + (plain ? t * (columns + APART) : 0);
+        widen(x, t, K, columns, Type(type), row);
+        if (!plain) for (int64_t b = 0; b < blocks; b++)
+            quantise(row + b * BLOCK, codes.get() + t * columns + b * BLOCK, scales.get() + t * blocks + b);
     }
     const Weight w{values, scale, blocks, sparse != 0};
-    const Input in{codes.get(), scales.get(), blocks};
+    const Input in{plain ? wide.get() : nullptr, codes.get(), scales.get(), blocks};
     const Output out{y, bias, N, Type(type)};
-    if (bits == 4) all<true>(w, in, out, tokens, threads);
-    else all<false>(w, in, out, tokens, threads);
+    if (bits == 4) plain ? all<true, true>(w, in, out, tokens, threads) : all<true, false>(w, in, out, tokens, threads);
+    else plain ? all<false, true>(w, in, out, tokens, threads) : all<false, false>(w, in, out, tokens, threads);
     return 0;
 }

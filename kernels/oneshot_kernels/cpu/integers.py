@@ -3,8 +3,8 @@
     N, K   outputs, inputs      K'  K rounded up to 64      L, T   lanes, tiles ceil(N / L), as in layout.py
 
 A weight is `scale · code`: int8 with a scale for each row and codes of 8 bits, int4 with one for each row and 64
-columns (an fp16 number) and codes from -8 to 7. The input is rounded too, to int8 with one scale for each token and 64
-columns; all is symmetric. Sums are exact within 64 columns, then float32.
+columns (an fp16 number) and codes from -8 to 7. The input stays as it is (`plain`), or it is rounded too, to int8 with
+one scale for each token and 64 columns, which is faster; sums are then exact within 64 columns. All is symmetric.
 
     values   dense: bytes (T, steps, L, 4), a step being four columns, K'/4 in all. int8: the codes of a step. int4:
              codes + 8 of two steps, the first in the low half: half as many steps.
@@ -15,6 +15,7 @@ columns; all is symmetric. Sums are exact within 64 columns, then float32.
 """
 
 import ctypes
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -43,20 +44,24 @@ class IntegerWeight(NamedTuple):
 
 
 class IntegerLinear(nn.Module):
-    """nn.Linear with an int8 or int4 weight, dense or 2:4, for inference on a CPU: y = x Wᵀ + bias, rounded as above.
+    """nn.Linear with an int8 or int4 weight, dense or 2:4, for inference on a CPU: y = x Wᵀ + bias.
 
-    Its tensors are made for this machine and are in no state dict: save the model before.
+    plain: whether inputs stay as they are, instead of being rounded to int8. Its tensors are made for this machine and
+    are in no state dict: save the model before.
     """
 
-    def __init__(self, weight: IntegerWeight, bias: torch.Tensor | None) -> None:
+    def __init__(self, weight: IntegerWeight, bias: torch.Tensor | None, plain: bool = False) -> None:
         super().__init__()
+        self.plain = plain
         (self.out_features, self.in_features), self.bits = weight.shape, weight.bits
         for name, tensor in (("values", weight.values), ("scale", weight.scale), ("bias", bias)):
             self.register_buffer(name, tensor, persistent=False)
 
     @classmethod
-    def from_linear(cls, layer: nn.Linear, *, bits: int = 8, sparse: bool = False) -> "IntegerLinear":
-        """Round a layer's weight to the nearest codes. bits: 8 or 4. sparse: as 2:4, which the weight must be.
+    def from_linear(cls, layer: nn.Linear, *, bits: int = 8, sparse: bool = False,
+                    plain: bool = False) -> "IntegerLinear":
+        """Round a layer's weight to the nearest codes. bits: 8 or 4. sparse: as 2:4, which the weight must be. plain:
+        see the class.
 
         Raises ValueError for a weight that is not finite or not 2:4, and where nothing can be compiled.
         """
@@ -64,14 +69,14 @@ class IntegerLinear(nn.Module):
             raise ValueError(f"integer layers need the compiled kernels: {library.why('int8')}")
         bias = None if layer.bias is None else layer.bias.detach()
         rounded = round_rows(layer.weight.detach()) if bits == 8 else round_groups(layer.weight.detach())
-        return cls(prepare(*rounded, bits=bits, sparse=sparse), bias)
+        return cls(prepare(*rounded, bits=bits, sparse=sparse), bias, plain)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., K) -> (..., N), in x's dtype."""
         if not torch.compiler.is_compiling() and not (x.requires_grad and torch.is_grad_enabled()):
-            return compute(x, self.values, self.scale, self.bias, self.out_features, self.bits)
+            return compute(x, self.values, self.scale, self.bias, self.out_features, self.bits, self.plain)
         return torch.ops.oneshot_kernels.linear_integers(x, self.values, self.scale, self.bias, self.out_features,
-                                                         self.bits)
+                                                         self.bits, self.plain)
 
     def _apply(self, fn, recurse=True):
         scale = self.scale
@@ -82,7 +87,8 @@ class IntegerLinear(nn.Module):
     def extra_repr(self) -> str:
         """What print(model) shows."""
         form = "2:4" if self.values.ndim == 5 else "dense"
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, int{self.bits} {form}"
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, int{self.bits} {form}" + (
+            ", inputs as they are" if self.plain else "")
 
 
 def round_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,20 +157,22 @@ def prepare(codes: torch.Tensor, scale: torch.Tensor, *, sparse: bool, bits: int
     return IntegerWeight(values, scale, (n, k), 4)
 
 
-def linear(x: torch.Tensor, weight: IntegerWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x (M, K), contiguous -> (M, N) in x's dtype. Nothing is checked here."""
+def linear(x: torch.Tensor, weight: IntegerWeight, bias: torch.Tensor | None = None,
+           plain: bool = False) -> torch.Tensor:
+    """x (M, K), contiguous -> (M, N) in x's dtype. plain: x is not rounded. Nothing is checked here."""
     n, k = weight.shape
     y = x.new_empty(x.shape[0], n)
     pointers = (None if t is None else t.data_ptr() for t in (x, *weight[:2], bias, y))
     threads = library.threads() if n * k >= SERIAL else 1
-    if _library().linear_integers(*pointers, x.shape[0], n, k, TYPES[x.dtype], weight.bits, weight.sparse, threads):
+    if _library().linear_integers(*pointers, x.shape[0], n, k, TYPES[x.dtype], weight.bits, weight.sparse, plain,
+                                  threads):
         raise RuntimeError(f"no memory for {x.shape[0]} tokens of {k} inputs")
     return y
 
 
 def compute(x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int,
-            bits: int) -> torch.Tensor:
-    """x (..., K) -> (..., n). Raises ValueError if the tensors do not fit together."""
+            bits: int, plain: bool = False) -> torch.Tensor:
+    """x (..., K) -> (..., n). plain: x is not rounded. Raises ValueError if the tensors do not fit together."""
     k = x.shape[-1]
     blocks, lanes = -(-k // BLOCK), lanes_of()
     tiles = -(-n // lanes)
@@ -176,7 +184,7 @@ def compute(x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, bias: to
         raise ValueError(f"int{bits} layer: x {tuple(x.shape)} {x.dtype} and {n} outputs do not fit values "
                          f"{tuple(values.shape)} or the bias")
     flat = x.reshape(-1, k).contiguous()
-    return linear(flat, IntegerWeight(values, scale, (n, k), bits), bias).view(*x.shape[:-1], n)
+    return linear(flat, IntegerWeight(values, scale, (n, k), bits), bias, plain).view(*x.shape[:-1], n)
 
 
 _op = torch.library.custom_op("oneshot_kernels::linear_integers", compute, mutates_args=())
@@ -184,7 +192,7 @@ _op = torch.library.custom_op("oneshot_kernels::linear_integers", compute, mutat
 
 @_op.register_fake
 def _(x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int,
-      bits: int) -> torch.Tensor:
+      bits: int, plain: bool = False) -> torch.Tensor:
     """The shape and dtype of the result, for torch.compile."""
     return x.new_empty(*x.shape[:-1], n)
 
@@ -208,9 +216,11 @@ def round_input(x: torch.Tensor) -> torch.Tensor:
     return rounded.flatten(1)[:, : x.shape[1]]
 
 
-def emulate(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def emulate(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None,
+            plain: bool = False) -> torch.Tensor:
     """The reference, in float64: x (M, K), rounded as the kernel rounds it, times scale · codes (N, K) -> (M, N)."""
-    return F.linear(round_input(x), value(codes, scale), None if bias is None else bias.double())
+    seen = x.double() if plain else round_input(x)
+    return F.linear(seen, value(codes, scale), None if bias is None else bias.double())
 
 
 def value(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -233,7 +243,7 @@ def _library() -> ctypes.CDLL | None:
 def _declare(cdll: ctypes.CDLL) -> None:
     """The functions' argument types."""
     cdll.lanes.argtypes, cdll.lanes.restype = [], ctypes.c_int
-    cdll.linear_integers.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 7
+    cdll.linear_integers.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 8
     cdll.linear_integers.restype = ctypes.c_int
 
 
@@ -242,15 +252,15 @@ def _self_test(cdll: ctypes.CDLL) -> str | None:
     generator = torch.Generator().manual_seed(0)
     n, k, m = 5 * cdll.lanes() + 3, 172, 15
     x, bias = torch.randn(m, k, generator=generator), torch.randn(n, generator=generator)
-    for sparse, bits in ((True, 8), (False, 8), (True, 4), (False, 4)):
+    for sparse, bits, plain in itertools.product((True, False), (8, 4), (False, True)):
         weight = torch.randn(n, k, generator=generator)
         if sparse:
             weight = reference.random_24(n, k, torch.float32, generator)
         codes, scale = round_rows(weight) if bits == 8 else round_groups(weight)
         made, y = prepare(codes, scale, sparse=sparse, bits=bits, lanes=cdll.lanes()), torch.full((m, n), torch.nan)
         pointers = (None if t is None else t.data_ptr() for t in (x, *made[:2], bias, y))
-        cdll.linear_integers(*pointers, m, n, k, TYPES[x.dtype], bits, sparse, 2)
-        error = reference.relative_error(y, emulate(x, codes, scale, bias))
+        cdll.linear_integers(*pointers, m, n, k, TYPES[x.dtype], bits, sparse, plain, 2)
+        error = reference.relative_error(y, emulate(x, codes, scale, bias, plain))
         if not error <= 1e-6:
-            return f"{'2:4' if sparse else 'dense'} int{bits}: relative error {error:.3g}"
+            return f"{'2:4' if sparse else 'dense'} int{bits}{', x as it is' * plain}: relative error {error:.3g}"
     return None

@@ -15,10 +15,10 @@ constexpr int PIECE = 8;     // rows that a thread takes at a time from each str
 
 typedef int (*Floats)(const void*, const uint8_t*, const uint32_t*, const void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t);
 typedef int (*Integers)(const void*, const uint8_t*, const void*, const void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t,
-                        int64_t, int64_t);
+                        int64_t, int64_t, int64_t);
 
-// A weight (N, K). form: 0 row by row, 1 tiles of linear.cpp, 8 or 4 bits of integers.cpp, 2:4 with 16 added. N is 0 where there
-// is none.
+// A weight (N, K). form: 0 row by row, 1 tiles of linear.cpp, 8 or 4 bits of integers.cpp, 2:4 with 16 added, inputs that stay as
+// they are with 32 added. N is 0 where there is none.
 struct Linear { const uint8_t* values; const uint32_t* indices; const void* scale; const void* bias; int64_t N, K, form; };
 
 // qkv, gate_up: one weight with the rows of all, or one each. *_norm: gains, or null. keys, cached: (kv_heads, capacity, head_dim).
@@ -124,7 +124,7 @@ struct Room {
 static int product(const Model& m, const Linear& w, const void* x, void* y, Room& room) {
     const int64_t threads = w.N * w.K >= 1 << 15 ? m.threads : 1;
     if (w.form == 1) return m.floats(x, w.values, w.indices, w.bias, y, 1, w.N, w.K, m.type, threads);
-    if (w.form) return m.integers(x, w.values, w.scale, w.bias, y, 1, w.N, w.K, m.type, w.form & 15, w.form >> 4, threads);
+    if (w.form) return m.integers(x, w.values, w.scale, w.bias, y, 1, w.N, w.K, m.type, w.form & 15, w.form >> 4 & 1, w.form >> 5, threads);
     widen(x, 0, w.K, w.K, room.type, room.plain);
     if (room.type == FLOAT32) all_rows<As32>(w, room.plain, y, room.type, threads);
     else if (room.type == BFLOAT16) all_rows<AsB16>(w, room.plain, y, room.type, threads);
