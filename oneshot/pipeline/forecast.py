@@ -19,9 +19,9 @@ from .sizes import Layer, Shape
 KINDS = ("start", "product", "solve", "choice", "touched", "hashed", "read", "written")
 # the program's start; operations of matrix products, and of solvers with a Gram matrix; weights that a mask is chosen
 # for without one; bytes
-SOLVERS = {  # (copies of the Gram matrix, of the weight) at the peak, float32; tests/pipeline/test_forecast.py counts
-    "magnitude": (0, 4), "wanda": (0, 4), "ria": (0, 6), "sparsegpt": (1, 5), "refit": (1, 10), "admm": (1, 9),
-    "alps": (27, 11)}
+SOLVERS = {  # float32 at the peak: (copies of the Gram matrix, of the weight, of at most so many columns of the weight)
+    "magnitude": (0, 4, 0), "wanda": (0, 4, 0), "ria": (0, 6, 0), "sparsegpt": (1, 2.3, 1024), "refit": (1, 10, 0),
+    "admm": (1, 9, 0), "alps": (27, 11, 0)}  # tests/pipeline/test_forecast.py counts them
 DEAREST = SOLVERS["alps"]  # for what is not in the table
 LOOP = 128  # columns of SparseGPT's mask block
 LEAST = 2**26  # bytes: a smaller budget of Gram matrices gains nothing
@@ -124,10 +124,17 @@ def gram_bytes(layer: Layer, task: Task) -> int:
 
 
 def solver_bytes(layer: Layer, task: Task) -> int:
-    """What solving one linear takes beside its weight and its statistics."""
-    grams, copies = (max(column) for column in zip(*(SOLVERS.get(name, DEAREST) for name in task.chain), strict=True))
-    return max((4 * max((grams + 1) * own.C**2 if grams else 0, grams * own.C**2 + copies * own.R * own.C)
-                for own in layer.linears), default=0)
+    """What solving one linear takes beside its weight and its statistics.
+
+    Factoring a Gram matrix takes a copy of it that is gone when the weight's turn comes.
+    """
+    known = [SOLVERS.get(name, DEAREST) for name in task.chain]
+    grams, copies, columns = (max(column) for column in zip(*known, strict=True))
+
+    def of(R: int, C: int) -> float:
+        kept = grams * C**2
+        return 4 * max(kept + C**2 if grams else 0, kept + copies * R * C + R * min(columns, 2.7 * C))
+    return int(max((of(own.R, own.C) for own in layer.linears), default=0))
 
 
 def peak(found: dict[str, list[Part]], on_gpu: bool | None = None) -> tuple[str, float]:
