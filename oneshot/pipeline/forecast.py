@@ -24,6 +24,7 @@ SOLVERS = {  # float32 at the peak: (copies of the Gram matrix, of the weight, o
     "admm": (1, 9, 0), "alps": (27, 11, 0)}  # tests/pipeline/test_forecast.py counts them
 DEAREST = SOLVERS["alps"]  # for what is not in the table
 LOOP = 128  # columns of SparseGPT's mask block
+FREED = 2**28  # bytes that glibc keeps at most of tensors below 32 MB that are gone: 60 to 350 MB were seen
 LEAST = 2**26  # bytes: a smaller budget of Gram matrices gains nothing
 
 
@@ -71,8 +72,10 @@ def phases(shape: Shape, task: Task, program: float) -> dict[str, list[Part]]:
     """{phase: its parts}: what is in memory at the peak of each. program: bytes of the program itself."""
     wide, layer = task.computing(shape), max(shape.layers, key=lambda own: own.stored)
     blocks = layer.stored if task.offload else sum(own.stored for own in shape.layers)
+    freed = min(FREED, FREED // 4 + layer.weights * wide // 2)
     always = [Part("the program", program), Part("outside the blocks, stored", shape.rest * shape.itemsize),
-              Part("block, stored" if task.offload else "blocks, stored", blocks)]
+              Part("freed, kept by the allocator", freed), Part("block, stored" if task.offload else "blocks, stored",
+                                                                blocks)]
     own = layer.weights * wide * (shape.itemsize != wide or task.gpu)
     block = Part("block, computing", own, True)
     waiting = Part("activations", hidden_bytes(shape, task.calibration, task.activation) * task.copies,
@@ -93,7 +96,7 @@ def phases(shape: Shape, task: Task, program: float) -> dict[str, list[Part]]:
         found["evaluating"] = [*always, block, kept, Part("a batch", batch, True)]
         tokens = task.eval_batch * task.evaluation[1]
         logits = 4 * 4 * min(SLICE, tokens * shape.vocab)
-        found["evaluating, head"] = [*(always[:2] if task.offload else always), kept, Part("logits", logits, True),
+        found["evaluating, head"] = [*(always[:3] if task.offload else always), kept, Part("logits", logits, True),
                                      Part("outside the blocks, computing", outside_bytes(shape, task), True)]
     return found
 

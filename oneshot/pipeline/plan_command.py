@@ -36,7 +36,6 @@ from .plan import chain_of, needs_data, pattern_of
 from .sizes import Shape, shape_of
 
 UNITS = {"": 2**30, "g": 2**30, "m": 2**20, "gb": 10**9, "mb": 10**6, "gib": 2**30, "mib": 2**20}
-KEEPS = 2**27  # bytes that the allocator keeps from what was freed
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def plan(configs: Sequence[RunConfig], given: dict[str, Any], limit: float) -> P
     shape, writes = shape_of(model), offloading.existing(Path(cfg.save or tempfile.gettempdir()))
     tasks = [task_of(c, model, tokenizer) for c in configs]
     limits = (limit, environment.total_memory(cfg.device))
-    program = machine.resident() + KEEPS
+    program = machine.resident()
     pruned = next((c for c in configs if c.prunes), None)
     chosen = fit(shape, tasks, limits, program, free_flags(configs, given))
     tasks = [applied(task, chosen) for task in tasks]

@@ -40,7 +40,7 @@ ASSUMED = {  # a second, of one GPU: operations of bfloat16 products and of floa
     "start": 1 / 30, "product": 3e14, "solve": 2e13, "choice": 1e9, "touched": 2e12, "hashed": 1e9, "read": 2e9,
     "written": 1e9, "link": 5e10}
 ON_PAPER = Task(("sparsegpt",), 1, 1, (128, 2048), (164, 2048), 8, 8, 4 * GIB, saves=True)  # 164: WikiText-2's windows
-PROGRAM = 0.6 * GIB
+PROGRAM = 0.45 * GIB
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -111,8 +111,8 @@ def test_passes(place):  # noqa: F811
 def test_it_refuses_in_one_line(place, tmp_path, capfd, monkeypatch):  # noqa: F811
     argv = words(place)
     code, _, [line] = said(capfd, "--memory", "100MB", *argv)
-    assert code == 2 and line.startswith("error: --memory 0.0931 GiB: the run takes 0.6")
-    assert "with --offload disk and the smallest batches; the largest parts: the program 0.6" in line
+    assert code == 2 and line.startswith("error: --memory 0.0931 GiB: the run takes 0.56")
+    assert "with --offload disk and the smallest batches; the largest parts: the program 0.5" in line
     for text in ("24 parsecs", "0GiB", "-1", ""):
         assert said(capfd, f"--memory={text}", *argv)[0] == 2
     assert said(capfd, "--memory", "1GiB", *words(place, model=tmp_path))[2][-1].startswith("error: --model")
