@@ -169,11 +169,11 @@ def paper(name: str, size: str, task: Task, speeds: dict[str, float], limits: tu
             f"{moved / 1e9:.0f}" if gpus > 1 else "", f"{total / 3600:.2f}", f"{bound} ({times[bound] / total:.0%})"]
 
 
-def on_paper(speeds: dict[str, float]) -> str:
-    """The table of larger models. speeds: this machine's."""
+def on_paper(speeds: dict[str, float] | None) -> str:
+    """The table of larger models. speeds: this machine's with SparseGPT, if they were measured."""
     gpu = replace(ON_PAPER, gpu=True)
-    body = [paper("70B, 24 GiB, this CPU", "70b", ON_PAPER, speeds, (24 * GIB, None)),
-            paper("70B, 24 GiB and a GPU of 24 GiB", "70b", gpu, ASSUMED, (24 * GIB, 24 * GIB)),
+    body = [paper("70B, 24 GiB, this CPU", "70b", ON_PAPER, speeds, (24 * GIB, None))] if speeds else []
+    body += [paper("70B, 24 GiB and a GPU of 24 GiB", "70b", gpu, ASSUMED, (24 * GIB, 24 * GIB)),
             paper("7B, a GPU", "7b", gpu, ASSUMED), paper("7B, 8 GPUs", "7b", gpu, ASSUMED, gpus=8),
             paper("70B, 8 GPUs", "70b", replace(gpu, offload=True, waits_on_cpu=True), ASSUMED, gpus=8)]
     return render(["run", "flags", "memory GiB", "GPU GiB", "disk GB", "between GPUs GB", "hours", "bound by"], body,
@@ -202,8 +202,8 @@ def page(data: dict) -> str:
             "others"]
     stages = [[run["method"], stage, f"{own:.0f}"] for run in data["runs"]
               for stage, own in run["planned"]["seconds"].items()]
-    speeds = data["runs"][-1]["planned"]["speeds"]
-    kinds = [[kind, f"{speeds[kind]:.3g}", f"{ASSUMED[kind]:.3g}"] for kind in forecast.KINDS if kind in speeds]
+    speeds = {run["method"]: run["planned"]["speeds"] for run in data["runs"]}.get("sparsegpt")  # what is on paper
+    kinds = [[kind, f"{speeds[kind]:.3g}" if speeds else "", f"{ASSUMED[kind]:.3g}"] for kind in forecast.KINDS]
     kinds.append(["link", "", f"{ASSUMED['link']:.3g}"])
     return f"""# A model larger than the memory it may take
 
