@@ -43,6 +43,7 @@ setup(
     extras_require={
         "eval": ["lm-eval>=0.4.13", "accelerate"],
         "heal": ["accelerate", "peft"],
+        "offload": ["accelerate"],
         "gguf": ["gguf>=0.19"],
         "compressed": ["compressed-tensors>=0.15"],
         "dev": ["pytest>=8", "pytest-xdist", "ruff", "hypothesis", "zstandard",

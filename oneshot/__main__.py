@@ -1,4 +1,4 @@
-"""The command `oneshot` (and `python -m oneshot`): `oneshot prune | shrink | heal | verify | generate | compare`."""
+"""The command `oneshot` (and `python -m oneshot`): `oneshot plan | prune | shrink | heal | verify | generate ...`."""
 
 import importlib
 import sys
@@ -8,6 +8,7 @@ COMMANDS = {  # verb: (module with its main, what it does)
     "shrink": ("oneshot.pipeline.shrink_command", "make a smaller dense model: fewer layers, neurons, KV groups"),
     "fit": ("oneshot.pipeline.fit.command", "make a model smaller step by step, with a floor under its quality"),
     "heal": ("oneshot.pipeline.heal_command", "train what pruning has left, on text, while zeros stay zero"),
+    "plan": ("oneshot.pipeline.plan_command", "say what a run will take, and which flags make it fit"),
     "latency": ("oneshot.pipeline.latency_command", "measure what each part of a model costs on this device"),
     "verify": ("oneshot.checkpoint.verify", "check a saved checkpoint against its manifest"),
     "generate": ("oneshot.pipeline.generate", "generate text with a dense or packed model and measure the speed"),

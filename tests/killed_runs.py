@@ -1,6 +1,9 @@
 """Not a test: runs the program in forked children that SIGKILL themselves at chosen moments, then lets each continue.
 
-    python tests/killed_runs.py PLACE        PLACE as tiny.make leaves it; prints {moment: [exit codes, blocks pruned]}
+    python tests/killed_runs.py PLACE MOMENTS [FLAGS]
+
+PLACE as tiny.make leaves it; MOMENTS separated by commas; more flags of oneshot prune. Prints {moment: [exit codes,
+blocks pruned]}.
 
 In PLACE: `whole` is an uninterrupted result, MOMENT what the continued run left, MOMENT.killed what the kill left. All
 compute with one thread, which makes forking safe and the bits comparable.
@@ -90,21 +93,21 @@ def child(argv, prepare=lambda: None):
         return code, len(pipe.read())
 
 
-def main(place):
+def main(place, moments, *more):
     torch.set_num_threads(1)
     page._pictures = lambda records: []
     sys.stdout = sys.stderr
 
     def command(name):
-        return tiny.flags(place, "--no-dense", method="sparsegpt", eval_windows=8, save=place / name)
+        return tiny.flags(place, "--no-dense", *more, method="sparsegpt", eval_windows=8, save=place / name)
     assert tiny.main(*command("whole")) == 0  # here, so that the children find everything imported
     told = {}
-    for moment, prepare in MOMENTS.items():
-        killed = child(command(moment), prepare)
+    for moment in moments.split(","):
+        killed = child(command(moment), MOMENTS[moment])
         shutil.copytree(place / moment, place / f"{moment}.killed")
         told[moment] = [killed, child(command(moment))]
     print(json.dumps(told), file=sys.__stdout__)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

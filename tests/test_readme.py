@@ -13,7 +13,8 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 HERE = {"meta-llama/Llama-3.1-8B": "demo", "c4": "builtin", "wikitext2": "builtin:prose", "cuda": "cpu",
         "0.7*c4,0.3*mine.txt": "builtin", "wikitext2/ppl<=1.1x": "builtin:prose/ppl<=3x"}
 FEW = ["--nsamples", "2", "--seqlen", "32", "--eval-windows", "2", "--no-progress"]
-SMALL = {"latency": ["--rounds", "1", "--no-progress"], "prune": FEW, "verify": [], "shrink": [*FEW, "--tries", "2"],
+SMALL = {"latency": ["--rounds", "1", "--no-progress"], "plan": FEW, "prune": FEW, "verify": [],
+         "shrink": [*FEW, "--tries", "2"],
          "heal": [*FEW, "--tokens", "1k", "--heal-seqlen", "64", "--batch", "256"],
          "fit": [*FEW, "--target", "bytes=0.7", "--step", "100%", "--tokens", "1k", "--heal-seqlen", "64",
                  "--heal-batch", "256"],
@@ -35,7 +36,7 @@ def test_commands(tmp_path, monkeypatch, capsys):
         argv = [verb, *(HERE.get(w, w) for w in words), *SMALL[verb]]
         assert main(argv) == 0, (argv, capsys.readouterr().err)
     out = capsys.readouterr().out
-    assert out.count("all proved") == 5 and "(packed)" in out
+    assert out.count("all proved") == 6 and "(packed)" in out
 
 
 def test_python_lines():

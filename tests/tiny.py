@@ -103,8 +103,8 @@ def records(results):
 
 
 def weights(folder):
-    """All tensors of a checkpoint."""
-    return load_file(folder / "model.safetensors")
+    """All tensors of a checkpoint, in one file or several."""
+    return {name: t for file in sorted(folder.glob("model*.safetensors")) for name, t in load_file(file).items()}
 
 
 def change_weights(folder, change):

@@ -173,13 +173,13 @@ def returned(model: nn.Module, ids: torch.Tensor, device: torch.device) -> int |
     inner, first, answer = models.decoder(model), block_list[0], []
 
     def ask(args: tuple, kwargs: dict) -> None:
-        with models.resident(models.tensors_of(first), device):
-            answer.append(first(*args, **kwargs))
+        answer.append(first(*args, **kwargs))
         raise _Enough
 
-    with models.own_code(cannot(model), ()), models.resident(models.rest_of(inner, block_list), device), \
-            contextlib.suppress(_Enough), stubbed(block_list, [Stub(first, ask), *block_list[1:]]):
-        inner(input_ids=ids[:1, :2].to(device), use_cache=False)
+    for _ in models.walk(model, device, end=1):
+        with models.own_code(cannot(model), ()), models.resident(models.rest_of(inner, block_list), device), \
+                contextlib.suppress(_Enough), stubbed(block_list, [Stub(first, ask), *block_list[1:]]):
+            inner(input_ids=ids[:1, :2].to(device), use_cache=False)
     if not answer:
         raise ValueError(f"{cannot(model)}: it does not call its first block")
     out = answer[0]

@@ -4,6 +4,7 @@
     lock      only one process at a time writes into it
     owner     which run a folder belongs to, and which of its files oneshot wrote
     kept      finished blocks, saved for a run that may be interrupted
+    shards    the checkpoint of a model whose blocks are on disk
     manifest  what was done to each tensor, and hashes to check it by
     contents  hashes of all files of a folder, and of all tensors in them
     claims    whether a manifest agrees with itself

@@ -24,11 +24,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from ..models import Tokenizer, source_of
+from ..models import OnDisk, Tokenizer, source_of
 from ..prune import patterns
 from ..runtime import sealed
 from ..runtime.files import remove_parts, sync, umask, write_text
-from . import compressed, contents, gguf, kept, owner, packed, rounded
+from . import compressed, contents, gguf, kept, owner, packed, rounded, shards
 from .lock import FolderLock
 from .manifest import MANIFEST, WORK, manifest, old, read_manifest, read_sealed
 from .outcome import check_saved, copy_side_files
@@ -45,7 +45,8 @@ class Folder:
     otherwise the Folder takes it and keeps it until `release`.
 
     computed_with: plain values that the bits of a block depend on (threads, device, versions), saved with each block.
-    plan: the run's plan if it was computed from data, saved with the first block. scales: of rounded linears.
+    plan: the run's plan if it was computed from data, saved with the first block. scales: of rounded linears. disk:
+    where the model's blocks are, if they are on disk; it is told where they go.
 
     Raises ValueError naming `--save` when the folder holds another run or anything else, or when another process
     writes into it.
@@ -58,6 +59,7 @@ class Folder:
         self.computed_with: dict = {}
         self.plan: Plan | None = None
         self.scales: dict = {}
+        self.disk: OnDisk | None = None
         self.choice: dict | None = None  # the cut that was chosen, plain values, saved with the first block
         self._used: list[dict] = []  # what each kept block was computed with
         self._first: dict = {}  # what the kept plan was computed with
@@ -130,12 +132,16 @@ class Folder:
         number = 0
         while self.ours and any(later >= number for later in self._numbers()):
             try:
-                state, rows, used, self._seal = kept.read(self._block(number), self.run_id, number, self._seal)
+                state, rows, used, self._seal = kept.read(self._block(number), self.run_id, number, self._seal,
+                                                          bool(self.disk))
             except kept.Damaged as why:
                 self._drop_from(number, f"block {number}, saved by the interrupted run, {why}; it is pruned again, and "
                                         "so are all later ones")
                 return
             self._used.append(used)
+            if self.disk:
+                state = self.disk.local(number, state)
+                self.disk.moved(number, self._block(number))
             yield state, rows
             number += 1
 
@@ -174,6 +180,8 @@ class Folder:
                 self.drop_work(but=owner.RUN)
             remove(self.work / "parts")
             (self.work / "parts").mkdir()
+            if self.disk:
+                shards.check_links(self.work / "parts")
             clear(self.path, self._own.removable)
             self.ours = self.claimed = True
 
@@ -196,12 +204,15 @@ class Folder:
         with writing(self.path):
             self._lock.check()
             self.claim()
+            state = self.disk.named(number, state) if self.disk else state
             state = {k: v.contiguous() for k, v in state.items()}
-            header = kept.header(self.run_id, number, state, rows, self.computed_with, self._seal)
+            header = kept.header(self.run_id, number, state, rows, self.computed_with, self._seal, bool(self.disk))
             part = self.work / "parts" / kept.name_of(number)
             save_file(state, part, metadata=header)
             sync(part)
             os.replace(part, self._block(number))
+            if self.disk:
+                self.disk.moved(number, self._block(number))
             self._seal = header["seal"]
 
     def finish(self, model: nn.Module, tokenizer: Tokenizer, record: dict, form: str = "dense",
@@ -225,7 +236,10 @@ class Folder:
             self.claim()
             final = self.work / "final"
             remove(final)
-            model.save_pretrained(final)
+            if self.disk:
+                shards.write(final, model, self.disk, [*map(self._block, range(self.disk.blocks))])
+            else:
+                model.save_pretrained(final)
             tokenizer.save_pretrained(final)
             check_saved(final, model, source_of(model), compressed.replaced(model))
             copy_side_files(source_of(model).folder, final)
@@ -238,6 +252,8 @@ class Folder:
             data |= contents.describe(final)
             sealed.write(data, final / MANIFEST)
             self._move(final, list(data["files"]))
+        for number, name in enumerate(shards.names(1 + self.disk.blocks)[1:] if self.disk else ()):
+            self.disk.moved(number, self.path / name)
         self.drop_work()
         return record
 

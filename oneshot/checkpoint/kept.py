@@ -3,6 +3,7 @@
     run_id, number   which run's, which block
     rows             its rows of the record, JSON
     computed_with    what its bits depend on beside the settings: threads, device, versions, calibration text; JSON
+    format           "pt" where tensors have the names of the checkpoint, so that the file is a shard of it (shards.py)
     before           the seal of the block before it, "" for the first: it was pruned on what that block gives
     seal             sha256 of all these and of every tensor's name, dtype, shape and bytes
 """
@@ -28,10 +29,11 @@ def name_of(number: int) -> str:
     return f"block_{number:05d}.safetensors"
 
 
-def header(run_id: str, number: int, state: State, rows: dict, computed_with: dict, before: str) -> dict[str, str]:
-    """What the header of a kept block says, as safetensors takes it."""
+def header(run_id: str, number: int, state: State, rows: dict, computed_with: dict, before: str,
+           shard: bool = False) -> dict[str, str]:
+    """What the header of a kept block says, as safetensors takes it. shard: whether it is one of the checkpoint."""
     entries = {"run_id": run_id, "number": str(number), "rows": json.dumps(rows),
-               "computed_with": json.dumps(computed_with), "before": before}
+               "computed_with": json.dumps(computed_with), "before": before} | ({"format": "pt"} if shard else {})
     return entries | {"seal": seal(entries, state)}
 
 
@@ -45,10 +47,11 @@ def seal(entries: dict[str, str], state: State) -> str:
     return digest.hexdigest()
 
 
-def read(file: Path, run_id: str, number: int, before: str) -> tuple[State, dict, dict, str]:
+def read(file: Path, run_id: str, number: int, before: str, shard: bool = False) -> tuple[State, dict, dict, str]:
     """(state dict, rows, what it was computed with, seal) of a kept block.
 
-    before: the seal of the block before it. Raises Damaged for a file that is not exactly this block as it was kept.
+    before: the seal of the block before it. shard: whether it has to be one of the checkpoint. Raises Damaged for a
+    file that is not exactly this block as it was kept.
     """
     try:
         with safe_open(file, "pt") as f:
@@ -65,6 +68,8 @@ def read(file: Path, run_id: str, number: int, before: str) -> tuple[State, dict
         raise Damaged(f"is another run's ({entries['run_id']})")
     if entries["number"] != str(number):
         raise Damaged(f"is block {entries['number']}")
+    if ("format" in entries) != shard:
+        raise Damaged(f"was saved {'without' if shard else 'with'} --offload disk")
     if entries["before"] != before:
         raise Damaged("follows another block than the one before it")
     return state, json.loads(entries["rows"]), json.loads(entries["computed_with"]), found

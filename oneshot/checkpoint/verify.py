@@ -11,6 +11,8 @@ Of a smaller model it checks that blocks, units and tensors are those that the m
 MODEL`, the model it was made from, it checks each tensor against the rows and columns of that one: shapes of all, and
 the bits of those that are recorded as original.
 
+With `--offload disk` one block at a time is in memory.
+
 With `--twin OTHER` it also checks that both folders hold the same model, tensor by tensor; packed weights are compared
 as the dense matrices they represent.
 """
@@ -18,12 +20,13 @@ as the dense matrices they represent.
 import argparse
 import contextlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from .. import models
 from ..models import Weight
+from ..models.offload import OFFLOAD
 from ..runtime.command import Parser, exit_code
 from ..structured import origin
 from ..structured.options import shrinks
@@ -47,11 +50,12 @@ class Verified(NamedTuple):
     unchecked: tuple[str, ...] = ()
 
 
-def verify(path: str | Path, trust_remote_code: bool = False, original: str | None = None) -> Verified:
+def verify(path: str | Path, trust_remote_code: bool = False, original: str | None = None,
+           offload: str = "none") -> Verified:
     """Check a folder against its manifest.
 
     trust_remote_code: run code that the folder brings, to load its model. original: the model that a smaller one was
-    made from.
+    made from. offload: "disk" reads one block at a time.
 
     Raises ValueError when the folder is not a finished checkpoint of oneshot, or cannot be loaded.
     """
@@ -59,10 +63,13 @@ def verify(path: str | Path, trust_remote_code: bool = False, original: str | No
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder; give one that oneshot prune --save wrote")
     data, whole = read_sealed(path)
+    if offload == "disk" and (data.get("format") != "dense" or "origin" in data):
+        kind = "holds a smaller model" if "origin" in data else f"is of format {data.get('format')}"
+        raise ValueError(f"--offload disk: {path} {kind}, which is checked in memory as a whole; leave it out")
     faults = [] if whole else [Fault(MANIFEST, "was changed after it was written")]
     changed = contents.differences(path, data)
     try:
-        model, scales = loaded(path, data, trust_remote_code)
+        model, scales = loaded(path, data, trust_remote_code=trust_remote_code, offload=offload)
     except ValueError as error:
         more = f"; not as recorded: {changed[0]}" if changed else ""
         more += f" and {len(changed) - 1} more" if changed[1:] else ""
@@ -82,14 +89,14 @@ def verify(path: str | Path, trust_remote_code: bool = False, original: str | No
                     len(data.get("stored_tensors", {})), tuple(unchecked))
 
 
-def loaded(path: Path, data: dict, trust_remote_code: bool) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    """(the folder's model, {linear: its scales} of those that were rounded). data: the manifest."""
+def loaded(path: Path, data: dict, **how: Any) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """(the folder's model, {linear: its scales} of those that were rounded). data: the manifest. how: to load it."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(packed.unchecked())
         folder, scales = path, rounded.read(path)
         if data.get("format") == compressed.METHOD:
             folder, scales = stack.enter_context(compressed.unpacked(path, data))
-        model, _ = models.load(str(folder), flag="", trust_remote_code=trust_remote_code)
+        model, _ = models.load(str(folder), flag="", **how)
     return model, scales | packed.scales_of(model)
 
 
@@ -211,12 +218,16 @@ def run(argv: list[str] | None) -> int:
     parser.add_argument("--twin", metavar="OTHER", help="another folder that must hold the same model, tensor by "
                                                         "tensor, such as the dense version of a packed checkpoint")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that the folder brings, to load it")
+    parser.add_argument("--offload", choices=OFFLOAD, default="none",
+                        help="disk: read one block at a time, for a model larger than memory")
     parser.add_argument("--quiet", action="store_true", help="print only faults and the verdict")
     parser.add_argument("--original", metavar="MODEL", help="the model that a smaller one was made from: compares each "
                                                             "tensor with the rows and columns that are left of it")
     args = parser.parse_args(argv)
     models.quiet()
-    found = verify(args.folder, args.trust_remote_code, args.original)
+    if args.offload == "disk" and args.twin:
+        raise ValueError("--twin: compares whole models in memory, so it does not go with --offload disk")
+    found = verify(args.folder, args.trust_remote_code, args.original, args.offload)
     equal, different = compare(args.folder, args.twin, args.trust_remote_code) if args.twin else (0, [])
     if not args.quiet:
         show(found)

@@ -8,6 +8,8 @@
     experts   fused mixture-of-experts layers, computed one expert at a time
     groups    what is cut together when a model gets smaller: a neuron, a KV group
     smaller   the family's own model with fewer blocks, neurons or KV groups, from its config
+    skeleton  a model's modules and shapes without its weights
+    offload   a model larger than memory: its blocks stay on disk, one at a time is read
     uneven    models whose layers differ in width
     intake    check a checkpoint's files before and after loading
     own_code  turn whatever a model's own code raises into one line
@@ -34,14 +36,17 @@ from .blocks import (
     walk,
 )
 from .experts import experts_one_by_one, is_experts
-from .loading import DEMO, Tokenizer, fingerprint, load, quiet
+from .loading import DEMO, Tokenizer, fingerprint, load, quiet, stored
+from .offload import OnDisk, on_disk
 from .own_code import own_code
+from .skeleton import skeleton
 from .source import source_of
 from .weights import ATTENTION, Conv1D, Weight, left_alone, mlp, silent, untouched, weights_of
 
 __all__ = [
-    "ATTENTION", "DEMO", "Block", "Conv1D", "Tokenizer", "Weight", "all_weights", "blocks", "compute_dtype",
+    "ATTENTION", "DEMO", "Block", "Conv1D", "OnDisk", "Tokenizer", "Weight", "all_weights", "blocks", "compute_dtype",
     "config_of", "decoder", "embedded", "experts_one_by_one", "fingerprint", "is_experts", "left_alone", "load",
-    "max_positions", "mlp", "outside", "own_code", "quiet", "resident", "rest_of", "shares_weights", "silent",
-    "skipped", "source_of", "tensors_of", "unreached", "untouched", "walk", "weights_of",
+    "max_positions", "mlp", "on_disk", "outside", "own_code", "quiet", "resident", "rest_of", "shares_weights",
+    "silent", "skeleton", "skipped", "source_of", "stored", "tensors_of", "unreached", "untouched", "walk",
+    "weights_of",
 ]

@@ -1,11 +1,13 @@
 """Transformer blocks: find them, move tensors to the device, iterate over a model one block at a time.
 
     block       one transformer layer, whatever its model family calls it
-    offloaded   how a tensor is kept while nothing computes with it: in CPU memory, in its stored dtype
+    offloaded   how a tensor is kept while nothing computes with it: in CPU memory, in its stored dtype; of a model that
+                is larger than memory, on disk (offload.py)
     resident    on the device, in the dtype used for computing
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from .offload import on_disk
 from .weights import UNKNOWN, Weight, weights_of
 
 
@@ -101,24 +104,33 @@ def walk(model: nn.Module, device: str | torch.device | None = None, *, start: i
     device: None leaves the blocks offloaded, to be read or changed in their stored form. bar: advances by one per
     block.
 
-    This is the only place that iterates over a model: to stream a model from disk, or to divide it among processes,
-    change this function.
+    This is the only place that iterates over a model. Of a model on disk, a block is read when it is reached, and
+    dropped afterwards; one that has changed is written first. With no device, a weight is read when it is looked at.
     """
     path, block_list = blocks(model)
     first, last = sharing(block_list)
+    disk = on_disk(model)
     for number, module in list(enumerate(block_list))[start:end]:
         name = f"{path}.{number}"
         weights, skipped = weights_of(module, name)
         shared = [w for w in weights if first[id(w.parameter)] < number]
         for w in shared:
             w.block = f"{path}.{first[id(w.parameter)]}"
+        for w in weights if disk else ():
+            w.fetch = functools.partial(disk.fetch, number)
         block = Block(number, name, module, [w for w in weights if first[id(w.parameter)] == number], skipped,
                       {n: p.dtype for n, p in module.named_parameters(remove_duplicate=False)}, shared=shared,
                       recurring={w.name for w in weights if last[id(w.parameter)] > number})
+        def changed(block: Block = block) -> bool:
+            return block.changed
+
         if device is None:
             yield block
         else:
-            with resident(tensors_of(module), device, write_back=lambda block=block: block.changed):
+            with contextlib.ExitStack() as stack:
+                if disk:
+                    stack.enter_context(disk.present(number, changed))
+                stack.enter_context(resident(tensors_of(module), device, write_back=changed))
                 yield block
         if bar is not None:
             bar.update()
@@ -193,6 +205,8 @@ def resident(tensors: Iterable[torch.Tensor], device: str | torch.device, *,
     try:
         for t in {id(t): t for t in tensors}.values():
             kept = t.data
+            if kept.is_meta:
+                raise ValueError("--offload disk: a step of this run needs the whole model in memory; leave it out")
             weight = isinstance(t, nn.Parameter) and t.is_floating_point()
             there = kept.to(device, (dtype or compute_dtype(device, t.dtype)) if weight else t.dtype)
             if there is not kept:

@@ -1,6 +1,7 @@
 """Load a model and its tokenizer; identify its weights by a fingerprint."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from ..runtime.flag import flag as new_flag
 from ..runtime.hub import hub_away
 from . import gguf, intake
+from .blocks import blocks, shares_weights
+from .offload import OFFLOAD, OnDisk, on_disk
 from .source import larger_class, settle
 
 DEMO = Path(__file__).parent.parent / "demo" / "model"
@@ -31,6 +34,9 @@ class LoadOptions:
                                           python=False)
     cache_dir: str | None = new_flag(None, "Hugging Face cache folder", section="machine", bears_on="output",
                                      python=True)
+    offload: str = new_flag("none", "disk: for a model larger than memory; blocks are read one at a time from the "
+                                    "safetensors files and written, pruned, as shards of --save; the results are the "
+                                    "same", section="machine", bears_on="output", choices=OFFLOAD)
     trust_remote_code: bool = new_flag(False, "run code from the model's repository; off by default, as such code can "
                                               "do anything", section="machine", bears_on="loading", python=False,
                                        rows=("pruned",), trusts=True)
@@ -42,21 +48,24 @@ class LoadOptions:
 
 
 def load(name: str | Path, *, dtype: str = "auto", revision: str | None = None, cache_dir: str | None = None,
-         trust_remote_code: bool = False, attn_implementation: str | None = None,
-         flag: str = "--model") -> tuple[nn.Module, Tokenizer]:
+         trust_remote_code: bool = False, flag: str = "--model", **how: Any) -> tuple[nn.Module, Tokenizer]:
     """(model, tokenizer) from a local folder, a GGUF file, a name on the hub, "demo" or "smollm2", on the CPU, in
     evaluation mode.
 
-    dtype: "auto" (as stored) or the name of a torch dtype. revision, cache_dir, trust_remote_code, attn_implementation:
-    as for transformers' `from_pretrained`. Only safetensors files inside the folder are read. Weights that transformers
-    can dequantise (block FP8, MXFP4) become bfloat16. `models.source_of(model)` then says what the files held.
+    dtype: "auto" (as stored) or the name of a torch dtype. revision, cache_dir, trust_remote_code: as for transformers'
+    `from_pretrained`. how: `offload`, "disk" for a model whose blocks stay there (offload.py); `attn_implementation`,
+    as for `from_pretrained`. Only safetensors files inside the folder are read. Weights that transformers can
+    dequantise (block FP8, MXFP4) become bfloat16. `models.source_of(model)` then says what the files held.
 
     Raises ValueError naming `flag` when the model cannot be loaded, or when a part of the checkpoint would be lost.
     """
     said = f"{flag} {name}".strip()
     found = {"demo": lambda: DEMO, gguf.SMOLLM2: lambda: gguf.smollm2(said)}.get(str(name), lambda: name)()
     path = Path(found).expanduser()
+    away = how.pop("offload", "none") == "disk"
     if gguf.is_gguf(path):
+        if away:
+            raise ValueError(f"{said}: is a GGUF file, which --offload disk cannot read; give a folder of safetensors")
         return gguf.load(path, dtype, said)
     intake.check_path(path, said)
     name = found
@@ -67,8 +76,10 @@ def load(name: str | Path, *, dtype: str = "auto", revision: str | None = None, 
     options |= {} if local else {"local_files_only": bool(hub_away())}
     source = str(path) if local else str(name)
     config = intake.check_folder(path, said) if local else intake.check_hub(source, options, said)
-    model, tokenizer, info = from_pretrained(source, config, options, {
-        "dtype": dtype, "attn_implementation": attn_implementation}, said)
+    how |= {"dtype": dtype} | ({"device_map": {"": "meta"}} if away else {})
+    if away and (method := intake.quantisation(config)):
+        raise ValueError(f"{said}: its weights are stored by {method}, which --offload disk cannot read; leave it out")
+    model, tokenizer, info = from_pretrained(source, config, options, how, said)
     if info["missing_keys"]:  # transformers would initialise them at random
         missing, own = sorted(info["missing_keys"]), type(model).__name__
         if source_class := larger_class(config, model):
@@ -79,7 +90,10 @@ def load(name: str | Path, *, dtype: str = "auto", revision: str | None = None, 
         key, stored, wanted = sorted(info["mismatched_keys"])[0]
         raise ValueError(f"{said}: {key} is {tuple(stored)} in its files, {tuple(wanted)} by its config; correct "
                          "config.json or fetch it again")
-    settle(model, config, path if local else intake.hub_folder(source, options), said)
+    folder = path if local else intake.hub_folder(source, options)
+    if away:
+        keep_on_disk(model, folder, said)
+    settle(model, config, folder, said)
     if local:
         gguf.recall(model, path)
     return model.eval().requires_grad_(False), tokenizer
@@ -117,6 +131,19 @@ def from_pretrained(source: str, config: dict, options: dict, how: dict,
     return model, tokenizer, info
 
 
+def keep_on_disk(model: nn.Module, folder: Path | None, said: str) -> None:
+    """Let the blocks of a model that was loaded onto the meta device stay in its files; read everything else.
+
+    Raises ValueError for a model that cannot be read block by block.
+    """
+    if model.is_remote_code():
+        raise ValueError(f"{said}: brings code of its own, and --offload disk does not know what that computes while "
+                         "loading; leave it out")
+    if shares_weights(model):
+        raise ValueError(f"{said}: its blocks share weights, so --offload disk cannot drop one of them; leave it out")
+    OnDisk(model, blocks(model)[0], intake.shards(folder, said) if folder else [], said)
+
+
 def quiet() -> None:
     """Turn off transformers' progress bars and log messages; what matters in them oneshot reports by itself."""
     from transformers.utils import logging
@@ -125,10 +152,21 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
+def stored(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, parameter) of every parameter, each with its values; of a model on disk, those of one block at a time."""
+    disk = on_disk(model)
+    for name, p in model.named_parameters():
+        if disk and p.is_meta:
+            disk.fetch(disk.block_of(name))
+        yield name, p
+    if disk:
+        disk.drop()
+
+
 def fingerprint(model: nn.Module) -> str:
     """sha256 (hex) over every parameter's name, dtype, shape and bytes: identifies the weights a run starts from."""
     digest = hashlib.sha256()
-    for name, p in model.named_parameters():
+    for name, p in stored(model):
         digest.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
         digest.update(p.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy())
     return digest.hexdigest()

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .intake import DEQUANTISED, ROUNDED, Entry, headers, quantisation, shards
+from .offload import on_disk
 
 RECOMPUTED = re.compile(r"(.*\.)?(inv_freq|position_ids|(attn|attention)\.masked_bias)")  # tables in old checkpoints
 CAUSAL_MASK = re.compile(r"(.*\.)?(attn|attention)\.bias")  # likewise, (1, 1, T, T); a vector of that name is learnt
@@ -172,7 +173,7 @@ def check_parameters(model: nn.Module, said: str) -> None:
     for name, p in model.named_parameters():
         if id(p) in packed:
             continue
-        if p.is_meta:
+        if p.is_meta and not on_disk(model):
             raise ValueError(f"{said}: {name} is offloaded (on the meta device); load the model without offload")
         if not p.is_floating_point() or p.element_size() < 2:
             raise ValueError(f"{said}: {name} is stored as {str(p.dtype).removeprefix('torch.')}, which is not a "

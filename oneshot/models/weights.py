@@ -9,8 +9,8 @@ Weights are found generically; what is specific to a model family is in the tabl
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,7 +34,8 @@ class Weight:
     linear: the linear's name within the block, including the expert's number. kind: the same without that number.
     owner: the module whose input it multiplies. parameter: where it is stored. expert: the expert's number, or None.
     transposed: whether it is stored as (C, R). stored: the dtype it is saved in. block: the block's name in the model,
-    "" if only the block is known.
+    "" if only the block is known. fetch: called before the weight is read, with True before it is written, where the
+    model is on disk.
     """
 
     linear: str
@@ -45,6 +46,7 @@ class Weight:
     transposed: bool
     stored: torch.dtype
     block: str = ""
+    fetch: Callable[..., None] | None = field(default=None, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -68,11 +70,15 @@ class Weight:
 
     def get(self) -> torch.Tensor:
         """The weight (R, C) in float32 (float64 if stored so). It may share memory with the model: do not modify it."""
+        if self.fetch:
+            self.fetch()
         w = self._slice()
         return w if w.dtype == torch.float64 else w.float()
 
     def set(self, W: torch.Tensor) -> None:
         """Write W (R, C) into the model, rounded to the stored dtype; negative zeros become +0.0."""
+        if self.fetch:
+            self.fetch(True)
         self._slice().copy_(W.to(self.stored).add_(0.0))
 
 

@@ -10,11 +10,15 @@
     identity  a run's identity (run_id), and the warnings that come first
     command   what the runs of one command share
     checks    what is rejected before anything is computed
+    offloading  what goes with `--offload disk`
     idle      flags that would change nothing
     api       `oneshot.prune` for Python
     fit/      `oneshot fit`: smaller step by step, to targets, with floors under quality
     forms     how the linears of a block can be stored (2:4, int8, int4), and what computes with them here
     device_table     what every part of a model costs on a device (latency_command: `oneshot latency`)
+    sizes     how large a model's parts are
+    forecast  memory, disk and work of a run, from sizes and settings alone
+    machine   how fast this machine does each kind of work (plan_command: `oneshot plan`)
     attempt   a run that ends in a record even if it fails, for sweeps
     generate  `oneshot generate`: generate text, measure the speed
 """

@@ -60,6 +60,9 @@ def prune(model: nn.Module, tokenizer: Tokenizer | None = None, *, method: str =
     checks.check_devices(cfg)
     checks.check_target(cfg)
     checks.check_model(model)
+    if models.on_disk(model):
+        raise ValueError("model: its blocks are on disk, where only `oneshot prune --offload disk` changes them; load "
+                         "it without `offload`")
     rounding.check_model(cfg, model)
     checks.check_heal(cfg, model)
     checks.check_shared(cfg, model)

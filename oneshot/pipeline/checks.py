@@ -20,7 +20,7 @@ from ..prune.solvers import KEEP, chain
 from ..runtime import distributed, environment
 from ..runtime.flag import listed
 from ..settings import RunConfig
-from . import rounding
+from . import offloading, rounding
 
 
 def check(configs: Sequence[RunConfig]) -> None:
@@ -31,6 +31,7 @@ def check(configs: Sequence[RunConfig]) -> None:
             environment.check_name(path, flag)
         check_devices(cfg)
         check_target(cfg)
+        offloading.check(cfg)
         if cfg.format == "packed" and cfg.prunes and (cfg.pattern != "2:4" or not cfg.save):
             raise ValueError("--format packed: goes with --pattern 2:4 and --save")
         if cfg.format == "packed" and cfg.quantise is not None and str(cfg.grid) not in packed.GRIDS:
@@ -145,7 +146,7 @@ def check_model(model: nn.Module) -> None:
     if False in said and True not in said:  # AutoModelForCausalLM silently loads BERT
         raise ValueError(f"--model: {type(model).__name__} attends to later tokens, so it is an encoder; only "
                          "decoder-only models can be pruned")
-    for name, p in model.named_parameters():
+    for name, p in models.stored(model):
         if p.is_floating_point() and not torch.isfinite(p).all():
             raise ValueError(f"--model: {name} holds weights that are not finite; the checkpoint is damaged, "
                              "fetch or convert it again")

@@ -25,7 +25,7 @@ Solution = tuple[Result, dict[str, torch.Tensor]]
 def load(cfg: RunConfig) -> tuple[nn.Module, Tokenizer]:
     """(model, tokenizer) as they are on disk. Raises ValueError naming `--model`."""
     return models.load(cfg.model, dtype=cfg.dtype, revision=cfg.model_revision, cache_dir=cfg.cache_dir,
-                       trust_remote_code=cfg.trust_remote_code)
+                       trust_remote_code=cfg.trust_remote_code, offload=cfg.offload)
 
 
 def held(cfg: RunConfig) -> nn.Module:

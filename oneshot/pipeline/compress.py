@@ -8,14 +8,14 @@ from torch import nn
 
 from ..checkpoint import Folder, packed
 from ..measure import Subject
-from ..models import all_weights
+from ..models import all_weights, on_disk
 from ..models import blocks as all_blocks
 from ..prune import loop
 from ..prune.job import Job, Result, skipped_rows
 from ..prune.solvers import magnitude
 from ..quantise import grids, rtn
 from ..runtime.proof import prove
-from . import rounding
+from . import offloading, rounding
 from .lesson import heal_on_text
 from .plan import Plan, allocated, circumstances, job_of, kept_dense, make_plan
 from .shrink import gradients, heal_model, shrink
@@ -32,7 +32,8 @@ def compress(subject: Subject, plan: Plan, folder: Folder | None = None) -> Resu
         return Result(skipped=skipped_rows(model), warnings=warnings)
     finished, on_block = (folder.blocks(), folder.save_block) if folder else (iter(()), None)
     if folder:
-        folder.computed_with = circumstances(cfg, calibration)
+        folder.computed_with, folder.disk = circumstances(cfg, calibration), on_disk(model)
+    offloading.check_space(model, folder)
     smaller = None
     if cfg.shrinks:
         blocks = len(all_blocks(model)[1])

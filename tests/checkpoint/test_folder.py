@@ -46,7 +46,7 @@ def killed(tmp_path_factory):
     """(place, what killed_runs reports), on a model stored in bfloat16: what is replayed must be what was saved."""
     place = tiny.make(tmp_path_factory.mktemp("killed"))  # noqa: F811
     tiny.save_model(place / "model", dtype=torch.bfloat16)
-    done = tiny.python(SCRIPT, place)
+    done = tiny.python(SCRIPT, place, ",".join(killed_runs.MOMENTS))
     assert done.returncode == 0, done.stderr[-3000:]
     return place, json.loads(done.stdout.splitlines()[-1])
 

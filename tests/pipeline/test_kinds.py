@@ -191,6 +191,8 @@ KINDS = {  # kind: (makes the folder, further flags, the dtypes that come out or
     "blocks that share weights (Zamba2)": (lambda f: built(f, "zamba2", families.ZAMBA2), (), {"F32"}),
     "state space (Mamba2)": (lambda f: built(f, "mamba2", MAMBA2), (), {"F32"}),
 }
+NOT_ON_DISK = {"block FP8": "stored by fp8", "MXFP4 (GPT-OSS)": "stored by mxfp4", "GGUF": "is a GGUF file",
+               "remote code": "brings code of its own", "blocks that share weights (Zamba2)": "share weights"}
 FOUND = {}  # kind: what came out, for the README
 
 
@@ -198,6 +200,22 @@ def dtypes_of(folder):
     from oneshot.models.intake import headers
 
     return headers(sorted(folder.glob("*.safetensors")), str(folder))
+
+
+def check_on_disk(kind, argv, out, capsys):
+    """With `--offload disk` the same comes out, tensor by tensor, or the same refusal, or one of its own."""
+    outcome, other = KINDS[kind][2], out.with_name("from-disk")
+    code = tiny.main(*(other if part is out else part for part in argv), "--offload", "disk")
+    err = capsys.readouterr().err
+    refused = NOT_ON_DISK.get(kind) or (outcome if isinstance(outcome, str) else None)
+    if refused:
+        assert code == 2 and refused in err.splitlines()[-1] and not other.exists()
+        return
+    assert code == 0, err
+    want, found = tiny.weights(out), tiny.weights(other)
+    assert found.keys() == want.keys()
+    assert all(torch.equal(found[n], t) and found[n].dtype == t.dtype for n, t in want.items())
+    assert verify.main([str(other), "--quiet", "--offload", "disk"]) == 0
 
 
 @pytest.mark.usefixtures("plain_pages")
@@ -210,6 +228,7 @@ def test_kind(kind, tmp_path, capsys):
             "--nsamples", 8, "--seqlen", 16, "--no-dense", "--no-progress", "--results", tmp_path / "runs",
             "--save", out]
     code, err = tiny.main(*argv, *more), capsys.readouterr().err
+    check_on_disk(kind, [*argv, *more], out, capsys)
     if isinstance(outcome, str):
         assert code == 2 and outcome in err and not out.exists()
         assert err.splitlines()[-1].startswith("error: --model")

@@ -195,7 +195,7 @@ def test_run_id_changes_with_any_setting_but_not_with_output_flags(field):
     cfg = one("--method", "wanda", "--pattern", "0.5")
     same = changed(cfg, field).run_id("weights", "data") == cfg.run_id("weights", "data")
     assert same == (field.name in ("cache_dir", "save", "overwrite", "results", "dense", "progress", "trust_task_code",
-                                   "effort", "quantised", "heal_cache"))
+                                   "effort", "quantised", "heal_cache", "offload"))
 
 
 def test_run_id_changes_with_weights_data_and_solver_settings():

@@ -6,6 +6,7 @@ import transformers
 from jobs import BYTE
 
 from oneshot import calibrate, models
+from oneshot.models import OnDisk
 from oneshot.pipeline import idle
 from oneshot.prune import linear, loop, shared_inputs
 from wires import differ, wire, zeros
@@ -170,3 +171,11 @@ def _(b):
 def _(b):
     assert {key for key in b.records("--quantised") if key[0] == "rtn"} == {("rtn", f"int{n}") for n in (8, 4)}
     assert len(b.records()) == 1
+
+
+@wire("offload")
+def _(b):
+    """Blocks are read one by one, and the same comes out."""
+    with b.seen(OnDisk, "present", lambda args, *_: args[1]) as reached:
+        away = b.weights(offload="disk")
+    assert set(reached) == {0, 1, 2} and not differ(b.weights(), away)
