@@ -222,7 +222,7 @@ def _open(flag: str, spec: str, tokenizer: Tokenizer, options: TextOptions, seed
     """The sources of a mixture. sample(share): documents sampled from the model, for a text of that share."""
     parts, found = mixture(spec), []
     whole = sum(weight for weight, _ in parts)
-    for weight, name in parts:
+    for number, (weight, name) in enumerate(parts):
         if name == "self":
             found.append(Source(name, weight / whole, sample(weight / whole), Sampled(tokenizer),
                                 random.Random(f"{seed}/self"), "sampled from the dense model"))
@@ -232,7 +232,7 @@ def _open(flag: str, spec: str, tokenizer: Tokenizer, options: TextOptions, seed
             encoder = Encoder(tokenizer, options.bos, text.chat)
         except Unusable as error:
             raise ValueError(f"{flag} {name}: {error}") from error.__cause__
-        draw = random.Random(f"{seed}/{name}")
+        draw = random.Random(f"{seed}/{number}")  # not its name: a text may lie anywhere
         size = piece_size(text.documents)
         found.append(Source(name, weight / whole, text.documents, encoder, draw, text.source, size))
     return found

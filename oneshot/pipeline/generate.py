@@ -59,7 +59,8 @@ def measure(name: str, flag: str, prompt: str, args: argparse.Namespace) -> dict
         from oneshot_kernels import sparsify
 
         sparsify(model, round_inputs=args.round_inputs)
-    decoding = compiled(model, args) if on_cpu else "transformers"
+    with models.own_code(cannot := f"{flag} {name}: {type(model).__name__} cannot generate".strip(), ()):
+        decoding = compiled(model, args) if on_cpu else "transformers"
     with models.own_code("--prompt: the tokenizer cannot take it"):
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     length = inputs["input_ids"].shape[1]
@@ -80,7 +81,7 @@ def measure(name: str, flag: str, prompt: str, args: argparse.Namespace) -> dict
         torch.manual_seed(args.seed)
         clock = Clock(args.device)
         began = time.perf_counter()
-        with models.own_code(f"{flag} {name}: {type(model).__name__} cannot generate".strip(), ()):
+        with models.own_code(cannot, ()):
             out = model.generate(**inputs, **options, streamer=clock)
     times = clock.times[1:]  # the first call is for the prompt
     return {"model": str(name) + (" (packed)" if packed else ""), "decoding": decoding,

@@ -45,6 +45,17 @@ def test_what_is_held_out_is_never_trained_on_even_in_later_passes(tmp_path):
     assert text.about["sources"][0]["passes"] > 3 and "lower --heal-tokens" in text.about["warnings"][0]
 
 
+def test_where_a_text_lies_changes_nothing(tmp_path):
+    words = ["".join(np.random.default_rng(k).choice(list("etaoin"), 20)) for k in range(30)]
+    found = []
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / f"{place}.txt").write_text("\n".join(words))
+        found.append(made(tmp_path / place / "out", str(tmp_path / place / f"{place}.txt")))
+    assert np.array_equal(found[0].train.ids, found[1].train.ids)
+    assert np.array_equal(found[0].held.ids, found[1].held.ids)
+
+
 def test_a_text_too_small_to_hold_some_out_is_refused_and_another_can_be_given(tmp_path):
     (tmp_path / "a.txt").write_text("eta oin")
     with pytest.raises(ValueError, match=r"^--heal-data .*a\.txt: holds too little"):

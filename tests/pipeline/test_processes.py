@@ -14,7 +14,8 @@ import torch
 from tiny import plain_pages  # noqa: F401
 
 from oneshot import __main__, calibrate, checkpoint
-from oneshot.pipeline import api, checks, fit, run
+from oneshot.pipeline import api, checks, run
+from oneshot.pipeline.fit import command as fit
 from oneshot.prune import linear, loop
 from oneshot.report import page
 from oneshot.runtime import distributed, together
