@@ -9,12 +9,12 @@
 Needs torch; on a GPU also Triton.
 """
 
-from .cpu.decode import fast_decode
+from .cpu.decode import decoder_of, fast_decode
 from .dispatch import explain
 from .fuse import Report, sparsify
 from .linear import Sparse24Linear
 from .reference import Packed, is_24, pack, unpack
 from .rounded import Rounded24Linear
 
-__all__ = ["Packed", "Report", "Rounded24Linear", "Sparse24Linear", "explain", "fast_decode", "is_24", "pack",
-           "sparsify", "unpack"]
+__all__ = ["Packed", "Report", "Rounded24Linear", "Sparse24Linear", "decoder_of", "explain", "fast_decode", "is_24",
+           "pack", "sparsify", "unpack"]

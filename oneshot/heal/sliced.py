@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 TOKENS = 64  # at a time: some MB, which stay in the cache
 
@@ -52,7 +53,8 @@ class _Mean(torch.autograd.Function):
         return (total / len(rows)).to(torch.promote_types(logits.dtype, torch.float32))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         """The gradient of the logits."""
         (grad,) = ctx.saved_tensors
-        return grad * upstream.to(grad.dtype) if upstream != 1 else grad, None, None, None
+        return grad * upstream.item() if upstream != 1 else grad, None, None, None

@@ -123,8 +123,11 @@ def fit(model: nn.Module | str, tokenizer: Tokenizer | None = None, *, target: s
         if tokenizer is None:
             raise ValueError("tokenizer: needed, as the model is saved with it")
         folder = Path(save) / "model"
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        if not folder.is_dir():
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        elif models.fingerprint(models.load(str(folder))[0]) != models.fingerprint(model):
+            raise ValueError(f"save: {save} holds the rounds of another model; choose another folder")
         model = str(folder)
     floors = [floor] if isinstance(floor, str) else floor
     own = [word for name, value in {"model": model, "target": target, "save": save}.items()

@@ -18,11 +18,14 @@ from torch import nn
 from .. import models
 from ..checkpoint.packed import linears
 from ..data import embedding
+from ..models import Tokenizer
 from ..models.loading import DTYPES
 from ..report.table import render
 from ..runtime import environment
 from ..runtime.command import Parser, exit_code
 from ..settings.values import MOST
+
+ONE_CALL = "one compiled call"
 
 
 class Clock:
@@ -42,25 +45,47 @@ class Clock:
         """Called at the end."""
 
 
-def measure(name: str, flag: str, prompt: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Continue `prompt` with the model `name`: the text, seconds to the first token, tokens per second, bytes.
+def prepared(name: str, flag: str, args: argparse.Namespace) -> tuple[nn.Module, Tokenizer, str, bool]:
+    """(model, tokenizer, what computes a token, whether it is packed) of a model, ready to generate.
 
-    flag: the start of error messages. The first generation is a warm-up and is not timed.
+    flag: the start of error messages. On a CPU every single token is one compiled call where that is possible; else it
+    is said why not.
     """
-    gc.collect()
-    environment.reset_peak_memory(args.device)
+    from oneshot_kernels import Rounded24Linear, fast_decode, sparsify
+
     on_cpu = torch.device(args.device).type == "cpu"
     slow = on_cpu and not environment.fast_bfloat16(args.device)  # the prompt would take several times as long
     dtype = "float32" if slow and args.dtype == "auto" else args.dtype
     model, tokenizer = models.load(name, flag=flag, dtype=dtype, trust_remote_code=args.trust_remote_code)
     model.to(args.device)
+    rounded = [layer for layer in linears(model) if isinstance(layer, Rounded24Linear)]
+    if args.round_inputs and not flag and not rounded:
+        raise ValueError(f"--round-inputs: {name} has no packed int8 or int4 layer; leave it out")
     packed = bool(linears(model))
     if packed:  # q, k, v and gate, up in one launch each
-        from oneshot_kernels import sparsify
-
         sparsify(model, round_inputs=args.round_inputs)
-    with models.own_code(cannot := f"{flag} {name}: {type(model).__name__} cannot generate".strip(), ()):
-        decoding = compiled(model, args) if on_cpu else "transformers"
+    if not on_cpu:
+        return model, tokenizer, "transformers", packed
+    with models.own_code(cannot(name, flag, model), ()):
+        why = "--static" if args.static else fast_decode(model)
+    return model, tokenizer, f"transformers ({why})" if why else ONE_CALL, packed
+
+
+def cannot(name: str, flag: str, model: nn.Module) -> str:
+    """The start of the message for a model whose own code fails."""
+    return f"{flag} {name}: {type(model).__name__} cannot generate".strip()
+
+
+def measure(name: str, flag: str, prompt: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Continue `prompt` with the model `name`: the text, seconds to the first token, tokens per second, bytes.
+
+    flag: the start of error messages. The first generation is a warm-up and is not timed.
+    """
+    from oneshot_kernels import decoder_of
+
+    gc.collect()
+    environment.reset_peak_memory(args.device)
+    model, tokenizer, decoding, packed = prepared(name, flag, args)
     with models.own_code("--prompt: the tokenizer cannot take it"):
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     length = inputs["input_ids"].shape[1]
@@ -77,27 +102,23 @@ def measure(name: str, flag: str, prompt: str, args: argparse.Namespace) -> dict
                "pad_token_id": tokenizer.pad_token_id or tokenizer.eos_token_id or 0}
     if args.static:
         options["cache_implementation"] = "static"
+    decoder = decoder_of(model)
+    made = decoder.tokens if decoder else 0
     for _ in range(2):
         torch.manual_seed(args.seed)
         clock = Clock(args.device)
         began = time.perf_counter()
-        with models.own_code(cannot, ()):
+        with models.own_code(cannot(name, flag, model), ()):
             out = model.generate(**inputs, **options, streamer=clock)
     times = clock.times[1:]  # the first call is for the prompt
+    if decoder and len(times) > 1 and decoder.tokens == made:
+        decoding = "transformers (it generates otherwise than token by token with the plain cache)"
     return {"model": str(name) + (" (packed)" if packed else ""), "decoding": decoding,
             "text": tokenizer.decode(out[0, length:], skip_special_tokens=True), "tokens": len(times),
             "first_s": times[0] - began,
             "tokens_per_s": (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else float("nan"),
             "peak_bytes": environment.peak_memory(args.device),
             "weights_bytes": sum(t.numel() * t.element_size() for t in models.tensors_of(model))}
-
-
-def compiled(model: nn.Module, args: argparse.Namespace) -> str:
-    """Let the model decode by compiled calls on a CPU; says what decodes."""
-    from oneshot_kernels import fast_decode
-
-    why = "--static" if args.static else fast_decode(model)
-    return f"transformers ({why})" if why else "one compiled call"
 
 
 def show(rows: list[dict], prompt: str) -> str:

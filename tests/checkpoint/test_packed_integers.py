@@ -148,11 +148,18 @@ def test_the_compiled_layers_hold_the_same_codes(twins, rounds):
 @pytest.mark.parametrize("rounds", [False, True])
 def test_generate_computes_with_the_codes(twins, rounds, monkeypatch, capsys):
     seen = []
-    monkeypatch.setattr(generate, "compiled", lambda model, args: seen.append(
-        {layer.plain for layer in model.modules() if isinstance(layer, integers.IntegerLinear)}) or "")
+    real = generate.prepared
+
+    def prepared(*args):
+        made = real(*args)
+        seen.append({layer.plain for layer in made[0].modules() if isinstance(layer, integers.IntegerLinear)})
+        return made
+    monkeypatch.setattr(generate, "prepared", prepared)
     flags = ["--round-inputs"] if rounds else []
     assert generate.main([str(twins[1]), "--max-new-tokens", "2", "--device", "cpu", *flags]) == 0
     assert seen == [{not rounds}]
+    assert generate.main([str(twins[0]), "--max-new-tokens", "2", "--device", "cpu", "--round-inputs"]) == 2
+    assert "--round-inputs: " in capsys.readouterr().err
 
 
 def test_what_the_format_cannot_hold_is_refused(tmp_path, capfd):

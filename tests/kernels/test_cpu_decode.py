@@ -1,7 +1,11 @@
 """`fast_decode`: transformers' generate with one compiled call a token, against float64 and against transformers."""
 
 import copy
+import gc
+import pickle
 import shutil
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -220,21 +224,91 @@ def test_a_copy_and_what_is_saved_are_as_before(tmp_path, steps):
     assert again.config.architectures == ["LlamaForCausalLM"] and torch.equal(say(again, n=9), say(model, n=9))
 
 
-@pytest.mark.parametrize("what", ["layer", "weight", "moved"])
+def exchange(model, what):
+    """Change a model in one way."""
+    layer, other = model.model.layers[1], copy.deepcopy(model.model.layers[0])
+    if what == "linear":
+        layer.mlp.up_proj = nn.Linear(48, 100, bias=False)
+    elif what == "weight":
+        layer.mlp.up_proj.weight = nn.Parameter(layer.mlp.up_proj.weight * 2)
+    elif what == "block":
+        model.model.layers[1] = other
+    elif what == "attention":
+        layer.self_attn = other.self_attn
+    elif what == "norm":
+        layer.input_layernorm.weight = nn.Parameter(layer.input_layernorm.weight * 2)
+    elif what == "embedding":
+        model.model.embed_tokens.weight = nn.Parameter(model.model.embed_tokens.weight.flip(0))
+    elif what == "hook":
+        layer.mlp.register_forward_hook(lambda module, args, out: 2 * out)
+    else:
+        model.double()
+
+
+@pytest.mark.parametrize("what", ["linear", "weight", "block", "attention", "norm", "embedding", "hook", "moved"])
 def test_a_model_that_was_changed_is_noticed(what, steps):
     model = make()
     install(model, steps)
-    mlp = model.model.layers[1].mlp
-    if what == "layer":
-        mlp.up_proj = nn.Linear(48, 100, bias=False)
-    elif what == "weight":
-        mlp.up_proj.weight = nn.Parameter(mlp.up_proj.weight * 2)
-    else:
-        model.double()
+    before = say(model, n=20)
+    steps.clear()
+    exchange(model, what)
     with pytest.warns(RuntimeWarning, match="changed since fast_decode"):
-        got = say(model, n=9)
-    plain = copy.deepcopy(model)
-    assert torch.equal(got, say(plain, n=9)) and not steps
+        got = say(model, n=20)
+    plain = make()
+    torch.manual_seed(0)
+    if what == "linear":
+        plain.model.layers[1].mlp.up_proj = model.model.layers[1].mlp.up_proj
+    else:
+        exchange(plain, what)
+    assert torch.equal(got, say(plain, n=20)) and not steps
+    assert what == "moved" or not torch.equal(got, before)
+
+
+def test_threads_that_share_a_model_take_turns():
+    model = make()
+    texts = [torch.randint(3, 200, (1, n), generator=torch.Generator().manual_seed(n)) for n in (3, 30, 90, 140)]
+    want = [say(model, ids) for ids in texts]
+    assert fast_decode(model) is None
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            got = list(pool.map(lambda ids: say(model, ids), texts))
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_blocks_of_several_widths():
+    model = make()
+    for name in ("gate_proj", "up_proj"):
+        linear = getattr(model.model.layers[0].mlp, name)
+        linear.weight = nn.Parameter(linear.weight[:60], requires_grad=False)
+    down = model.model.layers[0].mlp.down_proj
+    down.weight, down.in_features = nn.Parameter(down.weight[:, :60].contiguous(), requires_grad=False), 60
+    want = say(model)
+    assert fast_decode(model) is None and torch.equal(say(model), want)
+
+
+def test_a_model_that_lacks_a_part_is_refused():
+    model = make()
+    model.model.layers[1].mlp = nn.Identity()
+    assert "is not there" in fast_decode(model)
+    assert "is not there" in fast_decode(nn.Linear(3, 3))
+
+
+def test_a_model_is_freed_and_can_be_pickled():
+    model = make()
+    assert fast_decode(model) is None
+    again = pickle.loads(pickle.dumps(model))
+    assert type(again).__name__ == "LlamaForCausalLM" and torch.equal(say(again, n=9), say(model, n=9))
+    there = weakref.ref(model)
+    del model
+    gc.collect()
+    assert there() is None
+
+
+def test_hidden_states_that_the_config_asks_for_are_transformers(steps):
+    model = make(output_hidden_states=True)
+    install(model, steps)
+    out = say(model, n=4, return_dict_in_generate=True, output_hidden_states=True)
+    assert len(out.hidden_states) == 4 and not steps
 
 
 def test_weights_that_change_where_they_are_count(steps):

@@ -163,6 +163,15 @@ def test_the_module_and_its_operator(sparse, bits):
         ours(torch.randn(2, 400).bfloat16())
 
 
+def test_what_is_not_on_the_cpu_is_refused_or_only_shaped():
+    if not integers.available():
+        pytest.skip(library.why("integers"))
+    layer = IntegerLinear.from_linear(nn.Linear(64, 32))
+    assert layer(torch.empty(2, 64, device="meta")).shape == (2, 32)
+    with pytest.raises(ValueError, match="both must be on the CPU"):
+        integers.compute(torch.empty(2, 64, device="meta"), layer.values, layer.scale, layer.bias, 32, 8)
+
+
 def test_a_rounded_head(monkeypatch):
     if not integers.available():
         pytest.skip(library.why("integers"))

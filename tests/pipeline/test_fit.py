@@ -3,11 +3,13 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fitting import World
 
-from oneshot.pipeline.fit import ledger, targets
+from oneshot.pipeline.fit import ending, ledger, targets
+from oneshot.pipeline.fit.ledger import Round
 
 EIGHTH = "12.5%"  # of the whole way
 
@@ -245,6 +247,27 @@ def test_a_text_is_compared_in_pairs_of_windows():
     assert alone.worst == pytest.approx(math.exp(3.1 + targets.SURE / math.sqrt(3))) and not alone.holds
     added = targets.floor("text/ppl<=+4").judge(texts(2.1, 3.1, 4.1), dense)
     assert added.bound == pytest.approx(math.exp(3) + 4) and added.worst > added.value
+
+
+def test_a_window_that_is_no_number_keeps_no_floor():
+    """In a record it is null."""
+    own, dense = texts(2.1, 3.1, 4.1), texts(2.0, 3.0, 4.0)
+    own["metric_info"]["text/ppl"]["by_window"] = [2.1, None, 4.1]
+    for text in ("text/ppl<=9x", "text/ppl<=900", "text/ppl<=+90"):
+        assert not targets.floor(text).judge(own, dense).holds
+
+
+def test_plain_rounding_wins_by_all_metrics_or_not_at_all(monkeypatch):
+    def fit(**metrics):
+        monkeypatch.setattr(ending, "record_of", lambda state: {"metrics": metrics})
+        return SimpleNamespace(shares={"bytes": 0.5}, asked=SimpleNamespace(targets={"bytes": 0.5}, floors=[]),
+                               state=SimpleNamespace(result="round"), steps=SimpleNamespace(model="dense"))
+
+    def plain(**metrics):
+        return Round("int8", {}, 1.0, metrics=metrics, shares={"bytes": 0.4}, kept=True)
+    assert ending.wins(fit(ppl=10.0, acc=0.5), plain(ppl=10.0, acc=0.6))
+    assert not ending.wins(fit(ppl=10.0, acc=0.6), plain(ppl=9.0, acc=0.25))
+    assert not ending.wins(fit(acc=0.6), plain(acc=0.25)) and not ending.wins(fit(acc=0.6), plain(ppl=1.0))
 
 
 def test_the_dense_model_keeps_a_floor_of_its_own_value():

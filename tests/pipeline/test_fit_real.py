@@ -228,5 +228,8 @@ def test_from_python_with_a_model_in_memory(place, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(found["result"]).num_parameters() < model.num_parameters()
     with pytest.raises(ValueError, match="--target speed"):
         oneshot.fit(str(place / "model"), target="speed=1", save=tmp_path / "other")
+    with pytest.raises(ValueError, match="holds the rounds of another model"):
+        model.lm_head.weight.data.mul_(2)
+        oneshot.fit(model, tokenizer, target="parameters=0.9", step="100%", save=tmp_path / "out", device="cpu")
     with pytest.raises(ValueError, match="evalute"):
         oneshot.fit(str(place / "model"), target="bytes=0.5", save=tmp_path / "other", evalute="x")

@@ -7,11 +7,12 @@ fifths of a small model's time are Python and small operations, and these go.
     H, Q, J, D   hidden size, query heads, key-value heads, head size      V   vocabulary
 
 Results differ from transformers' only in how sums are rounded; a few tokens are compared before the first use. A copy
-of the model decodes as before; what is saved is the same.
+of the model, pickled or not, decodes as before; what is saved is the same. Threads that share a model take turns.
 """
 
 import copy
 import functools
+import threading
 import warnings
 import weakref
 from collections.abc import Callable
@@ -54,12 +55,23 @@ def fast_decode(model: nn.Module) -> str | None:
         decoder.check_agreement()
     except Refused as why:
         return str(why)
+    except AttributeError as error:  # a block without its MLP, a model without a head
+        return f"a part that Llama has is not there ({error})"
     _decoders[model] = decoder
     kind = type(model)
     if not hasattr(kind, "decodes_fast"):  # of the same name, because what is saved says the class
-        model.__class__ = type(kind.__name__, (kind,), {"forward": _wrapped(kind.forward), "decodes_fast": True,
-                                                        "__module__": kind.__module__})
+        def reduced(self: nn.Module, protocol: int) -> tuple:
+            _, (_, *more), *rest = kind.__reduce_ex__(self, protocol)
+            return (_new, (kind, *more), *rest)
+        model.__class__ = type(kind.__name__, (kind,), {
+            "forward": _wrapped(kind.forward), "__reduce_ex__": reduced, "decodes_fast": True,
+            "__module__": kind.__module__})
     return None
+
+
+def _new(kind: type, *args: Any) -> Any:
+    """An empty object of a class, for pickle."""
+    return kind.__new__(kind, *args)
 
 
 def decoder_of(model: nn.Module) -> "Decoder | None":
@@ -97,7 +109,9 @@ class Decoder:
         self.type, self.embed, self.rotary = inner.norm.weight.dtype, inner.embed_tokens, inner.rotary_emb
         if self.type not in TYPES or inner.norm.weight.device.type != "cpu":
             raise Refused(f"its norms are {self.type} on {inner.norm.weight.device}")
-        self.kept, self.seen = [], []
+        self.kept, self.seen, self.lock, self.tokens = [], signature(model), threading.Lock(), 0
+        if any(hooks for _, hooks in self.seen[0]):
+            raise Refused("it has forward hooks")
         first = self.layers[0].self_attn
         self.heads, self.head_dim = config.num_attention_heads, first.head_dim
         self.kv_heads = getattr(config, "num_key_value_heads", None) or self.heads
@@ -149,7 +163,6 @@ class Decoder:
                 bias is not None and bias.dtype != self.type):
             raise Refused(f"{name} is not on the CPU, or its bias is not {self.type}")
         self.kept += tensors
-        self.seen.append((owner, name, layer, [None if t is None else t.data_ptr() for t in tensors]))
         return step.Linear(*(None if t is None else t.data_ptr() for t in tensors), n, k, form)
 
     def _gain(self, norm: nn.Module | None) -> int | None:
@@ -162,9 +175,8 @@ class Decoder:
         return norm.weight.data_ptr()
 
     def holds(self) -> bool:
-        """Whether the model still has the layers that this was made of, where they were."""
-        return all(getattr(owner, name, None) is layer and found == addresses(layer)
-                   for owner, name, layer, found in self.seen)
+        """Whether the model still has the modules and tensors that this was made of, where they were, and no hooks."""
+        return signature(self.model()) == self.seen
 
     def takes(self, kwargs: dict[str, Any]) -> bool:
         """Whether a forward pass with these arguments is one more token of a text that the cache holds."""
@@ -174,6 +186,9 @@ class Decoder:
             return False
         if kwargs.get("inputs_embeds") is not None or kwargs.get("use_cache") is False or not (
                 isinstance(kwargs.get("logits_to_keep", 0), int) and kwargs.get("return_dict") is not False):
+            return False
+        config = self.model().config
+        if getattr(config, "output_hidden_states", False) or getattr(config, "output_attentions", False):
             return False
         past = self.past(cache)
         return bool(past) and (mask is None or (mask.shape == (1, past + 1) and bool(mask.all()))) and (
@@ -189,6 +204,11 @@ class Decoder:
 
     def step(self, ids: torch.Tensor, cache: Any) -> torch.Tensor:
         """The logits (1, 1, V) of the token ids (1, 1); its keys and values are appended to the cache."""
+        with self.lock:
+            return self._step(ids, cache)
+
+    def _step(self, ids: torch.Tensor, cache: Any) -> torch.Tensor:
+        """`step`, alone."""
         x = self.embed(ids).contiguous()
         buffers = self.caches.get(cache)
         if buffers is None or not buffers.shown_by(cache):
@@ -204,6 +224,7 @@ class Decoder:
         logits = x.new_empty(1, 1, self.struct.head.N)
         step.run(self.struct, x, buffers.length, buffers.capacity, logits)
         buffers.show(cache, buffers.length + 1)
+        self.tokens += 1
         return logits
 
     def reach(self, positions: int) -> None:
@@ -235,9 +256,12 @@ class Decoder:
 _decoders: weakref.WeakKeyDictionary[nn.Module, Decoder] = weakref.WeakKeyDictionary()
 
 
-def addresses(layer: nn.Module) -> list[int | None]:
-    """Where a layer's tensors are, in the order of `Decoder._weight`."""
-    names = ("values", None, "scale") if isinstance(layer, integers.IntegerLinear) else (
-        "weight", "metadata", None)
-    tensors = [getattr(layer, name, None) if name else None for name in (*names, "bias")]
-    return [None if t is None else t.data_ptr() for t in tensors]
+def signature(model: nn.Module) -> tuple[list[tuple[int, int]], list[int]]:
+    """([(id, number of forward hooks) of each module], [address of each parameter and buffer]) of a model.
+
+    transformers' own hooks, which record hidden states where they are asked for, do not count.
+    """
+    modules = [(id(m), sum(not getattr(getattr(hook, "func", hook), "__module__", "").startswith("transformers")
+                           for hooks in (m._forward_hooks, m._forward_pre_hooks) for hook in hooks.values()))
+               for m in model.modules()]
+    return modules, [t.data_ptr() for tensors in (model.parameters(), model.buffers()) for t in tensors]

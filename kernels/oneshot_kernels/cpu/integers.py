@@ -73,7 +73,8 @@ class IntegerLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., K) -> (..., N), in x's dtype."""
-        if not torch.compiler.is_compiling() and not (x.requires_grad and torch.is_grad_enabled()):
+        plainly = type(x) is torch.Tensor and not (x.requires_grad and torch.is_grad_enabled())
+        if plainly and x.device.type == "cpu" and not torch.compiler.is_compiling():
             return compute(x, self.values, self.scale, self.bias, self.out_features, self.bits, self.plain)
         return torch.ops.oneshot_kernels.linear_integers(x, self.values, self.scale, self.bias, self.out_features,
                                                          self.bits, self.plain)
@@ -173,6 +174,8 @@ def linear(x: torch.Tensor, weight: IntegerWeight, bias: torch.Tensor | None = N
 def compute(x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int,
             bits: int, plain: bool = False) -> torch.Tensor:
     """x (..., K) -> (..., n). plain: x is not rounded. Raises ValueError if the tensors do not fit together."""
+    if {x.device.type, values.device.type, scale.device.type} != {"cpu"}:
+        raise ValueError(f"int{bits} layer: x is on {x.device}, the weight on {values.device}; both must be on the CPU")
     k = x.shape[-1]
     blocks, lanes = -(-k // BLOCK), lanes_of()
     tiles = -(-n // lanes)
@@ -231,7 +234,7 @@ def value(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def function() -> Any:
-    """The compiled function itself, for decode.cpp; None where there is none."""
+    """The compiled function itself, for step.cpp; None where there is none."""
     return None if _library() is None else _library().linear_integers
 
 

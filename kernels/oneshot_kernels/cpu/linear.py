@@ -34,8 +34,7 @@ def linear(x: torch.Tensor, values: torch.Tensor, metadata: torch.Tensor | None,
            bias: torch.Tensor | None = None) -> torch.Tensor:
     """x (M, K), contiguous, times a weight (n, K) in tiles, plus bias (n,) -> (M, n). All of one dtype.
 
-    metadata: None for a dense weight. Nothing is checked here, shapes least of all: `Sparse24Linear` and `DenseLinear`
-    do.
+    metadata: None for a dense weight. Nothing is checked here, shapes least of all: `Sparse24Linear` does.
     """
     y = x.new_empty(x.shape[0], n)
     threads = library.threads() if n * x.shape[1] >= SERIAL else 1
@@ -56,7 +55,7 @@ def expand(values: torch.Tensor, metadata: torch.Tensor, n: int, k: int) -> torc
 
 
 def function() -> Any:
-    """The compiled function itself, for decode.cpp; None where there is none."""
+    """The compiled function itself, for step.cpp; None where there is none."""
     return None if _library() is None else _library().linear
 
 

@@ -28,7 +28,7 @@ struct Block {
     void *keys, *cached;
 };
 
-// cosines, sines: (positions, head_dim). room: bytes, see `step`.
+// cosines, sines: (positions, head_dim). mlp: of the widest block.
 struct Model {
     const Block* blocks;
     int64_t count, hidden, heads, kv_heads, head_dim, mlp, type, threads;
@@ -250,7 +250,7 @@ extern "C" int step(const Model* model, const void* embedding, int64_t position,
         add(room.x, room.mixed, m.hidden, type);
         rms_norm(room.x, b->after, room.normed, m.hidden, m.eps, type);
         failed |= products(m, b->gate_up, 2, room.normed, room.wide, room);
-        gated(room.wide, room.mixed, m.mlp, type);
+        gated(room.wide, room.mixed, b->down.K, type);
         failed |= product(m, b->down, room.mixed, room.normed, room);
         add(room.x, room.normed, m.hidden, type);
     }

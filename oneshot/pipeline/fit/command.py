@@ -97,7 +97,7 @@ def fitted(args: argparse.Namespace, rest: Sequence[str]) -> tuple[Fit, str]:
         fits(table, model, args.device)
     own = Steps(words, args.model, models.blocks(model)[0], args.method, heal, folder)
     known = Ledger(folder, [{k: v for k, v in vars(args).items() if k != "save"},
-                            [word for word in rest if word != "--no-progress"]])
+                            [word for word in rest if word != "--no-progress"], models.fingerprint(model), table])
     dense = run.run(own.dense)
     targets.check(asked.floors, dense)
     fit = Fit(asked, own, known, dense, State(args.model, args.model), time.perf_counter() - began)

@@ -63,13 +63,13 @@ def wins(fit: Fit, plain: Round) -> bool:
     if fit.state.result == fit.steps.model:
         return True
     best = record_of(fit.state)
-    named = [own.metric for own in fit.asked.floors] or [m for m in best["metrics"] if m.endswith("ppl")]
+    named = [metric for metric in best["metrics"] if metric in plain.metrics]
     for metric in named:
-        mine, theirs = (math.nan if m.get(metric) is None else m[metric] for m in (plain.metrics, best["metrics"]))
+        mine, theirs = (math.nan if m[metric] is None else m[metric] for m in (plain.metrics, best["metrics"]))
         higher = metric.rpartition("/")[2].startswith(measure.higher())
         if not (mine >= theirs if higher else mine <= theirs):
             return False
-    return True
+    return bool(named)
 
 
 def record_of(state: State) -> dict:

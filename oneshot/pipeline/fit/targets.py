@@ -71,6 +71,8 @@ class Floor:
         mine, theirs = accuracy.how(record, self.metric), accuracy.how(dense, self.metric)
         away = -SURE if self.at_least else SURE
         own, other = mine.get("by_window"), theirs.get("by_window")
+        if None in [*(own or ()), *(other or ())]:  # a window that is no number, as null in the record
+            return math.nan
         if own and len(own) > 1 and (not self.relative or (other and len(own) == len(other))):
             if self.relative != "+":  # exp of a mean loss
                 nats = [a - b for a, b in zip(own, other, strict=True)] if self.relative else own

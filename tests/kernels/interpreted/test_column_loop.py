@@ -63,6 +63,18 @@ def test_what_it_takes(monkeypatch):
     assert not columns.available(W.double()) and not columns.available(torch.zeros(512, 4))
 
 
+def test_a_kernel_that_cannot_be_compiled_is_not_used(monkeypatch):
+    def failing(*args):
+        raise RuntimeError("Failed to find C compiler")
+    monkeypatch.setattr(column_loop, "solve", failing)
+    column_loop.trusted.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="plain torch is: RuntimeError: Failed to find C compiler"):
+            assert not column_loop.takes(torch.zeros(4, 4))
+    finally:
+        column_loop.trusted.cache_clear()
+
+
 def test_a_wrong_kernel_is_found_and_not_used(monkeypatch):
     right = column_loop.solve
     monkeypatch.setattr(column_loop, "solve", lambda W, *rest: (right(W, *rest), W.mul_(1.5)))
