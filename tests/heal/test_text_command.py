@@ -261,7 +261,7 @@ def test_tensorboard_is_written_where_the_environment_says(place, tmp_path, monk
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
     assert tiny.main(*argv(place, tmp_path / "out")) == 0
     [attempt] = checkpoint.read_manifest(tmp_path / "out")["record"]["heal"]["full"]["attempts"]
-    log = EventAccumulator(str(tmp_path / "logs" / "attempt-0")).Reload()
+    log = EventAccumulator(str(tmp_path / "logs" / "out-full-attempt-0")).Reload()
     found = [[event.step, event.value] for event in log.Scalars("train/loss")]
     assert [step for step, _ in found] == [step for step, _ in attempt["log"]]
     assert [value for _, value in found] == pytest.approx([value for _, value in attempt["log"]])

@@ -254,7 +254,7 @@ class Course:
         return TextTrainer(
             self.student(), arguments, train_dataset=Subset(text.train, range(attempt.begins, len(text.train))),
             eval_dataset=text.held, groups=self.trained.groups(attempt.lr), masked=self.trained.mask_gradients,
-            callbacks=[Looks(self.before), Seals(), *(watching(number, lesson.progress) if attempt.lr else [])])
+            callbacks=[Looks(self.before), Seals(), *(watching(lesson.work, number, lesson.progress) if attempt.lr else [])])
 
 
 def verdict(losses: list[float], before: float) -> str | None:

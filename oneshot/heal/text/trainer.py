@@ -39,15 +39,20 @@ class TextTrainer(Trainer):
         return loss
 
 
-def watching(attempt: int, progress: bool) -> list[TrainerCallback]:
-    """What shows how training goes: a bar, and TensorBoard's log where the environment names a folder for it."""
+def watching(work: Path, attempt: int, progress: bool) -> list[TrainerCallback]:
+    """What shows how training goes: a bar, and TensorBoard's log where the environment names a folder for it.
+
+    work: the folder for checkpoints, SAVE/.oneshot/heal/METHOD or a temporary one, by which runs are told apart.
+    """
     bar = [Bar()] if progress else []
     if distributed.rank() or not (folder := os.environ.get(TENSORBOARD)):
         return bar
     from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations import TensorBoardCallback
 
-    return [*bar, TensorBoardCallback(SummaryWriter(Path(folder).expanduser() / f"attempt-{attempt}"))]
+    run = work.parents[2] if work.parents[1].name == ".oneshot" else work.parent
+    place = Path(folder).expanduser() / f"{run.absolute().name}-{work.name}-attempt-{attempt}"
+    return [*bar, TensorBoardCallback(SummaryWriter(place))]
 
 
 class Bar(TrainerCallback):
