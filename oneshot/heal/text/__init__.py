@@ -251,10 +251,11 @@ class Course:
             logging_steps=max(1, look // 5), report_to="none", disable_tqdm=True, seed=lesson.seed,
             use_cpu=lesson.device.type == "cpu", remove_unused_columns=False, prediction_loss_only=True,
             dataloader_pin_memory=False)
+        seen = watching(lesson.work, number, lesson.progress) if attempt.lr else []
         return TextTrainer(
             self.student(), arguments, train_dataset=Subset(text.train, range(attempt.begins, len(text.train))),
             eval_dataset=text.held, groups=self.trained.groups(attempt.lr), masked=self.trained.mask_gradients,
-            callbacks=[Looks(self.before), Seals(), *(watching(lesson.work, number, lesson.progress) if attempt.lr else [])])
+            callbacks=[Looks(self.before), Seals(), *seen])
 
 
 def verdict(losses: list[float], before: float) -> str | None:
