@@ -4,6 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "kernels"))
 
 # Triton fixes interpreted or compiled when a kernel is defined, so the two kinds of test cannot share a
@@ -12,3 +14,13 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore = [] if INTERPRETED else ["interpreted"]
 if INTERPRETED:
     sys.path.insert(0, str(Path(__file__).parent / "interpreted"))  # for its helpers, under any import mode
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """How many tokens were computed by one compiled call (oneshot_kernels.fast_decode)."""
+    from oneshot_kernels.cpu.decode import Decoder
+
+    made, real = [], Decoder.step
+    monkeypatch.setattr(Decoder, "step", lambda self, *args: (made.append(1), real(self, *args))[1])
+    return made

@@ -1,8 +1,8 @@
 """`fast_decode`: one token of a Llama-like model on a CPU by one compiled call, in the place of hundreds of operations.
 
 transformers' `generate` stays as it is. The model computes the prompt as before, and every further token (batch 1, no
-padding, the default cache) by step.cpp, on the weights that are there: 2:4 in tiles, integers, dense rows. Four
-fifths of a small model's time are Python and small operations, and these go.
+padding, the default cache) by step.cpp, on the weights that are there: 2:4 in tiles, integers, dense rows. Most of a
+small model's time is Python and small operations (results/bench/cpu_decode.md), and these go.
 
     H, Q, J, D   hidden size, query heads, key-value heads, head size      V   vocabulary
 
@@ -244,8 +244,8 @@ class Decoder:
         theirs, ours, self.kind = out.past_key_values, copy.deepcopy(out.past_key_values), type(out)
         if not self.past(ours):
             raise Refused("its cache is not transformers' plain one (sliding windows)")
-        most = AGREE_ROUNDED if any(1 < w.form < 32 for block in self.blocks for w in (*block.qkv, block.down)) else (
-            AGREE[self.type])
+        weights = [w for b in self.blocks for w in (*b.qkv, b.o, *b.gate_up, b.down)]
+        most = AGREE_ROUNDED if any(1 < w.form < 32 for w in weights) else AGREE[self.type]
         for t in range(4, 8):
             want = model(input_ids=ids[:, t : t + 1], past_key_values=theirs, use_cache=True).logits.double()
             error = reference.relative_error(self.step(ids[:, t : t + 1], ours), want)
