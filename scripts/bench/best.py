@@ -27,7 +27,7 @@ import published
 import small_models
 import torch
 import yaml
-from common import caller, removed
+from common import caller, quality, removed
 from torch import nn
 from tqdm import tqdm
 
@@ -147,14 +147,6 @@ def cell(args: argparse.Namespace, name: str, seed: str, text: str, flags: list[
         store(args.out / f"{name}.json", {"model": name, "seed": int(seed), "pattern": text, "way": way,
                                           "recipe": presets.recipe(own), "version": WAYS["version"],
                                           "dense_ppl": dense, **yardstick, **measured(subject)})
-
-
-def quality(subject: measure.Subject) -> dict:
-    """Perplexity on the one text that a model is measured on."""
-    found = measure.measure(subject)
-    (metric, ppl), = found.metrics.items()
-    info = found.info[metric]
-    return {"metric": metric, "window": info["window"], "ppl": ppl, "tokens": info["tokens"]}
 
 
 def measured(subject: measure.Subject) -> dict:

@@ -1,4 +1,5 @@
-"""What the benchmarks of pruning share: how fast this machine multiplies, and how the published code is called."""
+"""What the benchmarks of pruning share: how fast this machine multiplies, how the published code is called, what a
+model is measured on, and the line that says where rows came about."""
 
 import os
 import time
@@ -8,7 +9,7 @@ from itertools import cycle
 import torch
 from torch import nn
 
-from oneshot import calibrate
+from oneshot import calibrate, measure
 from oneshot.calibrate import Activations
 from oneshot.prune import patterns
 
@@ -45,6 +46,17 @@ def caller(activations: Activations, b: int) -> Callable[[nn.Module, torch.Tenso
         activations.hidden[i] = x
         return calibrate.forward(block, activations, b, i)
     return call
+
+
+def quality(subject: measure.Subject) -> dict:
+    """Perplexity on the one text that a model is measured on, and what was asked of tasks beside it."""
+    found = measure.measure(subject)
+    (metric, ppl), *others = found.metrics.items()
+    info = found.info[metric]
+    tasks = {name: {"value": value, **{key: found.info[name][key] for key in ("stderr", "samples", "chance")}}
+             for name, value in others if name.endswith("/acc")}
+    return {"metric": metric, "window": info["window"], "ppl": ppl, "tokens": info["tokens"]} | (
+        {"tasks": tasks} if tasks else {})
 
 
 def written(program: str, environment: dict) -> str:

@@ -21,6 +21,7 @@ from pathlib import Path
 import small_models
 import torch
 import yaml
+from common import quality
 from tqdm import tqdm
 
 from oneshot import measure, models
@@ -145,14 +146,6 @@ def one(args: argparse.Namespace, name: str, job: tuple[str, str, str], flags: l
     file = args.out / f"{name}.json"
     rows = [r for r in read(file) if (r["seed"], r["asked"], r["way"]) != (row["seed"], row["asked"], way)]
     write_json({"rows": [*rows, row]}, file)
-
-
-def quality(subject: measure.Subject) -> dict:
-    """Perplexity on the one text that a model is measured on."""
-    found = measure.measure(subject)
-    (metric, ppl), = found.metrics.items()
-    info = found.info[metric]
-    return {"metric": metric, "window": info["window"], "ppl": ppl, "tokens": info["tokens"]}
 
 
 if __name__ == "__main__":

@@ -1,14 +1,20 @@
-"""scripts/bench/integers.py: a row is measured once, the page says what the rows say, bytes are compared with bytes."""
+"""scripts/bench/integers.py and its table: a row is measured once, the page says what the rows say, rotated and scaled
+models compute the same."""
 
 import json
-from pathlib import Path
 
+import folded
 import integers
+import integers_table
 import pytest
+import torch
 from tiny import plain_pages  # noqa: F401
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from oneshot.data import windows
 
 DEMO = {"demo": ["--model", "demo", "--evaluate", "builtin:prose", "--seqlen", "32", "--nsamples", "4"]}
-EVERY = integers.WAYS["main"] | integers.WAYS["more"]
+EVERY = integers_table.WAYS
 
 
 def row(way, excess, stored, seed=0):
@@ -19,22 +25,61 @@ def row(way, excess, stored, seed=0):
 
 
 def test_the_page_says_what_the_rows_say(tmp_path):
-    rows = [row(integers.NEAREST, 0.4, 325), row(integers.NEAREST, 0.6, 325, seed=1), row("int3 by GPTQ", 0.3, 326),
-            row("int8 by GPTQ", 0.01, 800)]
+    rows = [row(integers_table.NEAREST, 0.4, 325), row(integers_table.NEAREST, 0.6, 325, seed=1),
+            row("int3 by GPTQ", 0.3, 326), row("int8 by GPTQ", 0.01, 800)]
     (tmp_path / "integers.json").write_text(json.dumps({"rows": rows}))
-    assert integers.main(["--out", str(tmp_path), "--page"]) == 0
+    assert integers_table.main(["--out", str(tmp_path)]) == 0 and (tmp_path / "integers.svg").is_file()
     assert "At 3.25 bits the least is lost by **int3 by GPTQ**, 0.3000 nats" in (tmp_path / "integers.md").read_text()
     lines = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
              for line in (tmp_path / "integers.md").read_text().splitlines() if line.startswith("| ")}
     assert lines["int3 by GPTQ"][2:4] == ["0.3000", "40 %"] and lines["int8 by GPTQ"][3] == "-"
-    assert lines[integers.NEAREST][2:4] == ["0.5000 ± 0.1414", "-"]
+    assert lines[integers_table.NEAREST][2:4] == ["0.5000 ± 0.1414", "-"]
     assert list(lines)[2] == "int8 by GPTQ"  # most bits first, behind the head
 
 
+def test_speeds_and_tasks_stand_beside_the_rows(tmp_path):
+    rows = [row("dense", 0, 1600), row("int4 by GPTQ", 0.1, 425), row("int3 by GPTQ", 0.3, 326)]
+    rows[1]["tasks"] = {"foundry_piqa/acc": {"value": 0.5, "stderr": 0.05, "samples": 100, "chance": 0.5}}
+    speed = {"model": "demo", "threads": 1, "way": "dense int4", "tokens_per_second": 123.4,
+             "environment": {"commit": "fed", "device": "cpu"}}
+    (tmp_path / "integers.json").write_text(json.dumps({"rows": rows}))
+    other = speed | {"threads": 2, "tokens_per_second": 9}
+    (tmp_path / "cpu_decode.json").write_text(json.dumps({"rows": [speed, other]}))
+    assert integers_table.main(["--out", str(tmp_path), "--check"]) == 1
+    assert integers_table.main(["--out", str(tmp_path)]) == 0
+    assert integers_table.main(["--out", str(tmp_path), "--check"]) == 0
+    text = (tmp_path / "integers.md").read_text()
+    lines = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
+             for line in text.splitlines() if line.startswith("| ")}
+    assert lines["int4 by GPTQ"][-2:] == ["123", "0.500 ± 0.050"] and lines["int3 by GPTQ"][-2:] == ["-", "-"]
+    assert "commit fed" in text and "piqa 100 documents, chance 0.50" in text
+
+
 def test_the_page_here_is_not_stale():
-    folder = Path(__file__).parents[2] / "results" / "bench"
-    if rows := integers.read(folder / "integers.json"):
-        assert integers.page(rows) == (folder / "integers.md").read_text(encoding="utf-8"), "run it with --page"
+    assert integers_table.main(["--check"]) == 0, "run scripts/tables/integers_table.py"
+
+
+@pytest.mark.parametrize("way", folded.WAYS)
+def test_a_folded_model_computes_the_same_with_other_weights(way):
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, head_dim=6, vocab_size=50, tie_word_embeddings=True)
+    model = LlamaForCausalLM(config).double().eval()
+    for norm in (module for name, module in model.named_modules() if name.endswith("norm")):
+        torch.nn.init.uniform_(norm.weight, 0.5, 2)
+    ids = torch.randint(50, (3, 9))
+    before = {name: value.clone() for name, value in model.state_dict().items() if "proj" in name}
+    with torch.no_grad():
+        logits = model(ids).logits
+        folded.WAYS[way](model, windows.given(ids))
+        assert torch.allclose(model(ids).logits, logits, rtol=1e-4, atol=1e-6)  # its norms compute in float32
+    assert not any(torch.equal(value, before[name]) for name, value in model.state_dict().items() if "proj" in name)
+
+
+def test_only_models_of_llamas_form_are_folded():
+    with pytest.raises(ValueError, match="Llama's form"):
+        folded.rotated(LlamaForCausalLM(LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                                    num_attention_heads=2, vocab_size=9, attention_bias=True)), None)
 
 
 @pytest.mark.usefixtures("plain_pages")
@@ -50,8 +95,9 @@ def test_a_row_is_measured_once_and_takes_what_its_way_says(tmp_path, monkeypatc
     assert integers.main(argv) == 0 and (tmp_path / "integers.json").read_text() == before
 
 
-@pytest.mark.parametrize("argv", [["--only", "nope"], ["--ways", "nope"]])
+@pytest.mark.parametrize("argv", [["--only", "nope"], ["--ways", "nope"], ["--healed", "nope"]])
 def test_bad_input_is_one_line(argv, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(integers, "flags_of", lambda shared: {"demo": []})
-    assert integers.main(["--only", "demo", *argv, "--out", str(tmp_path)]) == 2
+    monkeypatch.setattr(integers, "flags_of", lambda shared: DEMO)
+    ways = ["--ways", "2:4 by ALPS, healed on text", "--eval-windows", "2", "--seeds", "0"]
+    assert integers.main(["--only", "demo", *ways, *argv, "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"error: {argv[0]}")
