@@ -1,5 +1,6 @@
 """scripts/bench at toy size: prune, solvers, column_loop, packed. (Elsewhere: test_best.py, kernels/interpreted.)"""
 
+import importlib.util
 import json
 import re
 import tempfile
@@ -8,6 +9,7 @@ import column_loop
 import common
 import cpu_decode
 import cpu_kernels
+import cpu_quality
 import families
 import gguf_files
 import one_side
@@ -21,7 +23,9 @@ import torch
 import versus_llmcompressor
 from transformers import AutoModelForCausalLM
 
+import oneshot
 from oneshot import calibrate, models
+from oneshot.checkpoint import gguf
 from oneshot.pipeline import run
 from oneshot.prune import patterns
 from oneshot.prune import solvers as ours
@@ -161,6 +165,33 @@ def test_cpu_decode_beside_llama_cpp(tmp_path, monkeypatch, capsys):
     row = json.loads((tmp_path / "cpu_decode.json").read_text())["rows"][-1]
     assert row["way"] == f"llama.cpp {tmp_path.name}/tiny.gguf" and row["tokens_per_second"] > 0
     assert row["bytes"] == file.stat().st_size
+
+
+def test_cpu_quality(tmp_path, monkeypatch, capsys):
+    if not cpu_kernels.linear.available():
+        pytest.skip("no C++ compiler")
+    tokenizer = oneshot.load("demo")[1]
+    monkeypatch.setitem(families.FAMILIES["llama"][1], "vocab_size", len(tokenizer))
+    monkeypatch.setitem(cpu_decode.SHAPES["toy"], "vocab_size", len(tokenizer))
+    model, pruned, files = families.tiny("llama"), families.tiny("llama"), []
+    with torch.no_grad():
+        for weight in models.all_weights(pruned):
+            weight.set(weight.get() * patterns.NM(2, 4).keep(weight.get().abs()))
+    for part in (pruned, tokenizer):
+        part.save_pretrained(tmp_path / "pruned")
+    if importlib.util.find_spec("xllamacpp"):
+        gguf.write(tmp_path, model, tokenizer, "gguf", {"tensors": {}}, {})
+        files = [str(tmp_path / gguf.FILE)]
+    monkeypatch.setattr(cpu_quality, "random_model", lambda name: model)
+    given = ["--toy", "--pruned", str(tmp_path / "pruned"), "--gguf", ",".join(files), "--out", str(tmp_path)]
+    if cpu_quality.main(given) and "hung" in (said := capsys.readouterr().err):
+        pytest.skip(said)
+    rows = {row["way"]: row for row in json.loads((tmp_path / "cpu_quality.json").read_text())["rows"]}
+    assert {"2:4 bf16", "2:4 int4, rounded"} <= set(rows) and len(rows) == 10 + len(files)
+    truth = rows["transformers"]["ppl"]
+    assert rows["dense int8"]["ppl"] == pytest.approx(truth, rel=1e-2) != rows["2:4 bf16"]["ppl"]
+    assert all(rows[f"llama.cpp {tmp_path.name}/{gguf.FILE}"]["ppl"] == pytest.approx(truth, rel=1e-4) for _ in files)
+    assert all(f"| {way} " in (tmp_path / "cpu_quality.md").read_text() for way in rows)
 
 
 def test_packed(tmp_path, monkeypatch, capsys):

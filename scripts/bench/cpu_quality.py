@@ -1,0 +1,134 @@
+"""Perplexity of what cpu_decode.py times: the forms that CPU kernels compute with, and llama.cpp's, on the same tokens.
+
+    python scripts/bench/cpu_quality.py --shared ../shared --gguf q8/model.gguf,q4/model.gguf --pruned HEALED
+    python scripts/bench/cpu_quality.py --toy --out DIR    # a toy model and few tokens, for the tests
+
+    transformers    the dense model as it is stored, bfloat16
+    dense, 2:4      the layers of oneshot_kernels in bf16, int8 and int4, of the dense model and of --pruned, which is
+                    2:4; rounded: inputs and output head in int8 too
+    llama.cpp       each file of --gguf, its keys and values in float16
+
+Every token is predicted from those before it in its window. llama.cpp's server says nothing of a token that is no whole
+character: such tokens count for no way. Speeds are those of cpu_decode.json, one thread.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import torch
+from common import written
+from cpu_decode import SHAPES, WAYS, bytes_of, formed, random_model, read
+from llama_server import Hung, Server
+from tqdm import tqdm
+
+from oneshot import measure, models
+from oneshot.data import windows
+from oneshot.report.table import render
+from oneshot.runtime import environment
+from oneshot.runtime.command import Parser, exit_code
+from oneshot.runtime.files import write_json, write_text
+
+TEXT = "data/wikitext2_test.txt"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code."""
+    def run() -> None:
+        try:
+            work(arguments(argv))
+        except (Hung, ChildProcessError) as error:
+            raise ValueError(f"--gguf: {error}; start it again, or leave it out") from None
+    return exit_code(run)
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    p = Parser(prog="python scripts/bench/cpu_quality.py", description=__doc__, allow_abbrev=False,
+               formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--shared", type=Path, default=Path("../shared"), help=f"folder of {TEXT}")
+    p.add_argument("--model", default="smollm2")
+    p.add_argument("--pruned", help="folder of the same model with zeros in 2:4")
+    p.add_argument("--gguf", default="", help="files that llama.cpp runs, by commas")
+    p.add_argument("--windows", type=int, default=32)
+    p.add_argument("--seqlen", type=int, default=256)
+    p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--out", type=Path, default=Path("results/bench"))
+    p.add_argument("--toy", action="store_true", help="random weights, two short windows")
+    return p.parse_args(argv)
+
+
+def work(args: argparse.Namespace) -> None:
+    """Measure everything, write the rows and the page."""
+    models.quiet()
+    torch.set_num_threads(args.threads)
+    dense, ids = loaded(args)
+    pruned = models.load(args.pruned, dtype="bfloat16")[0] if args.pruned else None
+    losses, size = {}, {}
+    ways = {"transformers": None, **{way: form for way, form in WAYS.items() if form[0]}}
+    for way, form in tqdm(ways.items(), desc="forms", unit="way"):
+        source = pruned if form and form[1] else dense
+        if source is None or form == ("bf16", False, False):  # no 2:4 model; the very layers of transformers
+            continue
+        model = formed(source, *form) if form else dense
+        losses[way] = measure.losses.token_losses(model, ids, batch_size=4)
+        size[way] = bytes_of(model)
+    for file in filter(None, args.gguf.split(",")):
+        way = f"llama.cpp {Path(file).parent.name}/{Path(file).name}"
+        losses[way], size[way] = llama_losses(Server(file, args.threads, "F16"), ids, way), Path(file).stat().st_size
+    known = ~torch.stack(list(losses.values())).isnan().any(0)
+    where, rates = environment.environment("cpu"), speeds(args.out)
+    common = {"model": "toy" if args.toy else args.model, "pruned": args.pruned and Path(args.pruned).name,
+              "tokens": int(known.sum()), "window": ids.shape[1], "environment": where}
+    rows = [{"way": way, "ppl": math.exp(own[known].double().mean()), "bytes": size[way],
+             "tokens_per_second": rates.get(way), **common} for way, own in losses.items()]
+    write_json({"rows": rows}, args.out / "cpu_quality.json")
+    write_text(page(rows), args.out / "cpu_quality.md")
+    print(f"written: {args.out / 'cpu_quality.md'}")
+
+
+def loaded(args: argparse.Namespace) -> tuple[torch.nn.Module, torch.Tensor]:
+    """(the dense model, int64 (windows, seqlen) of the text)."""
+    if args.toy:
+        return random_model("toy"), torch.randint(SHAPES["toy"]["vocab_size"], (2, 16))
+    model, tokenizer = models.load(args.model, dtype="bfloat16")
+    tokens = windows.evaluation(tokenizer, str(args.shared / TEXT), seqlen=args.seqlen, max_windows=args.windows)
+    return model, tokens.ids
+
+
+def llama_losses(server: Server, ids: torch.Tensor, name: str) -> torch.Tensor:
+    """Loss of every predicted token in nats, float32 (n, T-1); NaN where the server keeps it back.
+
+    It says the probability of the token it chose, so it is made to choose the one that follows.
+    """
+    losses = torch.full((len(ids), ids.shape[1] - 1), float("nan"))
+    for window, row in enumerate(tqdm(ids.tolist(), desc=name, unit="window")):
+        for i, follows in enumerate(row[1:]):
+            answer = server.ask("/completion", prompt=row[:i + 1], n_predict=1, temperature=0, n_probs=1,
+                                ignore_eos=True, cache_prompt=True, logit_bias=[[follows, 1e4]])
+            found = answer.get("completion_probabilities")
+            if found and found[0]["id"] == follows:
+                losses[window, i] = -found[0]["logprob"]
+    return losses
+
+
+def speeds(folder: Path) -> dict[str, float]:
+    """{way: tokens per second} of cpu_decode.json, SmolLM2, one thread."""
+    return {row["way"]: row["tokens_per_second"] for row in read(folder / "cpu_decode.json")
+            if (row["model"], row["threads"]) == ("smollm2", 1)}
+
+
+def page(rows: list[dict]) -> str:
+    """The table."""
+    first = rows[0]
+    told = (f"{first['model']}, {first['tokens']} tokens of WikiText-2 test, windows of {first['window']}. 2:4: "
+            f"{first['pruned'] or 'none'}. excess: log perplexity above transformers', nats. tokens/s: cpu_decode.md.")
+    body = [[row["way"], f"{row['bytes'] / 1e6:.0f}", f"{row['ppl']:.3f}", f"{math.log(row['ppl'] / first['ppl']):.4f}",
+             f"{row['tokens_per_second']:.1f}" if row["tokens_per_second"] else "-"] for row in rows]
+    return "\n".join(["# Perplexity of what a CPU computes\n", written("cpu_quality.py", first["environment"]) + "\n",
+                      told + "\n", render(["way", "MB", "ppl", "excess", "tokens/s"], body, "markdown", text={"way"})])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
