@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-if "PYTEST_XDIST_WORKER" in os.environ:  # torch's threads spin while they wait: two processes of two would crawl
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # else threads spin while they wait: minutes where others compute
+if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 for package, folder in (("oneshot", ROOT), ("oneshot_kernels", ROOT / "kernels")):
     if importlib.util.find_spec(package) is None:

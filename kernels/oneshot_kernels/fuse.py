@@ -143,7 +143,7 @@ def sparsify(
     if not report.replaced:
         raise ValueError("no linear layer of this model is 2:4; prune it to 2:4 first")
     if head:
-        _round_head(model, report)
+        _round_head(model, report, round_inputs)
     if fuse:
         for name, module in list(model.named_modules()):
             _fuse_shared_input(name, module, report)
@@ -159,12 +159,12 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def _round_head(model: nn.Module, report: Report) -> None:
+def _round_head(model: nn.Module, report: Report, round_inputs: bool) -> None:
     """Put an int8 twin in the place of `lm_head`. Raises ValueError if there is no plain one on a CPU."""
     head = getattr(model, "lm_head", None)
     if type(head) is not nn.Linear or head.weight.device.type != "cpu":
         raise ValueError("head='int8' needs a model with a plain nn.Linear lm_head on a CPU")
-    model.lm_head = IntegerLinear.from_linear(head)
+    model.lm_head = IntegerLinear.from_linear(head, round_inputs=round_inputs)
     report.skipped.pop("lm_head", None)
     report.replaced.append("lm_head (int8)")
 

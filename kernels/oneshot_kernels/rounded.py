@@ -115,7 +115,7 @@ class Rounded24Linear(nn.Module):
         scale = self.half_scales().float()
         weight = integers.prepare(self.codes().to(torch.int8), scale[:, 0] if self.bits == 8 else scale, sparse=True,
                                   bits=self.bits)
-        return integers.IntegerLinear(weight, self.bias, not round_inputs)
+        return integers.IntegerLinear(weight, self.bias, round_inputs)
 
     def can_compile(self) -> bool:
         """Whether there is a compiled kernel for this layer on this machine."""

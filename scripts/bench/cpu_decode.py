@@ -151,9 +151,9 @@ def formed(model: nn.Module, form: str | None, sparse: bool, rounds: bool) -> nn
         for weight in models.all_weights(twin):
             owner, _, child = weight.name.removesuffix(".weight").rpartition(".")
             setattr(twin.get_submodule(owner), child, integers.IntegerLinear.from_linear(
-                weight.owner, bits=int(form[-1]), sparse=sparse, plain=not rounds))
+                weight.owner, bits=int(form[-1]), sparse=sparse, round_inputs=rounds))
     if rounds:
-        twin.lm_head = integers.IntegerLinear.from_linear(twin.lm_head)
+        twin.lm_head = integers.IntegerLinear.from_linear(twin.lm_head, round_inputs=True)
     return twin
 
 

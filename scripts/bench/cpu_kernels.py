@@ -142,7 +142,7 @@ def integer_forms(weight: torch.Tensor, copies: int, kind: str) -> tuple[dict[st
     plain = [library.huge_pages(weight.clone()) for _ in range(max(1, copies * bits // 16))]
     dense = [integers.prepare(*rounded, sparse=False, bits=bits) for _ in range(copies)]
     sparse = [integers.prepare(*rounded, sparse=True, bits=bits) for _ in range(copies)]
-    layers, away = [integers.IntegerLinear(weight, None) for weight in sparse], copies // 2
+    layers, away = [integers.IntegerLinear(weight, None, round_inputs=True) for weight in sparse], copies // 2
     runs = {"torch": lambda x, i: F.linear(x, plain[i % len(plain)]),
             "dense": lambda x, i: integers.linear(x, dense[i]), "2:4": lambda x, i: integers.linear(x, sparse[i]),
             "layer": lambda x, i: layers[(i + away) % copies](x),

@@ -152,12 +152,12 @@ def test_generate_computes_with_the_codes(twins, rounds, monkeypatch, capsys):
 
     def prepared(*args):
         made = real(*args)
-        seen.append({layer.plain for layer in made[0].modules() if isinstance(layer, integers.IntegerLinear)})
+        seen.append({layer.round_inputs for layer in made[0].modules() if isinstance(layer, integers.IntegerLinear)})
         return made
     monkeypatch.setattr(generate, "prepared", prepared)
     flags = ["--round-inputs"] if rounds else []
     assert generate.main([str(twins[1]), "--max-new-tokens", "2", "--device", "cpu", *flags]) == 0
-    assert seen == [{not rounds}]
+    assert seen == [{rounds}]
     assert generate.main([str(twins[0]), "--max-new-tokens", "2", "--device", "cpu", "--round-inputs"]) == 2
     assert "--round-inputs: " in capsys.readouterr().err
 

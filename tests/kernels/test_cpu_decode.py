@@ -79,7 +79,7 @@ def test_generates_what_transformers_does(rope, steps):
     assert torch.equal(say(install(model, steps), n=200), want) and len(steps) == 199
 
 
-@pytest.mark.parametrize("form", ["2:4", "int8", "int4", "int8 head"])
+@pytest.mark.parametrize("form", ["2:4", "int8", "int4", "int8 head", "rounded int8", "rounded int4"])
 def test_packed_layers_are_read_where_they_are(form, steps):
     model = make(dtype=torch.bfloat16, hidden_size=64, head_dim=16, intermediate_size=128)
     g = torch.Generator().manual_seed(1)
@@ -89,8 +89,9 @@ def test_packed_layers_are_read_where_they_are(form, steps):
                 if not isinstance(linear, nn.Linear):
                     continue
                 linear.weight.copy_(reference.random_24(*linear.weight.shape, torch.float32, g) / 8)
-                if form in ("int8", "int4"):
-                    setattr(module, name, integers.IntegerLinear.from_linear(linear, bits=int(form[-1]), sparse=True))
+                if form.endswith(("int8", "int4")):
+                    setattr(module, name, integers.IntegerLinear.from_linear(
+                        linear, bits=int(form[-1]), sparse=True, round_inputs="rounded" in form))
     if form in ("2:4", "int8 head"):
         sparsify(model, head="int8" if "head" in form else None)
     plain = copy.deepcopy(model)

@@ -143,13 +143,15 @@ def test_codes_that_are_not_24_are_refused(variant):
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("sparse", [True, False])
-def test_the_module_and_its_operator(sparse, bits):
+@pytest.mark.parametrize("rounds", [True, False])
+def test_the_module_and_its_operator(rounds, sparse, bits):
     if not integers.available():
         pytest.skip(library.why("integers"))
     layer = nn.Linear(36, 20)
     layer.weight.data = reference.random_24(20, 36, torch.float32, torch.Generator().manual_seed(0))
-    ours, x = IntegerLinear.from_linear(layer, bits=bits, sparse=sparse), torch.randn(2, 3, 36)
-    want = emulate(x.view(6, 36), *rounded(layer.weight.detach(), bits), layer.bias.detach()).view(2, 3, 20)
+    ours, x = IntegerLinear.from_linear(layer, bits=bits, sparse=sparse, round_inputs=rounds), torch.randn(2, 3, 36)
+    want = emulate(x.view(6, 36), *rounded(layer.weight.detach(), bits), layer.bias.detach(), not rounds).view(2, 3, 20)
+    assert ("inputs in int8" in repr(ours)) == rounds
     torch.testing.assert_close(ours(x).double(), want, rtol=1e-5, atol=1e-5)
     assert ours(x[:0]).shape == (0, 3, 20) and f"int{bits} {'2:4' if sparse else 'dense'}" in repr(ours)
     torch.library.opcheck(torch.ops.oneshot_kernels.linear_integers.default,

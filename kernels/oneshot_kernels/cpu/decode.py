@@ -155,7 +155,7 @@ class Decoder:
             tensors, n, k, form = (layer.weight, layer.metadata, None), layer.rows, layer.in_features, 1
         elif isinstance(layer, integers.IntegerLinear):
             tensors, n, k = (layer.values, None, layer.scale), layer.out_features, layer.in_features
-            form = layer.bits + 16 * (layer.values.ndim == 5) + 32 * layer.plain
+            form = layer.bits + 16 * (layer.values.ndim == 5) + 32 * (not layer.round_inputs)
         else:
             raise Refused(f"{name} is a {type(layer).__name__} of another kind or dtype than step.cpp reads")
         tensors = [None if t is None else t.detach() for t in (*tensors, bias)]

@@ -46,22 +46,22 @@ class IntegerWeight(NamedTuple):
 class IntegerLinear(nn.Module):
     """nn.Linear with an int8 or int4 weight, dense or 2:4, for inference on a CPU: y = x Wᵀ + bias.
 
-    plain: whether inputs stay as they are, instead of being rounded to int8. Its tensors are made for this machine and
-    are in no state dict: save the model before.
+    round_inputs: whether inputs are rounded to int8 too, which is faster. Its tensors are made for this machine and are
+    in no state dict: save the model before.
     """
 
-    def __init__(self, weight: IntegerWeight, bias: torch.Tensor | None, plain: bool = False) -> None:
+    def __init__(self, weight: IntegerWeight, bias: torch.Tensor | None, round_inputs: bool = False) -> None:
         super().__init__()
-        self.plain = plain
+        self.round_inputs = round_inputs
         (self.out_features, self.in_features), self.bits = weight.shape, weight.bits
         for name, tensor in (("values", weight.values), ("scale", weight.scale), ("bias", bias)):
             self.register_buffer(name, tensor, persistent=False)
 
     @classmethod
     def from_linear(cls, layer: nn.Linear, *, bits: int = 8, sparse: bool = False,
-                    plain: bool = False) -> "IntegerLinear":
-        """Round a layer's weight to the nearest codes. bits: 8 or 4. sparse: as 2:4, which the weight must be. plain:
-        see the class.
+                    round_inputs: bool = False) -> "IntegerLinear":
+        """Round a layer's weight to the nearest codes. bits: 8 or 4. sparse: as 2:4, which the weight must be.
+        round_inputs: see the class.
 
         Raises ValueError for a weight that is not finite or not 2:4, and where nothing can be compiled.
         """
@@ -69,15 +69,15 @@ class IntegerLinear(nn.Module):
             raise ValueError(f"integer layers need the compiled kernels: {library.why('int8')}")
         bias = None if layer.bias is None else layer.bias.detach()
         rounded = round_rows(layer.weight.detach()) if bits == 8 else round_groups(layer.weight.detach())
-        return cls(prepare(*rounded, bits=bits, sparse=sparse), bias, plain)
+        return cls(prepare(*rounded, bits=bits, sparse=sparse), bias, round_inputs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., K) -> (..., N), in x's dtype."""
         plainly = type(x) is torch.Tensor and not (x.requires_grad and torch.is_grad_enabled())
         if plainly and x.device.type == "cpu" and not torch.compiler.is_compiling():
-            return compute(x, self.values, self.scale, self.bias, self.out_features, self.bits, self.plain)
+            return compute(x, self.values, self.scale, self.bias, self.out_features, self.bits, not self.round_inputs)
         return torch.ops.oneshot_kernels.linear_integers(x, self.values, self.scale, self.bias, self.out_features,
-                                                         self.bits, self.plain)
+                                                         self.bits, not self.round_inputs)
 
     def _apply(self, fn, recurse=True):
         scale = self.scale
@@ -89,7 +89,7 @@ class IntegerLinear(nn.Module):
         """What print(model) shows."""
         form = "2:4" if self.values.ndim == 5 else "dense"
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, int{self.bits} {form}" + (
-            ", inputs as they are" if self.plain else "")
+            ", inputs in int8" if self.round_inputs else "")
 
 
 def round_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
