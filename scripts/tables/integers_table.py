@@ -34,6 +34,9 @@ WAYS = {way: own for group in
 MARKED = {"smollm2": "its dense weights come off a 4-bit grid already, which flatters its rows of int4, except where "
                      "it was rotated or healed before"}
 NEAREST = "2:4, then int4 to nearest"  # what `less` compares with
+SHOWN = (NEAREST, "2:4, then int4 by GPTQ", "2:4 and int4 in one pass", "2:4 by ALPS, then int4 by GPTQ",
+         "2:4 by ALPS, healed, then int4 by GPTQ", "2:4 by ALPS, healed on text, then int4 by GPTQ",
+         "50 %, then int4 by GPTQ", "int3 by GPTQ")  # in the README
 FORMS = {None: "bf16", "int8:row": "int8", "int4:64": "int4"}  # of cpu_decode.py, with inputs as they are
 LEAST = 1e-4  # nats; what loses less, or gains, is drawn there
 
@@ -97,6 +100,31 @@ def page(rows: Sequence[dict], fast: dict) -> str:
                      f"{used[0]['environment']['device']}; '-': no kernel for this form.")
         parts += [f"{told}\n", table(own, {form: rate for (model, form), (rate, _) in fast.items() if model == name})]
     return "\n".join(parts)
+
+
+def lines(folder: Path) -> str:
+    """The README's table: what ways of as many bytes as NEAREST lose on each model; "" where nothing was measured."""
+    if not (folder / "integers.json").is_file():
+        return ""
+    rows = rows_of(folder)
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    groups = {name: grouped([row for row in rows if row["model"] == name]) for name in names}
+    body = [[way, *(lost(groups[name].get(way, ())) for name in names)] for way in SHOWN
+            if any(way in groups[name] for name in names)]
+    e, bits = rows[-1]["environment"], groups[names[0]][NEAREST][0]["bits"]
+    commits = ", ".join(dict.fromkeys(row["environment"]["commit"] for row in rows))
+    told = (f"Log perplexity above the dense model's, nats, mean ± standard deviation over seeds, all at {bits:.2f} "
+            f"bits a weight. `scripts/bench/integers.py`, {e['device']}, torch {e['torch']}, commit {commits}. healed: "
+            "block by block on the calibration windows; on text: 500k tokens of C4 and books. smollm2: "
+            f"{MARKED['smollm2']}.")
+    return f"{told}\n\n{render(['way', *names], body, 'markdown', text={'way'}).rstrip()}"
+
+
+def lost(rows: Sequence[dict]) -> str:
+    """The excess of a way's rows."""
+    excess = [row["excess"] for row in rows]
+    spread = f" ± {statistics.stdev(excess):.3f}" if len(excess) > 1 else ""
+    return f"{statistics.fmean(excess):.3f}{spread}" if excess else "-"
 
 
 def winner(rows: Sequence[dict]) -> str:

@@ -24,6 +24,7 @@ import best_rows
 import best_table
 import cpu_table
 import heal_table
+import integers_table
 
 from oneshot import report
 from oneshot.report import said, section, table, tables, task_table
@@ -54,8 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 def write_all(records: list[dict], root: Path, check: bool) -> list[Path]:
     """Write what is stale, or only find it if `check`. The stale files."""
     stale = []
-    texts = {"README.md": lambda old: with_cpu(with_heal(with_smollm2(with_best(with_runs(old, records), root), root),
-                                                         root), root),
+    texts = {"README.md": lambda old: readme(old, records, root),
              "results/tables.md": lambda old: with_packed(replaced(old, "pruning", all_tables(records)), root),
              "results/tables.csv": lambda old: tables_csv(records),
              "results/runs.csv": lambda old: tables.table(records, "csv")}
@@ -67,6 +67,14 @@ def write_all(records: list[dict], root: Path, check: bool) -> list[Path]:
             if not check:
                 write_text(new, file)
     return stale
+
+
+def readme(text: str, records: list[dict], root: Path) -> str:
+    """The README's `text` with all its tables."""
+    text = with_runs(text, records)
+    for add in (with_best, with_smollm2, with_heal, with_cpu, with_integers):
+        text = add(text, root)
+    return text
 
 
 def shortened(text: str) -> str:
@@ -180,6 +188,12 @@ def with_cpu(text: str, root: Path) -> str:
     """`text` with the section of tokens per second on a CPU, where cpu_decode.py has run."""
     lines = cpu_table.lines(root / "results" / "bench" / "cpu_decode.json")
     return replaced(text, "cpu", lines) if lines else text
+
+
+def with_integers(text: str, root: Path) -> str:
+    """`text` with the section of quality at equal bytes, where integers.py has run."""
+    found = integers_table.lines(root / "results" / "bench")
+    return replaced(text, "integers", found) if found else text
 
 
 def with_packed(text: str, root: Path) -> str:
