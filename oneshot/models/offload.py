@@ -9,6 +9,10 @@ applied to the tensors of one block at a time, so whatever it renames, fuses or 
 
 A block that was changed goes into a file of its own, under the names that `save_pretrained` gives: the file can be a
 shard of the checkpoint as it is.
+
+Of several processes (torchrun), each reads the block that it runs its windows on; only rank 0 writes, and the others
+read its files from then on. What they read is compared with what rank 0 has, which gives them what differs: so a
+machine that does not see rank 0's files works as well.
 """
 
 import contextlib
@@ -23,6 +27,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+
+from ..runtime import distributed, together
 
 OFFLOAD = ("none", "disk")
 State = dict[str, torch.Tensor]
@@ -137,15 +143,20 @@ class OnDisk:
 
     @contextlib.contextmanager
     def present(self, number: int, changed: Callable[[], bool]) -> Iterator[None]:
-        """Within the context, the tensors of a block are present. changed: whether they are to be kept, asked last."""
+        """Within the context, the tensors of a block are present. changed: whether they are to be kept, asked last.
+
+        Processes that work together come here at the same time.
+        """
         if self._pinned:
             raise RuntimeError(f"block {number} was asked for while block {self.held} is present")
         self._fill(number)
         self._pinned, self._filed = True, False
         try:
+            if distributed.ranks() > 1:
+                together.same_weights(self.model.get_submodule(f"{self.path}.{number}"))
             yield
-            if changed() and not self._filed:
-                self._file(number)
+            if changed():
+                self._keep(number)
         finally:
             self._pinned = False
             self.drop()
@@ -178,6 +189,14 @@ class OnDisk:
             become(p, twin.data)
         self._twins.clear()
         self.held = None
+
+    def _keep(self, number: int) -> None:
+        """Let the block that is present be read, from now on, from a file that holds it as it is now."""
+        if not self._filed and (distributed.ranks() == 1 or not distributed.rank()):
+            self._file(number)
+        files = distributed.first(self._files.get(number, {}))
+        if visible(files):  # else they are another machine's, and rank 0 gives what differs
+            self._files[number] = files
 
     def _file(self, number: int) -> None:
         """Write the block that is present into a file of its own, for a run that saves nothing."""
@@ -218,6 +237,18 @@ _ON_DISK: weakref.WeakKeyDictionary[nn.Module, OnDisk] = weakref.WeakKeyDictiona
 def on_disk(model: nn.Module) -> OnDisk | None:
     """Where the blocks of a model are on disk; None for a model that is in memory."""
     return _ON_DISK.get(model)
+
+
+def visible(files: dict[str, Path]) -> bool:
+    """Whether this machine sees these files, {name of a tensor: its file}, and they hold tensors of these names."""
+    there: set[str] = set()
+    try:
+        for file in set(files.values()):
+            with safe_open(file, "pt") as opened:
+                there.update(opened.keys())
+    except (OSError, SafetensorError):
+        return False
+    return files.keys() <= there
 
 
 def become(t: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

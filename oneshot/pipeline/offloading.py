@@ -10,7 +10,6 @@ from torch import nn
 from .. import measure, models
 from ..checkpoint import Folder
 from ..prune import solvers
-from ..runtime import distributed
 from ..settings import RunConfig
 from .plan import chain_of
 
@@ -24,8 +23,6 @@ def check(cfg: RunConfig) -> None:
         return
     if importlib.util.find_spec("accelerate") is None:
         raise ValueError("--offload disk: needs accelerate; pip install 'oneshot[offload]'")
-    if distributed.world() > 1:
-        raise ValueError("--offload disk: works in one process; start the command without torchrun")
     if found := whole(cfg):
         raise ValueError(f"{found[0]}: needs the whole model in memory, so it does not go with --offload disk; leave "
                          "out one of them")

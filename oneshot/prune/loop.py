@@ -67,8 +67,9 @@ def prune_blocks(model: nn.Module, ids: torch.Tensor | None, mask: torch.Tensor 
         pass_dropped(model, job, dense, -1)
         for block in models.walk(model, job.options.device, bar=bar):
             block.changed = True
-            if done := distributed.first(next(finished, None)):
-                state, rows = Rows.of(*done)
+            state, plain = next(finished, None) or ({}, None)
+            if plain := distributed.first(plain):
+                state, rows = Rows.of(distributed.given(state), plain)
                 if block.number not in job.dropped:
                     restore(block, state, None if block.number == last else activations, dense)
                     pass_dropped(model, job, dense, block.number)

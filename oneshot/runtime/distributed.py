@@ -210,6 +210,18 @@ def give(t: torch.Tensor, owner: int) -> None:
             t.copy_(whole)
 
 
+def given(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rank 0's tensors by name, on the CPU, in all processes; the others' own are not looked at."""
+    if ranks() == 1:
+        return tensors
+    told = first({name: (tuple(t.shape), t.dtype) for name, t in tensors.items()})
+    found = {name: torch.empty(shape, dtype=dtype) if rank() else tensors[name].contiguous()
+             for name, (shape, dtype) in told.items()}
+    for t in found.values():
+        give(t, 0)
+    return found
+
+
 def brought(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The tensors of all processes, in order, in rank 0; [] in the others."""
     if ranks() == 1:

@@ -70,14 +70,8 @@ def follow() -> int:
 
 
 def hold(model: nn.Module, load: Callable[..., nn.Module], *args: Any) -> None:
-    """Let the others load the model that rank 0 holds: `load(*args)`, a function of a module and plain values.
-
-    Raises ValueError for a model whose blocks are on disk.
-    """
+    """Let the others load the model that rank 0 holds: `load(*args)`, a function of a module and plain values."""
     if distributed.world() > 1:
-        if any(p.is_meta for p in model.parameters()):
-            raise ValueError("torchrun: every process holds the whole model in memory; leave out --offload disk, or "
-                             "start it without torchrun")
         distributed.share(("hold", load, args))
         _held[:] = [weakref.ref(model)]
 
@@ -124,13 +118,18 @@ def _together(model: nn.Module) -> Iterator[None]:
 def same_weights(model: nn.Module) -> None:
     """Give all processes rank 0's parameters and buffers, those that differ: rank 0 may have changed some alone.
 
+    What is on the meta device in any process has its turn when `walk` reads it (models/offload.py).
+
     Raises ValueError where another model was loaded.
     """
     own = {name: t for part in (model.named_parameters(), model.named_buffers()) for name, t in part}
-    told = distributed.first({name: (tuple(t.shape), t.dtype, _digest(t)) for name, t in own.items()})
+    away = set().union(*distributed.gathered([name for name, t in own.items() if t.is_meta]))
+    told = distributed.first({name: (tuple(t.shape), t.dtype, None if name in away else _digest(t))
+                              for name, t in own.items()})
     if own.keys() - told.keys() or any((tuple(t.shape), t.dtype) != told[name][:2] for name, t in own.items()):
         raise ValueError("torchrun: --model is another one on this machine than on that of process 0")
-    other = [name for name in told if name not in own or _digest(own[name]) != told[name][2]]
+    other = [name for name in told if distributed.rank() and name not in away and (
+        name not in own or _digest(own[name]) != told[name][2])]
     for name in [name for name in told if name in set().union(*distributed.gathered(other))]:
         if name not in own:  # a bias that was added
             owner, _, last = name.rpartition(".")

@@ -182,6 +182,16 @@ def test_what_cannot_stay_on_disk(refused, said, tmp_path, monkeypatch):
         models.load(path, offload="disk")
 
 
+def test_what_another_machine_does_not_see(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(1)}, tmp_path / "a")
+    (tmp_path / "b").write_bytes(b"half")
+    assert offload.visible({"a": tmp_path / "a"}) and offload.visible({})
+    assert not any(offload.visible(files) for files in (
+        {"b": tmp_path / "a"}, {"a": tmp_path / "b"}, {"a": tmp_path / "c"}, {"a": tmp_path}))
+
+
 def test_a_step_that_needs_the_whole_model_says_so(tmp_path):
     model = models.load(saved(tmp_path), offload="disk")[0]
     with pytest.raises(ValueError, match="--offload disk: a step"), models.resident(models.tensors_of(model), "cpu"):

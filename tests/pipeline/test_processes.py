@@ -7,6 +7,7 @@ import os
 import signal
 import time
 
+import families
 import processes
 import pytest
 import tiny
@@ -14,11 +15,13 @@ import torch
 from tiny import plain_pages  # noqa: F401
 
 from oneshot import __main__, calibrate, checkpoint
+from oneshot.checkpoint import verify
+from oneshot.models import offload
 from oneshot.pipeline import api, checks, run
 from oneshot.pipeline.fit import command as fit
 from oneshot.prune import linear, loop
 from oneshot.report import page
-from oneshot.runtime import distributed, together
+from oneshot.runtime import distributed
 from oneshot.settings import flags
 
 
@@ -115,9 +118,9 @@ def test_only_the_first_speaks(place):
     assert "sparsegpt" in (place / "said" / "0.out").read_text()
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_process_ends_all_and_the_same_command_continues(place, tmp_path, rank):
-    argv = command(place, tmp_path / "out")
+@pytest.mark.parametrize("rank, offload", [(0, "disk"), (1, "none")])
+def test_a_killed_process_ends_all_and_the_same_command_continues(place, tmp_path, rank, offload):
+    argv = command(place, tmp_path / "out", "--no-dense", evaluate="none", offload=offload)
     codes = processes.together(2, tmp_path / "said", die, rank, 2, *argv)
     assert codes[rank] == -signal.SIGKILL and codes[1 - rank] == (1 if rank == 0 else 2)
     said = processes.said(tmp_path / "said").splitlines()
@@ -125,8 +128,6 @@ def test_a_killed_process_ends_all_and_the_same_command_continues(place, tmp_pat
     assert not said or (said[0].startswith("error: another process has ended") and "same command resumes" in said[0])
     kept = sorted(file.name for file in (tmp_path / "out" / ".oneshot").glob("block_*"))
     assert kept == ["block_00000.safetensors", "block_00001.safetensors"]
-    if rank == 0:
-        return
     assert both(tmp_path, *argv) == [0, 0]
     whole, continued = (tiny.weights(folder) for folder in (place / "two", tmp_path / "out"))
     assert all(torch.equal(whole[name], continued[name]) for name in whole)
@@ -169,14 +170,57 @@ WHOLE = {  # settings of which parts run in rank 0 alone, or together in other w
 }
 
 
+EXPERTS = {"method": "sparsegpt", "pattern": "0.5", "eval_windows": 6}
+STREAMED = {  # name: (whose result it must be, settings); "apart": as if the other process were on another machine
+    "llama": ("two", {}),
+    "experts in memory": ("experts in memory", EXPERTS),
+    "experts": ("experts in memory", EXPERTS | {"offload": "disk"}),
+    "experts, apart": ("experts in memory", EXPERTS | {"offload": "disk"}),
+    "experts, not saved": ("experts in memory", EXPERTS | {"offload": "disk", "save": None}),
+}
+
+
 def every(place, folder):
-    """The program with each of WHOLE, one after the other, in this process of two."""
-    ports = json.loads((folder / "ports.json").read_text())
-    for port, (name, changed) in zip(ports, WHOLE.items(), strict=True):
+    """The program with each of WHOLE, then of STREAMED, one after the other, in this process of two."""
+    watch_disk()
+    ports = iter(json.loads((folder / "ports.json").read_text()))
+    argvs = [settings(place, folder / name, changed) for name, changed in WHOLE.items()]
+    argvs += [streamed(place, folder, name) for name in STREAMED]
+    for argv, port in zip(argvs, ports, strict=True):
         os.environ["MASTER_PORT"] = str(port)
-        if code := program(*settings(place, folder / name, changed)):
+        offload.visible = (lambda files: False) if "experts, apart" in " ".join(map(str, argv)) else VISIBLE
+        if code := program(*argv):
             return code
     return 0
+
+
+VISIBLE = offload.visible
+
+
+def watch_disk():
+    """Raise where two blocks of a model on disk are in memory, or another process than the first writes one."""
+    become, write = offload.become, offload.save_file
+
+    def becoming(t, values):
+        twin = become(t, values)
+        for model, disk in offload._ON_DISK.items():
+            there = {disk.block_of(n) for n, p in model.named_parameters() if not p.is_meta} - {None}
+            if len(there) > 1:
+                raise RuntimeError(f"blocks {there} at once")
+        return twin
+
+    def writing(*args):
+        if distributed.rank():
+            raise RuntimeError("another process than the first writes")
+        write(*args)
+    offload.become, offload.save_file = becoming, writing
+
+
+def streamed(place, folder, name):
+    """The command line of one of STREAMED."""
+    if name == "llama":
+        return command(place, folder / name, offload="disk")
+    return command(folder / "mixtral", folder / name, **{"results": folder / f"{name}.runs"} | STREAMED[name][1])
 
 
 def settings(place, out, changed):
@@ -189,7 +233,11 @@ def settings(place, out, changed):
 @pytest.fixture(scope="module")
 def others(place, tmp_path_factory):
     folder = tmp_path_factory.mktemp("others")
-    (folder / "ports.json").write_text(json.dumps([processes.port() for _ in WHOLE]))
+    families.tiny("mixtral", dtype=torch.bfloat16).save_pretrained(folder / "mixtral" / "model", max_shard_size="20KB")
+    tiny.tokenizer().save_pretrained(folder / "mixtral" / "model")
+    for number, text in enumerate(("calibration", "evaluation")):
+        tiny.save_text(folder / "mixtral" / f"{text}.txt", number)
+    (folder / "ports.json").write_text(json.dumps([processes.port() for _ in (*WHOLE, *STREAMED)]))
     assert processes.together(2, folder, every, place, folder) == [0, 0], processes.said(folder)
     return folder
 
@@ -211,6 +259,28 @@ def test_everything_else_comes_out_as_in_one_process(place, others, tmp_path, na
         assert checkpoint.read_manifest(others / folder)["record"]["status"] == "finished"
 
 
+@pytest.mark.parametrize("name", STREAMED)
+def test_from_disk_two_processes_give_the_bits_that_they_give_in_memory(place, others, name):
+    whose = STREAMED[name][0]
+    want, found = (place if whose == "two" else others) / whose, others / name
+    records = [tiny.records(folder.with_name(f"{folder.name}.runs")) for folder in (want, found)]
+    assert len(records[0]) == 2 and records[0].keys() == records[1].keys()
+    for key, record in records[0].items():
+        other = records[1][key]
+        for part in ("run_id", "metrics", "metric_info", "warnings", "sparsity", "bytes", "model", "skipped"):
+            assert record[part] == other[part], part
+        for mine, its in zip(record["layers"], other["layers"], strict=True):
+            assert mine | {"seconds": 0} == its | {"seconds": 0}
+    if STREAMED[name][1].get("save", "") is None:
+        assert not found.exists()
+        return
+    weights, its = tiny.weights(want), tiny.weights(found)
+    assert weights.keys() == its.keys() and all(torch.equal(t, its[n]) for n, t in weights.items())
+    assert len(list(found.glob("*.safetensors"))) == (1 if name == "experts in memory" else 1 + len(
+        {row["block"] for row in record["layers"]}))
+    assert verify.main([str(found), "--quiet", "--offload", "disk"]) == 0
+
+
 def test_help_ends_in_all(tmp_path):
     assert both(tmp_path, "--help") == [0, 0]
     assert (tmp_path / "said" / "1.out").read_text() == "" and "--method" in (tmp_path / "said" / "0.out").read_text()
@@ -229,8 +299,6 @@ def test_what_cannot_be_shared_is_refused(monkeypatch, place, capsys):
     assert not (place / "fit").exists()
     assert __main__.main(["compare", "nothing"]) == 2
     assert capsys.readouterr().err.startswith("error: torchrun: shares the work of")
-    with torch.device("meta"), pytest.raises(ValueError, match=r"^torchrun: every process holds the whole model"):
-        together.hold(torch.nn.Linear(2, 2), torch.nn.Linear)
     monkeypatch.setattr("oneshot.runtime.environment.check_device", lambda *args: None)
     with pytest.raises(ValueError, match=r"^--device cuda:1: is one GPU for all"):
         checks.check_devices(flags.build({"method": "wanda", "pattern": "2:4", "device": "cuda:1"}))
