@@ -14,7 +14,7 @@ COMMANDS = {  # verb: (module with its main, what it does)
     "generate": ("oneshot.pipeline.generate", "generate text with a dense or packed model and measure the speed"),
     "compare": ("oneshot.report.compare", "put finished runs into one table and one page"),
 }
-SHARED = ("prune", "shrink", "heal")  # which torchrun may start
+SHARED = ("prune", "shrink", "heal", "plan")  # which torchrun may start
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -43,7 +43,8 @@ class Task:
     chain: names of solver and refiners; () if nothing is pruned. grams: Gram matrices of each input. copies: of the
     activations and of the block. calibration, evaluation: (windows, tokens of each). batch, eval_batch: windows.
     budget: bytes of Gram matrices at once. activation: bytes of a waiting number. passes: of the calibration windows
-    through the blocks.
+    through the blocks. processes: those of torchrun, which share the windows (calibration, evaluation are of the one
+    that has most) and the linears to be solved; what they send each other is not known here.
     """
 
     chain: tuple[str, ...]
@@ -60,6 +61,7 @@ class Task:
     saves: bool = False
     gpu: bool = False
     waits_on_cpu: bool = False
+    processes: int = 1
 
     def computing(self, shape: Shape) -> int:
         """Bytes of a number while it is computed with."""
@@ -171,6 +173,7 @@ def work(shape: Shape, task: Task) -> dict[str, Work]:
     found = {"start, read and check": {"start": 1, "read": blocks + rest, "hashed": blocks + rest,
                                        "touched": 4 * (blocks + rest)}}
     once = {"read": blocks, "touched": blocks + weights * wide}
+    once["hashed"] = (blocks + rest) * (task.processes > 1)  # whether all have the same weights
     if task.chain:
         found["calibrate and prune"] = added(once, pruning(shape, task), {"touched": 3 * weights * wide})
     if task.saves and task.chain:
@@ -202,10 +205,10 @@ def pruning(shape: Shape, task: Task) -> Work:
         total["product"] += (passes - 1) * forward(shape, task.calibration, (layer,))
         for own in inputs.values():
             total["product"] += own.experts * task.grams * 2 * tokens * own.active * own.C**2 * 9 / 16
-            total["solve"] += own.experts * bool(task.grams) * own.C**3 / 3
+            total["solve"] += own.experts * bool(task.grams) * own.C**3 / 3 / task.processes
         for own in layer.linears:
-            size = own.R * own.C * own.experts
-            total["product"] += 4 * size * min(SAMPLE, tokens)
+            size = own.R * own.C * own.experts / task.processes
+            total["product"] += 4 * size * min(SAMPLE, tokens * task.processes)
             total["solve" if task.grams else "choice"] += size * (own.C + LOOP) if task.grams else size
     return dict(total)
 

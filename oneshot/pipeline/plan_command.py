@@ -5,9 +5,13 @@
 Takes the flags of `oneshot prune`. Where the run would not fit, it looks for flags that make it fit: --offload, then
 --gram-budget, --eval-batch-size, --batch-size, on a GPU --activations, and last --activation-dtype, which alone rounds
 something. Flags that are given stay as they are. It ends with the command to run; exit code 2 if nothing fits.
+
+Under torchrun it plans the run of as many processes: parts and time are those of one, the peak of memory is that of all
+on this machine. What they send each other is not in it.
 """
 
 import argparse
+import math
 import re
 import shlex
 import shutil
@@ -20,12 +24,12 @@ from typing import Any
 
 from torch import nn
 
-from .. import measure, models
+from .. import calibrate, measure, models
 from ..data import choose
 from ..models import Tokenizer
 from ..prune import allocate, solvers
 from ..report.table import render
-from ..runtime import environment
+from ..runtime import distributed, environment, together
 from ..runtime.command import Parser, exit_code
 from ..runtime.files import write_json, writing
 from ..settings import RunConfig, flags
@@ -42,6 +46,7 @@ UNITS = {"": 2**30, "g": 2**30, "m": 2**20, "gb": 10**9, "mb": 10**6, "gib": 2**
 class Planned:
     """A plan. phases, disk: parts in bytes. seconds: {stage: time}. flags: {name: value} that had to be chosen. limits:
     bytes of memory, and of the GPU's, if there is one. speeds: the machine's, {kind of work: so much a second}.
+    processes: of torchrun on this machine, each with phases like these.
     """
 
     phases: dict[str, list[Part]]
@@ -50,16 +55,17 @@ class Planned:
     flags: dict[str, Any]
     limits: tuple[float, float | None]
     speeds: dict[str, float]
+    processes: int = 1
 
     @property
     def peak(self) -> float:
-        """The highest peak of memory, in bytes."""
-        return forecast.peak(self.phases, None if self.limits[1] is None else False)[1]
+        """The highest peak of memory, of all processes, in bytes."""
+        return forecast.peak(self.phases, None if self.limits[1] is None else False)[1] * self.processes
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code (runtime/command.py)."""
-    return exit_code(lambda: work(sys.argv[1:] if argv is None else list(argv)))
+    return together.lead(lambda: exit_code(lambda: work(sys.argv[1:] if argv is None else list(argv))))
 
 
 def parser() -> Parser:
@@ -74,6 +80,7 @@ def parser() -> Parser:
 
 def work(argv: list[str]) -> None:
     """Plan, print, and say which command to run. Raises ValueError if nothing fits."""
+    distributed.start()
     args, rest = parser().parse_known_args(argv)
     given = flags.read(rest)
     configs = flags.expand(given)
@@ -90,12 +97,21 @@ def work(argv: list[str]) -> None:
             write_json(plain(planned), args.out)
     print(shown(planned))
     more = [part for name, value in planned.flags.items() for part in (known()[name].option, str(value))]
-    print("oneshot prune " + shlex.join([*rest, *more]))
+    print(start() + " prune " + shlex.join([*rest, *more]))
+
+
+def start() -> str:
+    """How a run of as many processes as this plan's is started."""
+    machines = distributed.world() // distributed.local()
+    nodes = f"--nnodes {machines} " if machines > 1 else ""
+    return f"torchrun {nodes}--nproc-per-node {distributed.local()} -m oneshot" if distributed.world() > 1 else \
+        "oneshot"
 
 
 def plain(planned: Planned) -> dict[str, Any]:
     """A plan as plain values: bytes and seconds by part."""
-    return {"peak": planned.peak, "seconds": planned.seconds, "flags": planned.flags, "speeds": planned.speeds,
+    return {"peak": planned.peak, "processes": planned.processes, "seconds": planned.seconds, "flags": planned.flags,
+            "speeds": planned.speeds,
             "phases": {name: {part.name: part.bytes for part in parts} for name, parts in planned.phases.items()},
             "disk": {part.name: part.bytes for part in planned.disk}}
 
@@ -132,11 +148,17 @@ def plan(configs: Sequence[RunConfig], given: dict[str, Any], limit: float) -> P
                for own in stages for name in own}
     largest = max(found, key=lambda own: forecast.peak(own)[1])
     return Planned(largest, max((forecast.disk(shape, task) for task in tasks), key=lambda own: sum(
-        part.bytes for part in own)), seconds, chosen, limits, speeds)
+        part.bytes for part in own)), seconds, chosen, limits, speeds, distributed.local())
 
 
 def task_of(cfg: RunConfig, model: nn.Module, tokenizer: Tokenizer) -> Task:
-    """The Task that a run's settings ask for. Evaluation texts are read only to count their windows."""
+    """The Task that a run's settings ask for. Evaluation texts are read only to count their windows.
+
+    Raises ValueError naming the flags where there are fewer batches than processes.
+    """
+    with distributed.joined():
+        calibrate.check_parts(cfg.nsamples if needs_data(cfg) else distributed.world(), cfg.batch_size if needs_data(
+            cfg) else 1)
     seqlen = choose.window(model, cfg.seqlen, "--seqlen")
     length = choose.window(model, cfg.eval_seqlen, "--eval-seqlen") if cfg.eval_seqlen else seqlen
     texts = 0
@@ -149,10 +171,16 @@ def task_of(cfg: RunConfig, model: nn.Module, tokenizer: Tokenizer) -> Task:
     half = cfg.activation_dtype in ("bfloat16", "float16")
     return Task(tuple(map(solvers.short, modules)), len(needs & {"outer", "cross", "held"}),
                 1 + bool(cfg.prunes and cfg.dense_target),
-                (cfg.nsamples if needs_data(cfg) else 0, seqlen), (texts, length), cfg.batch_size,
+                (share(cfg.nsamples, cfg.batch_size) if needs_data(cfg) else 0, seqlen),
+                (share(texts, cfg.eval_batch_size or cfg.batch_size), length), cfg.batch_size,
                 cfg.eval_batch_size or cfg.batch_size, cfg.gram_bytes, 2 if half else 4, passes(cfg),
                 cfg.offload == "disk", bool(cfg.save), environment.total_memory(cfg.device) is not None,
-                cfg.activations == "cpu")
+                cfg.activations == "cpu", distributed.world())
+
+
+def share(windows: int, batch: int) -> int:
+    """How many of the windows the process with most of them has; batches are not divided."""
+    return min(windows, math.ceil(math.ceil(windows / batch) / distributed.world()) * batch)
 
 
 def passes(cfg: RunConfig) -> int:
@@ -187,8 +215,9 @@ def fit(shape: Shape, tasks: Sequence[Task], limits: tuple[float, float | None],
     def fits(task: Task) -> bool:
         found = forecast.phases(shape, task, program)
         if limits[1] is None:
-            return forecast.peak(found)[1] <= limits[0]
-        return forecast.peak(found, False)[1] <= limits[0] and forecast.peak(found, True)[1] <= limits[1]
+            return forecast.peak(found)[1] * distributed.local() <= limits[0]
+        return forecast.peak(found, False)[1] * distributed.local() <= limits[0] and (
+            forecast.peak(found, True)[1] <= limits[1])
 
     chosen: dict[str, Any] = {}
     for task in sorted(tasks, key=lambda own: -max(forecast.peaks(shape, own))):
@@ -211,11 +240,13 @@ def smallest(shape: Shape, task: Task, free: Sequence[str]) -> Task:
 def why_not(shape: Shape, task: Task, limits: tuple[float, float | None], program: float) -> str:
     """The message for a run that does not fit even as small as it can be."""
     found = forecast.phases(shape, task, program)
-    on_gpu = None if limits[1] is None else forecast.peak(found, False)[1] <= limits[0]
+    n = distributed.local()
+    on_gpu = None if limits[1] is None else forecast.peak(found, False)[1] * n <= limits[0]
     name, total = forecast.peak(found, on_gpu)
     parts = sorted((p for p in found[name] if on_gpu is None or p.on_gpu == on_gpu), key=lambda part: -part.bytes)
     limit, flag = (limits[1], "--device: its memory") if on_gpu else (limits[0], "--memory")
     how = "with --offload disk and the smallest batches" if task.offload else "with the whole model in memory"
+    how += f", and there are {n} processes" if n > 1 and not on_gpu else ""
     return (f"{flag} {limit / 2**30:.3g} GiB: the run takes {total / 2**30:.3g} GiB while {name}, {how}; the largest "
             f"parts: {', '.join(f'{part.name} {part.bytes / 2**30:.3g}' for part in parts[:3])}")
 
@@ -254,8 +285,9 @@ def shown(planned: Planned) -> str:
             for phase, parts in planned.phases.items() for part in parts if part.bytes]
     for on_gpu in (False, True) if gpu else (None,):
         phase, total = forecast.peak(planned.phases, on_gpu)
-        limit = planned.limits[1 if on_gpu else 0]
-        body.append([phase, f"PEAK, of {gib(limit)}", "GPU" if on_gpu else "memory", gib(total)])
+        limit, n = planned.limits[1 if on_gpu else 0], 1 if on_gpu else planned.processes
+        body.append([phase, f"PEAK, of {gib(limit)}" + f", {n} processes" * (n > 1), "GPU" if on_gpu else "memory",
+                     gib(total * n)])
     text = render(["phase", "part", "where", "GiB"], body, "terminal", text={"phase", "part", "where"})
     text += "\n" + render(["on disk", "GB"], [[part.name, f"{part.bytes / 1e9:.3g}"] for part in planned.disk] or [
         ["nothing but the record", "0"]], "terminal", text={"on disk"})

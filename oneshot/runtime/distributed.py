@@ -46,6 +46,11 @@ def world() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local() -> int:
+    """The number of processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world()))
+
+
 def rank() -> int:
     """This process's number, from 0."""
     return int(os.environ.get("RANK", "0")) if world() > 1 else 0

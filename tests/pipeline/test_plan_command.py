@@ -155,6 +155,34 @@ def test_a_gpu_is_planned_apart(place, monkeypatch):  # noqa: F811
         planned(*argv)
 
 
+def test_processes_share_windows_and_linears(place, monkeypatch):  # noqa: F811
+    argv = words(place, nsamples=8, batch_size=2, eval_windows=8, offload="disk", save=place / "shared")
+    one = planned(*argv)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # on each of two machines
+    four = planned(*argv)
+    assert four.peak == 2 * forecast.peak(four.phases)[1] < 2 * one.peak and four.processes == 2
+    for phase, part, n in (("pruning", "activations", 4), ("evaluating", "activations", 4),
+                           ("pruning", "block, stored", 1), ("pruning", "Gram matrices", 1)):
+        sizes = [next(p.bytes for p in found.phases[phase] if p.name == part) for found in (one, four)]
+        assert sizes[0] == n * sizes[1] > 0
+    shape = plan_command.shape_of(models.load(place / "model")[0])
+    [cfg] = flags.parse(argv)
+    task = plan_command.task_of(cfg, *models.load(place / "model"))
+    alone = plan_command.replace(task, processes=1, calibration=(8, task.calibration[1]))
+    mine, its = (forecast.pruning(shape, t) for t in (task, alone))
+    assert all(4 * mine[kind] == pytest.approx(its[kind]) for kind in ("product", "solve"))
+    assert one.disk == four.disk
+    assert "PEAK, of 1.02e+03, 2 processes" in plan_command.shown(four)
+    assert plan_command.start() == "torchrun --nnodes 2 --nproc-per-node 2 -m oneshot"
+    assert not planned(*argv, limit=four.peak + 1).flags
+    assert planned(*argv, limit=four.peak - 1).flags
+    with pytest.raises(ValueError, match="and there are 2 processes; the largest"):
+        planned(*argv, limit=2**29)
+    with pytest.raises(ValueError, match=r"^torchrun: 8 calibration windows are 1 batches"):
+        planned(*argv, "--batch-size", "8")
+
+
 def test_speeds_are_measured(place, monkeypatch, tmp_path):  # noqa: F811
     monkeypatch.undo()
     monkeypatch.setattr(machine, "N", 32)

@@ -17,7 +17,7 @@ from tiny import plain_pages  # noqa: F401
 from oneshot import __main__, calibrate, checkpoint
 from oneshot.checkpoint import verify
 from oneshot.models import offload
-from oneshot.pipeline import api, checks, run
+from oneshot.pipeline import api, checks, forecast, machine, run
 from oneshot.pipeline.fit import command as fit
 from oneshot.prune import linear, loop
 from oneshot.report import page
@@ -186,12 +186,14 @@ def every(place, folder):
     ports = iter(json.loads((folder / "ports.json").read_text()))
     argvs = [settings(place, folder / name, changed) for name, changed in WHOLE.items()]
     argvs += [streamed(place, folder, name) for name in STREAMED]
-    for argv, port in zip(argvs, ports, strict=True):
+    for argv, port in zip(argvs, ports):  # noqa: B905 - one is left
         os.environ["MASTER_PORT"] = str(port)
         offload.visible = (lambda files: False) if "experts, apart" in " ".join(map(str, argv)) else VISIBLE
         if code := program(*argv):
             return code
-    return 0
+    os.environ["MASTER_PORT"] = str(next(ports))
+    machine.speeds = lambda *_: dict.fromkeys(forecast.KINDS, 1e9)
+    return __main__.main(["plan", *map(str, command(place, folder / "planned", offload="disk"))])
 
 
 VISIBLE = offload.visible
@@ -237,7 +239,7 @@ def others(place, tmp_path_factory):
     tiny.tokenizer().save_pretrained(folder / "mixtral" / "model")
     for number, text in enumerate(("calibration", "evaluation")):
         tiny.save_text(folder / "mixtral" / f"{text}.txt", number)
-    (folder / "ports.json").write_text(json.dumps([processes.port() for _ in (*WHOLE, *STREAMED)]))
+    (folder / "ports.json").write_text(json.dumps([processes.port() for _ in (*WHOLE, *STREAMED, "plan")]))
     assert processes.together(2, folder, every, place, folder) == [0, 0], processes.said(folder)
     return folder
 
@@ -279,6 +281,12 @@ def test_from_disk_two_processes_give_the_bits_that_they_give_in_memory(place, o
     assert len(list(found.glob("*.safetensors"))) == (1 if name == "experts in memory" else 1 + len(
         {row["block"] for row in record["layers"]}))
     assert verify.main([str(found), "--quiet", "--offload", "disk"]) == 0
+
+
+def test_a_plan_is_for_as_many_processes(others):
+    lines = (others / "0.out").read_text().splitlines()
+    assert lines[-1].startswith("torchrun --nproc-per-node 2 -m oneshot prune --model ")
+    assert any(", 2 processes" in line for line in lines) and not (others / "1.out").read_text()
 
 
 def test_help_ends_in_all(tmp_path):
