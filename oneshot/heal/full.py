@@ -13,6 +13,7 @@ from .. import models
 from ..runtime.flag import flag
 from . import Heal as Base
 from . import text
+from .text import sharded
 from .text.student import Lesson
 from .train import Trainable
 
@@ -34,6 +35,9 @@ class Heal(Base):
         _, block_list = models.blocks(model)
         stored = {name: p.dtype for name, p in block_list.named_parameters()}
         leave = {f"{block.number}.{name}" for block in models.walk(model) for name in models.untouched(block.module)}
+        if sharded.asked():
+            with sharded.Sharded(model, lesson.device, stored, leave) as trainable:
+                return text.heal(trainable.model, lesson, "full", trainable, self.cfg.lr)
         with models.resident(models.tensors_of(model), lesson.device, write_back=True, dtype=torch.float32), \
                 Trainable(block_list, stored, leave) as trainable:
             return text.heal(model, lesson, "full", trainable, self.cfg.lr)

@@ -92,7 +92,10 @@ class Trainable:
 
     def groups(self, lr: float) -> list[dict]:
         """Adam's parameter groups, each tensor with its own rate; a bias of zeros uses the matrices' mean scale."""
-        sizes = {name: rms(p.data, self.masks.get(name)) for name, p in self.parameters.items()}
+        return self.groups_of({name: rms(p.data, self.masks.get(name)) for name, p in self.parameters.items()}, lr)
+
+    def groups_of(self, sizes: dict[str, float], lr: float) -> list[dict]:
+        """`groups` for matrices and vectors of these root mean squares."""
         matrices = [sizes[name] for name in self.masks if sizes[name]]
         usual = sum(matrices) / len(matrices) if matrices else 1.0
         return [{"params": [p], "lr": lr * (sizes[name] or usual) * (1 if p.ndim > 1 else VECTORS)}

@@ -14,6 +14,7 @@ from torch import nn
 from .. import checkpoint, heal, measure, models
 from ..checkpoint import compressed, gguf, packed
 from ..heal.options import TENSORBOARD
+from ..heal.text import sharded
 from ..models.source import check_kind, check_parameters
 from ..prune import patterns
 from ..prune.solvers import KEEP, chain
@@ -94,10 +95,9 @@ def check_shrink(cfg: RunConfig) -> None:
 
 def check_text(cfg: RunConfig) -> None:
     """Reject what does not go with healing on text. Raises ValueError naming the flag."""
-    # accelerate (1.15) shards on GPUs alone: on a CPU it would overlook the flag. A model that transformers (5.23) has
-    # sharded while loading, Trainer does not resume.
-    if cfg.text_heals and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise ValueError(f"--heal {cfg.text_heals[0]}: cannot be sharded by FSDP yet; start it with torchrun alone")
+    if cfg.text_heals and sharded.asked() and ("lora" in cfg.text_heals or distributed.world() == 1):
+        why = "is not divided among processes" if "lora" in cfg.text_heals else "needs several processes (torchrun)"
+        raise ValueError(f"{sharded.VARIABLE}: is set, and --heal {cfg.text_heals[0]} {why}; unset it")
     if cfg.text_heals and cfg.heal_data is None:
         raise ValueError(f"--heal {cfg.heal}: {cfg.text_heals[0]} trains on text; give --heal-data, such as c4 or "
                          "a file")

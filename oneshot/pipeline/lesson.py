@@ -49,7 +49,7 @@ def heal_on_text(subject: Subject, result: Result, folder: checkpoint.Folder | N
             if not keeps_apart(model):
                 warnings.append("in this family, tokens see the documents before theirs in a window of training text")
             healer = heal.module(name).Heal(cfg.healing[name], cfg.seed, cfg.progress)
-            with float32_products(cfg.tf32):
+            with float32_products(cfg.tf32), distributed.answered():
                 info = healer.on_text(model, lesson)
         result.warnings += [f"--heal {name}: {w}" for w in [*warnings, *info.pop("warnings")]]
         result.heal[name] = info | {"seconds": time.perf_counter() - began}
@@ -74,7 +74,7 @@ def take_part(cfg: RunConfig, work: str, name: str) -> None:
     model, tokenizer = models.load(str(Path(work) / "start"))
     subject = Subject(model, tokenizer, cfg, {}, None, lambda: load(cfg)[0])
     lesson = replace(make_lesson(subject, Path(work)), work=Path(work) / name)
-    with float32_products(cfg.tf32):
+    with float32_products(cfg.tf32), distributed.answered():
         heal.module(name).Heal(cfg.healing[name], cfg.seed).on_text(model, lesson)
 
 

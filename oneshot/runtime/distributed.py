@@ -109,6 +109,18 @@ def _answering() -> Iterator[None]:
         raise Lost(why) from error
 
 
+@contextlib.contextmanager
+def answered() -> Iterator[None]:
+    """Within the context, where libraries connect the processes as well, a connection that breaks raises Lost."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
+            raise
+        with _answering():
+            raise
+
+
 def share(value: Any) -> Any:
     """Rank 0's value, in every process."""
     return _first(value, "control") if world() > 1 else value

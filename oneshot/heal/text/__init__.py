@@ -20,7 +20,7 @@ the same bits (on the same device, with as many threads).
     WORK/attempt-N/             Trainer's checkpoints, each with the hashes of its files; a damaged one is not used
 
 The files here: losses, student (the model as Trainer sees it), teacher (the dense model's predictions), memory (how a
-step is made to fit), trainer (transformers' Trainer).
+step is made to fit), sharded (FSDP2), trainer (transformers' Trainer).
 """
 
 import contextlib
@@ -41,7 +41,7 @@ from torch.utils.data import Subset
 
 from ...runtime import distributed, sealed
 from ..train import FALL, WARM_UP
-from . import memory
+from . import memory, sharded
 from .student import Lesson, Student, counted
 
 LOOKS = 10  # evaluations of the held-out loss, and checkpoints
@@ -231,11 +231,11 @@ class Course:
 
     def folder(self, number: int) -> Path:
         """Trainer's folder for an attempt."""
-        return self.lesson.work / f"attempt-{number}"
+        return self.lesson.work / (f"attempt-{number}" + "-sharded" * sharded.asked())
 
     def trainer(self, attempt: Attempt) -> "TextTrainer":  # noqa: F821 - see below
         """Trainer for an attempt on what is left of the text."""
-        from .trainer import Looks, Seals, TextTrainer, TrainingArguments, watching  # slow to import
+        from .trainer import Looks, Seals, Shards, TextTrainer, TrainingArguments, watching  # slow to import
 
         text, lesson = self.lesson.text, self.lesson
         steps = max(1, (len(text.train) - attempt.begins) // self.windows)
@@ -255,7 +255,7 @@ class Course:
         return TextTrainer(
             self.student(), arguments, train_dataset=Subset(text.train, range(attempt.begins, len(text.train))),
             eval_dataset=text.held, groups=self.trained.groups(attempt.lr), masked=self.trained.mask_gradients,
-            callbacks=[Looks(self.before), Seals(), *seen])
+            callbacks=[Looks(self.before), *[Shards()] * sharded.asked(), Seals(), *seen])
 
 
 def verdict(losses: list[float], before: float) -> str | None:

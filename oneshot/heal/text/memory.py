@@ -12,6 +12,7 @@ from torch import nn
 
 from ... import models
 from ...runtime import distributed, environment
+from .sharded import asked
 from .student import Lesson
 from .teacher import Live
 
@@ -47,7 +48,11 @@ def fit(model: nn.Module, trained: int, lesson: Lesson, name: str, free: int | N
     seqlen, device, windows = lesson.options.heal_seqlen, lesson.device, lesson.windows // distributed.world()
     free = environment.free_memory(device) if free is None else free
     teacher = lesson.teacher.bytes if isinstance(lesson.teacher, Live) else 0
-    fixed = 4 * sum(p.numel() for p in model.parameters()) + STATE * trained + teacher
+    fixed = 4 * sum(p.numel() for p in model.parameters()) + STATE * trained
+    if asked():  # a block is whole, with its gradients, where it is computed
+        fixed = fixed // distributed.world() + 8 * max(sum(p.numel() for p in block.parameters())
+                                                       for block in models.blocks(model)[1])
+    fixed += teacher
     for checkpointing in (False, True):
         for count in range(windows, 0, -1):
             if windows % count or count * seqlen > max(ONCE, seqlen):

@@ -14,6 +14,7 @@ from ...runtime import distributed
 from ...runtime.flag import listed
 from ..options import HealOptions
 from . import losses
+from .sharded import fill, whole
 from .teacher import Cached, Live, model_inputs
 
 
@@ -80,13 +81,13 @@ class Student(nn.Module):
 
     def state_dict(self, *_: Any, **__: Any) -> dict[str, torch.Tensor]:
         """The parameters that are trained, under their names in the model."""
-        return {name: p.data for name, p in self.trained.items()}
+        return {name: whole(p) for name, p in self.trained.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, torch.Tensor], *_: Any, **__: Any) -> Any:
         """Set the parameters that are trained."""
         for name, p in self.trained.items():
-            p.copy_(state[name])
+            fill(p, state[name])
         return _IncompatibleKeys([], [])
 
 

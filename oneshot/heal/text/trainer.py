@@ -13,23 +13,27 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from ...runtime import distributed, sealed
 from ..options import TENSORBOARD
 from ..train import BETAS
-from . import SEAL, verdict
+from . import SEAL, sharded, verdict
 
-__all__ = ["Looks", "Seals", "TextTrainer", "TrainingArguments", "watching"]
+__all__ = ["Looks", "Seals", "Shards", "TextTrainer", "TrainingArguments", "watching"]
 
 
 class TextTrainer(Trainer):
     """Trainer with Adam's parameter groups, and a function that sets the gradients of pruned weights to zero."""
 
     def __init__(self, *args: Any, groups: list[dict], masked: Callable[[], None], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        with sharded.by_itself():
+            super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)
         self.groups, self.masked = groups, masked
+        if sharded.asked():  # said here, as it refuses to train one that is to be resumed: `Shards` sees to that
+            self.is_distributed_loading_by_transformers = True
         self.model_accepts_loss_kwargs = False  # the loss is a mean, to be divided by the accumulated steps
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Adam without weight decay, which would pull the healed weights away from the dense model's."""
-        self.optimizer = self.optimizer or torch.optim.AdamW(self.groups, betas=BETAS, weight_decay=0.0, fused=True)
+        kind = sharded.Adam if sharded.asked() else torch.optim.AdamW
+        self.optimizer = self.optimizer or kind(self.groups, betas=BETAS, weight_decay=0.0, fused=True)
         return self.optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -105,3 +109,21 @@ class Seals(TrainerCallback):
         if state.is_world_process_zero:
             names = sorted(f.name for f in folder.iterdir() if f.is_file() and not f.match("rng_state_[1-9]*"))
             sealed.keep({"step": state.global_step}, folder / SEAL, [name for name in names if name != SEAL])
+
+
+class Shards(TrainerCallback):
+    """Keeps each process's shard of the optimiser's state in the checkpoint, and reads it when training resumes."""
+
+    def file(self, arguments: Any, step: int) -> Path:
+        """This process's file in the checkpoint of a step."""
+        return Path(arguments.output_dir) / f"checkpoint-{step}" / f"shard-{distributed.rank()}.pt"
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any, **_: Any) -> None:
+        """See the class."""
+        if state.global_step:
+            optimizer.load_state_dict(torch.load(self.file(args, state.global_step), weights_only=True))
+
+    def on_save(self, args: Any, state: Any, control: Any, optimizer: Any, **_: Any) -> None:
+        """See the class."""
+        torch.save(optimizer.state_dict(), self.file(args, state.global_step))
+        distributed.wait()
