@@ -16,7 +16,7 @@ from .. import checkpoint, heal, models
 from ..data import choose, training
 from ..data.sample_self import sample_from_model
 from ..heal.options import count
-from ..heal.text import HELD, damaged, teacher
+from ..heal.text import HELD, damaged, sharded, teacher
 from ..heal.text.student import Lesson, keeps_apart
 from ..measure import Subject
 from ..models import Tokenizer
@@ -90,7 +90,8 @@ def working(folder: checkpoint.Folder | None) -> Iterator[Path]:
 
 def same_start(cfg: RunConfig, model: nn.Module, work: Path) -> list[str]:
     """Warnings of a run that resumes. What was trained from other weights is removed."""
-    note, now = work / "start.json", {"weights": models.fingerprint(model), "with": circumstances(cfg, None)}
+    note, now = work / "start.json", {"weights": models.fingerprint(model), "with": circumstances(cfg, None) | (
+        {"sharded": distributed.world()} if sharded.asked() else {})}
     before = sealed.kept(note)
     warnings = []
     if damaged(work) or (not before and any(work.glob("*.json"))):

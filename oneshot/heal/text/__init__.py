@@ -205,7 +205,8 @@ class Course:
         return {"tokens": tokens, "steps": sum(a.steps for a in self.attempts), "lr": last.lr,
                 "products": str(self.trained.products()).removeprefix("torch."), "held_out_before": self.before / share,
                 "held_out_after": loss / share, "tokens_per_second": speed, "memory": self.fit.said(), "text": about,
-                "attempts": attempts, "warnings": warnings}
+                "attempts": attempts, "warnings": warnings} | (
+                    {"sharded": distributed.world()} if sharded.asked() else {})
 
     def best(self) -> tuple[float, str | None]:
         """(lowest held-out loss so far, the file of that state; None for the start)."""

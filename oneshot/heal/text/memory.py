@@ -3,7 +3,7 @@
 Bytes per number, in training: weights 4; of those that are trained also gradients 4, Adam's averages 8, the mask 1.
 The activations that the backward pass needs are, per token, the inputs and outputs of all linears, FACTOR times, in
 float32; with gradient checkpointing, each block's input and one block's activations. The logits are held LOGITS times,
-in float32.
+in float32. Of a sharded model (sharded.py) each process has its part of all but the activations.
 """
 
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ FACTOR, LOGITS = 1.5, 4
 SPARE = 0.9  # of the free memory may be used
 ONCE = 2048  # tokens: more at once are no faster
 STATE = 13  # bytes beside the weight: gradient, Adam's averages, mask
+HALF = 2  # bytes of a weight that autocast has cast
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,16 @@ def fit(model: nn.Module, trained: int, lesson: Lesson, name: str, free: int | N
     seqlen, device, windows = lesson.options.heal_seqlen, lesson.device, lesson.windows // distributed.world()
     free = environment.free_memory(device) if free is None else free
     teacher = lesson.teacher.bytes if isinstance(lesson.teacher, Live) else 0
-    fixed = 4 * sum(p.numel() for p in model.parameters()) + STATE * trained
-    if asked():  # a block is whole, with its gradients, where it is computed
-        fixed = fixed // distributed.world() + 8 * max(sum(p.numel() for p in block.parameters())
-                                                       for block in models.blocks(model)[1])
+    fixed, whole = 4 * sum(p.numel() for p in model.parameters()) + STATE * trained, 0
+    if asked():  # a block is whole, with its gradients, where it is computed; so are all in bfloat16 until the backward
+        block = max(sum(p.numel() for p in block.parameters()) for block in models.blocks(model)[1])
+        fixed, whole = fixed // distributed.world() + 8 * block, HALF * trained
     fixed += teacher
     for checkpointing in (False, True):
         for count in range(windows, 0, -1):
             if windows % count or count * seqlen > max(ONCE, seqlen):
                 continue
-            needed = fixed + count * seqlen * per_token(model, checkpointing)
+            needed = fixed + whole * (not checkpointing) + count * seqlen * per_token(model, checkpointing)
             if free is None or needed <= SPARE * free:
                 return Fit(count, windows // count, checkpointing, needed)
     other = "--heal lora" if name != "lora" else "a smaller model"
