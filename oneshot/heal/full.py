@@ -27,6 +27,11 @@ class Config:
             raise ValueError(f"--full.lr {self.lr:g}: must lie between 0 and 1")
 
 
+def check_model(model: nn.Module, cfg: Config, device: str) -> None:
+    """Raise ValueError for a model that cannot be sharded, if it is to be."""
+    sharded.check_model(model)
+
+
 class Heal(Base):
     """Training of all kept weights at work in one run, see above."""
 

@@ -10,9 +10,11 @@ import processes
 import pytest
 import tiny
 import torch
+from torch import nn
 
 from oneshot import checkpoint, models
 from oneshot.checkpoint import verify
+from oneshot.heal import full
 from oneshot.heal.text import memory, sharded
 from oneshot.heal.text.student import Lesson
 from oneshot.heal.train import Trainable
@@ -163,13 +165,19 @@ def pieces(folder):
             step(trainable.model, trainable, second)
             there = values(trainable)
             trainable.restore(start)
-            back = values(trainable)
+            back, again = values(trainable), None
+            if family == "llama":
+                trainable.model.train().gradient_checkpointing_enable()
+                third = adam(trainable)
+                for _ in range(2):
+                    step(trainable.model, trainable, third)
+                again = values(trainable)
             for name, p in trainable.parameters.items():
                 sharded.fill(p, there[name])
             trainable.round()
             rounded = values(trainable)
         end = {name: p.data for name, p in models.blocks(model)[1].named_parameters()}
-        torch.save((rates, there, back, rounded, end), folder / f"{family}-{distributed.rank()}.pt")
+        torch.save((rates, there, back, rounded, end, again), folder / f"{family}-{distributed.rank()}.pt")
     distributed.end()
 
 
@@ -187,7 +195,8 @@ def test_three_processes_step_as_one(tmp_path):
             for _ in range(2):
                 step(model, trainable, optimizer)
             want = values(trainable)
-        _, there, back, rounded, end = every[0]
+        _, there, back, rounded, end, again = every[0]
+        assert again is None or all(torch.equal(again[name], there[name]) for name in there)
         assert there.keys() == want.keys() and end.keys() == start.keys()
         for name, t in want.items():
             assert not torch.equal(t, start[name].float()), name
@@ -199,6 +208,18 @@ def test_three_processes_step_as_one(tmp_path):
         assert all(torch.equal(end[name], start[name]) for name in end.keys() - want.keys())
         for other in every[1:]:
             assert all(torch.equal(end[name], other[4][name]) for name in end)
+
+
+def test_models_that_cannot_be_sharded(monkeypatch):
+    single, shared = families.tiny("llama"), families.tiny("zamba2")
+    models.blocks(single)[1][0].mlp.experts = nn.ModuleList([nn.Linear(2, 2)])
+    for model in (single, shared):
+        full.check_model(model, None, "cpu")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    full.check_model(families.tiny("mixtral"), None, "cpu")
+    for model, why in ((single, "experts are linears"), (shared, "share weights")):
+        with pytest.raises(ValueError, match=f"^ACCELERATE_USE_FSDP: is set, and --model cannot .*{why}"):
+            full.check_model(model, None, "cpu")
 
 
 def test_what_a_process_takes_when_sharded(monkeypatch):

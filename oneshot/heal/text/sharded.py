@@ -30,6 +30,19 @@ def asked() -> bool:
     return os.environ.get(VARIABLE, "false").lower() in ("true", "1")
 
 
+def check_model(model: nn.Module) -> None:
+    """Raise ValueError for a model that cannot be sharded, where the environment asks for it.
+
+    Of experts that are linears of their own, those of a process without tokens have no gradient; FSDP2 would add up
+    those of others.
+    """
+    lists = [name for name, module in models.blocks(model)[1].named_modules()
+             if isinstance(module, nn.ModuleList) and "expert" in name]
+    why = "its experts are linears of their own" if lists else "its blocks share weights"
+    if asked() and (lists or models.shares_weights(model)):
+        raise ValueError(f"{VARIABLE}: is set, and --model cannot be divided among processes ({why}); unset it")
+
+
 class Sharded(Trainable):
     """A Trainable of which each process has a part: `model` is the copy that is trained.
 
@@ -137,9 +150,9 @@ class Adam(torch.optim.AdamW):
 
         def placed(t: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
             return DTensor.from_local(t, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
-        whole = {i: {key: t if key == "step" else placed(t, parameters[i]) for key, t in own.items()}
+        state = {i: {key: t if key == "step" else placed(t, parameters[i]) for key, t in own.items()}
                  for i, own in state_dict["state"].items()}
-        super().load_state_dict(state_dict | {"state": whole})
+        super().load_state_dict(state_dict | {"state": state})
 
 
 @contextlib.contextmanager
