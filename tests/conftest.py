@@ -20,8 +20,8 @@ for package, folder in (("oneshot", ROOT), ("oneshot_kernels", ROOT / "kernels")
 
 
 def pytest_collection_finish():
-    """What importing leaves stays anyway. Else each full collection would go over it, and Trainer asks for many: that is
-    a third of the time of the tests that train.
+    """What importing leaves stays anyway. Else each full collection would go over it, and Trainer asks for many: that
+    is a third of the time of the tests that train.
     """
     gc.collect()
     gc.freeze()

@@ -5,10 +5,10 @@ import json
 import os
 import shutil
 import signal
-from pathlib import Path
 
 import families
 import killed_runs
+import processes
 import pytest
 import tiny
 import torch
@@ -137,7 +137,7 @@ def killed(tmp_path_factory):
     """(place, what killed_runs reports) with `--offload disk`."""
     place = tiny.make(tmp_path_factory.mktemp("killed"))  # noqa: F811
     tiny.save_model(place / "model", dtype=torch.bfloat16)
-    done = tiny.python(Path(killed_runs.__file__), place, ",".join(MOMENTS), "--offload", "disk")
+    done = processes.script(killed_runs.__file__, place, ",".join(MOMENTS), "--offload", "disk", folder=place)
     assert done.returncode == 0, done.stderr[-3000:]
     return place, json.loads(done.stdout.splitlines()[-1])
 

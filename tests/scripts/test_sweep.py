@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import index
+import processes
 import pytest
 import sweep
 import tiny
@@ -275,7 +276,7 @@ def killed(place, tmp_path_factory):  # noqa: F811
     folder = tmp_path_factory.mktemp("killed")
     first = write(folder / "first", place, seeds=[str(s) for s in range(30)])
     again = write(folder / "again", place, seeds=["0", "1", "2"])
-    done = tiny.python(Path(__file__).parent / "killed_sweep.py", first, again, folder / "runs")
+    done = processes.script(Path(__file__).with_name("killed_sweep.py"), first, again, folder / "runs", folder=folder)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout), done.stderr, folder / "runs"
 
