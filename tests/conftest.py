@@ -1,5 +1,6 @@
 """For every test: a bare checkout finds its packages, nothing asks the network, `../shared` may be absent."""
 
+import collections
 import gc
 import importlib.util
 import os
@@ -9,6 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+LONG = (  # files of few tests that take more than five seconds, the longest first
+    "heal/test_text_command.py", "pipeline/test_fit_real.py", "kernels/test_sparse24_interpreter.py",
+    "test_readme.py", "scripts/test_scale.py", "test_soak_slice.py", "heal/test_torchrun.py", "scripts/test_sweep.py",
+    "pipeline/test_processes.py", "scripts/test_fit_script.py", "kernels/test_cpu_neon.py", "kernels/test_cpu_build.py",
+    "test_contributing.py", "test_smollm2.py", "runtime/test_proof.py", "kernels/test_sparse24_codegen.py",
+    "prune/test_golden.py", "runtime/test_verb.py")
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 if "PYTEST_XDIST_WORKER" in os.environ:  # torch's threads spin while they wait: two processes of two would crawl
@@ -17,6 +24,22 @@ gc.disable()  # until everything is imported, see pytest_collection_finish
 for package, folder in (("oneshot", ROOT), ("oneshot_kernels", ROOT / "kernels")):
     if importlib.util.find_spec(package) is None:
         sys.path.insert(0, str(folder))
+
+
+def pytest_configure(config):
+    """Under xdist, files are handed out in the order of `pytest_collection_modifyitems`."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    """Under xdist, files that take long begin first, then those with many tests: else one worker ends with a long one
+    while the other has nothing left to do.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        tests = collections.Counter(item.path for item in items)
+        place = {ROOT / "tests" / name: i for i, name in enumerate(LONG)}
+        items.sort(key=lambda item: (place.get(item.path, len(LONG)), -tests[item.path]))
 
 
 def pytest_collection_finish():

@@ -169,10 +169,10 @@ def test_blocks_saved_the_other_way_are_pruned_again(first, then, place, tmp_pat
     def dying(self, number, *rest):
         real(self, number, *rest)
         raise KeyboardInterrupt
-    monkeypatch.setattr(writer.Folder, "save_block", dying)
     argv = tiny.flags(place, "--no-dense", save=tmp_path / "out", results=tmp_path / "runs")
-    assert tiny.main(*argv, "--offload", first) == 130
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.Folder, "save_block", dying)
+        assert tiny.main(*argv, "--offload", first) == 130
     assert tiny.main(*argv, "--offload", then) == 0
     [record] = tiny.records(tmp_path / "runs").values()
     how = "with" if first == "disk" else "without"

@@ -38,8 +38,9 @@ def saved(place, tmp_path_factory):  # noqa: F811
     """{name: folder} of a model pruned by 2:4; rounded behind that; rounded to nearest; jointly."""
     at = tmp_path_factory.mktemp("saved")
     more = {"pruned": {"quantise": None}, "gptq": {}, "rtn": {"quantiser": "rtn"}, "joint": {"quantiser": "joint"}}
-    for name, changed in more.items():
-        assert command(place, save=at / name, results=at / f"{name}.runs", **changed) == 0
+    with tiny.no_pictures():
+        for name, changed in more.items():
+            assert command(place, save=at / name, results=at / f"{name}.runs", **changed) == 0
     return {name: at / name for name in more}
 
 
