@@ -46,7 +46,6 @@ def pytest_collection_finish():
     """What importing leaves stays anyway. Else each full collection would go over it, and Trainer asks for many: that
     is a third of the time of the tests that train.
     """
-    gc.collect()
     gc.freeze()
     gc.enable()
 
