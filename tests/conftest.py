@@ -1,6 +1,7 @@
 """For every test: a bare checkout finds its packages, nothing asks the network, `../shared` may be absent."""
 
 import collections
+import functools
 import gc
 import importlib.util
 import os
@@ -13,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LONG = (  # files of few tests that take more than five seconds, the longest first
     "heal/test_text_command.py", "pipeline/test_fit_real.py", "kernels/test_sparse24_interpreter.py",
     "test_readme.py", "scripts/test_scale.py", "test_soak_slice.py", "heal/test_torchrun.py", "scripts/test_sweep.py",
-    "pipeline/test_processes.py", "scripts/test_fit_script.py", "kernels/test_cpu_neon.py", "kernels/test_cpu_build.py",
-    "test_contributing.py", "test_smollm2.py", "runtime/test_proof.py", "kernels/test_sparse24_codegen.py",
+    "pipeline/test_processes.py", "scripts/test_fit_script.py", "kernels/test_cpu_neon.py", "test_contributing.py",
+    "test_smollm2.py", "runtime/test_proof.py", "kernels/test_sparse24_codegen.py",
     "prune/test_golden.py", "runtime/test_verb.py")
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
@@ -27,9 +28,10 @@ for package, folder in (("oneshot", ROOT), ("oneshot_kernels", ROOT / "kernels")
 
 
 def pytest_configure(config):
-    """Under xdist, files are handed out in the order of `pytest_collection_modifyitems`."""
-    if hasattr(config.option, "loadscopereorder"):
+    """Under xdist, the process that hands out files takes them in the order of `pytest_collection_modifyitems`."""
+    if getattr(config.option, "numprocesses", None):
         config.option.loadscopereorder = False
+        gc.enable()  # it collects nothing
 
 
 def pytest_collection_modifyitems(items):
@@ -43,9 +45,11 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """What importing leaves stays anyway. Else each full collection would go over it, and Trainer asks for many: that
-    is a third of the time of the tests that train.
+    """Git is asked once, not by each of a thousand runs. What importing leaves stays anyway: else each full collection
+    would go over it, and Trainer asks for many, a third of the time of the tests that train.
     """
+    if environment := sys.modules.get("oneshot.runtime.environment"):
+        environment.git = functools.cache(environment.git)
     gc.freeze()
     gc.enable()
 
