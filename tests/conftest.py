@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LONG = (  # files of few tests that take more than five seconds, the longest first
     "heal/test_text_command.py", "pipeline/test_fit_real.py", "kernels/test_sparse24_interpreter.py",
-    "test_readme.py", "scripts/test_scale.py", "test_soak_slice.py", "heal/test_torchrun.py", "scripts/test_sweep.py",
+    "test_readme.py", "scripts/test_scale.py", "test_soak_slice.py", "heal/test_torchrun.py", "scripts/test_sweep_processes.py",  # noqa: E501
     "pipeline/test_processes.py", "scripts/test_fit_script.py", "kernels/test_cpu_neon.py", "test_contributing.py",
     "test_smollm2.py", "runtime/test_proof.py", "kernels/test_sparse24_codegen.py",
     "prune/test_golden.py", "runtime/test_verb.py")

@@ -17,8 +17,6 @@ from oneshot.report import page
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*loaded unchecked")
 PROMPT = "the rain"
-
-
 FAMILIES = {"llama": torch.bfloat16, "gpt2": torch.float16}
 
 
