@@ -54,6 +54,14 @@ def pytest_collection_finish():
     gc.enable()
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """The same of what a file of tests has imported, when all that it made is gone."""
+    if nextitem is not None and nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
+
+
 def shared_path(*parts):
     """A path under the folder `shared` ($ONESHOT_SHARED, else beside the checkout); skips if absent."""
     path = Path(os.environ.get("ONESHOT_SHARED") or ROOT.parent / "shared").joinpath(*parts)
