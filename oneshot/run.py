@@ -2,7 +2,9 @@
 
 import sys
 
-from .pipeline.run import main
+from .__main__ import imported
+
+main = imported("oneshot.pipeline.run").main
 
 if __name__ == "__main__":
     sys.exit(main())

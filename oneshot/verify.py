@@ -2,7 +2,9 @@
 
 import sys
 
-from .checkpoint.verify import main
+from .__main__ import imported
+
+main = imported("oneshot.checkpoint.verify").main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,5 +1,8 @@
 """For every test: a bare checkout finds its packages, nothing asks the network, `../shared` may be absent."""
 
+import collections
+import functools
+import gc
 import importlib.util
 import os
 import sys
@@ -8,14 +11,56 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+LONG = (  # files of few tests that take more than five seconds, the longest first
+    "heal/test_text_command.py", "pipeline/test_fit_real.py", "kernels/test_sparse24_interpreter.py",
+    "test_readme.py", "scripts/test_scale.py", "test_soak_slice.py", "heal/test_torchrun.py", "scripts/test_sweep_processes.py",  # noqa: E501
+    "pipeline/test_processes.py", "scripts/test_fit_script.py", "kernels/test_cpu_neon.py", "test_contributing.py",
+    "test_smollm2.py", "runtime/test_proof.py", "kernels/test_sparse24_codegen.py",
+    "prune/test_golden.py", "runtime/test_verb.py")
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # else threads spin while they wait: minutes where others compute
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+gc.disable()  # until everything is imported, see pytest_collection_finish
 for package, folder in (("oneshot", ROOT), ("oneshot_kernels", ROOT / "kernels")):
     if importlib.util.find_spec(package) is None:
         sys.path.insert(0, str(folder))
+
+
+def pytest_configure(config):
+    """Under xdist, the process that hands out files takes them in the order of `pytest_collection_modifyitems`."""
+    if getattr(config.option, "numprocesses", None):
+        config.option.loadscopereorder = False
+        gc.enable()  # it collects nothing
+
+
+def pytest_collection_modifyitems(items):
+    """Under xdist, files that take long begin first, then those with many tests: else one worker ends with a long one
+    while the other has nothing left to do.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        tests = collections.Counter(item.path for item in items)
+        place = {ROOT / "tests" / name: i for i, name in enumerate(LONG)}
+        items.sort(key=lambda item: (place.get(item.path, len(LONG)), -tests[item.path]))
+
+
+def pytest_collection_finish():
+    """Git is asked once, not by each of a thousand runs. What importing leaves stays anyway: else each full collection
+    would go over it, and Trainer asks for many, a third of the time of the tests that train.
+    """
+    if environment := sys.modules.get("oneshot.runtime.environment"):
+        environment.git = functools.cache(environment.git)
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """The same of what a file of tests has imported, when all that it made is gone."""
+    if nextitem is not None and nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
 
 
 def shared_path(*parts):

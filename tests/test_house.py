@@ -145,6 +145,11 @@ def test_one_writer_of_tables():
     assert found == ["oneshot.report.table"]
 
 
+def test_the_test_files_that_begin_first_are_there():
+    named = re.findall(r'"([\w/]+\.py)"', (ROOT / "tests" / "conftest.py").read_text(encoding="utf-8"))
+    assert len(named) > 10 and not [name for name in named if not (ROOT / "tests" / name).is_file()]
+
+
 def test_run_is_one_page():
     assert len(sources()["oneshot.pipeline.run"].splitlines()) <= 150
 

@@ -3,6 +3,7 @@
 The tokenizer knows every letter of ALPHABET as one token, so the number of tokens of a text is its length.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -125,7 +126,16 @@ def place(tmp_path_factory):
     return make(tmp_path_factory.mktemp("place"))
 
 
+@contextlib.contextmanager
+def no_pictures():
+    """Within the context, pages have no pictures: drawing one takes longer than a tiny run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "_pictures", lambda records: [])
+        yield
+
+
 @pytest.fixture
-def plain_pages(monkeypatch):
-    """Pages without pictures: drawing one takes longer than a tiny run."""
-    monkeypatch.setattr(page, "_pictures", lambda records: [])
+def plain_pages():
+    """See `no_pictures`; a fixture for more than one test enters that by itself."""
+    with no_pictures():
+        yield

@@ -1,12 +1,11 @@
 """`--format compressed-tensors`: what transformers alone loads computes what was measured; verify proves the files."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import tiny
 import torch
+from alone import alone
 from tiny import plain_pages  # noqa: F401
 from transformers import AutoModelForCausalLM
 
@@ -16,7 +15,7 @@ from oneshot.quantise import grids
 
 pytest.importorskip("compressed_tensors", reason="pip install 'oneshot[compressed]'")
 FORMS = {"int4:16": (torch.float32, "2:4"), "int8:row": (torch.bfloat16, "2:4"), "int3:16": (torch.float32, "dense")}
-ALONE = """
+LOGITS = """
 import sys, torch
 from transformers import AutoModelForCausalLM
 for folder in sys.argv[2:]:
@@ -59,9 +58,7 @@ def logits(folder):
 
 def test_transformers_alone_computes_what_was_measured(folders):
     """In a process that never sees oneshot."""
-    command = [sys.executable, "-c", ALONE, ".logits", *(str(small) for _, small in folders.values())]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300,
-                          env={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""})
+    done = alone(LOGITS, ".logits", *(small for _, small in folders.values()))
     assert done.returncode == 0, done.stderr[-2000:]
     for grid, (dense, small) in folders.items():
         got, want = torch.load(f"{small}.logits").float(), logits(dense).float()

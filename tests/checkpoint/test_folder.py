@@ -4,9 +4,9 @@ import errno
 import json
 import os
 import signal
-from pathlib import Path
 
 import killed_runs
+import processes
 import pytest
 import tiny
 import torch
@@ -23,7 +23,6 @@ from oneshot.prune import loop
 from oneshot.settings import flags
 
 pytestmark = pytest.mark.usefixtures("plain_pages")
-SCRIPT = Path(killed_runs.__file__)
 
 
 def manifest(folder):
@@ -46,7 +45,7 @@ def killed(tmp_path_factory):
     """(place, what killed_runs reports), on a model stored in bfloat16: what is replayed must be what was saved."""
     place = tiny.make(tmp_path_factory.mktemp("killed"))  # noqa: F811
     tiny.save_model(place / "model", dtype=torch.bfloat16)
-    done = tiny.python(SCRIPT, place, ",".join(killed_runs.MOMENTS))
+    done = processes.script(killed_runs.__file__, place, ",".join(killed_runs.MOMENTS), folder=place)
     assert done.returncode == 0, done.stderr[-3000:]
     return place, json.loads(done.stdout.splitlines()[-1])
 

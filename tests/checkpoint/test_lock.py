@@ -5,9 +5,9 @@ import os
 import shutil
 import signal
 import sys
-from pathlib import Path
 
 import pairs_of_runs
+import processes
 import pytest
 import tiny
 from tiny import place, plain_pages  # noqa: F401
@@ -176,7 +176,7 @@ def test_a_foreign_folder_is_left_as_it_is(place, tmp_path, capfd):  # noqa: F81
 def pairs(tmp_path_factory):
     """(place, what pairs_of_runs told)"""
     place = tiny.make(tmp_path_factory.mktemp("pairs"))  # noqa: F811
-    done = tiny.python(Path(pairs_of_runs.__file__), place)
+    done = processes.script(pairs_of_runs.__file__, place, folder=place)
     assert done.returncode == 0, done.stderr[-3000:]
     return place, json.loads(done.stdout.splitlines()[-1])
 

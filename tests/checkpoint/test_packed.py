@@ -1,13 +1,12 @@
 """Packed checkpoints: what `--format packed` writes is, the dense twin in 0.57 of the bytes."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from alone import alone
 from oneshot_kernels import Sparse24Linear, sparsify
 from transformers import AutoModelForCausalLM, CompileConfig, StaticCache
 
@@ -18,8 +17,6 @@ from oneshot.report import page
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*loaded unchecked")
 PROMPT = "the rain"
-
-
 FAMILIES = {"llama": torch.bfloat16, "gpt2": torch.float16}
 
 
@@ -148,7 +145,7 @@ for folder in sys.argv[1:]:
     except RuntimeError as error:
         print("mismatch" in str(error).lower())"""
     packed_ones = [str(small) for _, small in folders.values()]
-    done = subprocess.run([sys.executable, "-c", code, *packed_ones], capture_output=True, text=True, timeout=300)
+    done = alone(code, *packed_ones)
     assert done.stdout.split() == ["True"] * len(packed_ones), done.stderr[-2000:]
     for folder in packed_ones:
         assert "import oneshot" in (Path(folder) / "config.json").read_text()

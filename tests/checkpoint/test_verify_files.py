@@ -32,10 +32,11 @@ def saved(place):
     """{name: a finished folder}"""
     runs = {"llama": {}, "gpt2": {"model": place / "gpt2"}, "packed": {"format": "packed"},
             "half": {"pattern": "0.5", "method": "sparsegpt"}}
-    for name, changed in runs.items():
-        argv = tiny.flags(place, "--no-dense", **{"model": place / "llama", "evaluate": "none"} | changed,
-                          save=place / "saved" / name)
-        assert tiny.main(*argv) == 0
+    with tiny.no_pictures():
+        for name, changed in runs.items():
+            argv = tiny.flags(place, "--no-dense", **{"model": place / "llama", "evaluate": "none"} | changed,
+                              save=place / "saved" / name)
+            assert tiny.main(*argv) == 0
     return {name: place / "saved" / name for name in runs}
 
 

@@ -1,56 +1,21 @@
 """Healing on text: zeros stay, the merge is exact, a killed run ends with the same bits, harm is undone."""
 
-import shutil
 
 import families
 import numpy as np
 import pytest
 import torch
 from families import VOCAB
+from healing_on_text import WAYS, Killed, T, families_text, healed, lesson, pruned, windows
 
 from oneshot import heal, models
-from oneshot.data.training import TrainingText, Windows
 from oneshot.heal import full, lora, text
 from oneshot.heal.options import HealOptions, count
-from oneshot.heal.text import losses, memory, teacher, trainer
-from oneshot.heal.text.student import Lesson, Student, keeps_apart
+from oneshot.heal.text import memory, trainer
+from oneshot.heal.text.student import keeps_apart
 from oneshot.prune.patterns import parse
 
-T = 16
 DROPOUT = {"lora": {"dropout": 0.1}}
-WAYS = {"full": (full, {"lr": 0.01}), "lora": (lora, {"lr": 0.005, "r": 4})}
-
-
-def pruned(name="llama", **kwargs):
-    """A tiny model with 2:4 zeros."""
-    model = families.tiny(name, **kwargs)
-    for weight in models.all_weights(model):
-        weight.set(weight.get() * parse("2:4").keep(weight.get().abs()))
-    return model.requires_grad_(False)
-
-
-def windows(n, seed=0, ids=None):
-    """n windows of random documents, some of which share a window."""
-    gen = np.random.default_rng(seed)
-    ids = gen.integers(3, VOCAB, n * T).astype(np.uint32) if ids is None else ids
-    return Windows(ids, np.sort(gen.choice(n * T, n, replace=False)).astype(np.int64), T)
-
-
-def lesson(work, train=None, held=None, dense="llama", **options):
-    """A lesson towards the dense model; by default 20 steps of two windows."""
-    options = HealOptions(**{"heal_data": "given", "heal_seqlen": T, "heal_batch": 2 * T} | options)
-    live = teacher.Live(families.tiny(dense).requires_grad_(False), torch.device("cpu")) if dense else None
-    work.mkdir(exist_ok=True)
-    found = TrainingText(train or windows(40, 1), held or windows(8, 2), {"warnings": []})
-    return Lesson(found, live, work, options, torch.device("cpu"))
-
-
-def healed(way, place, name="llama", dtype=torch.float32, cfg=None, **more):
-    """(the healed model, what healing said)."""
-    module, own = WAYS[way]
-    model = pruned(name, dtype=dtype)
-    said = module.Heal(module.Config(**own | (cfg or {}))).on_text(model, lesson(place, dense=name, **more))
-    return model, said
 
 
 @pytest.mark.parametrize("name, dtype", [("llama", torch.float32), ("gpt2", torch.bfloat16), ("gemma3", torch.float16),
@@ -69,10 +34,6 @@ def test_it_helps_and_loses_no_zero(way, name, dtype, tmp_path):
     assert not [m for m in model.modules() if hasattr(m, "parametrizations")]
     if way == "lora" and name == "mixtral":
         assert any("experts" in w for w in said["warnings"])
-
-
-class Killed(BaseException):
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -179,15 +140,6 @@ def test_text_that_does_harm_is_stopped_and_undone(way, tmp_path):
     assert sum(a["steps"] for a in said["attempts"]) < 20 and all(a["ended"] == "harm" for a in said["attempts"])
 
 
-def families_text(n):
-    """Text that the pruned model itself likes: its likeliest token after each token."""
-    ids, model = torch.randint(3, VOCAB, (n, 1)), pruned()
-    with torch.no_grad():
-        for _ in range(T - 1):
-            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
-    return ids.flatten().numpy().astype(np.uint32)
-
-
 @pytest.mark.parametrize("parts", [2, 4])
 def test_a_step_in_parts_is_the_same_step(parts, tmp_path, monkeypatch):
     found = []
@@ -204,135 +156,6 @@ def test_activations_computed_twice_change_nothing(tmp_path, monkeypatch):
     twice, _ = healed("full", tmp_path / "twice")
     for p, q in zip(once.parameters(), twice.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
-
-
-# ------------------------------------------------------------------------------------------------ losses, teacher
-
-def reference_kl(logits, dense, labels, temperature):
-    """In float64, position by position."""
-    found = []
-    for b, t in (labels[:, 1:] != -100).nonzero().tolist():
-        p, q = ((x[b, t].double() / temperature).softmax(-1) for x in (dense, logits))
-        found.append((p * (p / q).log()).sum())
-    return temperature**2 * torch.stack(found).mean()
-
-
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_kl_is_its_formula_and_all_tokens_of_a_top_k_are_all_tokens(temperature):
-    logits, dense = torch.randn(2, 5, 9), torch.randn(2, 5, 9)
-    labels = torch.randint(0, 9, (2, 5)).index_put((torch.tensor([0, 1]), torch.tensor([3, 1])), torch.tensor(-100))
-    want = reference_kl(logits, dense, labels, temperature)
-    torch.testing.assert_close(losses.kl(logits, dense, labels, temperature).double(), want, rtol=1e-5, atol=1e-6)
-    top = losses.TopK.of(dense, 9, temperature)
-    torch.testing.assert_close(losses.kl(logits, top, labels, temperature).double(), want, rtol=1e-5, atol=1e-6)
-
-
-def test_top_k_counts_all_other_tokens_as_one():
-    logits, dense, labels = torch.randn(1, 2, 6), torch.randn(1, 2, 6), torch.zeros(1, 2, dtype=torch.long)
-    p, q = dense[0, 0].double().softmax(-1), logits[0, 0].double().softmax(-1)
-    best = p.topk(2).indices
-    rest = [1 - x[best].sum() for x in (p, q)]
-    want = (p[best] * (p[best] / q[best]).log()).sum() + rest[0] * (rest[0] / rest[1]).log()
-    torch.testing.assert_close(losses.kl(logits, losses.TopK.of(dense, 2), labels).double(), want, rtol=1e-5, atol=1e-6)
-
-
-def test_hidden_is_its_formula_and_refuses_another_number_of_blocks():
-    ours, dense = [tuple(torch.randn(2, 3, 4) for _ in range(3)) for _ in range(2)]
-    want = torch.stack([((h - d) ** 2).sum(-1) / (d ** 2).sum(-1) for h, d in zip(ours[1:], dense[1:], strict=True)])
-    torch.testing.assert_close(losses.hidden(ours, dense), want.mean())
-    with pytest.raises(ValueError, match="--heal-loss hidden"):
-        losses.hidden(ours[:-1], dense)
-
-
-def test_every_loss_alone_helps_its_own_measure(tmp_path):
-    for name in ("next,kl", "hidden", "next", "kl,hidden"):
-        _, said = healed("full", tmp_path / name, heal_loss=name, train=windows(40, ids=families_text(40)),
-                         held=windows(8, ids=families_text(8)))
-        assert said["held_out_after"] < said["held_out_before"], name
-
-
-def test_a_cache_is_the_teacher_within_its_top_k(tmp_path):
-    """With all tokens in it, up to float16."""
-    live = lesson(tmp_path / "live", heal_top_k=VOCAB)
-    cached = {part: teacher.cache(tmp_path / part, lambda: live.teacher, w, {"part": part}, k=VOCAB, temperature=1.0,
-                                  progress=False) for part, w in (("train", live.text.train), ("held", live.text.held))}
-    model, said = pruned(), []
-    for way in (live.teacher, cached):
-        student = Student(model, {}, Lesson(live.text, way, tmp_path, live.options, live.device), torch.float32)
-        with torch.no_grad():
-            batch = {k: v[None] for k, v in live.text.held[3].items()}
-            said.append(student(**batch)["loss"].item())
-    assert said[0] == pytest.approx(said[1], rel=2e-3)
-
-
-def test_a_cache_is_built_once_continues_and_is_not_another_models(tmp_path, monkeypatch):
-    monkeypatch.setattr(teacher, "EVERY", 16)
-    live, calls = lesson(tmp_path / "live"), []
-
-    def build(key="a", stop=None):
-        def once():
-            calls.append(key)
-            real = live.teacher.__class__.__call__
-
-            def limited(self, *args):
-                calls.append("window")
-                if stop and calls.count("window") > stop:
-                    raise Killed
-                return real(self, *args)
-            return type("Limited", (), {"model": live.teacher.model, "device": live.device,
-                                        "__call__": lambda self, *args: limited(live.teacher, *args)})()
-        return teacher.cache(tmp_path / "cache", once, windows(40, 1), {"of": key}, k=4, temperature=1.0,
-                             progress=False)
-    with pytest.raises(Killed):
-        build(stop=35)
-    calls.clear()
-    whole = build()
-    assert calls.count("window") == 40 - 2 * 16
-    calls.clear()
-    assert build().ids[39].tolist() == whole.ids[39].tolist() and not calls
-    with pytest.raises(ValueError, match=r"--heal-cache .*another"):
-        build("b")
-
-
-@pytest.mark.parametrize("name", ["cache.json", "log_p.npy", "ids.npy"])
-def test_a_cache_that_was_cut_short_is_named(name, tmp_path):
-    live = lesson(tmp_path / "live")
-    given = (tmp_path / "cache", lambda: live.teacher, windows(4), {})
-    teacher.cache(*given, k=4, temperature=1.0, progress=False)
-    file = tmp_path / "cache" / name
-    for size in (file.stat().st_size // 2, 0):
-        file.write_bytes(file.read_bytes()[:size])
-        with pytest.raises(ValueError, match=r"^--heal-cache .* is damaged"):
-            teacher.cache(*given, k=4, temperature=1.0, progress=False)
-
-
-@pytest.mark.parametrize("name", ["log_p.npy", "ids.npy"])
-def test_one_flipped_bit_of_a_cache_is_noticed(name, tmp_path):
-    live = lesson(tmp_path / "live")
-    given = (tmp_path / "cache", lambda: live.teacher, windows(4), {})
-    teacher.cache(*given, k=4, temperature=1.0, progress=False)
-    file = tmp_path / "cache" / name
-    data = bytearray(file.read_bytes())
-    data[-5] ^= 1
-    file.write_bytes(data)
-    with pytest.raises(ValueError, match=r"^--heal-cache .* is damaged"):
-        teacher.cache(*given, k=4, temperature=1.0, progress=False)
-
-
-def test_two_processes_do_not_fill_one_cache(tmp_path):
-    live = lesson(tmp_path / "live")
-    given = (tmp_path / "cache", lambda: live.teacher, windows(4), {})
-    with teacher.locked(tmp_path / "cache"), pytest.raises(ValueError, match=r"^--heal-cache .* another process"):
-        teacher.cache(*given, k=4, temperature=1.0, progress=False)
-    teacher.cache(*given, k=4, temperature=1.0, progress=False)
-    with teacher.locked(tmp_path / "cache"):  # to read a whole one needs no lock
-        teacher.cache(*given, k=4, temperature=1.0, progress=False)
-
-
-def test_a_disk_that_is_too_small_is_named_before_anything_is_computed(tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    with pytest.raises(ValueError, match=r"^--heal-cache .* GiB"):
-        teacher.cache(tmp_path / "cache", None, windows(40), {}, k=4, temperature=1.0)
 
 
 # ------------------------------------------------------------------------------------------------ memory, settings

@@ -199,7 +199,8 @@ def test_from_python_the_teacher_is_the_model_in_hand_not_what_lies_under_its_na
 @pytest.fixture(scope="module")
 def sparse(place):
     """A pruned model in place/sparse."""
-    assert tiny.main(*tiny.flags(place, "--no-dense", method="wanda", pattern="2:4", save=place / "sparse")) == 0
+    with tiny.no_pictures():
+        assert tiny.main(*tiny.flags(place, "--no-dense", method="wanda", pattern="2:4", save=place / "sparse")) == 0
     return place / "sparse"
 
 

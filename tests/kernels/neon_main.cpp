@@ -1,16 +1,16 @@
-// The NEON variant in a program of its own, for qemu: reads one problem from a file, writes the result to another.
+// A program for qemu that calls the NEON variant of a library: reads one problem from a file, writes the result to another.
 // argv: library (linear, integers or column_loop), input, output. Input: int64 count of arrays, their int64 sizes in bytes, the
 // arrays in the order of the C function's pointers (size 0: null), then its numbers, int64 each. Output: the array that is written.
+#include <cstdint>
 #include <cstdio>
-#include <string>
 #include <vector>
-#if defined(LINEAR)
-#include "linear.cpp"
-#elif defined(INTEGERS)
-#include "integers.cpp"
-#else
-#include "column_loop.cpp"
-#endif
+extern "C" {
+int linear(const void*, const uint8_t*, const uint32_t*, const void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t);
+int linear_integers(const void*, const uint8_t*, const void*, const void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t,
+                    int64_t, int64_t, int64_t);
+int column_loop_float32(float*, const float*, uint8_t*, int64_t, int64_t, int64_t, int64_t, const float*, int64_t, int64_t,
+                        int64_t, int8_t*, int64_t);
+}
 
 int main(int, char** argv) {
     std::FILE* in = std::fopen(argv[1], "rb");

@@ -103,13 +103,3 @@ def test_a_wrong_variant_is_disabled_loudly(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert library.load("features", lambda cdll: None, lambda cdll: None) is None  # for the rest of the process
-
-
-@pytest.mark.parametrize("name", sorted(p.stem for p in build.HERE.glob("*.cpp")))
-def test_aarch64_compiles(name):
-    """As it is shipped; test_cpu_neon.py runs the code, under qemu."""
-    cross = shutil.which("aarch64-linux-gnu-g++")
-    if not cross:
-        pytest.skip("no cross compiler: apt install g++-aarch64-linux-gnu")
-    library_file = build.build(name, build.VARIANTS["neon"][2], using=cross).read_bytes()
-    assert library_file[:4] == b"\x7fELF" and library_file[18:20] == b"\xb7\x00"  # EM_AARCH64

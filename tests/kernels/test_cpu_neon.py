@@ -1,8 +1,9 @@
-"""The NEON variant, compiled by a cross compiler and run by qemu, against float64. Skipped where one is missing.
+"""The NEON variant as it is shipped, cross-compiled and run by qemu, against float64; skipped where one is missing.
 
     apt install g++-aarch64-linux-gnu qemu-user
 """
 
+import functools
 import shutil
 import struct
 import subprocess
@@ -16,29 +17,46 @@ from oneshot_kernels.cpu import build, column_loop, integers, layout
 from oneshot_kernels.cpu.linear import TYPES
 
 CROSS, QEMU = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
-pytestmark = pytest.mark.skipif(not CROSS or not QEMU, reason="needs aarch64-linux-gnu-g++ and qemu-aarch64")
+SYSTEM = Path(CROSS or "/usr/bin/x").parents[1] / "aarch64-linux-gnu"  # its C library
+pytestmark = pytest.mark.skipif(not CROSS, reason="no cross compiler: apt install g++-aarch64-linux-gnu")
+needs_qemu = pytest.mark.skipif(not QEMU or not (SYSTEM / "lib" / "ld-linux-aarch64.so.1").exists(),
+                                reason="needs qemu-aarch64 and the C library of aarch64")
 LANES = 4
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def library(tmp_path_factory):
+    """library(name): the file of a library, compiled once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ONESHOT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield functools.cache(lambda name: build.build(name, build.VARIANTS["neon"][2], using=CROSS))
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in build.HERE.glob("*.cpp")))
+def test_aarch64_compiles(library, name):
+    content = library(name).read_bytes()
+    assert content[:4] == b"\x7fELF" and content[18:20] == b"\xb7\x00"  # EM_AARCH64
+
+
+@pytest.fixture(scope="module")
+def run(library, tmp_path_factory):
     """run(library, arrays, numbers, like): the C function's result, as a tensor like `like`."""
     folder = tmp_path_factory.mktemp("neon")
-    flags = [f for f in (*build.COMMON, *build.VARIANTS["neon"][2]) if f not in ("-shared", "-fPIC")]
 
     def call(name, arrays, numbers, like):
         program, given, got = (folder / f"{name}{end}" for end in ("", ".in", ".out"))
         if not program.exists():
-            subprocess.run([CROSS, *flags, "-w", "-static", f"-D{name.upper()}", f"-I{build.HERE}",
-                            str(Path(__file__).with_name("neon_main.cpp")), "-o", str(program)], check=True)
+            subprocess.run([CROSS, "-std=c++17", f"-D{name.upper()}", str(Path(__file__).with_name("neon_main.cpp")),
+                            str(library(name)), "-o", str(program)], check=True)
         blobs = [b"" if a is None else a.contiguous().view(torch.uint8).numpy().tobytes() for a in arrays]
         given.write_bytes(struct.pack(f"<{1 + len(blobs)}q", len(blobs), *map(len, blobs)) + b"".join(blobs)
                           + struct.pack("<8q", *numbers, *[0] * (8 - len(numbers))))
-        subprocess.run([QEMU, str(program), str(given), str(got)], check=True)
+        subprocess.run([QEMU, "-L", str(SYSTEM), str(program), str(given), str(got)], check=True)
         return torch.frombuffer(bytearray(got.read_bytes()), dtype=like.dtype).view(like.shape)
     return call
 
 
+@needs_qemu
 @pytest.mark.parametrize("dtype", list(TYPES))
 def test_linear(run, dtype):
     g = torch.Generator().manual_seed(0)
@@ -53,6 +71,7 @@ def test_linear(run, dtype):
         assert (y - truth).norm() <= 2 * plain
 
 
+@needs_qemu
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("sparse", [True, False])
 def test_integers(run, sparse, bits):
@@ -68,6 +87,7 @@ def test_integers(run, sparse, bits):
         assert reference.relative_error(y, integers.emulate(x, codes, scale, bias, plain)) < 1e-6
 
 
+@needs_qemu
 @pytest.mark.parametrize("nm", [(2, 4), (3, 5), None])
 def test_column_loop(run, nm):
     g = torch.Generator().manual_seed(0)

@@ -27,7 +27,9 @@ metric_list: [{{metric: acc}}]
 """
 
 SPY = '''"""Run commands of oneshot, given as JSON, and print every attempt to reach another machine."""
-import json, socket, sys, urllib.request
+import gc, json, socket, sys, urllib.request
+
+gc.disable()  # it would go over all of torch again and again
 
 def told(name):
     real = getattr(socket.socket, name)

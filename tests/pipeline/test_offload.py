@@ -5,10 +5,10 @@ import json
 import os
 import shutil
 import signal
-from pathlib import Path
 
 import families
 import killed_runs
+import processes
 import pytest
 import tiny
 import torch
@@ -137,7 +137,7 @@ def killed(tmp_path_factory):
     """(place, what killed_runs reports) with `--offload disk`."""
     place = tiny.make(tmp_path_factory.mktemp("killed"))  # noqa: F811
     tiny.save_model(place / "model", dtype=torch.bfloat16)
-    done = tiny.python(Path(killed_runs.__file__), place, ",".join(MOMENTS), "--offload", "disk")
+    done = processes.script(killed_runs.__file__, place, ",".join(MOMENTS), "--offload", "disk", folder=place)
     assert done.returncode == 0, done.stderr[-3000:]
     return place, json.loads(done.stdout.splitlines()[-1])
 
@@ -169,10 +169,10 @@ def test_blocks_saved_the_other_way_are_pruned_again(first, then, place, tmp_pat
     def dying(self, number, *rest):
         real(self, number, *rest)
         raise KeyboardInterrupt
-    monkeypatch.setattr(writer.Folder, "save_block", dying)
     argv = tiny.flags(place, "--no-dense", save=tmp_path / "out", results=tmp_path / "runs")
-    assert tiny.main(*argv, "--offload", first) == 130
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.Folder, "save_block", dying)
+        assert tiny.main(*argv, "--offload", first) == 130
     assert tiny.main(*argv, "--offload", then) == 0
     [record] = tiny.records(tmp_path / "runs").values()
     how = "with" if first == "disk" else "without"

@@ -7,7 +7,7 @@ import random
 import statistics
 
 import pytest
-import test_report
+import reporting
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,7 +24,7 @@ def run(method, answers, *, metric="letters/acc", documents="d0", chance=0.25, c
     n, mean = len(answers), statistics.fmean(answers)
     info = {"stderr": statistics.stdev(answers) / n**0.5, "samples": n, "documents": documents, "chance": chance,
             "correct": hexed(answers) if correct else None, "group": None} | more
-    record = test_report.record(method)
+    record = reporting.record(method)
     return record | {"metrics": {metric: mean}, "metric_info": {metric: info}}
 
 
@@ -104,7 +104,7 @@ def test_table_marks_noise_and_chance():
 
 def test_tasks_stand_in_a_table_of_their_own_and_in_csv_with_the_rest():
     runs = [run("dense", [1, 1, 0, 1]), run("wanda", [0, 1, 0, 1])]
-    assert "letters" not in tables.table(runs) and task_table.table([test_report.record()]) == ""
+    assert "letters" not in tables.table(runs) and task_table.table([reporting.record()]) == ""
     page = html(runs)
     assert "<h2>Tasks</h2>" in page and "0.500° (-0.250 ± 0.250 ~)" in page
     row = list(csv.DictReader(io.StringIO(tables.table(runs, "csv"))))[1]
@@ -121,7 +121,7 @@ def test_picture_has_a_dot_a_run_and_the_chance_level():
     error = statistics.stdev(dense) / 2  # of four documents
     assert (0.25, 0.25) in spans and any(span == pytest.approx((0.75 - 2 * error, 0.75 + 2 * error)) for span in spans)
     assert [t.get_text() for t in ax.get_yticklabels()] == ["letters acc"]
-    assert not figures.fig_tasks([test_report.record()]).axes
+    assert not figures.fig_tasks([reporting.record()]).axes
 
 
 def test_members_of_a_group_are_left_out():

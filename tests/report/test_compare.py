@@ -3,7 +3,7 @@
 import json
 
 import pytest
-import test_report
+import reporting
 
 from oneshot import report
 from oneshot.report import compare, page
@@ -29,10 +29,10 @@ def go(tmp_path, capsys, monkeypatch):
 
 def test_records_folders_and_checkpoints(go, tmp_path):
     folder, saved = tmp_path / "runs", tmp_path / "saved"
-    write_json({"schema": 1, "record": test_report.record("ria", ppl=13.5), "tensors": {}}, saved / "oneshot.json")
-    for r in (test_report.record("wanda", ppl=12.5), test_report.record("dense", ppl=9.5)):
+    write_json({"schema": 1, "record": reporting.record("ria", ppl=13.5), "tensors": {}}, saved / "oneshot.json")
+    for r in (reporting.record("wanda", ppl=12.5), reporting.record("dense", ppl=9.5)):
         report.write(r, folder / f"{r['run_id']}.json")
-    single = report.write(test_report.record("alps", ppl=11.5), tmp_path / "single.json")
+    single = report.write(reporting.record("alps", ppl=11.5), tmp_path / "single.json")
     code, out, err = go(folder, saved, tmp_path / "single.json", folder, saved / "oneshot.json")
     assert code == 0 and err == "report: page.html\n"
     lines = out.splitlines()
@@ -54,7 +54,7 @@ def test_a_checkpoint_that_a_run_saved(go, tmp_path, capsys):
 
 
 def test_records_of_version_0_1_are_read_in_todays_words(go, tmp_path):
-    old = test_report.of_version_0_1()
+    old = reporting.of_version_0_1()
     report.write(old, tmp_path / "old.json")
     write_json({"record": old | {"run_id": "other"}}, tmp_path / "saved" / "oneshot.json")
     code, out, _ = go("old.json", "saved")
@@ -62,7 +62,7 @@ def test_records_of_version_0_1_are_read_in_todays_words(go, tmp_path):
 
 
 def test_formats(go, tmp_path):
-    report.write(test_report.record("wanda", ppl=12.25), tmp_path / "a.json")
+    report.write(reporting.record("wanda", ppl=12.25), tmp_path / "a.json")
     assert "| wanda" in go("a.json", "--format", "markdown")[1]
     assert go("a.json", "--format", "csv")[1].splitlines()[1].split(",")[2] == "wanda"
     go("a.json", "--title", "My <title>")
@@ -70,10 +70,10 @@ def test_formats(go, tmp_path):
 
 
 def test_a_failed_run_is_a_row(go, tmp_path):
-    failed = {k: v for k, v in test_report.record("wanda").items() if k in ("schema", "run_id", "settings")}
+    failed = {k: v for k, v in reporting.record("wanda").items() if k in ("schema", "run_id", "settings")}
     report.write(failed | {"status": "failed", "error": "out of tape", "metrics": {}, "model": {"name": "demo"}},
                  tmp_path / "runs" / "a-failed.json")
-    report.write(test_report.record("dense", ppl=9.5), tmp_path / "runs" / "b.json")
+    report.write(reporting.record("dense", ppl=9.5), tmp_path / "runs" / "b.json")
     code, out, _ = go("runs")
     assert code == 0 and "failed: out of tape" in out and "finished" in out
     assert "demo #" not in out, "a failed run has no fingerprint, which makes it no second model"
@@ -95,7 +95,7 @@ def test_a_failed_run_is_a_row(go, tmp_path):
 ], ids=range(12))
 def test_what_is_no_run(go, tmp_path, make, words):
     make(tmp_path)
-    report.write(test_report.record(), tmp_path / "good.json")
+    report.write(reporting.record(), tmp_path / "good.json")
     code, out, err = go("good.json", "x")
     assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1, err
     assert not [word for word in words if word not in err], err
@@ -104,7 +104,7 @@ def test_what_is_no_run(go, tmp_path, make, words):
 
 def other_schema(file, manifest=False):
     """A record of another version, or a checkpoint's manifest with one."""
-    record = test_report.record() | {"schema": 99, "environment": {"oneshot": "7.0"}}
+    record = reporting.record() | {"schema": 99, "environment": {"oneshot": "7.0"}}
     write_text(json.dumps({"schema": 1, "record": record, "tensors": {}} if manifest else record), file)
 
 
@@ -112,7 +112,7 @@ def other_schema(file, manifest=False):
                                             (["good.json", "--page", "."], "--page")])
 def test_bad_flags(tmp_path, capsys, monkeypatch, argv, word):
     monkeypatch.chdir(tmp_path)
-    report.write(test_report.record(), tmp_path / "good.json")
+    report.write(reporting.record(), tmp_path / "good.json")
     assert compare.main(argv) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and word in err

@@ -4,7 +4,7 @@ import itertools
 import math
 
 import pytest
-import test_report
+import reporting
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,7 +33,7 @@ def test_front_of_known_points():
 
 
 def test_bytes_picture(tmp_path):
-    runs = test_report.sweep()
+    runs = reporting.sweep()
     fig = size.fig_bytes(runs, "builtin/ppl", lambda r: 4e6 * (1 - (r["sparsity"] or 0)))
     [ax] = fig.axes
     text = ax.get_xlabel()
@@ -50,7 +50,7 @@ def rows(values):
 
 
 def test_the_page_ranks_what_must_not_be_touched():
-    text = page.html([test_report.record() | {"sensitivity": [
+    text = page.html([reporting.record() | {"sensitivity": [
         {"name": f"model.layers.{b}.mlp", "block": b, "linear": "mlp", "loss_increase": 0.3 - b / 10,
          "relative_error": None, "weights": 64} for b in range(3)]}])
     places = [text.index(f"model.layers.{b}.mlp</td>") for b in range(3)]
@@ -58,14 +58,14 @@ def test_the_page_ranks_what_must_not_be_touched():
 
 
 def test_sensitivity_map():
-    one = test_report.record() | {"sensitivity": rows({
+    one = reporting.record() | {"sensitivity": rows({
         ("mlp.up_proj", 0): 0.1, ("mlp.up_proj", 2): 0.002, ("self_attn.q_proj", 0): -0.01,
         ("mlp.experts.up[0]", 1): 0.2, ("mlp.experts.up[1]", 1): 0.4, ("self_attn.q_proj", 1): math.nan})}
     grid = sensitivity.cells(one)
     assert grid["mlp.experts.up", 1] == pytest.approx(0.3) and ("self_attn.q_proj", 1) not in grid
-    ax, bar = sensitivity.fig_sensitivity([one, test_report.record("wanda")]).axes
+    ax, bar = sensitivity.fig_sensitivity([one, reporting.record("wanda")]).axes
     shown = ax.images[0].get_array()
     assert shown.shape == (3, 3) and shown.count() == 3, "what lowers the loss, and what was not measured, is blank"
     assert "loss increase" in bar.get_ylabel()
-    for nothing in ([test_report.record()], [test_report.record() | {"sensitivity": rows({("a", 0): -1.0})}]):
+    for nothing in ([reporting.record()], [reporting.record() | {"sensitivity": rows({("a", 0): -1.0})}]):
         assert not sensitivity.fig_sensitivity(nothing).axes

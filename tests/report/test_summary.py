@@ -1,7 +1,7 @@
 """What a command prints after a run: what it found, its warnings, where the record and the page are."""
 
 import pytest
-from test_report import record
+from reporting import record
 
 from oneshot import report
 from oneshot.report import summary, table, tables

@@ -1,5 +1,7 @@
 """Commands: exit codes of all of them, errors in one line, and what the command `oneshot` makes of its verbs."""
 
+import gc
+import sys
 import types
 
 import pytest
@@ -120,6 +122,19 @@ def test_every_verbs_module_has_a_main_whose_help_names_it(verb, capsys):
     with pytest.raises(SystemExit) as stop:
         dispatcher.main([verb, "--help"])
     assert stop.value.code == 0 and f"usage: oneshot {verb}" in capsys.readouterr().out
+
+
+def test_the_collector_does_not_go_over_what_a_verb_imports(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "a_verb.py").write_text("import gc\nseen = gc.isenabled()\nkept = [[] for _ in range(1000)]\n")
+    (tmp_path / "a_broken_verb.py").write_text("import nothing_of_this_name\n")
+    before = gc.get_freeze_count()
+    assert not dispatcher.imported("a_verb").seen and gc.isenabled()
+    assert (frozen := gc.get_freeze_count()) >= before + 1000
+    assert dispatcher.imported("a_verb") is sys.modules["a_verb"] and gc.get_freeze_count() == frozen
+    with pytest.raises(ModuleNotFoundError):
+        dispatcher.imported("a_broken_verb")
+    assert gc.isenabled()
 
 
 def test_the_line_of_the_process_is_the_default(monkeypatch, called):

@@ -19,6 +19,7 @@ IMPORTS = {  # what is imported, and what of it is called
     "with the rest": "from oneshot import *; call = prune",
 }
 PROGRAM = """
+import gc; gc.disable()  # it would go over all of torch again and again
 import importlib, os, sys, traceback, types
 import torch, transformers.quantizers  # once for all
 assert not [name for name in sys.modules if name.startswith("oneshot")]

@@ -9,9 +9,9 @@ from pathlib import Path
 import best_table
 import figures
 import pytest
+import reporting
 import tables
 import test_accuracy
-import test_report
 
 from oneshot import report
 from oneshot.report import section
@@ -45,8 +45,8 @@ def test_tables_notice_a_change(tmp_path, program):
 @pytest.fixture
 def sweep_of_records(tmp_path):
     """A folder of invented records: seeds, two windows counts of one text, and a run that failed."""
-    runs = [*test_report.sweep(), test_report.record("wanda", "0.5", 33.0, window=512)]
-    other = test_report.record("wanda", "0.5", 44.0, sha="9c" * 32, seed=5)  # as many tokens of another text
+    runs = [*reporting.sweep(), reporting.record("wanda", "0.5", 33.0, window=512)]
+    other = reporting.record("wanda", "0.5", 44.0, sha="9c" * 32, seed=5)  # as many tokens of another text
     failed = {"schema": 1, "run_id": "x-failed", "status": "failed", "error": "it broke", "settings": {"model": "demo"},
               "metrics": {}}
     for r in [*runs, other, failed]:
@@ -88,10 +88,10 @@ def test_figures_are_written_for_each_table(sweep_of_records):
 
 
 def test_rounded_runs_stand_beside_the_pruned_ones_but_have_no_sparsity():
-    rounded = test_report.record("rtn", ppl=12.5, blocks=0)
+    rounded = reporting.record("rtn", ppl=12.5, blocks=0)
     rounded["settings"]["pattern"], rounded["data"]["calibration"] = "int8", None
-    runs = [test_report.record("dense", ppl=10.0), rounded, test_report.record("wanda", ppl=15.0),
-            test_report.record("wanda", "0.5", ppl=14.0)]
+    runs = [reporting.record("dense", ppl=10.0), rounded, reporting.record("wanda", ppl=15.0),
+            reporting.record("wanda", "0.5", ppl=14.0)]
     (rows,) = tables.groups(runs).values()
     assert rows == runs
     seen = {}

@@ -126,7 +126,8 @@ def test_other_commands(name, place, record, tmp_path, monkeypatch, capfd):  # n
     monkeypatch.chdir(tmp_path)
     first = {generate: [place / "model", "--max-new-tokens", "2"], compare: [record], verify: [place / "model"]}
     for value in GARBAGE:
-        argv = [*map(str, first[OTHERS[name]]), f"{name}={value}"] if name.startswith("--") else [value]
+        own, *more = map(str, first[OTHERS[name]])
+        argv = [own, *more, f"{name}={value}"] if name.startswith("--") else [value, *more]
         code = OTHERS[name].main(argv)
         _, err = capfd.readouterr()
         assert code in (0, 2), (argv, err)

@@ -1,13 +1,12 @@
 """The smaller model against the larger one with zeros, in every family; saved, loaded without oneshot, generating."""
 
 import json
-import subprocess
-import sys
 
 import families
 import jobs
 import pytest
 import torch
+from alone import alone
 from cutting import cut_of, logits, zeroed
 from families import tiny
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -190,8 +189,7 @@ def test_saved_loaded_without_oneshot_generates_with_its_cache(tmp_path):
             continue
         made.save_pretrained(tmp_path / name)
         wanted[str(tmp_path / name)] = made
-    done = subprocess.run([sys.executable, "-c", LOADS, *wanted], capture_output=True, text=True, timeout=300,
-                          cwd=tmp_path, env={"HF_HUB_OFFLINE": "1", "PATH": "", "OMP_NUM_THREADS": "1"})
+    done = alone(LOADS, *wanted, cwd=tmp_path)
     assert not done.returncode, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     for folder, made in wanted.items():
