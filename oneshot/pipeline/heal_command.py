@@ -3,9 +3,10 @@
     oneshot heal PRUNED --data c4 --tokens 5M --save DIR
 
 is `oneshot prune --model PRUNED --method keep --heal full --heal-data c4 --heal-tokens 5M --save DIR`, and takes all
-of its flags (`oneshot prune --help`); those that begin with `--heal-` may leave it out. The targets are the predictions
-of the dense model: the one that PRUNED was made from, by its manifest, or the one that `--teacher` names; `--loss next`
-needs none. A killed run continues when the same command is repeated. With torchrun, processes share the work:
+of its flags (`oneshot prune --help`); those that begin with `--heal-` may leave it out (not `--heal-seqlen`). The
+targets are the predictions of the dense model: the one that PRUNED was made from, by its manifest, or the one that
+`--teacher` names; `--loss next` needs none. A killed run continues when the same command is repeated.
+With torchrun, processes share the work:
 
     torchrun --nproc-per-node 2 -m oneshot heal PRUNED --data c4 --tokens 5M --save DIR
 """
@@ -38,15 +39,20 @@ def parser() -> Parser:
     p.add_argument("--method", help="full (default) or lora")
     for flag in known().values():
         if flag.name.startswith("heal_"):
-            p.add_argument("--" + flag.option.removeprefix("--heal-"), metavar="", help=flag.metadata["help"])
+            bare = flag.option.removeprefix("--heal-")
+            p.add_argument("--" + bare if bare in short() else flag.option, metavar="", help=flag.metadata["help"])
     return p
+
+
+def short() -> set[str]:
+    """The flags that may leave `--heal-` out, without it: not those that are flags of `oneshot prune` then."""
+    names = {name.removeprefix("heal_") for name in known() if name.startswith("heal_")} - set(known())
+    return {name.replace("_", "-") for name in names}
 
 
 def translated(argv: list[str]) -> list[str]:
     """The command line of `oneshot prune` that does the same. Raises ValueError where the model is not named."""
-    short = {name.removeprefix("heal_").replace("_", "-") for name in known() if name.startswith("heal_")}
-    short -= {name.replace("_", "-") for name in known()}
-    rest, own, words = list(argv), {}, []
+    rest, own, words, leaves_out = list(argv), {}, [], short()
     if rest and not rest[0].startswith("--"):
         own["model"] = rest.pop(0)
     while rest:
@@ -55,7 +61,7 @@ def translated(argv: list[str]) -> list[str]:
         if name.startswith("--") and bare in ("model", "method", "pattern"):
             own[bare] = value if eq or not rest else rest.pop(0)
         else:
-            words.append(("--heal-" + bare if name.startswith("--") and bare in short else name) + eq + value)
+            words.append(("--heal-" + bare if name.startswith("--") and bare in leaves_out else name) + eq + value)
     if "model" not in own:
         raise ValueError("oneshot heal: name the model first, such as: oneshot heal ./pruned --data c4 --save ./healed")
     made = made_from(own["model"])

@@ -147,8 +147,10 @@ def shape(size: str) -> Shape:
 
 def paper(name: str, size: str, task: Task, speeds: dict[str, float], limits: tuple[float, float | None] | None = None,
           gpus: int = 1) -> list[str]:
-    """A row of the table: what a run takes, on so many GPUs, within the limits (memory, the GPU's)."""
+    """A row of the table: what a run takes within the limits (memory, the GPU's), or on many GPUs (a process each)."""
     own, changed = shape(size), {}
+    task = replace(task, processes=gpus, calibration=shared(task.calibration, gpus),
+                   evaluation=shared(task.evaluation, gpus))
     if limits:
         changed = plan_command.fit(own, [task], limits, PROGRAM, list(forecast.STEPS))
         task = plan_command.applied(task, changed)
@@ -156,8 +158,6 @@ def paper(name: str, size: str, task: Task, speeds: dict[str, float], limits: tu
     here, there = forecast.peak(found, False if task.gpu else None)[1], forecast.peak(found, True)[1] if task.gpu else 0
     stages = forecast.work(own, task)
     times = {kind: sum(stage.get(kind, 0) for stage in stages.values()) / speeds[kind] for kind in forecast.KINDS}
-    for kind in ("product", "solve", "touched") if gpus > 1 else ():
-        times[kind] /= gpus
     grams = sum(forecast.gram_bytes(layer, replace(task, budget=2**62)) for layer in own.layers)
     moved = (grams + sum(layer.stored for layer in own.layers)) * (gpus - 1)
     if gpus > 1:
@@ -165,8 +165,13 @@ def paper(name: str, size: str, task: Task, speeds: dict[str, float], limits: tu
     total, bound = sum(times.values()), max(times, key=lambda kind: times[kind])
     moves = sum(stage.get(kind, 0) for stage in stages.values() for kind in ("read", "written"))
     return [name, ", ".join(f"--{flag.replace('_', '-')} {value}" for flag, value in changed.items()) or "as it is",
-            f"{here / GIB:.1f}", f"{there / GIB:.1f}" if task.gpu else "", f"{moves / 1e9:.0f}",
+            f"{here * gpus / GIB:.1f}", f"{there / GIB:.1f}" if task.gpu else "", f"{moves / 1e9:.0f}",
             f"{moved / 1e9:.0f}" if gpus > 1 else "", f"{total / 3600:.2f}", f"{bound} ({times[bound] / total:.0%})"]
+
+
+def shared(windows: tuple[int, int], processes: int) -> tuple[int, int]:
+    """(windows, tokens of each) of the process that has most of them."""
+    return -(-windows[0] // processes), windows[1]
 
 
 def on_paper(speeds: dict[str, float] | None) -> str:
@@ -220,8 +225,9 @@ The plan's time by stage, seconds:
 
 SparseGPT to 2:4 with 128 windows of 2048 tokens, WikiText-2 measured, by the plan's arithmetic and nothing else. The
 CPU has the speeds that were measured here; those of a GPU are ASSUMED, as none was at hand (`oneshot plan` measures
-them where there is one). Disk: what is read from and written to it, if nothing stays in the system's cache. Between
-GPUs: Gram matrices to the one that solves a linear, and its weight back. Hours: all work one after the other.
+them where there is one). Disk: what one process reads and writes, if nothing stays in the system's cache. Between
+GPUs: Gram matrices to the one that solves a linear, and its weight back. Memory: of all processes, one a GPU; each
+reads what it runs its windows on. GPU: of the one that has most. Hours: all work one after the other.
 
 {on_paper(speeds)}
 {phases_on_paper()}

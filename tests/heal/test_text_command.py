@@ -208,6 +208,13 @@ def heal_main(*words):
     return heal_command.main([str(word) for word in words])
 
 
+def test_help_offers_what_the_command_takes():
+    offered = {word for action in heal_command.parser()._actions for word in action.option_strings}
+    assert {"--tokens", "--heal-seqlen"} <= offered and not {"--seqlen", "--heal-tokens"} & offered
+    words = heal_command.translated(["m", "--heal-seqlen", "16", "--seqlen=8", "--tokens", "9"])
+    assert words[words.index("--heal-seqlen") + 1] == "16" and "--seqlen=8" in words and "--heal-tokens" in words
+
+
 SHORT = ["--tokens", "200", "--batch", "32", "--heal-seqlen", "16", "--nsamples", "4", "--seqlen", "16", "--no-dense",
          "--evaluate", "none", "--no-progress", "--device", "cpu"]
 
