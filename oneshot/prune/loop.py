@@ -84,7 +84,7 @@ def prune_blocks(model: nn.Module, ids: torch.Tensor | None, mask: torch.Tensor 
             result.add(rows)
             if job.options.stop_on_collapse and (found := health.collapses(rows.block)):
                 raise ValueError(f"--stop-on-collapse: {block.name}: {'; '.join(found)}")
-    result.dense = calibrate.whole(dense) if dense and job.healers else None
+    result.dense = calibrate.whole(dense) if dense and (job.healers or job.staged) else None
     result.pruned = activations if distributed.ranks() == 1 else None
     result.warnings += not_aimed(result.layers, job.options.dense_target)
     return result

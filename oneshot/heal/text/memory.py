@@ -51,7 +51,7 @@ def fit(model: nn.Module, trained: int, lesson: Lesson, name: str, free: int | N
     teacher = lesson.teacher.bytes if isinstance(lesson.teacher, Live) else 0
     fixed, whole = 4 * sum(p.numel() for p in model.parameters()) + STATE * trained, 0
     if asked():  # a block is whole, with its gradients, where it is computed; so are all in bfloat16 until the backward
-        block = max(sum(p.numel() for p in block.parameters()) for block in models.blocks(model)[1])
+        block = max(sum(p.numel() for p in block.module.parameters()) for block in models.walk(model))
         fixed, whole = fixed // distributed.world() + 8 * block, HALF * trained
     fixed += teacher
     for checkpointing in (False, True):

@@ -62,8 +62,9 @@ class Sharded(Trainable):
         _, block_list = models.blocks(self.model)
         for name, p in block_list.named_parameters():
             p.requires_grad_(p.is_floating_point() and name not in leave)
+        parts = [(block.module, models.tensors_of(block.module)) for block in models.walk(self.model)]
         rest = models.rest_of(self.model, block_list)
-        for module, tensors in [*((block, models.tensors_of(block)) for block in block_list), (self.model, rest)]:
+        for module, tensors in [*parts, (self.model, rest)]:
             for t in tensors:
                 weight = isinstance(t, nn.Parameter) and t.is_floating_point()
                 t.data = t.data.to(device, torch.float32 if weight else t.dtype)
