@@ -116,8 +116,8 @@ class Result:
     """Rows of the record: one per linear, one per block, what was skipped, a warning for every fallback taken.
 
     heal: {method: what it reports} of healing the whole model. dense: the dense model's activations after its last
-    block, if there are healers, or it is staged. seconds: this job's share of the time if many jobs were solved at once.
-    scales: as in Rows.
+    block, where there are healers or it is staged. seconds: this job's share of the time if many jobs were solved at
+    once. scales: as in Rows.
     """
 
     layers: list[dict] = field(default_factory=list)
