@@ -87,8 +87,8 @@ def page(rows: Sequence[dict], fast: dict) -> str:
              f"commit {commits}.\n",
              "bits: of codes, scales and positions for each weight that the dense model has in its blocks' linears. "
              "excess: log perplexity above the dense model's, nats, mean over seeds (± standard deviation). less: "
-             f"share of the excess of \"{NEAREST}\" that a way of as many bytes does without. seconds: by the clock, of a "
-             "machine that did other things as well.\n",
+             f"share of the excess of \"{NEAREST}\" that a way of as many bytes does without. seconds: by the "
+             "clock, of a machine that did other things as well.\n",
              "![excess against bits, with the front of what no other way beats](integers.svg)\n"]
     for name in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == name]
