@@ -17,12 +17,14 @@ Whether parts add up is measured as well: on the whole model, and on one with fe
 """
 
 import copy
+import functools
 import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import oneshot_kernels
 from torch import nn
 from tqdm import tqdm
 
@@ -56,12 +58,20 @@ def table(model: nn.Module, device: str, rounds: int = latency.ROUNDS, progress:
 
 
 def key(model: nn.Module, device: str, rounds: int) -> str:
-    """What the table depends on, as a short hash: device, threads, versions, the shapes of the model, its dtype."""
+    """What the table depends on, as a short hash: device, threads, versions, the model's shapes and dtype, the kernels."""
     e = environment.environment(device)
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
     whole = [e["device"], e["threads"], e["torch"], e["transformers"], str(model.dtype), shapes, rounds, FEW, SHARES,
-             forms.runnable(device)]
+             forms.runnable(device), kernels()]
     return hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def kernels() -> str:
+    """The sha256 of the kernels' sources and of what puts them into a model."""
+    files = [Path(forms.__file__), *(file for file in sorted(Path(oneshot_kernels.__file__).parent.rglob("*"))
+                                     if file.suffix in (".py", ".cpp", ".h"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def measured(model: nn.Module, device: str, rounds: int, progress: bool) -> dict:

@@ -67,6 +67,17 @@ def test_it_is_measured_once_for_the_same_shapes_and_again_for_others(model, mon
     assert device_table.table(high(5), "cpu", rounds=1, progress=False) == {"other": 1} and len(calls) == 1
 
 
+def test_other_kernels_are_measured_again(model, tmp_path, monkeypatch):
+    before = device_table.key(model, "cpu", 1)
+    (tmp_path / "kernel.cpp").write_text("// another one")
+    with monkeypatch.context() as patch:
+        patch.setattr(device_table.oneshot_kernels, "__file__", str(tmp_path / "__init__.py"))
+        device_table.kernels.cache_clear()
+        other = device_table.key(model, "cpu", 1)
+    device_table.kernels.cache_clear()
+    assert other != before == device_table.key(model, "cpu", 1)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"parts": {"prefill": {"rest": "x"}}, "blocks": 2}'])
 def test_a_file_that_is_no_table_is_refused(text, tmp_path):
     (tmp_path / "table.json").write_text(text)
