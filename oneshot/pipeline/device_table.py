@@ -58,7 +58,7 @@ def table(model: nn.Module, device: str, rounds: int = latency.ROUNDS, progress:
 
 
 def key(model: nn.Module, device: str, rounds: int) -> str:
-    """What the table depends on, as a short hash: device, threads, versions, the model's shapes and dtype, the kernels."""
+    """What the table depends on, hashed: device, threads, versions, the model's shapes and dtype, the kernels."""
     e = environment.environment(device)
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
     whole = [e["device"], e["threads"], e["torch"], e["transformers"], str(model.dtype), shapes, rounds, FEW, SHARES,
