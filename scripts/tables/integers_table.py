@@ -202,7 +202,7 @@ def alike(row: dict, groups: dict[str, list[dict]]) -> bool:
 def kind(flags: dict) -> str:
     """What a way's point in the picture is called."""
     if "shrink" in flags:
-        return "smaller dense model"
+        return "smaller dense model" + (", healed" if "block" in flags.get("heal", "") else "")
     if flags["pattern" if "pattern" in flags else "method"] == "dense":
         return "dense, to nearest" if flags.get("quantiser") == "rtn" else "dense, GPTQ"
     healed = ", healed on text" if "MODEL" in flags else ", healed" if "heal" in flags else ""
