@@ -36,8 +36,9 @@ MARKED = {"smollm2": "its dense weights come off a 4-bit grid already, which fla
 NEAREST = "2:4, then int4 to nearest"  # what `less` compares with
 SHOWN = (NEAREST, "2:4, then int4 by GPTQ", "2:4 and int4 in one pass", "2:4 by ALPS, then int4 by GPTQ",
          "2:4 by ALPS, healed, then int4 by GPTQ", "2:4 by ALPS, healed on text, then int4 by GPTQ",
-         "50 %, then int4 by GPTQ", "int3 by GPTQ")  # in the README
+         "50 %, then int4 by GPTQ", "50 % by ALPS, healed, then int4 by GPTQ", "int3 by GPTQ")  # in the README
 FORMS = {None: "bf16", "int8:row": "int8", "int4:64": "int4"}  # of cpu_decode.py, with inputs as they are
+HEALED = ", healed"
 LEAST = 1e-4  # nats; what loses less, or gains, is drawn there
 
 
@@ -202,10 +203,10 @@ def alike(row: dict, groups: dict[str, list[dict]]) -> bool:
 def kind(flags: dict) -> str:
     """What a way's point in the picture is called."""
     if "shrink" in flags:
-        return "smaller dense model" + (", healed" if "block" in flags.get("heal", "") else "")
+        return "smaller dense model" + HEALED * ("block" in flags.get("heal", ""))
     if flags["pattern" if "pattern" in flags else "method"] == "dense":
         return "dense, to nearest" if flags.get("quantiser") == "rtn" else "dense, GPTQ"
-    healed = ", healed on text" if "MODEL" in flags else ", healed" if "heal" in flags else ""
+    healed = HEALED + " on text" if "MODEL" in flags else HEALED * ("heal" in flags)
     return ("50 %" if flags["pattern"] == "0.5" else flags["pattern"]) + healed
 
 
@@ -215,7 +216,11 @@ def picture(rows: Sequence[dict]) -> "Figure":
     rows = [row for row in rows if row["flags"] != WAYS["dense"]]  # its excess is none
     names = list(dict.fromkeys(row["model"] for row in rows))
     kinds = list(dict.fromkeys(kind(row["flags"]) for row in rows))
-    styles = dict(zip(kinds, zip(drawing.COLOURS, drawing.MARKERS, strict=False), strict=False))
+    bases = list(dict.fromkeys(name.partition(HEALED)[0] for name in kinds))  # a colour each; a marker by healing
+    colours = dict(zip(bases, drawing.COLOURS, strict=False))
+    states = ("", HEALED, HEALED + " on text")
+    styles = {name: (colours[(base := name.partition(HEALED)[0])], drawing.MARKERS[states.index(name[len(base):])])
+              for name in kinds}
     fig = drawing.new_figure(drawing.WIDTH, 0.5 + 2.9 * len(names))
     for ax, name in zip(fig.subplots(len(names), squeeze=False)[:, 0], names, strict=True):
         groups = grouped([row for row in rows if row["model"] == name])
