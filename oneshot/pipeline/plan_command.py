@@ -246,9 +246,11 @@ def why_not(shape: Shape, task: Task, limits: tuple[float, float | None], progra
     parts = sorted((p for p in found[name] if on_gpu is None or p.on_gpu == on_gpu), key=lambda part: -part.bytes)
     limit, flag = (limits[1], "--device: its memory") if on_gpu else (limits[0], "--memory")
     how = "with --offload disk and the smallest batches" if task.offload else "with the whole model in memory"
-    how += f", and there are {n} processes" if n > 1 and not on_gpu else ""
-    return (f"{flag} {limit / 2**30:.3g} GiB: the run takes {total / 2**30:.3g} GiB while {name}, {how}; the largest "
-            f"parts: {', '.join(f'{part.name} {part.bytes / 2**30:.3g}' for part in parts[:3])}")
+    n = 1 if on_gpu else n
+    how += f", and there are {n} processes" if n > 1 else ""
+    told = ", ".join(f"{part.name} {part.bytes / 2**30:.3g}" for part in parts[:3])
+    return (f"{flag} {limit / 2**30:.3g} GiB: the run takes {total * n / 2**30:.3g} GiB while {name}, {how}; the "
+            f"largest parts{' of each' * (n > 1)}: {told}")
 
 
 def value_of(task: Task, name: str) -> Any:
