@@ -102,16 +102,15 @@ def work(argv: list[str]) -> None:
 
 def start() -> str:
     """How a run of as many processes as this plan's is started."""
-    machines = distributed.world() // distributed.local()
-    nodes = f"--nnodes {machines} " if machines > 1 else ""
-    return f"torchrun {nodes}--nproc-per-node {distributed.local()} -m oneshot" if distributed.world() > 1 else \
-        "oneshot"
+    nodes = f"--nnodes {machines} " if (machines := distributed.world() // distributed.local()) > 1 else ""
+    several = f"torchrun {nodes}--nproc-per-node {distributed.local()} -m oneshot"
+    return several if distributed.world() > 1 else "oneshot"
 
 
 def plain(planned: Planned) -> dict[str, Any]:
     """A plan as plain values: bytes and seconds by part."""
-    return {"peak": planned.peak, "processes": planned.processes, "seconds": planned.seconds, "flags": planned.flags,
-            "speeds": planned.speeds,
+    return {"peak": planned.peak, "processes": planned.processes, "seconds": planned.seconds,
+            "flags": planned.flags, "speeds": planned.speeds,
             "phases": {name: {part.name: part.bytes for part in parts} for name, parts in planned.phases.items()},
             "disk": {part.name: part.bytes for part in planned.disk}}
 
@@ -240,15 +239,16 @@ def smallest(shape: Shape, task: Task, free: Sequence[str]) -> Task:
 def why_not(shape: Shape, task: Task, limits: tuple[float, float | None], program: float) -> str:
     """The message for a run that does not fit even as small as it can be."""
     found = forecast.phases(shape, task, program)
-    n = distributed.local()
-    on_gpu = None if limits[1] is None else forecast.peak(found, False)[1] * n <= limits[0]
+    on_gpu = None if limits[1] is None else forecast.peak(found, False)[1] * distributed.local() <= limits[0]
+    n = 1 if on_gpu else distributed.local()
     name, total = forecast.peak(found, on_gpu)
-    parts = sorted((p for p in found[name] if on_gpu is None or p.on_gpu == on_gpu), key=lambda part: -part.bytes)
+    parts = sorted((p for p in found[name] if on_gpu in (None, p.on_gpu)), key=lambda part: -part.bytes)
     limit, flag = (limits[1], "--device: its memory") if on_gpu else (limits[0], "--memory")
     how = "with --offload disk and the smallest batches" if task.offload else "with the whole model in memory"
-    how += f", and there are {n} processes" if n > 1 and not on_gpu else ""
-    return (f"{flag} {limit / 2**30:.3g} GiB: the run takes {total / 2**30:.3g} GiB while {name}, {how}; the largest "
-            f"parts: {', '.join(f'{part.name} {part.bytes / 2**30:.3g}' for part in parts[:3])}")
+    how += f", and there are {n} processes" if n > 1 else ""
+    told = ", ".join(f"{part.name} {part.bytes / 2**30:.3g}" for part in parts[:3])
+    return (f"{flag} {limit / 2**30:.3g} GiB: the run takes {total * n / 2**30:.3g} GiB while {name}, {how}; the "
+            f"largest parts{' of each' * (n > 1)}: {told}")
 
 
 def value_of(task: Task, name: str) -> Any:

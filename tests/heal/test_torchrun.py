@@ -240,8 +240,22 @@ def test_what_a_process_takes_when_sharded(monkeypatch):
     assert beside_activations() == (4 * total + 13 * trained) // 2 + 8 * block + 2 * trained
 
 
-def test_what_cannot_be_sharded_is_refused(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+def least(folder):
+    """In each of two processes, of which the second has less memory: what a step is planned with."""
+    distributed.start()
+    memory.environment.free_memory = lambda _: 1000 - 100 * distributed.rank()
+    (folder / str(distributed.rank())).write_text(str(memory.least_free(torch.device("cpu"))))
+    distributed.end()
+
+
+def test_all_compute_a_step_as_the_process_with_least_memory_must(tmp_path):
+    assert processes.together(2, tmp_path, least, tmp_path) == [0, 0], processes.said(tmp_path)
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["900", "900"]
+
+
+@pytest.mark.parametrize("word", ["true", "True", "1", "yes", "on"])
+def test_what_cannot_be_sharded_is_refused(word, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", word)
     for name, why in (("full", "needs several processes"), ("lora", "is not divided")):
         with pytest.raises(ValueError, match=f"^ACCELERATE_USE_FSDP: is set, and --heal {name} {why}"):
             checks.check_text(flags.build({"method": "wanda", "pattern": "2:4", "heal": name, "heal_data": "c4"}))

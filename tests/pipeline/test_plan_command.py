@@ -177,8 +177,9 @@ def test_processes_share_windows_and_linears(place, monkeypatch):  # noqa: F811
     assert plan_command.start() == "torchrun --nnodes 2 --nproc-per-node 2 -m oneshot"
     assert not planned(*argv, limit=four.peak + 1).flags
     assert planned(*argv, limit=four.peak - 1).flags
-    with pytest.raises(ValueError, match="and there are 2 processes; the largest"):
+    with pytest.raises(ValueError, match="and there are 2 processes; the largest parts of each: ") as refused:
         planned(*argv, limit=2**29)
+    assert float(str(refused.value).partition("the run takes ")[2].split()[0]) > 0.5  # of both
     with pytest.raises(ValueError, match=r"^torchrun: 8 calibration windows are 1 batches"):
         planned(*argv, "--batch-size", "8")
 

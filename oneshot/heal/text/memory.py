@@ -8,6 +8,7 @@ in float32. Of a sharded model (sharded.py) each process has its part of all but
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from ... import models
@@ -41,13 +42,13 @@ class Fit:
 def fit(model: nn.Module, trained: int, lesson: Lesson, name: str, free: int | None = None) -> Fit:
     """The fastest Fit that the memory allows. trained: numbers. name: the method.
 
-    free: bytes that may be used (default: what is free on the device). Many windows at once are tried first, up to
-    ONCE tokens, then gradient checkpointing.
+    free: bytes that may be used (default: what is free on the device, in the process that has least: all compute a step
+    alike). Many windows at once are tried first, up to ONCE tokens, then gradient checkpointing.
 
     Raises ValueError naming `--heal` when nothing fits.
     """
     seqlen, device, windows = lesson.options.heal_seqlen, lesson.device, lesson.windows // distributed.world()
-    free = environment.free_memory(device) if free is None else free
+    free = least_free(device) if free is None else free
     teacher = lesson.teacher.bytes if isinstance(lesson.teacher, Live) else 0
     fixed, whole = 4 * sum(p.numel() for p in model.parameters()) + STATE * trained, 0
     if asked():  # a block is whole, with its gradients, where it is computed; so are all in bfloat16 until the backward
@@ -64,6 +65,13 @@ def fit(model: nn.Module, trained: int, lesson: Lesson, name: str, free: int | N
     other = "--heal lora" if name != "lora" else "a smaller model"
     raise ValueError(f"--heal {name}: takes at least {needed / 2**30:.1f} GiB on {device}, where "
                      f"{free / 2**30:.1f} are free; lower --heal-seqlen, or use {other}")
+
+
+def least_free(device: torch.device) -> int | None:
+    """Bytes that are free on the device, in the process of torchrun that has least; None if a system does not say."""
+    with distributed.joined():
+        found = distributed.gathered(environment.free_memory(device))
+    return None if None in found else min(found)
 
 
 def per_token(model: nn.Module, checkpointing: bool) -> int:

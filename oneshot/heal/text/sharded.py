@@ -26,8 +26,8 @@ VARIABLE = "ACCELERATE_USE_FSDP"  # accelerate's own name; its FSDP knows GPUs a
 
 
 def asked() -> bool:
-    """Whether the environment asks for it."""
-    return os.environ.get(VARIABLE, "false").lower() in ("true", "1")
+    """Whether the environment asks for it, in any of the words that accelerate takes."""
+    return os.environ.get(VARIABLE, "false").lower() in ("true", "1", "yes", "y", "on", "t")
 
 
 def check_model(model: nn.Module) -> None:
