@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from ..checkpoint import MANIFEST, read_manifest
+from ..runtime import distributed
 from ..runtime.command import Parser, exit_code
 from ..settings.known import known
 from . import run
@@ -24,7 +25,10 @@ from . import run
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code (runtime/command.py)."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    if {"-h", "--help"} & set(argv):
+    asks = {"-h", "--help"} & set(argv)
+    if distributed.rank():  # the first process alone reads the command line
+        return 0 if asks else run.main(argv)
+    if asks:
         parser().parse_args(["--help"])
     words: list[str] = []
     code = exit_code(lambda: words.extend(translated(argv)))

@@ -10,6 +10,7 @@ pruned to it by `--method`, and `--shrink-method` makes it smaller.
 import argparse
 import sys
 
+from ..runtime import distributed
 from ..runtime.command import Parser
 from ..structured.options import SMALLER
 from . import run
@@ -18,7 +19,10 @@ from . import run
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code (runtime/command.py)."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    if {"-h", "--help"} & set(argv):
+    asks = {"-h", "--help"} & set(argv)
+    if distributed.rank():  # the first process alone reads the command line
+        return 0 if asks else run.main(argv)
+    if asks:
         parser().parse_args(["--help"])
     return run.main(translated(argv))
 

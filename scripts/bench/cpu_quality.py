@@ -9,7 +9,7 @@
     llama.cpp       each file of --gguf, its keys and values in float16
 
 Every token is predicted from those before it in its window. llama.cpp's server says nothing of a token that is no whole
-character: such tokens count for no way. Speeds are those of cpu_decode.json, one thread.
+character: such tokens count for no way. Speeds are those of cpu_decode.json, of the same model and threads.
 """
 
 import argparse
@@ -78,8 +78,9 @@ def work(args: argparse.Namespace) -> None:
         way = f"llama.cpp {Path(file).parent.name}/{Path(file).name}"
         losses[way], size[way] = llama_losses(Server(file, args.threads, "F16"), ids, way), Path(file).stat().st_size
     known = ~torch.stack(list(losses.values())).isnan().any(0)
-    where, rates = environment.environment("cpu"), speeds(args.out)
-    common = {"model": "toy" if args.toy else args.model, "pruned": args.pruned and Path(args.pruned).name,
+    where, name = environment.environment("cpu"), "toy" if args.toy else args.model
+    rates = speeds(args.out, name, args.threads)
+    common = {"model": name, "pruned": args.pruned and Path(args.pruned).name,
               "tokens": int(known.sum()), "window": ids.shape[1], "environment": where}
     rows = [{"way": way, "ppl": math.exp(own[known].double().mean()), "bytes": size[way],
              "tokens_per_second": rates.get(way), **common} for way, own in losses.items()]
@@ -113,10 +114,10 @@ def llama_losses(server: Server, ids: torch.Tensor, name: str) -> torch.Tensor:
     return losses
 
 
-def speeds(folder: Path) -> dict[str, float]:
-    """{way: tokens per second} of cpu_decode.json, SmolLM2, one thread."""
+def speeds(folder: Path, model: str, threads: int) -> dict[str, float]:
+    """{way: tokens per second} of cpu_decode.json, of this model with so many threads."""
     return {row["way"]: row["tokens_per_second"] for row in read(folder / "cpu_decode.json")
-            if (row["model"], row["threads"]) == ("smollm2", 1)}
+            if (row["model"], row["threads"]) == (model, threads)}
 
 
 def page(rows: list[dict]) -> str:

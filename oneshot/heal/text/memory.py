@@ -68,10 +68,13 @@ def fit(model: nn.Module, trained: int, lesson: Lesson, name: str, free: int | N
 
 
 def least_free(device: torch.device) -> int | None:
-    """Bytes that are free on the device, in the process of torchrun that has least; None if a system does not say."""
+    """Bytes that a process may have on the device, of torchrun's the one with least; None if a system does not say.
+
+    On a CPU, the processes of a machine share its memory.
+    """
     with distributed.joined():
         found = distributed.gathered(environment.free_memory(device))
-    return None if None in found else min(found)
+    return None if None in found else min(found) // (distributed.local() if device.type == "cpu" else 1)
 
 
 def per_token(model: nn.Module, checkpointing: bool) -> int:
