@@ -1,7 +1,6 @@
 """Commands: exit codes of all of them, errors in one line, and what the command `oneshot` makes of its verbs."""
 
 import gc
-import sys
 import types
 
 import pytest
