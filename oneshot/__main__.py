@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import os
 import sys
 from types import ModuleType
 
@@ -48,6 +49,7 @@ def imported(name: str) -> ModuleType:
     """Import a verb's module. What comes with it (torch, transformers) stays until the process ends, so the garbage
     collector does not go over it, neither meanwhile nor at the end: 1.8 s instead of 3.1 for `oneshot prune --help`.
     """
+    wait_patiently()
     if name in sys.modules or not gc.isenabled():
         return importlib.import_module(name)
     gc.disable()
@@ -56,6 +58,16 @@ def imported(name: str) -> ModuleType:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def wait_patiently() -> None:
+    """Let torch's threads spin for microseconds when they wait for each other, unless the environment says how long.
+
+    GCC's OpenMP, read when torch is imported, lets them spin for a thousand times as long: where another process has
+    one of the processors, that is ten times the time of the whole run (results/LOG.md).
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = "2000"
 
 
 def usage() -> str:

@@ -1,6 +1,7 @@
 """Commands: exit codes of all of them, errors in one line, and what the command `oneshot` makes of its verbs."""
 
 import gc
+import sys
 import types
 
 import pytest
@@ -139,6 +140,20 @@ def test_the_collector_does_not_go_over_what_a_verb_imports(tmp_path, monkeypatc
     with pytest.raises(ModuleNotFoundError):
         dispatcher.imported("a_broken_verb")
     assert gc.isenabled()
+
+
+@pytest.mark.parametrize(("given", "spins"), [({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"),
+                                             ({"OMP_WAIT_POLICY": "active"}, None)])
+def test_threads_wait_patiently_unless_told_otherwise(given, spins, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "a_patient_verb.py").write_text("import os\nspins = os.environ.get('GOMP_SPINCOUNT')\n")
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delitem(sys.modules, "a_patient_verb", raising=False)
+    assert dispatcher.imported("a_patient_verb").spins == spins
 
 
 def test_the_line_of_the_process_is_the_default(monkeypatch, called):
