@@ -32,7 +32,7 @@ WAYS = {way: own for group in
         yaml.safe_load((ROOT / "scripts/bench/integers_ways.yaml").read_text(encoding="utf-8")).values()
         for way, own in group.items()}
 MARKED = {"smollm2": "its dense weights come off a 4-bit grid already, which flatters its rows of int4, except where "
-                     "it was rotated or healed before"}
+                     "it was rotated or healed before; once rotated it has a head of its own, which is not counted here"}
 NEAREST = "2:4, then int4 to nearest"  # what `less` compares with
 SHOWN = (NEAREST, "2:4, then int4 by GPTQ", "2:4 and int4 in one pass", "2:4 by ALPS, then int4 by GPTQ",
          "2:4 by ALPS, healed, then int4 by GPTQ", "2:4 by ALPS, healed on text, then int4 by GPTQ",
@@ -162,7 +162,8 @@ def table(rows: Sequence[dict], rates: dict[str, float]) -> str:
 def form(flags: dict) -> str | None:
     """What cpu_decode.py calls weights of this form; None where it has no kernel for it."""
     pattern = flags.get("pattern", "dense")
-    grid = FORMS.get(flags.get("quantise"))
+    first = flags.get("FIRST")
+    grid = FORMS.get(flags.get("quantise", first if first in FORMS else None))
     return f"{pattern} {grid}" if pattern in ("dense", "2:4") and grid and "shrink" not in flags else None
 
 
