@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def imported(name: str) -> ModuleType:
     """Import a verb's module. What comes with it (torch, transformers) stays until the process ends, so the garbage
-    collector does not go over it, neither meanwhile nor at the end: 1.8 s instead of 3.1 for `oneshot prune --help`.
+    collector does not go over it, neither meanwhile nor at the end: a large part of a command's time to start.
     """
     wait_patiently()
     if name in sys.modules or not gc.isenabled():

@@ -1,10 +1,12 @@
 """`python -m oneshot.generate` is the same command as `oneshot generate`."""
 
 import sys
+from importlib import import_module
 
 from .__main__ import imported
 
-main = imported("oneshot.pipeline.generate").main
+# a program that only imports this keeps its environment and its garbage collector as they are
+main = (imported if __name__ == "__main__" else import_module)("oneshot.pipeline.generate").main
 
 if __name__ == "__main__":
     sys.exit(main())

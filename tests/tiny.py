@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from oneshot import checkpoint
 from oneshot.pipeline import run
 from oneshot.report import page
 
@@ -138,4 +139,19 @@ def no_pictures():
 def plain_pages():
     """See `no_pictures`; a fixture for more than one test enters that by itself."""
     with no_pictures():
+        yield
+
+
+@contextlib.contextmanager
+def interrupted(after):
+    """Within the context, a run is interrupted when it saves one more block than so many."""
+    real, calls = checkpoint.Folder.save_block, []
+
+    def save_block(folder, *args):
+        calls.append(args[0])
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return real(folder, *args)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint.Folder, "save_block", save_block)
         yield

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 from common import others, written
-from llama_server import Hung, Server
+from llama_server import Server, named
 from oneshot_kernels import fast_decode, sparsify
 from oneshot_kernels.cpu import bandwidth, decode, integers, library
 from torch import nn
@@ -58,10 +58,8 @@ READ = 256 << 20  # bytes that are read to measure the speed of memory
 def main(argv: list[str] | None = None) -> int:
     """Exit code."""
     def run() -> None:
-        try:
+        with named("--gguf"):
             work(arguments(argv))
-        except (Hung, ChildProcessError) as error:
-            raise ValueError(f"--gguf: {error}; start it again, or leave it out") from None
     return exit_code(run)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from common import written
 from cpu_decode import SHAPES, WAYS, bytes_of, formed, random_model, read
-from llama_server import Hung, Server
+from llama_server import Server, named
 from tqdm import tqdm
 
 from oneshot import measure, models
@@ -36,10 +36,8 @@ TEXT = "data/wikitext2_test.txt"
 def main(argv: list[str] | None = None) -> int:
     """Exit code."""
     def run() -> None:
-        try:
+        with named("--gguf"):
             work(arguments(argv))
-        except (Hung, ChildProcessError) as error:
-            raise ValueError(f"--gguf: {error}; start it again, or leave it out") from None
     return exit_code(run)
 
 

@@ -23,7 +23,7 @@ import folded
 import torch
 import yaml
 from common import quality
-from shrink import flags_of
+from shrink import flags_of, without
 from tqdm import tqdm
 
 from oneshot import measure, models
@@ -120,7 +120,7 @@ def one(flags: list[str], own: dict, healed: Path, dense: dict) -> dict:
     if begins:
         if not (healed / begins).is_dir():
             raise ValueError(f"--healed {healed}: holds no {begins}; scripts/bench/heal.py --work {healed} saves it")
-        [cfg] = parse([*of_model(flags, healed / begins), *words])
+        [cfg] = parse([*without(flags, "--model"), "--model", str(healed / begins), *words])
         model, tokenizer = load(cfg)
     calibration = choose.calibration(cfg, model, tokenizer)
     weights = sum(weight.size for weight in models.all_weights(model))
@@ -134,12 +134,6 @@ def one(flags: list[str], own: dict, healed: Path, dense: dict) -> dict:
             "bits": 8 * sizes["stored"] / weights, "seconds": seconds,
             "rounded_to_zero": sum(row.get("rounded_to_zero", 0) for row in result.layers),
             "warnings": result.warnings, "environment": environment.environment(cfg.device)}
-
-
-def of_model(flags: list[str], model: Path) -> list[str]:
-    """The flags with another model."""
-    i = flags.index("--model")
-    return [*flags[:i], "--model", str(model), *flags[i + 2:]]
 
 
 def prepared(model: torch.nn.Module, calibration: Tokens, first: str | None) -> dict:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import urllib.request
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,15 @@ PATIENCE = 30  # seconds for a start
 
 class Hung(Exception):
     """llama.cpp did not start or answer in time."""
+
+
+@contextlib.contextmanager
+def named(flag: str) -> Iterator[None]:
+    """Within the context, what goes wrong with llama.cpp raises ValueError naming the flag that asked for it."""
+    try:
+        yield
+    except (Hung, ChildProcessError) as error:
+        raise ValueError(f"{flag}: {error}; start it again, or leave it out") from None
 
 
 class Server:

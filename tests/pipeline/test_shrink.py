@@ -141,15 +141,7 @@ def test_killed_and_resumed_it_is_bit_identical(place, tmp_path, monkeypatch, af
     """3 blocks are walked, then 2 or 3 are pruned: killed in either, the same command ends with the same files."""
     more = {"to": 0.7, "pattern": "2:4", "method": "sparsegpt", "results": tmp_path}
     assert shrink(place, save=tmp_path / "whole", **more) == 0
-    real, calls = checkpoint.Folder.save_block, []
-
-    def save_block(folder, *args):
-        calls.append(args[0])
-        if len(calls) > after:
-            raise KeyboardInterrupt
-        return real(folder, *args)
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.Folder, "save_block", save_block)
+    with tiny.interrupted(after):
         assert shrink(place, save=tmp_path / "cut", **more) == 130
     with monkeypatch.context() as patch:
         if after > 1:

@@ -10,7 +10,7 @@ from families import tiny as family
 from rounding import LINEAR, command, the_record
 from tiny import place, plain_pages  # noqa: F401
 
-from oneshot import checkpoint, models, quantise
+from oneshot import models, quantise
 from oneshot.checkpoint import verify
 from oneshot.prune import loop
 from oneshot.prune.options import Options
@@ -32,15 +32,7 @@ def test_killed_and_resumed_it_is_bit_identical(place, tmp_path, monkeypatch, mo
     def run(name):
         return command(place, save=tmp_path / name, results=tmp_path / f"{name}.runs", **more)
     assert run("whole") == 0
-    real, calls = checkpoint.Folder.save_block, []
-
-    def save_block(folder, *args):
-        calls.append(args[0])
-        if len(calls) > after:
-            raise KeyboardInterrupt
-        return real(folder, *args)
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.Folder, "save_block", save_block)
+    with tiny.interrupted(after):
         assert run("cut") == 130
     solved, prune_block = [], loop.prune_block
     with monkeypatch.context() as patch:
