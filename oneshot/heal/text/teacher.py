@@ -1,5 +1,6 @@
 """Teacher: what the dense model says of the training text, computed beside the student or once, ahead, into a cache.
 
+    Teacher  the dense model: loaded once, when it is first asked for
     Live     the dense model, in memory: logits and hidden states of any window
     Cached   its k most likely tokens of every window in two files, mapped into memory: many students use one pass
 
@@ -11,6 +12,7 @@
 
 import contextlib
 import copy
+import functools
 import hashlib
 import inspect
 import shutil
@@ -63,6 +65,41 @@ class Live:
         """(logits (B, T, V), hidden states if `states`) for the model's own inputs."""
         out = self.model(**inputs, use_cache=False, output_hidden_states=states)
         return out.logits, out.hidden_states if states else None
+
+
+class Teacher:
+    """The dense model of one run: loaded when something first needs it, and once, until `free`.
+
+    load: gives the model. Of what nobody else holds, what `Live` does not need is freed with it.
+    """
+
+    def __init__(self, load: Callable[[], nn.Module]) -> None:
+        self._load = load
+        self._model: nn.Module | None = None
+        self._live: Live | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, as it is stored, or as `live` has changed it."""
+        if self._model is None:
+            self._model = self._load()
+        return self._model
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """That of its weights as they are stored; the first call must come before `live`."""
+        return models.fingerprint(self.model)
+
+    def live(self, device: torch.device) -> Live:
+        """The model beside the student, made once."""
+        if self._live is None:
+            self._live = Live(self.model, device)
+            self._model = self._live.model
+        return self._live
+
+    def free(self) -> None:
+        """Drop the model."""
+        self._model = self._live = None
 
 
 class Cached:
