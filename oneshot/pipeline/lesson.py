@@ -23,6 +23,7 @@ from ..models import Tokenizer
 from ..prune.job import Result
 from ..prune.loop import float32_products
 from ..runtime import distributed, sealed, together
+from ..runtime.files import writing
 from ..runtime.flag import listed
 from ..settings import RunConfig
 from .command import load
@@ -49,7 +50,7 @@ def heal_on_text(subject: Subject, result: Result, folder: checkpoint.Folder | N
             if not keeps_apart(model):
                 warnings.append("in this family, tokens see the documents before theirs in a window of training text")
             healer = heal.module(name).Heal(cfg.healing[name], cfg.seed, cfg.progress)
-            with float32_products(cfg.tf32), distributed.answered():
+            with taught(cfg, work):
                 info = healer.on_text(model, lesson)
         result.warnings += [f"--heal {name}: {w}" for w in [*warnings, *info.pop("warnings")]]
         result.heal[name] = info | {"seconds": time.perf_counter() - began}
@@ -75,8 +76,17 @@ def take_part(cfg: RunConfig, work: str, name: str) -> None:
     model, tokenizer = models.load(str(Path(work) / "start"))
     subject = Subject(model, tokenizer, cfg, {}, None, lambda: load(cfg)[0])
     lesson = replace(make_lesson(subject, Path(work), teacher_of(subject)), work=Path(work) / name)
-    with float32_products(cfg.tf32), distributed.answered():
+    with taught(cfg, Path(work)):
         heal.module(name).Heal(cfg.healing[name], cfg.seed).on_text(model, lesson)
+
+
+@contextlib.contextmanager
+def taught(cfg: RunConfig, work: Path) -> Iterator[None]:
+    """Within the context a method trains. Raises Lost where another process ends, and ValueError naming the place of a
+    checkpoint that cannot be written."""
+    place = ("--save", cfg.save) if cfg.save else ("TMPDIR", work)
+    with float32_products(cfg.tf32), distributed.answered(), writing(*place):
+        yield
 
 
 @contextlib.contextmanager

@@ -1,8 +1,7 @@
-"""`--heal full` and `lora` by command: record, checkpoint, resuming, what is refused; and from Python."""
+"""`--heal full` and `lora` by command: record, checkpoint, what is refused; and from Python."""
 
 import copy
 import importlib.util
-import shutil
 
 import pytest
 import tiny
@@ -12,10 +11,8 @@ from tiny import plain_pages  # noqa: F401
 
 import oneshot
 from oneshot import checkpoint, models
-from oneshot.heal.text import trainer
 from oneshot.pipeline import heal_command
 from oneshot.prune import loop
-from oneshot.report import page
 
 pytestmark = pytest.mark.usefixtures("plain_pages")
 
@@ -39,73 +36,6 @@ def test_the_record_says_what_was_done_and_the_checkpoint_verifies(place, heal, 
     from oneshot.checkpoint import verify
 
     assert verify.main([str(tmp_path / "out")]) == 0
-
-
-@pytest.mark.parametrize("heal", ["full", "lora"])
-def test_a_killed_run_continues_to_the_same_bits(place, heal, tmp_path, monkeypatch):
-    assert tiny.main(*argv(place, tmp_path / "whole", heal=heal)) == 0
-    real = trainer.TextTrainer.training_step
-
-    def step(self, *args, **kwargs):
-        if self.state.global_step == 5:
-            raise KeyboardInterrupt
-        return real(self, *args, **kwargs)
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.TextTrainer, "training_step", step)
-        assert tiny.main(*argv(place, tmp_path / "broken", heal=heal)) == 130
-    assert (tmp_path / "broken" / ".oneshot" / "heal").is_dir()
-    steps = []
-
-    def counting(self, *args, **kwargs):
-        steps.append(self.state.global_step)
-        return real(self, *args, **kwargs)
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.TextTrainer, "training_step", counting)
-        assert tiny.main(*argv(place, tmp_path / "broken", heal=heal)) == 0
-    assert min(steps) > 0  # it did not begin anew
-    whole, broken = (tiny.weights(tmp_path / name) for name in ("whole", "broken"))
-    assert all(torch.equal(whole[name], broken[name]) for name in whole)
-
-
-@pytest.fixture(scope="module")
-def broken(place, tmp_path_factory):
-    """(the folder of a run that was killed after two checkpoints, the weights that an uninterrupted one gives)."""
-    out = tmp_path_factory.mktemp("broken") / "out"
-    real = trainer.TextTrainer.training_step
-
-    def step(self, *args, **kwargs):
-        if self.state.global_step == 3:
-            raise KeyboardInterrupt
-        return real(self, *args, **kwargs)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page, "_pictures", lambda records: [])
-        assert tiny.main(*argv(place, out.with_name("whole"), heal_tokens="320")) == 0
-        patch.setattr(trainer.TextTrainer, "training_step", step)
-        assert tiny.main(*argv(place, out, heal_tokens="320")) == 130
-    return out, tiny.weights(out.with_name("whole"))
-
-
-@pytest.mark.parametrize("name, spoil, said", [
-    ("full/attempt-0/checkpoint-*/model.safetensors", "truncate", None),
-    ("full/attempt-0/checkpoint-*/optimizer.pt", "flip", None), ("full/attempts.json", "truncate", "are damaged"),
-    ("full/start.json", "remove", "are damaged"), ("text/train.npy", "flip", None),
-    ("text/text.json", "truncate", None)])
-def test_damaged_work_files_are_not_used(place, broken, name, spoil, said, tmp_path):
-    """Bits that changed on the disk, or a file that a power failure cut short."""
-    shutil.copytree(broken[0], tmp_path / "out")
-    files = list((tmp_path / "out" / ".oneshot" / "heal").glob(name))
-    assert files
-    for file in files:
-        content = file.read_bytes()
-        middle = len(content) // 2
-        file.write_bytes(content[:middle] + (b"" if spoil == "truncate" else b"\xff" * 8 + content[middle + 8:]))
-        if spoil == "remove":
-            file.unlink()
-    assert tiny.main(*argv(place, tmp_path / "out", heal_tokens="320")) == 0
-    found = tiny.weights(tmp_path / "out")
-    assert all(torch.equal(found[name], value) for name, value in broken[1].items())
-    warnings = checkpoint.read_manifest(tmp_path / "out")["record"]["warnings"]
-    assert [said in w for w in warnings] == [True] if said else warnings == []
 
 
 def test_the_dense_models_own_samples_are_a_text(place, tmp_path):

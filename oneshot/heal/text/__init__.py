@@ -17,7 +17,8 @@ the same bits (on the same device, with as many threads).
     WORK/attempts.json          the attempts (learning rate, first window, state they began with, looks), and the
                                 hashes of their states
     WORK/attempt-N.safetensors  the best state of an attempt, if it was the best so far
-    WORK/attempt-N/             Trainer's checkpoints, each with the hashes of its files; a damaged one is not used
+    WORK/attempt-N/             Trainer's checkpoints, each with the hashes of its files; a damaged one is not used. Two
+                                are kept, so that one is whole while the next is written
 
 The files here: losses, student (the model as Trainer sees it), teacher (the dense model's predictions), memory (how a
 step is made to fit), sharded (FSDP2), trainer (transformers' Trainer).
@@ -247,7 +248,7 @@ class Course:
             per_device_eval_batch_size=self.fit.windows, gradient_accumulation_steps=self.fit.parts, max_steps=steps,
             train_sampling_strategy="sequential",
             lr_scheduler_type="cosine", warmup_steps=max(1, round(WARM_UP * steps)), max_grad_norm=CLIP,
-            eval_strategy="steps", eval_steps=look, save_strategy="steps", save_steps=look, save_total_limit=1,
+            eval_strategy="steps", eval_steps=look, save_strategy="steps", save_steps=look, save_total_limit=2,
             load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
             logging_steps=max(1, look // 5), report_to="none", disable_tqdm=True, seed=lesson.seed,
             use_cpu=lesson.device.type == "cpu", remove_unused_columns=False, prediction_loss_only=True,
