@@ -14,14 +14,14 @@ import tiny
 import torch
 from tiny import plain_pages  # noqa: F401
 
-from oneshot import __main__, calibrate, checkpoint
+from oneshot import __main__, calibrate, checkpoint, models
 from oneshot.checkpoint import verify
 from oneshot.models import offload
 from oneshot.pipeline import api, checks, forecast, machine, run
 from oneshot.pipeline.fit import command as fit
 from oneshot.prune import linear, loop
 from oneshot.report import page
-from oneshot.runtime import distributed
+from oneshot.runtime import distributed, together
 from oneshot.settings import flags
 
 
@@ -200,8 +200,9 @@ VISIBLE = offload.visible
 
 
 def watch_disk():
-    """Raise where two blocks of a model on disk are in memory, or another process than the first writes one."""
-    become, write = offload.become, offload.save_file
+    """Raise where two blocks of a model on disk are in memory, or another process than the first writes one, or where
+    they cannot be read any more when all is saved."""
+    become, write, finish = offload.become, offload.save_file, checkpoint.Folder.finish
 
     def becoming(t, values):
         twin = become(t, values)
@@ -215,7 +216,19 @@ def watch_disk():
         if distributed.rank():
             raise RuntimeError("another process than the first writes")
         write(*args)
-    offload.become, offload.save_file = becoming, writing
+
+    def finishing(folder, model, *rest):
+        record = finish(folder, model, *rest)
+        if offload.on_disk(model):
+            together.run(read_all, model)
+        return record
+    offload.become, offload.save_file, checkpoint.Folder.finish = becoming, writing, finishing
+
+
+def read_all(model):
+    for block in models.walk(model, "cpu"):
+        if any(p.is_meta for p in block.module.parameters()):
+            raise RuntimeError("a block was not read")
 
 
 def streamed(place, folder, name):
