@@ -2,13 +2,13 @@
 smaller, so that the model computes the same and its important weights are rounded finer (AWQ, arXiv:2306.00978).
 
     site       linears that read the same input, and what computes it: a norm's weight; v_proj's rows for o_proj; up's
-               rows for down_proj
-    factor     2 to a whole power for each channel of that input, so that nothing is rounded but by the grid: a scaled
-               block's outputs are the same bits. That is tried on a batch, and a site where it does not hold (an
-               activation that is not linear, a norm that adds 1 to its weight, a router beside the experts) is left
-               as it is
-    strength   factors are the channel's root mean square to this power. Of STRENGTHS the one is taken whose rounded
-               weights, by the run's own quantiser, have the least error (W-Ŵ) G (W-Ŵ)ᵀ; 0, no scaling, is among them
+               rows for down_proj. A site is tried with powers of two, which round nothing: where the block's outputs on
+               a batch are not the same bits (an activation that is not linear, a norm that adds 1 to its weight, a
+               router beside the experts), it is left as it is
+    factor     of each channel of that input: its root mean square to the power `strength`, of median 1. A norm's weight
+               is rounded to its dtype once divided, so the columns get the factor that it then really has
+    strength   that of STRENGTHS whose rounded weights, by the run's own quantiser, have the least error
+               (W-Ŵ) G (W-Ŵ)ᵀ; 0, no scaling, is among them
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,8 +28,8 @@ from ..prune.solvers import Solution
 from ..runtime import distributed
 from .grids import Grid
 
-STRENGTHS = (0.0, 0.15, 0.3, 0.5, 0.75)
-MOST = 8  # a factor is between 2^-8 and 2^8
+STRENGTHS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
+MOST = 2.0**8  # a factor is between 1 / MOST and MOST
 
 
 @dataclass(frozen=True)
@@ -52,31 +52,35 @@ class Site:
         """Of the first reader within the block."""
         return self.readers[0].linear
 
-    def apply(self, powers: torch.Tensor) -> bool:
-        """Multiply the columns by 2^powers, int64 (channels,), and divide their source; whether the dtypes allow it.
+    def apply(self, factors: torch.Tensor) -> bool:
+        """Multiply the columns by factors (channels,), and divide their source; whether the dtypes allow it.
 
         Where they do not, nothing changes.
         """
-        up, down = torch.exp2(powers[self.channel].float()), torch.exp2(-powers.float())
-        new: list[tuple[Weight, torch.Tensor]] = [(w, w.get() * up.to(w.get())) for w in self.readers]
+        vectors = [(p, p.data.index_put((rows,), p.data[rows] / factors.to(p.data))) for p, _, rows in self.vectors]
+        if not self.producer:  # the norm's weight is the first
+            (p, stored, rows), divided = self.vectors[0], vectors[0][1]
+            there = divided[rows].to(stored).to(p.dtype)
+            factors = torch.where(there != 0, p.data[rows] / there, factors.to(p.data))
+            vectors = [(p, p.data.index_put((rows,), p.data[rows] / factors.to(p.data))) for p, _, rows in self.vectors]
+        weights = [(w, w.get() * factors[self.channel].to(w.get())) for w in self.readers]
         if self.producer:
             W = self.producer.get().clone()
-            W[self.rows] *= down.to(W).unsqueeze(1)
-            new.append((self.producer, W))
-        vectors = [(p, stored, p.data.index_put((rows,), p.data[rows] * down.to(p.data)))
-                   for p, stored, rows in self.vectors]
-        if not all(held(W, w.stored) for w, W in new) or not all(held(v, stored) for _, stored, v in vectors):
+            W[self.rows] /= factors.to(W).unsqueeze(1)
+            weights.append((self.producer, W))
+        if not all(held(W, w.stored) for w, W in weights) or not all(
+                held(new, stored) for (_, new), (_, stored, _) in zip(vectors, self.vectors, strict=True)):
             return False
-        for w, W in new:
+        for w, W in weights:
             w.set(W)
-        for p, _, v in vectors:
-            p.data.copy_(v)
+        for (p, new), (_, stored, _) in zip(vectors, self.vectors, strict=True):
+            p.data.copy_(new.to(stored))
         return True
 
 
 def held(t: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether a dtype holds these values exactly."""
-    return torch.equal(t.to(dtype).to(t.dtype), t)
+    """Whether a dtype holds these values to its rounding: none is too large, none too small for it."""
+    return bool(((t.to(dtype).to(t.dtype) - t).abs() <= torch.finfo(dtype).eps * t.abs()).all())
 
 
 @torch.no_grad()
@@ -87,11 +91,10 @@ def scale(block: Block, activations: Activations, options: Options, *, method: M
     method, cfg, grid: of the rounding that follows. Raises ValueError where a linear's input cannot be collected.
     """
     sites = same_function(block, activations, [*of_norms(block, activations), *of_producers(block)])
-    found: dict[str, dict] = {}
-    for site, statistics in with_statistics(block, activations, options, sites):
-        picked = distributed.first(best(site, statistics, method, cfg, grid) if statistics else None)
-        if picked and picked[0] and site.apply(torch.tensor(picked[2], device=activations.device)):
-            found[site.name] = {"strength": picked[0], "error": picked[1]}
+    picked = [(site, distributed.first(best(site, statistics, method, cfg, grid) if statistics else None))
+              for site, statistics in with_statistics(block, activations, options, sites)]
+    found = {site.name: {"strength": own[0], "error": own[1]} for site, own in picked
+             if own and own[0] and site.apply(own[2].to(activations.device))}
     return {"scaling": found}
 
 
@@ -170,12 +173,12 @@ def same_function(block: Block, activations: Activations, sites: Sequence[Site])
     before = calibrate.forward(block.module, activations, block.number, 0)
 
     def same(some: Sequence[Site]) -> bool:
-        powers = [(torch.arange(int(site.channel.max()) + 1, device=site.channel.device) * 7 + 1) % 3 - 1
-                  for site in some]
-        done = [(site, p) for site, p in zip(some, powers, strict=True) if site.apply(p)]
+        each = [torch.exp2((torch.arange(int(site.channel.max()) + 1, device=site.channel.device) % 3 - 1).float())
+                for site in some]
+        done = [(site, factors) for site, factors in zip(some, each, strict=True) if site.apply(factors)]
         after = calibrate.forward(block.module, activations, block.number, 0)
-        for site, p in done:
-            site.apply(-p)
+        for site, factors in done:
+            site.apply(1 / factors)
         return len(done) == len(some) and torch.equal(before, after)
     if all(distributed.gathered(same(sites))):
         return list(sites)
@@ -198,23 +201,20 @@ def with_statistics(block: Block, activations: Activations, options: Options, si
 
 
 def best(site: Site, statistics: Statistics, method: ModuleType, cfg: Any, grid: Grid
-         ) -> tuple[float, float, list[int]] | None:
-    """(strength, its error as a share of the error without scaling, powers of the channels) of the least error.
+         ) -> tuple[float, float, torch.Tensor] | None:
+    """(strength, its error as a share of the error without scaling, factors (channels,)) of the least error.
 
     None where the statistics are not usable, which the rounding itself says.
     """
-    G = statistics.G
-    sizes = G.diagonal().double().clamp_min(torch.finfo(torch.float32).tiny).log2() / 2
+    G, tried = statistics.G, []
+    sizes = G.diagonal().clamp_min(torch.finfo(G.dtype).tiny).sqrt().log()
     channels = int(site.channel.max()) + 1
-    total = sizes.new_zeros(channels).index_add(0, site.channel, sizes)
-    mean = total / torch.bincount(site.channel, minlength=channels)
-    tried: dict[tuple[int, ...], tuple[float, float]] = {}  # {powers: (error, strength)}
+    mean = sizes.new_zeros(channels).index_add(0, site.channel, sizes) / torch.bincount(site.channel,
+                                                                                       minlength=channels)
     for strength in STRENGTHS if statistics.finite() else ():
-        powers = (strength * (mean - mean.median())).round().clamp(-MOST, MOST).long()
-        if (key := tuple(powers.tolist())) in tried:
-            continue
-        by = torch.exp2(powers[site.channel].float())
-        inputs, error = statistics.divided(by) if strength else statistics, 0.0
+        factors = (strength * (mean - mean.median())).exp().clamp(1 / MOST, MOST)
+        by, error = factors[site.channel], 0.0
+        inputs = statistics.divided(by) if strength else statistics
         try:
             for weight in site.readers:
                 W = weight.get() * by.to(weight.get())
@@ -223,9 +223,8 @@ def best(site: Site, statistics: Statistics, method: ModuleType, cfg: Any, grid:
                 error += ((lost @ G.to(W)) * lost).sum().item()
         except NumericalError:
             continue
-        tried[key] = error, strength
+        tried.append((error, strength, factors))
     if not tried:
         return None
-    powers, (error, strength) = min(tried.items(), key=lambda item: item[1])
-    plain = next(iter(tried.values()))[0]
-    return strength, error / plain if plain else 1.0, list(powers)
+    error, strength, factors = min(tried, key=lambda one: one[:2])
+    return strength, error / tried[0][0] if tried[0][0] else 1.0, factors.cpu()
