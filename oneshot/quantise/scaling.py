@@ -52,35 +52,41 @@ class Site:
         """Of the first reader within the block."""
         return self.readers[0].linear
 
-    def apply(self, factors: torch.Tensor) -> bool:
-        """Multiply the columns by factors (channels,), and divide their source; whether the dtypes allow it.
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All that scaling changes."""
+        weights = [*self.readers, *([self.producer] if self.producer else [])]
+        return [*(w.parameter for w in weights), *(p for p, _, _ in self.vectors)]
 
-        Where they do not, nothing changes.
+    def apply(self, factors: torch.Tensor, rounds: bool = True) -> bool:
+        """Multiply the columns by factors (channels,), and divide their source; whether the stored dtypes hold that.
+
+        Where they do not, nothing changes. rounds: to the stored dtypes; otherwise all is as the block computes.
         """
-        vectors = [(p, p.data.index_put((rows,), p.data[rows] / factors.to(p.data))) for p, _, rows in self.vectors]
-        if not self.producer:  # the norm's weight is the first
-            (p, stored, rows), divided = self.vectors[0], vectors[0][1]
-            there = divided[rows].to(stored).to(p.dtype)
+        if rounds and not self.producer:  # the norm's weight is the first
+            p, stored, rows = self.vectors[0]
+            there = (p.data[rows] / factors.to(p.data)).to(stored).to(p.dtype)
             factors = torch.where(there != 0, p.data[rows] / there, factors.to(p.data))
-            vectors = [(p, p.data.index_put((rows,), p.data[rows] / factors.to(p.data))) for p, _, rows in self.vectors]
+        vectors = [p.data.index_put((rows,), p.data[rows] / factors.to(p.data)) for p, _, rows in self.vectors]
         weights = [(w, w.get() * factors[self.channel].to(w.get())) for w in self.readers]
         if self.producer:
             W = self.producer.get().clone()
             W[self.rows] /= factors.to(W).unsqueeze(1)
             weights.append((self.producer, W))
-        if not all(held(W, w.stored) for w, W in weights) or not all(
-                held(new, stored) for (_, new), (_, stored, _) in zip(vectors, self.vectors, strict=True)):
+        if rounds and not (all(held(W, w.stored) for w, W in weights) and all(
+                held(new, stored) for new, (_, stored, _) in zip(vectors, self.vectors, strict=True))):
             return False
         for w, W in weights:
-            w.set(W)
-        for (p, new), (_, stored, _) in zip(vectors, self.vectors, strict=True):
-            p.data.copy_(new.to(stored))
+            w.set(W, rounds)
+        for new, (p, stored, _) in zip(vectors, self.vectors, strict=True):
+            p.data.copy_(new.to(stored) if rounds else new)
         return True
 
 
 def held(t: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether a dtype holds these values to its rounding: none is too large, none too small for it."""
-    return bool(((t.to(dtype).to(t.dtype) - t).abs() <= torch.finfo(dtype).eps * t.abs()).all())
+    """Whether a dtype holds these values to its rounding; those far below the root mean square may lose bits."""
+    least = t.square().mean().sqrt()
+    return bool(((t.to(dtype).to(t.dtype) - t).abs() <= torch.finfo(dtype).eps * t.abs().clamp_min(least)).all())
 
 
 @torch.no_grad()
@@ -173,13 +179,14 @@ def same_function(block: Block, activations: Activations, sites: Sequence[Site])
     before = calibrate.forward(block.module, activations, block.number, 0)
 
     def same(some: Sequence[Site]) -> bool:
-        each = [torch.exp2((torch.arange(int(site.channel.max()) + 1, device=site.channel.device) % 3 - 1).float())
-                for site in some]
-        done = [(site, factors) for site, factors in zip(some, each, strict=True) if site.apply(factors)]
+        kept = {p: p.data.clone() for site in some for p in site.parameters}
+        for site in some:
+            channels = torch.arange(int(site.channel.max()) + 1, device=site.channel.device)
+            site.apply(torch.exp2((channels % 3 - 1).float()), rounds=False)
         after = calibrate.forward(block.module, activations, block.number, 0)
-        for site, factors in done:
-            site.apply(1 / factors)
-        return len(done) == len(some) and torch.equal(before, after)
+        for p, values in kept.items():
+            p.data.copy_(values)
+        return torch.equal(before, after)
     if all(distributed.gathered(same(sites))):
         return list(sites)
     verdicts = distributed.gathered([same([site]) for site in sites])

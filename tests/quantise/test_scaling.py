@@ -94,6 +94,8 @@ def test_values_that_a_dtype_cannot_hold_are_not_scaled():
     assert not site.apply(torch.full((32,), 0.5)) and torch.equal(block.weights[0].get(), before)
     assert site.apply(torch.full((32,), 2.0)) and torch.equal(block.weights[0].get(), 2 * before)
     assert torch.equal(norm, torch.full((32,), 30000.0))
+    block.weights[0].parameter.data[0, 0] = 1e-7  # where float16 has one bit left
+    assert site.apply(torch.full((32,), 1.7))
 
 
 @pytest.mark.parametrize("method", [rtn, gptq])
