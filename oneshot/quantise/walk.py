@@ -21,14 +21,19 @@ from ..prune.linear import Solved
 from ..prune.options import Options
 from ..prune.patterns import Dense, Pattern
 from ..prune.solvers import Solution
-from . import rtn
+from . import rtn, scaling
 from .grids import Grid
 
 
-def rounding(plan: dict[str, Pattern], options: Options, method: ModuleType, cfg: Any, grid: Grid) -> Job:
-    """The job of rounding a pruned model by a quantiser. plan: {full linear name: the Pattern it has}."""
-    return Job(plan, [(method, cfg)], replace(options, dense_target=0.0),
-               solve=functools.partial(solve, method=method, cfg=cfg, grid=grid))
+def rounding(plan: dict[str, Pattern], options: Options, method: ModuleType, cfg: Any, grid: Grid,
+             scales: bool = False) -> Job:
+    """The job of rounding a pruned model by a quantiser. plan: {full linear name: the Pattern it has}.
+
+    scales: whether columns are scaled first (scaling.py).
+    """
+    own = {"method": method, "cfg": cfg, "grid": grid}
+    return Job(plan, [(method, cfg)], replace(options, dense_target=0.0), solve=functools.partial(solve, **own),
+               prepare=functools.partial(scaling.scale, **own) if scales else None)
 
 
 def together(job: Job, method: ModuleType, cfg: Any, grid: Grid) -> Job:
