@@ -42,7 +42,7 @@ def heal_on_text(subject: Subject, result: Result, folder: checkpoint.Folder | N
     cfg, model, dense = subject.cfg, subject.model, subject.teacher or teacher_of(subject)
     for name in cfg.text_heals:
         began = time.perf_counter()
-        with working(folder) as work:
+        with working(folder) as work, writing(*place(cfg, work)):
             warnings = same_start(cfg, model, work / name)
             lesson = replace(make_lesson(subject, work, dense), work=work / name)
             share(subject, work, name)
@@ -50,7 +50,7 @@ def heal_on_text(subject: Subject, result: Result, folder: checkpoint.Folder | N
             if not keeps_apart(model):
                 warnings.append("in this family, tokens see the documents before theirs in a window of training text")
             healer = heal.module(name).Heal(cfg.healing[name], cfg.seed, cfg.progress)
-            with taught(cfg, work):
+            with float32_products(cfg.tf32), distributed.answered():
                 info = healer.on_text(model, lesson)
         result.warnings += [f"--heal {name}: {w}" for w in [*warnings, *info.pop("warnings")]]
         result.heal[name] = info | {"seconds": time.perf_counter() - began}
@@ -75,18 +75,15 @@ def take_part(cfg: RunConfig, work: str, name: str) -> None:
     cfg = cfg.here
     model, tokenizer = models.load(str(Path(work) / "start"))
     subject = Subject(model, tokenizer, cfg, {}, None, lambda: load(cfg)[0])
-    lesson = replace(make_lesson(subject, Path(work), teacher_of(subject)), work=Path(work) / name)
-    with taught(cfg, Path(work)):
-        heal.module(name).Heal(cfg.healing[name], cfg.seed).on_text(model, lesson)
+    with writing(*place(cfg, work)):
+        lesson = replace(make_lesson(subject, Path(work), teacher_of(subject)), work=Path(work) / name)
+        with float32_products(cfg.tf32), distributed.answered():
+            heal.module(name).Heal(cfg.healing[name], cfg.seed).on_text(model, lesson)
 
 
-@contextlib.contextmanager
-def taught(cfg: RunConfig, work: Path) -> Iterator[None]:
-    """Within the context a method trains. Raises Lost where another process ends, and ValueError naming the place of a
-    checkpoint that cannot be written."""
-    place = ("--save", cfg.save) if cfg.save else ("TMPDIR", work)
-    with float32_products(cfg.tf32), distributed.answered(), writing(*place):
-        yield
+def place(cfg: RunConfig, work: str | Path) -> tuple[str, str | Path]:
+    """(the flag, or else the variable, that says where checkpoints are written, its value). work: that place."""
+    return ("--save", cfg.save) if cfg.save else ("TMPDIR", work)
 
 
 @contextlib.contextmanager

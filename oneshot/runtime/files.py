@@ -14,6 +14,7 @@ from .lock import Unsupported, try_lock
 
 PART = re.compile(r"\.(.+\.(json|html)|[0-9a-f]{32})\.(?P<pid>\d+)\.part")  # what a kill leaves of `write_text`
 HOUR = 3600
+TORCH_SAVE = ("PytorchStreamWriter", "unexpected pos ", "iostream error")  # what torch.save says on a full disk
 
 
 def write_text(text: str, path: str | Path) -> None:
@@ -106,7 +107,7 @@ def unwritable(error: Exception) -> bool:
     An OSError without a number is one of this program's own, and says all by itself.
     """
     return (isinstance(error, OSError) and error.errno is not None) or type(error).__name__ == "SafetensorError" or (
-        isinstance(error, RuntimeError) and "inline_container.cc" in str(error))  # of torch.save
+        isinstance(error, RuntimeError) and any(text in str(error) for text in TORCH_SAVE))
 
 
 def sync(path: str | Path) -> None:
