@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("plain_pages")
 
 @pytest.mark.parametrize("heal", ["full", "lora"])
 def test_a_killed_run_continues_to_the_same_bits(place, heal, tmp_path, monkeypatch):  # noqa: F811
-    assert tiny.main(*argv(place, tmp_path / "whole", heal=heal)) == 0
+    assert tiny.main(*argv(place, tmp_path / "whole", heal=heal, heal_tokens="320")) == 0
     real = trainer.TextTrainer.training_step
 
     def step(self, *args, **kwargs):
@@ -28,7 +28,7 @@ def test_a_killed_run_continues_to_the_same_bits(place, heal, tmp_path, monkeypa
         return real(self, *args, **kwargs)
     with monkeypatch.context() as patch:
         patch.setattr(trainer.TextTrainer, "training_step", step)
-        assert tiny.main(*argv(place, tmp_path / "broken", heal=heal)) == 130
+        assert tiny.main(*argv(place, tmp_path / "broken", heal=heal, heal_tokens="320")) == 130
     assert (tmp_path / "broken" / ".oneshot" / "heal").is_dir()
     steps = []
 
@@ -37,7 +37,7 @@ def test_a_killed_run_continues_to_the_same_bits(place, heal, tmp_path, monkeypa
         return real(self, *args, **kwargs)
     with monkeypatch.context() as patch:
         patch.setattr(trainer.TextTrainer, "training_step", counting)
-        assert tiny.main(*argv(place, tmp_path / "broken", heal=heal)) == 0
+        assert tiny.main(*argv(place, tmp_path / "broken", heal=heal, heal_tokens="320")) == 0
     assert min(steps) > 0  # it did not begin anew
     whole, broken = (tiny.weights(tmp_path / name) for name in ("whole", "broken"))
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
