@@ -2,6 +2,7 @@
 
 import resource
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -13,6 +14,7 @@ from oneshot import checkpoint
 from oneshot.heal import text
 from oneshot.heal.text import trainer
 from oneshot.report import page
+from oneshot.runtime import sealed
 
 pytestmark = pytest.mark.usefixtures("plain_pages")
 
@@ -160,3 +162,16 @@ def test_an_attempt_whose_steps_are_done_is_not_trained_further(place, tmp_path,
     assert tiny.main(*given[1]) == 0 and not steps
     told = [checkpoint.read_manifest(tmp_path / name)["record"]["heal"]["full"] for name in ("whole", "broken")]
     assert told[0]["attempts"] == told[1]["attempts"] and told[0]["attempts"][0]["steps"] == 10
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "rng_state_1.pth", "shard-1.pt"])
+def test_a_checkpoint_is_whole_only_with_what_all_processes_wrote(name, tmp_path):
+    files = [tmp_path / "checkpoint-3" / name for name in ("model.safetensors", "rng_state_1.pth", "shard-1.pt")]
+    files[0].parent.mkdir()
+    for file in files:
+        file.write_bytes(b"as written")
+    state = SimpleNamespace(global_step=3, is_world_process_zero=True, best_model_checkpoint=None)
+    trainer.Seals().on_save(SimpleNamespace(output_dir=str(tmp_path)), state, None)
+    assert sealed.kept(tmp_path / "checkpoint-3" / text.SEAL)
+    (tmp_path / "checkpoint-3" / name).write_bytes(b"changed")
+    assert not sealed.kept(tmp_path / "checkpoint-3" / text.SEAL)

@@ -96,10 +96,9 @@ class Looks(TrainerCallback):
 
 
 class Seals(TrainerCallback):
-    """Adds to each checkpoint the hashes of its files, last of all; other processes' random states are not among them.
+    """Adds to each checkpoint the hashes of its files, when all processes have written theirs.
 
-    That is when all processes have written theirs. Only then removes the earlier ones, but for the best: Trainer would
-    remove them before this one is whole.
+    Only then removes the earlier ones, but for the best: Trainer would remove them before this one is whole.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -112,8 +111,8 @@ class Seals(TrainerCallback):
         distributed.wait()
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero:
-            names = sorted(f.name for f in folder.iterdir() if f.is_file() and not f.match("rng_state_[1-9]*"))
-            sealed.keep({"step": state.global_step}, folder / SEAL, [name for name in names if name != SEAL])
+            names = sorted(f.name for f in folder.iterdir() if f.is_file() and f.name != SEAL)
+            sealed.keep({"step": state.global_step}, folder / SEAL, names)
             keep = {folder.name, Path(state.best_model_checkpoint or folder).name}
             for other in folder.parent.glob("checkpoint-*"):
                 if other.name not in keep:
