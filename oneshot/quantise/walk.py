@@ -3,7 +3,7 @@
 Each block is rounded on the outputs of the already rounded blocks before it, with statistics of their own: those of
 the model as pruning and healing have left it. A weight that is zero stays zero, also where the plan says dense: it may
 have been pruned before. What the loop proves of a pruned weight it proves of a rounded one: its pattern, on what is
-stored.
+stored. A linear without a grid is left as it is.
 """
 
 import functools
@@ -22,28 +22,33 @@ from ..prune.options import Options
 from ..prune.patterns import Dense, Pattern
 from ..prune.solvers import Solution
 from . import rtn
-from .grids import Grid
+from .mixed import Grids
 
 
-def rounding(plan: dict[str, Pattern], options: Options, method: ModuleType, cfg: Any, grid: Grid) -> Job:
-    """The job of rounding a pruned model by a quantiser. plan: {full linear name: the Pattern it has}."""
-    return Job(plan, [(method, cfg)], replace(options, dense_target=0.0),
-               solve=functools.partial(solve, method=method, cfg=cfg, grid=grid))
+def rounding(plan: dict[str, Pattern], options: Options, method: ModuleType, cfg: Any, grids: Grids) -> Job:
+    """The job of rounding a pruned model by a quantiser. plan: {full linear name: the Pattern it has}.
+
+    It goes over the linears that have a grid.
+    """
+    return Job({name: pattern for name, pattern in plan.items() if grids.of(name)}, [(method, cfg)],
+               replace(options, dense_target=0.0), solve=functools.partial(solve, method=method, cfg=cfg, grids=grids))
 
 
-def together(job: Job, method: ModuleType, cfg: Any, grid: Grid) -> Job:
+def together(job: Job, method: ModuleType, cfg: Any, grids: Grids) -> Job:
     """The job of pruning and rounding in one pass, by a quantiser that does both."""
-    return replace(job, solve=functools.partial(solve, method=method, cfg=cfg, grid=grid, solver=job.chain[0][1]))
+    return replace(job, solve=functools.partial(solve, method=method, cfg=cfg, grids=grids, solver=job.chain[0][1]))
 
 
-def solve(job: Job, weight: Weight, statistics: Statistics | None, *, method: ModuleType, cfg: Any, grid: Grid,
+def solve(job: Job, weight: Weight, statistics: Statistics | None, *, method: ModuleType, cfg: Any, grids: Grids,
           solver: Any = None) -> Solved:
-    """Compute one linear's rounded weight, as `linear.solve` does a pruned one.
+    """Compute one linear's rounded weight, as `linear.solve` does a pruned one; that does it where there is no grid.
 
     solver: the Config of the solver that chooses the mask, unless the mask is what is not zero.
 
     Raises ValueError naming the linear when its weight or statistics cannot be used, or fit no scales.
     """
+    if (grid := grids.of(weight.name)) is None:
+        return linear.solve(job, weight, statistics)
     W, pattern, began = weight.get(), job.plan.get(weight.name, Dense()), time.perf_counter()
     linear.require_usable(weight.name, W, statistics)
     notes, kept = [], W != 0
