@@ -18,7 +18,7 @@ from ..settings.known import tells_apart
 from . import accuracy
 
 NESTED = tuple(PARTS)  # settings that hold parts' settings: {part: {name: value}}
-GRID = re.compile(r"(?:int|q)(\d+)(?::\w+|_0)?")  # quantise/grids.py
+GRID = re.compile(r"(?:none\+)?(?:int|q)(\d+)(?::\w+|_0)?(?:\+[\w:]+)*")  # quantise/grids.py, several as in `grid_of`
 OFF = (None, False, 0.0, "none", "uniform")  # values by which a setting is switched off
 
 
@@ -142,8 +142,9 @@ def is_pruned(record: dict) -> bool:
 
 
 def grid_of(record: dict) -> str:
-    """What `--quantise` rounded to, "" where it did not."""
-    return str((record.get("settings") or {}).get("quantise") or "")
+    """What `--quantise` rounded to: "int4:64", or each grid where linears differ: "int4:64+int8:row"; "" without it."""
+    entries = str((record.get("settings") or {}).get("quantise") or "").split(",")
+    return "+".join(dict.fromkeys(filter(None, (entry.rpartition("=")[2].strip() for entry in entries))))
 
 
 def left_of(record: dict) -> str:
