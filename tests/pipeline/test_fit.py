@@ -91,7 +91,7 @@ def test_several_targets_are_all_met_and_integers_serve_the_bytes(tmp_path, monk
     assert world.go(tmp_path, "--target", "bytes=0.5x,parameters=0.75", "--step", "100%", "--floor",
                     "text/ppl<=2x") == 0
     [now] = rounds_of(tmp_path)
-    assert now["plan"]["drop"] == [0, 1] and now["plan"]["grid"] == "int8"
+    assert now["plan"]["drop"] == [0, 1] and now["plan"]["grids"]
     assert world.runs == [("model", "round-1-cut", 0.75), ("round-1-cut", "round-1", 0.75)]
     assert now["shares"]["bytes"] == 0.75 / 4 and capsys.readouterr().out.startswith("round ")
 
