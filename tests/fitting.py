@@ -65,7 +65,7 @@ class World:
             found.widths += [(kept.kept, 5.0)] if kept else []
         for grid, loss in (("int8", 0.001), ("int4", 0.5)):
             if grid in allow and set(limits) & {"bytes"}:
-                found.grids[grid] = {b: loss / n for b in range(n)}
+                found.grids[grid] = dict.fromkeys(range(n), loss / n)
         return found
 
     def whole(self, model, plan):

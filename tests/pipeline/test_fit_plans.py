@@ -124,7 +124,7 @@ def test_plans_that_are_close_are_measured_as_a_whole(monkeypatch):
     model = llama()
     costs = Costs(model)
     found = Candidates([((), 0.0), ((2,), 0.3)], [((), 0.0), (((HEADS, 1),), 9.0)], [((), 0.0), (((NEURONS, 8),), 0.5)],
-                       {}, {"int8": {b: 0.025 for b in range(4)}})
+                       {}, {"int8": dict.fromkeys(range(4), 0.025)})
     limits = {"parameters": 0.76 * costs.of(Plan())["parameters"]}
     close = plans.alternatives(costs, found, Plan(), limits)
     assert close == [(Plan(drop=(2,)), 0.3), (Plan(widths=((NEURONS, 8),)), 0.5)]

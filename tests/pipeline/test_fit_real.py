@@ -59,7 +59,7 @@ def test_every_form_in_one_run_healed_and_repeated_for_nothing(place, tmp_path, 
     assert command.main(asked) == 0, capfd.readouterr().err
     first = capfd.readouterr()
     [now, final] = fitted(out)["rounds"]
-    assert now["plan"]["sparse"] and now["plan"]["grid"] == "int4" and now["kept"]
+    assert now["plan"]["sparse"] and {key for _, key in now["plan"]["grids"]} == {"int4"} and now["kept"]
     assert now["shares"]["parameters"] <= 0.8 and now["shares"]["bytes"] <= 0.088 and final["name"] == "final"
     assert len(now["candidates"]["sparse"]) == tiny.BLOCKS and now["candidates"]["drops"][1:]
     folder = Path(first.out.rstrip().rpartition("result: ")[2])
@@ -78,6 +78,27 @@ def test_every_form_in_one_run_healed_and_repeated_for_nothing(place, tmp_path, 
     assert again.err.count("finished earlier, stored result") == 7  # cut, sparse, int4; heal, int4; two plain ones
     for row, same in zip(fitted(out)["rounds"], [now, final], strict=True):
         assert row == same
+
+
+def test_blocks_of_different_forms_are_one_checkpoint(place, tmp_path, capfd):
+    """Between int8 and int4 for all: one of three blocks stays in int8, and the kernels of both load."""
+    out = tmp_path / "out"
+    assert command.main(words(place, out, "--target", "bytes=0.2", "--step", "100%", "--allow", "int8,int4",
+                              "--device", "cpu")) == 0, capfd.readouterr().err
+    [now] = fitted(out)["rounds"]
+    grids = {b: {"int8": "int8:row", "int4": "int4:64"}[key] for b, key in now["plan"]["grids"]}
+    assert sorted(grids.values()) == ["int4:64", "int4:64", "int8:row"] and now["shares"]["bytes"] <= 0.2
+    data = checkpoint.read_manifest(out / "round-1")
+    assert all(row["grid"] == grids[row["block"]] for row in data["record"]["layers"])
+    assert now["foretold"]["bytes"] == pytest.approx(now["shares"]["bytes"])
+    assert len(now["candidates"]["grids"]["int8"]) == len(now["candidates"]["grids"]["int4"]) == tiny.BLOCKS
+    from oneshot.checkpoint import verify
+
+    assert verify.main([str(out / "round-1"), "--quiet"]) == 0
+    runs, held = forms.load(out / "round-1"), AutoModelForCausalLM.from_pretrained(out / "round-1").eval()
+    ids = (torch.arange(32) % 28 + 3).view(2, 16)
+    with torch.no_grad():
+        assert (runs(ids).logits - held(ids).logits).norm() <= 0.05 * held(ids).logits.norm()
 
 
 @pytest.fixture(scope="module")

@@ -71,8 +71,8 @@ class Ledger:
             asked, rounds = data["asked"], [Round(**row) for row in data["rounds"]]
             self.ending = dict(data["ending"])
         except OldError:
-            raise ValueError(f"--save {self.folder}: its fit.json is of another version of oneshot, which planned other "
-                             "rounds; choose another folder") from None
+            raise ValueError(f"--save {self.folder}: its fit.json is of another version of oneshot, whose plans this "
+                             "one cannot continue; choose another folder") from None
         except (AttributeError, ValueError, LookupError, TypeError):
             raise ValueError(f"--save {self.folder}: its fit.json is damaged; remove it: rounds that are finished are "
                              "planned and timed again, and made again only where their plan differs") from None
@@ -88,6 +88,7 @@ class Ledger:
         """Write the file, with a round that is not finished behind the others."""
         rounds = self.rounds + ([now] if now else [])
         later = self.known[len(rounds):]  # a command that is killed again does not forget them
-        data = {"schema": SCHEMA, "asked": self.asked, "rounds": [asdict(r) for r in [*rounds, *later]], "ending": self.ending}
+        data = {"schema": SCHEMA, "asked": self.asked, "rounds": [asdict(r) for r in [*rounds, *later]],
+                "ending": self.ending}
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(json.dumps(data, indent=1) + "\n", self.file)

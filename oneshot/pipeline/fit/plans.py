@@ -63,7 +63,7 @@ class Plan:
         parts = [f"without block{'s' * (len(self.drop) > 1)} {gone}"] * bool(gone)
         parts += [f"{left} {kind} in each" for kind, left in (*self.heads, *self.widths)]
         own = {forms.SPARSE: len(self.sparse)} | {key: sum(k == key for _, k in self.grids) for key in forms.GRIDS}
-        parts += [f"{count} block{'s' * (count > 1)} {form}" for form, count in own.items() if count]
+        parts += [f"{form} in {count} block{'s' * (count > 1)}" for form, count in own.items() if count]
         return ", ".join(parts) or "as it is"
 
 
