@@ -77,8 +77,7 @@ def front(costs: np.ndarray, losses: np.ndarray, limit: np.ndarray) -> np.ndarra
 
 
 def stairs(costs: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """`unbeaten` of two costs, faster: of those before only the cheapest matter, a stair that falls from left to right.
-    """
+    """`unbeaten` of two costs, faster: of the rows before only a stair matters, that falls as the first cost rises."""
     kept: list[int] = []
     left: list[float] = []  # the first costs of the stair, rising, and what the second are there
     low: list[float] = []
@@ -87,11 +86,10 @@ def stairs(costs: np.ndarray, order: np.ndarray) -> np.ndarray:
         if at and low[at - 1] <= y:
             continue
         kept.append(i)
-        first = at - (at > 0 and left[at - 1] == x)
-        end = first
+        end = at
         while end < len(left) and low[end] >= y:
             end += 1
-        left[first:end], low[first:end] = [x], [y]
+        left[at:end], low[at:end] = [x], [y]
     return np.array(kept, dtype=int)
 
 
