@@ -6,15 +6,17 @@
     int4       integers, a scale for each 64 columns of a row: the same
     2:4 int8   both, and 2:4 int4
 
-A form without a kernel on a device takes fewer bytes there, but no less time.
+A form without a kernel on a device takes fewer bytes there, but no less time. Times are those of `decoding`: single
+tokens are computed as `oneshot generate` computes them.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from oneshot_kernels import Sparse24Linear, is_24
+from oneshot_kernels import Sparse24Linear, fast_decode, is_24
 from oneshot_kernels.cpu import integers
 from oneshot_kernels.cpu import linear as tiles
 from torch import nn
@@ -26,6 +28,7 @@ from ..quantise import grids
 
 SPARSE = "2:4"
 GRIDS = {"int8": "int8:row", "int4": "int4:64"}  # {what --allow calls it: the grid, which a compiled kernel knows}
+ONE_CALL = "one compiled call"
 FORMS = (SPARSE, *GRIDS, *(f"{SPARSE} {grid}" for grid in GRIDS))
 
 
@@ -69,6 +72,19 @@ def load(folder: str | Path, dtype: str = "auto", device: str = "cpu", **options
     usable = {name: form if form in known else SPARSE for name, form in in_record(record).items()
               if form in known or (form.startswith(SPARSE) and SPARSE in known)}
     return with_kernels(model, usable, rounded.read(Path(folder)) if dtype == "auto" else None)
+
+
+def decoding(model: nn.Module, device: str | torch.device) -> tuple[nn.Module, str]:
+    """(a model that shares all tensors with this one and decodes as fast as it can here, what computes a token).
+
+    On a CPU a token is one compiled call for the families that `fast_decode` knows, dense ones too; else transformers'
+    own, which the text says with the reason. Of other batches and of prompts nothing changes. The model itself neither.
+    """
+    if torch.device(device).type != "cpu" or not runnable(device):
+        return model, "transformers"
+    made = copy.copy(model)
+    why = fast_decode(made)
+    return (model, f"transformers ({why})") if why else (made, ONE_CALL)
 
 
 def in_record(record: dict) -> dict[str, str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from oneshot_kernels import decoder_of
 from tiny import plain_pages  # noqa: F401
 from transformers import AutoModelForCausalLM
 
@@ -201,6 +202,25 @@ def test_kernels_compute_what_the_stored_weights_say(form, place, tmp_path):
     assert (found - want).norm() <= (0.05 if grid else 1e-4) * want.norm()
     kinds = {type(m).__name__ for m in runs.model.layers.modules()} & {"IntegerLinear", "Sparse24Linear", "Linear"}
     assert kinds == {"IntegerLinear" if grid else "Sparse24Linear"}
+
+
+@pytest.mark.skipif(not forms.runnable("cpu"), reason="no C++ compiler")
+def test_rounds_are_timed_as_they_decode(place, tmp_path, monkeypatch):
+    """The result and the dense model, each by one compiled call; integers in the result alone."""
+    assert tiny.main(*tiny.flags(place, "--no-dense", method="dense", quantise="int8:row", save=tmp_path / "out")) == 0
+    seen, real = [], latency.one
+
+    def one(model, kind, device):
+        before = decoder_of(model).tokens
+        seconds = real(model, kind, device)
+        layers = sum(type(m).__name__ == "IntegerLinear" for m in model.modules())
+        seen.append((decoder_of(model).tokens - before, layers))
+        return seconds
+    monkeypatch.setattr(latency, "one", one)
+    own = steps.Steps((*words(place, tmp_path / "fit")[4:], "--device", "cpu"), str(place / "model"),
+                      "model.layers", "obs", (), tmp_path / "fit")
+    assert steps.time_share(own.dense, str(tmp_path / "out")) > 0
+    assert sorted(set(seen)) == [(latency.STEPS, 0), (latency.STEPS, 7 * tiny.BLOCKS)] and len(seen) == 4
 
 
 @pytest.mark.parametrize("dtype, want", [("auto", torch.float32), ("bfloat16", torch.bfloat16)])

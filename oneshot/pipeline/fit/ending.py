@@ -158,6 +158,7 @@ def notes(fit: Fit) -> list[str]:
         found += [f"no kernel for {', '.join(lacking)} in the device's table: no time is gained by them, bytes only"
                   ] * bool(lacking)
         found += [] if fit.table is None else device_table.warnings(fit.table)
+        found += [f"latency: a token by {own}" for own in [(fit.table or {}).get("decoding")] if own]
         found += ["times are foretold by the table of --device, not measured"] * (fit.asked.table is not None)
     unsure = [own.metric for own, row in zip(fit.asked.floors, last_floors(fit), strict=False) if row["worst"] is None]
     found += [f"floors judged by the value alone, without a standard error: {', '.join(unsure)}"] * bool(unsure)

@@ -209,9 +209,12 @@ def shares(record: dict, dense: dict) -> dict[str, float]:
 def time_share(cfg: RunConfig, folder: str) -> float:
     """The time of decoding a token with the forms' kernels, as a share of the dense model's; both take turns.
 
-    cfg: the dense model's run. Both compute in its --dtype, by default the one that is stored.
+    What is timed: one token behind a prompt of 64, batch 1, the median of latency.STEPS of them, each model as fast as
+    it decodes here (`forms.decoding`): on a CPU by one compiled call, the dense one too, as in `oneshot generate
+    --compare`. cfg: the dense model's run. Both compute in its --dtype, by default the one that is stored.
     """
     named = {"model": loaded(cfg, folder), "dense": load(cfg, cfg.model)[0].to(cfg.device)}
+    named = {name: forms.decoding(model, cfg.device)[0] for name, model in named.items()}
     times: dict[str, list[float]] = {name: [] for name in named}
     for number in range(latency.ROUNDS + 1):
         for name, model in named.items():
