@@ -154,6 +154,13 @@ class Statistics:
         own.outer = self.G[order][:, order]
         return own
 
+    def divided(self, by: torch.Tensor) -> "Statistics":
+        """The Gram matrix alone, of the inputs divided by `by` (C,)."""
+        own = Statistics(self.C, (), dtype=self.dtype)
+        own.needs, own.n, own._outer_is_mean = frozenset({"outer"}), self.n, True
+        own.outer = self.G / by.unsqueeze(1) / by
+        return own
+
     def derived(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """`make()`, cached under `key` until the next update, so that linears with the same input share the result."""
         if key not in self._derived:

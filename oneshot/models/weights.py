@@ -75,11 +75,11 @@ class Weight:
         w = self._slice()
         return w if w.dtype == torch.float64 else w.float()
 
-    def set(self, W: torch.Tensor) -> None:
-        """Write W (R, C) into the model, rounded to the stored dtype; negative zeros become +0.0."""
+    def set(self, W: torch.Tensor, rounds: bool = True) -> None:
+        """Write W (R, C) into the model; negative zeros become +0.0. rounds: to the stored dtype first."""
         if self.fetch:
             self.fetch(True)
-        self._slice().copy_(W.to(self.stored).add_(0.0))
+        self._slice().copy_(W.to(self.stored).add_(0.0) if rounds else W + 0.0)
 
 
 def weights_of(block: nn.Module, name: str = "") -> tuple[list[Weight], list[tuple[str, str]]]:

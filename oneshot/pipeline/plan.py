@@ -40,7 +40,7 @@ def needs_data(cfg: RunConfig) -> bool:
     if not cfg.prunes:
         return False
     looks = cfg.layer_errors or cfg.window_heals or cfg.dense_target or cfg.shrinks
-    looks = looks or (cfg.quantise is not None and quantise.module(cfg.quantiser).needs)
+    looks = looks or (cfg.quantise is not None and (cfg.scale_columns or quantise.module(cfg.quantiser).needs))
     needs = (allocate.module(cfg.allocate).needs, *(module.needs for module, _ in chain_of(cfg)))
     return bool(looks or any(needs))
 

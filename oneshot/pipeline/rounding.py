@@ -25,6 +25,8 @@ def joint(cfg: RunConfig) -> bool:
 
 def check(cfg: RunConfig) -> None:
     """Reject settings that do not go with `--quantise`. Raises ValueError naming the flag."""
+    if cfg.scale_columns and (cfg.quantise is None or joint(cfg)):
+        raise ValueError("--scale-columns: scales before rounding; give --quantise, with --quantiser gptq or rtn")
     if cfg.quantise is None:
         return
     if cfg.shared_inputs:
@@ -74,11 +76,15 @@ def round_model(cfg: RunConfig, model: nn.Module, plan: Plan, calibration: Token
     if cfg.quantise is None:
         return
     if not joint(cfg):
-        job = walk.rounding(plan, cfg, quantise.module(cfg.quantiser), cfg.rounding[cfg.quantiser], cfg.grids)
+        job = walk.rounding(plan, cfg, quantise.module(cfg.quantiser), cfg.rounding[cfg.quantiser], cfg.grids,
+                            cfg.scale_columns)
         ids, mask = (calibration.ids, calibration.mask) if calibration else (None, None)
         result.pruned = None
         on_block = (lambda number, *rest: folder.save_block(folder.next_block, *rest)) if folder else None
         join(result, loop.prune_model(model, ids, mask, job, finished=finished, on_block=on_block), job.label)
+        if cfg.scale_columns and not any(block["rounding"]["scaling"] for block in result.blocks):
+            result.warnings.append("--scale-columns: changed nothing; no scaling of this model's columns, which its "
+                                   "norms, v_proj and up_proj can undo, lowers the error of rounding")
     if folder:
         folder.scales = result.scales
     for row in result.layers:

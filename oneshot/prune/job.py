@@ -40,7 +40,8 @@ class Job:
     numbers of the blocks that go as a whole; the dense model's activations pass through them together with the block
     before, which so aims at the dense hidden state after them. staged: as `true_sequential`. gradients: {full linear
     name: Gradient} for solvers that need it. solve: what computes one linear's new weight, with the parameters and the
-    result of `linear.solve`, which it is if None.
+    result of `linear.solve`, which it is if None. prepare: called with each block, its activations and the options
+    before any of its linears is solved; needs activations, and returns what the block's row says of it.
     """
 
     plan: dict[str, Pattern]
@@ -52,12 +53,14 @@ class Job:
     staged: bool = False
     gradients: Mapping[str, Gradient] = field(default_factory=dict)
     solve: Callable[..., Any] | None = None
+    prepare: Callable[[Block, Activations, Options], dict] | None = None
 
     @functools.cached_property
     def needs(self) -> frozenset[str]:
         """The names of the calibration statistics to collect."""
         needs = frozenset().union(*(module.needs for module, _ in self.chain))
         needs |= {"sample"} if self.options.layer_errors else frozenset()
+        needs |= {"outer"} if self.prepare else frozenset()
         return needs | ({"outer", "cross"} if self.options.dense_target else frozenset())
 
     @property

@@ -179,6 +179,9 @@ def prune_block(job: Job, block: Block, activations: Activations | None, dense: 
             calibrate.replay(block.module, after, block.number)
             pass_dropped(model, job, after, block.number)
         activations.scales = scales(activations, after) if job.weighs else []
+    if job.prepare:
+        with clock(seconds, "prepare", device):
+            rows.block |= job.prepare(block, activations, job.options)
     dense_out = solve_block(job, block, activations, teacher, rows, solved)
     if after:
         dense.hidden, dense.calls = after.hidden, after.calls

@@ -3,6 +3,7 @@
     grids   the integer formats and their exact bytes
     mixed   which of them each linear gets
     walk    the walk over a pruned model that rounds each block on its own rounded inputs
+    scaling columns of large inputs made larger before that, so that they are rounded finer
 
 A quantiser is a module with
 

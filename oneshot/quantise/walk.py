@@ -21,17 +21,20 @@ from ..prune.linear import Solved
 from ..prune.options import Options
 from ..prune.patterns import Dense, Pattern
 from ..prune.solvers import Solution
-from . import rtn
+from . import rtn, scaling
 from .mixed import Grids
 
 
-def rounding(plan: dict[str, Pattern], options: Options, method: ModuleType, cfg: Any, grids: Grids) -> Job:
+def rounding(plan: dict[str, Pattern], options: Options, method: ModuleType, cfg: Any, grids: Grids,
+             scales: bool = False) -> Job:
     """The job of rounding a pruned model by a quantiser. plan: {full linear name: the Pattern it has}.
 
-    It goes over the linears that have a grid.
+    It goes over the linears that have a grid. scales: whether columns are scaled first (scaling.py).
     """
+    own = {"method": method, "cfg": cfg, "grids": grids}
     return Job({name: pattern for name, pattern in plan.items() if grids.of(name)}, [(method, cfg)],
-               replace(options, dense_target=0.0), solve=functools.partial(solve, method=method, cfg=cfg, grids=grids))
+               replace(options, dense_target=0.0), solve=functools.partial(solve, **own),
+               prepare=functools.partial(scaling.scale, **own) if scales else None)
 
 
 def together(job: Job, method: ModuleType, cfg: Any, grids: Grids) -> Job:

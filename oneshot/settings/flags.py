@@ -169,7 +169,8 @@ def with_fold(given: dict[str, Any]) -> dict[str, Any]:
 
 def row(chosen: dict[str, Any], method: str, pattern: str) -> RunConfig:
     """A run for comparison, with the same settings but no pruning: the dense model, or all linears rounded."""
-    return RunConfig(**{**chosen, "method": method, "pattern": pattern, "save": None, "quantise": None})
+    return RunConfig(**{**chosen, "method": method, "pattern": pattern, "save": None, "quantise": None,
+                        "scale_columns": False})
 
 
 def build(given: dict[str, Any]) -> RunConfig:

@@ -6,14 +6,15 @@
     transformers           generate as it is, weights as stored (bfloat16)
     transformers, compiled the same with a static cache and torch.compile
     dense, 2:4             generate with one compiled call a token (oneshot_kernels.fast_decode); bf16, int8, int4
+    cut                    the same of --cut, a smaller dense model made from the first one
     rounded                inputs are rounded to int8 too, and so is the output head
     alone                  tokens per second of the compiled calls, without generate around them
     llama.cpp              what xllamacpp's server says of its own speed, for each file of --gguf (of the first model)
 
-All ways have the same weights, 2:4 by magnitude, so that dense and 2:4 compute the same. Every way takes its turn in
-every round; medians over the rounds. `same` is how many tokens, from the first on, are those of transformers. MB: of
-weights, read for every token. `limit` is the share of the time that reading these takes, at the speed of memory that is
-measured in the same run. `load` is what other processes took, in cores.
+All but the cut ones have the same weights, 2:4 by magnitude, so that dense and 2:4 compute the same. Every way takes
+its turn in every round; medians over the rounds. `same` is how many tokens, from the first on, are those of
+transformers. MB: of weights, read for every token. `limit` is the share of the time that reading these takes, at the
+speed of memory that is measured in the same run. `load` is what other processes took, in cores.
 """
 
 import argparse
@@ -46,11 +47,10 @@ SHAPES = {  # random weights of these shapes, Llama's architecture
                    "num_key_value_heads": 4, "vocab_size": 32000},
     "toy": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
             "num_key_value_heads": 2, "vocab_size": 211}}
-WAYS = {"transformers": (None, False, False), "transformers, compiled": (None, False, False),
-        **{f"{name} {form}": (form, name == "2:4", False)
-           for form in ("bf16", "int8", "int4") for name in ("dense", "2:4")},
-        **{f"{name} {form}, rounded": (form, name == "2:4", True)
-           for form in ("int8", "int4") for name in ("dense", "2:4")}}
+KINDS = ("dense", "2:4", "cut")
+WAYS = {"transformers": (None, "dense", False), "transformers, compiled": (None, "dense", False),
+        **{f"{kind} {form}": (form, kind, False) for form in ("bf16", "int8", "int4") for kind in KINDS},
+        **{f"{kind} {form}, rounded": (form, kind, True) for form in ("int8", "int4") for kind in KINDS}}
 PROMPT = 16  # tokens
 READ = 256 << 20  # bytes that are read to measure the speed of memory
 
@@ -70,6 +70,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--models", default="smollm2,llama-1.1b", help="smollm2, a folder, or a shape, by commas")
     p.add_argument("--ways", default=";".join(WAYS), help="names separated by semicolons; transformers is always there")
     p.add_argument("--gguf", default="", help="files that llama.cpp runs beside the first model, by commas")
+    p.add_argument("--cut", help="folder of a smaller dense model, beside the first model")
     p.add_argument("--tokens", type=int, default=64, help="generated in each round")
     p.add_argument("--rounds", type=int, default=5, help="the median is kept")
     p.add_argument("--threads", default=f"1,{torch.get_num_threads()}")
@@ -111,15 +112,17 @@ def read(file: Path) -> list[dict]:
 # ------------------------------------------------------------------ models
 
 def make(name: str, args: argparse.Namespace) -> dict[str, nn.Module]:
-    """{way: model}, all of the same 2:4 weights; what they can share they share."""
+    """{way: model}, all but the cut ones of the same 2:4 weights; what they can share they share."""
     model = random_model(name) if name in SHAPES else models.load(name, dtype="bfloat16")[0]
     with torch.no_grad():
         for weight in models.all_weights(model):
             W = weight.get()
             weight.set(W * NM(2, 4).keep(W.abs()))
     made = {}
-    for way in tqdm(["transformers", *(way for way in args.ways if way != "transformers")], desc=f"{name}: models"):
-        made[way] = formed(model, *WAYS[way])
+    cut = models.load(args.cut, dtype="bfloat16")[0] if args.cut and name == args.models.split(",")[0] else None
+    ways = [way for way in args.ways if way != "transformers" and (cut or WAYS[way][1] != "cut")]
+    for way in tqdm(["transformers", *ways], desc=f"{name}: models"):
+        made[way] = formed(cut if WAYS[way][1] == "cut" else model, *WAYS[way])
         if "compiled" in way:
             made[way].forward = torch.compile(made[way].forward)
         if "transformers" not in way and (why := fast_decode(made[way])):
@@ -140,9 +143,9 @@ def random_model(name: str) -> nn.Module:
         torch.set_default_dtype(before)
 
 
-def formed(model: nn.Module, form: str | None, sparse: bool, rounds: bool) -> nn.Module:
-    """A model of the same weights in another form, which shares what stays as it is."""
-    twin = copy.deepcopy(model, {id(t): t for t in models.tensors_of(model)})
+def formed(model: nn.Module, form: str | None, kind: str, rounds: bool) -> nn.Module:
+    """A model of the same weights in another form, which shares what stays as it is. kind: one of KINDS."""
+    twin, sparse = copy.deepcopy(model, {id(t): t for t in models.tensors_of(model)}), kind == "2:4"
     if form == "bf16" and sparse:
         sparsify(twin)
     elif form in ("int8", "int4"):

@@ -4,8 +4,8 @@
     python scripts/bench/cpu_quality.py --toy --out DIR    # a toy model and few tokens, for the tests
 
     transformers    the dense model as it is stored, bfloat16
-    dense, 2:4      the layers of oneshot_kernels in bf16, int8 and int4, of the dense model and of --pruned, which is
-                    2:4; rounded: inputs and output head in int8 too
+    dense, 2:4, cut the layers of oneshot_kernels in bf16, int8 and int4, of the dense model, of --pruned, which is 2:4,
+                    and of --cut, a smaller dense model; rounded: inputs and output head in int8 too
     llama.cpp       each file of --gguf, its keys and values in float16
 
 Every token is predicted from those before it in its window. llama.cpp's server says nothing of a token that is no whole
@@ -15,20 +15,26 @@ character: such tokens count for no way. Speeds are those of cpu_decode.json, of
 import argparse
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from common import written
-from cpu_decode import SHAPES, WAYS, bytes_of, formed, random_model, read
+from cpu_decode import KINDS, SHAPES, WAYS, bytes_of, formed, random_model, read
 from llama_server import Server, named
 from tqdm import tqdm
 
 from oneshot import measure, models
 from oneshot.data import windows
+from oneshot.report.figures import drawing, size
 from oneshot.report.table import render
 from oneshot.runtime import environment
 from oneshot.runtime.command import Parser, exit_code
 from oneshot.runtime.files import write_json, write_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TEXT = "data/wikitext2_test.txt"
 
@@ -48,6 +54,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--shared", type=Path, default=Path("../shared"), help=f"folder of {TEXT}")
     p.add_argument("--model", default="smollm2")
     p.add_argument("--pruned", help="folder of the same model with zeros in 2:4")
+    p.add_argument("--cut", help="folder of a smaller dense model made from it")
     p.add_argument("--gguf", default="", help="files that llama.cpp runs, by commas")
     p.add_argument("--windows", type=int, default=32)
     p.add_argument("--seqlen", type=int, default=256)
@@ -62,28 +69,31 @@ def work(args: argparse.Namespace) -> None:
     models.quiet()
     torch.set_num_threads(args.threads)
     dense, ids = loaded(args)
-    pruned = models.load(args.pruned, dtype="bfloat16")[0] if args.pruned else None
-    losses, size = {}, {}
+    sources = {"dense": dense, **{kind: models.load(folder, dtype="bfloat16")[0]
+                                  for kind, folder in (("2:4", args.pruned), ("cut", args.cut)) if folder}}
+    losses, nbytes = {}, {}
     ways = {"transformers": None, **{way: form for way, form in WAYS.items() if form[0]}}
     for way, form in tqdm(ways.items(), desc="forms", unit="way"):
-        source = pruned if form and form[1] else dense
-        if source is None or form == ("bf16", False, False):  # no 2:4 model; the very layers of transformers
+        source = sources.get(form[1] if form else "dense")
+        if source is None or form == ("bf16", "dense", False):  # not given; the very layers of transformers
             continue
         model = formed(source, *form) if form else dense
         losses[way] = measure.losses.token_losses(model, ids, batch_size=4)
-        size[way] = bytes_of(model)
+        nbytes[way] = bytes_of(model)
     for file in filter(None, args.gguf.split(",")):
         way = f"llama.cpp {Path(file).parent.name}/{Path(file).name}"
-        losses[way], size[way] = llama_losses(Server(file, args.threads, "F16"), ids, way), Path(file).stat().st_size
+        losses[way], nbytes[way] = llama_losses(Server(file, args.threads, "F16"), ids, way), Path(file).stat().st_size
     known = ~torch.stack(list(losses.values())).isnan().any(0)
     where, name = environment.environment("cpu"), "toy" if args.toy else args.model
     rates = speeds(args.out, name, args.threads)
-    common = {"model": name, "pruned": args.pruned and Path(args.pruned).name,
+    common = {"model": name, "pruned": args.pruned and Path(args.pruned).name, "cut": args.cut and Path(args.cut).name,
               "tokens": int(known.sum()), "window": ids.shape[1], "environment": where}
-    rows = [{"way": way, "ppl": math.exp(own[known].double().mean()), "bytes": size[way],
+    rows = [{"way": way, "ppl": math.exp(own[known].double().mean()), "bytes": nbytes[way],
              "tokens_per_second": rates.get(way), **common} for way, own in losses.items()]
     write_json({"rows": rows}, args.out / "cpu_quality.json")
     write_text(page(rows), args.out / "cpu_quality.md")
+    if timed(rows):
+        drawing.save(picture(timed(rows)), args.out / "cpu_quality.svg")
     print(f"written: {args.out / 'cpu_quality.md'}")
 
 
@@ -122,11 +132,39 @@ def page(rows: list[dict]) -> str:
     """The table."""
     first = rows[0]
     told = (f"{first['model']}, {first['tokens']} tokens of WikiText-2 test, windows of {first['window']}. 2:4: "
-            f"{first['pruned'] or 'none'}. excess: log perplexity above transformers', nats. tokens/s: cpu_decode.md.")
+            f"{first['pruned'] or 'none'}; cut: {first.get('cut') or 'none'}. excess: log perplexity above "
+            "transformers', nats. tokens/s: cpu_decode.md.")
     body = [[row["way"], f"{row['bytes'] / 1e6:.0f}", f"{row['ppl']:.3f}", f"{math.log(row['ppl'] / first['ppl']):.4f}",
              f"{row['tokens_per_second']:.1f}" if row["tokens_per_second"] else "-"] for row in rows]
     return "\n".join(["# Perplexity of what a CPU computes\n", written("cpu_quality.py", first["environment"]) + "\n",
-                      told + "\n", render(["way", "MB", "ppl", "excess", "tokens/s"], body, "markdown", text={"way"})])
+                      told + "\n", render(["way", "MB", "ppl", "excess", "tokens/s"], body, "markdown", text={"way"}),
+                      "![excess against tokens per second](cpu_quality.svg)\n" * any(timed(rows))])
+
+
+def timed(rows: Sequence[dict]) -> list[dict]:
+    """The rows whose speed is known."""
+    return [row for row in rows if row["tokens_per_second"]]
+
+
+@drawing.drawn
+def picture(rows: Sequence[dict]) -> "Figure":
+    """Excess against tokens per second: a colour for each kind of model, a line through what none beats in both."""
+    styles = dict(zip(("transformers", *KINDS, "llama.cpp"), zip(drawing.COLOURS, drawing.MARKERS,
+                                                                         strict=False), strict=False))
+    fig, dense = drawing.new_figure(drawing.WIDTH, 4.2), rows[0]["ppl"]
+    ax = fig.subplots()
+    points = {row["way"]: (row["tokens_per_second"], [max(math.log(row["ppl"] / dense), 0.0)]) for row in rows}
+    for way, (speed, [excess]) in points.items():
+        own = next(kind for kind in styles if way.startswith(kind))
+        drawing.mark(ax, speed, [excess], *styles[own])
+        ax.annotate(way.removeprefix(own).partition("/")[0].strip(), (speed, excess), xytext=(4, 4),
+                    textcoords="offset points", fontsize=7, color=drawing.MUTED)
+    line = sorted(points[way] for way in size.front({w: (-speed, x) for w, (speed, x) in points.items()}))
+    ax.plot([speed for speed, _ in line], [x for _, [x] in line], color=drawing.MUTED, lw=1, zorder=1)
+    ax.set(title=rows[0]["model"], xlabel="tokens per second, batch 1", ylabel="excess log perplexity, nats")
+    drawing.legend(fig, [drawing.handle(kind, colour, "none", marker) for kind, (colour, marker) in styles.items()
+                         if any(way.startswith(kind) for way in points)])
+    return fig
 
 
 if __name__ == "__main__":

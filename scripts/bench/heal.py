@@ -11,7 +11,9 @@ in --work, finished models too.
 """
 
 import argparse
+import json
 import lzma
+import random
 import sys
 from pathlib import Path
 
@@ -68,6 +70,11 @@ def make_texts(data: Path, work: Path) -> list[str]:
     if not (work / "books.txt").is_file():
         with lzma.open(data / "books_public_domain.txt.xz", "rt", encoding="utf-8") as books:
             write_text(books.read(), work / "books.txt")
+    if not (work / "shuffled.txt").is_file():  # what does harm: C4's words in any order
+        words = " ".join(json.loads(line)["text"] for line in lines[:first]).split()
+        random.Random(0).shuffle(words)
+        write_text("\n\n".join(" ".join(words[i:i + 300]) for i in range(0, len(words), 300)) + "\n",
+                   work / "shuffled.txt")
     return ["--calibration", str(work / "c4_train.jsonl"), "--evaluate", f"c4={work / 'c4_held.jsonl'}"]
 
 
@@ -77,9 +84,12 @@ def one(args: argparse.Namespace, name: str, seed: str, way: str, texts: list[st
     if way == "dense":
         own = ["--method", "dense"]
     else:
-        data = f"0.7*{args.work / 'c4_train.jsonl'},0.3*{args.work / 'books.txt'}"
+        ways = dict(WAYS[way])
+        data, held = ways.pop("DATA", None), ways.pop("HELD", None)
+        data = str(args.work / data) if data else f"0.7*{args.work / 'c4_train.jsonl'},0.3*{args.work / 'books.txt'}"
         own = ["--no-dense", "--save", str(args.work / f"{name}-{seed}-{way}".replace(" ", "_").replace(",", "+"))]
-        for flag, value in WAYS[way].items():
+        own += ["--heal-held-out", str(args.work / held)] if held else []
+        for flag, value in ways.items():
             own += [f"--{flag}", str(value)]
             own += ["--heal-data", data] * (flag == "heal" and any(part in str(value) for part in ("full", "lora")))
     record = done([*flags, *own], args.out / name, way)

@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-import folded
+import rotation
 import torch
 import yaml
 from common import quality
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from oneshot import measure, models
 from oneshot.checkpoint.bytes import model_bytes
-from oneshot.data import Tokens, choose
+from oneshot.data import choose
 from oneshot.pipeline.command import load
 from oneshot.pipeline.compress import compress
 from oneshot.pipeline.plan import make_plan
@@ -111,7 +111,7 @@ def one(flags: list[str], own: dict, healed: Path, dense: dict) -> dict:
     Raises ValueError naming `--healed` where it does not hold the model that the way begins with.
     """
     first, begins = own.pop("FIRST", None), own.pop("MODEL", None)
-    words = [word for name, value in own.items() for word in (f"--{name}", str(value))]
+    words = [word for name, value in own.items() for word in [f"--{name}", *([] if value is True else [str(value)])]]
     [cfg] = parse([*flags, *words])
     model, tokenizer = load(cfg)
     texts = choose.evaluation(cfg, model, tokenizer)
@@ -125,7 +125,7 @@ def one(flags: list[str], own: dict, healed: Path, dense: dict) -> dict:
     calibration = choose.calibration(cfg, model, tokenizer)
     weights = sum(weight.size for weight in models.all_weights(model))
     began = time.perf_counter()
-    grid = prepared(model, calibration, first)
+    grid = prepared(model, first)
     result = compress(measure.Subject(model, tokenizer, cfg, texts, calibration), make_plan(cfg, model))
     seconds = time.perf_counter() - began
     sizes = model_bytes(model, [row | grid for row in result.layers])
@@ -136,10 +136,10 @@ def one(flags: list[str], own: dict, healed: Path, dense: dict) -> dict:
             "warnings": result.warnings, "environment": environment.environment(cfg.device)}
 
 
-def prepared(model: torch.nn.Module, calibration: Tokens, first: str | None) -> dict:
+def prepared(model: torch.nn.Module, first: str | None) -> dict:
     """Do in place what comes before all else; the entry of a row that says on which grid the weights are then."""
-    if first in folded.WAYS:
-        folded.WAYS[first](model, calibration)
+    if first == "rotated":
+        rotation.rotate(model)
     elif first:
         rtn.quantise_model(model, grids.parse(first))
         return {"grid": first}

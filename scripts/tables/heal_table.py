@@ -18,6 +18,7 @@ from oneshot.runtime.command import Parser, exit_code
 from oneshot.runtime.files import write_text
 
 ROOT = Path(__file__).parents[2]
+WINDOWS = 64  # of calibration, unless a row says otherwise
 METRICS = ("wikitext2_test/ppl", "c4/ppl")
 
 
@@ -111,8 +112,11 @@ def way_of(record: dict) -> str:
     made = [f"shrink {settings['shrink']:g}"] if settings.get("shrink") else []
     made += [f"{settings['method']} {settings['pattern']}"] if settings.get("pattern") != "dense" else []
     own = settings.get("heal") if settings.get("heal") not in (None, "none") else None
-    loss = settings.get("heal_loss")
-    return " ".join(made) + (f", {own}" if own else "") + (f" ({loss})" if loss else "")
+    about = [settings["heal_loss"]] if settings.get("heal_loss") else []
+    about += ["on shuffled words"] if "shuffled" in str(settings.get("heal_data")) else []
+    about += ["C4 held out"] if settings.get("heal_held_out") else []
+    about += [f"{settings['nsamples']} windows"] if settings.get("nsamples", WINDOWS) != WINDOWS else []
+    return " ".join(made) + (f", {own}" if own else "") + (f" ({', '.join(about)})" if about else "")
 
 
 def share(record: dict, plain: dict | None, dense: dict | None, metric: str) -> str:

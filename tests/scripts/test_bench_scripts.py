@@ -137,11 +137,14 @@ def test_cpu_kernels(tmp_path, capsys):
         assert row["method"] != "torch" or row["over_torch"] == "1.00"
 
 
-def test_cpu_decode(tmp_path, capsys):
+def test_cpu_decode(tmp_path, monkeypatch, capsys):
     if not cpu_kernels.linear.available():
         pytest.skip("no C++ compiler")
-    threads, ways = torch.get_num_threads(), "dense bf16;2:4 bf16;dense int8;2:4 int8;2:4 int4"
-    small = ["--toy", "--threads", "1", "--out", str(tmp_path), "--ways"]
+    threads, ways = torch.get_num_threads(), "dense bf16;2:4 bf16;dense int8;2:4 int8;2:4 int4;cut int8"
+    monkeypatch.setitem(cpu_decode.SHAPES["toy"], "vocab_size", families.tiny("llama").config.vocab_size)
+    for part in (families.tiny("llama"), oneshot.load("demo")[1]):
+        part.save_pretrained(tmp_path / "cut")
+    small = ["--toy", "--threads", "1", "--out", str(tmp_path), "--cut", str(tmp_path / "cut"), "--ways"]
     assert cpu_decode.main([*small, ways]) == 0, capsys.readouterr().err
     assert torch.get_num_threads() == threads
     rows = {row["way"]: row for row in json.loads((tmp_path / "cpu_decode.json").read_text())["rows"]}
@@ -183,11 +186,18 @@ def test_cpu_quality(tmp_path, monkeypatch, capsys):
         gguf.write(tmp_path, model, tokenizer, "gguf", {"tensors": {}}, {})
         files = [str(tmp_path / gguf.FILE)]
     monkeypatch.setattr(cpu_quality, "random_model", lambda name: model)
-    given = ["--toy", "--pruned", str(tmp_path / "pruned"), "--gguf", ",".join(files), "--out", str(tmp_path)]
+    (tmp_path / "cpu_decode.json").write_text(json.dumps({"rows": [
+        {"model": "toy", "threads": 1, "way": way, "tokens_per_second": rate}
+        for way, rate in (("transformers", 1.0), ("2:4 bf16", 2.0), ("cut int8", 3.0))]}))
+    given = ["--toy", "--pruned", str(tmp_path / "pruned"), "--cut", str(tmp_path / "pruned"),
+             "--gguf", ",".join(files), "--out", str(tmp_path)]
     if cpu_quality.main(given) and "hung" in (said := capsys.readouterr().err):
         pytest.skip(said)
     rows = {row["way"]: row for row in json.loads((tmp_path / "cpu_quality.json").read_text())["rows"]}
-    assert {"2:4 bf16", "2:4 int4, rounded"} <= set(rows) and len(rows) == 10 + len(files)
+    assert {"2:4 bf16", "cut bf16", "2:4 int4, rounded"} <= set(rows) and len(rows) == 15 + len(files)
+    assert rows["cut bf16"]["ppl"] == pytest.approx(rows["2:4 bf16"]["ppl"], rel=1e-3)
+    assert rows["cut int8"]["bytes"] > rows["2:4 int8"]["bytes"] and rows["cut int8"]["tokens_per_second"] == 3.0
+    assert "cut" in (tmp_path / "cpu_quality.svg").read_text()
     truth = rows["transformers"]["ppl"]
     assert rows["dense int8"]["ppl"] == pytest.approx(truth, rel=1e-2) != rows["2:4 bf16"]["ppl"]
     assert all(rows[f"llama.cpp {tmp_path.name}/{gguf.FILE}"]["ppl"] == pytest.approx(truth, rel=1e-4) for _ in files)

@@ -1,6 +1,7 @@
 """scripts/bench/heal.py and scripts/tables/heal_table.py: every way is a command line, and the table's arithmetic."""
 
 import json
+import lzma
 import math
 from argparse import Namespace
 
@@ -27,8 +28,19 @@ def test_every_way_is_a_command_line_that_passes_the_checks(way, tmp_path, monke
     assert evaluation.model == cfg.save and evaluation.method == "dense"
     written = json.loads((tmp_path / "out" / "demo" / "x.json").read_text())
     assert written["metrics"] == {"c4/ppl": 1, "wikitext2_test/ppl": 2}
-    assert bool(cfg.text_heals) == any(part in way for part in ("full", "lora", "next"))
-    assert not cfg.text_heals or cfg.heal_data.startswith("0.7*")
+    assert bool(cfg.text_heals) == any(part in way for part in ("full", "lora", "next", "shuffled"))
+    assert not cfg.text_heals or cfg.heal_data.startswith("0.7*") != cfg.heal_data.endswith("shuffled.txt")
+    assert bool(cfg.heal_held_out) == ("held out" in way)
+
+
+def test_shuffled_words_are_those_of_the_text(tmp_path):
+    (tmp_path / "data").mkdir()
+    texts = [f"{i} one two three four five" for i in range(100)]
+    (tmp_path / "data" / "c4_sample.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    (tmp_path / "data" / "books_public_domain.txt.xz").write_bytes(lzma.compress(b"a book"))
+    bench.make_texts(tmp_path / "data", tmp_path / "work")
+    found = (tmp_path / "work" / "shuffled.txt").read_text().split()
+    assert sorted(found) == sorted(" ".join(texts[:85]).split()) != found
 
 
 def made(method="sparsegpt", ppl=(40.0, 50.0), heal=None, **settings):

@@ -1,17 +1,15 @@
-"""scripts/bench/integers.py and its table: a row is measured once, the page says what the rows say, rotated and scaled
-models compute the same."""
+"""scripts/bench/integers.py and its table: a row is measured once, the page says what the rows say, a rotated
+model computes the same."""
 
 import json
 
-import folded
 import integers
 import integers_table
 import pytest
+import rotation
 import torch
 from tiny import plain_pages  # noqa: F401
 from transformers import LlamaConfig, LlamaForCausalLM
-
-from oneshot.data import windows
 
 DEMO = {"demo": ["--model", "demo", "--evaluate", "builtin:prose", "--seqlen", "32", "--nsamples", "4"]}
 EVERY = integers_table.WAYS
@@ -59,8 +57,7 @@ def test_the_page_here_is_not_stale():
     assert integers_table.main(["--check"]) == 0, "run scripts/tables/integers_table.py"
 
 
-@pytest.mark.parametrize("way", folded.WAYS)
-def test_a_folded_model_computes_the_same_with_other_weights(way):
+def test_a_rotated_model_computes_the_same_with_other_weights():
     torch.manual_seed(0)
     config = LlamaConfig(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
                          num_key_value_heads=2, head_dim=6, vocab_size=50, tie_word_embeddings=True)
@@ -71,15 +68,15 @@ def test_a_folded_model_computes_the_same_with_other_weights(way):
     before = {name: value.clone() for name, value in model.state_dict().items() if "proj" in name}
     with torch.no_grad():
         logits = model(ids).logits
-        folded.WAYS[way](model, windows.given(ids))
+        rotation.rotate(model)
         assert torch.allclose(model(ids).logits, logits, rtol=1e-4, atol=1e-6)  # its norms compute in float32
     assert not any(torch.equal(value, before[name]) for name, value in model.state_dict().items() if "proj" in name)
 
 
-def test_only_models_of_llamas_form_are_folded():
+def test_only_models_of_llamas_form_are_rotated():
     with pytest.raises(ValueError, match="Llama's form"):
-        folded.rotated(LlamaForCausalLM(LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-                                                    num_attention_heads=2, vocab_size=9, attention_bias=True)), None)
+        rotation.rotate(LlamaForCausalLM(LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                                     num_attention_heads=2, vocab_size=9, attention_bias=True)))
 
 
 @pytest.mark.usefixtures("plain_pages")

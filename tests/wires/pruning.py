@@ -9,6 +9,7 @@ from oneshot import calibrate, models
 from oneshot.models import OnDisk
 from oneshot.pipeline import idle
 from oneshot.prune import linear, loop, shared_inputs
+from oneshot.quantise import scaling
 from wires import differ, wire, zeros
 from wires.text import hub
 
@@ -93,6 +94,14 @@ def _(b):
 def _(b):
     found = [b.weights(quantise="int3:row", quantiser=name) for name in ("gptq", "rtn", "joint")]
     assert differ(found[0], found[1]) and differ(found[0], found[2]) and differ(found[1], found[2])
+
+
+@wire("scale_columns")
+def _(b):
+    for on, calls in ((True, tiny.BLOCKS), (False, 0)):
+        with b.seen(scaling, "scale", lambda *_: 1) as found:
+            b.weights(quantise="int3:row", scale_columns=on)
+        assert len(found) == calls
 
 
 @wire("shared_inputs")
