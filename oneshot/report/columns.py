@@ -7,6 +7,7 @@
     series   a method with its variant, the seed left out: one line of a picture, one row of a pivot table
 """
 
+import hashlib
 import math
 import re
 from collections.abc import Collection, Iterator
@@ -19,6 +20,7 @@ from . import accuracy
 
 NESTED = tuple(PARTS)  # settings that hold parts' settings: {part: {name: value}}
 GRID = re.compile(r"(?:none\+)?(?:int|q)(\d+)(?::\w+|_0)?(?:\+[\w:]+)*")  # quantise/grids.py, several as in `grid_of`
+LONG = 60  # letters of a setting's value in the name of a run
 OFF = (None, False, 0.0, "none", "uniform")  # values by which a setting is switched off
 
 
@@ -226,13 +228,19 @@ def variants(records: list[dict], ignore: Collection[str] = (), among: list[dict
     texts = []
     for record in records:
         own, differ = _flat(record), differing[identity(record), method_of(record)]
-        texts.append(clean(", ".join(f"{k} {own[k]}" if own[k] is not True else k for k in differ
+        texts.append(clean(", ".join(f"{k} {_short(own[k])}" if own[k] is not True else k for k in differ
                                      if _switched(own.get(k)) is not None)))
     return texts
 
 
 def _flat(record):
     return dict(flat_settings(record.get("settings") or {}))
+
+
+def _short(setting):
+    """A setting as text; of a long list of names the beginning, and a hash that tells it from others."""
+    text = str(setting)
+    return text if len(text) <= LONG else f"{text[:LONG - 8]}… {hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
 def _switched(setting):
