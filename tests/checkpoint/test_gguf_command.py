@@ -1,6 +1,7 @@
 """`--format gguf` by command: the codes that were measured, what verify finds, what is refused."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -152,3 +153,12 @@ def test_every_form_is_offered():
 
     assert {*gguf.FORMS} == {form for form in known()["format"].metadata["choices"] if form.startswith("gguf")}
     assert models.gguf.is_gguf  # the other direction
+
+
+@pytest.mark.parametrize("counts, kind", [({"q8_0": 1, "q4_0": 5, "f32": 9}, "MOSTLY_Q4_0"),
+                                          ({"q8_0": 5, "q4_0": 1, "bf16": 9}, "MOSTLY_Q8_0"), ({"f32": 3}, "ALL_F32"),
+                                          ({"f32": 9, "bf16": 3}, "MOSTLY_BF16")])
+def test_the_file_is_called_by_what_most_matrices_are(counts, kind):
+    import gguf as library
+
+    assert file.file_type(library, SimpleNamespace(summary=counts)) == library.LlamaFileType[kind]

@@ -216,6 +216,11 @@ def test_other_formats_hold_what_was_measured(place, tmp_path, capsys, form, tex
         assert [g["weights"]["num_bits"] for g in groups.values()] == [8, 3, 4]
         assert {n: t for t, g in groups.items() for n in g["targets"]}.keys() == {
             n for n in data["tensors"] if expected(n)}
+        config = json.loads((tmp_path / form / "config.json").read_text())
+        config["quantization_config"]["ignore"].append("model.layers.0.mlp.up_proj")
+        (tmp_path / form / "config.json").write_text(json.dumps(config))
+        assert [str(f) for f in checkpoint.compressed.faults(tmp_path / form, data)] == [
+            "config.json: its quantization_config has another ignore than int8:row and int3:16 and int4:16 needs"]
 
 
 def test_a_group_that_vllm_joins_is_a_warning(place, tmp_path):  # noqa: F811
