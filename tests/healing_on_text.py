@@ -1,8 +1,8 @@
 """Healing on text in the tests: a pruned random model, a lesson of random windows, the healed model."""
 
-
 import families
 import numpy as np
+import tiny
 import torch
 from families import VOCAB
 
@@ -15,6 +15,7 @@ from oneshot.heal.text.student import Lesson
 from oneshot.prune.patterns import parse
 
 T = 16
+SMALL = {"method": "wanda", "pattern": "2:4", "heal_tokens": "600", "heal_seqlen": 16, "heal_batch": 32}
 WAYS = {"full": (full, {"lr": 0.01}), "lora": (lora, {"lr": 0.005, "r": 4})}
 
 
@@ -48,6 +49,13 @@ def healed(way, place, name="llama", dtype=torch.float32, cfg=None, **more):
     model = pruned(name, dtype=dtype)
     said = module.Heal(module.Config(**own | (cfg or {}))).on_text(model, lesson(place, dense=name, **more))
     return model, said
+
+
+def argv(place, out, *more, **changed):
+    """The command line of a small run on what `tiny.make` wrote, into the folder `out`."""
+    given = SMALL | {"heal": "full", "heal_data": place / "calibration.txt", "save": out,
+                     "results": out.with_name("runs")} | changed
+    return tiny.flags(place, "--no-dense", *more, **given)
 
 
 class Killed(BaseException):

@@ -1,7 +1,8 @@
 """Naive float64 references: the mathematics of the papers, one line per step, to judge the fast solvers by.
 
 Slow on purpose, and independent of `oneshot`: nothing of it is imported here. Every function casts to float64
-and leaves its arguments untouched.
+and leaves its arguments untouched. Beside it: reference_iterated.py, the methods that change a mask step by step, and
+reference_rounding.py, those that round.
 
     W      (R, C)  dense weight, rows = outputs
     X      (T, C)  the linear's inputs, one token a row (padding already taken out); or `G=` in its place
@@ -63,7 +64,8 @@ def gram(X):
     return X.T @ X / X.shape[0]
 
 
-def _gram_of(X, G):
+def gram_of(X, G):
+    """G as float64, whichever of the two is given."""
     if (X is None) == (G is None):
         raise ValueError("give either X or G")
     return gram(X) if G is None else G.double().clone()
@@ -84,7 +86,7 @@ def magnitude(W, pattern):
 
 def wanda_score(W, X=None, *, G=None):
     """(R, C) |w_ij| * sqrt(E[x_j^2]): arXiv 2306.11695, eq. 1 (there a sum over tokens: same order)."""
-    norm = _gram_of(X, G).diagonal().sqrt()
+    norm = gram_of(X, G).diagonal().sqrt()
     return W.double().abs() * norm
 
 
@@ -175,7 +177,7 @@ def sparsegpt(W, X=None, pattern=0.5, damping=0.01, block=128, *, G=None):
     R, C = W.shape
     if isinstance(pattern, tuple) and C % pattern[1]:
         raise ValueError(f"{pattern[0]}:{pattern[1]} does not divide a width of {C}")
-    W, G = dead_then_damped(W.double(), _gram_of(X, G), damping)
+    W, G = dead_then_damped(W.double(), gram_of(X, G), damping)
     U = torch.linalg.cholesky(torch.linalg.inv(G), upper=True)
     keep = torch.ones(R, C, dtype=torch.bool)
     for j in range(C):
@@ -200,7 +202,7 @@ def ria(W, X=None, pattern=0.5, *, G=None, a=0.5):
     Sparsity: floor(s * R * C) removed over the whole matrix. No zero row or column. No weight changes.
     """
     W = W.double()
-    norm, score = _gram_of(X, G).diagonal().sqrt(), torch.zeros_like(W)
+    norm, score = gram_of(X, G).diagonal().sqrt(), torch.zeros_like(W)
     rows, columns = W.abs().sum(1), W.abs().sum(0)
     for i in range(W.shape[0]):
         for j in range(W.shape[1]):
@@ -211,143 +213,6 @@ def ria(W, X=None, pattern=0.5, *, G=None, a=0.5):
         keep = remove_lowest(score, exact_count(W.numel(), pattern))
     return masked(W, keep), keep
 
-
-def dsnot(W, X, pattern=0.5, *, cycles=50, threshold=0.1):
-    """DSnoT (arXiv 2310.08915) from Wanda's mask: per row, swap until the expected error is `threshold` of the first.
-
-    e = sum over removed j of c_j, c_j = w_j E[x_j]. Grow, of the weights removed at first and not yet considered,
-    with c_j of e's sign, the one of largest |c_j| / Var(x_j); drop, of the weights kept ever since the start, for
-    (n, m) those of its group, with c_j against e's sign, the one of lowest Wanda score. The swap is made if |e|
-    falls; if it is not, the row stops, for (n, m) the next candidate has its turn. See `oneshot/prune/solvers/dsnot.py`
-    on what the public code does otherwise.
-    """
-    W, X = W.double(), X.double()
-    keep, score = wanda(W, X, pattern)[1], wanda_score(W, X)
-    mean, var = X.mean(0), X.var(0, correction=0)
-    for i in range(W.shape[0]):
-        c = (W[i] * mean).tolist()
-        grow, drop = {j for j in range(len(c)) if not keep[i, j]}, {j for j in range(len(c)) if keep[i, j]}
-        first = e = sum(c[j] for j in grow)
-        for _ in range(cycles):
-            grown = max((j for j in grow if c[j] * e > 0), key=lambda j: abs(c[j]) / var[j].item(), default=None)
-            if abs(e) <= threshold * abs(first) or grown is None:
-                break
-            partners = [j for j in drop if c[j] * e < 0
-                        and (not isinstance(pattern, tuple) or j // pattern[1] == grown // pattern[1])]
-            dropped = min(partners, key=lambda j: score[i, j].item(), default=None)
-            grow.remove(grown)
-            if dropped is not None and abs(e - c[grown] + c[dropped]) < abs(e):
-                drop.remove(dropped)
-                keep[i, grown], keep[i, dropped] = True, False
-                e += c[dropped] - c[grown]
-            elif not isinstance(pattern, tuple):
-                break
-    return masked(W, keep), keep
-
-
-def admm(W, X=None, pattern=0.5, *, G=None, damping=0.1, rho=1.0, iterations=20, mask_iterations=15):
-    """ADMM (arXiv 2401.02938), its formulas as they stand: in units where inputs have norm 1, G is damped for the
-    right-hand side as well, and the mask is chosen from |B + U|, a share s - s(1 - t/15)^3 after t steps.
-
-    (n, m): the n best of every m are safe, the lowest others go first. Dead inputs stay out of it; their weights
-    are the first to go and keep their values otherwise.
-    """
-    W, G = W.double(), _gram_of(X, G)
-    live = G.diagonal() > 0
-    d = torch.where(live, G.diagonal(), 1.0).sqrt()
-    A = G / torch.outer(d, d) + damping * torch.eye(len(d), dtype=W.dtype)
-    B = torch.where(live, W * d, 0.0)
-    right, U, inverse = B @ A, torch.zeros_like(B), torch.linalg.inv(A + rho * torch.eye(len(d), dtype=W.dtype))
-    sparsity = 1 - pattern[0] / pattern[1] if isinstance(pattern, tuple) else pattern
-    for t in range(1, iterations + 1):
-        if t <= mask_iterations:
-            score, share = (B + U).abs(), sparsity - sparsity * (1 - t / mask_iterations) ** 3
-            if isinstance(pattern, tuple):
-                score = torch.where(keep_n_of_m(score, *pattern), torch.inf, score)
-            keep = remove_lowest(score, exact_count(W.numel(), share))
-        Z = masked(B + U, keep)
-        U = U + B - Z
-        B = (right + rho * (Z - U)) @ inverse
-    return masked(torch.where(live, (B + U) / d, W), keep), keep
-
-
-def alps(W, X=None, pattern=0.5, *, G=None, rho=0.1):
-    """ALPS (arXiv 2406.07831), algorithm 1 with the authors' update of rho, then exact values on the mask (there: CG).
-
-    In units where inputs have norm 1, one eigendecomposition G = Q diag(e) Q^T for all rho. Every 3rd step rho grows
-    by 1.3, 1.2 or 1.1 as the support has changed since the last 3rd by at least 10 %, 0.5 % of k or one weight; without
-    a change it is the end. Sparsity over the whole matrix. No dead inputs.
-    """
-    W, G = W.double(), _gram_of(X, G)
-    s = G.diagonal().sqrt()
-    w, (e, Q) = W * s, torch.linalg.eigh(G / torch.outer(s, s))
-    D, V, wg = w.clone(), torch.zeros_like(w), w @ Q @ e.diag() @ Q.T
-    last, step = None, 0
-    while True:
-        B = (wg - V + rho * D) @ Q @ (1 / (e + rho)).diag() @ Q.T
-        score = (B + V / rho).abs()
-        keep = keep_n_of_m(score, *pattern) if isinstance(pattern, tuple) else remove_lowest(
-            score, exact_count(score.numel(), pattern))
-        D = masked(B + V / rho, keep)
-        V, step = V + rho * (B - D), step + 1
-        if step % 3 == 0:
-            changed = int((keep != last).sum()) / int(keep.sum()) if last is not None else 1.0
-            if not changed:
-                return refit(W, keep, G), keep
-            last, rho = keep, rho * (1.3 if changed >= 0.1 else 1.2 if changed >= 0.005 else 1.1)
-
-
-# --- rounding to a grid -------------------------------------------------------------------------------------
-
-
-def scale_of(w, bits):
-    """One group's scale: max |w| / ((2^bits - 1) / 2), as a float16 number."""
-    return torch.tensor(w.abs().max().item() / ((2**bits - 1) / 2)).half().double().item()
-
-
-def nearest(w, scale, bits):
-    """w rounded to scale * k with k from -2^(bits-1) to 2^(bits-1) - 1, ties to even."""
-    return (w / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * scale if scale else 0.0 * w
-
-
-def rtn(W, keep, bits, width):
-    """W_hat (R, C): what is kept rounded to nearest, one scale for every row and `width` columns."""
-    W_hat = masked(W.double(), keep)
-    for i in range(W.shape[0]):
-        for j in range(0, W.shape[1], width):
-            part = W_hat[i, j:j + width]
-            W_hat[i, j:j + width] = nearest(part, scale_of(part, bits), bits)
-    return W_hat
-
-
-def gptq(W, X=None, keep=None, bits=4, width=128, damping=0.01, *, pattern=None, G=None, given=None):
-    """(W_hat, keep): GPTQ, arXiv 2210.17323, algorithm 1, every column's update at once. With a mask `keep` what is not
-    kept becomes zero. Or with `pattern` (n, m) the mask is chosen on the way, as SparseGPT's section 3.5 has it.
-
-    A row's scale for `width` columns is chosen at the first of them, from the weights as they are by then: of a given
-    mask only the kept ones. Or `given` (R, C) is each weight's scale. Now and then a row's error is above `rtn`'s.
-    """
-    R, C = W.shape
-    alive, G = dead_then_damped(W.double(), _gram_of(X, G), damping)
-    W = alive if keep is None else masked(W.double(), keep)
-    chosen, keep = keep is None, torch.ones(R, C, dtype=torch.bool) if keep is None else keep
-    U = torch.linalg.cholesky(torch.linalg.inv(G), upper=True)
-    for j in range(C):
-        if chosen and j % pattern[1] == 0:
-            n, m = pattern
-            score = W[:, j:j + m] ** 2 / U.diagonal()[j:j + m] ** 2
-            keep[:, j:j + m] = keep_n_of_m(score, n, m)
-        if given is not None:
-            scales = given[:, j].tolist()
-        elif j % width == 0:
-            group = W[:, j:j + width] if chosen else masked(W[:, j:j + width], keep[:, j:j + width])
-            scales = [scale_of(row, bits) for row in group]
-        q = torch.stack([nearest(w, s, bits) for w, s in zip(W[:, j], scales, strict=True)])
-        q = masked(q, keep[:, j])
-        err = (W[:, j] - q) / U[j, j]
-        W[:, j + 1:] -= torch.outer(err, U[j, j + 1:])
-        W[:, j] = q
-    return W, keep
 
 # --- error, best values, best support -----------------------------------------------------------------------
 

@@ -253,8 +253,8 @@ class Folder:
             data |= contents.describe(final)
             sealed.write(data, final / MANIFEST)
             self._move(final, list(data["files"]))
-        for number, name in enumerate(shards.names(1 + self.disk.blocks)[1:] if self.disk else ()):
-            self.disk.moved(number, self.path / name)
+        if self.disk:
+            shards.moved(self.disk, self.path)
         self.drop_work()
         return record
 

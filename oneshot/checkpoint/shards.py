@@ -13,6 +13,7 @@ from torch import nn
 
 from ..models import OnDisk
 from ..models.intake import INDEX, headers
+from ..runtime import together
 from ..runtime.files import write_json
 from ..runtime.proof import prove
 
@@ -51,3 +52,11 @@ def write(folder: Path, model: nn.Module, disk: OnDisk, blocks: Sequence[Path]) 
     size = sum(entry.bytes for entry in found.values())
     write_json({"metadata": {"total_parameters": model.num_parameters(), "total_size": size},
                 "weight_map": {name: found[name].file for name in sorted(found)}}, folder / INDEX)
+
+
+def moved(disk: OnDisk, folder: Path) -> None:
+    """From now on, blocks are read from the shards in a folder, by this process alone: the others of torchrun know the
+    work files, which are to be removed."""
+    together.release()
+    for number, name in enumerate(names(1 + disk.blocks)[1:]):
+        disk.moved(number, folder / name)

@@ -32,6 +32,7 @@ from typing import Any
 from torch import nn
 
 from ..data import Tokens, choose
+from ..heal.text.teacher import Teacher
 from ..models import Tokenizer
 from ..prune.job import Job
 from ..runtime.flag import Settings
@@ -67,7 +68,8 @@ class Subject:
 
     cfg: the run's settings. texts: {name: evaluation Tokens}. calibration: the calibration Tokens, or None (`damage`
     uses their token counts). load_dense(): loads the dense model; called only if something compares with it. job: what
-    is going to be done to the model, for measurements before pruning.
+    is going to be done to the model, for measurements before pruning. teacher: the model of `--heal-teacher`, if that
+    is loaded already.
     """
 
     model: nn.Module
@@ -77,6 +79,7 @@ class Subject:
     calibration: Tokens | None = None
     load_dense: Callable[[], nn.Module] | None = None
     job: Job | None = None
+    teacher: Teacher | None = None
 
     @property
     def options(self) -> dict[str, Any]:

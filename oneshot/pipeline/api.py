@@ -18,7 +18,7 @@ from ..models.source import undo_quantisation, was_dequantised
 from ..runtime import distributed
 from ..settings import flags, presets, values
 from ..settings.known import known, part_names, python_names, todays_names
-from . import checks, rounding, run
+from . import checks, lesson, rounding, run
 from .command import Command
 from .fit import command as fit_command
 from .identity import describe, identify
@@ -75,8 +75,9 @@ def prune(model: nn.Module, tokenizer: Tokenizer | None = None, *, method: str =
             tokens = choose.given(calibration, model, tokenizer)
         else:
             tokens = Command([cfg]).calibration(cfg, model, tokenizer)
-        weights, run_id = identify(cfg, model, tokens, {})
-        record = run.work(Subject(model, tokenizer, cfg, {}, tokens, lambda: dense), plan)
+        named = lesson.check(cfg, model, tokenizer)
+        weights, run_id = identify(cfg, model, tokens, {}, named)
+        record = run.work(Subject(model, tokenizer, cfg, {}, tokens, lambda: dense, teacher=named), plan)
     return report.storable(record | {"run_id": run_id, "model": describe(cfg, model, weights)})
 
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from .. import measure, models
 from ..data import Tokens, choose
+from ..heal.text.teacher import Teacher
 from ..measure import Subject
 from ..prune import allocate
 from ..runtime import distributed
@@ -23,15 +24,15 @@ def warnings(subject: Subject) -> list[str]:
             *choose.warnings(cfg, model, subject.calibration, subject.texts)]
 
 
-def identify(cfg: RunConfig, model: nn.Module, calibration: Tokens | None,
-             texts: dict[str, Tokens]) -> tuple[str, str]:
-    """(fingerprint of the weights, run_id). Call it before the model is changed."""
+def identify(cfg: RunConfig, model: nn.Module, calibration: Tokens | None, texts: dict[str, Tokens],
+             teacher: Teacher | None = None) -> tuple[str, str]:
+    """(fingerprint of the weights, run_id). Call it before the model is changed. teacher: that of `lesson.check`."""
     weights = models.fingerprint(model)
     marks = [calibration.sha256 if calibration else None, *measure.identity(cfg, texts)]
     if cfg.prunes and cfg.allocate == "sensitivity":
         marks.append(digest(cfg, weights))
     if cfg.prunes and cfg.text_heals:
-        marks += lesson.mark(cfg)
+        marks += lesson.mark(cfg, teacher)
     if cfg.prunes and cfg.keep_dense:
         marks.append(kept_mark(cfg, model, weights))
     if cfg.prunes and distributed.world() > 1:  # their sums differ in the last bits

@@ -23,6 +23,7 @@ from ..models import Tokenizer
 from ..prune.job import Result
 from ..prune.loop import float32_products
 from ..runtime import distributed, sealed, together
+from ..runtime.files import writing
 from ..runtime.flag import listed
 from ..settings import RunConfig
 from .command import load
@@ -38,12 +39,12 @@ def heal_on_text(subject: Subject, result: Result, folder: checkpoint.Folder | N
 
     Raises ValueError naming the flag when the text, the dense model or the memory is not there.
     """
-    cfg, model = subject.cfg, subject.model
+    cfg, model, dense = subject.cfg, subject.model, subject.teacher or teacher_of(subject)
     for name in cfg.text_heals:
         began = time.perf_counter()
-        with working(folder) as work:
+        with working(folder) as work, writing(*place(cfg, work)):
             warnings = same_start(cfg, model, work / name)
-            lesson = replace(make_lesson(subject, work), work=work / name)
+            lesson = replace(make_lesson(subject, work, dense), work=work / name)
             share(subject, work, name)
             warnings += overlap_warnings(subject, lesson.text)
             if not keeps_apart(model):
@@ -53,6 +54,7 @@ def heal_on_text(subject: Subject, result: Result, folder: checkpoint.Folder | N
                 info = healer.on_text(model, lesson)
         result.warnings += [f"--heal {name}: {w}" for w in [*warnings, *info.pop("warnings")]]
         result.heal[name] = info | {"seconds": time.perf_counter() - began}
+    dense.free()
 
 
 def share(subject: Subject, work: Path, name: str) -> None:
@@ -73,9 +75,15 @@ def take_part(cfg: RunConfig, work: str, name: str) -> None:
     cfg = cfg.here
     model, tokenizer = models.load(str(Path(work) / "start"))
     subject = Subject(model, tokenizer, cfg, {}, None, lambda: load(cfg)[0])
-    lesson = replace(make_lesson(subject, Path(work)), work=Path(work) / name)
-    with float32_products(cfg.tf32), distributed.answered():
-        heal.module(name).Heal(cfg.healing[name], cfg.seed).on_text(model, lesson)
+    with writing(*place(cfg, work)):
+        lesson = replace(make_lesson(subject, Path(work), teacher_of(subject)), work=Path(work) / name)
+        with float32_products(cfg.tf32), distributed.answered():
+            heal.module(name).Heal(cfg.healing[name], cfg.seed).on_text(model, lesson)
+
+
+def place(cfg: RunConfig, work: str | Path) -> tuple[str, str | Path]:
+    """(the flag, or else the variable, that says where checkpoints are written, its value). work: that place."""
+    return ("--save", cfg.save) if cfg.save else ("TMPDIR", work)
 
 
 @contextlib.contextmanager
@@ -107,18 +115,19 @@ def same_start(cfg: RunConfig, model: nn.Module, work: Path) -> list[str]:
     return warnings
 
 
-def make_lesson(subject: Subject, work: Path) -> Lesson:
-    """The lesson of a run. Raises ValueError naming the flag of what cannot be used."""
+def make_lesson(subject: Subject, work: Path, dense: teacher.Teacher) -> Lesson:
+    """The lesson of a run. dense: its teacher. Raises ValueError naming the flag of what cannot be used."""
     cfg, model, device = subject.cfg, subject.model, torch.device(subject.cfg.device)
     seqlen = choose.window(model, cfg.heal_seqlen, "--heal-seqlen")
     options = choose.text_options(cfg, model, subject.tokenizer)
-    live: list[teacher.Live] = []
+    of = dense.fingerprint if cfg.heal_cache else None
 
-    def once() -> teacher.Live:
-        return live[0] if live else live.append(dense_teacher(subject)) or live[0]
+    def live() -> teacher.Live:
+        same_tokens(cfg, dense.model, model)
+        return dense.live(device)
 
     def sample(n: int) -> list[list[int]]:
-        return sample_from_model(once().model, subject.tokenizer, n, seqlen, cfg.seed, cfg.batch_size,
+        return sample_from_model(live().model, subject.tokenizer, n, seqlen, cfg.seed, cfg.batch_size,
                                  cfg.progress)[0].tolist()
     text = training.prepare(cfg.heal_data, subject.tokenizer, work / "text", tokens=count(cfg.heal_tokens),
                             held=min(HELD, count(cfg.heal_tokens)), seqlen=seqlen, seed=cfg.seed, options=options,
@@ -129,11 +138,12 @@ def make_lesson(subject: Subject, work: Path) -> Lesson:
     if not set(listed(cfg.heal_loss)) & {"kl", "hidden"}:
         return lesson
     if cfg.heal_cache is None:
-        return replace(lesson, teacher=once())
-    key = {"teacher": models.fingerprint(dense_model(subject)), "text": text.about["sha256"]}
-    cached = {part: teacher.cache(Path(cfg.heal_cache) / part, once, windows, key | {"part": part}, k=top_k,
+        return replace(lesson, teacher=live())
+    key = {"teacher": of, "text": text.about["sha256"]}
+    cached = {part: teacher.cache(Path(cfg.heal_cache) / part, live, windows, key | {"part": part}, k=top_k,
                                   temperature=cfg.heal_temperature, progress=cfg.progress)
               for part, windows in (("train", text.train), ("held", text.held))}
+    dense.free()
     return replace(lesson, teacher=cached)
 
 
@@ -142,36 +152,32 @@ def needs_teacher(cfg: RunConfig) -> bool:
     return bool(cfg.text_heals and set(listed(cfg.heal_loss)) & {"kl", "hidden"} and not cfg.heal_teacher)
 
 
-def check(cfg: RunConfig, model: nn.Module, tokenizer: Tokenizer) -> None:
-    """Raise, before anything is pruned, what would be raised when healing on text begins. Names the flag."""
+def check(cfg: RunConfig, model: nn.Module, tokenizer: Tokenizer) -> teacher.Teacher | None:
+    """Raise, before anything is pruned, what would be raised when healing on text begins. Names the flag.
+
+    Returns the model of `--heal-teacher`, None where that names none.
+    """
     if not cfg.text_heals:
-        return
+        return None
     choose.window(model, cfg.heal_seqlen, "--heal-seqlen")
     training.check(cfg.heal_data, tokenizer, choose.text_options(cfg, model, tokenizer), cfg.heal_held_out)
-    if cfg.heal_teacher not in (None, GIVEN):
-        same_tokens(cfg, named_teacher(cfg), model)
+    if cfg.heal_teacher in (None, GIVEN):
+        return None
+    dense = teacher.Teacher(lambda: named(cfg))
+    same_tokens(cfg, dense.model, model)
+    return dense
 
 
-def named_teacher(cfg: RunConfig) -> nn.Module:
-    """The model of `--heal-teacher`. Raises ValueError naming the flag."""
-    try:
-        return models.load(cfg.heal_teacher, dtype=cfg.dtype, cache_dir=cfg.cache_dir,
-                           trust_remote_code=cfg.trust_remote_code)[0]
-    except ValueError as error:
-        raise ValueError(str(error).replace("--model", "--heal-teacher", 1)) from error.__cause__
-
-
-def dense_teacher(subject: Subject) -> teacher.Live:
-    """The dense model. Raises ValueError naming `--heal-teacher` if it does not go with the model."""
-    dense = dense_model(subject)
-    same_tokens(subject.cfg, dense, subject.model)
-    return teacher.Live(dense, torch.device(subject.cfg.device))
-
-
-def dense_model(subject: Subject) -> nn.Module:
-    """The dense model as it was loaded; from Python, the one in the caller's hands (Live copies what it changes)."""
+def teacher_of(subject: Subject) -> teacher.Teacher:
+    """The model to heal towards: the one that is named; else the dense one, from Python that in the caller's hands."""
     cfg = subject.cfg
-    return subject.dense if cfg.heal_teacher in (None, GIVEN) else named_teacher(cfg)
+    return teacher.Teacher(lambda: subject.dense if cfg.heal_teacher in (None, GIVEN) else named(cfg))
+
+
+def named(cfg: RunConfig) -> nn.Module:
+    """The model of `--heal-teacher`. Raises ValueError naming the flag."""
+    return models.load(cfg.heal_teacher, dtype=cfg.dtype, cache_dir=cfg.cache_dir,
+                       trust_remote_code=cfg.trust_remote_code, flag="--heal-teacher")[0]
 
 
 def same_tokens(cfg: RunConfig, dense: nn.Module, model: nn.Module) -> None:
@@ -195,8 +201,9 @@ def overlap_warnings(subject: Subject, text: training.TrainingText) -> list[str]
     return found
 
 
-def mark(cfg: RunConfig) -> list[str]:
-    """What identifies the training text beside its name: the sha256 of every file that is named."""
+def mark(cfg: RunConfig, dense: teacher.Teacher | None) -> list[str]:
+    """What identifies the training text and the model of `--heal-teacher` beside their names: the sha256 of every file
+    that is named, and the fingerprint of the model's weights."""
     names = [name for spec in (cfg.heal_data, cfg.heal_held_out) if spec for _, name in training.mixture(spec)]
-    return [sealed.digest(Path(name)) for name in names if Path(name).is_file()]
-
+    found = [sealed.digest(Path(name)) for name in names if Path(name).is_file()]
+    return [*found, dense.fingerprint] if dense else found

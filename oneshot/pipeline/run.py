@@ -84,11 +84,11 @@ def made(cfg: RunConfig, command: Command, reuse: Callable[[Path], dict | None] 
         checks.check_heal(other, model)
         checks.check_shared(other, model)
     texts = choose.evaluation(cfg, model, tokenizer)
-    lesson.check(cfg, model, tokenizer)
+    teacher = lesson.check(cfg, model, tokenizer)
     measure.prepare(cfg, model, tokenizer)
     late = cfg.calibration == "self"  # it follows from weights and settings, so it can wait until the run_id is checked
     calibration = None if late else command.calibration(cfg, model, tokenizer)
-    weights, run_id = identify(cfg, model, calibration, texts)
+    weights, run_id = identify(cfg, model, calibration, texts, teacher)
     file = Path(cfg.results) / f"{run_id}.json"
     folder = command.folder(cfg, run_id)
     remove_parts(cfg.results)
@@ -106,7 +106,7 @@ def made(cfg: RunConfig, command: Command, reuse: Callable[[Path], dict | None] 
         calibration = command.calibration(cfg, model, tokenizer)
     prepared = time.perf_counter()
     together.hold(model, held, cfg)
-    subject = Subject(model, tokenizer, cfg, texts, calibration, lambda: command.dense(cfg))
+    subject = Subject(model, tokenizer, cfg, texts, calibration, lambda: command.dense(cfg), teacher=teacher)
     record = work(subject, make_plan(cfg, model), command, folder)
     record |= {"run_id": run_id, "model": describe(cfg, model, weights)}
     record["seconds"] |= {"load": loaded - began, "data": prepared - loaded, "total": time.perf_counter() - began}

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any, NoReturn
 
+from .files import unwritable
 from .inputs import check_string
 
 
@@ -69,10 +70,8 @@ def exit_code(work: Callable[[], int | None], *, interrupted: Callable[[], str] 
     except KeyboardInterrupt:
         fail("interrupted" + (f"; {more}" if (more := interrupted()) else ""))
         return 130
-    except (ValueError, OSError) as error:
-        return fail(one_line(error))
     except Exception as error:
-        if type(error).__name__ == "SafetensorError":  # what a full disk is called there, which is no OSError
+        if isinstance(error, ValueError | OSError) or unwritable(error):
             return fail(one_line(error))
         if not out_of_memory(error):
             raise

@@ -14,6 +14,7 @@ from .lock import Unsupported, try_lock
 
 PART = re.compile(r"\.(.+\.(json|html)|[0-9a-f]{32})\.(?P<pid>\d+)\.part")  # what a kill leaves of `write_text`
 HOUR = 3600
+TORCH_SAVE = ("PytorchStreamWriter", "unexpected pos ", "iostream error")  # what torch.save says on a full disk
 
 
 def write_text(text: str, path: str | Path) -> None:
@@ -88,12 +89,25 @@ def process_is_there(pid: int) -> bool:
 
 @contextlib.contextmanager
 def writing(flag: str, path: str | Path) -> Iterator[None]:
-    """Within the context, an OSError (a full disk, no permission) becomes a ValueError naming the flag."""
+    """Within the context, what says that a file cannot be written becomes a ValueError naming the flag."""
     try:
         yield
-    except OSError as error:
-        raise ValueError(f"{flag} {path}: cannot be written ({reason(error)}); give the command again once it can, or "
-                         "choose another place") from error
+    except Exception as error:
+        if not unwritable(error):
+            raise
+        why = "torch.save has failed, as it does on a full disk" if isinstance(error, RuntimeError) else reason(error)
+        raise ValueError(f"{flag} {path}: cannot be written ({why}); give the command again once it can, or choose "
+                         "another place") from error
+
+
+def unwritable(error: Exception) -> bool:
+    """Whether an exception says that a file cannot be written (a full disk, no permission): an error of the system, or
+    what safetensors and torch raise instead, which are known by name and text so that this module needs neither.
+
+    An OSError without a number is one of this program's own, and says all by itself.
+    """
+    return (isinstance(error, OSError) and error.errno is not None) or type(error).__name__ == "SafetensorError" or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in TORCH_SAVE))
 
 
 def sync(path: str | Path) -> None:

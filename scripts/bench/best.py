@@ -17,7 +17,6 @@ Every row is for one model, pattern and calibration seed. ways.yaml names the wa
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 import time
@@ -27,7 +26,7 @@ import published
 import small_models
 import torch
 import yaml
-from common import caller, quality, removed
+from common import asking, caller, chosen, flags_for, quality, removed, replace, rows_of, without
 from torch import nn
 from tqdm import tqdm
 
@@ -38,12 +37,10 @@ from oneshot.pipeline.compress import compress, sparsity
 from oneshot.pipeline.plan import make_plan
 from oneshot.prune import patterns
 from oneshot.runtime import environment
-from oneshot.runtime.command import Parser, exit_code
-from oneshot.runtime.files import write_json
+from oneshot.runtime.command import exit_code
 from oneshot.settings import parse, presets
 
 MODELS = ("stories260k", "craftgpt-5m", "demo-wikitext2")
-BATCH = {"craftgpt-5m": "16"}  # its windows are single dialogues of some 30 tokens
 WAYS = yaml.safe_load(Path(__file__).with_name("ways.yaml").read_text(encoding="utf-8"))
 Recipe = dict[str, str | float | bool]
 
@@ -55,17 +52,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    p = Parser(prog="python scripts/bench/best.py", description=__doc__, allow_abbrev=False,
-               formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--shared", type=Path, default=Path("../shared"), help="folder of models/ and data/")
+    p = asking("best.py", __doc__, MODELS, 200, "main, ingredients")
     p.add_argument("--out", type=Path, default=Path("results/best"))
-    p.add_argument("--only", default=",".join(MODELS), help="models, separated by commas")
     p.add_argument("--patterns", default="0.5,0.6,0.7,2:4,4:8")
-    p.add_argument("--seeds", default="0,1,2")
-    p.add_argument("--ways", default="main", help="main, ingredients, or names separated by semicolons")
-    p.add_argument("--eval-windows", type=int, default=200)
-    p.add_argument("--flags", default="", help="more flags for every run, separated by spaces (for a quick look)")
-    p.add_argument("--threads", type=int, default=1, help="see cost above")
     return p.parse_args(argv)
 
 
@@ -76,30 +65,21 @@ def measure_all(args: argparse.Namespace) -> None:
     every = small_models.flags_of(args.shared)
     for name in args.only.split(","):
         for seed in args.seeds.split(","):
-            flags = [*without(every[name], "--pattern"), "--batch-size", BATCH.get(name, "8"), "--seed", seed,
-                     "--eval-windows", str(args.eval_windows), "--device", "cpu", "--no-progress", *args.flags.split()]
+            flags = flags_for(args, name, [*without(every[name], "--pattern"), "--seed", seed])
             with_pattern = [text for text in args.patterns.split(",") if missing(args, name, seed, text)]
             for text in tqdm(with_pattern, desc=f"{name} seed {seed}", unit="pattern"):
                 cell(args, name, seed, text, flags)
 
 
-def without(flags: list[str], name: str) -> list[str]:
-    """Flags without one of them and its value."""
-    i = flags.index(name)
-    return flags[:i] + flags[i + 2:]
-
-
 # ------------------------------------------------------------------ which ways
 
 def ways_of(args: argparse.Namespace, text: str) -> dict[str, Recipe]:
-    """{way: flags} of what is wanted at a pattern."""
-    if args.ways == "main":
-        return WAYS["main"]
-    if args.ways == "ingredients":
-        return {way: flags for way, flags in WAYS["ingredients"].items() if text == "0.7" or (
-            text == "2:4" and "allocate" not in flags)}  # an N:M leaves nothing to allocate
-    every = WAYS["main"] | WAYS["ingredients"]
-    return {way: every[way] for way in args.ways.split(";")}
+    """{way: flags} of what is wanted at a pattern. Raises ValueError naming `--ways`."""
+    found = chosen(args.ways, {group: WAYS[group] for group in ("main", "ingredients")})
+    if args.ways != "ingredients":
+        return found
+    return {way: flags for way, flags in found.items() if text == "0.7" or (
+        text == "2:4" and "allocate" not in flags)}  # an N:M leaves nothing to allocate
 
 
 def missing(args: argparse.Namespace, name: str, seed: str, text: str) -> dict[str, Recipe]:
@@ -116,8 +96,7 @@ def is_old(row: dict) -> bool:
 
 def read(file: Path) -> list[dict]:
     """The rows of a model in today's words (healing was recovery once); none where there is no file."""
-    rows = json.loads(file.read_text())["rows"] if file.is_file() else []
-    rows = [{"heal" if key == "recovery" else key: value for key, value in row.items()} for row in rows]
+    rows = [{"heal" if key == "recovery" else key: value for key, value in row.items()} for row in rows_of(file)]
     return [row | {"recipe": presets.recipe(row["recipe"])} for row in rows]
 
 
@@ -130,7 +109,7 @@ def given(flags: Recipe) -> list[str]:
 
 def cell(args: argparse.Namespace, name: str, seed: str, text: str, flags: list[str]) -> None:
     """All missing ways at one model, seed and pattern, SparseGPT the published way first."""
-    [base] = parse([*flags, "--method", "sparsegpt", "--pattern", text, "--no-dense"])
+    [base] = parse([*flags, "--method", "sparsegpt", "--pattern", text])
     model, tokenizer = load(base)
     try:
         make_plan(base, model)
@@ -142,7 +121,7 @@ def cell(args: argparse.Namespace, name: str, seed: str, text: str, flags: list[
     wall, cpu = published_seconds(model, calibration, patterns.parse(text))
     yardstick = {"published_seconds": wall, "published_cpu_seconds": cpu}
     for way, own in missing(args, name, seed, text).items():
-        [cfg] = parse([*flags, "--pattern", text, "--no-dense", *given(own)])
+        [cfg] = parse([*flags, "--pattern", text, *given(own)])
         subject = measure.Subject(copy.deepcopy(model), tokenizer, cfg, texts, calibration)
         store(args.out / f"{name}.json", {"model": name, "seed": int(seed), "pattern": text, "way": way,
                                           "recipe": presets.recipe(own), "version": WAYS["version"],
@@ -188,9 +167,7 @@ def as_linears(model: nn.Module) -> nn.Module:
 
 def store(file: Path, row: dict) -> None:
     """Put a row into the file in place of an older one of its kind, whole or not at all."""
-    kind = ("seed", "pattern", "way")
-    rows = [r for r in read(file) if any(r[k] != row[k] for k in kind)]
-    write_json({"rows": [*rows, row]}, file)
+    replace(read(file), row, ("seed", "pattern", "way"), file)
 
 
 if __name__ == "__main__":

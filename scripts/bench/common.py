@@ -1,10 +1,14 @@
 """What the benchmarks of pruning share: how fast this machine multiplies, how the published code is called, what a
-model is measured on, and the line that says where rows came about."""
+model is measured on, the line that says where rows came about; and for those that measure many ways, their command
+line and their rows in a file."""
 
+import argparse
+import json
 import os
 import time
 from collections.abc import Callable
 from itertools import cycle
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -12,6 +16,10 @@ from torch import nn
 from oneshot import calibrate, measure
 from oneshot.calibrate import Activations
 from oneshot.prune import patterns
+from oneshot.runtime.command import Parser
+from oneshot.runtime.files import write_json
+
+BATCH = {"craftgpt-5m": "16"}  # its windows are single dialogues of some 30 tokens
 
 
 def matmul_rate(n: int) -> float:
@@ -64,3 +72,51 @@ def written(program: str, environment: dict) -> str:
     e = environment
     return (f"Written by `python scripts/bench/{program}`; commit {e['commit']}{' (dirty)' if e['dirty'] else ''}, "
             f"{e['device']}, {e['threads']} thread{'s' * (e['threads'] > 1)}, torch {e['torch']}, {e['date']}.")
+
+
+# ------------------------------------------------------------------ many ways
+
+def asking(program: str, doc: str, models: tuple[str, ...], windows: int, groups: str) -> Parser:
+    """The command line that they share, but for `--out`. groups: names of groups of ways, the first one by default."""
+    p = Parser(prog=f"python scripts/bench/{program}", description=doc, allow_abbrev=False,
+               formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--shared", type=Path, default=Path("../shared"), help="folder of models/ and data/")
+    p.add_argument("--only", default=",".join(models), help="models, separated by commas")
+    p.add_argument("--seeds", default="0,1,2")
+    p.add_argument("--ways", default="main", help=f"{groups}, or names separated by semicolons")
+    p.add_argument("--eval-windows", type=int, default=windows)
+    p.add_argument("--flags", default="", help="more flags for every run, separated by spaces (for a quick look)")
+    p.add_argument("--threads", type=int, default=1)
+    return p
+
+
+def flags_for(args: argparse.Namespace, name: str, own: list[str]) -> list[str]:
+    """The flags of every run of a model, of which some are its `own`."""
+    return [*own, "--batch-size", BATCH.get(name, "8"), "--eval-windows", str(args.eval_windows), "--device", "cpu",
+            "--no-progress", "--no-dense", *args.flags.split()]
+
+
+def without(flags: list[str], name: str) -> list[str]:
+    """Flags without one of them and its value."""
+    i = flags.index(name)
+    return flags[:i] + flags[i + 2:]
+
+
+def chosen(names: str, groups: dict[str, dict[str, dict]]) -> dict[str, dict]:
+    """{way: its flags} of what `--ways` names: a group, or ways of any. Raises ValueError naming `--ways`."""
+    if names in groups:
+        return groups[names]
+    every = {way: own for group in groups.values() for way, own in group.items()}
+    if unknown := [way for way in names.split(";") if way not in every]:
+        raise ValueError(f"--ways {unknown[0]}: there are {'; '.join(every)}")
+    return {way: every[way] for way in names.split(";")}
+
+
+def rows_of(file: Path) -> list[dict]:
+    """The rows in a file; none where it is not there."""
+    return json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
+
+
+def replace(rows: list[dict], row: dict, kind: tuple[str, ...], file: Path) -> None:
+    """Write rows, with a new one at the end in place of an older one of its kind, whole or not at all."""
+    write_json({"rows": [*(r for r in rows if any(r[key] != row[key] for key in kind)), row]}, file)

@@ -14,13 +14,13 @@ held-out text. The target of the first three is a share of the blocks' parameter
 """
 
 import argparse
-import json
 import math
 import sys
 import time
 from pathlib import Path
 
 import small_models
+from common import replace, rows_of, without
 
 from oneshot import models
 from oneshot.heal.options import count
@@ -30,7 +30,7 @@ from oneshot.pipeline.fit.ledger import Round
 from oneshot.report.table import render
 from oneshot.runtime import environment
 from oneshot.runtime.command import Parser, exit_code
-from oneshot.runtime.files import write_json, write_text
+from oneshot.runtime.files import write_text
 from oneshot.settings import parse
 
 SHARE, STEP = 0.7, "25%"
@@ -68,18 +68,9 @@ def work(args: argparse.Namespace) -> None:
                     raise ValueError(f"--ways {way}: there are {'; '.join(WAYS)}")
                 if not any((r["seed"], r["way"]) == (int(seed), way) for r in rows_of(args.out / f"{name}.json")):
                     print(f"{name} seed {seed}: {way}", file=sys.stderr)
-                    store(args.out / f"{name}.json", one(args, name, seed, way))
+                    row, file = one(args, name, seed, way), args.out / f"{name}.json"
+                    replace(rows_of(file), row, ("seed", "way"), file)
     write_text(page(args.out), args.out / "fit.md")
-
-
-def rows_of(file: Path) -> list[dict]:
-    """The rows of a model; none where there is no file."""
-    return json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
-
-
-def store(file: Path, row: dict) -> None:
-    """Add a row."""
-    write_json({"rows": [*rows_of(file), row]}, file)
 
 
 def one(args: argparse.Namespace, name: str, seed: str, way: str) -> dict:
@@ -172,12 +163,6 @@ def shrunk(flags: list[str], save: Path, share: float, tokens: int) -> dict:
     [base] = parse([*without(flags, "--heal-data"), "--method", "dense", "--results", str(save.parent / "records")])
     return {"ppl": record["metrics"][metric], "dense_ppl": run.run(base)["metrics"][metric], "tokens": tokens,
             "shares": {"parameters": record["shrunk"]["share"]}, "met": True, "cut": record["shrunk"]["cut"]}
-
-
-def without(flags: list[str], name: str) -> list[str]:
-    """Flags without one of them and its value."""
-    at = flags.index(name)
-    return flags[:at] + flags[at + 2:]
 
 
 def page(folder: Path) -> str:

@@ -13,7 +13,6 @@ Every row is for one model, calibration seed and way; integers_ways.yaml names t
 """
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -22,8 +21,8 @@ from pathlib import Path
 import rotation
 import torch
 import yaml
-from common import quality
-from shrink import flags_of, without
+from common import asking, chosen, flags_for, quality, replace, rows_of, without
+from shrink import flags_of
 from tqdm import tqdm
 
 from oneshot import measure, models
@@ -34,12 +33,10 @@ from oneshot.pipeline.compress import compress
 from oneshot.pipeline.plan import make_plan
 from oneshot.quantise import grids, rtn
 from oneshot.runtime import environment
-from oneshot.runtime.command import Parser, exit_code
-from oneshot.runtime.files import write_json
+from oneshot.runtime.command import exit_code
 from oneshot.settings import parse
 
 MODELS = ("stories260k", "craftgpt-5m", "demo")  # and smollm2, of which a run takes minutes
-BATCH = {"craftgpt-5m": "16"}  # its windows are single dialogues of some 30 tokens
 WAYS = yaml.safe_load(Path(__file__).with_name("integers_ways.yaml").read_text(encoding="utf-8"))
 
 
@@ -50,18 +47,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    p = Parser(prog="python scripts/bench/integers.py", description=__doc__, allow_abbrev=False,
-               formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--shared", type=Path, default=Path("../shared"), help="folder of models/ and data/")
+    p = asking("integers.py", __doc__, MODELS, 100, "main, more, healed")
     p.add_argument("--out", type=Path, default=Path("results/bench"))
-    p.add_argument("--only", default=",".join(MODELS), help="models, separated by commas")
-    p.add_argument("--seeds", default="0,1,2")
-    p.add_argument("--ways", default="main", help="main, more, healed, or names separated by semicolons")
     p.add_argument("--healed", type=Path, default=Path("build/heal"),
                    help="folder of the models that scripts/bench/heal.py --work saved")
-    p.add_argument("--eval-windows", type=int, default=100)
-    p.add_argument("--flags", default="", help="more flags for every run, separated by spaces (for a quick look)")
-    p.add_argument("--threads", type=int, default=1)
     return p.parse_args(argv)
 
 
@@ -69,35 +58,17 @@ def measure_all(args: argparse.Namespace) -> None:
     """Run what is missing; every row is stored as soon as it is there."""
     models.quiet()
     torch.set_num_threads(args.threads)
-    file, ways, every = args.out / "integers.json", ways_of(args), flags_of(args.shared)
+    file, ways, every = args.out / "integers.json", chosen(args.ways, WAYS), flags_of(args.shared)
     for name in args.only.split(","):
         if name not in every:
             raise ValueError(f"--only {name}: there are {', '.join(every)}")
         jobs = [(int(seed), way) for seed in args.seeds.split(",") for way in ways
-                if not done(read(file), name, int(seed), way, ways[way])]
-        flags = [*every[name], "--batch-size", BATCH.get(name, "8"), "--eval-windows", str(args.eval_windows),
-                 "--device", "cpu", "--no-progress", "--no-dense", *args.flags.split()]
-        dense = {}
+                if not done(rows_of(file), name, int(seed), way, ways[way])]
+        flags, dense = flags_for(args, name, every[name]), {}
         for seed, way in tqdm(jobs, desc=name, unit="run"):
             row = {"model": name, "seed": seed, "way": way, "flags": ways[way],
                    **one([*flags, "--seed", str(seed)], dict(ways[way]), args.healed, dense)}
-            rows = [r for r in read(file) if (r["model"], r["seed"], r["way"]) != (name, seed, way)]
-            write_json({"rows": [*rows, row]}, file)
-
-
-def ways_of(args: argparse.Namespace) -> dict[str, dict]:
-    """{way: its flags} of what is wanted. Raises ValueError naming `--ways`."""
-    if args.ways in WAYS:
-        return WAYS[args.ways]
-    every = {way: own for group in WAYS.values() for way, own in group.items()}
-    if unknown := [way for way in args.ways.split(";") if way not in every]:
-        raise ValueError(f"--ways {unknown[0]}: there are {'; '.join(every)}")
-    return {way: every[way] for way in args.ways.split(";")}
-
-
-def read(file: Path) -> list[dict]:
-    """The rows; none where there is no file."""
-    return json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
+            replace(rows_of(file), row, ("model", "seed", "way"), file)
 
 
 def done(rows: list[dict], name: str, seed: int, way: str, flags: dict) -> bool:

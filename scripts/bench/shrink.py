@@ -12,7 +12,6 @@ Every row is for one model, share, calibration seed and way; shrink_ways.yaml na
 """
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -21,7 +20,7 @@ from pathlib import Path
 import small_models
 import torch
 import yaml
-from common import quality
+from common import asking, chosen, flags_for, quality, replace, rows_of, without
 from tqdm import tqdm
 
 from oneshot import measure, models
@@ -30,12 +29,10 @@ from oneshot.pipeline.command import load
 from oneshot.pipeline.compress import compress
 from oneshot.pipeline.plan import make_plan
 from oneshot.runtime import environment
-from oneshot.runtime.command import Parser, exit_code
-from oneshot.runtime.files import write_json
+from oneshot.runtime.command import exit_code
 from oneshot.settings import parse
 
 MODELS = ("stories260k", "craftgpt-5m", "demo")  # and smollm2, of which a run takes minutes
-BATCH = {"craftgpt-5m": "16"}  # its windows are single dialogues of some 30 tokens
 WAYS = yaml.safe_load(Path(__file__).with_name("shrink_ways.yaml").read_text(encoding="utf-8"))
 
 
@@ -46,17 +43,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    p = Parser(prog="python scripts/bench/shrink.py", description=__doc__, allow_abbrev=False,
-               formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--shared", type=Path, default=Path("../shared"), help="folder of models/ and data/")
+    p = asking("shrink.py", __doc__, MODELS, 100, "main, ingredients")
     p.add_argument("--out", type=Path, default=Path("results/shrink"))
-    p.add_argument("--only", default=",".join(MODELS), help="models, separated by commas")
     p.add_argument("--shares", default="0.8,0.7,0.5")
-    p.add_argument("--seeds", default="0,1,2")
-    p.add_argument("--ways", default="main", help="main, ingredients, or names separated by semicolons")
-    p.add_argument("--eval-windows", type=int, default=100)
-    p.add_argument("--flags", default="", help="more flags for every run, separated by spaces (for a quick look)")
-    p.add_argument("--threads", type=int, default=1)
     return p.parse_args(argv)
 
 
@@ -65,12 +54,6 @@ def flags_of(shared: Path) -> dict[str, list[str]]:
     found = {name: without(flags, "--pattern") for name, flags in small_models.flags_of(shared).items()}
     found["demo"] = [*without(found["demo"], "--evaluate"), "--evaluate", "builtin:prose", "--nsamples", "128"]
     return found
-
-
-def without(flags: list[str], name: str) -> list[str]:
-    """Flags without one of them and its value."""
-    i = flags.index(name)
-    return flags[:i] + flags[i + 2:]
 
 
 def measure_all(args: argparse.Namespace) -> None:
@@ -82,33 +65,17 @@ def measure_all(args: argparse.Namespace) -> None:
         if name not in every:
             raise ValueError(f"--only {name}: there are {', '.join(every)}")
         jobs = [(seed, share, way) for seed in args.seeds.split(",") for share in args.shares.split(",")
-                for way in ways_of(args) if not done(args, name, seed, share, way)]
+                for way in chosen(args.ways, WAYS) if not done(args, name, seed, share, way)]
         dense = {}
-        for seed, share, way in tqdm(jobs, desc=name, unit="run"):
-            flags = [*every[name], "--batch-size", BATCH.get(name, "8"), "--eval-windows", str(args.eval_windows),
-                     "--device", "cpu", "--no-progress", "--pattern", "dense", "--no-dense", *args.flags.split()]
-            one(args, name, (seed, share, way), flags, dense)
-
-
-def ways_of(args: argparse.Namespace) -> dict[str, dict]:
-    """{way: its flags} of what is wanted. Raises ValueError naming `--ways`."""
-    if args.ways in WAYS:
-        return WAYS[args.ways]
-    every = WAYS["main"] | WAYS["ingredients"]
-    if unknown := [way for way in args.ways.split(";") if way not in every]:
-        raise ValueError(f"--ways {unknown[0]}: there are {'; '.join(every)}")
-    return {way: every[way] for way in args.ways.split(";")}
-
-
-def read(file: Path) -> list[dict]:
-    """The rows of a model; none where there is no file."""
-    return json.loads(file.read_text())["rows"] if file.is_file() else []
+        for job in tqdm(jobs, desc=name, unit="run"):
+            one(args, name, job, flags_for(args, name, [*every[name], "--pattern", "dense"]), dense)
 
 
 def done(args: argparse.Namespace, name: str, seed: str, share: str, way: str) -> bool:
     """Whether there is a row of these flags."""
-    return any((r["seed"], r["asked"], r["way"], r["flags"]) == (int(seed), float(share), way, ways_of(args)[way])
-               for r in read(args.out / f"{name}.json"))
+    own = chosen(args.ways, WAYS)[way]
+    return any((r["seed"], r["asked"], r["way"], r["flags"]) == (int(seed), float(share), way, own)
+               for r in rows_of(args.out / f"{name}.json"))
 
 
 def given(own: dict, share: str, blocks: int) -> list[str]:
@@ -127,7 +94,7 @@ def given(own: dict, share: str, blocks: int) -> list[str]:
 
 def one(args: argparse.Namespace, name: str, job: tuple[str, str, str], flags: list[str], dense: dict) -> None:
     """Measure one way and store its row. dense: {model: its perplexity}, filled on first use."""
-    (seed, share, way), own = job, ways_of(args)[job[2]]
+    (seed, share, way), own = job, chosen(args.ways, WAYS)[job[2]]
     [base] = parse([*flags, "--method", "magnitude", "--seed", seed])
     model, tokenizer = load(base)
     blocks = len(models.blocks(model)[1])
@@ -144,8 +111,7 @@ def one(args: argparse.Namespace, name: str, job: tuple[str, str, str], flags: l
            "dense_ppl": dense[name]["ppl"], "excess": math.log(found["ppl"] / dense[name]["ppl"]), **spent, **shrunk,
            "warnings": result.warnings, "environment": environment.environment(cfg.device)}
     file = args.out / f"{name}.json"
-    rows = [r for r in read(file) if (r["seed"], r["asked"], r["way"]) != (row["seed"], row["asked"], way)]
-    write_json({"rows": [*rows, row]}, file)
+    replace(rows_of(file), row, ("seed", "asked", "way"), file)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Losses of healing on text against float64, and the teacher's cache: built once, continued, never another's."""
 
+import errno
+import os
 import shutil
 
 import pytest
@@ -136,3 +138,23 @@ def test_a_disk_that_is_too_small_is_named_before_anything_is_computed(tmp_path,
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(ValueError, match=r"^--heal-cache .* GiB"):
         teacher.cache(tmp_path / "cache", None, windows(40), {}, k=4, temperature=1.0)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system cannot reserve room")
+def test_a_disk_that_fills_up_is_one_line_and_the_same_call_goes_on(tmp_path, monkeypatch):
+    """Its room is taken before anything is computed: a mapped file without it would end the process by SIGBUS."""
+    live, real = lesson(tmp_path / "live"), os.posix_fallocate
+    given = (tmp_path / "cache", lambda: live.teacher, windows(4), {})
+
+    def full(handle, offset, size):
+        if size > 16 * 4 * 4 * 4:  # the second of the two arrays
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(handle, offset, size)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(ValueError, match=r"^--heal-cache .*cannot be written .No space left"):
+            teacher.cache(*given, k=4, temperature=1.0, progress=False)
+    assert [file.name for file in (tmp_path / "cache").iterdir()] == ["log_p.npy"]
+    found = teacher.cache(*given, k=4, temperature=1.0, progress=False)
+    files = [(tmp_path / "cache" / f"{name}.npy").stat() for name in ("log_p", "ids")]
+    assert len(found.ids) == 4 and all(file.st_blocks * 512 >= file.st_size for file in files)

@@ -1,6 +1,7 @@
 """Two processes under torchrun (gloo): the one-process result within rounding; what cannot be shared is refused."""
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -62,13 +63,28 @@ def program(port, *argv):
     return tiny.main(*argv)
 
 
+def full_disk(port, *argv):
+    """The program, in which process 1 cannot write all of its shard of the fourth checkpoint."""
+    from oneshot.heal.text import trainer
+
+    real = trainer.Shards.on_save
+
+    def on_save(self, args, state, *more, **kwargs):
+        if state.global_step == 4 and os.environ["RANK"] == "1":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        return real(self, args, state, *more, **kwargs)
+    trainer.Shards.on_save = on_save
+    return program(port, *argv)
+
+
 def dying(port, *argv):
-    """The program, in which process 1 dies in the sixth step."""
+    """The program, in which process 1 dies in the sixth step; it says its steps."""
     from oneshot.heal.text import trainer
 
     real = trainer.TextTrainer.training_step
 
     def step(self, *args, **kwargs):
+        print(self.state.global_step, flush=True)
         if self.state.global_step == 5 and os.environ["RANK"] == "1":
             os._exit(9)
         return real(self, *args, **kwargs)
@@ -94,12 +110,16 @@ def continuing(ports, whole, broken):
     return code
 
 
-def test_sharded_as_whole_and_after_a_kill(place, tmp_path):
+def test_sharded_as_whole_and_after_a_full_disk_and_a_kill(place, tmp_path):
     """By FSDP2: what a process gives that holds all weights, within rounding; zeros and resumed bits exactly."""
     whole, broken = argv(place, tmp_path / "whole"), argv(place, tmp_path / "broken")
+    assert processes.together(2, tmp_path / "full", full_disk, processes.port(), *broken) == [2, 2]
+    [line] = processes.said(tmp_path / "full").splitlines()
+    assert line.startswith(f"error: process 1: --save {tmp_path / 'broken'}: cannot be written (")
     assert processes.together(2, tmp_path / "said", dying, processes.port(), *broken)[1] == 9
     [line] = processes.said(tmp_path / "said").splitlines()
     assert line.startswith("error: ") and "resumes" in line
+    assert (tmp_path / "said" / "1.out").read_text().split() == ["3", "4", "5"]
     ports = [processes.port(), processes.port()]
     codes = processes.together(2, tmp_path / "then", continuing, ports, whole, broken)
     assert codes == [0, 0], processes.said(tmp_path / "then")

@@ -253,7 +253,10 @@ def test_the_table_of_another_device_foretells_and_a_device_without_one_is_refus
     assert fitted(tmp_path / "out")["rounds"][0]["shares"]["latency"] == pytest.approx(21 / 31)
     other = device_table.read(table) | {"blocks": 7}
     table.write_text(json.dumps(other))
-    for device, said in ((table, "is the table of a llama of 7 blocks"), (tmp_path / "no.json", "is no table of"),
+    half = tmp_path / "half.json"
+    half.write_text(json.dumps(other | {"blocks": tiny.BLOCKS, "dtype": "float16"}))
+    for device, said in ((table, "is the table of a llama of 7 blocks"), (half, "give --dtype float16"),
+                         (tmp_path / "no.json", "is no table of"),
                          ("pi5", "without its table no device is guessed"), ("cuda", "sees no CUDA device")):
         if device != "cuda" or not torch.cuda.is_available():
             assert command.main([*asked[:-1], str(device)]) == 2 and said in capfd.readouterr().err

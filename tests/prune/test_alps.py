@@ -2,8 +2,9 @@
 
 import pytest
 import reference as ref
+import reference_iterated as iterated
 import torch
-from problems import layer, statistics_of
+from problems import layer, ref_pattern, statistics_of
 from solving import solved
 
 from oneshot.calibrate.statistics import Statistics
@@ -53,7 +54,7 @@ def test_alps_errs_as_the_published_algorithm(pattern, R, C, T, share):
         W, X = layer(R, C, T, seed=seed)
         G = ref.gram(X)
         ours = solved("alps", W.float(), X.float(), pattern).W_hat
-        published = ref.alps(W, X, (pattern.n, pattern.m) if isinstance(pattern, NM) else pattern.sparsity)[0]
+        published = iterated.alps(W, X, ref_pattern(pattern))[0]
         assert ref.layer_error(W, ours, G) == pytest.approx(ref.layer_error(W, published, G), rel=share)
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import reference as ref
+import reference_iterated as iterated
 import torch
 from problems import layer, ref_pattern
 from solving import case, resolved, run
@@ -19,10 +20,10 @@ REFERENCES = {
     "wanda": lambda W, X, pattern, cfg: ref.wanda(W, X, ref_pattern(pattern)),
     "sparsegpt": sparsegpt_reference,
     "ria": lambda W, X, pattern, cfg: ref.ria(W, X, ref_pattern(pattern), a=cfg.a),
-    "dsnot": lambda W, X, pattern, cfg: ref.dsnot(W, X, ref_pattern(pattern), cycles=cfg.cycles,
-                                                  threshold=cfg.threshold),
-    "admm": lambda W, X, pattern, cfg: ref.admm(W, X, ref_pattern(pattern), damping=cfg.damping, rho=cfg.rho,
-                                                iterations=cfg.iterations, mask_iterations=cfg.mask_iterations),
+    "dsnot": lambda W, X, pattern, cfg: iterated.dsnot(W, X, ref_pattern(pattern), cycles=cfg.cycles,
+                                                       threshold=cfg.threshold),
+    "admm": lambda W, X, pattern, cfg: iterated.admm(W, X, ref_pattern(pattern), damping=cfg.damping, rho=cfg.rho,
+                                                     iterations=cfg.iterations, mask_iterations=cfg.mask_iterations),
 }
 BLOCKS = [case("sparsegpt", block_size=b) for b in (128, 48, 7, 1)]
 PARITY = [pytest.param(c, p, id=f"{c.name}{getattr(c.chain[0][1], 'block_size', '')}-{p}")

@@ -17,7 +17,8 @@ the same bits (on the same device, with as many threads).
     WORK/attempts.json          the attempts (learning rate, first window, state they began with, looks), and the
                                 hashes of their states
     WORK/attempt-N.safetensors  the best state of an attempt, if it was the best so far
-    WORK/attempt-N/             Trainer's checkpoints, each with the hashes of its files; a damaged one is not used
+    WORK/attempt-N/             Trainer's checkpoints, each with the hashes of its files; a damaged one is not used. The
+                                last and the best stay until the next is whole (`Seals`)
 
 The files here: losses, student (the model as Trainer sees it), teacher (the dense model's predictions), memory (how a
 step is made to fit), sharded (FSDP2), trainer (transformers' Trainer).
@@ -155,9 +156,9 @@ class Course:
         number = self.attempts.index(attempt)
         trainer, last = self.trainer(attempt), distributed.share(last_checkpoint(self.folder(number)))
         past = json.loads((last / "trainer_state.json").read_text())["log_history"] if last else []
-        seen = 0
-        if last is None or verdict([row["eval_loss"] for row in past if "eval_loss" in row], self.before) is None:
-            done = int(last.name.rpartition("-")[2]) if last else 0
+        seen, done = 0, int(last.name.rpartition("-")[2]) if last else 0
+        over = verdict([row["eval_loss"] for row in past if "eval_loss" in row], self.before)
+        if over is None and done < trainer.args.max_steps:  # else Trainer would do one more step
             trainer.train(resume_from_checkpoint=str(last) if last else None)
             past = trainer.state.log_history
             seen = (trainer.state.global_step - done) * self.windows * self.lesson.options.heal_seqlen
@@ -247,7 +248,7 @@ class Course:
             per_device_eval_batch_size=self.fit.windows, gradient_accumulation_steps=self.fit.parts, max_steps=steps,
             train_sampling_strategy="sequential",
             lr_scheduler_type="cosine", warmup_steps=max(1, round(WARM_UP * steps)), max_grad_norm=CLIP,
-            eval_strategy="steps", eval_steps=look, save_strategy="steps", save_steps=look, save_total_limit=1,
+            eval_strategy="steps", eval_steps=look, save_strategy="steps", save_steps=look,
             load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
             logging_steps=max(1, look // 5), report_to="none", disable_tqdm=True, seed=lesson.seed,
             use_cpu=lesson.device.type == "cpu", remove_unused_columns=False, prediction_loss_only=True,

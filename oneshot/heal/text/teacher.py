@@ -1,5 +1,6 @@
 """Teacher: what the dense model says of the training text, computed beside the student or once, ahead, into a cache.
 
+    Teacher  the dense model: loaded once, when it is first asked for
     Live     the dense model, in memory: logits and hidden states of any window
     Cached   its k most likely tokens of every window in two files, mapped into memory: many students use one pass
 
@@ -11,8 +12,10 @@
 
 import contextlib
 import copy
+import functools
 import hashlib
 import inspect
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,7 +29,8 @@ from tqdm import tqdm
 from ... import models
 from ...data.training import Windows
 from ...runtime import environment, sealed
-from ...runtime.lock import Lock, Taken
+from ...runtime.files import writing
+from ...runtime.lock import NOT_SUPPORTED, Lock, Taken
 from .losses import TopK
 
 EVERY = 64  # windows in a part; after each, a cache that is being built notes how far it is
@@ -65,6 +69,41 @@ class Live:
         return out.logits, out.hidden_states if states else None
 
 
+class Teacher:
+    """The dense model of one run: loaded when something first needs it, and once, until `free`.
+
+    load: gives the model. Of what nobody else holds, what `Live` does not need is freed with it.
+    """
+
+    def __init__(self, load: Callable[[], nn.Module]) -> None:
+        self._load = load
+        self._model: nn.Module | None = None
+        self._live: Live | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, as it is stored, or as `live` has changed it."""
+        if self._model is None:
+            self._model = self._load()
+        return self._model
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """That of its weights as they are stored; the first call must come before `live`."""
+        return models.fingerprint(self.model)
+
+    def live(self, device: torch.device) -> Live:
+        """The model beside the student, made once."""
+        if self._live is None:
+            self._live = Live(self.model, device)
+            self._model = self._live.model
+        return self._live
+
+    def free(self) -> None:
+        """Drop the model."""
+        self._model = self._live = None
+
+
 class Cached:
     """The teacher's k most likely tokens of the windows of a text, by their numbers."""
 
@@ -83,12 +122,12 @@ def cache(folder: Path, teacher: Callable[[], Live], windows: Windows, key: dict
           progress: bool = True) -> Cached:
     """The cache in `folder`, built if it is not there or was left unfinished. key: of which model and text it is.
 
-    Raises ValueError naming `--heal-cache` if the disk is too small, before anything is computed, if the folder holds
-    another cache or a damaged one, or if another process is filling it.
+    Raises ValueError naming `--heal-cache` if the disk is too small, before anything is computed, or cannot be written;
+    if the folder holds another cache or a damaged one, or if another process is filling it.
     """
     asked = key | {"k": k, "temperature": temperature, "windows": len(windows), "seqlen": windows.seqlen}
     if len(opened(folder, asked)) * EVERY < len(windows):
-        with locked(folder):
+        with writing("--heal-cache", folder), locked(folder):
             fill(folder, teacher, windows, asked, progress)
     return Cached(folder)
 
@@ -119,10 +158,7 @@ def fill(folder: Path, teacher: Callable[[], Live], windows: Windows, asked: dic
     """Compute what is missing; the folder is locked."""
     parts = opened(folder, asked)  # another process may have filled it until now
     if not parts:
-        shape = (len(windows), windows.seqlen, asked["k"])
-        reserve(folder, 6 * int(np.prod(shape)))
-        np.lib.format.open_memmap(folder / "log_p.npy", "w+", np.float16, shape)
-        np.lib.format.open_memmap(folder / "ids.npy", "w+", np.uint32, shape)
+        make(folder, (len(windows), windows.seqlen, asked["k"]))
         sealed.keep({"of": asked, "parts": []}, folder / NOTE)
     if len(parts) * EVERY >= len(windows):
         return
@@ -163,13 +199,26 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def reserve(folder: Path, size: int) -> None:
-    """Make the folder. Raises ValueError naming `--heal-cache` if its disk has no `size` bytes left."""
+def make(folder: Path, shape: tuple[int, int, int]) -> None:
+    """Make the folder and its arrays, with room on the disk for all of their bytes: a process that writes to a mapped
+    file for which there is none is killed (SIGBUS).
+
+    Raises ValueError naming `--heal-cache` if the disk is too small, OSError if it is full all the same.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
+    size, free = 6 * int(np.prod(shape)), shutil.disk_usage(folder).free
     if size > free:
         raise ValueError(f"--heal-cache {folder}: needs {size / 2**30:.1f} GiB, the disk has {free / 2**30:.1f} left; "
                          "lower --heal-top-k or --heal-tokens, or leave it out")
+    for file, kind in (folder / "log_p.npy", np.float16), (folder / "ids.npy", np.uint32):
+        np.lib.format.open_memmap(file, "w+", kind, shape)
+        try:
+            with open(file, "r+b") as stream:
+                getattr(os, "posix_fallocate", lambda *_: None)(stream.fileno(), 0, file.stat().st_size)
+        except OSError as error:
+            if error.errno not in NOT_SUPPORTED:
+                file.unlink()
+                raise
 
 
 def model_inputs(model: nn.Module, batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:

@@ -1,6 +1,7 @@
 """Transformers' Trainer as healing on text uses it: Adam's parameter groups, a mask, looks, a progress bar."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,9 @@ class Looks(TrainerCallback):
 
 class Seals(TrainerCallback):
     """Adds to each checkpoint the hashes of its files, last of all; other processes' random states are not among them.
+
+    That is when all processes have written theirs. Only then removes the earlier ones, but for the best: Trainer would
+    remove them before this one is whole.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -105,10 +109,15 @@ class Seals(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """See the class."""
+        distributed.wait()
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero:
             names = sorted(f.name for f in folder.iterdir() if f.is_file() and not f.match("rng_state_[1-9]*"))
             sealed.keep({"step": state.global_step}, folder / SEAL, [name for name in names if name != SEAL])
+            keep = {folder.name, Path(state.best_model_checkpoint or folder).name}
+            for other in folder.parent.glob("checkpoint-*"):
+                if other.name not in keep:
+                    shutil.rmtree(other)
 
 
 class Shards(TrainerCallback):
@@ -126,4 +135,3 @@ class Shards(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, optimizer: Any, **_: Any) -> None:
         """See the class."""
         torch.save(optimizer.state_dict(), self.file(args, state.global_step))
-        distributed.wait()

@@ -129,10 +129,14 @@ def device_of(text: str) -> tuple[str, dict | None]:
 
 
 def fits(table: dict, model: nn.Module, name: str) -> None:
-    """Raise ValueError naming `--device` for a table of another model."""
+    """Raise ValueError naming `--device` for a table of another model, or of another dtype."""
     L = len(models.blocks(model)[1])
     units = {unit: device_table.of(model, unit) for unit in table["units"]}
     if (table["family"], table["blocks"], table["units"]) != (model.config.model_type, L, units):
         raise ValueError(f"--device {name}: is the table of a {table['family']} of {table['blocks']} blocks "
                          f"({table['units']}), and --model is a {model.config.model_type} of {L} ({units}); measure "
                          "this model there")
+    dtype = str(model.dtype).removeprefix("torch.")
+    if table.get("dtype") != dtype:
+        raise ValueError(f"--device {name}: its times are those of {table.get('dtype')}, and --model is {dtype} here; "
+                         f"give --dtype {table.get('dtype')}, or measure there with --dtype {dtype}")
