@@ -36,5 +36,5 @@ def test_what_each_block_can_spare():
     assert [ax.get_title(loc="left") for ax in fig.axes] == ["round-1", "final"]
     assert {t.get_text() for t in fig.legends[0].get_texts()} == {
         "KL of the block alone in 2:4 (nats)", "influence: 1 - cosine of what the block changes",
-        "KL of the block alone in int8 (nats)"}
+        "the block's share of the KL of all in int8 (nats)"}
     assert not figures.fig_candidates([]).axes

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 KINDS = {"dense": (INK, "*"), "kept": (COLOURS[0], "o"), "taken back": (COLOURS[1], "X"),
          "plain rounding": (COLOURS[2], "s")}
+ALONE = {"2:4": "KL of the block alone in 2:4 (nats)", "influence": "influence: 1 - cosine of what the block changes"}
 LABELS = {"latency": "time of decoding a token", "bytes": "bytes of the linears",
           "parameters": "parameters of the blocks"}
 
@@ -74,7 +75,8 @@ def placed(points: Sequence[Point], metric: str, kind: str) -> list[tuple[str, s
 def fig_candidates(rounds: Sequence[tuple[str, dict[str, dict[int, float]]]]) -> "Figure":
     """What each block loses in 2:4 and in integers, and how much it changes the hidden state, a panel for each round.
 
-    rounds: [(name, {form: {block: KL in nats}} with {"influence": {block: influence}})].
+    rounds: [(name, {form: {block: KL in nats}} with {"influence": {block: influence}})]. Of integers it is the block's
+    share of what all blocks lose together.
     """
     rounds = [r for r in rounds if any(r[1].values())]
     kinds = list(dict.fromkeys(kind for _, found in rounds for kind, own in found.items() if own))
@@ -88,7 +90,6 @@ def fig_candidates(rounds: Sequence[tuple[str, dict[str, dict[int, float]]]]) ->
         scale_y([ax], [x for own in found.values() for x in own.values() if x > 0] or [0, 1])
         ax.set_title(clean(name), loc="left", fontweight="bold")
         ax.set_xlabel("block")
-    legend(fig, [handle("influence: 1 - cosine of what the block changes" if kind == "influence" else
-                        f"KL of the block alone in {clean(kind)} (nats)", COLOURS[i], "none", MARKERS[i])
-                 for i, kind in enumerate(kinds)])
+    legend(fig, [handle(ALONE.get(kind, f"the block's share of the KL of all in {clean(kind)} (nats)"), COLOURS[i],
+                        "none", MARKERS[i]) for i, kind in enumerate(kinds)])
     return fig
