@@ -65,7 +65,7 @@ class World:
             found.widths += [(kept.kept, 5.0)] if kept else []
         for grid, loss in (("int8", 0.001), ("int4", 0.5)):
             if grid in allow and set(limits) & {"bytes"}:
-                found.grids[grid] = loss
+                found.grids[grid] = dict.fromkeys(range(n), loss / n)
         return found
 
     def whole(self, model, plan):
@@ -80,7 +80,7 @@ class World:
         if cfg.save:
             self.models[cfg.save] = self.smaller(cfg)
         name = cfg.save or cfg.model
-        share, factor = self.share(name), {None: 1.0, "int8:row": 0.25, "int4:64": 0.125}[cfg.quantise]
+        share, factor = self.share(name), self.bytes_of(cfg)
         ppl = self.ppl(share)
         if "plain" in Path(name).name:
             ppl = self.rounded * (2 if cfg.quantise == "int4:64" else 1)
@@ -92,6 +92,12 @@ class World:
         if cfg.save and "plain" not in name:
             self.runs.append((Path(cfg.model).name, Path(cfg.save).name, round(share, 3)))
         return self.records[name]
+
+    def bytes_of(self, cfg):
+        """What rounding leaves of the bytes, by the blocks' grids."""
+        number = len(models.blocks(self.models[cfg.save or cfg.model])[1])
+        own = [cfg.grids.of(f"model.layers.{b}.mlp.up_proj") for b in range(number)]
+        return sum({None: 1.0, "int8:row": 0.25, "int4:64": 0.125}[grid and str(grid)] for grid in own) / number
 
     def smaller(self, cfg):
         model = self.models[cfg.model]

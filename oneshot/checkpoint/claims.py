@@ -10,7 +10,8 @@ from torch import nn
 
 from ..prune import patterns, solvers
 from ..prune.patterns import Dense, Pattern, Unstructured
-from ..quantise import grids
+from ..quantise import mixed
+from ..structured import origin
 from . import compressed, gguf, packed
 from .contents import MANIFEST, Fault
 from .manifest import pattern_of
@@ -77,9 +78,18 @@ def check_settings(data: dict) -> list[Fault]:
 def check_grid(data: dict) -> list[Fault]:
     """Its grids: every linear has the one that the settings ask for, or none."""
     text = data["record"]["settings"].get("quantise")
-    asked = None if text is None else str(grids.parse(text))
-    return [Fault(name, f"rounded to {entry.get('grid')}, the settings ask for {asked}")
-            for name, entry in data["tensors"].items() if entry.get("grid") != asked]
+    asked = mixed.Grids(None) if text is None else mixed.parse(text)
+    wanted = {name: asked.of(before(name, data)) for name in data["tensors"]}
+    return [Fault(name, f"rounded to {entry.get('grid')}, the settings ask for {wanted[name]}")
+            for name, entry in data["tensors"].items() if entry.get("grid") != (wanted[name] and str(wanted[name]))]
+
+
+def before(name: str, data: dict) -> str:
+    """What the linear `name` is called in the model that a smaller one was made from, whose names the settings use."""
+    if "origin" not in data:
+        return name
+    block = next(row["block"] for row in data["record"]["layers"] if row["name"] == name)
+    return origin.name_before(name, name.partition(f".{block}.")[0], data["origin"]["blocks"])
 
 
 def check_allocated(asked: Unstructured, entries: dict[str, dict], settings: dict) -> list[Fault]:

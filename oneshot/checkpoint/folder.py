@@ -230,7 +230,8 @@ class Folder:
             kind = packed if form == "packed" else compressed
             data |= kind.pack_checkpoint(model, data["tensors"], self.scales)
             record = data["record"] = record | {"packed": data["packed"], "warnings": record["warnings"] + [
-                f"{name}: stays dense in the packed checkpoint ({why})" for name, why in data["left_dense"].items()]}
+                f"{name}: stays dense in the packed checkpoint ({why})" for name, why in data["left_dense"].items()
+            ] + data.pop("warnings", [])}
         with writing(self.path):
             self._lock.check()
             self.claim()

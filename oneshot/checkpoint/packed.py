@@ -12,8 +12,9 @@ weights. The config contains the names of linears, never code.
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,20 +40,30 @@ Packed = Sparse24Linear | Rounded24Linear
 class PackedConfig(QuantizationConfigMixin):
     """The `quantization_config` of a packed checkpoint: the names of the packed linears, and how to load it.
 
-    grid, stored: where they hold codes, of which grid, and which dtype scale · code is rounded to.
+    grid, stored: where they hold codes, of which grid, and which dtype scale · code is rounded to. Where they differ,
+    `grid` is {linear: its grid}; one that is not there holds weights.
     """
 
-    def __init__(self, linears: Iterable[str] = (), to_load: str = HINT, grid: str | None = None,
+    def __init__(self, linears: Iterable[str] = (), to_load: str = HINT, grid: str | dict[str, str] | None = None,
                  stored: str | None = None, **kwargs: Any) -> None:
         self.quant_method = METHOD
         self.linears, self.to_load = list(linears), to_load
         if grid is not None:
-            if grid not in GRIDS or not isinstance(getattr(torch, str(stored), None), torch.dtype):
-                raise ValueError(f"quantization_config of {METHOD}: no grid or dtype: {grid!r:.30}, {stored!r:.30}")
+            mixed = grid if isinstance(grid, dict) else {}
+            wrong = [text for text in mixed.values() or [grid] if text not in GRIDS]
+            wrong += [name for name in mixed if name not in self.linears]
+            if wrong or not isinstance(getattr(torch, str(stored), None), torch.dtype):
+                raise ValueError(f"quantization_config of {METHOD}: no grid or dtype: {(wrong or [grid])[0]!r:.30}, "
+                                 f"{stored!r:.30}")
             self.grid, self.stored = grid, stored
         unknown = set(kwargs) - {"quant_method"}
         if unknown:
             raise ValueError(f"quantization_config of {METHOD}: unknown entries {', '.join(sorted(unknown))}")
+
+    def grid_of(self, name: str) -> str | None:
+        """The grid of a packed linear's codes; None where it holds weights."""
+        grid = getattr(self, "grid", None)
+        return grid.get(name) if isinstance(grid, dict) else grid
 
 
 @register_quantizer(METHOD)
@@ -64,9 +75,9 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files: list[str] | None = None,
                                              **kwargs: Any) -> None:
         for name in self.quantization_config.linears:
-            replace(model, name, empty_like(linear_named(model, name), self.quantization_config))
+            replace(model, name, empty_like(linear_named(model, name), self.quantization_config, name))
         check_files(checkpoint_files or (), len(self.quantization_config.linears),
-                    hasattr(self.quantization_config, "grid"))
+                    sum(map(bool, map(self.quantization_config.grid_of, self.quantization_config.linears))))
         check_hashes(checkpoint_files or ())
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -97,17 +108,18 @@ class PackedQuantizer(HfQuantizer):
         return True
 
 
-def check_files(files: Iterable[str], n: int, codes: bool = False) -> None:
+def check_files(files: Iterable[str], n: int, codes: int = 0) -> None:
     """Raise ValueError unless the files hold `n` packed weights; transformers would only log what is missing.
 
-    codes: whether they are codes with scales.
+    codes: how many of them are codes with scales.
     """
     keys = set()
     for file in files:
         with safe_open(file, "pt") as f:
             keys.update(f.keys())
     stems = {key.removesuffix("metadata") for key in keys if key.endswith(".metadata")}
-    whole = sum(f"{stem}weight" in keys and (not codes or f"{stem}scales" in keys) for stem in stems)
+    whole = sum(f"{stem}weight" in keys for stem in stems)
+    whole -= max(0, codes - sum({f"{stem}weight", f"{stem}scales"} <= keys for stem in stems))
     if files and not n == whole == len(stems):
         raise ValueError(f"the config names {n} packed linears, the files hold {whole} whole ones and "
                          f"{len(stems) - whole} in part: the folder is incomplete, fetch it again")
@@ -149,11 +161,12 @@ def unchecked() -> Iterator[None]:
         _CHECKS.pop()
 
 
-def pack_model(model: nn.Module, names: list[str], grid: str | None = None,
-               scales: dict[str, torch.Tensor] | None = None) -> nn.Module:
+def pack_model(model: nn.Module, names: list[str], grids_of: Mapping[str, str | None] = MappingProxyType({}),
+               scales: Mapping[str, torch.Tensor] = MappingProxyType({})) -> nn.Module:
     """Pack the linears named `names` in place; `save_pretrained` of the model then writes a packed checkpoint.
 
-    grid: the one that their weights lie on, with their `scales` {linear: (R, groups)}; their codes are packed.
+    grids_of: {linear: the grid that its weights lie on}, with their `scales` {linear: (R, groups)}: of these codes are
+    packed.
 
     Raises ValueError naming the linear that is not 2:4, or not on the grid.
     """
@@ -161,13 +174,16 @@ def pack_model(model: nn.Module, names: list[str], grid: str | None = None,
         linear = linear_named(model, name)
         weight = (linear.weight.data.T if is_conv1d(linear) else linear.weight.data).contiguous()
         try:
-            made = rounded_linear(weight, grid, scales[name], linear.bias) if grid else Sparse24Linear.from_packed(
-                *pack(weight)[:2], linear.bias)
+            made = rounded_linear(weight, grids_of[name], scales[name], linear.bias) if grids_of.get(name) else (
+                Sparse24Linear.from_packed(*pack(weight)[:2], linear.bias))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         replace(model, name, made)
-    stored = str(linear_dtype(model)).removeprefix("torch.")
-    model.config.quantization_config = PackedConfig(names, **({"grid": grid, "stored": stored} if grid else {}))
+    stored, found = str(linear_dtype(model)).removeprefix("torch."), {
+        name: grid for name in names if (grid := grids_of.get(name))}
+    one = len(found) == len(names) and len(set(found.values())) == 1  # as an older oneshot reads it
+    model.config.quantization_config = PackedConfig(names, **(
+        {"grid": found[names[0]] if one else found, "stored": stored} if found else {}))
     model.hf_quantizer = PackedQuantizer(model.config.quantization_config, pre_quantized=True)
     return model
 
@@ -206,8 +222,7 @@ def pack_checkpoint(model: nn.Module, tensors: dict[str, dict], scales: dict[str
             names.append(name)
     if not names:
         raise ValueError("--format packed: this model has no single linear pruned to 2:4")
-    [grid] = {tensors[name].get("grid") for name in names}
-    pack_model(model, names, grid, scales)
+    pack_model(model, names, {name: tensors[name].get("grid") for name in names}, scales)
     for name in names:
         scales.pop(name, None)
     packed, dense = bytes_of(model)
@@ -231,11 +246,11 @@ def is_conv1d(linear: nn.Module) -> bool:
     return isinstance(linear, models.Conv1D)
 
 
-def empty_like(linear: nn.Module, config: PackedConfig) -> Packed:
-    """An uninitialised packed linear of the same shape, dtype and bias, as the config has it."""
+def empty_like(linear: nn.Module, config: PackedConfig, name: str) -> Packed:
+    """An uninitialised packed linear of the same shape, dtype and bias, as the config has the one of this name."""
     R, C = linear.weight.shape[::-1] if is_conv1d(linear) else linear.weight.shape
-    if hasattr(config, "grid"):
-        grid = grids.parse(config.grid)
+    if text := config.grid_of(name):
+        grid = grids.parse(text)
         made = Rounded24Linear(C, R, linear.bias is not None, bits=grid.bits, group=grid.group,
                                device=linear.weight.device, dtype=linear.weight.dtype)
         made.dtype = getattr(torch, config.stored)

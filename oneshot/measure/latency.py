@@ -6,7 +6,8 @@
 Dense and changed model take turns, round by round, after one round to warm up; a number is the median over the rounds,
 its spread the quartiles. A speedup is the median of the rounds' own ratios, so that what slows the machine down for a
 while slows both. Everything is computed in the dtype of computing (float32 on a CPU) by the model's own code, without
-a compiler: on a CPU a small model is bound by Python and by the number of operations, not by bytes.
+a compiler: on a CPU a small model is bound by Python and by the number of operations, not by bytes. (`oneshot fit` and
+`oneshot latency` time models that decode by one compiled call, pipeline/forms.py.)
 """
 
 import contextlib

@@ -35,12 +35,12 @@ def check(configs: Sequence[RunConfig]) -> None:
         offloading.check(cfg)
         if cfg.format == "packed" and cfg.prunes and (cfg.pattern != "2:4" or not cfg.save):
             raise ValueError("--format packed: goes with --pattern 2:4 and --save")
-        if cfg.format == "packed" and cfg.quantise is not None and str(cfg.grid) not in packed.GRIDS:
+        if cfg.format == "packed" and cfg.quantise is not None and not {*map(str, cfg.grids.kinds)} <= {*packed.GRIDS}:
             raise ValueError(f"--format packed: holds {' and '.join(packed.GRIDS)}, not --quantise {cfg.quantise}")
         if cfg.format == compressed.METHOD and cfg.prunes:
-            compressed.check_flags(cfg.grid if cfg.save else None)
+            compressed.check_flags(cfg.grids if cfg.save else None)
         if cfg.format in gguf.FORMS and cfg.prunes:
-            gguf.check_flags(cfg.format, cfg.grid, bool(cfg.save))
+            gguf.check_flags(cfg.format, cfg.grids, bool(cfg.save))
         if cfg.save:
             checkpoint.owner_of(cfg.save)
             environment.check_writable(cfg.save, "--save")

@@ -40,7 +40,8 @@ def compress(subject: Subject, plan: Plan, folder: Folder | None = None) -> Resu
         names = [weight.name for weight in all_weights(model)]
         kept = kept_dense(cfg.keep_dense, names) if cfg.keep_dense else set()
         smaller = shrink(cfg, model, calibration, folder, finished, on_block)
-        cfg = replace(cfg, keep_dense=renamed(kept, model, smaller.shrunk["kept_blocks"]))
+        cfg = replace(cfg, keep_dense=renamed(kept, model, smaller.shrunk["kept_blocks"]), quantise=rounding.renamed(
+            cfg, model, smaller.shrunk["kept_blocks"]))
         plan = make_plan(cfg, model)
         rounding.check_model(cfg, model)
         on_block = (lambda number, *rest: folder.save_block(blocks + number, *rest)) if folder else None

@@ -6,6 +6,7 @@
     block     one block with all its units
     saved     what one block gains with k KV groups, or w neurons
     forms     what one block gains with its linears in 2:4, int8 ... (forms.py), as far as a kernel runs here
+    decoding  what computes the single tokens of decode1: one compiled call, or transformers, and why
 
 Parts are not timed by themselves, where caches and Python behave otherwise, but by differences between small models of
 the same family and widths, FEW blocks high, that take turns: rest and block from two heights, saved from fewer units.
@@ -25,6 +26,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import oneshot_kernels
+import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -74,13 +76,15 @@ def kernels() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
+@torch.no_grad()
 def measured(model: nn.Module, device: str, rounds: int, progress: bool) -> dict:
     """The table, see above."""
     L = len(models.blocks(model)[1])
     if L < 2:
         raise ValueError("--model: a table needs a model of two blocks at least, to tell blocks from the rest")
     few = min(FEW, L)
-    variants, found_forms = dict(shapes(model, L, few, device)), forms.runnable(device)
+    ready = {name: forms.decoding(made, device) for name, made in shapes(model, L, few, device)}
+    variants, found_forms = {name: made for name, (made, _) in ready.items()}, forms.runnable(device)
     times = {name: {kind: [] for kind in latency.KINDS} for name in variants}
     for number in tqdm(range(rounds + 1), desc="latency", unit="round", disable=not progress, leave=False):
         for name, made in variants.items():
@@ -98,7 +102,8 @@ def measured(model: nn.Module, device: str, rounds: int, progress: bool) -> dict
     e = environment.environment(device)
     found = {"device": e["device"], "threads": e["threads"], "torch": e["torch"], "transformers": e["transformers"],
              "date": e["date"], "dtype": str(model.dtype).removeprefix("torch."), "family": model.config.model_type,
-             "blocks": L, "units": {unit: of(model, unit) for unit in parts["decode1"]["saved"]}, "parts": parts}
+             "decoding": ready["whole"][1], "blocks": L,
+             "units": {unit: of(model, unit) for unit in parts["decode1"]["saved"]}, "parts": parts}
     both = {unit: round(BOTH * found["units"][unit]) for unit in found["units"] if unit in TOGETHER}
     found["checks"] = {"whole model": check(found, ms["whole"], L, {}),
                        **({"both kinds": check(found, ms["both"], few, both)} if "both" in ms else {})}

@@ -6,15 +6,17 @@
     int4       integers, a scale for each 64 columns of a row: the same
     2:4 int8   both, and 2:4 int4
 
-A form without a kernel on a device takes fewer bytes there, but no less time.
+A form without a kernel on a device takes fewer bytes there, but no less time. Times are those of `decoding`: single
+tokens are computed as `oneshot generate` computes them.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from oneshot_kernels import Sparse24Linear, is_24
+from oneshot_kernels import Sparse24Linear, fast_decode, is_24
 from oneshot_kernels.cpu import integers
 from oneshot_kernels.cpu import linear as tiles
 from torch import nn
@@ -26,6 +28,7 @@ from ..quantise import grids
 
 SPARSE = "2:4"
 GRIDS = {"int8": "int8:row", "int4": "int4:64"}  # {what --allow calls it: the grid, which a compiled kernel knows}
+ONE_CALL = "one compiled call"
 FORMS = (SPARSE, *GRIDS, *(f"{SPARSE} {grid}" for grid in GRIDS))
 
 
@@ -60,42 +63,52 @@ def runnable(device: str | torch.device) -> list[str]:
 
 
 def load(folder: str | Path, dtype: str = "auto", device: str = "cpu", **options: Any) -> nn.Module:
-    """The model of a saved folder, with the kernels of its blocks' forms that run on the device.
+    """The model of a saved folder, with the kernels of its linears' forms that run on the device.
 
     dtype: to compute in; integers that were stored in another one are rounded anew. options: as for `models.load`.
     """
     model, record = models.load(str(folder), dtype=dtype, **options)[0].to(device), read_manifest(folder)["record"]
     known = runnable(device)
-    usable = {b: form if form in known else SPARSE for b, form in in_record(record).items()
+    usable = {name: form if form in known else SPARSE for name, form in in_record(record).items()
               if form in known or (form.startswith(SPARSE) and SPARSE in known)}
     return with_kernels(model, usable, rounded.read(Path(folder)) if dtype == "auto" else None)
 
 
-def in_record(record: dict) -> dict[int, str]:
-    """{number of a block: its form}, by the rows of a record; where its linears differ, what all of them are."""
+def decoding(model: nn.Module, device: str | torch.device) -> tuple[nn.Module, str]:
+    """(a model that shares all tensors with this one and decodes as fast as it can here, what computes a token).
+
+    On a CPU a token is one compiled call for the families that `fast_decode` knows, dense ones too; else transformers'
+    own, which the text says with the reason. Of other batches and of prompts nothing changes. The model itself neither.
+    """
+    if torch.device(device).type != "cpu" or not runnable(device):
+        return model, "transformers"
+    made = copy.copy(model)
+    why = fast_decode(made)
+    return (model, f"transformers ({why})") if why else (made, ONE_CALL)
+
+
+def in_record(record: dict) -> dict[str, str]:
+    """{full linear name: its form}, by the rows of a record, of those that have one beside dense."""
     grids_of = {text: name for name, text in GRIDS.items()}
-    rows: dict[int, list[dict]] = {}
-    for row in record.get("layers") or ():
-        rows.setdefault(row["block"], []).append(row)
-    found = {b: named(all(r["pattern"] == SPARSE for r in own), grids_of.get(own[0].get("grid")) if len(
-        {r.get("grid") for r in own}) == 1 else None) for b, own in rows.items()}
-    return {b: form for b, form in found.items() if form != "dense"}
+    found = {row["name"]: named(row["pattern"] == SPARSE, grids_of.get(row.get("grid")))
+             for row in record.get("layers") or ()}
+    return {name: form for name, form in found.items() if form != "dense"}
 
 
 @torch.no_grad()
-def with_kernels(model: nn.Module, forms: Mapping[int, str],
+def with_kernels(model: nn.Module, forms: Mapping[int | str, str],
                  scales: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
     """Put the kernels' layers into a model, in place, and return it.
 
-    forms: {number of a block: its form}. scales: {full linear name: (R, groups), float16} of weights that lie on their
-    grid; others are rounded to nearest, and made 2:4 by magnitude where they are not: good for measuring time. What has
-    no kernel (experts that are fused, Conv1D, shapes that are no 2:4) stays as it is. Inputs of integer layers stay as
-    they are, as quality is measured.
+    forms: {number of a block, or full linear name: its form}. scales: {full linear name: (R, groups), float16} of
+    weights that lie on their grid; others are rounded to nearest, and made 2:4 by magnitude where they are not: good
+    for measuring time. What has no kernel (experts that are fused, Conv1D, shapes that are no 2:4) stays as it is.
+    Inputs of integer layers stay as they are, as quality is measured.
     """
     for block in models.walk(model):
-        form = forms.get(block.number, "dense")
-        for weight in block.weights if form != "dense" else ():
-            if type(weight.owner) is nn.Linear:
+        for weight in block.weights:
+            form = forms.get(weight.name, forms.get(block.number, "dense"))
+            if form != "dense" and type(weight.owner) is nn.Linear:
                 layer = made(weight.owner, form, (scales or {}).get(weight.name))
                 parent, _, child = weight.linear.rpartition(".")
                 setattr(block.module.get_submodule(parent), child, layer)

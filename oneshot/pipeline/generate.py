@@ -24,8 +24,7 @@ from ..report.table import render
 from ..runtime import environment
 from ..runtime.command import Parser, exit_code
 from ..settings.values import MOST
-
-ONE_CALL = "one compiled call"
+from .forms import ONE_CALL
 
 
 class Clock:

@@ -4,7 +4,8 @@
 
 The table is measured once for a model's shapes, device and versions and then read from the cache. Blocks of other
 widths and numbers can be foretold from it; the last columns show how well (pipeline/device_table.py). What has no
-kernel on the device (pipeline/forms.py) is not in it.
+kernel on the device (pipeline/forms.py) is not in it. decode1 is a token as `oneshot generate` computes it: by one
+compiled call on a CPU where the family allows it.
 """
 
 import argparse
@@ -69,4 +70,5 @@ def shown(table: dict) -> str:
         body.append([kind, *(f"{ms:.3f}" for ms in (own["rest"], own["block"], *less, whole["measured"])),
                      f"{whole['foretold']:.3f} ({whole['off']:+.0%})"])
     told = f"{table['device']}, threads {table['threads']}, {table['dtype']}, torch {table['torch']}, {table['date']}"
+    told += f"; decode1 by {table.get('decoding', 'transformers')}"
     return f"{told}\n\n{render(head, body, 'terminal', text={'ms'})}"

@@ -1,6 +1,6 @@
 """Rounding: what `--quantise` adds to a run, after pruning and healing: checks, the second walk, its rows."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
@@ -12,7 +12,10 @@ from ..prune.job import Job, Result
 from ..prune.patterns import Dense
 from ..quantise import walk
 from ..settings import RunConfig
+from ..structured import origin
 from .plan import Plan
+
+SAID = ("grid", "rounded_to_zero")  # what quantise/walk.py says of a linear in its row's `info`
 
 
 def joint(cfg: RunConfig) -> bool:
@@ -41,20 +44,27 @@ def check(cfg: RunConfig) -> None:
 
 
 def check_model(cfg: RunConfig, model: nn.Module) -> None:
-    """Raise ValueError naming `--quantise` and the first linear whose shape does not fit the grid."""
-    for weight in models.all_weights(model) if cfg.quantise is not None else ():
+    """Raise ValueError naming `--quantise` for names that the model does not have, or shapes that fit no grid."""
+    if cfg.quantise is not None:
         try:
-            cfg.grid.check(*weight.shape)
+            cfg.grids.check({weight.name: weight.shape for weight in models.all_weights(model)})
         except ValueError as error:
-            raise ValueError(f"--quantise {error} ({weight.name})") from None
+            raise ValueError(f"--quantise {error}") from None
     if cfg.format == compressed.METHOD and cfg.prunes:
-        compressed.check_model(model, cfg.grid)
+        compressed.check_model(model, cfg.grids)
+
+
+def renamed(cfg: RunConfig, model: nn.Module, kept: Sequence[int]) -> str | None:
+    """`--quantise` for the smaller model, in which blocks have other numbers. kept: the numbers of those that stay."""
+    path, _ = models.blocks(model)
+    return cfg.quantise and str(cfg.grids.renamed({
+        weight.name: origin.name_before(weight.name, path, kept) for weight in models.all_weights(model)}))
 
 
 def at_once(cfg: RunConfig, job: Job) -> Job:
     """The job of pruning, which rounds as well where the quantiser does both in one pass."""
     method = quantise.module(cfg.quantiser)
-    return walk.together(job, method, cfg.rounding[cfg.quantiser], cfg.grid) if joint(cfg) else job
+    return walk.together(job, method, cfg.rounding[cfg.quantiser], cfg.grids) if joint(cfg) else job
 
 
 def round_model(cfg: RunConfig, model: nn.Module, plan: Plan, calibration: Tokens | None, folder: Folder | None,
@@ -66,7 +76,7 @@ def round_model(cfg: RunConfig, model: nn.Module, plan: Plan, calibration: Token
     if cfg.quantise is None:
         return
     if not joint(cfg):
-        job = walk.rounding(plan, cfg, quantise.module(cfg.quantiser), cfg.rounding[cfg.quantiser], cfg.grid,
+        job = walk.rounding(plan, cfg, quantise.module(cfg.quantiser), cfg.rounding[cfg.quantiser], cfg.grids,
                             cfg.scale_columns)
         ids, mask = (calibration.ids, calibration.mask) if calibration else (None, None)
         result.pruned = None
@@ -78,16 +88,15 @@ def round_model(cfg: RunConfig, model: nn.Module, plan: Plan, calibration: Token
     if folder:
         folder.scales = result.scales
     for row in result.layers:
-        row["grid"], row["rounded_to_zero"] = row["info"].pop("grid"), row["info"].pop("rounded_to_zero")
+        row |= {key: row["info"].pop(key) for key in SAID if key in row["info"]}
 
 
 def join(result: Result, rounded: Result, label: str) -> None:
     """Add what the second walk reports to the rows of the first."""
     rows = {row["name"]: row for row in rounded.layers}
-    for row in result.layers:
+    for row in (row for row in result.layers if row["name"] in rows):
         own = rows[row["name"]]
-        row["info"] |= {key if key in ("grid", "rounded_to_zero") else f"{label}.{key}": x
-                        for key, x in own["info"].items()}
+        row["info"] |= {key if key in SAID else f"{label}.{key}": x for key, x in own["info"].items()}
         row["rounding_error"], row["seconds"] = own["relative_error"], row["seconds"] + own["seconds"]
     for block, own in zip(result.blocks, rounded.blocks, strict=True):
         block["rounding"] = {key: x for key, x in own.items() if key not in ("block", "seconds")}

@@ -180,7 +180,7 @@ def choose(cfg: RunConfig, model: nn.Module, calibration: Tokens, job: Job, whol
     biases = slices.biases_added(model) or (slices.can_add_biases(model)
                                             and any(getattr(own, "bias", False) for _, own in job.chain))
     whole_groups = math.lcm(pattern.m if isinstance(pattern, NM) else 1,
-                            cfg.grid.group if isinstance(cfg.grid, grids.GGUF) else 1)
+                            *(grid.group for grid in cfg.grids.kinds if isinstance(grid, grids.GGUF)))
     own = budget.Budget(target, cost, frozenset(kinds), whole_groups, parts,
                         lambda c: slices.says(model, c, biases))
     tokens, tried = first(calibration, SEARCH), []

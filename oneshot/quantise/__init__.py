@@ -1,6 +1,7 @@
 """Quantise: round weights to integers, after they were pruned and healed. One file, one method of `--quantiser`.
 
     grids   the integer formats and their exact bytes
+    mixed   which of them each linear gets
     walk    the walk over a pruned model that rounds each block on its own rounded inputs
     scaling columns of large inputs made larger before that, so that they are rounded finer
 

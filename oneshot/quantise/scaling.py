@@ -4,7 +4,7 @@ smaller, so that the model computes the same and its important weights are round
     site       linears that read the same input, and what computes it: a norm's weight; v_proj's rows for o_proj; up's
                rows for down_proj. A site is tried with powers of two, which round nothing: where the block's outputs on
                a batch are not the same bits (an activation that is not linear, a norm that adds 1 to its weight, a
-               router beside the experts), it is left as it is
+               router beside the experts), it is left as it is. So is one with a linear that is not to be rounded
     factor     of each channel of that input: its root mean square to the power `strength`, of median 1. A norm's weight
                is rounded to its dtype once divided, so the columns get the factor that it then really has
     strength   that of STRENGTHS whose rounded weights, by the run's own quantiser, have the least error
@@ -26,7 +26,7 @@ from ..prune.linalg import NumericalError
 from ..prune.options import Options
 from ..prune.solvers import Solution
 from ..runtime import distributed
-from .grids import Grid
+from .mixed import Grids
 
 STRENGTHS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
 MOST = 2.0**8  # a factor is between 1 / MOST and MOST
@@ -53,10 +53,14 @@ class Site:
         return self.readers[0].linear
 
     @property
+    def weights(self) -> list[Weight]:
+        """The linears that scaling changes."""
+        return [*self.readers, *([self.producer] if self.producer else [])]
+
+    @property
     def parameters(self) -> list[nn.Parameter]:
         """All that scaling changes."""
-        weights = [*self.readers, *([self.producer] if self.producer else [])]
-        return [*(w.parameter for w in weights), *(p for p, _, _ in self.vectors)]
+        return [*(w.parameter for w in self.weights), *(p for p, _, _ in self.vectors)]
 
     def apply(self, factors: torch.Tensor, rounds: bool = True) -> bool:
         """Multiply the columns by factors (channels,), and divide their source; whether the stored dtypes hold that.
@@ -91,13 +95,15 @@ def held(t: torch.Tensor, dtype: torch.dtype) -> bool:
 
 @torch.no_grad()
 def scale(block: Block, activations: Activations, options: Options, *, method: ModuleType, cfg: Any,
-          grid: Grid) -> dict[str, dict]:
+          grids: Grids) -> dict[str, dict]:
     """Scale a resident block's sites in place; {"scaling": {site: its strength and what it leaves of the error}}.
 
-    method, cfg, grid: of the rounding that follows. Raises ValueError where a linear's input cannot be collected.
+    method, cfg, grids: of the rounding that follows. Raises ValueError where a linear's input cannot be collected.
     """
-    sites = same_function(block, activations, [*of_norms(block, activations), *of_producers(block)])
-    picked = [(site, distributed.first(best(site, statistics, method, cfg, grid) if statistics else None))
+    sites = [site for site in (*of_norms(block, activations), *of_producers(block))
+             if all(grids.of(w.name) for w in site.weights)]
+    sites = same_function(block, activations, sites)
+    picked = [(site, distributed.first(best(site, statistics, method, cfg, grids) if statistics else None))
               for site, statistics in with_statistics(block, activations, options, sites)]
     found = {site.name: {"strength": own[0], "error": own[1]} for site, own in picked
              if own and own[0] and site.apply(own[2].to(activations.device))}
@@ -207,7 +213,7 @@ def with_statistics(block: Block, activations: Activations, options: Options, si
         remaining = deferred
 
 
-def best(site: Site, statistics: Statistics, method: ModuleType, cfg: Any, grid: Grid
+def best(site: Site, statistics: Statistics, method: ModuleType, cfg: Any, grids: Grids
          ) -> tuple[float, float, torch.Tensor] | None:
     """(strength, its error as a share of the error without scaling, factors (channels,)) of the least error.
 
@@ -225,7 +231,7 @@ def best(site: Site, statistics: Statistics, method: ModuleType, cfg: Any, grid:
         try:
             for weight in site.readers:
                 W = weight.get() * by.to(weight.get())
-                W_hat = method.quantise(W, Solution(W, W != 0), inputs, grid, cfg).W_hat
+                W_hat = method.quantise(W, Solution(W, W != 0), inputs, grids.of(weight.name), cfg).W_hat
                 lost = (W - W_hat) / by.to(W)
                 error += ((lost @ G.to(W)) * lost).sum().item()
         except NumericalError:

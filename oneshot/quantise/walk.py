@@ -3,7 +3,7 @@
 Each block is rounded on the outputs of the already rounded blocks before it, with statistics of their own: those of
 the model as pruning and healing have left it. A weight that is zero stays zero, also where the plan says dense: it may
 have been pruned before. What the loop proves of a pruned weight it proves of a rounded one: its pattern, on what is
-stored.
+stored. A linear without a grid is left as it is.
 """
 
 import functools
@@ -22,33 +22,36 @@ from ..prune.options import Options
 from ..prune.patterns import Dense, Pattern
 from ..prune.solvers import Solution
 from . import rtn, scaling
-from .grids import Grid
+from .mixed import Grids
 
 
-def rounding(plan: dict[str, Pattern], options: Options, method: ModuleType, cfg: Any, grid: Grid,
+def rounding(plan: dict[str, Pattern], options: Options, method: ModuleType, cfg: Any, grids: Grids,
              scales: bool = False) -> Job:
     """The job of rounding a pruned model by a quantiser. plan: {full linear name: the Pattern it has}.
 
-    scales: whether columns are scaled first (scaling.py).
+    It goes over the linears that have a grid. scales: whether columns are scaled first (scaling.py).
     """
-    own = {"method": method, "cfg": cfg, "grid": grid}
-    return Job(plan, [(method, cfg)], replace(options, dense_target=0.0), solve=functools.partial(solve, **own),
+    own = {"method": method, "cfg": cfg, "grids": grids}
+    return Job({name: pattern for name, pattern in plan.items() if grids.of(name)}, [(method, cfg)],
+               replace(options, dense_target=0.0), solve=functools.partial(solve, **own),
                prepare=functools.partial(scaling.scale, **own) if scales else None)
 
 
-def together(job: Job, method: ModuleType, cfg: Any, grid: Grid) -> Job:
+def together(job: Job, method: ModuleType, cfg: Any, grids: Grids) -> Job:
     """The job of pruning and rounding in one pass, by a quantiser that does both."""
-    return replace(job, solve=functools.partial(solve, method=method, cfg=cfg, grid=grid, solver=job.chain[0][1]))
+    return replace(job, solve=functools.partial(solve, method=method, cfg=cfg, grids=grids, solver=job.chain[0][1]))
 
 
-def solve(job: Job, weight: Weight, statistics: Statistics | None, *, method: ModuleType, cfg: Any, grid: Grid,
+def solve(job: Job, weight: Weight, statistics: Statistics | None, *, method: ModuleType, cfg: Any, grids: Grids,
           solver: Any = None) -> Solved:
-    """Compute one linear's rounded weight, as `linear.solve` does a pruned one.
+    """Compute one linear's rounded weight, as `linear.solve` does a pruned one; that does it where there is no grid.
 
     solver: the Config of the solver that chooses the mask, unless the mask is what is not zero.
 
     Raises ValueError naming the linear when its weight or statistics cannot be used, or fit no scales.
     """
+    if (grid := grids.of(weight.name)) is None:
+        return linear.solve(job, weight, statistics)
     W, pattern, began = weight.get(), job.plan.get(weight.name, Dense()), time.perf_counter()
     linear.require_usable(weight.name, W, statistics)
     notes, kept = [], W != 0

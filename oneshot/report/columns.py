@@ -7,6 +7,7 @@
     series   a method with its variant, the seed left out: one line of a picture, one row of a pivot table
 """
 
+import hashlib
 import math
 import re
 from collections.abc import Collection, Iterator
@@ -18,7 +19,8 @@ from ..settings.known import tells_apart
 from . import accuracy
 
 NESTED = tuple(PARTS)  # settings that hold parts' settings: {part: {name: value}}
-GRID = re.compile(r"(?:int|q)(\d+)(?::\w+|_0)?")  # quantise/grids.py
+GRID = re.compile(r"(?:none\+)?(?:int|q)(\d+)(?::\w+|_0)?(?:\+[\w:]+)*")  # quantise/grids.py, several as in `grid_of`
+LONG = 60  # letters of a setting's value in the name of a run
 OFF = (None, False, 0.0, "none", "uniform")  # values by which a setting is switched off
 
 
@@ -142,8 +144,9 @@ def is_pruned(record: dict) -> bool:
 
 
 def grid_of(record: dict) -> str:
-    """What `--quantise` rounded to, "" where it did not."""
-    return str((record.get("settings") or {}).get("quantise") or "")
+    """What `--quantise` rounded to: "int4:64", or each grid where linears differ: "int4:64+int8:row"; "" without it."""
+    entries = str((record.get("settings") or {}).get("quantise") or "").split(",")
+    return "+".join(dict.fromkeys(filter(None, (entry.rpartition("=")[2].strip() for entry in entries))))
 
 
 def left_of(record: dict) -> str:
@@ -225,13 +228,19 @@ def variants(records: list[dict], ignore: Collection[str] = (), among: list[dict
     texts = []
     for record in records:
         own, differ = _flat(record), differing[identity(record), method_of(record)]
-        texts.append(clean(", ".join(f"{k} {own[k]}" if own[k] is not True else k for k in differ
+        texts.append(clean(", ".join(f"{k} {_short(own[k])}" if own[k] is not True else k for k in differ
                                      if _switched(own.get(k)) is not None)))
     return texts
 
 
 def _flat(record):
     return dict(flat_settings(record.get("settings") or {}))
+
+
+def _short(setting):
+    """A setting as text; of a long list of names the beginning, and a hash that tells it from others."""
+    text = str(setting)
+    return text if len(text) <= LONG else f"{text[:LONG - 8]}… {hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
 def _switched(setting):

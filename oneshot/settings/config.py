@@ -13,7 +13,7 @@ from ..heal.options import HealOptions
 from ..models.loading import LoadOptions
 from ..prune import patterns
 from ..prune.options import Options
-from ..quantise import grids
+from ..quantise import mixed
 from ..runtime import environment
 from ..runtime.flag import flag, listed
 from ..structured.options import ShrinkOptions
@@ -47,8 +47,10 @@ class PruneOptions:
                      section="what", preset=True, was="recover")
     quantise: str | None = flag(None, "round the weights that are kept to integers, after all else: int8, int4, int3 "
                                       "(a float16 scale for each 128 columns of a row), int4:64 or int4:row for other "
-                                      "groups, or GGUF's q8_0, q4_0; with --method dense the model is only rounded, "
-                                      "with --method keep its zeros stay", section="what", preset=True, added=True)
+                                      "groups, or GGUF's q8_0, q4_0; behind it other grids, or none, by globs of "
+                                      "full names, the last that matches counts: 'int4:64,model.layers.0.*=int8:row,"
+                                      "*.down_proj=none'; with --method dense the model is only rounded, with "
+                                      "--method keep its zeros stay", section="what", preset=True, added=True)
     quantiser: str = flag("gptq", "how --quantise rounds: gptq, rtn (to nearest), or joint (--method sparsegpt chooses "
                                   "the mask and rounds in one pass)", section="what", preset=True, added=True)
     scale_columns: bool = flag(False, "before --quantise rounds, make columns of large inputs larger by powers of two, "
@@ -67,7 +69,7 @@ class PruneOptions:
         quantise.module(self.quantiser)
         if self.quantise is not None:
             try:
-                grids.parse(self.quantise)
+                mixed.parse(self.quantise)
             except ValueError as error:
                 raise ValueError(f"--quantise {error}") from None
 
@@ -141,9 +143,9 @@ class RunConfig(*STAGES):
         return "pruned" if self.prunes else "rounded" if self.method == "rtn" else "dense"
 
     @property
-    def grid(self) -> grids.Grid | None:
-        """What `--quantise` rounds to, or None."""
-        return grids.parse(self.quantise) if self.quantise is not None else None
+    def grids(self) -> mixed.Grids:
+        """What `--quantise` rounds each linear to; without it none."""
+        return mixed.Grids(None) if self.quantise is None else mixed.parse(self.quantise)
 
     @property
     def heals(self) -> list[str]:

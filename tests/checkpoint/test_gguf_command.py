@@ -1,6 +1,7 @@
 """`--format gguf` by command: the codes that were measured, what verify finds, what is refused."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +26,10 @@ def run(folder, *more):
     return tiny.main(*RUN, "--save", folder, "--results", folder.parent / "runs", *more)
 
 
-@pytest.fixture(scope="module", params=["q4_0", "q8_0", None])
+MIXED = "q8_0,*.down_proj=q4_0,*.o_proj=none"
+
+
+@pytest.fixture(scope="module", params=["q4_0", "q8_0", MIXED, None])
 def saved(request, tmp_path_factory):
     """(folder that the command saved, what --quantise was)."""
     with pytest.MonkeyPatch.context() as patch:
@@ -43,17 +47,23 @@ def test_the_file_holds_the_codes_that_were_measured(saved, capsys):
     folder, kind = saved
     assert verify.main([str(folder)]) == 0 and "all proved" in capsys.readouterr().out
     data = checkpoint.read_manifest(folder)
-    assert data["format"] == "gguf" and data["gguf"]["types"].get(kind or "bf16") == (35 if kind else 36)
+    types = {"bf16": 6, "q8_0": 25, "q4_0": 5} if kind == MIXED else {kind: 35, "bf16": 1} if kind else {"bf16": 36}
+    assert data["format"] == "gguf" and {k: n for k, n in data["gguf"]["types"].items() if k != "f32"} == types
     model, _ = oneshot.load(folder)
     scales, there = rounded.read(folder), {t.name: t for t in library.GGUFReader(folder / gguf.FILE).tensors}
-    for name, entry in data["tensors"].items() if kind else ():
+    for name, entry in data["tensors"].items():
+        own = entry.get("grid")
+        assert own == ((None if "o_proj" in name else "q4_0" if "down_proj" in name else "q8_0") if kind == MIXED else
+                       kind)
+        if own is None:
+            continue
         t = there[family.names_of(model, family.family_of(model))[f"{name}.weight"]]
         value = library.quants.dequantize(np.array(t.data), t.tensor_type)
         W = model.get_submodule(name).weight
-        grid = grids.parse(kind)
+        grid = grids.parse(own)
         want = grid.value(rounded.codes_of(W, grid, scales[name]).float(), scales[name].float())
         heads = family.heads_of(f"{name}.weight", model.config, family.family_of(model))
-        assert np.array_equal(family.separate(value, heads), want.numpy()) and entry["grid"] == kind
+        assert np.array_equal(family.separate(value, heads), want.numpy())
 
 
 def test_a_finished_folder_is_known_again(saved, capsys, plain_pages):  # noqa: F811
@@ -143,3 +153,12 @@ def test_every_form_is_offered():
 
     assert {*gguf.FORMS} == {form for form in known()["format"].metadata["choices"] if form.startswith("gguf")}
     assert models.gguf.is_gguf  # the other direction
+
+
+@pytest.mark.parametrize("counts, kind", [({"q8_0": 1, "q4_0": 5, "f32": 9}, "MOSTLY_Q4_0"),
+                                          ({"q8_0": 5, "q4_0": 1, "bf16": 9}, "MOSTLY_Q8_0"), ({"f32": 3}, "ALL_F32"),
+                                          ({"f32": 9, "bf16": 3}, "MOSTLY_BF16")])
+def test_the_file_is_called_by_what_most_matrices_are(counts, kind):
+    import gguf as library
+
+    assert file.file_type(library, SimpleNamespace(summary=counts)) == library.LlamaFileType[kind]

@@ -5,12 +5,16 @@ import json
 import families
 import pytest
 import tiny
-from oneshot_kernels.cpu import build
+import torch
+from oneshot_kernels import decoder_of
+from oneshot_kernels.cpu import build, step
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from oneshot.measure import latency
 from oneshot.models import blocks, config_of
 from oneshot.pipeline import device_table, forms, latency_command
+
+real = latency.one
 
 
 def additive(model, kind, device, twist=0.0):
@@ -135,3 +139,43 @@ def test_forms_with_a_kernel_are_timed_and_others_gain_nothing(model, monkeypatc
     assert "in int8" in latency_command.shown(found)
     monkeypatch.setattr(forms, "runnable", lambda device: [])
     assert device_table.table(model, "cpu", rounds=1, progress=False)["parts"]["decode1"]["forms"] == {}
+
+
+@pytest.mark.skipif(not step.available(), reason="no C++ compiler")
+def test_a_token_is_one_compiled_call_where_the_family_allows_it(model, monkeypatch):
+    """For the small models as for the whole one; the model that was given decodes as before."""
+    seen = []
+
+    def one(made, kind, device):
+        before = getattr(decoder_of(made), "tokens", 0)
+        real(made, kind, device)
+        seen.append((kind, getattr(decoder_of(made), "tokens", 0) - before))
+        return additive(made, kind, device)
+    monkeypatch.setattr(latency, "one", one)
+    monkeypatch.setattr(latency, "STEPS", 2)
+    monkeypatch.setattr(forms, "runnable", lambda device: ["int8"])
+    found = device_table.table(model, "cpu", rounds=1, progress=False)
+    assert found["decoding"] == "one compiled call" and len(seen) > 20
+    assert set(seen) == {("decode1", 2), ("decode8", 0), ("prefill", 0)}
+    assert decoder_of(model) is None and "decodes_fast" not in vars(type(model))
+    assert "decode1 by one compiled call" in latency_command.shown(found)
+    seen.clear()
+    other = families.tiny("phi3")
+    how = device_table.table(other, "cpu", rounds=1, progress=False)["decoding"]
+    assert how.startswith("transformers (phi3 is not among")
+    assert not any(tokens for _, tokens in seen)
+    monkeypatch.setattr(forms, "runnable", lambda device: [])
+    assert forms.decoding(model, "cpu") == (model, "transformers")
+
+
+@pytest.mark.skipif(not step.available(), reason="no C++ compiler")
+def test_what_is_timed_computes_what_the_model_computes():
+    own = high(2)
+    made, how = forms.decoding(own, "cpu")
+    ids = torch.arange(9)[None] % 60 + 2
+    with torch.no_grad():
+        out = made(input_ids=ids[:, :8], use_cache=True)
+        got = made(input_ids=ids[:, 8:], past_key_values=out.past_key_values, use_cache=True).logits
+        want = own(input_ids=ids).logits[:, -1:]
+    assert how == "one compiled call" and decoder_of(made).tokens > 0
+    assert (got - want).norm() <= 1e-4 * want.norm()

@@ -91,15 +91,39 @@ def test_several_targets_are_all_met_and_integers_serve_the_bytes(tmp_path, monk
     assert world.go(tmp_path, "--target", "bytes=0.5x,parameters=0.75", "--step", "100%", "--floor",
                     "text/ppl<=2x") == 0
     [now] = rounds_of(tmp_path)
-    assert now["plan"]["drop"] == [0, 1] and now["plan"]["grid"] == "int8"
+    assert now["plan"]["drop"] == [0, 1] and now["told"] == "without blocks 0, 1, int8 in 3 blocks"
     assert world.runs == [("model", "round-1-cut", 0.75), ("round-1-cut", "round-1", 0.75)]
-    assert now["shares"]["bytes"] == 0.75 / 4 and capsys.readouterr().out.startswith("round ")
+    assert now["shares"]["bytes"] == 0.75 * (3 + 3 / 4) / 6 and capsys.readouterr().out.startswith("round ")
+
+
+def test_each_block_gets_its_form(tmp_path, monkeypatch):
+    """int8 for all is too large, int4 for all loses more: the run has an entry for each block that differs."""
+    world = World(monkeypatch, lambda share: 20)
+    assert world.go(tmp_path, "--target", "bytes=0.2", "--step", "100%", "--allow", "int8,int4") == 0
+    [now] = rounds_of(tmp_path)
+    grids, [cfg] = dict(now["plan"]["grids"]), [cfg for cfg in world.configs if cfg.save and "plain" not in cfg.save]
+    assert set(grids.values()) == {"int8", "int4"} and len(grids) == 8 and cfg.method == "keep"
+    for b in range(8):
+        assert str(cfg.grids.of(f"model.layers.{b}.mlp.up_proj")) == {"int8": "int8:row", "int4": "int4:64"}[grids[b]]
+    counts = [list(grids.values()).count(key) for key in ("int8", "int4")]
+    assert min(counts) > 1 and now["told"] == "int8 in {} blocks, int4 in {} blocks".format(*counts)
+
+
+def test_rounds_of_an_older_version_are_refused_in_a_line(tmp_path, monkeypatch, capsys):
+    world = World(monkeypatch, lambda share: 20)
+    assert world.go(tmp_path, "--target", "parameters=0.8") == 0
+    file = tmp_path / "out" / "fit.json"
+    data = json.loads(file.read_text())
+    for old in ({k: v for k, v in data.items() if k != "schema"}, data | {"schema": 3}):
+        file.write_text(json.dumps(old))
+        assert world.go(tmp_path, "--target", "parameters=0.8") == 2
+        assert "its fit.json is of another version of oneshot" in capsys.readouterr().err
 
 
 def test_allow_says_what_may_be_done(tmp_path, monkeypatch, capsys):
     world = World(monkeypatch, lambda share: 20)
     assert world.go(tmp_path, "--target", "bytes=0.5", "--allow", "int4", "--step", "100%") == 0
-    assert world.asked == [{"int4"}] and rounds_of(tmp_path)[0]["told"] == "int4"
+    assert world.asked == [{"int4"}] and rounds_of(tmp_path)[0]["told"] == "int4 in 5 blocks"
     world.go(tmp_path / "none", "--target", "parameters=0.5", "--allow", "int4")
     assert "nothing that --allow names is small enough" in capsys.readouterr().out
 

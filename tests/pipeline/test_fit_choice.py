@@ -3,6 +3,7 @@
 import itertools
 import random
 
+import numpy as np
 import pytest
 
 from oneshot.pipeline.fit import choice
@@ -34,6 +35,23 @@ def test_it_is_as_good_as_trying_everything(limits, seed):
     picked = [unit[i] for unit, i in zip(units, found, strict=True)]
     assert sum(o.loss for o in picked) == pytest.approx(least)
     assert all(sum(o.costs[k] for o in picked) <= bounds[k] + 1e-9 for k in range(limits))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_stair_of_two_costs_keeps_what_no_other_row_beats(seed):
+    draw = random.Random(seed)
+    rows = [(draw.choice((draw.random(), draw.randint(0, 4))), draw.choice((draw.random(), draw.randint(0, 4))),
+             draw.random()) for _ in range(60)]
+    costs, losses = np.array([row[:2] for row in rows], dtype=float), np.array([row[2] for row in rows])
+    want = {i for i, own in enumerate(rows) if not any(all(a <= b for a, b in zip(other, own, strict=True))
+                                                       for j, other in enumerate(rows) if j != i)}
+    assert set(choice.front(costs, losses, np.ones(2)).tolist()) == want and len(want) > 2
+
+
+def test_what_all_options_cost_alike_is_no_choice_but_a_limit():
+    units = [[Option(0.0, (1.0, 3.0)), Option(0.1, (0.5, 3.0))] for _ in range(4)]
+    assert sum(choice.choose(units, [3.0, 12.0])) == 2 and choice.choose(units, [3.0, 11.9]) is None
+    assert choice.choose([[Option(0.2, ()), Option(0.1, ())]] * 3, []) == (1, 1, 1)
 
 
 def test_many_units_stay_within_the_limit_and_near_the_best(monkeypatch):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from oneshot_kernels import decoder_of
 from tiny import plain_pages  # noqa: F401
 from transformers import AutoModelForCausalLM
 
@@ -59,7 +60,7 @@ def test_every_form_in_one_run_healed_and_repeated_for_nothing(place, tmp_path, 
     assert command.main(asked) == 0, capfd.readouterr().err
     first = capfd.readouterr()
     [now, final] = fitted(out)["rounds"]
-    assert now["plan"]["sparse"] and now["plan"]["grid"] == "int4" and now["kept"]
+    assert now["plan"]["sparse"] and {key for _, key in now["plan"]["grids"]} == {"int4"} and now["kept"]
     assert now["shares"]["parameters"] <= 0.8 and now["shares"]["bytes"] <= 0.088 and final["name"] == "final"
     assert len(now["candidates"]["sparse"]) == tiny.BLOCKS and now["candidates"]["drops"][1:]
     folder = Path(first.out.rstrip().rpartition("result: ")[2])
@@ -78,6 +79,27 @@ def test_every_form_in_one_run_healed_and_repeated_for_nothing(place, tmp_path, 
     assert again.err.count("finished earlier, stored result") == 7  # cut, sparse, int4; heal, int4; two plain ones
     for row, same in zip(fitted(out)["rounds"], [now, final], strict=True):
         assert row == same
+
+
+def test_blocks_of_different_forms_are_one_checkpoint(place, tmp_path, capfd):
+    """Between int8 and int4 for all: one of three blocks stays in int8, and the kernels of both load."""
+    out = tmp_path / "out"
+    assert command.main(words(place, out, "--target", "bytes=0.2", "--step", "100%", "--allow", "int8,int4",
+                              "--device", "cpu")) == 0, capfd.readouterr().err
+    [now] = fitted(out)["rounds"]
+    grids = {b: {"int8": "int8:row", "int4": "int4:64"}[key] for b, key in now["plan"]["grids"]}
+    assert sorted(grids.values()) == ["int4:64", "int4:64", "int8:row"] and now["shares"]["bytes"] <= 0.2
+    data = checkpoint.read_manifest(out / "round-1")
+    assert all(row["grid"] == grids[row["block"]] for row in data["record"]["layers"])
+    assert now["foretold"]["bytes"] == pytest.approx(now["shares"]["bytes"])
+    assert len(now["candidates"]["grids"]["int8"]) == len(now["candidates"]["grids"]["int4"]) == tiny.BLOCKS
+    from oneshot.checkpoint import verify
+
+    assert verify.main([str(out / "round-1"), "--quiet"]) == 0
+    runs, held = forms.load(out / "round-1"), AutoModelForCausalLM.from_pretrained(out / "round-1").eval()
+    ids = (torch.arange(32) % 28 + 3).view(2, 16)
+    with torch.no_grad():
+        assert (runs(ids).logits - held(ids).logits).norm() <= 0.05 * held(ids).logits.norm()
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +202,25 @@ def test_kernels_compute_what_the_stored_weights_say(form, place, tmp_path):
     assert (found - want).norm() <= (0.05 if grid else 1e-4) * want.norm()
     kinds = {type(m).__name__ for m in runs.model.layers.modules()} & {"IntegerLinear", "Sparse24Linear", "Linear"}
     assert kinds == {"IntegerLinear" if grid else "Sparse24Linear"}
+
+
+@pytest.mark.skipif(not forms.runnable("cpu"), reason="no C++ compiler")
+def test_rounds_are_timed_as_they_decode(place, tmp_path, monkeypatch):
+    """The result and the dense model, each by one compiled call; integers in the result alone."""
+    assert tiny.main(*tiny.flags(place, "--no-dense", method="dense", quantise="int8:row", save=tmp_path / "out")) == 0
+    seen, real = [], latency.one
+
+    def one(model, kind, device):
+        before = decoder_of(model).tokens
+        seconds = real(model, kind, device)
+        layers = sum(type(m).__name__ == "IntegerLinear" for m in model.modules())
+        seen.append((decoder_of(model).tokens - before, layers))
+        return seconds
+    monkeypatch.setattr(latency, "one", one)
+    own = steps.Steps((*words(place, tmp_path / "fit")[4:], "--device", "cpu"), str(place / "model"),
+                      "model.layers", "obs", (), tmp_path / "fit")
+    assert steps.time_share(own.dense, str(tmp_path / "out")) > 0
+    assert sorted(set(seen)) == [(latency.STEPS, 0), (latency.STEPS, 7 * tiny.BLOCKS)] and len(seen) == 4
 
 
 @pytest.mark.parametrize("dtype, want", [("auto", torch.float32), ("bfloat16", torch.bfloat16)])

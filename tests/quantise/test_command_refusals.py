@@ -14,7 +14,7 @@ from oneshot import models, quantise
 from oneshot.checkpoint import verify
 from oneshot.prune import loop
 from oneshot.prune.options import Options
-from oneshot.quantise import grids, walk
+from oneshot.quantise import grids, mixed, walk
 
 pytestmark = pytest.mark.usefixtures("plain_pages")
 BLOCKS = tiny.BLOCKS
@@ -93,7 +93,8 @@ def test_families(name, dtype):
     grid = grids.parse("int4:32")
     plan = jobs.job_of(model, "magnitude", "dense").plan
     method = quantise.module("gptq")
-    job = walk.rounding(plan, Options(batch_size=4, progress=False, device="cpu"), method, method.Config(), grid)
+    job = walk.rounding(plan, Options(batch_size=4, progress=False, device="cpu"), method, method.Config(),
+                        mixed.Grids(grid))
     before = {w.name: w.get().clone() for w in models.all_weights(model)}
     result = loop.prune_model(model, jobs.tokens(), None, job)
     assert {row["name"] for row in result.layers} == set(before) == set(result.scales)

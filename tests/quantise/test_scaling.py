@@ -18,9 +18,10 @@ from oneshot.prune import loop
 from oneshot.prune.options import Options
 from oneshot.prune.patterns import Dense
 from oneshot.prune.solvers import Solution
-from oneshot.quantise import gptq, grids, rtn, scaling, walk
+from oneshot.quantise import gptq, grids, mixed, rtn, scaling, walk
 
 GRID = grids.parse("int3:8")
+ALL = mixed.Grids(GRID)
 SITES = {  # {family: the linears of block 1 whose inputs can be scaled}
     "llama": {"self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"},
     "llama-tied-bias": {"self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"},
@@ -44,7 +45,7 @@ def scaled(model, base=2.0):
         activations = loop.start(model, ids, None, options)
         for block in models.walk(model, "cpu"):
             block.changed = True
-            found.append(scaling.scale(block, activations, options, method=rtn, cfg=rtn.Config(), grid=GRID)["scaling"])
+            found.append(scaling.scale(block, activations, options, method=rtn, cfg=rtn.Config(), grids=ALL)["scaling"])
             loop.calibrate.replay(block.module, activations, block.number)
     return found
 
@@ -110,7 +111,7 @@ def test_the_least_error_of_all_that_is_tried(method):
     linear.weight.data = W
     weight = models.Weight("a", "a", linear, linear.weight, None, False, torch.float32)
     site = scaling.Site((weight,), torch.arange(16), ())
-    strength, error, factors = scaling.best(site, statistics, method, method.Config(), GRID)
+    strength, error, factors = scaling.best(site, statistics, method, method.Config(), ALL)
     wanted, sizes = {}, X.square().mean(0).sqrt()
     for s in scaling.STRENGTHS:
         by = (sizes / sizes.median()) ** s
@@ -138,7 +139,7 @@ def test_the_budget_for_gram_matrices_changes_nothing():
         model = families.tiny("llama")
         options = Options(batch_size=4, progress=False, device="cpu", **({"gram_budget": budget} if budget else {}))
         plan = {w.name: Dense() for w in models.all_weights(model)}
-        job = walk.rounding(plan, options, rtn, rtn.Config(), GRID, scales=True)
+        job = walk.rounding(plan, options, rtn, rtn.Config(), ALL, scales=True)
         result = loop.prune_model(model, jobs.tokens(), None, job)
         found.append(([block["scaling"] for block in result.blocks], model.state_dict()))
     assert found[0][0] == found[1][0] and any(found[0][0])
@@ -176,6 +177,22 @@ def test_record_and_proof(saved, capsys):
     assert any(found) and all(own["strength"] > 0 and own["error"] < 1 for block in found for own in block.values())
     assert verify.main([str(saved)]) == 0
     assert "2:4 int4:32" in capsys.readouterr().out
+
+
+def test_what_is_not_rounded_is_not_scaled(saved, place, uneven, tmp_path):  # noqa: F811
+    """Nor what reads the same input, nor its norm; other sites are, each linear by its own grid."""
+    text = "int4:32,*.q_proj=none,*.down_proj=none,*.gate_proj=int3:16"
+    for name, more in {"plain": {"quantise": None}, "own": {"quantise": text}}.items():
+        words = ["--scale-columns"] if name == "own" else []
+        assert command(place, *words, model=uneven, save=tmp_path / name, results=tmp_path / f"{name}.r", **more) == 0
+    plain, own = tiny.weights(tmp_path / "plain"), tiny.weights(tmp_path / "own")
+    for name, t in own.items():
+        if any(part in name for part in ("q_proj", "down_proj", "input_layernorm")):
+            assert torch.equal(t, plain[name]), name
+    assert any(not torch.equal(t, plain[name]) for name, t in own.items() if "post_attention_layernorm" in name)
+    scaled = [set(block["rounding"]["scaling"]) for block in the_record(tmp_path / "own.r")["blocks"]]
+    assert set().union(*scaled) <= {"self_attn.o_proj", "mlp.gate_proj"} and any("mlp.gate_proj" in s for s in scaled)
+    assert verify.main([str(tmp_path / "own"), "--quiet"]) == 0
 
 
 def test_killed_and_continued_it_is_bit_identical(saved, place, uneven, tmp_path):  # noqa: F811

@@ -31,7 +31,10 @@ def test_a_panel_for_each_metric_and_target_and_none_without_values():
 
 
 def test_what_each_block_can_spare():
-    fig = figures.fig_candidates([("round-1", {0: 0.1, 1: 0.3}, {1: 0.5}), ("round-2", {}, {}),
-                                  ("final", {0: 1.0}, {})])
+    fig = figures.fig_candidates([("round-1", {"2:4": {0: 0.1, 1: 0.3}, "influence": {1: 0.5}}),
+                                  ("round-2", {"2:4": {}, "int8": {}}), ("final", {"int8": {0: 1.0}})])
     assert [ax.get_title(loc="left") for ax in fig.axes] == ["round-1", "final"]
+    assert {t.get_text() for t in fig.legends[0].get_texts()} == {
+        "KL of the block alone in 2:4 (nats)", "influence: 1 - cosine of what the block changes",
+        "the block's share of the KL of all in int8 (nats)"}
     assert not figures.fig_candidates([]).axes

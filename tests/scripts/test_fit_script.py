@@ -30,9 +30,9 @@ def test_the_page_is_made_of_the_rows(tmp_path):
 
 def test_tokens_are_those_of_the_rounds_that_trained():
     def made(name, **plan):
-        empty = {"drop": [], "heads": [], "widths": [], "sparse": [], "grid": None}
+        empty = {"drop": [], "heads": [], "widths": [], "sparse": [], "grids": []}
         return Round(name, {}, 0.1, plan=empty | plan)
-    kept = [made("round-1", drop=[1]), made("round-2", grid="int8"), made("round-3", sparse=[0]),
+    kept = [made("round-1", drop=[1]), made("round-2", grids=[[0, "int8"]]), made("round-3", sparse=[0]),
             made("final", sparse=[0])]
     assert bench.trained(kept, {"tokens": "1k", "final": "5k"}) == 7000
 

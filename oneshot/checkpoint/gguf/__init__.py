@@ -1,6 +1,7 @@
 """GGUF: `model.gguf` beside the weights, the file that llama.cpp, Ollama and LM Studio run.
 
-    --format gguf          the types the model has; what `--quantise q8_0|q4_0` rounded by its codes and scales
+    --format gguf          the types the model has; what `--quantise q8_0|q4_0` rounded by its codes and scales, also
+                           where linears differ
     --format gguf:f32      or f16, bf16: all matrices in this type; q8_0, q4_0: as above, said outright
 
     family      what llama.cpp must know of a family: names, hyperparameters, the order of rows
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ...quantise import grids
+from ...quantise import mixed
 from ..contents import MANIFEST, Fault
 from . import blocks, family, file, vocabulary
 
@@ -31,15 +32,15 @@ METHOD, FILE = "gguf", "model.gguf"
 FORMS = (METHOD, *(f"{METHOD}:{kind}" for kind in (*blocks.PLAIN, *blocks.ROUNDED)))
 
 
-def check_flags(form: str, grid: grids.Grid | None, saved: bool) -> None:
+def check_flags(form: str, grids: mixed.Grids, saved: bool) -> None:
     """Raise ValueError naming `--format` where a file of this form cannot be written with these flags.
 
-    grid: of `--quantise`, or None. saved: whether there is a `--save`.
+    grids: of `--quantise`. saved: whether there is a `--save`.
     """
     _, _, kind = form.partition(":")
     if not saved:
         raise ValueError(f"--format {form}: goes with --save")
-    if kind in blocks.ROUNDED and str(grid) != kind:
+    if kind in blocks.ROUNDED and str(grids) != kind:
         raise ValueError(f"--format {form}: holds what --quantise {kind} rounded; add that flag (a file rounded on the "
                          "way out is not the model that was measured)")
     if importlib.util.find_spec("gguf") is None:

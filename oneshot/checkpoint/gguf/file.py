@@ -110,8 +110,7 @@ def write(path: Path, model: nn.Module, tokenizer: Any, plan: Plan, scales: dict
 def file_type(gguf: Any, plan: Plan) -> int:
     """llama.cpp's number of what most matrices are stored as."""
     counts = plan.summary
-    kind = next((k for k in blocks.ROUNDED if k in counts), None) or max(
-        (k for k in counts if counts[k]), key=lambda k: (k != "f32", counts[k]))
+    kind = max((k for k in counts if counts[k]), key=lambda k: (k in blocks.ROUNDED, k != "f32", counts[k]))
     return gguf.LlamaFileType["ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"]
 
 

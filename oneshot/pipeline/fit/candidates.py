@@ -6,14 +6,14 @@
     widths    as few neurons in every block as the round's aim needs, and half-way there; between these by straight
               lines. Both by walks of the solver
     sparse    each block alone in 2:4, solved on the model's own inputs, the others as they are
-    grids     all linears rounded to nearest
+    grids     each block alone rounded to nearest; these shares of what all blocks lose, rounded together
 
 Plans that are close to each other are walked as a whole before one is chosen. What gains nothing for any target is not
 measured. Once a block is 2:4, widths and KV groups stay, as cutting columns
 would break its groups of four.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -23,7 +23,7 @@ from torch import nn
 from ... import calibrate, models
 from ...calibrate import Activations
 from ...data import Tokens
-from ...models import groups
+from ...models import Weight, groups
 from ...prune import loop, shared_inputs
 from ...prune.patterns import NM
 from ...quantise import grids, rtn
@@ -88,15 +88,17 @@ class Looks:
                 found.sparse = {b: above(kl) for b, kl in self.in_24(model, start).items()}
             except ValueError as error:  # a shape that no 2:4 has
                 found.notes.append(f"2:4 is left out: {error}")
-        for grid in forms.GRIDS:
-            if grid in allow and gains(costs, start, limits, grid=grid):
-                found.grids[grid] = above(self.rounded(model, grids.parse(forms.GRIDS[grid])))
+        for key, text in forms.GRIDS.items():
+            if key in allow and gains(costs, start, limits, grid=key):
+                grid = grids.parse(text)
+                alone = {b: above(kl) for b, kl in self.in_grid(model, grid).items()}
+                found.grids[key] = shared_out(above(self.rounded(model, grid)), alone)
         return found
 
     def drops(self, model: nn.Module, costs: Costs, limits: Mapping[str, float], allow: frozenset[str]) -> list[dict]:
         """The rows of `depth.by_kl`: as many as reach the limits alone, or MOST of all if all else helps enough."""
         strongest = Plan(sparse=tuple(range(costs.number)) if forms.SPARSE in allow else (),
-                         grid=next((grid for grid in reversed(forms.GRIDS) if grid in allow), None))
+                         grids=everywhere(costs, next((key for key in reversed(forms.GRIDS) if key in allow), None)))
         alone, helped = (next((d for d in range(1, costs.number) if within(costs, replace(
             own, drop=tuple(range(d))), limits)), costs.number - 1) for own in (Plan(), strongest))
         most = min(alone, max(helped, round(MOST * costs.number)))
@@ -124,14 +126,22 @@ class Looks:
         plan = make_plan(replace(self.sparse, keep_dense=None), model)
         job = replace(job_of(replace(self.sparse, layer_errors=False), plan), healers=())
         [(_, new)] = shared_inputs.prune_shared(model, self.ids, self.mask, [job])
+        return self.alone(model, lambda w: new[w.name], start.sparse)
 
+    def in_grid(self, model: nn.Module, grid: grids.Grid) -> dict[int, float]:
+        """{number of a block: KL with that block alone rounded to nearest}."""
+        return self.alone(model, lambda w: rtn.round_to_nearest(w.get(), grid)[0])
+
+    def alone(self, model: nn.Module, new: Callable[[Weight], torch.Tensor],
+              leave: Collection[int] = ()) -> dict[int, float]:
+        """{number of a block: KL(dense ‖ model) with that block's linears alone as `new` says}, without some blocks."""
         def work(activations: Activations) -> dict[int, float]:
             found = {}
             for block in models.walk(model):
-                if block.number not in start.sparse:
+                if block.number not in leave:
                     kept = [(w, w.get().to(w.stored, copy=True)) for w in block.weights]
                     for w in block.weights:
-                        w.set(new[w.name])
+                        w.set(new(w))
                     found[block.number] = self.kl(model, depth.through(model, activations.fork(), block.number, ()))
                     for w, W in kept:
                         w.set(W)
@@ -166,8 +176,19 @@ def gains(costs: Costs, start: Plan, limits: Mapping[str, float], sparse: bool =
           grid: str | None = None) -> bool:
     """Whether a form, in all blocks, costs less of anything that has a limit than the model as it is."""
     before = costs.of(Plan(sparse=start.sparse))
-    after = costs.of(Plan(sparse=tuple(range(costs.number)) if sparse else start.sparse, grid=grid))
+    after = costs.of(Plan(sparse=tuple(range(costs.number)) if sparse else start.sparse, grids=everywhere(costs, grid)))
     return any(after[kind] < before[kind] for kind in limits)
+
+
+def everywhere(costs: Costs, key: str | None) -> tuple[tuple[int, str], ...]:
+    """`Plan.grids` with one grid for all blocks."""
+    return tuple((b, key) for b in range(costs.number)) if key else ()
+
+
+def shared_out(whole: float, alone: Mapping[int, float]) -> dict[int, float]:
+    """{block: its share of `whole`}, in the ratio of what each loses alone; in equal shares where none does."""
+    total = sum(alone.values())
+    return {b: whole * (x / total if total else 1 / len(alone)) for b, x in alone.items()}
 
 
 def fewer_heads(model: nn.Module) -> list[Kept]:

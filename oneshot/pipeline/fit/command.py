@@ -3,11 +3,12 @@
     oneshot fit --model MODEL --target latency=0.6x,bytes=0.5x --floor "wikitext2/ppl<=1.1x" --evaluate wikitext2 \\
         --calibration c4 --data c4 --tokens 1M --save fitted
 
-Each round takes a step of the way to the targets. What may go or be stored otherwise (blocks, KV groups, neurons; 2:4;
-int8, int4) is measured: its loss on calibration windows, its gain in the table of the device (`oneshot latency`). The
-plan of least loss is run and healed on --data. A round that breaks a floor is taken back and tried again, with half the
-step and another way, twice; then the best state that keeps all floors is the result. Rounds are ordinary runs, with
-folders and records in --save; a killed command continues. Beside them stands plain rounding of the dense model.
+Each round takes a step of the way to the targets. What may go (blocks, KV groups, neurons) or be stored otherwise (each
+block in 2:4, int8, int4, 2:4 with integers) is measured: its loss on calibration windows, its gain in the table of the
+device (`oneshot latency`). The plan of least loss is run and healed on --data. A round that breaks a floor is taken
+back and tried again, with half the step and another way, twice; then the best state that keeps all floors is the
+result. Rounds are ordinary runs, with folders and records in --save; a killed command continues. Beside them stands
+plain rounding of the dense model.
 
     target   latency=0.75: time of decoding a token on --device, beside the dense model's in --dtype; bytes=0.5: stored
              bytes of all linears; parameters=0.7: of the transformer blocks; several by commas

@@ -85,7 +85,7 @@ def acceptance(fit: Fit) -> dict:
     (dense, tokenizer), (model, _) = fit.load(fit.steps.model), fit.load(fit.state.result)
     texts = choose.evaluation(cfg, model, tokenizer)
     found = measure.measure(measure.Subject(model, tokenizer, cfg, texts, None, lambda: dense))
-    if "latency" in fit.asked.targets and fit.state.grid and forms.runnable(cfg.device) and fit.asked.table is None:
+    if "latency" in fit.asked.targets and fit.state.grids and forms.runnable(cfg.device) and fit.asked.table is None:
         runs = steps.loaded(fit.steps.dense, fit.state.result).float()
         for name, tokens in texts.items():
             found.metrics[f"{name}/ppl as it runs"] = perplexity.perplexity(
@@ -114,8 +114,9 @@ def draw(fit: Fit, plain: list[Round]) -> None:
     bounds = {own.metric: own.bound(fit.dense["metrics"][own.metric]) for own in fit.asked.floors} or {
         metric: math.nan for metric in fit.dense["metrics"] if metric.endswith("ppl")}
     figures.save(figures.fig_path(points, fit.asked.targets, bounds), folder / "fit.svg")
-    looked = [(r.name, *(dict(map(tuple, r.candidates.get(key, []))) for key in ("sparse", "influence")))
-              for r in rounds]
+    looked = [(r.name, {label: dict(map(tuple, own)) for label, own in (
+        (forms.SPARSE, r.candidates.get("sparse", [])), *r.candidates.get("grids", {}).items(),
+        ("influence", r.candidates.get("influence", [])))}) for r in rounds]
     figures.save(figures.fig_candidates(looked), folder / "candidates.svg")
     records = [fit.dense, *(record_of(State("", str(folder / r.name))) for r in rounds if r.metrics)]
     page.write_html(records, folder / "fit.html", "The rounds of oneshot fit")
@@ -157,6 +158,7 @@ def notes(fit: Fit) -> list[str]:
         found += [f"no kernel for {', '.join(lacking)} in the device's table: no time is gained by them, bytes only"
                   ] * bool(lacking)
         found += [] if fit.table is None else device_table.warnings(fit.table)
+        found += [f"latency: a token by {own}" for own in [(fit.table or {}).get("decoding")] if own]
         found += ["times are foretold by the table of --device, not measured"] * (fit.asked.table is not None)
     unsure = [own.metric for own, row in zip(fit.asked.floors, last_floors(fit), strict=False) if row["worst"] is None]
     found += [f"floors judged by the value alone, without a standard error: {', '.join(unsure)}"] * bool(unsure)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from ...runtime.files import write_text
 
+SCHEMA = 2  # 1, without a number: plans round whole models
+
 
 @dataclass
 class Round:
@@ -42,6 +44,10 @@ class Round:
     seconds: float = 0.0
 
 
+class OldError(Exception):
+    """The file is of another version."""
+
+
 class Ledger:
     """The file of a command. asked: what identifies the command, plain values."""
 
@@ -60,9 +66,14 @@ class Ledger:
             return []
         try:
             data = json.loads(self.file.read_text(encoding="utf-8"))
+            if data.get("schema") != SCHEMA:
+                raise OldError
             asked, rounds = data["asked"], [Round(**row) for row in data["rounds"]]
             self.ending = dict(data["ending"])
-        except (ValueError, LookupError, TypeError):
+        except OldError:
+            raise ValueError(f"--save {self.folder}: its fit.json is of another version of oneshot, whose plans this "
+                             "one cannot continue; choose another folder") from None
+        except (AttributeError, ValueError, LookupError, TypeError):
             raise ValueError(f"--save {self.folder}: its fit.json is damaged; remove it: rounds that are finished are "
                              "planned and timed again, and made again only where their plan differs") from None
         if asked != json.loads(json.dumps(self.asked)):
@@ -77,6 +88,7 @@ class Ledger:
         """Write the file, with a round that is not finished behind the others."""
         rounds = self.rounds + ([now] if now else [])
         later = self.known[len(rounds):]  # a command that is killed again does not forget them
-        data = {"asked": self.asked, "rounds": [asdict(r) for r in [*rounds, *later]], "ending": self.ending}
+        data = {"schema": SCHEMA, "asked": self.asked, "rounds": [asdict(r) for r in [*rounds, *later]],
+                "ending": self.ending}
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(json.dumps(data, indent=1) + "\n", self.file)

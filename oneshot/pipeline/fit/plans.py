@@ -3,13 +3,13 @@
     gain   by the device table (pipeline/device_table.py), by stored bytes (pipeline/forms.py), by counts of parameters
     loss   what candidates.py has measured of each part alone, nats; those of a plan are added
 
-Blocks go in the order that was measured, so their losses are those of whole sets. For each number of them, each width
-and each grid, `choice.choose` says which blocks become 2:4.
+Blocks go in the order that was measured, so their losses are those of whole sets. For each number of them and each
+width, `choice.choose` says in which form each block is that stays: dense, 2:4, int8, int4, 2:4 and integers.
 """
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 from torch import nn
@@ -21,7 +21,7 @@ from .choice import Option, choose
 
 KIND = "decode1"  # of the device table: what the target `latency` counts
 CLOSE = 2.0  # times the least foretold loss
-PARTS = ("drop", "heads", "widths", "sparse", "grid")
+PARTS = ("drop", "heads", "widths", "sparse", "grids")
 Kept = tuple[tuple[str, int], ...]  # as Cut.kept
 
 
@@ -29,15 +29,15 @@ Kept = tuple[tuple[str, int], ...]  # as Cut.kept
 class Plan:
     """What a round does. drop: numbers of the blocks that go. heads, widths: ((kind, how many are left in each),).
 
-    sparse: numbers of the blocks that are 2:4 afterwards, of the model without those that go. grid: a key of
-    forms.GRIDS to which all linears are rounded, or None.
+    sparse: numbers of the blocks that are 2:4 afterwards, of the model without those that go. grids: ((number of such a
+    block, key of forms.GRIDS to which its linears are rounded),).
     """
 
     drop: tuple[int, ...] = ()
     heads: Kept = ()
     widths: Kept = ()
     sparse: tuple[int, ...] = ()
-    grid: str | None = None
+    grids: tuple[tuple[int, str], ...] = ()
 
     @property
     def cut(self) -> Cut:
@@ -51,14 +51,19 @@ class Plan:
     @classmethod
     def of(cls, plain: dict) -> "Plan":
         """The Plan that `plain` gave."""
-        return cls(*(tuple(map(tuple, plain[k])) if k in ("heads", "widths") else tuple(plain[k])
-                     for k in PARTS[:-1]), plain["grid"])
+        return cls(*(tuple(map(tuple, plain[k])) if k in ("heads", "widths", "grids") else tuple(plain[k])
+                     for k in PARTS))
+
+    def form(self, place: int) -> str:
+        """The form of a block, by its number in the model without those that go."""
+        return forms.named(place in self.sparse, dict(self.grids).get(place))
 
     def __str__(self) -> str:
         gone = ", ".join(map(str, sorted(self.drop)))
         parts = [f"without block{'s' * (len(self.drop) > 1)} {gone}"] * bool(gone)
         parts += [f"{left} {kind} in each" for kind, left in (*self.heads, *self.widths)]
-        parts += [f"{len(self.sparse)} blocks 2:4"] * bool(self.sparse) + [self.grid] * bool(self.grid)
+        own = {forms.SPARSE: len(self.sparse)} | {key: sum(k == key for _, k in self.grids) for key in forms.GRIDS}
+        parts += [f"{form} in {count} block{'s' * (count > 1)}" for form, count in own.items() if count]
         return ", ".join(parts) or "as it is"
 
 
@@ -67,22 +72,23 @@ class Candidates:
     """What can be done to a model, and what it loses, nats of KL to the dense model above that of the model as it is.
 
     drops: [(blocks that go, loss)], of rising numbers of blocks, none first. heads, widths: [(Kept, loss)], () first.
-    sparse: {number of a block: loss in 2:4}. grids: {key of forms.GRIDS or None: loss}. notes: what a reader should
-    know. influence: {number of a block: how much it changes the hidden state}.
+    sparse: {number of a block: loss in 2:4}. grids: {key of forms.GRIDS: {number of a block: loss}}. notes: what a
+    reader should know. influence: {number of a block: how much it changes the hidden state}.
     """
 
     drops: list[tuple[tuple[int, ...], float]] = field(default_factory=lambda: [((), 0.0)])
     heads: list[tuple[Kept, float]] = field(default_factory=lambda: [((), 0.0)])
     widths: list[tuple[Kept, float]] = field(default_factory=lambda: [((), 0.0)])
     sparse: dict[int, float] = field(default_factory=dict)
-    grids: dict[str | None, float] = field(default_factory=lambda: {None: 0.0})
+    grids: dict[str, dict[int, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     influence: dict[int, float] = field(default_factory=dict)
 
     def plain(self) -> dict:
         """As JSON holds it."""
         return {"drops": [[list(a), x] for a, x in self.drops], "heads": [[dict(a), x] for a, x in self.heads],
-                "widths": [[dict(a), x] for a, x in self.widths], "grids": [[a, x] for a, x in self.grids.items()],
+                "widths": [[dict(a), x] for a, x in self.widths],
+                "grids": {key: [[b, x] for b, x in sorted(own.items())] for key, own in self.grids.items()},
                 **{name: [[b, x] for b, x in sorted(own.items())]
                    for name, own in (("sparse", self.sparse), ("influence", self.influence))}}
 
@@ -128,8 +134,7 @@ class Costs:
         """{kind of target: what the model costs after a plan}."""
         found = dict(self.rest(plan))
         for place, (b, share) in enumerate(self.blocks(plan)):
-            form = forms.named(place in plan.sparse, plan.grid)
-            for kind, cost in self.block(plan, b, share, form).items():
+            for kind, cost in self.block(plan, b, share, plan.form(place)).items():
                 found[kind] = found.get(kind, 0.0) + cost
         return found
 
@@ -138,23 +143,20 @@ def best(costs: Costs, candidates: Candidates, start: Plan, limits: Mapping[str,
          without: frozenset[str] = frozenset()) -> tuple[Plan, float] | None:
     """(the plan of least loss whose costs are within all limits, that loss); None where there is none.
 
-    start: what the model is already (its sparse blocks and grid). limits: {kind of target: the most it may cost}.
+    start: what the model is already (its sparse blocks and grids). limits: {kind of target: the most it may cost}.
     without: PARTS that must stay as they are, because a round that changed them broke a floor.
     """
     def free(part: str, options: list) -> list:
         return options[:1] if part in without else options
 
-    grids = [(g, x) for g, x in candidates.grids.items() if "grid" not in without or g == start.grid]
+    cuts = itertools.product(free("drop", candidates.drops), free("heads", candidates.heads),
+                             free("widths", candidates.widths))
     found = None
-    for drop, heads, widths, grid in itertools.product(
-            free("drop", candidates.drops), free("heads", candidates.heads), free("widths", candidates.widths),
-            grids or [(start.grid, 0.0)]):
-        fixed = drop[1] + heads[1] + widths[1] + grid[1]
+    for fixed, drop, heads, widths in sorted(((a + b + c, drop, heads, widths) for (drop, a), (heads, b), (widths, c)
+                                              in cuts), key=lambda own: own[0]):
         if found and fixed >= found[1]:
-            continue
-        plan = Plan(drop[0], heads[0], widths[0], (), grid[0])
-        sparse = {} if "sparse" in without else candidates.sparse
-        if made := with_sparse(costs, plan, start, sparse, limits):
+            break
+        if made := with_forms(costs, Plan(drop, heads, widths), start, losses_of(candidates, start, without), limits):
             total = fixed + made[1]
             if found is None or total < found[1]:
                 found = made[0], total
@@ -175,8 +177,9 @@ def alternatives(costs: Costs, candidates: Candidates, start: Plan, limits: Mapp
 
 
 def way_of(plan: Plan) -> dict:
-    """What a plan for the whole way leaves, plain values: of heads and widths, and how many blocks go."""
-    return {"heads": dict(plan.heads), "widths": dict(plan.widths), "drop": len(plan.drop), "grid": plan.grid}
+    """What a plan for the whole way leaves, plain values: of heads and widths, how many blocks go, and its grids."""
+    return {"heads": dict(plan.heads), "widths": dict(plan.widths), "drop": len(plan.drop),
+            "grids": sorted({key for _, key in plan.grids})}
 
 
 def towards(candidates: Candidates, way: dict, gone: int, start: Plan) -> Candidates:
@@ -186,26 +189,58 @@ def towards(candidates: Candidates, way: dict, gone: int, start: Plan) -> Candid
     """
     def on(options: list[tuple[Kept, float]], left: dict[str, int]) -> list[tuple[Kept, float]]:
         return [(kept, x) for kept, x in options if all(n >= left.get(kind, math.inf) for kind, n in kept)]
-    grids = {grid: x for grid, x in candidates.grids.items() if grid in (None, start.grid, way["grid"])}
+    taken = {*way["grids"], *(key for _, key in start.grids)}
+    grids = {key: own for key, own in candidates.grids.items() if key in taken}
     return replace(candidates, drops=[(d, x) for d, x in candidates.drops if len(d) <= max(0, way["drop"] - gone)],
                    heads=on(candidates.heads, way["heads"]), widths=on(candidates.widths, way["widths"]), grids=grids)
 
 
-def with_sparse(costs: Costs, plan: Plan, start: Plan, losses: Mapping[int, float],
-                limits: Mapping[str, float]) -> tuple[Plan, float] | None:
-    """(the plan with the best blocks for 2:4, what they lose); None where the limits cannot be kept."""
-    rest, units, places = costs.rest(plan), [], []
-    for place, (b, share) in enumerate(costs.blocks(plan)):
-        own = [(True, 0.0)] if b in start.sparse else [(False, 0.0), *([(True, losses[b])] if b in losses else [])]
-        units.append([Option(loss, tuple(costs.block(plan, b, share, forms.named(is24, plan.grid))[kind]
-                                         for kind in limits)) for is24, loss in own])
-        places.append((place, [is24 for is24, _ in own]))
-    picked = choose(units, [limit - rest.get(kind, 0.0) for kind, limit in limits.items()])
-    if picked is None:
+Losses = Callable[[int], dict[tuple[bool, str | None], float]]  # of a block: {(2:4?, key of its grid): loss}
+
+
+def losses_of(candidates: Candidates, start: Plan, without: frozenset[str] = frozenset()) -> Losses:
+    """What each form that a block may get loses, the one that costs nothing first. without: as for `best`.
+
+    A block that is 2:4 stays so, while rounding begins anew from what was there before it. Losses of both are added.
+    """
+    before = dict(start.grids)
+
+    def of(b: int) -> dict[tuple[bool, str | None], float]:
+        sparse = {b in start.sparse: 0.0}
+        if "sparse" not in without and b in candidates.sparse and b not in start.sparse:
+            sparse[True] = candidates.sparse[b]
+        grids = {None: 0.0} | {key: own[b] for key, own in candidates.grids.items() if b in own}
+        if "grids" in without:
+            grids = {before.get(b): grids.get(before.get(b), 0.0)}
+        return {(is24, key): x + y for is24, x in sparse.items() for key, y in grids.items()}
+    return of
+
+
+def with_forms(costs: Costs, plan: Plan, start: Plan, losses: Losses,
+               limits: Mapping[str, float]) -> tuple[Plan, float] | None:
+    """(the plan with the best form for each block, what they lose); None where the limits cannot be kept.
+
+    It never loses more than the best plan that has one grid for all blocks, also where `choose` is not exact.
+    """
+    rest = costs.rest(plan)
+    bounds = [limit - rest.get(kind, 0.0) for kind, limit in limits.items()]
+    units = [(place, {form: Option(loss, tuple(costs.block(plan, b, share, forms.named(*form))[kind]
+                                               for kind in limits)) for form, loss in losses(b).items()})
+             for place, (b, share) in enumerate(costs.blocks(plan))]
+    found = None
+    for only in (forms.GRIDS.keys() | {None}, {None}, *({key} for key in forms.GRIDS)):
+        own = [[(form, option) for form, option in options.items() if form[1] in only] for _, options in units]
+        picked = choose([[option for _, option in unit] for unit in own], bounds) if all(own) else None
+        if picked is not None:
+            chosen = [unit[i] for unit, i in zip(own, picked, strict=True)]
+            loss = sum(option.loss for _, option in chosen)
+            if found is None or loss < found[1]:
+                found = [form for form, _ in chosen], loss
+    if found is None:
         return None
-    sparse = tuple(place for (place, own), i in zip(places, picked, strict=True) if own[i])
-    loss = sum(unit[i].loss for unit, i in zip(units, picked, strict=True))
-    return Plan(plan.drop, plan.heads, plan.widths, sparse, plan.grid), loss
+    places = [place for place, _ in units]
+    return replace(plan, sparse=tuple(place for place, (is24, _) in zip(places, found[0], strict=True) if is24),
+                   grids=tuple((place, key) for place, (_, key) in zip(places, found[0], strict=True) if key)), found[1]
 
 
 def uncut(plan: Plan, candidates: Candidates, loss: float) -> float:
@@ -217,9 +252,10 @@ def uncut(plan: Plan, candidates: Candidates, loss: float) -> float:
 def changed(plan: Plan, start: Plan, candidates: Candidates) -> str:
     """The one of PARTS that a plan is foretold to lose most by; what another way leaves alone."""
     losses = {"drop": dict(candidates.drops).get(plan.drop, 0.0), "heads": dict(candidates.heads).get(plan.heads, 0.0),
-              "widths": dict(candidates.widths).get(plan.widths, 0.0),
-              "grid": candidates.grids.get(plan.grid, 0.0) if plan.grid != start.grid else 0.0}
-    stay = [b for b in range(len(candidates.sparse) + len(plan.drop) + len(start.sparse)) if b not in plan.drop]
-    losses["sparse"] = sum(candidates.sparse.get(stay[i], 0.0) for i in plan.sparse if i < len(stay)
-                           and stay[i] not in start.sparse)
+              "widths": dict(candidates.widths).get(plan.widths, 0.0)}
+    most = max((*plan.sparse, *(place for place, _ in plan.grids)), default=0) + len(plan.drop) + 1
+    stay = [b for b in range(most) if b not in plan.drop]  # {number afterwards: number before}
+    losses["sparse"] = sum(candidates.sparse.get(stay[i], 0.0) for i in plan.sparse if stay[i] not in start.sparse)
+    losses["grids"] = sum(candidates.grids.get(key, {}).get(stay[i], 0.0) for i, key in plan.grids
+                          if (stay[i], key) not in start.grids)
     return max(PARTS, key=lambda part: losses[part])

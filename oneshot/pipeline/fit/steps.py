@@ -2,7 +2,7 @@
 
     round-3-cut     the blocks, KV groups and neurons that go (--drop, --kv-groups, --shrink)
     round-3-sparse  the blocks that become 2:4 (--pattern 2:4, --keep-dense for the others)
-    round-3-int8    all linears rounded to nearest by GPTQ (--quantise)
+    round-3         the blocks that are rounded, by GPTQ (--quantise, with a grid for each block)
 
 The last one of a round is called round-3. Healing on text belongs to the last one before rounding; the next round goes
 on from there, not from rounded weights. Only the last one is measured.
@@ -36,18 +36,18 @@ OURS = {*SMALLER, "pattern", "uneven", "shrink_method", "quantise", "keep_dense"
 class State:
     """A model on disk. float: its folder before rounding. result: its folder, or the dense model's name.
 
-    sparse: numbers of its blocks that are 2:4. grid: as in Plan.
+    sparse: numbers of its blocks that are 2:4. grids: as in Plan.
     """
 
     float: str
     result: str
     sparse: tuple[int, ...] = ()
-    grid: str | None = None
+    grids: tuple[tuple[int, str], ...] = ()
 
     @property
     def plan(self) -> Plan:
         """What the model is already."""
-        return Plan(sparse=self.sparse, grid=self.grid)
+        return Plan(sparse=self.sparse, grids=self.grids)
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,9 @@ class Steps:
         blocks, share = dims
         sparse = plan.sparse != kept_sparse(start, plan) or bool(plan.cut.dropped or plan.cut.kept)
         kinds = [("cut", bool(plan.drop or plan.heads or plan.widths)), ("sparse", sparse and bool(plan.sparse)),
-                 (plan.grid or "", plan.grid is not None)]
+                 ("rounded", bool(plan.grids))]
         kinds = [kind for kind, wanted in kinds if wanted]
-        floats = [kind for kind in kinds if kind not in forms.GRIDS]
+        floats = [kind for kind in kinds if kind != "rounded"]
         found, model = [], start.float
         for kind in kinds:
             last = kind == kinds[-1]
@@ -134,8 +134,12 @@ class Steps:
         return ["--method", SPARSE, *self.pattern(plan, blocks), *(["--heal", "full", *heal] if heal else [])]
 
     def words_of_rounding(self, plan: Plan, blocks: int) -> list[str]:
-        """All linears are rounded."""
-        return ["--method", "keep", *self.pattern(plan, blocks), "--quantise", forms.GRIDS[plan.grid]]
+        """Blocks are rounded, each to its grid."""
+        own = dict(plan.grids)
+        kinds = [own.get(b) for b in range(blocks)]
+        most = max(dict.fromkeys(kinds), key=kinds.count)
+        others = [f"{self.blocks}.{b}.*={text_of(key)}" for b, key in enumerate(kinds) if key != most]
+        return ["--method", "keep", *self.pattern(plan, blocks), "--quantise", ",".join([text_of(most), *others])]
 
     def pattern(self, plan: Plan, blocks: int) -> list[str]:
         """The flags that say which blocks are 2:4."""
@@ -147,7 +151,7 @@ class Steps:
     def healed(self, name: str, state: State, plan: Plan, blocks: int, heal: Sequence[str]) -> list[RunConfig]:
         """The runs of the long heal at the end: train, and round again."""
         words = ["--method", "keep", *self.pattern(plan, blocks), "--heal", "full", *heal]
-        last = plan.grid is None
+        last = not plan.grids
         first = str(self.folder / (name if last else f"{name}-heal"))
         found = [self.config("--model", state.float, *words, "--save", first, measured=last)]
         if not last:
@@ -159,7 +163,12 @@ class Steps:
         """The State that the runs leave."""
         floats = [cfg.save for cfg in configs if cfg.quantise is None]
         before = floats[-1] if floats else start.float
-        return State(before, configs[-1].save if configs else start.result, plan.sparse, plan.grid)
+        return State(before, configs[-1].save if configs else start.result, plan.sparse, plan.grids)
+
+
+def text_of(key: str | None) -> str:
+    """A block's grid as `--quantise` has it. key: of forms.GRIDS, or None."""
+    return forms.GRIDS[key] if key else "none"
 
 
 def kept_sparse(start: State, plan: Plan) -> tuple[int, ...]:
@@ -200,9 +209,12 @@ def shares(record: dict, dense: dict) -> dict[str, float]:
 def time_share(cfg: RunConfig, folder: str) -> float:
     """The time of decoding a token with the forms' kernels, as a share of the dense model's; both take turns.
 
-    cfg: the dense model's run. Both compute in its --dtype, by default the one that is stored.
+    What is timed: one token behind a prompt of 64, batch 1, the median of latency.STEPS of them, each model as fast as
+    it decodes here (`forms.decoding`): on a CPU by one compiled call, the dense one too, as in `oneshot generate
+    --compare`. cfg: the dense model's run. Both compute in its --dtype, by default the one that is stored.
     """
     named = {"model": loaded(cfg, folder), "dense": load(cfg, cfg.model)[0].to(cfg.device)}
+    named = {name: forms.decoding(model, cfg.device)[0] for name, model in named.items()}
     times: dict[str, list[float]] = {name: [] for name in named}
     for number in range(latency.ROUNDS + 1):
         for name, model in named.items():

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 KINDS = {"dense": (INK, "*"), "kept": (COLOURS[0], "o"), "taken back": (COLOURS[1], "X"),
          "plain rounding": (COLOURS[2], "s")}
+ALONE = {"2:4": "KL of the block alone in 2:4 (nats)", "influence": "influence: 1 - cosine of what the block changes"}
 LABELS = {"latency": "time of decoding a token", "bytes": "bytes of the linears",
           "parameters": "parameters of the blocks"}
 
@@ -71,22 +72,24 @@ def placed(points: Sequence[Point], metric: str, kind: str) -> list[tuple[str, s
 
 
 @drawn
-def fig_candidates(rounds: Sequence[tuple[str, dict[int, float], dict[int, float]]]) -> "Figure":
-    """What each block loses in 2:4, and how much it changes the hidden state, a panel for each round.
+def fig_candidates(rounds: Sequence[tuple[str, dict[str, dict[int, float]]]]) -> "Figure":
+    """What each block loses in 2:4 and in integers, and how much it changes the hidden state, a panel for each round.
 
-    rounds: [(name, {block: KL in nats}, {block: influence})].
+    rounds: [(name, {form: {block: KL in nats}} with {"influence": {block: influence}})]. Of integers it is the block's
+    share of what all blocks lose together.
     """
-    rounds = [r for r in rounds if r[1] or r[2]]
+    rounds = [r for r in rounds if any(r[1].values())]
+    kinds = list(dict.fromkeys(kind for _, found in rounds for kind, own in found.items() if own))
     if not rounds:
         return nothing("no block was measured alone")
     fig = new_figure(WIDTH, 0.6 + 1.9 * len(rounds))
-    for ax, (name, sparse, influence) in zip(fig.subplots(len(rounds), 1, squeeze=False).flat, rounds, strict=True):
-        for i, own in enumerate((sparse, influence)):
-            if own:
+    for ax, (name, found) in zip(fig.subplots(len(rounds), 1, squeeze=False).flat, rounds, strict=True):
+        for i, kind in enumerate(kinds):
+            if own := found.get(kind):
                 ax.plot(list(own), list(own.values()), color=COLOURS[i], marker=MARKERS[i], ls="none")
-        scale_y([ax], [x for own in (sparse, influence) for x in own.values() if x > 0] or [0, 1])
+        scale_y([ax], [x for own in found.values() for x in own.values() if x > 0] or [0, 1])
         ax.set_title(clean(name), loc="left", fontweight="bold")
         ax.set_xlabel("block")
-    legend(fig, [handle("KL of the block alone in 2:4 (nats)", COLOURS[0], "none", MARKERS[0]),
-                 handle("influence: 1 - cosine of what the block changes", COLOURS[1], "none", MARKERS[1])])
+    legend(fig, [handle(ALONE.get(kind, f"the block's share of the KL of all in {clean(kind)} (nats)"), COLOURS[i],
+                        "none", MARKERS[i]) for i, kind in enumerate(kinds)])
     return fig
