@@ -152,13 +152,15 @@ def needs_teacher(cfg: RunConfig) -> bool:
     return bool(cfg.text_heals and set(listed(cfg.heal_loss)) & {"kl", "hidden"} and not cfg.heal_teacher)
 
 
-def check(cfg: RunConfig, model: nn.Module, tokenizer: Tokenizer) -> teacher.Teacher | None:
+def check(cfg: RunConfig, model: nn.Module, tokenizer: Tokenizer | None) -> teacher.Teacher | None:
     """Raise, before anything is pruned, what would be raised when healing on text begins. Names the flag.
 
     Returns the model of `--heal-teacher`, None where that names none.
     """
     if not cfg.text_heals:
         return None
+    if tokenizer is None:
+        raise ValueError(f"tokenizer: needed to read --heal-data {cfg.heal_data}")
     choose.window(model, cfg.heal_seqlen, "--heal-seqlen")
     training.check(cfg.heal_data, tokenizer, choose.text_options(cfg, model, tokenizer), cfg.heal_held_out)
     if cfg.heal_teacher in (None, GIVEN):

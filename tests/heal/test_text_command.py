@@ -84,6 +84,18 @@ def test_from_python(place):
     assert record["sparsity"] == pytest.approx(0.5, abs=0.001)
 
 
+@pytest.mark.parametrize("changed, said", [({"tokenizer": None}, "^tokenizer: needed to read --heal-data "),
+                                           ({"heal_teacher": "nowhere"}, "^--heal-teacher nowhere: ")])
+def test_from_python_what_cannot_be_done_is_said_before_anything_is_pruned(place, changed, said):
+    model, tokenizer = models.load(str(place / "model"))
+    before = copy.deepcopy(model.state_dict())
+    given = {"tokenizer": tokenizer, "method": "magnitude", "calibration": torch.ones(2, 8, dtype=torch.long),
+             "heal": "full", "heal_data": str(place / "calibration.txt"), "heal_seqlen": 16, "progress": False}
+    with pytest.raises(ValueError, match=said):
+        oneshot.prune(model, **given | changed)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
 @pytest.mark.parametrize("teacher", ["model", "name"])
 def test_heal_from_python(place, teacher):
     (model, tokenizer), (dense, _) = (models.load(str(place / "model")) for _ in range(2))
