@@ -32,11 +32,12 @@ WAYS = {way: own for group in
         yaml.safe_load((ROOT / "scripts/bench/integers_ways.yaml").read_text(encoding="utf-8")).values()
         for way, own in group.items()}
 MARKED = {"smollm2": "its dense weights come off a 4-bit grid already, which flatters its rows of int4, except where "
-                     "it was rotated or healed before; once rotated it has a head of its own, not counted here"}
+                     "it was rotated, scaled or healed before; once rotated it has a head of its own, not counted here"}
 NEAREST = "2:4, then int4 to nearest"  # what `less` compares with
 SHOWN = (NEAREST, "2:4, then int4 by GPTQ", "2:4 and int4 in one pass", "2:4 by ALPS, then int4 by GPTQ",
          "2:4 by ALPS, healed, then int4 by GPTQ", "2:4 by ALPS, healed on text, then int4 by GPTQ",
-         "50 %, then int4 by GPTQ", "50 % by ALPS, healed, then int4 by GPTQ", "int3 by GPTQ")  # in the README
+         "50 %, then int4 by GPTQ", "50 % by ALPS, healed, then int4 by GPTQ", "int3 by GPTQ",
+         "int3 by GPTQ, columns scaled")  # in the README
 FORMS = {None: "bf16", "int8:row": "int8", "int4:64": "int4"}  # of cpu_decode.py, with inputs as they are
 HEALED = ", healed"
 LEAST = 1e-4  # nats; what loses less, or gains, is drawn there
