@@ -33,6 +33,7 @@ BASE = {
                 "--eval-windows", "64"],
     "demo": ["--model", "demo", "--seqlen", "256", "--nsamples", "64", "--eval-windows", "64"],
 }
+WINDOW = {"demo": ["--heal-seqlen", "256"]}  # as many positions as it has
 WAYS = yaml.safe_load(Path(__file__).with_name("heal_ways.yaml").read_text(encoding="utf-8"))
 
 
@@ -91,7 +92,8 @@ def one(args: argparse.Namespace, name: str, seed: str, way: str, texts: list[st
         own += ["--heal-held-out", str(args.work / held)] if held else []
         for flag, value in ways.items():
             own += [f"--{flag}", str(value)]
-            own += ["--heal-data", data] * (flag == "heal" and any(part in str(value) for part in ("full", "lora")))
+            if flag == "heal" and any(part in str(value) for part in ("full", "lora")):
+                own += ["--heal-data", data, *WINDOW.get(name, [])]
     record = done([*flags, *own], args.out / name, way)
     if WIKITEXT not in record["metrics"]:  # of what was saved, by a run of its own
         saved = own[own.index("--save") + 1] if "--save" in own else None
