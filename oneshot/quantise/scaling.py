@@ -5,8 +5,9 @@ smaller, so that the model computes the same and its important weights are round
                rows for down_proj. A site is tried with powers of two, which round nothing: where the block's outputs on
                a batch are not the same bits (an activation that is not linear, a norm that adds 1 to its weight, a
                router beside the experts), it is left as it is. So is one with a linear that is not to be rounded
-    factor     of each channel of that input: its root mean square to the power `strength`, of median 1. A norm's weight
-               is rounded to its dtype once divided, so the columns get the factor that it then really has
+    factor     of each channel of that input: its root mean square to the power `strength`, of median 1; 1 where no token
+               was seen, about which nothing is known. A norm's weight is rounded to its dtype once divided, so the
+               columns get the factor that it then really has
     strength   that of STRENGTHS whose rounded weights, by the run's own quantiser, have the least error
                (W-Ŵ) G (W-Ŵ)ᵀ; 0, no scaling, is among them
 """
@@ -220,12 +221,13 @@ def best(site: Site, statistics: Statistics, method: ModuleType, cfg: Any, grids
     None where the statistics are not usable, which the rounding itself says.
     """
     G, tried = statistics.G, []
-    sizes = G.diagonal().clamp_min(torch.finfo(G.dtype).tiny).sqrt().log()
+    seen = G.diagonal() > 0
+    sizes, of = G.diagonal()[seen].sqrt().log(), site.channel[seen]
     channels = int(site.channel.max()) + 1
-    mean = sizes.new_zeros(channels).index_add(0, site.channel, sizes) / torch.bincount(site.channel,
-                                                                                       minlength=channels)
+    mean = sizes.new_zeros(channels).index_add(0, of, sizes) / torch.bincount(of, minlength=channels)
+    above = (mean - mean.nanmedian()).nan_to_num(0.0)
     for strength in STRENGTHS if statistics.finite() else ():
-        factors = (strength * (mean - mean.median())).exp().clamp(1 / MOST, MOST)
+        factors = (strength * above).exp().clamp(1 / MOST, MOST)
         by, error = factors[site.channel], 0.0
         inputs = statistics.divided(by) if strength else statistics
         try:

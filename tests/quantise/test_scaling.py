@@ -125,6 +125,21 @@ def test_the_least_error_of_all_that_is_tried(method):
     assert torch.allclose(factors, (sizes / sizes.median()) ** strength)
 
 
+@pytest.mark.parametrize("dead", [3, 12, 16])
+def test_channels_without_inputs_are_not_scaled(dead, monkeypatch):
+    """They may have some elsewhere: 1/256 of a column would be rounded to zero; nor do they move the median."""
+    monkeypatch.setattr(scaling, "STRENGTHS", (0.5,))
+    X = torch.randn(200, 16, generator=torch.Generator().manual_seed(0)) * torch.logspace(-1, 1, 16)
+    X[:, :dead] = 0.0
+    linear, statistics = torch.nn.Linear(16, 8, bias=False), Statistics(16, {"outer"})
+    statistics.update(X)
+    weight = models.Weight("a", "a", linear, linear.weight, None, False, torch.float32)
+    _, _, factors = scaling.best(scaling.Site((weight,), torch.arange(16), ()), statistics, rtn, rtn.Config(), ALL)
+    sizes = X[:, dead:].square().mean(0).sqrt()
+    wanted = (sizes / sizes.median()).sqrt() if dead < 16 else torch.ones(0)
+    assert torch.allclose(factors, torch.cat([torch.ones(dead), wanted]))
+
+
 def test_heads_of_one_group_share_the_factors_of_their_values():
     """4 query heads, 2 KV heads of 8: columns of o_proj that read one value of v_proj have one factor."""
     model = families.tiny("llama")
