@@ -5,8 +5,8 @@ smaller, so that the model computes the same and its important weights are round
                rows for down_proj. A site is tried with powers of two, which round nothing: where the block's outputs on
                a batch are not the same bits (an activation that is not linear, a norm that adds 1 to its weight, a
                router beside the experts), it is left as it is. So is one with a linear that is not to be rounded
-    factor     of each channel of that input: its root mean square to the power `strength`, of median 1; 1 where no token
-               was seen, about which nothing is known. A norm's weight is rounded to its dtype once divided, so the
+    factor     of each channel of that input: its root mean square to the power `strength`, of median 1; 1 where no
+               token was, which says nothing of others. A norm's weight is rounded to its dtype once divided, so the
                columns get the factor that it then really has
     strength   that of STRENGTHS whose rounded weights, by the run's own quantiser, have the least error
                (W-Ŵ) G (W-Ŵ)ᵀ; 0, no scaling, is among them
