@@ -4,7 +4,8 @@ smaller, so that the model computes the same and its important weights are round
     site       linears that read the same input, and what computes it: a norm's weight; v_proj's rows for o_proj; up's
                rows for down_proj. A site is tried with powers of two, which round nothing: where the block's outputs on
                a batch are not the same bits (an activation that is not linear, a norm that adds 1 to its weight, a
-               router beside the experts), it is left as it is. So is one with a linear that is not to be rounded
+               router beside the experts), it is left as it is. So is one with a linear that is not to be rounded, and
+               one with a parameter that the model holds outside the block as well
     factor     of each channel of that input: its root mean square to the power `strength`, of median 1; 1 where no
                token was, which says nothing of others. A norm's weight is rounded to its dtype once divided, so the
                columns get the factor that it then really has
@@ -101,8 +102,9 @@ def scale(block: Block, activations: Activations, options: Options, *, method: M
 
     method, cfg, grids: of the rounding that follows. Raises ValueError where a linear's input cannot be collected.
     """
+    held_elsewhere = {id(p) for name, p in block.module.named_parameters() if name in block.elsewhere}
     sites = [site for site in (*of_norms(block, activations), *of_producers(block))
-             if all(grids.of(w.name) for w in site.weights)]
+             if all(grids.of(w.name) for w in site.weights) and held_elsewhere.isdisjoint(map(id, site.parameters))]
     sites = same_function(block, activations, sites)
     picked = [(site, distributed.first(best(site, statistics, method, cfg, grids) if statistics else None))
               for site, statistics in with_statistics(block, activations, options, sites)]
@@ -129,7 +131,7 @@ def of_norms(block: Block, activations: Activations) -> list[Site]:
         own = dict(module.named_parameters(recurse=False))
         if own and all(p.ndim == 1 for p in own.values()):
             handles.append(module.register_forward_hook(keep))
-    for weight in usable(block):
+    for weight in block.weights:
         if weight.expert is None:
             handles.append(weight.owner.register_forward_pre_hook(lambda _, args, w=weight: look(w, args[0])))
     try:
@@ -150,7 +152,7 @@ def of_norms(block: Block, activations: Activations) -> list[Site]:
 
 def of_producers(block: Block) -> list[Site]:
     """The sites whose input is computed channel by channel from another linear's rows."""
-    weights, found = {w.linear: w for w in usable(block)}, []
+    weights, found = {w.linear: w for w in block.weights}, []
     for width in groups.widths(block.module):
         last = list(width.rows)[-1]
         reader, producer = weights.get(width.consumer), weights.get(last)
@@ -172,11 +174,6 @@ def of_producers(block: Block) -> list[Site]:
         vectors = () if bias is None else ((bias, producer.stored, rows.to(device)),)
         found.append(Site((reader,), channel.to(device), vectors, producer, rows.to(device)))
     return found
-
-
-def usable(block: Block) -> list[Weight]:
-    """The block's weights that no other block holds."""
-    return [w for w in block.weights if w.name not in block.recurring]
 
 
 def same_function(block: Block, activations: Activations, sites: Sequence[Site]) -> list[Site]:

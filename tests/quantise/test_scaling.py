@@ -68,6 +68,30 @@ def test_a_scaled_model_computes_the_same_bits(name):
         assert torch.equal(ratio.log2().round().exp2(), ratio)
 
 
+@pytest.mark.parametrize("part", ["input_layernorm", "self_attn.v_proj", "self_attn.v_proj.bias", "mlp.down_proj"])
+@pytest.mark.parametrize("also", ["layers.1", "norm"])
+def test_what_is_held_elsewhere_as_well_is_not_scaled(part, also):
+    """By another block, or as the last norm's weight or bias; all other sites are."""
+    model, ids = families.tiny("llama-tied-bias").eval(), jobs.tokens(3)
+    layers, (owner, _, last) = model.model.layers, part.rpartition(".")
+    held = layers[0].get_submodule(owner).__getattr__(last)
+    if also == "layers.1":
+        setattr(layers[1].get_submodule(owner), last, held)
+    elif part == "input_layernorm":
+        model.model.norm = held
+    else:
+        model.extra = held
+    with torch.no_grad():
+        for block in layers:
+            block.self_attn.v_proj.bias.normal_()
+        before = model(ids).logits
+        found = scaled(model)
+        assert torch.equal(model(ids).logits, before)
+    gone = {"input_layernorm": {"self_attn.q_proj"}, "mlp.down_proj": {"mlp.down_proj"}}.get(part, {"self_attn.o_proj"})
+    gone |= {"self_attn.q_proj"} if part == "self_attn.v_proj" else set()
+    assert set(found[0]) == SITES["llama-tied-bias"] - gone
+
+
 @pytest.mark.parametrize("name", ["llama-tied-bias", "opt", "gpt2", "mixtral"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_with_any_factors_only_rounding_is_lost(name, dtype):
