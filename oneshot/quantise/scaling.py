@@ -177,16 +177,20 @@ def of_producers(block: Block) -> list[Site]:
 
 
 def same_function(block: Block, activations: Activations, sites: Sequence[Site]) -> list[Site]:
-    """The sites that can be scaled without a change of the block's outputs, bit for bit, on the first batch."""
+    """The sites that can be scaled without a change of the block's outputs, bit for bit, on the first batch.
+
+    They are tried with the largest factors, so that a limit which only other tokens reach shows (OLMo's clip_qkv).
+    """
     if not sites:
         return []
     before = calibrate.forward(block.module, activations, block.number, 0)
+    reach = MOST if torch.finfo(before.dtype).max > MOST ** 8 else 2.0  # float16 ends at 65504
 
     def same(some: Sequence[Site]) -> bool:
         kept = {p: p.data.clone() for site in some for p in site.parameters}
         for site in some:
             channels = torch.arange(int(site.channel.max()) + 1, device=site.channel.device)
-            site.apply(torch.exp2((channels % 3 - 1).float()), rounds=False)
+            site.apply(reach ** (channels % 3 - 1).float(), rounds=False)
         after = calibrate.forward(block.module, activations, block.number, 0)
         for p, values in kept.items():
             p.data.copy_(values)

@@ -68,6 +68,14 @@ def test_a_scaled_model_computes_the_same_bits(name):
         assert torch.equal(ratio.log2().round().exp2(), ratio)
 
 
+@pytest.mark.parametrize("clip", [None, 8.0])
+def test_values_that_only_other_tokens_would_clip_are_not_scaled(clip, monkeypatch):
+    """OLMo's clip_qkv, far above all values here; halved or doubled they would not show it."""
+    monkeypatch.setitem(families.FAMILIES, "olmo", ("olmo", {"clip_qkv": clip}))
+    found = scaled(families.tiny("olmo").eval())
+    assert found[0].keys() == {"mlp.down_proj"} | (set() if clip else {"self_attn.o_proj"})
+
+
 @pytest.mark.parametrize("part", ["input_layernorm", "self_attn.v_proj", "self_attn.v_proj.bias", "mlp.down_proj"])
 @pytest.mark.parametrize("also", ["layers.1", "norm"])
 def test_what_is_held_elsewhere_as_well_is_not_scaled(part, also):
