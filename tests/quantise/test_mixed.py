@@ -171,6 +171,13 @@ def test_a_smaller_model_keeps_each_linears_grid(place, tmp_path):  # noqa: F811
     assert verify.main([str(tmp_path / "out"), "--quiet"]) == 0
 
 
+def test_where_all_that_is_rounded_goes_the_line_says_so(place, tmp_path, capfd):  # noqa: F811
+    assert command(place, save=tmp_path / "out", results=tmp_path / "runs", method="magnitude", pattern="dense",
+                   drop="1", quantise="none,model.layers.1.*=int4:16", quantiser="rtn") == 2
+    assert "error: --quantise none,model.layers.1.*=int4:16: rounds none of the linears that are left" in \
+        capfd.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["gpt2", "mixtral"])
 def test_families_from_python(name):
     """Transposed weights and single experts: each as rounding the whole model to its grid gives it."""
