@@ -62,12 +62,11 @@ def renamed(cfg: RunConfig, model: nn.Module, kept: Sequence[int]) -> str | None
     if cfg.quantise is None:
         return None
     path, _ = models.blocks(model)
-    grids = cfg.grids.renamed({
-        weight.name: origin.name_before(weight.name, path, kept) for weight in models.all_weights(model)})
-    if not grids.kinds:
+    before = {weight.name: origin.name_before(weight.name, path, kept) for weight in models.all_weights(model)}
+    if not any(map(cfg.grids.of, before.values())):
         raise ValueError(f"--quantise {cfg.quantise}: rounds none of the linears that are left in the smaller model; "
                          "leave it out, or name others")
-    return str(grids)
+    return str(cfg.grids.renamed(before))
 
 
 def at_once(cfg: RunConfig, job: Job) -> Job:

@@ -55,7 +55,8 @@ class PruneOptions:
                                   "the mask and rounds in one pass)", section="what", preset=True, added=True)
     scale_columns: bool = flag(False, "before --quantise rounds, make columns of large inputs larger, and what "
                                       "computes these inputs smaller (AWQ), as far as that lowers the error; but for "
-                                      "rounding to its dtype the model computes the same", section="what", preset=True, added=True)
+                                      "rounding to its dtype the model computes the same", section="what", preset=True,
+                               added=True)
     shared_inputs: bool = flag(False, "solve all methods and patterns of the command on the DENSE model's inputs, in "
                                       "one pass over the data (two with --allocate); Gram matrices are factored once "
                                       "for all (alps: once per penalty); collapsed blocks are not detected, and an "

@@ -78,7 +78,7 @@ def test_renamed_it_says_the_same_of_the_same_linears():
     ("int4,*=none", "--quantise int4,*=none: rounds none of the model's linears"),
     ("int4,*.nope=int8", "--quantise *.nope=int8: matches none of the model's 21 linears, such as model.layers.0.s"),
     ("int4,model.layers.0.*.up_proj=int8,*.1.*=int8,*.up_proj=none",
-     "--quantise model.layers.0.*.up_proj=int8: counts for none of its 1 linears, later entries match them all; the la"),
+     "--quantise model.layers.0.*.up_proj=int8: counts for none of its 1 linears, later entries match them all; the"),
     ("int4,*.o_proj=int8,*.o_proj=int8", "--quantise *.o_proj=int8: counts for none of its 3 linears, later entries"),
     ("int4,*.down_proj=q8_0", "--quantise q8_0 needs a width divisible by 32, this one is 48 (model.layers.0.mlp.down"),
 ])
