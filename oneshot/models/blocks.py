@@ -79,7 +79,8 @@ class Block:
     skipped: [(full parameter name, why it is not pruned)]. stored: {parameter name within the block: dtype it is saved
     in}. changed: set to True before asking for the next block to copy changed parameters back to the offloaded ones.
     shared: weights that an earlier block holds as well (Zamba2), under their names there. recurring: names of weights
-    that a later block holds as well.
+    that a later block holds as well. elsewhere: names within the block of parameters that the model holds outside the
+    block as well.
     """
 
     number: int
@@ -91,6 +92,7 @@ class Block:
     changed: bool = False
     shared: list[Weight] = field(default_factory=list)
     recurring: set[str] = field(default_factory=set)
+    elsewhere: set[str] = field(default_factory=set)
 
     def state(self) -> dict[str, torch.Tensor]:
         """The block's state dict as it will be saved: on the CPU, parameters in their stored dtype."""
@@ -109,6 +111,7 @@ def walk(model: nn.Module, device: str | torch.device | None = None, *, start: i
     """
     path, block_list = blocks(model)
     first, last = sharing(block_list)
+    outside = {id(p) for n, p in model.named_parameters(remove_duplicate=False) if not n.startswith(f"{path}.")}
     disk = on_disk(model)
     for number, module in list(enumerate(block_list))[start:end]:
         name = f"{path}.{number}"
@@ -118,9 +121,11 @@ def walk(model: nn.Module, device: str | torch.device | None = None, *, start: i
             w.block = f"{path}.{first[id(w.parameter)]}"
         for w in weights if disk else ():
             w.fetch = functools.partial(disk.fetch, number)
+        own = dict(module.named_parameters(remove_duplicate=False))
         block = Block(number, name, module, [w for w in weights if first[id(w.parameter)] == number], skipped,
-                      {n: p.dtype for n, p in module.named_parameters(remove_duplicate=False)}, shared=shared,
-                      recurring={w.name for w in weights if last[id(w.parameter)] > number})
+                      {n: p.dtype for n, p in own.items()}, shared=shared,
+                      recurring={w.name for w in weights if last[id(w.parameter)] > number},
+                      elsewhere={n for n, p in own.items() if id(p) in outside or first[id(p)] < last[id(p)]})
         def changed(block: Block = block) -> bool:
             return block.changed
 

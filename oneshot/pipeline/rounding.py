@@ -55,10 +55,18 @@ def check_model(cfg: RunConfig, model: nn.Module) -> None:
 
 
 def renamed(cfg: RunConfig, model: nn.Module, kept: Sequence[int]) -> str | None:
-    """`--quantise` for the smaller model, in which blocks have other numbers. kept: the numbers of those that stay."""
+    """`--quantise` for the smaller model, in which blocks have other numbers. kept: the numbers of those that stay.
+
+    Raises ValueError when none of its linears would be rounded.
+    """
+    if cfg.quantise is None:
+        return None
     path, _ = models.blocks(model)
-    return cfg.quantise and str(cfg.grids.renamed({
-        weight.name: origin.name_before(weight.name, path, kept) for weight in models.all_weights(model)}))
+    before = {weight.name: origin.name_before(weight.name, path, kept) for weight in models.all_weights(model)}
+    if not any(map(cfg.grids.of, before.values())):
+        raise ValueError(f"--quantise {cfg.quantise}: rounds none of the linears that are left in the smaller model; "
+                         "leave it out, or name others")
+    return str(cfg.grids.renamed(before))
 
 
 def at_once(cfg: RunConfig, job: Job) -> Job:

@@ -39,13 +39,18 @@ class Grids:
     def check(self, shapes: Mapping[str, tuple[int, int]]) -> None:
         """Raise ValueError, which goes behind the flag's name, for what does not fit a model.
 
-        shapes: {full name: (R, C)} of its linears. An entry must match one of them, a shape must fit its grid, and
-        something must be rounded.
+        shapes: {full name: (R, C)} of its linears. An entry must match one of them that no later one matches, a shape
+        must fit its grid, and something must be rounded.
         """
-        for own, grid in self.others:
-            if not fnmatch.filter(shapes, own):
+        later: set[str] = set()
+        for own, grid in reversed(self.others):
+            if not (found := fnmatch.filter(shapes, own)):
                 raise ValueError(f"{own}={grid or NONE}: matches none of the model's {len(shapes)} linears, such as "
                                  f"{next(iter(shapes), 'none')}")
+            if later.issuperset(found):
+                raise ValueError(f"{own}={grid or NONE}: counts for none of its {len(found)} linears, later entries "
+                                 "match them all; the last that matches counts, so put it behind them or leave it out")
+            later.update(found)
         for name, shape in shapes.items():
             try:
                 if grid := self.of(name):

@@ -4,9 +4,11 @@ smaller, so that the model computes the same and its important weights are round
     site       linears that read the same input, and what computes it: a norm's weight; v_proj's rows for o_proj; up's
                rows for down_proj. A site is tried with powers of two, which round nothing: where the block's outputs on
                a batch are not the same bits (an activation that is not linear, a norm that adds 1 to its weight, a
-               router beside the experts), it is left as it is. So is one with a linear that is not to be rounded
-    factor     of each channel of that input: its root mean square to the power `strength`, of median 1. A norm's weight
-               is rounded to its dtype once divided, so the columns get the factor that it then really has
+               router beside the experts), it is left as it is. So is one with a linear that is not to be rounded, and
+               one with a parameter that the model holds outside the block as well
+    factor     of each channel of that input: its root mean square to the power `strength`, of median 1; 1 where no
+               token was, which says nothing of others. A norm's weight is rounded to its dtype once divided, so the
+               columns get the factor that it then really has
     strength   that of STRENGTHS whose rounded weights, by the run's own quantiser, have the least error
                (W-Ŵ) G (W-Ŵ)ᵀ; 0, no scaling, is among them
 """
@@ -100,8 +102,9 @@ def scale(block: Block, activations: Activations, options: Options, *, method: M
 
     method, cfg, grids: of the rounding that follows. Raises ValueError where a linear's input cannot be collected.
     """
+    held_elsewhere = {id(p) for name, p in block.module.named_parameters() if name in block.elsewhere}
     sites = [site for site in (*of_norms(block, activations), *of_producers(block))
-             if all(grids.of(w.name) for w in site.weights)]
+             if all(grids.of(w.name) for w in site.weights) and held_elsewhere.isdisjoint(map(id, site.parameters))]
     sites = same_function(block, activations, sites)
     picked = [(site, distributed.first(best(site, statistics, method, cfg, grids) if statistics else None))
               for site, statistics in with_statistics(block, activations, options, sites)]
@@ -128,7 +131,7 @@ def of_norms(block: Block, activations: Activations) -> list[Site]:
         own = dict(module.named_parameters(recurse=False))
         if own and all(p.ndim == 1 for p in own.values()):
             handles.append(module.register_forward_hook(keep))
-    for weight in usable(block):
+    for weight in block.weights:
         if weight.expert is None:
             handles.append(weight.owner.register_forward_pre_hook(lambda _, args, w=weight: look(w, args[0])))
     try:
@@ -149,7 +152,7 @@ def of_norms(block: Block, activations: Activations) -> list[Site]:
 
 def of_producers(block: Block) -> list[Site]:
     """The sites whose input is computed channel by channel from another linear's rows."""
-    weights, found = {w.linear: w for w in usable(block)}, []
+    weights, found = {w.linear: w for w in block.weights}, []
     for width in groups.widths(block.module):
         last = list(width.rows)[-1]
         reader, producer = weights.get(width.consumer), weights.get(last)
@@ -173,22 +176,21 @@ def of_producers(block: Block) -> list[Site]:
     return found
 
 
-def usable(block: Block) -> list[Weight]:
-    """The block's weights that no other block holds."""
-    return [w for w in block.weights if w.name not in block.recurring]
-
-
 def same_function(block: Block, activations: Activations, sites: Sequence[Site]) -> list[Site]:
-    """The sites that can be scaled without a change of the block's outputs, bit for bit, on the first batch."""
+    """The sites that can be scaled without a change of the block's outputs, bit for bit, on the first batch.
+
+    They are tried with the largest factors, so that a limit which only other tokens reach shows (OLMo's clip_qkv).
+    """
     if not sites:
         return []
     before = calibrate.forward(block.module, activations, block.number, 0)
+    reach = MOST if torch.finfo(before.dtype).max > MOST ** 8 else 2.0  # float16 ends at 65504
 
     def same(some: Sequence[Site]) -> bool:
         kept = {p: p.data.clone() for site in some for p in site.parameters}
         for site in some:
             channels = torch.arange(int(site.channel.max()) + 1, device=site.channel.device)
-            site.apply(torch.exp2((channels % 3 - 1).float()), rounds=False)
+            site.apply(reach ** (channels % 3 - 1).float(), rounds=False)
         after = calibrate.forward(block.module, activations, block.number, 0)
         for p, values in kept.items():
             p.data.copy_(values)
@@ -220,12 +222,13 @@ def best(site: Site, statistics: Statistics, method: ModuleType, cfg: Any, grids
     None where the statistics are not usable, which the rounding itself says.
     """
     G, tried = statistics.G, []
-    sizes = G.diagonal().clamp_min(torch.finfo(G.dtype).tiny).sqrt().log()
+    seen = G.diagonal() > 0
+    sizes, of = G.diagonal()[seen].sqrt().log(), site.channel[seen]
     channels = int(site.channel.max()) + 1
-    mean = sizes.new_zeros(channels).index_add(0, site.channel, sizes) / torch.bincount(site.channel,
-                                                                                       minlength=channels)
+    mean = sizes.new_zeros(channels).index_add(0, of, sizes) / torch.bincount(of, minlength=channels)
+    above = (mean - mean.nanmedian()).nan_to_num(0.0)
     for strength in STRENGTHS if statistics.finite() else ():
-        factors = (strength * (mean - mean.median())).exp().clamp(1 / MOST, MOST)
+        factors = (strength * above).exp().clamp(1 / MOST, MOST)
         by, error = factors[site.channel], 0.0
         inputs = statistics.divided(by) if strength else statistics
         try:

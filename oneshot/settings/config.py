@@ -53,9 +53,10 @@ class PruneOptions:
                                       "--method keep its zeros stay", section="what", preset=True, added=True)
     quantiser: str = flag("gptq", "how --quantise rounds: gptq, rtn (to nearest), or joint (--method sparsegpt chooses "
                                   "the mask and rounds in one pass)", section="what", preset=True, added=True)
-    scale_columns: bool = flag(False, "before --quantise rounds, make columns of large inputs larger by powers of two, "
-                                      "and what computes these inputs smaller (AWQ), as far as that lowers the error; "
-                                      "the model computes the same", section="what", preset=True, added=True)
+    scale_columns: bool = flag(False, "before --quantise rounds, make columns of large inputs larger, and what "
+                                      "computes these inputs smaller (AWQ), as far as that lowers the error; but for "
+                                      "rounding to its dtype the model computes the same", section="what", preset=True,
+                               added=True)
     shared_inputs: bool = flag(False, "solve all methods and patterns of the command on the DENSE model's inputs, in "
                                       "one pass over the data (two with --allocate); Gram matrices are factored once "
                                       "for all (alps: once per penalty); collapsed blocks are not detected, and an "

@@ -77,6 +77,9 @@ def test_renamed_it_says_the_same_of_the_same_linears():
     ("none", "--quantise none: rounds nothing"), ("none,*.a=none", "--quantise none,*.a=none: rounds nothing"),
     ("int4,*=none", "--quantise int4,*=none: rounds none of the model's linears"),
     ("int4,*.nope=int8", "--quantise *.nope=int8: matches none of the model's 21 linears, such as model.layers.0.s"),
+    ("int4,model.layers.0.*.up_proj=int8,*.1.*=int8,*.up_proj=none",
+     "--quantise model.layers.0.*.up_proj=int8: counts for none of its 1 linears, later entries match them all; the"),
+    ("int4,*.o_proj=int8,*.o_proj=int8", "--quantise *.o_proj=int8: counts for none of its 3 linears, later entries"),
     ("int4,*.down_proj=q8_0", "--quantise q8_0 needs a width divisible by 32, this one is 48 (model.layers.0.mlp.down"),
 ])
 def test_what_does_not_go_is_one_line(place, tmp_path, capfd, text, says):  # noqa: F811
@@ -166,6 +169,13 @@ def test_a_smaller_model_keeps_each_linears_grid(place, tmp_path):  # noqa: F811
     rows = {row["name"]: row.get("grid") for row in the_record(tmp_path / "runs")["layers"]}
     assert rows and all(grid == ("int8:row" if ".layers.1.mlp." in name else None) for name, grid in rows.items())
     assert verify.main([str(tmp_path / "out"), "--quiet"]) == 0
+
+
+def test_where_all_that_is_rounded_goes_the_line_says_so(place, tmp_path, capfd):  # noqa: F811
+    assert command(place, save=tmp_path / "out", results=tmp_path / "runs", method="magnitude", pattern="dense",
+                   drop="1", quantise="none,model.layers.1.*=int4:16", quantiser="rtn") == 2
+    assert "error: --quantise none,model.layers.1.*=int4:16: rounds none of the linears that are left" in \
+        capfd.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mixtral"])

@@ -68,6 +68,38 @@ def test_a_scaled_model_computes_the_same_bits(name):
         assert torch.equal(ratio.log2().round().exp2(), ratio)
 
 
+@pytest.mark.parametrize("clip", [None, 8.0])
+def test_values_that_only_other_tokens_would_clip_are_not_scaled(clip, monkeypatch):
+    """OLMo's clip_qkv, far above all values here; halved or doubled they would not show it."""
+    monkeypatch.setitem(families.FAMILIES, "olmo", ("olmo", {"clip_qkv": clip}))
+    found = scaled(families.tiny("olmo").eval())
+    assert found[0].keys() == {"mlp.down_proj"} | (set() if clip else {"self_attn.o_proj"})
+
+
+@pytest.mark.parametrize("part", ["input_layernorm", "self_attn.v_proj", "self_attn.v_proj.bias", "mlp.down_proj"])
+@pytest.mark.parametrize("also", ["layers.1", "norm"])
+def test_what_is_held_elsewhere_as_well_is_not_scaled(part, also):
+    """By another block, or as the last norm's weight or bias; all other sites are."""
+    model, ids = families.tiny("llama-tied-bias").eval(), jobs.tokens(3)
+    layers, (owner, _, last) = model.model.layers, part.rpartition(".")
+    held = layers[0].get_submodule(owner).__getattr__(last)
+    if also == "layers.1":
+        setattr(layers[1].get_submodule(owner), last, held)
+    elif part == "input_layernorm":
+        model.model.norm = held
+    else:
+        model.extra = held
+    with torch.no_grad():
+        for block in layers:
+            block.self_attn.v_proj.bias.normal_()
+        before = model(ids).logits
+        found = scaled(model)
+        assert torch.equal(model(ids).logits, before)
+    gone = {"input_layernorm": {"self_attn.q_proj"}, "mlp.down_proj": {"mlp.down_proj"}}.get(part, {"self_attn.o_proj"})
+    gone |= {"self_attn.q_proj"} if part == "self_attn.v_proj" else set()
+    assert set(found[0]) == SITES["llama-tied-bias"] - gone
+
+
 @pytest.mark.parametrize("name", ["llama-tied-bias", "opt", "gpt2", "mixtral"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_with_any_factors_only_rounding_is_lost(name, dtype):
@@ -123,6 +155,21 @@ def test_the_least_error_of_all_that_is_tried(method):
     assert strength == min(wanted, key=wanted.get) > 0
     assert error == pytest.approx(wanted[strength] / wanted[0.0], rel=1e-3) and error < 1
     assert torch.allclose(factors, (sizes / sizes.median()) ** strength)
+
+
+@pytest.mark.parametrize("dead", [3, 12, 16])
+def test_channels_without_inputs_are_not_scaled(dead, monkeypatch):
+    """They may have some elsewhere: 1/256 of a column would be rounded to zero; nor do they move the median."""
+    monkeypatch.setattr(scaling, "STRENGTHS", (0.5,))
+    X = torch.randn(200, 16, generator=torch.Generator().manual_seed(0)) * torch.logspace(-1, 1, 16)
+    X[:, :dead] = 0.0
+    linear, statistics = torch.nn.Linear(16, 8, bias=False), Statistics(16, {"outer"})
+    statistics.update(X)
+    weight = models.Weight("a", "a", linear, linear.weight, None, False, torch.float32)
+    _, _, factors = scaling.best(scaling.Site((weight,), torch.arange(16), ()), statistics, rtn, rtn.Config(), ALL)
+    sizes = X[:, dead:].square().mean(0).sqrt()
+    wanted = (sizes / sizes.median()).sqrt() if dead < 16 else torch.ones(0)
+    assert torch.allclose(factors, torch.cat([torch.ones(dead), wanted]))
 
 
 def test_heads_of_one_group_share_the_factors_of_their_values():
