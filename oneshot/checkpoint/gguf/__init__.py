@@ -41,8 +41,9 @@ def check_flags(form: str, grids: mixed.Grids, saved: bool) -> None:
     if not saved:
         raise ValueError(f"--format {form}: goes with --save")
     if kind in blocks.ROUNDED and str(grids) != kind:
-        raise ValueError(f"--format {form}: holds what --quantise {kind} rounded; add that flag (a file rounded on the "
-                         "way out is not the model that was measured)")
+        raise ValueError(f"--format {form}: holds what --quantise {kind} rounded; add that flag, or use --format "
+                         f"{METHOD} where linears differ (a file rounded on the way out is not the model that was "
+                         "measured)")
     if importlib.util.find_spec("gguf") is None:
         raise ValueError(f"--format {form}: needs the package gguf: pip install 'oneshot[gguf]'")
 
