@@ -98,19 +98,22 @@ def held(t: torch.Tensor, dtype: torch.dtype) -> bool:
 @torch.no_grad()
 def scale(block: Block, activations: Activations, options: Options, *, method: ModuleType, cfg: Any,
           grids: Grids) -> dict[str, dict]:
-    """Scale a resident block's sites in place; {"scaling": {site: its strength and what it leaves of the error}}.
+    """Scale a resident block's sites in place; {"scaling": {site: its strength and what it leaves of the error}}, and
+    "not_scaled", the sites where the block would not compute the same, if there are any.
 
     method, cfg, grids: of the rounding that follows. Raises ValueError where a linear's input cannot be collected.
     """
     held_elsewhere = {id(p) for name, p in block.module.named_parameters() if name in block.elsewhere}
     sites = [site for site in (*of_norms(block, activations), *of_producers(block))
              if all(grids.of(w.name) for w in site.weights) and held_elsewhere.isdisjoint(map(id, site.parameters))]
+    names = [site.name for site in sites]
     sites = same_function(block, activations, sites)
+    refused = [name for name in names if name not in {site.name for site in sites}]
     picked = [(site, distributed.first(best(site, statistics, method, cfg, grids) if statistics else None))
               for site, statistics in with_statistics(block, activations, options, sites)]
     found = {site.name: {"strength": own[0], "error": own[1]} for site, own in picked
              if own and own[0] and site.apply(own[2].to(activations.device))}
-    return {"scaling": found}
+    return {"scaling": found} | ({"not_scaled": refused} if refused else {})
 
 
 def of_norms(block: Block, activations: Activations) -> list[Site]:

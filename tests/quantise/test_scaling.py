@@ -116,6 +116,15 @@ def test_with_any_factors_only_rounding_is_lost(name, dtype):
     assert 0 < error < 2 * unit
 
 
+def test_the_record_names_the_sites_that_cannot_be_scaled():
+    """GPT-2's GELU lies between c_fc and its c_proj."""
+    model = families.tiny("gpt2")
+    job = walk.rounding({w.name: Dense() for w in models.all_weights(model)}, Options(
+        batch_size=4, progress=False, device="cpu"), rtn, rtn.Config(), mixed.Grids(GRID), scales=True)
+    assert [block["not_scaled"] for block in loop.prune_model(model, jobs.tokens(), None, job).blocks] == [
+        ["mlp.c_proj"]] * 2
+
+
 def test_values_that_a_dtype_cannot_hold_are_not_scaled():
     """float16 ends at 65504: a norm of 60000 cannot be made larger, and nothing is half done."""
     model = families.tiny("llama").half().float()
