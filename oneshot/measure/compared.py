@@ -14,6 +14,7 @@ from tqdm import tqdm
 from .. import calibrate, models
 from ..calibrate import Activations
 from ..data.windows import digest
+from ..runtime import products
 from .losses import GROUP_BYTES, at_head, block_bar, groups, head_steps, of_logits, predicted, through_blocks
 
 KEPT = 2**30  # bytes of the dense model's hidden states that are kept from one comparison to the next
@@ -50,7 +51,7 @@ def compare(model: nn.Module, dense: nn.Module, ids: torch.Tensor, mask: torch.T
     if model is dense:
         raise ValueError("dense: is the pruned model itself; load it a second time")
     parts, batches = groups(model, ids, batch_size, GROUP_BYTES // 2), []
-    with block_bar([model, dense], parts, progress) as bar:
+    with products.float32(), block_bar([model, dense], parts, progress) as bar:
         for part in parts:
             own = ids[part], None if mask is None else mask[part], batch_size, device, bar
             both = (model, through_blocks(model, *own)), (dense, states(dense, *own))

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from .. import calibrate, models
 from ..calibrate import Activations
-from ..runtime import distributed, together
+from ..runtime import distributed, products, together
 
 GROUP_BYTES = 2**31  # of activations of the windows that pass through the blocks together
 SLICE = 2**24  # logits at a time: with their softmax these take 128 MiB in float32
@@ -40,7 +40,7 @@ def divided_losses(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | Non
     device, progress = distributed.device(device), None if distributed.rank() else progress
     parts = groups(model, ids, batch_size, GROUP_BYTES * distributed.ranks())
     losses = []
-    with block_bar([model], parts, progress) as bar:
+    with products.float32(), block_bar([model], parts, progress) as bar:
         for part in parts:
             part_mask = None if mask is None else mask[part]
             activations = through_blocks(model, ids[part], part_mask, batch_size, device, bar)

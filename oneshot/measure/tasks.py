@@ -20,6 +20,7 @@ from .. import models
 from ..data import Tokens, embedding, encode
 from ..data.choose import check_least
 from ..models import Tokenizer
+from ..runtime import products
 from ..runtime.flag import Settings, flag, listed
 from . import Found, Subject
 from .task_list import GROUPS, check, digest, fetch, quiet
@@ -108,7 +109,7 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, names: Sequence[str], *, ta
 
     loaded, said = fetch(names, manager, task_path), f"--tasks {','.join(asked)}"
     with models.resident(models.tensors_of(model), device), quiet(), models.own_code(f"{said}: cannot be measured"), \
-            embedding.guarded(model, tokenizer, said):
+            embedding.guarded(model, tokenizer, said), products.float32():
         own = copy.deepcopy(tokenizer)  # lm-eval gives it a pad token, which does not belong into a saved checkpoint
         wrapped = HFLM(pretrained=model, tokenizer=own, batch_size=batch_size, device=str(device))
         try:

@@ -21,8 +21,7 @@ from ..heal.text.student import Lesson, keeps_apart
 from ..measure import Subject
 from ..models import Tokenizer
 from ..prune.job import Result
-from ..prune.loop import float32_products
-from ..runtime import distributed, sealed, together
+from ..runtime import distributed, products, sealed, together
 from ..runtime.files import writing
 from ..runtime.flag import listed
 from ..settings import RunConfig
@@ -50,7 +49,7 @@ def heal_on_text(subject: Subject, result: Result, folder: checkpoint.Folder | N
             if not keeps_apart(model):
                 warnings.append("in this family, tokens see the documents before theirs in a window of training text")
             healer = heal.module(name).Heal(cfg.healing[name], cfg.seed, cfg.progress)
-            with float32_products(cfg.tf32), distributed.answered():
+            with products.float32(cfg.tf32), distributed.answered():
                 info = healer.on_text(model, lesson)
         result.warnings += [f"--heal {name}: {w}" for w in [*warnings, *info.pop("warnings")]]
         result.heal[name] = info | {"seconds": time.perf_counter() - began}
@@ -77,7 +76,7 @@ def take_part(cfg: RunConfig, work: str, name: str) -> None:
     subject = Subject(model, tokenizer, cfg, {}, None, lambda: load(cfg)[0])
     with writing(*place(cfg, work)):
         lesson = replace(make_lesson(subject, Path(work), teacher_of(subject)), work=Path(work) / name)
-        with float32_products(cfg.tf32), distributed.answered():
+        with products.float32(cfg.tf32), distributed.answered():
             heal.module(name).Heal(cfg.healing[name], cfg.seed).on_text(model, lesson)
 
 

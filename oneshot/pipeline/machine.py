@@ -16,6 +16,7 @@ from ..calibrate.statistics import Statistics
 from ..prune import solvers
 from ..prune.job import Chain
 from ..prune.patterns import Pattern
+from ..runtime import products
 from .forecast import LOOP
 
 N, LONG = 2048, 0.5  # rows and columns of the trial matrices; seconds of each measurement
@@ -30,7 +31,9 @@ def speeds(device: str, chain: Chain, pattern: Pattern | None, reads: Path | Non
     x, W = torch.randn(512, N, device=device), torch.randn(N, N, device=device)
     half = torch.zeros(BYTES // 2, dtype=torch.bfloat16, device=device)
     data = bytes(BYTES)
-    found = {"product": 2 * x.numel() * len(W) / timed(lambda: x @ W.T, device),
+    with products.float32():
+        product = timed(lambda: x @ W.T, device)
+    found = {"product": 2 * x.numel() * len(W) / product,
              "touched": 3 * BYTES / timed(half.float, device),
              "start": 1 / max(time.process_time(), 0.1),  # imports took that, as they will for a run
              "hashed": BYTES / timed(lambda: hashlib.sha256(data).digest(), "cpu", 1),
@@ -48,7 +51,8 @@ def solving(device: str, chain: Chain, pattern: Pattern) -> dict[str, float]:
     def solve() -> None:
         statistics.forget()
         solvers.solve(W, statistics, pattern, chain)
-    seconds = timed(solve, device)
+    with products.float32():
+        seconds = timed(solve, device)
     return {"solve": (N**3 / 3 + N**2 * (N + LOOP)) / seconds, "choice": N**2 / seconds}
 
 

@@ -22,7 +22,7 @@ from ..prune import loop, solvers
 from ..prune.job import Job, Result
 from ..prune.patterns import NM, parse
 from ..quantise import grids
-from ..runtime import distributed, together
+from ..runtime import distributed, products, together
 from ..settings import RunConfig
 from ..structured import Cut, budget, cut, depth, mixture, origin, search, slices, spread
 from .plan import kept_dense
@@ -281,7 +281,7 @@ def order_of(cfg: RunConfig, model: nn.Module, calibration: Tokens, count: int, 
 
     def allowed(blocks: list[int]) -> bool:
         return slices.possible(model, Cut(tuple(blocks)))
-    with models.experts_one_by_one(model), loop.float32_products(cfg.tf32):
+    with models.experts_one_by_one(model), products.float32(cfg.tf32):
         activations = loop.start(model, ids, mask, cfg)
         if cfg.order == "influence":
             return depth.by_influence(model, activations, count, fixed, allowed)
@@ -292,7 +292,7 @@ def heal_model(cfg: RunConfig, model: nn.Module, healers: tuple[heal.Heal, ...],
     """Let the healing methods train the whole model; what they report goes into the result."""
     for name, healer in zip(cfg.window_heals, healers, strict=True):
         began = time.perf_counter()
-        with loop.float32_products(cfg.tf32):
+        with products.float32(cfg.tf32):
             info = healer.after_model(model, result.dense)
         if info is not None:
             result.warnings += [f"--heal {name}: {w}" for w in info.pop("warnings", [])]

@@ -24,13 +24,13 @@ from tqdm import tqdm
 from .. import calibrate, models
 from ..calibrate import Activations, Limits, Wait, health
 from ..models import Block, Weight
-from ..runtime import distributed, together
+from ..runtime import distributed, products, together
 from . import linear
 from .job import Chain, Job, Result, Rows, make_plan, skipped_rows
 from .linear import Solved
 from .options import Options
 
-__all__ = ["Chain", "Job", "Options", "Result", "Rows", "float32_products", "make_plan", "prune_block", "prune_model",
+__all__ = ["Chain", "Job", "Options", "Result", "Rows", "make_plan", "prune_block", "prune_model",
            "start"]
 
 
@@ -61,7 +61,7 @@ def prune_blocks(model: nn.Module, ids: torch.Tensor | None, mask: torch.Tensor 
     result, finished = Result(skipped=skipped_rows(model)), iter(finished)
     last = len(models.blocks(model)[1]) - 1
     bar = tqdm(total=last + 1, desc=f"prune ({job.label})", unit="block", disable=not job.options.progress, leave=False)
-    with models.experts_one_by_one(model), float32_products(job.options.tf32), bar:
+    with models.experts_one_by_one(model), products.float32(job.options.tf32), bar:
         activations = start(model, ids, mask, job.options, job.held_out) if job.needs or job.follows_dense else None
         dense = activations.fork() if job.follows_dense else None
         pass_dropped(model, job, dense, -1)
@@ -145,17 +145,6 @@ def start(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, option
     calibrate.check_parts(len(ids), options.batch_size, held_out)
     return calibrate.capture(model, ids, mask, batch_size=options.batch_size, held_out=held_out, device=options.device,
                              wait=Wait(options.activations, options.waiting_dtype))
-
-
-@contextlib.contextmanager
-def float32_products(tf32: bool) -> Iterator[None]:
-    """Within the context, float32 products have full precision, or with `tf32` 10 bits of mantissa on a GPU."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def prune_block(job: Job, block: Block, activations: Activations | None, dense: Activations | None = None,

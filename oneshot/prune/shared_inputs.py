@@ -14,10 +14,10 @@ from tqdm import tqdm
 from .. import calibrate, models
 from ..calibrate import Limits, Statistics
 from ..models import Block, Weight
-from ..runtime import distributed, together
+from ..runtime import distributed, products, together
 from . import linear
 from .job import Job, Result, skipped_rows
-from .loop import float32_products, start
+from .loop import start
 from .options import Options
 
 
@@ -48,7 +48,7 @@ def blocks_of(model: nn.Module, ids: torch.Tensor | None, mask: torch.Tensor | N
     options = options.here if distributed.ranks() > 1 else options
     bar = tqdm(total=len(models.blocks(model)[1]), desc="calibrate (dense)", unit="block",
                disable=not options.progress, leave=False)
-    with models.experts_one_by_one(model), float32_products(options.tf32), bar:
+    with models.experts_one_by_one(model), products.float32(options.tf32), bar:
         activations = start(model, ids, mask, options) if needs else None
         for block in models.walk(model, options.device, bar=bar):
             remaining = block.weights

@@ -7,6 +7,7 @@
     lock          a file that one process holds at a time
     hub           whether the Hugging Face hub may be asked, and whether it answers
     command       error handling and exit codes, in one place for every command
+    products      how float32 matrices are multiplied
     flag          how a stage declares its command-line flags
     distributed   several processes under torchrun: joining them, putting together what each finds
     together      what rank 0 lets the others do

@@ -21,6 +21,7 @@ from ..prune.linalg import upper_factor
 from ..prune.options import Options
 from ..prune.patterns import Columns
 from ..prune.solvers import obs
+from ..runtime import products
 from .budget import Budget
 from .cut import Cut
 
@@ -32,7 +33,7 @@ def curves(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, optio
            budget: Budget) -> dict[str, list[float]]:
     """{consumer of neurons: the increase of its error with each chunk that goes}, of the blocks that a cut leaves."""
     found: dict[str, list[float]] = {}
-    with models.experts_one_by_one(model), loop.float32_products(options.tf32):
+    with models.experts_one_by_one(model), products.float32(options.tf32):
         activations = loop.start(model, ids, mask, options)
         for block in models.walk(model, options.device):
             after = activations.fork()

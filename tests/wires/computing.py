@@ -11,7 +11,7 @@ from oneshot.data import sample_self
 from oneshot.heal import train
 from oneshot.heal.text import Course, teacher
 from oneshot.prune import solvers
-from oneshot.runtime import environment
+from oneshot.runtime import environment, products
 from oneshot.structured import depth, ragged, spread
 from wires import SMALLER, text_healing, wire
 from wires.text import suite, task
@@ -101,6 +101,7 @@ def _(b):
 @wire("tf32")
 def _(b):
     """Wherever there are products: solving, also on shared inputs, healing, making the model smaller."""
+    b.monkeypatch.setattr(products, "by_onednn", lambda: False)
     healing = {"heal": "block,distil", "block.steps": 1, "distil.steps": 1}
     for more, precision in (((), "highest"), (("--tf32",), "high")):
         with b.precisions(solvers, "solve") as solved, b.precisions(train.Fitting, "descend") as healed:

@@ -27,6 +27,7 @@ from ...models import Weight, groups
 from ...prune import loop, shared_inputs
 from ...prune.patterns import NM
 from ...quantise import grids, rtn
+from ...runtime import products
 from ...settings import RunConfig
 from ...structured import Cut, budget, cut, depth, search, slices
 from .. import forms, shrink
@@ -55,7 +56,7 @@ class Looks:
 
     def run(self, model: nn.Module, work: Callable[[Activations], object]) -> object:
         """What `work` makes of the activations at the model's first block."""
-        with torch.no_grad(), models.experts_one_by_one(model), loop.float32_products(self.cut.tf32):
+        with torch.no_grad(), models.experts_one_by_one(model), products.float32(self.cut.tf32):
             return work(loop.start(model, self.ids, self.mask, self.cut))
 
     def kl(self, model: nn.Module, activations: Activations) -> float:

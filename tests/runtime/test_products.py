@@ -1,0 +1,53 @@
+"""runtime/products.py: float32 products that are as precise by whichever library multiplies."""
+
+import pytest
+import torch
+
+from oneshot.runtime import products
+
+SHAPES = [((70, 64), (64, 96)), ((1, 300), (300, 5)), ((3, 40, 172), (3, 172, 33))]
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """Each test decides anew which library multiplies, as does what comes after."""
+    products.by_onednn.cache_clear()
+    yield
+    products.by_onednn.cache_clear()
+
+
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_products_have_float32s_precision(shapes):
+    a, b = map(torch.randn, shapes)
+    want, plain = a.double() @ b.double(), a @ b
+    with products.float32():
+        found = a @ b
+    assert (found - want).norm() <= 4 * (plain - want).norm() + 1e-7 * want.norm()
+
+
+def test_the_setting_is_the_callers_again_also_after_an_error():
+    before = torch.get_float32_matmul_precision()
+    with pytest.raises(KeyError), products.float32(tf32=True):
+        assert torch.get_float32_matmul_precision() in ("high", "medium")
+        raise KeyError
+    assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.parametrize("amd, trial, want", [(True, 1e-5, "medium"), (True, 0.0, "highest"), (False, 1e-5, "highest")])
+def test_onednn_multiplies_where_it_is_faster_and_the_trial_is_precise(amd, trial, want, monkeypatch):
+    can = {"avx512_bf16": True, "cpu_name": "AMD EPYC" if amd else "Intel(R) Xeon(R)"}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(products, "ERROR", trial)
+    if trial and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        monkeypatch.setattr(products, "ERROR", 1.0)  # whatever this processor does of it
+    with products.float32():
+        assert torch.get_float32_matmul_precision() == want
+
+
+def test_a_gpu_rounds_only_when_asked(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "cpu_name": "AMD EPYC"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for tf32, want in ((False, "highest"), (True, "high")):
+        with products.float32(tf32):
+            assert torch.get_float32_matmul_precision() == want
