@@ -86,7 +86,7 @@ def test_the_teacher_is_the_dense_model_on_dense_inputs(name):
         passed.append(list(activations.hidden))
     jobs.prune(model, "wanda", ids=tokens(), healers=[Look(None)])
     for targets, want in zip(aimed, passed, strict=True):
-        torch.testing.assert_close(targets, want, rtol=0, atol=1e-6)
+        torch.testing.assert_close(targets, want, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
