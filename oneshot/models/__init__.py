@@ -26,6 +26,7 @@ from .blocks import (
     decoder,
     embedded,
     max_positions,
+    output_head,
     outside,
     resident,
     rest_of,
@@ -44,9 +45,9 @@ from .source import source_of
 from .weights import ATTENTION, Conv1D, Weight, left_alone, mlp, silent, untouched, weights_of
 
 __all__ = [
-    "ATTENTION", "DEMO", "Block", "Conv1D", "OnDisk", "Tokenizer", "Weight", "all_weights", "blocks", "compute_dtype",
-    "config_of", "decoder", "embedded", "experts_one_by_one", "fingerprint", "is_experts", "left_alone", "load",
-    "max_positions", "mlp", "on_disk", "outside", "own_code", "quiet", "resident", "rest_of", "shares_weights",
-    "silent", "skeleton", "skipped", "source_of", "stored", "tensors_of", "unreached", "untouched", "walk",
-    "weights_of",
+    "ATTENTION", "DEMO", "Block", "Conv1D", "OnDisk", "Tokenizer", "Weight", "all_weights", "blocks",
+    "compute_dtype", "config_of", "decoder", "embedded", "experts_one_by_one", "fingerprint", "is_experts",
+    "left_alone", "load", "max_positions", "mlp", "on_disk", "output_head", "outside", "own_code", "quiet",
+    "resident", "rest_of", "shares_weights", "silent", "skeleton", "skipped", "source_of", "stored", "tensors_of",
+    "unreached", "untouched", "walk", "weights_of",
 ]

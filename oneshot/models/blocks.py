@@ -192,6 +192,13 @@ def outside(model: nn.Module) -> list[tuple[str, str]]:
     return [(name, why(p)) for name, p in model.named_parameters() if p.ndim >= 2 and id(p) not in inside]
 
 
+def output_head(model: nn.Module) -> tuple[str, nn.Linear] | None:
+    """(full name, the linear) of the output head; None where it is no nn.Linear, or there is none."""
+    head = model.get_output_embeddings()
+    name = next((name for name, m in model.named_modules() if m is head), None)
+    return (name, head) if name and type(head) is nn.Linear else None
+
+
 def compute_dtype(device: str | torch.device, stored: torch.dtype) -> torch.dtype:
     """The dtype to compute in: float32 on a CPU, where 16-bit arithmetic is slow or emulated; else the stored dtype."""
     return torch.float32 if torch.device(device).type == "cpu" and stored != torch.float64 else stored

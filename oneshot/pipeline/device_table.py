@@ -6,6 +6,7 @@
     block     one block with all its units
     saved     what one block gains with k KV groups, or w neurons
     forms     what one block gains with its linears in 2:4, int8 ... (forms.py), as far as a kernel runs here
+    head      what the output head gains in int8, int4
     decoding  what computes the single tokens of decode1: one compiled call, or transformers, and why
 
 Parts are not timed by themselves, where caches and Python behave otherwise, but by differences between small models of
@@ -99,6 +100,7 @@ def measured(model: nn.Module, device: str, rounds: int, progress: bool) -> dict
         own["saved"] = {unit: {str(count): (ms["few"][kind] - ms[f"{unit} {count}"][kind]) / few
                                for count in counts(model, unit)} for unit in UNITS if counts(model, unit)}
         own["forms"] = {form: (ms["few"][kind] - ms[form][kind]) / few for form in found_forms}
+        own["head"] = {key: ms["few"][kind] - ms[f"{forms.HEAD} {key}"][kind] for key in heads(model, device)}
     e = environment.environment(device)
     found = {"device": e["device"], "threads": e["threads"], "torch": e["torch"], "transformers": e["transformers"],
              "date": e["date"], "dtype": str(model.dtype).removeprefix("torch."), "family": model.config.model_type,
@@ -123,8 +125,20 @@ def shapes(model: nn.Module, L: int, few: int, device: str) -> Iterator[tuple[st
     if len(halves) == len(TOGETHER) and all(n > 0 for _, n in halves):
         yield "both", slices.first_units(model, Cut(gone, halves))
     for form in forms.runnable(device):
-        made = slices.first_units(model, Cut(gone)) if gone else copy.deepcopy(model)
-        yield form, forms.with_kernels(made, dict.fromkeys(range(few), form)).to(device)
+        yield form, forms.with_kernels(first(model, gone), dict.fromkeys(range(few), form)).to(device)
+    for key in heads(model, device):
+        yield f"{forms.HEAD} {key}", forms.with_kernels(first(model, gone), {forms.HEAD: key}).to(device)
+
+
+def first(model: nn.Module, gone: tuple[int, ...]) -> nn.Module:
+    """A copy of the model without some blocks."""
+    return slices.first_units(model, Cut(gone)) if gone else copy.deepcopy(model)
+
+
+def heads(model: nn.Module, device: str) -> list[str]:
+    """The forms that the output head can have on a device."""
+    known = forms.runnable(device)
+    return [key for key in forms.GRIDS if key in known] if models.output_head(model) else []
 
 
 def counts(model: nn.Module, unit: str) -> list[int]:
@@ -138,14 +152,17 @@ def of(model: nn.Module, unit: str) -> int:
     return found.count if found else 0
 
 
-def foretell(table: dict, kind: str, blocks: int, units: dict[str, int], stored: Sequence[str] = ()) -> float:
+def foretell(table: dict, kind: str, blocks: int, units: dict[str, int], stored: Sequence[str] = (),
+             head: str | None = None) -> float:
     """The time in ms of a model of so many blocks, with {kind of unit: how many are left in each}, by a table.
 
-    stored: the forms of the blocks that are not dense; a form for which the device has no kernel gains nothing.
+    stored: the forms of the blocks that are not dense; a form for which the device has no kernel gains nothing. head:
+    the form of the output head, None for dense.
     """
     own = table["parts"][kind]
     saved = sum(between(own["saved"][unit], table["units"][unit], left) for unit, left in units.items())
     gained = sum(own.get("forms", {}).get(form, 0.0) for form in stored) * (1 - saved / own["block"] if saved else 1)
+    gained += own.get("head", {}).get(head, 0.0)
     return own["rest"] + blocks * (own["block"] - saved) - gained
 
 

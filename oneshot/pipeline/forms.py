@@ -28,6 +28,7 @@ from ..quantise import grids
 
 SPARSE = "2:4"
 GRIDS = {"int8": "int8:row", "int4": "int4:64"}  # {what --allow calls it: the grid, which a compiled kernel knows}
+HEAD = "output head"
 ONE_CALL = "one compiled call"
 FORMS = (SPARSE, *GRIDS, *(f"{SPARSE} {grid}" for grid in GRIDS))
 
@@ -88,10 +89,12 @@ def decoding(model: nn.Module, device: str | torch.device) -> tuple[nn.Module, s
 
 
 def in_record(record: dict) -> dict[str, str]:
-    """{full linear name: its form}, by the rows of a record, of those that have one beside dense."""
+    """{full linear name: its form}, by a record, of those that have one beside dense."""
     grids_of = {text: name for name, text in GRIDS.items()}
     found = {row["name"]: named(row["pattern"] == SPARSE, grids_of.get(row.get("grid")))
              for row in record.get("layers") or ()}
+    if head := record.get("head"):
+        found[head["name"]] = named(False, grids_of.get(head["grid"]))
     return {name: form for name, form in found.items() if form != "dense"}
 
 
@@ -100,9 +103,9 @@ def with_kernels(model: nn.Module, forms: Mapping[int | str, str],
                  scales: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
     """Put the kernels' layers into a model, in place, and return it.
 
-    forms: {number of a block, or full linear name: its form}. scales: {full linear name: (R, groups), float16} of
-    weights that lie on their grid; others are rounded to nearest, and made 2:4 by magnitude where they are not: good
-    for measuring time. What has no kernel (experts that are fused, Conv1D, shapes that are no 2:4) stays as it is.
+    forms: {number of a block, full linear name, or HEAD for the output head: its form}. scales: {full linear name: (R,
+    groups), float16} of weights on their grid; others are rounded to nearest, and made 2:4 by magnitude where they
+    are not: good for measuring time. What has no kernel (experts that are fused, Conv1D, shapes that are no 2:4) stays as it is.
     Inputs of integer layers stay as they are, as quality is measured.
     """
     for block in models.walk(model):
@@ -112,6 +115,9 @@ def with_kernels(model: nn.Module, forms: Mapping[int | str, str],
                 layer = made(weight.owner, form, (scales or {}).get(weight.name))
                 parent, _, child = weight.linear.rpartition(".")
                 setattr(block.module.get_submodule(parent), child, layer)
+    name, head = models.output_head(model) or ("", None)
+    if (form := forms.get(name, forms.get(HEAD, "dense"))) != "dense" and head is not None:
+        model.set_output_embeddings(made(head, form, (scales or {}).get(name)))
     return model
 
 

@@ -59,15 +59,16 @@ def work(args: argparse.Namespace) -> None:
 def shown(table: dict) -> str:
     """The table as the terminal shows it, ms."""
     saved = [(unit, n) for unit, points in table["parts"]["decode1"]["saved"].items() for n in points]
-    stored = list(table["parts"]["decode1"].get("forms", {}))
-    head = ["ms", "rest", "a block", *(f"with {n} {unit}" for unit, n in saved), *(f"in {form}" for form in stored),
-            "whole model", "foretold"]
+    stored, heads = (list(table["parts"]["decode1"].get(part, {})) for part in ("forms", "head"))
+    head = ["ms", "rest", *(f"with the head in {key}" for key in heads), "a block",
+            *(f"with {n} {unit}" for unit, n in saved), *(f"in {form}" for form in stored), "whole model", "foretold"]
     body = []
     for kind, own in table["parts"].items():
         whole = table["checks"]["whole model"][kind]
         less = [own["block"] - own["saved"][unit][n] for unit, n in saved]
         less += [own["block"] - own["forms"][form] for form in stored]
-        body.append([kind, *(f"{ms:.3f}" for ms in (own["rest"], own["block"], *less, whole["measured"])),
+        rest = [own["rest"], *(own["rest"] - own["head"][key] for key in heads)]
+        body.append([kind, *(f"{ms:.3f}" for ms in (*rest, own["block"], *less, whole["measured"])),
                      f"{whole['foretold']:.3f} ({whole['off']:+.0%})"])
     told = f"{table['device']}, threads {table['threads']}, {table['dtype']}, torch {table['torch']}, {table['date']}"
     told += f"; decode1 by {table.get('decoding', 'transformers')}"

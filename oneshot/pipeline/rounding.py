@@ -5,12 +5,12 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from .. import models, quantise
-from ..checkpoint import Folder, compressed
+from ..checkpoint import Folder, compressed, gguf
 from ..data import Tokens
 from ..prune import loop, solvers
 from ..prune.job import Job, Result
 from ..prune.patterns import Dense
-from ..quantise import walk
+from ..quantise import head, walk
 from ..settings import RunConfig
 from ..structured import origin
 from .plan import Plan
@@ -47,9 +47,13 @@ def check_model(cfg: RunConfig, model: nn.Module) -> None:
     """Raise ValueError naming `--quantise` for names that the model does not have, or shapes that fit no grid."""
     if cfg.quantise is not None:
         try:
-            cfg.grids.check({weight.name: weight.shape for weight in models.all_weights(model)})
+            cfg.grids.check({weight.name: weight.shape for weight in models.all_weights(model)}
+                            | head.named(model, cfg.grids))
         except ValueError as error:
             raise ValueError(f"--quantise {error}") from None
+        if cfg.format not in ("dense", *gguf.FORMS) and head.named(model, cfg.grids):
+            raise ValueError(f"--format {cfg.format}: holds linears of blocks alone; leave the output head out of "
+                             f"--quantise {cfg.quantise}, or use --format dense or gguf")
     if cfg.format == compressed.METHOD and cfg.prunes:
         compressed.check_model(model, cfg.grids)
 
@@ -63,6 +67,7 @@ def renamed(cfg: RunConfig, model: nn.Module, kept: Sequence[int]) -> str | None
         return None
     path, _ = models.blocks(model)
     before = {weight.name: origin.name_before(weight.name, path, kept) for weight in models.all_weights(model)}
+    before |= {name: name for name in head.named(model, cfg.grids)}
     if not any(map(cfg.grids.of, before.values())):
         raise ValueError(f"--quantise {cfg.quantise}: rounds none of the linears that are left in the smaller model; "
                          "leave it out, or name others")
@@ -83,6 +88,7 @@ def round_model(cfg: RunConfig, model: nn.Module, plan: Plan, calibration: Token
     """
     if cfg.quantise is None:
         return
+    result.head, scales = head.round_head(model, cfg.grids)
     if not joint(cfg):
         job = walk.rounding(plan, cfg, quantise.module(cfg.quantiser), cfg.rounding[cfg.quantiser], cfg.grids,
                             cfg.scale_columns)
@@ -93,6 +99,7 @@ def round_model(cfg: RunConfig, model: nn.Module, plan: Plan, calibration: Token
         if cfg.scale_columns and not any(block["rounding"]["scaling"] for block in result.blocks):
             result.warnings.append("--scale-columns: changed nothing; no scaling of this model's columns, which its "
                                    "norms, v_proj and up_proj can undo, lowers the error of rounding")
+    result.scales |= scales
     if folder:
         folder.scales = result.scales
     for row in result.layers:

@@ -147,4 +147,4 @@ def work(subject: Subject, plan: Plan, command: Command | None = None, folder: c
         "warnings": warnings(subject) + result.warnings + found.warnings,
         "peak_memory_bytes": environment.peak_memory(cfg.device),
         "seconds": {"prune": pruned - starting + result.seconds, "evaluate": done - pruned, "total": done - began},
-    } | ({"shrunk": result.shrunk} if result.shrunk else {}) | found.parts
+    } | {key: part for key, part in (("shrunk", result.shrunk), ("head", result.head)) if part} | found.parts

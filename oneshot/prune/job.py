@@ -120,7 +120,7 @@ class Result:
 
     heal: {method: what it reports} of healing the whole model. dense: the dense model's activations after its last
     block, where there are healers or it is staged. seconds: this job's share of the time if many jobs were solved at
-    once. scales: as in Rows.
+    once. scales: as in Rows. head: what was done to the output head, {} for nothing (quantise/head.py).
     """
 
     layers: list[dict] = field(default_factory=list)
@@ -132,6 +132,7 @@ class Result:
     pruned: Activations | None = None
     seconds: float = 0.0
     shrunk: dict | None = None
+    head: dict = field(default_factory=dict)
     scales: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def add(self, rows: Rows) -> None:

@@ -2,6 +2,7 @@
 
     grids   the integer formats and their exact bytes
     mixed   which of them each linear gets
+    head    the output head, where it is named
     walk    the walk over a pruned model that rounds each block on its own rounded inputs
     scaling columns of large inputs made larger before that, so that they are rounded finer
 

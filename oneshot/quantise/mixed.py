@@ -3,6 +3,7 @@
     int4:64                                              all linears alike
     int4:64,model.layers.0.*=int8:row,*.down_proj=none   globs of full names; the last entry that matches counts
     none,model.layers.3.*=int4:64                        none: not rounded
+    int8:row,lm_head=int8:row                            the output head as well, which only its full name means
 """
 
 import fnmatch
@@ -29,6 +30,10 @@ class Grids:
     def of(self, name: str) -> Grid | None:
         """The grid of the linear of this full name."""
         return next((grid for own, grid in reversed(self.others) if fnmatch.fnmatchcase(name, own)), self.default)
+
+    def named(self, name: str) -> Grid | None:
+        """The grid of the output head, whose full name is an entry of its own."""
+        return dict(self.others).get(name)
 
     @property
     def kinds(self) -> tuple[Grid, ...]:
@@ -64,7 +69,7 @@ class Grids:
         """The same for linears that are called otherwise now. names: {name now: name before}."""
         own = {name: self.of(before) for name, before in names.items()}
         return replace(self, others=tuple((glob.escape(name), grid) for name, grid in own.items()
-                                          if grid != self.default)) if self.others else self
+                                          if grid != self.default or self.named(name))) if self.others else self
 
 
 def parse(text: str) -> Grids:

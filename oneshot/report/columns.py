@@ -144,9 +144,11 @@ def is_pruned(record: dict) -> bool:
 
 
 def grid_of(record: dict) -> str:
-    """What `--quantise` rounded to: "int4:64", or each grid where linears differ: "int4:64+int8:row"; "" without it."""
+    """What `--quantise` rounded to: "int4:64", or each grid where linears differ: "int4:64+int8:row"; "" without
+    it. "+head": the output head is rounded too."""
     entries = str((record.get("settings") or {}).get("quantise") or "").split(",")
-    return "+".join(dict.fromkeys(filter(None, (entry.rpartition("=")[2].strip() for entry in entries))))
+    found = "+".join(dict.fromkeys(filter(None, (entry.rpartition("=")[2].strip() for entry in entries))))
+    return f"{found}+head" if found and record.get("head") else found
 
 
 def left_of(record: dict) -> str:

@@ -18,6 +18,7 @@ SHAPE: dict[str, Any] = {
     "shrunk": {"method": TEXT, "units": [{}], "tried": [{}], "order": [{}], **dict.fromkeys(
         ("share", "parameters", "parameters_before", "blocks", "blocks_before"), NUMBER)},
     "latency": {ANY: {}},
+    "head": {"name": TEXT, "grid": TEXT, **dict.fromkeys(("stored", "dense", "rounded_to_zero"), NUMBER)},
     "blocks": [{"seconds": {ANY: NUMBER}, "heal": {}, **dict.fromkeys(
         ("block", "relative_error", "norm_ratio", "dimensions", "dimensions_dense", "dimensions_ratio"), NUMBER)}],
     "model": {"name": TEXT, "family": TEXT, "dtype": TEXT, "fingerprint": TEXT, "parameters": NUMBER,

@@ -10,15 +10,18 @@ def whole_sparsity(record: dict) -> float | None:
 
 
 def whole_bytes(record: dict) -> tuple[float, float] | None:
-    """(stored, dense) bytes of the whole model, its prunable weights in the smallest simple format of their pattern and
-    all others as they are; of a smaller model, "dense" is the model it was made from. None where that is not known."""
+    """(stored, dense) bytes of the whole model, its prunable weights in the smallest simple format of their pattern,
+    the output head on its grid if it was rounded, and all others as they are; of a smaller model, "dense" is the model
+    it was made from. None where that is not known."""
     model, linears = record.get("model") or {}, record.get("bytes") or {}
     if not linears.get("dense") or not model.get("parameters") or not model.get("prunable"):
         return None
     each, shrunk = linears["dense"] / model["prunable"], record.get("shrunk") or {}
     rest = (model["parameters"] - model["prunable"]) * each
     gone = ((shrunk.get("parameters_before") or 0) - (shrunk.get("parameters") or 0)) * each
-    return linears["stored"] + rest, linears["dense"] + rest + gone
+    head = record.get("head") or {}
+    saved = (head.get("dense") or 0) - (head.get("stored") or 0)
+    return linears["stored"] + rest - saved, linears["dense"] + rest + gone
 
 
 def left_dense(record: dict) -> list[tuple[str, float]]:

@@ -26,7 +26,7 @@ def run(folder, *more):
     return tiny.main(*RUN, "--save", folder, "--results", folder.parent / "runs", *more)
 
 
-MIXED = "q8_0,*.down_proj=q4_0,*.o_proj=none"
+MIXED = "q8_0,*.down_proj=q4_0,*.o_proj=none,lm_head=q8_0"  # a head that is the embedding as well
 
 
 @pytest.fixture(scope="module", params=["q4_0", "q8_0", MIXED, None])
@@ -47,7 +47,7 @@ def test_the_file_holds_the_codes_that_were_measured(saved, capsys):
     folder, kind = saved
     assert verify.main([str(folder)]) == 0 and "all proved" in capsys.readouterr().out
     data = checkpoint.read_manifest(folder)
-    types = {"bf16": 6, "q8_0": 25, "q4_0": 5} if kind == MIXED else {kind: 35, "bf16": 1} if kind else {"bf16": 36}
+    types = {"bf16": 5, "q8_0": 26, "q4_0": 5} if kind == MIXED else {kind: 35, "bf16": 1} if kind else {"bf16": 36}
     assert data["format"] == "gguf" and {k: n for k, n in data["gguf"]["types"].items() if k != "f32"} == types
     model, _ = oneshot.load(folder)
     scales, there = rounded.read(folder), {t.name: t for t in library.GGUFReader(folder / gguf.FILE).tensors}
@@ -64,6 +64,16 @@ def test_the_file_holds_the_codes_that_were_measured(saved, capsys):
         want = grid.value(rounded.codes_of(W, grid, scales[name]).float(), scales[name].float())
         heads = family.heads_of(f"{name}.weight", model.config, family.family_of(model))
         assert np.array_equal(family.separate(value, heads), want.numpy())
+    if kind == MIXED:
+        t = there["token_embd.weight"]
+        assert np.array_equal(library.quants.dequantize(np.array(t.data), t.tensor_type),
+                              scaled(model.lm_head.weight, scales["lm_head"]))
+
+
+def scaled(W, scales):
+    """A weight on q8_0 as float32: its scales times its codes."""
+    grid = grids.parse("q8_0")
+    return grid.value(rounded.codes_of(W, grid, scales).float(), scales.float()).numpy()
 
 
 def test_a_finished_folder_is_known_again(saved, capsys, plain_pages):  # noqa: F811
@@ -116,7 +126,7 @@ def test_verify_finds_what_is_not_the_model(saved, tmp_path, capsys, spoil):
     elif spoil == "another":
         model, words = oneshot.load(folder)
         model.model.layers[0].mlp.up_proj.weight[0, 0] += 1
-        file.write(path, model, words, file.plan_of(model, "gguf", {}), {})
+        file.write(path, model, words, file.plan_of(model, "gguf", {"tensors": {}, "record": {}}), {})
     else:
         path.write_bytes(data[:-40] if spoil == "cut" else data)
     if spoil in ("sealed", "another"):

@@ -36,10 +36,11 @@ def llama(blocks=4, seed=0):
 
 TABLE = {"units": {HEADS: 2, NEURONS: 48}, "parts": {kind: {
     "rest": 3.0, "block": 2.0, "saved": {HEADS: {"1": 0.5}, NEURONS: {"24": 0.8, "12": 1.0}},
-    "forms": {"2:4": 0.6, "int8": 0.9, "2:4 int8": 1.1}} for kind in ("prefill", "decode1", "decode8")}}
+    "forms": {"2:4": 0.6, "int8": 0.9, "2:4 int8": 1.1}, "head": {"int8": 0.7}}
+    for kind in ("prefill", "decode1", "decode8")}}
 PLANS = [Plan(), Plan(drop=(1,)), Plan((0, 2), ((HEADS, 1),)), Plan((3,), (), ((NEURONS, 24),), (0, 2)),
          Plan(grids=((0, "int8"), (1, "int8"), (2, "int4"))),
-         Plan((1,), ((HEADS, 1),), ((NEURONS, 24),), (0, 1, 2), ((0, "int8"), (2, "int4")))]
+         Plan((1,), ((HEADS, 1),), ((NEURONS, 24),), (0, 1, 2), ((0, "int8"), (2, "int4"))), Plan(output="int8")]
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
@@ -54,7 +55,7 @@ def test_costs_are_those_of_the_smaller_model(plan):
     kept = dict(plan.cut.kept)
     block = 2.0 - (0.5 if HEADS in kept else 0) - (0.8 if NEURONS in kept else 0)
     gained = sum(TABLE["parts"]["decode1"]["forms"].get(form, 0.0) for form in named.values()) * block / 2
-    assert costs["latency"] == pytest.approx(3 + left * block - gained)
+    assert costs["latency"] == pytest.approx(3 + left * block - gained - (0.7 if plan.output else 0))
     assert Plan.of(plan.plain()) == plan
 
 
@@ -64,12 +65,13 @@ def made_up(draw, blocks=4, start=(2,)):
                       [((), 0.0), (((NEURONS, 36),), draw.random())],
                       {b: draw.random() for b in range(blocks) if b not in start},
                       {key: {b: factor * draw.random() for b in range(blocks)} for key, factor in (("int8", 0.3),
-                                                                                                   ("int4", 0.8))})
+                                                                                                   ("int4", 0.8))},
+                      {"int8": draw.random()})
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_the_best_plan_is_as_good_as_trying_all(seed):
-    """Every cut with every form of every block."""
+    """Every cut with every form of every block, and of the output head."""
     draw = random.Random(seed)
     model = llama()
     costs, found, start = Costs(model, TABLE), made_up(draw), Plan(sparse=(2,))
@@ -84,11 +86,11 @@ def test_the_best_plan_is_as_good_as_trying_all(seed):
                   (found.sparse[n] if is24 and n != 2 else 0.0) + (found.grids[key][n] if key else 0.0))
                  for is24 in ((True,) if n == 2 else (False, True)) for key in (None, "int8", "int4")]
                 for n, share in costs.blocks(plan)]
-        rest = costs.rest(plan)
-        for chosen in itertools.product(*each):
+        for output, *chosen in itertools.product((None, "int8"), *each):
+            rest = costs.rest(Plan(output=output))
             if all(rest.get(kind, 0.0) + sum(cost[kind] for cost, _ in chosen) <= limit * (1 + 1e-9)
                    for kind, limit in limits.items()):
-                loss = a + b + c + sum(loss for _, loss in chosen)
+                loss = a + b + c + sum(loss for _, loss in chosen) + (found.output[output] if output else 0.0)
                 least = loss if least is None else min(least, loss)
     best = plans.best(costs, found, start, limits)
     assert (best is None) == (least is None)
@@ -180,7 +182,7 @@ def test_losses_are_the_kl_of_each_part_alone(looks):
     costs = Costs(model)
     found = own.at(model, costs, Plan(), {kind: 0.6 * costs.of(Plan())[kind] for kind in limits},
                    frozenset({"shrink", "2:4", "int8", "int4"}))
-    assert own.base(model) == pytest.approx(0, abs=1e-6)
+    assert own.base(model) == pytest.approx(0, abs=1e-6) and not found.output  # it gains nothing of these
     for drop, loss in found.drops[1:]:
         cut = slices.first_units(model, Plan(drop).cut)
         assert loss == pytest.approx(naive(model, cut, ids), rel=1e-3)

@@ -19,7 +19,7 @@ from oneshot.runtime import distributed, together
 
 WHOLE = {  # settings of which parts run in rank 0 alone, or together in other ways
     "gradients, allocation, rounding": {"method": "taylor", "pattern": "0.5", "allocate": "owl",
-                                        "quantise": "int8:row,*.1.*=none", "scale_columns": ""},
+                                        "quantise": "int8:row,*.1.*=none,lm_head=int8:row", "scale_columns": ""},
     "whole-model healing": {"method": "wanda", "heal": "block,distil", "block.steps": 4, "distil.steps": 4},
     "shared inputs": {"method": "wanda,magnitude", "shared_inputs": ""},
     "before pruning": {"method": "wanda", "sensitivity": "kind"},

@@ -67,8 +67,8 @@ def write(folder: Path, model: nn.Module, tokenizer: Tokenizer, form: str, data:
 
     scales: of rounded linears, {full name: (R, groups)}.
     """
-    plan = file.plan_of(model, form, data["tensors"])
-    warnings = file.write(folder / FILE, model, tokenizer, plan, scales)
+    plan = file.plan_of(model, form, data)
+    warnings = file.write(folder / FILE, model, tokenizer, plan, file.with_head(model, data, scales))
     return {"format": form, "gguf": {"file": FILE, "types": plan.summary, "tensors": len(plan.names),
                                      "bytes": (folder / FILE).stat().st_size}, "warnings": warnings}
 
@@ -89,8 +89,8 @@ def faults(folder: Path, data: dict, model: nn.Module, scales: dict) -> list[Fau
     if not (folder / FILE).is_file():
         return []  # missing: a fault of the recorded files
     try:
-        plan = file.plan_of(model, data["format"], data["tensors"])
-        return file.faults(folder / FILE, model, plan, data["tensors"], scales)
+        plan = file.plan_of(model, data["format"], data)
+        return file.faults(folder / FILE, model, plan, data["tensors"], file.with_head(model, data, scales))
     except ImportError:
         return [Fault(FILE, "needs the package gguf to be checked: pip install 'oneshot[gguf]'")]
     except (AttributeError, KeyError, TypeError, ValueError) as error:

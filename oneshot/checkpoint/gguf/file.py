@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ... import models
 from ...quantise import grids
 from .. import rounded
 from ..contents import Fault
@@ -36,12 +37,14 @@ class Plan:
         return {kind: list(self.kinds.values()).count(kind) for kind in sorted(set(self.kinds.values()))}
 
 
-def plan_of(model: nn.Module, form: str, tensors: dict[str, dict]) -> Plan:
-    """The Plan of a model. form: "gguf" or "gguf:f16". tensors: the manifest's entries of linears."""
+def plan_of(model: nn.Module, form: str, data: dict) -> Plan:
+    """The Plan of a model. form: "gguf" or "gguf:f16". data: the manifest."""
     known, asked = family.family_of(model), form.partition(":")[2]
     names, state, kinds = family.names_of(model, known), model.state_dict(), {}
+    grids_of = with_head(model, data, {name: entry.get("grid") for name, entry in data["tensors"].items()},
+                         data["record"].get("head", {}).get("grid"))
     for name in names:
-        grid = tensors.get(name.removesuffix(".weight"), {}).get("grid")
+        grid = grids_of.get(name.removesuffix(".weight"))
         if state[name].ndim < 2:
             kinds[name] = "f32"
         elif grid in blocks.ROUNDED and asked in ("", grid):
@@ -49,6 +52,16 @@ def plan_of(model: nn.Module, form: str, tensors: dict[str, dict]) -> Plan:
         else:
             kinds[name] = asked if asked in blocks.PLAIN else SHORT[state[name].dtype]
     return Plan(known, names, kinds)
+
+
+def with_head(model: nn.Module, data: dict, known: dict[str, Any], own: Any = None) -> dict[str, Any]:
+    """`known`, {linear: what is known of it}, with a rounded output head also under the name of the embedding that it
+    is tied to. own: what is known of the head, if `known` does not say. data: the manifest."""
+    if not (head := data["record"].get("head")):
+        return known
+    own, (name, _) = known.get(head["name"], own), models.output_head(model)
+    names = [name for name, m in model.named_modules() if m is model.get_input_embeddings()] if head["tied"] else []
+    return known | dict.fromkeys([name, *names], own)
 
 
 def check_range(form: str, model: nn.Module) -> None:

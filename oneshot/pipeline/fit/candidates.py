@@ -7,6 +7,7 @@
               lines. Both by walks of the solver
     sparse    each block alone in 2:4, solved on the model's own inputs, the others as they are
     grids     each block alone rounded to nearest; these shares of what all blocks lose, rounded together
+    output    the output head alone rounded to nearest, and the embedding that it is tied to
 
 Plans that are close to each other are walked as a whole before one is chosen. What gains nothing for any target is not
 measured. Once a block is 2:4, widths and KV groups stay, as cutting columns
@@ -26,7 +27,7 @@ from ...data import Tokens
 from ...models import Weight, groups
 from ...prune import loop, shared_inputs
 from ...prune.patterns import NM
-from ...quantise import grids, rtn
+from ...quantise import grids, head, mixed, rtn
 from ...runtime import products
 from ...settings import RunConfig
 from ...structured import Cut, budget, cut, depth, search, slices
@@ -94,6 +95,8 @@ class Looks:
                 grid = grids.parse(text)
                 alone = {b: above(kl) for b, kl in self.in_grid(model, grid).items()}
                 found.grids[key] = shared_out(above(self.rounded(model, grid)), alone)
+            if key in allow and gains_at_head(costs, limits, key):
+                found.output[key] = above(self.in_head(model, text))
         return found
 
     def drops(self, model: nn.Module, costs: Costs, limits: Mapping[str, float], allow: frozenset[str]) -> list[dict]:
@@ -132,6 +135,15 @@ class Looks:
     def in_grid(self, model: nn.Module, grid: grids.Grid) -> dict[int, float]:
         """{number of a block: KL with that block alone rounded to nearest}."""
         return self.alone(model, lambda w: rtn.round_to_nearest(w.get(), grid)[0])
+
+    def in_head(self, model: nn.Module, grid: str) -> float:
+        """KL(dense ‖ model) with the output head alone rounded to nearest; the model is as before."""
+        name, linear = models.output_head(model)
+        kept = linear.weight.data.clone()
+        head.round_head(model, mixed.parse(f"none,{name}={grid}"))
+        found = self.base(model)
+        linear.weight.data.copy_(kept)
+        return found
 
     def alone(self, model: nn.Module, new: Callable[[Weight], torch.Tensor],
               leave: Collection[int] = ()) -> dict[int, float]:
@@ -179,6 +191,12 @@ def gains(costs: Costs, start: Plan, limits: Mapping[str, float], sparse: bool =
     before = costs.of(Plan(sparse=start.sparse))
     after = costs.of(Plan(sparse=tuple(range(costs.number)) if sparse else start.sparse, grids=everywhere(costs, grid)))
     return any(after[kind] < before[kind] for kind in limits)
+
+
+def gains_at_head(costs: Costs, limits: Mapping[str, float], key: str) -> bool:
+    """Whether an output head in a form costs less of anything that has a limit than a dense one."""
+    before, after = costs.rest(Plan()), costs.rest(Plan(output=key))
+    return any(after.get(kind, 0.0) < before.get(kind, 0.0) for kind in limits)
 
 
 def everywhere(costs: Costs, key: str | None) -> tuple[tuple[int, str], ...]:

@@ -96,7 +96,8 @@ def fitted(args: argparse.Namespace, rest: Sequence[str]) -> tuple[Fit, str]:
     model, _ = steps.load(own.dense, args.model)
     if table is not None:
         fits(table, model, args.device)
-    own = Steps(words, args.model, models.blocks(model)[0], args.method, heal, folder)
+    head, _ = models.output_head(model) or ("", None)
+    own = Steps(words, args.model, models.blocks(model)[0], args.method, heal, folder, head)
     known = Ledger(folder, [{k: v for k, v in vars(args).items() if k != "save"},
                             [word for word in rest if word != "--no-progress"], models.fingerprint(model), table])
     dense = run.run(own.dense)

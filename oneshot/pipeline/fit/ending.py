@@ -40,15 +40,17 @@ def finish(fit: Fit) -> str:
 
 def plainly(fit: Fit, grid: str) -> Round:
     """The dense model rounded to nearest, judged like a round; timed once."""
-    kept = fit.ledger.ending.setdefault("plain", {})
-    cfg = fit.steps.plain(grid)
+    kept, told = fit.ledger.ending.setdefault("plain", {}), (fit.table or {}).get("parts", {}).get("decode1", {})
+    head = grid if told.get("head", {}).get(grid, 0.0) > 0 else None
+    cfg = fit.steps.plain(grid, head)
     record = steps.done([cfg])
-    now = Round(f"plain {grid}", {}, 0.0, told=f"{grid}: plain rounding")
+    now = Round(f"plain {grid}", {}, 0.0, told=f"{grid}: plain rounding{', of the output head too' if head else ''}")
     timed = kept.get(grid, {}).get("shares", {}).get("latency")
     if fit.asked.table is not None:
-        told, blocks = fit.asked.table["parts"]["decode1"], record["model"]["blocks"]
+        blocks = record["model"]["blocks"]
         whole = told["rest"] + blocks * told["block"]
-        now.foretold = {"latency": 1 - blocks * told.get("forms", {}).get(grid, 0.0) / whole}
+        gained = blocks * told.get("forms", {}).get(grid, 0.0) + told.get("head", {}).get(head, 0.0)
+        now.foretold = {"latency": 1 - gained / whole}
     fit.judge(now, record, str(cfg.save), timed)
     kept[grid] = asdict(now)
     fit.ledger.write()
@@ -85,7 +87,8 @@ def acceptance(fit: Fit) -> dict:
     (dense, tokenizer), (model, _) = fit.load(fit.steps.model), fit.load(fit.state.result)
     texts = choose.evaluation(cfg, model, tokenizer)
     found = measure.measure(measure.Subject(model, tokenizer, cfg, texts, None, lambda: dense))
-    if "latency" in fit.asked.targets and fit.state.grids and forms.runnable(cfg.device) and fit.asked.table is None:
+    rounds = fit.state.grids or fit.state.output
+    if "latency" in fit.asked.targets and rounds and forms.runnable(cfg.device) and fit.asked.table is None:
         runs = steps.loaded(fit.steps.dense, fit.state.result).float()
         for name, tokens in texts.items():
             found.metrics[f"{name}/ppl as it runs"] = perplexity.perplexity(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ...runtime.files import write_text
 
-SCHEMA = 2  # 1, without a number: plans round whole models
+SCHEMA = 3  # 2: plans leave the output head alone; 1, without a number: they round whole models
 
 
 @dataclass

@@ -21,7 +21,7 @@ from .choice import Option, choose
 
 KIND = "decode1"  # of the device table: what the target `latency` counts
 CLOSE = 2.0  # times the least foretold loss
-PARTS = ("drop", "heads", "widths", "sparse", "grids")
+PARTS = ("drop", "heads", "widths", "sparse", "grids", "output")
 Kept = tuple[tuple[str, int], ...]  # as Cut.kept
 
 
@@ -30,7 +30,7 @@ class Plan:
     """What a round does. drop: numbers of the blocks that go. heads, widths: ((kind, how many are left in each),).
 
     sparse: numbers of the blocks that are 2:4 afterwards, of the model without those that go. grids: ((number of such a
-    block, key of forms.GRIDS to which its linears are rounded),).
+    block, key of forms.GRIDS to which its linears are rounded),). output: the same of the output head, or None.
     """
 
     drop: tuple[int, ...] = ()
@@ -38,6 +38,7 @@ class Plan:
     widths: Kept = ()
     sparse: tuple[int, ...] = ()
     grids: tuple[tuple[int, str], ...] = ()
+    output: str | None = None
 
     @property
     def cut(self) -> Cut:
@@ -52,7 +53,7 @@ class Plan:
     def of(cls, plain: dict) -> "Plan":
         """The Plan that `plain` gave."""
         return cls(*(tuple(map(tuple, plain[k])) if k in ("heads", "widths", "grids") else tuple(plain[k])
-                     for k in PARTS))
+                     for k in PARTS[:-1]), plain["output"])
 
     def form(self, place: int) -> str:
         """The form of a block, by its number in the model without those that go."""
@@ -64,6 +65,7 @@ class Plan:
         parts += [f"{left} {kind} in each" for kind, left in (*self.heads, *self.widths)]
         own = {forms.SPARSE: len(self.sparse)} | {key: sum(k == key for _, k in self.grids) for key in forms.GRIDS}
         parts += [f"{form} in {count} block{'s' * (count > 1)}" for form, count in own.items() if count]
+        parts += [f"{forms.HEAD} in {self.output}"] if self.output else []
         return ", ".join(parts) or "as it is"
 
 
@@ -72,8 +74,9 @@ class Candidates:
     """What can be done to a model, and what it loses, nats of KL to the dense model above that of the model as it is.
 
     drops: [(blocks that go, loss)], of rising numbers of blocks, none first. heads, widths: [(Kept, loss)], () first.
-    sparse: {number of a block: loss in 2:4}. grids: {key of forms.GRIDS: {number of a block: loss}}. notes: what a
-    reader should know. influence: {number of a block: how much it changes the hidden state}.
+    sparse: {number of a block: loss in 2:4}. grids: {key of forms.GRIDS: {number of a block: loss}}. output: {key of
+    forms.GRIDS: loss of the output head}. notes: what a reader should know.
+    influence: {number of a block: how much it changes the hidden state}.
     """
 
     drops: list[tuple[tuple[int, ...], float]] = field(default_factory=lambda: [((), 0.0)])
@@ -81,6 +84,7 @@ class Candidates:
     widths: list[tuple[Kept, float]] = field(default_factory=lambda: [((), 0.0)])
     sparse: dict[int, float] = field(default_factory=dict)
     grids: dict[str, dict[int, float]] = field(default_factory=dict)
+    output: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     influence: dict[int, float] = field(default_factory=dict)
 
@@ -89,6 +93,7 @@ class Candidates:
         return {"drops": [[list(a), x] for a, x in self.drops], "heads": [[dict(a), x] for a, x in self.heads],
                 "widths": [[dict(a), x] for a, x in self.widths],
                 "grids": {key: [[b, x] for b, x in sorted(own.items())] for key, own in self.grids.items()},
+                "output": self.output,
                 **{name: [[b, x] for b, x in sorted(own.items())]
                    for name, own in (("sparse", self.sparse), ("influence", self.influence))}}
 
@@ -117,7 +122,7 @@ class Costs:
         """{kind of target: what is not in the blocks}."""
         if self.table is None:
             return {}
-        return {"latency": device_table.foretell(self.table, KIND, 0, {})}
+        return {"latency": device_table.foretell(self.table, KIND, 0, {}, head=plan.output)}
 
     def block(self, plan: Plan, b: int, share: float, form: str) -> dict[str, float]:
         """{kind of target: what one block costs} in a form, with a share of its parameters left."""
@@ -156,7 +161,8 @@ def best(costs: Costs, candidates: Candidates, start: Plan, limits: Mapping[str,
                                               in cuts), key=lambda own: own[0]):
         if found and fixed >= found[1]:
             break
-        if made := with_forms(costs, Plan(drop, heads, widths), start, losses_of(candidates, start, without), limits):
+        if made := with_forms(costs, Plan(drop, heads, widths), losses_of(candidates, start, without),
+                              outputs_of(candidates, start, without), limits):
             total = fixed + made[1]
             if found is None or total < found[1]:
                 found = made[0], total
@@ -179,7 +185,7 @@ def alternatives(costs: Costs, candidates: Candidates, start: Plan, limits: Mapp
 def way_of(plan: Plan) -> dict:
     """What a plan for the whole way leaves, plain values: of heads and widths, how many blocks go, and its grids."""
     return {"heads": dict(plan.heads), "widths": dict(plan.widths), "drop": len(plan.drop),
-            "grids": sorted({key for _, key in plan.grids})}
+            "grids": sorted({key for _, key in plan.grids}), "output": plan.output}
 
 
 def towards(candidates: Candidates, way: dict, gone: int, start: Plan) -> Candidates:
@@ -191,8 +197,10 @@ def towards(candidates: Candidates, way: dict, gone: int, start: Plan) -> Candid
         return [(kept, x) for kept, x in options if all(n >= left.get(kind, math.inf) for kind, n in kept)]
     taken = {*way["grids"], *(key for _, key in start.grids)}
     grids = {key: own for key, own in candidates.grids.items() if key in taken}
+    output = {key: x for key, x in candidates.output.items() if key in (way["output"], start.output)}
     return replace(candidates, drops=[(d, x) for d, x in candidates.drops if len(d) <= max(0, way["drop"] - gone)],
-                   heads=on(candidates.heads, way["heads"]), widths=on(candidates.widths, way["widths"]), grids=grids)
+                   heads=on(candidates.heads, way["heads"]), widths=on(candidates.widths, way["widths"]), grids=grids,
+                   output=output)
 
 
 Losses = Callable[[int], dict[tuple[bool, str | None], float]]  # of a block: {(2:4?, key of its grid): loss}
@@ -216,21 +224,28 @@ def losses_of(candidates: Candidates, start: Plan, without: frozenset[str] = fro
     return of
 
 
-def with_forms(costs: Costs, plan: Plan, start: Plan, losses: Losses,
+def outputs_of(candidates: Candidates, start: Plan, without: frozenset[str] = frozenset()) -> dict[str | None, float]:
+    """What each form loses that the output head may get. without: as for `best`."""
+    found = {None: 0.0} | candidates.output
+    return {start.output: found.get(start.output, 0.0)} if "output" in without else found
+
+
+def with_forms(costs: Costs, plan: Plan, losses: Losses, outputs: Mapping[str | None, float],
                limits: Mapping[str, float]) -> tuple[Plan, float] | None:
-    """(the plan with the best form for each block, what they lose); None where the limits cannot be kept.
+    """(the plan with the best form for each block and the output head, what they lose); None where the limits cannot
+    be kept.
 
     It never loses more than the best plan that has one grid for all blocks, also where `choose` is not exact.
     """
-    rest = costs.rest(plan)
-    bounds = [limit - rest.get(kind, 0.0) for kind, limit in limits.items()]
+    head = [(key, Option(loss, tuple(costs.rest(replace(plan, output=key)).get(kind, 0.0) for kind in limits)))
+            for key, loss in outputs.items()]
     units = [(place, {form: Option(loss, tuple(costs.block(plan, b, share, forms.named(*form))[kind]
                                                for kind in limits)) for form, loss in losses(b).items()})
              for place, (b, share) in enumerate(costs.blocks(plan))]
     found = None
     for only in (forms.GRIDS.keys() | {None}, {None}, *({key} for key in forms.GRIDS)):
-        own = [[(form, option) for form, option in options.items() if form[1] in only] for _, options in units]
-        picked = choose([[option for _, option in unit] for unit in own], bounds) if all(own) else None
+        own = [*([(form, option) for form, option in options.items() if form[1] in only] for _, options in units), head]
+        picked = choose([[option for _, option in unit] for unit in own], [*limits.values()]) if all(own) else None
         if picked is not None:
             chosen = [unit[i] for unit, i in zip(own, picked, strict=True)]
             loss = sum(option.loss for _, option in chosen)
@@ -238,9 +253,10 @@ def with_forms(costs: Costs, plan: Plan, start: Plan, losses: Losses,
                 found = [form for form, _ in chosen], loss
     if found is None:
         return None
-    places = [place for place, _ in units]
-    return replace(plan, sparse=tuple(place for place, (is24, _) in zip(places, found[0], strict=True) if is24),
-                   grids=tuple((place, key) for place, (_, key) in zip(places, found[0], strict=True) if key)), found[1]
+    places, (*in_blocks, output) = [place for place, _ in units], found[0]
+    return replace(plan, sparse=tuple(place for place, (is24, _) in zip(places, in_blocks, strict=True) if is24),
+                   grids=tuple((place, key) for place, (_, key) in zip(places, in_blocks, strict=True) if key),
+                   output=output), found[1]
 
 
 def uncut(plan: Plan, candidates: Candidates, loss: float) -> float:
@@ -258,4 +274,5 @@ def changed(plan: Plan, start: Plan, candidates: Candidates) -> str:
     losses["sparse"] = sum(candidates.sparse.get(stay[i], 0.0) for i in plan.sparse if stay[i] not in start.sparse)
     losses["grids"] = sum(candidates.grids.get(key, {}).get(stay[i], 0.0) for i, key in plan.grids
                           if (stay[i], key) not in start.grids)
+    losses["output"] = candidates.output.get(plan.output, 0.0) if plan.output != start.output else 0.0
     return max(PARTS, key=lambda part: losses[part])

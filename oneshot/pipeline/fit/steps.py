@@ -36,18 +36,19 @@ OURS = {*SMALLER, "pattern", "uneven", "shrink_method", "quantise", "keep_dense"
 class State:
     """A model on disk. float: its folder before rounding. result: its folder, or the dense model's name.
 
-    sparse: numbers of its blocks that are 2:4. grids: as in Plan.
+    sparse: numbers of its blocks that are 2:4. grids, output: as in Plan.
     """
 
     float: str
     result: str
     sparse: tuple[int, ...] = ()
     grids: tuple[tuple[int, str], ...] = ()
+    output: str | None = None
 
     @property
     def plan(self) -> Plan:
         """What the model is already."""
-        return Plan(sparse=self.sparse, grids=self.grids)
+        return Plan(sparse=self.sparse, grids=self.grids, output=self.output)
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Steps:
 
     words: the flags of the command that go to every run. model: the dense model. blocks: the name of its list of
     blocks. method: the solver of units. heal: the flags of healing on text, or none. folder: where the rounds are.
+    head: the name of the output head, "" where it cannot be rounded.
     """
 
     words: tuple[str, ...]
@@ -64,6 +66,7 @@ class Steps:
     method: str
     heal: tuple[str, ...]
     folder: Path
+    head: str = ""
 
     def config(self, *words: str, measured: bool = True) -> RunConfig:
         """The settings of one run. measured: whether anything is. Raises ValueError naming a flag."""
@@ -91,10 +94,10 @@ class Steps:
         """The settings with which candidates become 2:4."""
         return self.config("--method", SPARSE, "--pattern", "2:4", measured=False)
 
-    def plain(self, grid: str) -> RunConfig:
-        """The run that rounds the dense model to nearest. grid: a key of forms.GRIDS."""
-        return self.config("--method", "dense", "--quantise", forms.GRIDS[grid], "--quantiser", "rtn",
-                           "--save", str(self.folder / f"plain-{grid}"))
+    def plain(self, grid: str, head: str | None = None) -> RunConfig:
+        """The run that rounds the dense model to nearest. grid: a key of forms.GRIDS. head: that of its output head."""
+        return self.config("--method", "dense", "--quantise", ",".join([forms.GRIDS[grid], *self.of_head(head)]),
+                           "--quantiser", "rtn", "--save", str(self.folder / f"plain-{grid}"))
 
     def of(self, name: str, start: State, plan: Plan, dims: tuple[int, float]) -> list[RunConfig]:
         """The runs of one round, in order; the last saves into the folder `name`.
@@ -104,7 +107,7 @@ class Steps:
         blocks, share = dims
         sparse = plan.sparse != kept_sparse(start, plan) or bool(plan.cut.dropped or plan.cut.kept)
         kinds = [("cut", bool(plan.drop or plan.heads or plan.widths)), ("sparse", sparse and bool(plan.sparse)),
-                 ("rounded", bool(plan.grids))]
+                 ("rounded", bool(plan.grids or plan.output))]
         kinds = [kind for kind, wanted in kinds if wanted]
         floats = [kind for kind in kinds if kind != "rounded"]
         found, model = [], start.float
@@ -139,7 +142,12 @@ class Steps:
         kinds = [own.get(b) for b in range(blocks)]
         most = max(dict.fromkeys(kinds), key=kinds.count)
         others = [f"{self.blocks}.{b}.*={text_of(key)}" for b, key in enumerate(kinds) if key != most]
-        return ["--method", "keep", *self.pattern(plan, blocks), "--quantise", ",".join([text_of(most), *others])]
+        return ["--method", "keep", *self.pattern(plan, blocks), "--quantise",
+                ",".join([text_of(most), *others, *self.of_head(plan.output)])]
+
+    def of_head(self, key: str | None) -> list[str]:
+        """The entry of `--quantise` for the output head in a form; none for None."""
+        return [f"{self.head}={forms.GRIDS[key]}"] if key else []
 
     def pattern(self, plan: Plan, blocks: int) -> list[str]:
         """The flags that say which blocks are 2:4."""
@@ -151,7 +159,7 @@ class Steps:
     def healed(self, name: str, state: State, plan: Plan, blocks: int, heal: Sequence[str]) -> list[RunConfig]:
         """The runs of the long heal at the end: train, and round again."""
         words = ["--method", "keep", *self.pattern(plan, blocks), "--heal", "full", *heal]
-        last = not plan.grids
+        last = not (plan.grids or plan.output)
         first = str(self.folder / (name if last else f"{name}-heal"))
         found = [self.config("--model", state.float, *words, "--save", first, measured=last)]
         if not last:
@@ -163,7 +171,7 @@ class Steps:
         """The State that the runs leave."""
         floats = [cfg.save for cfg in configs if cfg.quantise is None]
         before = floats[-1] if floats else start.float
-        return State(before, configs[-1].save if configs else start.result, plan.sparse, plan.grids)
+        return State(before, configs[-1].save if configs else start.result, plan.sparse, plan.grids, plan.output)
 
 
 def text_of(key: str | None) -> str:
