@@ -105,7 +105,8 @@ def with_kernels(model: nn.Module, forms: Mapping[int | str, str],
 
     forms: {number of a block, full linear name, or HEAD for the output head: its form}. scales: {full linear name: (R,
     groups), float16} of weights on their grid; others are rounded to nearest, and made 2:4 by magnitude where they
-    are not: good for measuring time. What has no kernel (experts that are fused, Conv1D, shapes that are no 2:4) stays as it is.
+    are not: good for measuring time. What has no kernel (experts that are fused, Conv1D, shapes that are no 2:4) stays
+    as it is.
     Inputs of integer layers stay as they are, as quality is measured.
     """
     for block in models.walk(model):

@@ -49,7 +49,8 @@ class PruneOptions:
                                       "(a float16 scale for each 128 columns of a row), int4:64 or int4:row for other "
                                       "groups, or GGUF's q8_0, q4_0; behind it other grids, or none, by globs of "
                                       "full names, the last that matches counts: 'int4:64,model.layers.0.*=int8:row,"
-                                      "*.down_proj=none'; with --method dense the model is only rounded, with "
+                                      "*.down_proj=none'; the output head only by its full name: 'int8:row,"
+                                      "lm_head=int8:row'; with --method dense the model is only rounded, with "
                                       "--method keep its zeros stay", section="what", preset=True, added=True)
     quantiser: str = flag("gptq", "how --quantise rounds: gptq, rtn (to nearest), or joint (--method sparsegpt chooses "
                                   "the mask and rounds in one pass)", section="what", preset=True, added=True)

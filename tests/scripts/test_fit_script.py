@@ -19,12 +19,12 @@ def row(way, **more):
 
 
 def test_the_page_is_made_of_the_rows(tmp_path):
-    rows = [row("step by step", plain={"int8": {"ppl": 10.1, "bytes": 0.53}}),
+    rows = [row("step by step", plain={"int8": {"ppl": 10.1, "bytes": 0.53, "latency": 0.61}}),
             row("shrink", shares={"parameters": 0.7})]
     (tmp_path / "demo.json").write_text(json.dumps({"rows": rows}))
     assert bench.main(["--page", "--out", str(tmp_path)]) == 0
     text = (tmp_path / "fit.md").read_text()
-    assert "commit abc; cpu" in text and "0.693" in text and "int8 10.100 at 0.53" in text and "2,000" in text
+    assert "commit abc; cpu" in text and "0.693" in text and "int8 10.100 at 0.53 and 0.61x" in text and "2,000" in text
     assert "one shot      `oneshot fit --step 100%`" in text
 
 
@@ -44,6 +44,8 @@ def test_every_way_is_measured_once_on_a_tiny_model(tmp_path, monkeypatch):
              place / "calibration.txt", "--evaluate", place / "evaluation.txt"]
     monkeypatch.setattr(bench.small_models, "flags_of", lambda shared: {"tiny": list(map(str, flags))})
     monkeypatch.setattr(bench, "TOKENS", {"tiny": "200"})
+    monkeypatch.setattr(bench, "GOALS", {"a goal": {"target": "bytes=0.6", "floor": "TEXT/ppl<=9x", "allow": "int8"}})
+    monkeypatch.setattr(bench, "WAYS", {"tiny": (*bench.TOYS, "a goal")})
     monkeypatch.setattr(bench, "HEAL", {"tiny": ["--heal-seqlen", "16", "--heal-batch", "32"]})
     monkeypatch.setattr(bench, "STEP", "60%")
     monkeypatch.setattr(ending.figures, "save", lambda figure, path: None)
@@ -51,10 +53,17 @@ def test_every_way_is_measured_once_on_a_tiny_model(tmp_path, monkeypatch):
             "--flags", "--eval-windows 4"]
     assert bench.main(argv) == 0
     rows = {r["way"]: r for r in bench.rows_of(tmp_path / "out" / "tiny.json")}
-    assert list(rows) == list(bench.WAYS)
+    assert list(rows) == [*bench.TOYS, "a goal"]
     assert rows["one shot"]["tokens"] == rows["shrink"]["tokens"] == rows["step by step"]["tokens"] == 600
-    assert all(rows[way]["shares"]["parameters"] <= bench.SHARE for way in bench.WAYS[:3])
-    assert rows["all forms"]["shares"]["bytes"] <= 0.5 and len(rows["step by step"]["rounds"]) == 3
+    assert all(rows[way]["shares"]["parameters"] <= bench.SHARE for way in bench.TOYS[:3])
+    assert rows["all forms"]["shares"]["bytes"] <= bench.BYTES and len(rows["step by step"]["rounds"]) == 3
+    assert all(rows[way]["tokens"] == (600 if "2:4" in way or "cut" in way else 0) for way in bench.RECIPES)
+    assert rows["int4"]["shares"]["bytes"] < rows["2:4, int8"]["shares"]["bytes"] < 0.5
+    assert rows["a goal"]["shares"]["bytes"] <= 0.6 and rows["a goal"]["asked"]["floor"] == "evaluation/ppl<=9x"
+    scaled = {name: json.loads((tmp_path / "work" / "tiny-0-a-goal" / name / "oneshot.json").read_text())["record"][
+        "settings"].get("scale_columns", False) for name in ("round-1", "plain-int8")}
+    assert scaled == {"round-1": True, "plain-int8": False}
+    assert rows["a goal"]["tokens"] == 0 and rows["cut, int8"]["shares"]["parameters"] <= 0.78
     monkeypatch.setattr(bench, "one", None)
     assert bench.main(argv) == 0
 

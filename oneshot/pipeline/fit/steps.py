@@ -74,6 +74,7 @@ class Steps:
                        *words])
         off = {f.name: f.default for f in fields(cfg) if f.metadata and f.metadata["bears_on"] == "measuring"
                and (f.name in LATER or not measured)}
+        off |= {"scale_columns": cfg.scale_columns and cfg.quantise is not None}
         return replace(cfg, **off | ({} if measured else {"evaluate": "none"}))
 
     @property
@@ -81,7 +82,8 @@ class Steps:
         """The run that measures the dense model."""
         [cfg] = parse([*self.words, "--model", self.model, "--results", str(self.folder / "records"), "--method",
                        "dense"])
-        return replace(cfg, **{name: type(cfg).__dataclass_fields__[name].default for name in LATER})
+        return replace(cfg, scale_columns=False, **{name: type(cfg).__dataclass_fields__[name].default
+                                                    for name in LATER})
 
     @property
     def cutting(self) -> RunConfig:
@@ -96,8 +98,9 @@ class Steps:
 
     def plain(self, grid: str, head: str | None = None) -> RunConfig:
         """The run that rounds the dense model to nearest. grid: a key of forms.GRIDS. head: that of its output head."""
-        return self.config("--method", "dense", "--quantise", ",".join([forms.GRIDS[grid], *self.of_head(head)]),
-                           "--quantiser", "rtn", "--save", str(self.folder / f"plain-{grid}"))
+        cfg = self.config("--method", "dense", "--quantise", ",".join([forms.GRIDS[grid], *self.of_head(head)]),
+                          "--quantiser", "rtn", "--save", str(self.folder / f"plain-{grid}"))
+        return replace(cfg, scale_columns=False)
 
     def of(self, name: str, start: State, plan: Plan, dims: tuple[int, float]) -> list[RunConfig]:
         """The runs of one round, in order; the last saves into the folder `name`.
