@@ -111,7 +111,7 @@ def test_rounds_of_an_older_version_are_refused_in_a_line(tmp_path, monkeypatch,
     assert world.go(tmp_path, "--target", "parameters=0.8") == 0
     file = tmp_path / "out" / "fit.json"
     data = json.loads(file.read_text())
-    for old in ({k: v for k, v in data.items() if k != "schema"}, data | {"schema": 3}):
+    for old in ({k: v for k, v in data.items() if k != "schema"}, data | {"schema": 2}):
         file.write_text(json.dumps(old))
         assert world.go(tmp_path, "--target", "parameters=0.8") == 2
         assert "its fit.json is of another version of oneshot" in capsys.readouterr().err

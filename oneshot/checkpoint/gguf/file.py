@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from ... import models
 from ...quantise import grids
 from .. import rounded
 from ..contents import Fault
@@ -41,8 +40,9 @@ def plan_of(model: nn.Module, form: str, data: dict) -> Plan:
     """The Plan of a model. form: "gguf" or "gguf:f16". data: the manifest."""
     known, asked = family.family_of(model), form.partition(":")[2]
     names, state, kinds = family.names_of(model, known), model.state_dict(), {}
-    grids_of = with_head(model, data, {name: entry.get("grid") for name, entry in data["tensors"].items()},
-                         data["record"].get("head", {}).get("grid"))
+    head = data.get("record", {}).get("head")
+    grids_of = with_head(model, data, {name: entry.get("grid") for name, entry in data.get("tensors", {}).items()} | (
+        {head["name"]: head["grid"]} if head else {}))
     for name in names:
         grid = grids_of.get(name.removesuffix(".weight"))
         if state[name].ndim < 2:
@@ -54,14 +54,14 @@ def plan_of(model: nn.Module, form: str, data: dict) -> Plan:
     return Plan(known, names, kinds)
 
 
-def with_head(model: nn.Module, data: dict, known: dict[str, Any], own: Any = None) -> dict[str, Any]:
-    """`known`, {linear: what is known of it}, with a rounded output head also under the name of the embedding that it
-    is tied to. own: what is known of the head, if `known` does not say. data: the manifest."""
-    if not (head := data["record"].get("head")):
+def with_head(model: nn.Module, data: dict, known: dict[str, Any]) -> dict[str, Any]:
+    """`known`, {linear: what is known of it}, where a rounded output head also has the name of the embedding that it
+    is tied to, which is the file's. data: the manifest."""
+    head = data.get("record", {}).get("head")
+    if not head or not head["tied"] or head["name"] not in known:
         return known
-    own, (name, _) = known.get(head["name"], own), models.output_head(model)
-    names = [name for name, m in model.named_modules() if m is model.get_input_embeddings()] if head["tied"] else []
-    return known | dict.fromkeys([name, *names], own)
+    embedding = next(name for name, m in model.named_modules() if m is model.get_input_embeddings())
+    return known | {embedding: known[head["name"]]}
 
 
 def check_range(form: str, model: nn.Module) -> None:
