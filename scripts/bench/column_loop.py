@@ -34,7 +34,7 @@ from oneshot_kernels.cpu import column_loop, library
 from oneshot.calibrate import Statistics
 from oneshot.prune import linalg, patterns
 from oneshot.prune.solvers import sparsegpt
-from oneshot.runtime import environment
+from oneshot.runtime import environment, products
 from oneshot.runtime.command import Parser, exit_code
 from oneshot.runtime.files import write_text
 
@@ -65,6 +65,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@products.float32()
 def work(args: argparse.Namespace) -> None:
     """Measure all, print each row when it is there, write the file at the end."""
     if not column_loop.available(torch.empty(0)):

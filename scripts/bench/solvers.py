@@ -25,7 +25,7 @@ from common import matmul_rate, written
 from oneshot.calibrate import NEEDS, Statistics
 from oneshot.prune import patterns, solvers
 from oneshot.report import table
-from oneshot.runtime import environment
+from oneshot.runtime import environment, products
 from oneshot.runtime.command import Parser, exit_code
 from oneshot.runtime.files import write_json, write_text
 
@@ -78,6 +78,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@products.float32()
 def measure(args: argparse.Namespace) -> dict:
     """All numbers, as the JSON holds them; a line on stdout for each."""
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "toy", "page")}

@@ -1,5 +1,6 @@
-"""scripts/bench at toy size: prune, solvers, column_loop, packed. (Elsewhere: test_best.py, kernels/interpreted.)"""
+"""scripts/bench at toy size: prune, solvers, column_loop, products, packed ... (elsewhere: kernels/interpreted, test_best.py)."""
 
+import csv
 import importlib.util
 import json
 import re
@@ -14,6 +15,7 @@ import families
 import gguf_files
 import one_side
 import packed
+import products
 import prune
 import pytest
 import solvers
@@ -112,6 +114,13 @@ def test_solvers(tmp_path):
     swaps = [r for r in rows if r["method"].endswith("+swaps")]
     assert swaps and all(r["floor_flops"] is None for r in swaps)  # rows leave its rounds: rounds say no floor
     assert "| alps |" in plain((tmp_path / "solvers.md").read_text())
+
+
+def test_products(tmp_path, capsys):
+    assert products.main(["--toy", "--out", str(tmp_path)]) == 0, capsys.readouterr().err
+    rows = list(csv.DictReader((tmp_path / "products.csv").open()))
+    assert [row["shape"] for row in rows] == ["16x8x4", "1x8x4"]
+    assert all(float(row["times_plain"]) > 0 and float(row["ours_error"]) < 1e-5 for row in rows)
 
 
 def test_column_loop(tmp_path, capsys):
