@@ -1,4 +1,4 @@
-"""scripts/bench at toy size: prune, solvers, column_loop, products, packed ... (elsewhere: kernels/interpreted, test_best.py)."""
+"""scripts/bench at toy size: prune, solvers, column_loop, products, packed ... (Others: kernels/interpreted, test_best.)"""
 
 import csv
 import importlib.util
