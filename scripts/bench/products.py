@@ -3,8 +3,8 @@
     python scripts/bench/products.py                  # results/bench/products.csv; a minute
     python scripts/bench/products.py --toy --out DIR  # the same at toy size, for the tests
 
-Each row is one product (M, K) · (K, N): those of SmolLM2's blocks and Gram matrices on 4096 tokens, a solver's, a token's.
-Both ways take turns, the best of each is kept.
+Each row is one product (M, K) · (K, N): those of SmolLM2's blocks and Gram matrices on 4096 tokens, a solver's and a
+token's. Both ways take turns, the best of each is kept.
 
     plain_gflops, ours_gflops   operations a second
     plain_error, ours_error     ‖found - want‖ / ‖want‖, want in float64

@@ -1,4 +1,4 @@
-"""scripts/bench at toy size: prune, solvers, column_loop, products, packed ... (Others: kernels/interpreted, test_best.)"""
+"""scripts/bench at toy size, but for best.py (test_best.py) and what runs on a GPU (kernels/interpreted)."""
 
 import csv
 import importlib.util
