@@ -88,13 +88,13 @@ def one(flags: list[str], own: dict, healed: Path, dense: dict) -> dict:
     texts = choose.evaluation(cfg, model, tokenizer)
     if not dense:
         dense.update(quality(measure.Subject(model, tokenizer, cfg, texts)))
+    weights = sum(weight.size for weight in models.all_weights(model))
     if begins:
         if not (healed / begins).is_dir():
             raise ValueError(f"--healed {healed}: holds no {begins}; scripts/bench/heal.py --work {healed} saves it")
         [cfg] = parse([*without(flags, "--model"), "--model", str(healed / begins), *words])
         model, tokenizer = load(cfg)
     calibration = choose.calibration(cfg, model, tokenizer)
-    weights = sum(weight.size for weight in models.all_weights(model))
     began = time.perf_counter()
     grid = prepared(model, first)
     result = compress(measure.Subject(model, tokenizer, cfg, texts, calibration), make_plan(cfg, model))
