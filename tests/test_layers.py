@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("runtime", "models", "data", "calibrate", "prune", "structured", "quantise", "heal", "measure", "settings",
           "checkpoint", "report", "pipeline")
 METHODS = ("prune.solvers", "prune.allocate", "heal", "measure")  # `names()` of these lists files that stand alone
-PURE = {"runtime.flag", "calibrate.statistics", "prune.patterns", "prune.linalg"}  # what solvers and allocations see
+PURE = {"runtime.flag", "calibrate.statistics",  # what solvers and allocations see
+        *(f"prune.{own}" for own in ("cholesky", "linalg", "patterns"))}
 ONLY_IN = {  # library: the stages, or the one file, that know it
     "transformers": {"models", "checkpoint.packed", "heal.text.trainer"},
     "datasets": {"data.hub"},

@@ -23,6 +23,7 @@ import torch
 from .. import calibrate, models
 from ..calibrate import Activations
 from ..models import Block, Weight, groups
+from ..prune import cholesky
 from ..runtime import distributed
 from ..runtime.flag import flag
 from . import Heal as Base
@@ -155,10 +156,9 @@ def choose(train: Sums, held: Sums, mask: torch.Tensor) -> tuple[float | None, t
     for ridge in RIDGES:
         A = train.G.clone()
         A.diagonal().add_(ridge * mean)
-        L, failed = torch.linalg.cholesky_ex(A)
-        if failed:
+        if not (factor := cholesky.factor(A)):
             continue
-        change = torch.cholesky_solve(train.B.T, L).T if bool(mask.all()) else on_mask(A, train.B, mask)
+        change = factor.solve(train.B) if bool(mask.all()) else on_mask(A, train.B, mask)
         gain = float(((change @ held.G) * change).sum() - 2 * (change * held.B).sum())
         if gain < (best or 0.0):
             best, found = gain, (change.float(), ridge)

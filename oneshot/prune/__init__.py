@@ -3,6 +3,7 @@
     options         how pruning is computed
     patterns        the sparsity patterns (choice: exact counts by selection)
     linalg          linear algebra shared by the solvers
+    cholesky        factors of Gram matrices, by matrix products
     solvers/        each file is a method to prune ONE linear, or to refine such a solution
     allocate/       each file is a method to distribute the zeros over the linears
     job             what to do to a model, and the rows of the record that say what was done

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..calibrate.statistics import Statistics
+from . import cholesky
 
 SCARCE = 0.03  # ε with fewer tokens than inputs
 
@@ -101,13 +102,13 @@ def damped_cholesky(matrix: Callable[[float, torch.dtype], torch.Tensor], dampin
     """
     for precision in (dtype, torch.float64):
         for used in damping_ladder(damping):
-            L, failed = torch.linalg.cholesky_ex(matrix(used, precision))
-            if failed or not torch.isfinite(L.diagonal()).all():  # LAPACK does not report an overflow to Inf
+            if (found := cholesky.factor(matrix(used, precision))) is None:
                 continue
             warnings = [f"damping raised from {damping:g} to {used:g}: the Gram matrix is nearly singular"
                         ] if used != damping else []
             warnings += ["factored in float64: float32 failed"] if precision != dtype else []
-            return L, {"damping": used, "warnings": warnings} | ({"dead_inputs": int(dead.sum())} if dead.any() else {})
+            return found.L, {"damping": used, "warnings": warnings} | (
+                {"dead_inputs": int(dead.sum())} if dead.any() else {})
     raise NumericalError(f"its Gram matrix is not positive definite even with damping {used:g} in float64")
 
 

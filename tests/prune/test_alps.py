@@ -86,10 +86,10 @@ def test_alps_refuses_what_is_no_gram_matrix():
 
 def test_alps_in_float64_says_so():
     """1 + 2⁻³⁰ is 1 in float32, which leaves no second pivot, and more than 1 in float64."""
-    L, notes = alps.factor(torch.ones(2, 2), 2.0**-30)
-    assert L.dtype == torch.float64 and notes == ["factored in float64: float32 failed"]
-    L, notes = alps.factor(torch.ones(2, 2), 0.1)
-    assert L.dtype == torch.float32 and notes == []
+    found, notes = alps.factor(torch.ones(2, 2), 2.0**-30)
+    assert found.L.dtype == torch.float64 and notes == ["factored in float64: float32 failed"]
+    found, notes = alps.factor(torch.ones(2, 2), 0.1)
+    assert found.L.dtype == torch.float32 and notes == []
 
 
 def test_alps_factors_a_gram_matrix_once_for_all_it_feeds(monkeypatch):

@@ -30,7 +30,7 @@ import torch
 
 from ...calibrate.statistics import Statistics
 from ...runtime.flag import flag
-from .. import linalg
+from .. import cholesky, linalg
 from ..patterns import Pattern, strength
 from . import Solution
 
@@ -84,11 +84,11 @@ def admm(W: torch.Tensor, statistics: Statistics, pattern: Pattern, cfg: Config,
     kept, U = int(mask.count_nonzero()), torch.zeros_like(W)
     for step in range(1, cfg.steps + 1):
         if step * G.nbytes <= SHARED:  # all linears with these inputs, and all patterns, begin with the same ρ
-            L, notes = statistics.derived(("alps", rho, G.dtype), lambda rho=rho: factor(G, rho))
+            found, notes = statistics.derived(("alps", rho, G.dtype), lambda rho=rho: factor(G, rho))
         else:
-            L, notes = factor(G, rho)
+            found, notes = factor(G, rho)
         info["warnings"] = info["warnings"] or list(notes)
-        Z = torch.cholesky_solve((W - D).add_(U).T.to(L.dtype), L).T.to(W.dtype)
+        Z = found.solve((W - D).add_(U).to(found.L.dtype)).to(W.dtype)
         Z = Z.mul_(-rho).add_(W).add_(U)
         before, mask = mask, pattern.keep(strength(Z, pattern))
         D = Z * mask
@@ -100,12 +100,11 @@ def admm(W: torch.Tensor, statistics: Statistics, pattern: Pattern, cfg: Config,
     return D, mask
 
 
-def factor(G: torch.Tensor, rho: float) -> tuple[torch.Tensor, list[str]]:
-    """(lower Cholesky factor (C, C) of G + ρI, warnings); in float64, with a warning, if rounding errors exceed ρ."""
+def factor(G: torch.Tensor, rho: float) -> tuple[cholesky.Factor, list[str]]:
+    """(the Cholesky factor (C, C) of G + ρI, warnings); in float64, with a warning, if rounding errors exceed ρ."""
     for dtype, notes in ((G.dtype, []), (torch.float64, ["factored in float64: float32 failed"])):
         A = G.to(dtype, copy=True)
         A.diagonal().add_(rho)
-        L, failed = torch.linalg.cholesky_ex(A)
-        if not failed:
-            return L, notes
+        if found := cholesky.factor(A):
+            return found, notes
     raise linalg.NumericalError(f"its Gram matrix is not positive definite even with ρ = {rho:g} in float64")

@@ -27,7 +27,7 @@ import torch
 
 from ...calibrate.statistics import Statistics
 from ...runtime.flag import flag
-from .. import linalg
+from .. import cholesky, linalg
 from ..patterns import Columns, Pattern
 from . import Solution
 
@@ -148,11 +148,10 @@ def ridge_change(W: torch.Tensor, kept: torch.Tensor, G: torch.Tensor, ridge: fl
     """W_S G_SK (G_KK + μI)⁻¹, (R, K), μ = ridge · mean diag G. G: (C, C)."""
     A = G[kept][:, kept]
     A.diagonal().add_(ridge * G.diagonal().mean().clamp_min(torch.finfo(W.dtype).tiny))
-    L, failed = torch.linalg.cholesky_ex(A)
     B = W[:, ~kept] @ G[~kept][:, kept]
-    if failed:
-        return torch.linalg.lstsq(A.double(), B.T.double()).solution.T.to(W.dtype)
-    return torch.cholesky_solve(B.T, L).T
+    if found := cholesky.factor(A):
+        return found.solve(B)
+    return torch.linalg.lstsq(A.double(), B.T.double()).solution.T.to(W.dtype)
 
 
 def error(W: torch.Tensor, kept: torch.Tensor, change: torch.Tensor, G: torch.Tensor) -> float:
