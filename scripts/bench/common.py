@@ -98,8 +98,8 @@ def flags_for(args: argparse.Namespace, name: str, own: list[str]) -> list[str]:
 
 
 def without(flags: list[str], name: str) -> list[str]:
-    """Flags without one of them and its value."""
-    i = flags.index(name)
+    """Flags without one of them and its value, if it is there."""
+    i = flags.index(name) if name in flags else len(flags)
     return flags[:i] + flags[i + 2:]
 
 

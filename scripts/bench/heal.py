@@ -18,8 +18,9 @@ import sys
 from pathlib import Path
 
 import yaml
+from common import without
 
-from oneshot import report
+from oneshot import checkpoint, report
 from oneshot.pipeline.attempt import attempt
 from oneshot.runtime.command import Parser, exit_code
 from oneshot.runtime.files import write_text
@@ -33,6 +34,7 @@ BASE = {
                 "--eval-windows", "64"],
     "demo": ["--model", "demo", "--seqlen", "256", "--nsamples", "64", "--eval-windows", "64"],
 }
+BEGUN = ("method", "pattern", "shrink")
 WINDOW = {"demo": ["--heal-seqlen", "256"]}  # as many positions as it has
 WAYS = yaml.safe_load(Path(__file__).with_name("heal_ways.yaml").read_text(encoding="utf-8"))
 
@@ -86,23 +88,33 @@ def one(args: argparse.Namespace, name: str, seed: str, way: str, texts: list[st
         own = ["--method", "dense"]
     else:
         ways = dict(WAYS[way])
-        data, held = ways.pop("DATA", None), ways.pop("HELD", None)
+        data, held, begins = ways.pop("DATA", None), ways.pop("HELD", None), ways.pop("MODEL", None)
         data = str(args.work / data) if data else f"0.7*{args.work / 'c4_train.jsonl'},0.3*{args.work / 'books.txt'}"
-        own = ["--no-dense", "--save", str(args.work / f"{name}-{seed}-{way}".replace(" ", "_").replace(",", "+"))]
+        own = ["--no-dense", "--save", str(args.work / folder_of(name, seed, way))]
+        if begins:
+            dense, begins = flags[flags.index("--model") + 1], args.work / folder_of(name, seed, begins)
+            flags = [*without(flags, "--model"), "--model", str(begins), "--heal-teacher", dense]
         own += ["--heal-held-out", str(args.work / held)] if held else []
         for flag, value in ways.items():
             own += [f"--{flag}", str(value)]
             if flag == "heal" and any(part in str(value) for part in ("full", "lora")):
                 own += ["--heal-data", data, *WINDOW.get(name, [])]
     record = done([*flags, *own], args.out / name, way)
+    if way != "dense" and begins:  # what the table compares it with
+        record["begun"] = {key: checkpoint.read_manifest(begins)["record"]["settings"].get(key) for key in BEGUN}
     if WIKITEXT not in record["metrics"]:  # of what was saved, by a run of its own
         saved = own[own.index("--save") + 1] if "--save" in own else None
         wiki = ["--evaluate", str(args.shared / "data" / "wikitext2_test.txt"), "--method", "dense"]
         wiki += ["--model", saved] if saved else []
-        found = done([*flags, *wiki], args.work / "evaluations", way)
+        found = done([*without(flags, "--heal-teacher"), *wiki], args.work / "evaluations", way)
         record["metrics"] |= found["metrics"]
         record["metric_info"] |= found["metric_info"]
         report.write(record, args.out / name / f"{record['run_id']}.json")
+
+
+def folder_of(name: str, seed: str, way: str) -> str:
+    """Where in --work a way's model is."""
+    return f"{name}-{seed}-{way}".replace(" ", "_").replace(",", "+")
 
 
 def done(words: list[str], results: Path, way: str) -> dict:

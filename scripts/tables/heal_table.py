@@ -90,7 +90,13 @@ def unhealed(record: dict) -> bool:
 
 def of(record: dict) -> tuple:
     """What a healed model and the unhealed one that it is compared with share."""
-    return record["settings"].get("pattern"), record["settings"].get("shrink"), seed_of(record)
+    settings = settings_of(record)
+    return settings.get("pattern"), settings.get("shrink"), seed_of(record)
+
+
+def settings_of(record: dict) -> dict:
+    """A record's settings, where it began with another way's model those by which that was made."""
+    return record["settings"] | record.get("begun", {})
 
 
 def seed_of(record: dict) -> int:
@@ -106,7 +112,7 @@ def order(record: dict) -> tuple:
 
 def way_of(record: dict) -> str:
     """A way as the table names it."""
-    settings = record["settings"]
+    settings = settings_of(record)
     if settings["method"] == "dense":
         return "dense"
     made = [f"shrink {settings['shrink']:g}"] if settings.get("shrink") else []

@@ -21,6 +21,8 @@ def test_every_way_is_a_command_line_that_passes_the_checks(way, tmp_path, monke
         text = "c4" if len(asked) == 1 else "wikitext2_test"
         return {"status": "finished", "run_id": "x", "metrics": {f"{text}/ppl": len(asked)}, "metric_info": {}}
     monkeypatch.setattr(bench, "attempt", attempt)
+    begun = {"method": "obs", "pattern": "dense", "shrink": 0.75}
+    monkeypatch.setattr(bench.checkpoint, "read_manifest", lambda folder: {"record": {"settings": begun | {"seed": 0}}})
     args = Namespace(work=tmp_path, out=tmp_path / "out", shared=tmp_path)
     bench.one(args, "demo", "0", way, ["--calibration", "builtin", "--evaluate", "builtin"])
     cfg, evaluation = asked
@@ -31,6 +33,9 @@ def test_every_way_is_a_command_line_that_passes_the_checks(way, tmp_path, monke
     assert bool(cfg.text_heals) == any(part in way for part in ("full", "lora", "next", "shuffled"))
     assert not cfg.text_heals or cfg.heal_data.startswith("0.7*") != cfg.heal_data.endswith("shuffled.txt")
     assert bool(cfg.heal_held_out) == ("held out" in way)
+    begins = "MODEL" in bench.WAYS[way]
+    assert written.get("begun") == (begun if begins else None)
+    assert (cfg.model, cfg.heal_teacher) == ((str(tmp_path / "demo-0-cut"), "demo") if begins else ("demo", None))
 
 
 def test_shuffled_words_are_those_of_the_text(tmp_path):
@@ -68,6 +73,9 @@ def test_the_share_is_of_the_excess_without_healing(tmp_path):
     lines = heal_table.lines_of(tmp_path).splitlines()
     assert len(lines) == 5 and "dense" in lines[2] and lines[3].count("0.50") == 0
     assert "sparsegpt 2:4, full (next)" in lines[4] and lines[4].count(" 0.50 |") == 2 and "1.250 to 0.500" in lines[4]
+    cut = made("obs", (20.0, 40.0), pattern="dense", shrink=0.75)
+    begun = made("keep", (15.0, 25.0), heal="full", pattern="dense") | {"begun": {"method": "obs", "shrink": 0.75}}
+    assert heal_table.of(cut) == heal_table.of(begun) and heal_table.way_of(begun) == "shrink 0.75"
     assert heal_table.main(["--out", str(tmp_path), "--check"]) == 1
     assert heal_table.main(["--out", str(tmp_path)]) == heal_table.main(["--out", str(tmp_path), "--check"]) == 0
     assert "<svg" in (tmp_path / "heal.svg").read_text()
