@@ -95,7 +95,7 @@ def work(args: argparse.Namespace) -> None:
 def one(args: argparse.Namespace, name: str, seed: str, way: str) -> dict:
     """One row. Raises ValueError where the row that it is compared with is missing."""
     flags, began = flags_of(args, name, seed), time.perf_counter()
-    file, tokens = args.out / f"{name}.json", count(TOKENS.get(name, "0"))
+    file = args.out / f"{name}.json"
     save = args.work / f"{name}-{seed}-{way.replace(' ', '-').replace(',', '')}"
     if way == "shrink":
         before = other(file, seed, "step by step")
@@ -107,6 +107,7 @@ def one(args: argparse.Namespace, name: str, seed: str, way: str) -> dict:
         row = fitted([*flags, "--scale-columns"] if "int8" in GOALS[way]["allow"] else flags, save, {
             key: value.replace("TEXT", text_of(flags)) for key, value in GOALS[way].items()})
     else:
+        tokens = count(TOKENS[name])
         asked = {"target": f"parameters={SHARE}", "allow": "shrink,heal", "step": STEP, "tokens": str(tokens),
                  "final": str(tokens)}
         if way == "one shot":
@@ -169,7 +170,7 @@ def trained(kept: list[Round], asked: dict) -> int:
         if r.name == "final":
             total += count(asked["final"])
         elif r.plan["drop"] or r.plan["heads"] or r.plan["widths"] or list(r.plan["sparse"]) != sparse:
-            total += count(asked.get("tokens", "0"))
+            total += count(asked["tokens"]) if "tokens" in asked else 0
         sparse = list(r.plan["sparse"])
     return total
 

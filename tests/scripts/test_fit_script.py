@@ -45,7 +45,7 @@ def test_every_way_is_measured_once_on_a_tiny_model(tmp_path, monkeypatch):
     monkeypatch.setattr(bench.small_models, "flags_of", lambda shared: {"tiny": list(map(str, flags))})
     monkeypatch.setattr(bench, "TOKENS", {"tiny": "200"})
     monkeypatch.setattr(bench, "GOALS", {"a goal": {"target": "bytes=0.6", "floor": "TEXT/ppl<=9x", "allow": "int8"}})
-    monkeypatch.setattr(bench, "WAYS", {"tiny": (*bench.TOYS, "a goal")})
+    monkeypatch.setattr(bench, "WAYS", {"tiny": bench.TOYS, "other": ("a goal",)})
     monkeypatch.setattr(bench, "HEAL", {"tiny": ["--heal-seqlen", "16", "--heal-batch", "32"]})
     monkeypatch.setattr(bench, "STEP", "60%")
     monkeypatch.setattr(ending.figures, "save", lambda figure, path: None)
