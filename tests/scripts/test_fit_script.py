@@ -42,17 +42,18 @@ def test_every_way_is_measured_once_on_a_tiny_model(tmp_path, monkeypatch):
     place = tiny.make(tmp_path / "place")
     flags = ["--model", place / "model", "--pattern", "2:4", "--seqlen", "16", "--nsamples", "8", "--calibration",
              place / "calibration.txt", "--evaluate", place / "evaluation.txt"]
-    monkeypatch.setattr(bench.small_models, "flags_of", lambda shared: {"tiny": list(map(str, flags))})
+    monkeypatch.setattr(bench.small_models, "flags_of", lambda shared: dict.fromkeys(("tiny", "other"), list(
+        map(str, flags))))
     monkeypatch.setattr(bench, "TOKENS", {"tiny": "200"})
     monkeypatch.setattr(bench, "GOALS", {"a goal": {"target": "bytes=0.6", "floor": "TEXT/ppl<=9x", "allow": "int8"}})
     monkeypatch.setattr(bench, "WAYS", {"tiny": bench.TOYS, "other": ("a goal",)})
-    monkeypatch.setattr(bench, "HEAL", {"tiny": ["--heal-seqlen", "16", "--heal-batch", "32"]})
+    monkeypatch.setattr(bench, "HEAL", dict.fromkeys(("tiny", "other"), ["--heal-seqlen", "16", "--heal-batch", "32"]))
     monkeypatch.setattr(bench, "STEP", "60%")
     monkeypatch.setattr(ending.figures, "save", lambda figure, path: None)
-    argv = ["--only", "tiny", "--seeds", "0", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"),
+    argv = ["--only", "tiny,other", "--seeds", "0", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"),
             "--flags", "--eval-windows 4"]
     assert bench.main(argv) == 0
-    rows = {r["way"]: r for r in bench.rows_of(tmp_path / "out" / "tiny.json")}
+    rows = {r["way"]: r for name in ("tiny", "other") for r in bench.rows_of(tmp_path / "out" / f"{name}.json")}
     assert list(rows) == [*bench.TOYS, "a goal"]
     assert rows["one shot"]["tokens"] == rows["shrink"]["tokens"] == rows["step by step"]["tokens"] == 600
     assert all(rows[way]["shares"]["parameters"] <= bench.SHARE for way in bench.TOYS[:3])
@@ -60,7 +61,7 @@ def test_every_way_is_measured_once_on_a_tiny_model(tmp_path, monkeypatch):
     assert all(rows[way]["tokens"] == (600 if "2:4" in way or "cut" in way else 0) for way in bench.RECIPES)
     assert rows["int4"]["shares"]["bytes"] < rows["2:4, int8"]["shares"]["bytes"] < 0.5
     assert rows["a goal"]["shares"]["bytes"] <= 0.6 and rows["a goal"]["asked"]["floor"] == "evaluation/ppl<=9x"
-    scaled = {name: json.loads((tmp_path / "work" / "tiny-0-a-goal" / name / "oneshot.json").read_text())["record"][
+    scaled = {name: json.loads((tmp_path / "work" / "other-0-a-goal" / name / "oneshot.json").read_text())["record"][
         "settings"].get("scale_columns", False) for name in ("round-1", "plain-int8")}
     assert scaled == {"round-1": True, "plain-int8": False}
     assert rows["a goal"]["tokens"] == 0 and rows["cut, int8"]["shares"]["parameters"] <= 0.78
