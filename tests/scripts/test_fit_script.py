@@ -42,12 +42,12 @@ def test_every_way_is_measured_once_on_a_tiny_model(tmp_path, monkeypatch):
     place = tiny.make(tmp_path / "place")
     flags = ["--model", place / "model", "--pattern", "2:4", "--seqlen", "16", "--nsamples", "8", "--calibration",
              place / "calibration.txt", "--evaluate", place / "evaluation.txt"]
-    monkeypatch.setattr(bench.small_models, "flags_of", lambda shared: dict.fromkeys(("tiny", "other"), list(
-        map(str, flags))))
+    monkeypatch.setattr(bench.small_models, "flags_of", lambda shared: {
+        name: list(map(str, flags)) for name in ("tiny", "other")})
     monkeypatch.setattr(bench, "TOKENS", {"tiny": "200"})
     monkeypatch.setattr(bench, "GOALS", {"a goal": {"target": "bytes=0.6", "floor": "TEXT/ppl<=9x", "allow": "int8"}})
     monkeypatch.setattr(bench, "WAYS", {"tiny": bench.TOYS, "other": ("a goal",)})
-    monkeypatch.setattr(bench, "HEAL", dict.fromkeys(("tiny", "other"), ["--heal-seqlen", "16", "--heal-batch", "32"]))
+    monkeypatch.setattr(bench, "HEAL", {name: ["--heal-seqlen", "16", "--heal-batch", "32"] for name in bench.WAYS})
     monkeypatch.setattr(bench, "STEP", "60%")
     monkeypatch.setattr(ending.figures, "save", lambda figure, path: None)
     argv = ["--only", "tiny,other", "--seeds", "0", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"),
