@@ -13,6 +13,7 @@
     compressed  rounded linears as compressed-tensors stores them
     gguf      a file for llama.cpp beside the weights
     rounded   the scales of rounded linears, and the proof of their grid
+    output_head  the same proof of the output head
     bytes     the storage of the weights, pruned and dense
     verify    `oneshot verify`: check a folder against its manifest
 """

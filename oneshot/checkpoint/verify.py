@@ -27,11 +27,10 @@ import torch
 from .. import models
 from ..models import Weight
 from ..models.offload import OFFLOAD
-from ..quantise import mixed
 from ..runtime.command import Parser, exit_code
 from ..structured import origin
 from ..structured.options import shrinks
-from . import claims, compressed, contents, gguf, packed, rounded
+from . import claims, compressed, contents, gguf, output_head, packed, rounded
 from .contents import MANIFEST, Fault
 from .manifest import digest, old, pattern_of, read_sealed
 
@@ -79,7 +78,8 @@ def verify(path: str | Path, trust_remote_code: bool = False, original: str | No
     faults += compressed.faults(path, data) if data.get("format") == compressed.METHOD else []
     packed.to_dense(model)  # the recorded hashes are of the dense weights, so they also show that packing lost nothing
     rows, found = check_linears(model, data, scales)
-    found += check_head(model, data, scales)
+    of_head, off = output_head.check(model, data, scales)
+    rows, found = rows + of_head, found + off
     faults += gguf.faults(path, data, model, scales) if data.get("format") in gguf.FORMS else []
     faults += check_origin(model, data, original, trust_remote_code)
     bad = {fault.name for fault in found}
@@ -87,7 +87,7 @@ def verify(path: str | Path, trust_remote_code: bool = False, original: str | No
     unchecked = [f"{name} (not the run's)" for name in contents.files_of(path) if name not in data.get("files", {})]
     if old(data):
         unchecked = ["norms, embeddings, biases, config and tokenizer (an older oneshot recorded no hashes of files)"]
-    return Verified(rows, list(map(str, faults)), models.skipped(model), len(data.get("files", {})),
+    return Verified(rows, list(map(str, faults)), output_head.not_pruned(model, data), len(data.get("files", {})),
                     len(data.get("stored_tensors", {})), tuple(unchecked))
 
 
@@ -126,25 +126,6 @@ def check_linears(model: torch.nn.Module, data: dict, scales: dict[str, torch.Te
     if not faults and total and data["record"].get("sparsity") != zeros / total:
         faults.append(Fault(MANIFEST, f"sparsity {data['record'].get('sparsity')} recorded, it is {zeros / total}"))
     return rows, faults
-
-
-def check_head(model: torch.nn.Module, data: dict, scales: dict[str, torch.Tensor]) -> list[Fault]:
-    """Faults of the output head: on the grid that the settings name for it, with its scales; as it was where none."""
-    said, text = data["record"].get("head") or {}, data["record"]["settings"].get("quantise")
-    known = models.output_head(model)
-    asked = mixed.parse(text).named(known[0]) if text and known else None
-    if (said.get("grid"), said.get("name")) != ((str(asked), known[0]) if asked else (None, None)):
-        return [Fault(known[0] if known else MANIFEST, f"the output head is recorded on {said.get('grid')}, the "
-                                                       f"settings ask for {asked}")]
-    if asked is None:
-        return []
-    if known[0] not in scales:
-        return [Fault(known[0], f"its scales are missing in {rounded.FILE}")]
-    try:
-        rounded.codes_of(known[1].weight.data, asked, scales[known[0]])
-    except ValueError as error:
-        return [Fault(known[0], str(error))]
-    return []
 
 
 def check_origin(model: torch.nn.Module, data: dict, original: str | None, trust_remote_code: bool) -> list[Fault]:

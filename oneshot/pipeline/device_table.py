@@ -198,7 +198,7 @@ def read(file: Path) -> dict:
         found = json.loads(file.read_text(encoding="utf-8"))
         for kind in latency.KINDS:
             foretell(found, kind, found["blocks"], {})
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"--device {file}: is no table of `oneshot latency` ({type(error).__name__}); measure one "
                          "there with --out") from None
     return found

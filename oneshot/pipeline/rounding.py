@@ -47,13 +47,19 @@ def check_model(cfg: RunConfig, model: nn.Module) -> None:
     """Raise ValueError naming `--quantise` for names that the model does not have, or shapes that fit no grid."""
     if cfg.quantise is not None:
         try:
-            cfg.grids.check({weight.name: weight.shape for weight in models.all_weights(model)}
-                            | head.named(model, cfg.grids))
+            own = head.named(model, cfg.grids)
+            cfg.grids.check({weight.name: weight.shape for weight in models.all_weights(model)} | own)
+            head.check(model, cfg.grids)
         except ValueError as error:
-            raise ValueError(f"--quantise {error}") from None
-        if cfg.format not in ("dense", *gguf.FORMS) and head.named(model, cfg.grids):
+            known = models.output_head(model)
+            more = f"; the output head is {known[0]}" if known and not own and "matches none" in str(error) else ""
+            raise ValueError(f"--quantise {error}{more}") from None
+        if cfg.format not in ("dense", *gguf.FORMS) and own and any(map(cfg.grids.named, own)):
             raise ValueError(f"--format {cfg.format}: holds linears of blocks alone; leave the output head out of "
                              f"--quantise {cfg.quantise}, or use --format dense or gguf")
+        if cfg.scale_columns and not any(cfg.grids.of(weight.name) for weight in models.all_weights(model)):
+            raise ValueError(f"--scale-columns: is for linears of blocks, and --quantise {cfg.quantise} rounds none of "
+                             "them; leave it out")
     if cfg.format == compressed.METHOD and cfg.prunes:
         compressed.check_model(model, cfg.grids)
 
@@ -67,7 +73,7 @@ def renamed(cfg: RunConfig, model: nn.Module, kept: Sequence[int]) -> str | None
         return None
     path, _ = models.blocks(model)
     before = {weight.name: origin.name_before(weight.name, path, kept) for weight in models.all_weights(model)}
-    before |= {name: name for name in head.named(model, cfg.grids)}
+    before |= {name: name for name in head.named(model, cfg.grids)}  # it has the same name
     if not any(map(cfg.grids.of, before.values())):
         raise ValueError(f"--quantise {cfg.quantise}: rounds none of the linears that are left in the smaller model; "
                          "leave it out, or name others")
@@ -88,7 +94,8 @@ def round_model(cfg: RunConfig, model: nn.Module, plan: Plan, calibration: Token
     """
     if cfg.quantise is None:
         return
-    result.head, scales = head.round_head(model, cfg.grids)
+    result.head, scales, warnings = head.round_head(model, cfg.grids)
+    result.warnings += warnings
     if not joint(cfg):
         job = walk.rounding(plan, cfg, quantise.module(cfg.quantiser), cfg.rounding[cfg.quantiser], cfg.grids,
                             cfg.scale_columns)

@@ -6,7 +6,8 @@
 
 The operations are LAPACK's, C³/3 and 2·R·C², and BLOCK/C more. On a CPU they take a half to a third of its time (at
 1536 to 4096 columns, one core): products are what CPUs are fastest at, and `torch.linalg.cholesky` goes over its result
-once more to clear the other triangle.
+once more to clear the other triangle. On a GPU the library does it: products there may be rounded (`--tf32`), factors
+must not be.
 """
 
 from dataclasses import dataclass, field
@@ -39,6 +40,8 @@ class Factor:
 
     def solve(self, B: torch.Tensor) -> torch.Tensor:
         """B A⁻¹, (R, C), for B (R, C) in the factor's dtype."""
+        if B.device.type != "cpu":
+            return torch.cholesky_solve(B.T, self.L).T.contiguous()
         L, X = self.L, torch.empty_like(B, memory_format=torch.contiguous_format)
         for number, own in enumerate(self.panels):
             left = B[:, own] if not number else torch.addmm(B[:, own], X[:, :own.start], L[own, :own.start].T, alpha=-1)
@@ -58,6 +61,9 @@ def panels(C: int) -> list[slice]:
 def factor(A: torch.Tensor) -> Factor | None:
     """The factor of A (C, C), of which the lower triangle is read; None where it is not positive definite, or where
     its entries overflow."""
+    if A.device.type != "cpu":
+        L, info = torch.linalg.cholesky_ex(A)
+        return None if info or not torch.isfinite(L.diagonal()).all() else Factor(L)
     L, failed = torch.zeros_like(A, memory_format=torch.contiguous_format), []
     made = Factor(L)
     for number, own in enumerate(made.panels):

@@ -30,8 +30,7 @@ from .job import Chain, Job, Result, Rows, make_plan, skipped_rows
 from .linear import Solved
 from .options import Options
 
-__all__ = ["Chain", "Job", "Options", "Result", "Rows", "make_plan", "prune_block", "prune_model",
-           "start"]
+__all__ = ["Chain", "Job", "Options", "Result", "Rows", "make_plan", "prune_block", "prune_model", "start"]
 
 
 @torch.no_grad()

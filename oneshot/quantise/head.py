@@ -1,7 +1,8 @@
 """Head: the output head, rounded to nearest where `--quantise` names it in full: `int8:row,lm_head=int8:row`.
 
 Of a small model it is a fifth to a third of the bytes that a token reads. It is rounded before the blocks are: where it
-is tied to the embedding, that is rounded with it, and the blocks are rounded for what they will see.
+is tied to the embedding, that is rounded with it, and the blocks are rounded for what they will see. (`--quantiser
+joint` rounds blocks while it prunes them, and the head after that.)
 """
 
 import torch
@@ -12,33 +13,53 @@ from ..prune.linalg import NumericalError
 from ..prune.patterns import Dense
 from ..prune.solvers import Solution
 from . import rtn
+from .grids import Grid
 from .mixed import Grids
 
 
 def named(model: nn.Module, grids: Grids) -> dict[str, tuple[int, int]]:
     """{full name: (R, C)} of the output head where an entry names it, else {}."""
     found = models.output_head(model)
-    return {found[0]: tuple(found[1].weight.shape)} if found and grids.named(found[0]) else {}
+    return {found[0]: tuple(found[1].weight.shape)} if found and found[0] in dict(grids.others) else {}
+
+
+def check(model: nn.Module, grids: Grids) -> None:
+    """Raise ValueError, which goes behind the flag's name, where the output head's weights fit no float16 scales."""
+    for name in named(model, grids):
+        W = models.output_head(model)[1].weight.data
+        if (grid := grids.named(name)) and not W.is_meta and not torch.isfinite(grid.scales(wide(W))).all():
+            raise ValueError(f"{name}={grid}: its weights are too large for float16 scales")
+
+
+def wide(W: torch.Tensor) -> torch.Tensor:
+    """A weight in the precision it is rounded in."""
+    return W if W.dtype == torch.float64 else W.float()
 
 
 @torch.no_grad()
-def round_head(model: nn.Module, grids: Grids) -> tuple[dict, dict[str, torch.Tensor]]:
+def round_head(model: nn.Module, grids: Grids) -> tuple[dict, dict[str, torch.Tensor], list[str]]:
     """Round the output head in place where an entry names it.
 
-    ({"name", "grid", "tied", "rounded_to_zero", "stored", "dense": bytes}, {name: scales (R, groups)}); empty if none
+    (`said` and "rounded_to_zero": how many weights became zero; {name: scales (R, groups)}; warnings), empty if none
     does. Raises ValueError naming it where its weights are too large for float16 scales.
     """
-    if not named(model, grids):
-        return {}, {}
-    (name, head), tied = models.output_head(model), model.get_input_embeddings()
-    grid, p = grids.named(name), head.weight
-    W = p.data if p.dtype == torch.float64 else p.data.float()
+    name, head = models.output_head(model) or ("", None)
+    if not name or not (grid := grids.named(name)):
+        return {}, {}, []
+    W = wide(head.weight.data)
     try:
         found = rtn.quantise(W, Solution(W, W != 0), None, grid, rtn.Config())
     except NumericalError as error:
         raise ValueError(f"{name}: {error}") from None
     lost = int(((W != 0) & (found.W_hat == 0)).sum())
-    p.data.copy_(found.W_hat)
-    return {"name": name, "grid": str(grid), "tied": tied is not None and tied.weight is p, "rounded_to_zero": lost,
-            "stored": grid.bytes(*p.shape, Dense()), "dense": Dense().bytes(*p.shape, p.element_size())
-            }, {name: found.scales}
+    head.weight.data.copy_(found.W_hat)
+    return said(model, grid) | {"rounded_to_zero": lost}, {name: found.scales}, [
+        f"{name}: {text}" for text in found.info.get("warnings", [])]
+
+
+def said(model: nn.Module, grid: Grid) -> dict:
+    """What a record says of an output head on a grid: {"name", "grid", "tied", "stored", "dense": bytes}."""
+    (name, head), embedding = models.output_head(model), model.get_input_embeddings()
+    p = head.weight
+    return {"name": name, "grid": str(grid), "tied": embedding is not None and embedding.weight is p,
+            "stored": grid.bytes(*p.shape, Dense()), "dense": Dense().bytes(*p.shape, p.element_size())}

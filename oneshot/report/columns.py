@@ -145,10 +145,11 @@ def is_pruned(record: dict) -> bool:
 
 def grid_of(record: dict) -> str:
     """What `--quantise` rounded to: "int4:64", or each grid where linears differ: "int4:64+int8:row"; "" without
-    it. "+head": the output head is rounded too."""
-    entries = str((record.get("settings") or {}).get("quantise") or "").split(",")
-    found = "+".join(dict.fromkeys(filter(None, (entry.rpartition("=")[2].strip() for entry in entries))))
-    return f"{found}+head" if found and record.get("head") else found
+    it. The output head comes last: "int4:64+head:int8:row"."""
+    entries, head = str((record.get("settings") or {}).get("quantise") or "").split(","), record.get("head") or {}
+    named = [entry.rpartition("=")[::2] for entry in entries]
+    found = [grid.strip() for name, grid in named if grid and (not head or name.strip() != head.get("name"))]
+    return "+".join([*dict.fromkeys(found), *([f"head:{head.get('grid')}"] if head and found else [])])
 
 
 def left_of(record: dict) -> str:

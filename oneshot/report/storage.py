@@ -25,10 +25,11 @@ def whole_bytes(record: dict) -> tuple[float, float] | None:
 
 
 def left_dense(record: dict) -> list[tuple[str, float]]:
-    """[(reason, share of the model's weights)] of what is never pruned, the largest first; [] where not known."""
+    """[(reason, share of the model's weights)] of what is never pruned, the largest first; [] where not known. An
+    output head that was rounded is not among it."""
     total, shares = (record.get("model") or {}).get("parameters"), {}
     for row in record.get("skipped") or []:
-        if total and row.get("weights"):
+        if total and row.get("weights") and not (record.get("head") and "output head" in str(row["reason"])):
             shares[str(row["reason"])] = shares.get(str(row["reason"]), 0.0) + row["weights"] / total
     return sorted(shares.items(), key=lambda item: -item[1])
 

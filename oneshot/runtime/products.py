@@ -1,9 +1,10 @@
 """Products: how float32 matrices are multiplied while a command computes.
 
     GPU   with full precision, or with `--tf32` with 10 bits of mantissa
-    CPU   with full precision. On AMD's processors torch's MKL leaves AVX-512 alone; oneDNN, which torch has as well,
-          uses it: 2.2 times as fast on a Zen 5 core, the same precision. torch gives it the products once it may round
-          them to bfloat16, which oneDNN does only where there are units for that (AMX); a trial says whether it does
+    CPU   in float32. On AMD's processors torch's MKL leaves AVX-512 alone; oneDNN, which torch has as well, uses it:
+          2.2 times as fast on a Zen 5 core, at most about twice the rounding error (a single row is slower). torch
+          gives it the products once it may round them to bfloat16, which oneDNN does only where there are units for
+          that (AMX); a trial says whether it does
 """
 
 import contextlib
@@ -29,7 +30,7 @@ def float32(tf32: bool = False) -> Iterator[None]:
 @functools.cache
 def by_onednn() -> bool:
     """Whether oneDNN is to multiply: on an AMD processor with AVX-512, and no GPU, whose products would be rounded."""
-    can = torch.cpu.get_capabilities()
+    can = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 has none
     if torch.cuda.is_available() or not can.get("avx512_bf16") or "AMD" not in can.get("cpu_name", ""):
         return False
     generator, before = torch.Generator().manual_seed(0), torch.get_float32_matmul_precision()

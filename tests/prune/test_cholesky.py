@@ -55,9 +55,26 @@ def test_only_the_lower_triangle_is_read_and_nothing_is_changed():
     assert torch.equal(spoilt, before[0]) and torch.equal(B, before[1])
 
 
+@pytest.mark.parametrize("decades", [3, 5])
+def test_badly_scaled_and_nearly_singular_ones_have_the_factor_that_lapack_finds(decades):
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(700, 300, generator=draw) * torch.logspace(0, -decades / 2, 300) * (
+        torch.randn(300, generator=draw).exp())
+    A = (x.T @ x).double()
+    A.diagonal().add_(1e-3 * A.diagonal().mean())
+    A = A.float()
+    found = cholesky.factor(A)
+    back = found.L.double() @ found.L.double().T
+    plain = torch.linalg.cholesky(A).double()
+    assert off(back, A.double()) <= 4 * off(plain @ plain.T, A.double()) + 1e-7
+
+
 @pytest.mark.parametrize("place", [0, 100, 128, 299])
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
 def test_what_is_not_positive_definite_has_no_factor(place, value):
     A = gram(300)
     A[place, place] = value
+    assert cholesky.factor(A) is None
+    A = gram(300)
+    A[299, 5] = float("nan")
     assert cholesky.factor(A) is None

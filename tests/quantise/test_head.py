@@ -91,12 +91,33 @@ def test_blocks_are_rounded_for_the_rounded_embedding(tmp_path, place):  # noqa:
 def test_only_its_full_name_means_the_head(place, tmp_path, capfd):  # noqa: F811
     assert mixed.parse("int4,lm_*=int8").named("lm_head") is None and mixed.parse("int8").named("lm_head") is None
     for text, says in (("int8,lm_*=int8:row", "lm_*=int8:row: matches none of the model's 21 linears"),
-                       ("int8,head=int8", "head=int8: matches none of the model's 21 linears"),
+                       ("int8,head=int8", "head=int8: matches none of the model's 21 linears, such as model.layers.0."
+                                          "self_attn.q_proj; the output head is lm_head"),
                        ("int8,lm_head=int4,lm_head=int8", "lm_head=int4: counts for none of its 1 linears")):
         assert command(place, results=tmp_path, quantise=text) == 2
         assert f"error: --quantise {says}" in capfd.readouterr().err
     assert command(place, results=tmp_path, quantise="none,lm_head=int8:row", method="keep", pattern="dense") == 0
     assert {"name": "lm_head"}.items() <= the_record(tmp_path)["head"].items()
+    assert command(place, results=tmp_path / "none", quantise="int8,lm_head=none") == 0
+    assert "head" not in the_record(tmp_path / "none")
+
+
+def test_weights_that_no_scale_holds_are_refused_or_told(place, tmp_path, capfd):  # noqa: F811
+    """Too large: before anything is computed. So small that a scale vanishes: as with any other linear, a warning."""
+    for name, factor in (("large", 1e9), ("small", 1e-9)):
+        folder = tiny.copy(place / "model", tmp_path / name)
+        tiny.change_weights(folder, lambda t, factor=factor: t["lm_head.weight"].mul_(factor))
+    assert command(place, model=tmp_path / "large", results=tmp_path / "a", quantise=ROWS) == 2
+    assert "error: --quantise lm_head=int8:row: its weights are too large" in capfd.readouterr().err
+    assert command(place, model=tmp_path / "small", results=tmp_path / "b", quantise=ROWS) == 0
+    [warning] = [text for text in the_record(tmp_path / "b")["warnings"] if text.startswith("lm_head: ")]
+    assert warning == "lm_head: 32 groups became zero, their float16 scale vanished"
+
+
+def test_scaling_columns_is_for_blocks(place, tmp_path, capfd):  # noqa: F811
+    assert command(place, "--scale-columns", results=tmp_path, quantise="none,lm_head=int8:row", method="keep",
+                   pattern="dense") == 2
+    assert "error: --scale-columns: is for linears of blocks, and --quantise none,lm_head" in capfd.readouterr().err
 
 
 # --- what comes after ---------------------------------------------------------------------------------------
@@ -105,6 +126,9 @@ def test_only_its_full_name_means_the_head(place, tmp_path, capfd):  # noqa: F81
 def test_verify_proves_it(saved, tmp_path, text, capsys):
     assert verify.main([str(saved[text])]) == 0
     own = mixed.parse(text).named("lm_head")
+    shown = capsys.readouterr().out
+    assert "22 linears checked" in shown and f"dense {own}" in shown
+    assert f"not pruned  lm_head.weight: output head, rounded to {own}" in shown
 
     def spoilt(name, change):
         folder = tiny.copy(saved[text], tmp_path / name)
@@ -117,11 +141,23 @@ def test_verify_proves_it(saved, tmp_path, text, capsys):
     faults = spoilt("b", lambda folder: tiny.change_weights(folder, lambda t: t["lm_head.weight"].mul_(1.01)))
     assert any(fault.startswith("lm_head: ") and f"weights are not on the grid {own}" in fault for fault in faults)
 
-    def other(folder):
-        data, _ = sealed.read(folder / "oneshot.json")
-        del data["record"]["head"]
-        sealed.write({k: v for k, v in data.items() if not k.startswith("sha256")}, folder / "oneshot.json")
-    assert f"lm_head: the output head is recorded on None, the settings ask for {own}" in spoilt("c", other)
+    def told(name, change):
+        """The faults with another manifest, sealed again."""
+        def other(folder):
+            data, _ = sealed.read(folder / "oneshot.json")
+            change(data["record"])
+            sealed.write({k: v for k, v in data.items() if not k.startswith("sha256")}, folder / "oneshot.json")
+        return " ".join(spoilt(name, other))
+    assert f"grid None instead of {own}" in told("c", lambda record: record.pop("head"))
+    assert "grid int8:row instead of None" in told("d", lambda record: record.update(
+        settings=record["settings"] | {"quantise": "int8:row"}, head={"name": "lm_head", "grid": "int8:row"}))
+    for key, false in (("stored", 1), ("dense", 10**9), ("tied", True), ("name", "head")):
+        assert f"{key} {false} instead of" in told(
+            key, lambda record, key=key, x=false: record["head"].update({key: x}))
+    for number, damaged in enumerate(([1], "x", 7)):
+        assert "what it says of the output head cannot be read" in told(
+            f"e{number}", lambda record, x=damaged: record.update(head=x))
+        assert "cannot be read" in told(f"f{number}", lambda record, x=damaged: record["settings"].update(quantise=x))
 
 
 def test_the_record_counts_its_bytes_and_names_it(saved):
@@ -131,8 +167,13 @@ def test_the_record_counts_its_bytes_and_names_it(saved):
     assert with_head["bytes"] == without["bytes"]  # of the blocks' linears
     (a, dense), (b, same) = storage.whole_bytes(with_head), storage.whole_bytes(without)
     assert b - a == own["dense"] - own["stored"] > 0 and dense == same
-    assert report.pattern_of(with_head) == "2:4 int8:row+head" and report.pattern_of(without) == "2:4 int8:row"
+    assert report.pattern_of(with_head) == "2:4 int8:row+head:int8:row" and report.pattern_of(without) == "2:4 int8:row"
     assert len(set(report.series([with_head, without]))) == 2
+    assert [reason for reason, _ in report.left_dense(with_head)] == ["embedding"]
+    assert [reason for reason, _ in report.left_dense(without)] == ["embedding", "output head"]
+    only = {"settings": {"quantise": "none,lm_head=q4_0", "method": "keep", "pattern": "dense"},
+            "head": {"name": "lm_head", "grid": "q4_0"}}
+    assert report.pattern_of(only) == "none+head:q4_0"
 
 
 @pytest.mark.skipif(not integers.available(), reason="no C++ compiler")

@@ -45,6 +45,13 @@ def test_onednn_multiplies_where_it_is_faster_and_the_trial_is_precise(amd, tria
         assert torch.get_float32_matmul_precision() == want
 
 
+def test_a_torch_that_does_not_know_its_processor_multiplies_as_ever(monkeypatch):
+    """2.9 has no get_capabilities."""
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    with products.float32():
+        assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_a_gpu_rounds_only_when_asked(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "cpu_name": "AMD EPYC"})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -140,10 +140,11 @@ class Looks:
         """KL(dense ‖ model) with the output head alone rounded to nearest; the model is as before."""
         name, linear = models.output_head(model)
         kept = linear.weight.data.clone()
-        head.round_head(model, mixed.parse(f"none,{name}={grid}"))
-        found = self.base(model)
-        linear.weight.data.copy_(kept)
-        return found
+        try:
+            head.round_head(model, mixed.parse(f"none,{name}={grid}"))
+            return self.base(model)
+        finally:
+            linear.weight.data.copy_(kept)
 
     def alone(self, model: nn.Module, new: Callable[[Weight], torch.Tensor],
               leave: Collection[int] = ()) -> dict[int, float]:

@@ -156,10 +156,13 @@ def notes(fit: Fit) -> list[str]:
     """What a reader of the table should know."""
     found = [note for r in fit.ledger.rounds for note in r.notes]
     if "latency" in fit.asked.targets:
-        known = (fit.table or {}).get("parts", {}).get("decode1", {}).get("forms", {})
+        told = (fit.table or {}).get("parts", {}).get("decode1", {})
+        known = told.get("forms", {})
         lacking = [form for form in (forms.SPARSE, *forms.GRIDS) if form in fit.asked.allow and form not in known]
         found += [f"no kernel for {', '.join(lacking)} in the device's table: no time is gained by them, bytes only"
                   ] * bool(lacking)
+        found += ["no time of the output head in the device's table: it stays as it is"] * bool(
+            fit.steps.head and known and "head" not in told)
         found += [] if fit.table is None else device_table.warnings(fit.table)
         found += [f"latency: a token by {own}" for own in [(fit.table or {}).get("decoding")] if own]
         found += ["times are foretold by the table of --device, not measured"] * (fit.asked.table is not None)

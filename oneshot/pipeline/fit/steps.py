@@ -74,7 +74,9 @@ class Steps:
                        *words])
         off = {f.name: f.default for f in fields(cfg) if f.metadata and f.metadata["bears_on"] == "measuring"
                and (f.name in LATER or not measured)}
-        off |= {"scale_columns": cfg.scale_columns and cfg.quantise is not None}
+        in_blocks = cfg.quantise is not None and [grid for grid in (cfg.grids.default, *(
+            grid for name, grid in cfg.grids.others if name != self.head)) if grid]
+        off |= {"scale_columns": cfg.scale_columns and bool(in_blocks)}
         return replace(cfg, **off | ({} if measured else {"evaluate": "none"}))
 
     @property
