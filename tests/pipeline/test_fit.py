@@ -93,6 +93,16 @@ def test_several_targets_are_all_met_and_integers_serve_the_bytes(tmp_path, monk
     assert now["shares"]["bytes"] == 0.75 * (3 + 3 / 4) / 6 and capsys.readouterr().out.startswith("round ")
 
 
+def test_a_model_that_was_only_rounded_is_not_measured_again(tmp_path, monkeypatch):
+    """Each round rounds the same model; what cuts it, as the last one does here, makes another."""
+    world = World(monkeypatch, lambda share: 20)
+    assert world.go(tmp_path, "--target", "bytes=0.3", "--step", "40%", "--allow", "int8,int4") == 0
+    assert len(rounds_of(tmp_path)) == 3 and len(world.asked) == 1
+    cuts = World(monkeypatch, lambda share: 20)
+    assert cuts.go(tmp_path / "other", "--target", "parameters=0.7", "--step", "40%") == 0
+    assert len(cuts.asked) == len(rounds_of(tmp_path / "other")) > 1
+
+
 def test_each_block_gets_its_form(tmp_path, monkeypatch):
     """int8 for all is too large, int4 for all loses more: the run has an entry for each block that differs."""
     world = World(monkeypatch, lambda share: 20)

@@ -255,3 +255,6 @@ def test_a_step_takes_nothing_that_the_whole_way_leaves():
     assert set(on.grids) == {"int4"} and on.sparse == found.sparse
     assert [d for d, _ in plans.towards(found, way, 1, Plan(grids=((0, "int8"),))).drops] == [()]
     assert "int8" in plans.towards(found, way, 1, Plan(grids=((0, "int8"),))).grids
+    way["sparse"] = False
+    assert not plans.towards(found, way, 0, Plan()).sparse
+    assert plans.towards(found, way, 0, Plan(sparse=(1,))).sparse == found.sparse

@@ -183,9 +183,10 @@ def alternatives(costs: Costs, candidates: Candidates, start: Plan, limits: Mapp
 
 
 def way_of(plan: Plan) -> dict:
-    """What a plan for the whole way leaves, plain values: of heads and widths, how many blocks go, and its grids."""
+    """What a plan for the whole way leaves, plain values: of heads and widths, how many blocks go, and its forms."""
     return {"heads": dict(plan.heads), "widths": dict(plan.widths), "drop": len(plan.drop),
-            "grids": sorted({key for _, key in plan.grids}), "output": plan.output}
+            "grids": sorted({key for _, key in plan.grids}), "output": plan.output,
+            "sparse": bool(plan.sparse)}
 
 
 def towards(candidates: Candidates, way: dict, gone: int, start: Plan) -> Candidates:
@@ -200,7 +201,7 @@ def towards(candidates: Candidates, way: dict, gone: int, start: Plan) -> Candid
     output = {key: x for key, x in candidates.output.items() if key in (way["output"], start.output)}
     return replace(candidates, drops=[(d, x) for d, x in candidates.drops if len(d) <= max(0, way["drop"] - gone)],
                    heads=on(candidates.heads, way["heads"]), widths=on(candidates.widths, way["widths"]), grids=grids,
-                   output=output)
+                   output=output, sparse=candidates.sparse if way["sparse"] or start.sparse else {})
 
 
 Losses = Callable[[int], dict[tuple[bool, str | None], float]]  # of a block: {(2:4?, key of its grid): loss}

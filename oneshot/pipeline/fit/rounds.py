@@ -1,6 +1,7 @@
 """Rounds: aim, plan, run, judge the floors, keep or take back; until the targets are met or a floor stands in the way.
 
-    way     the best plan for all targets at once, made in the first round: later ones take nothing that it leaves
+    way     the best plan for all targets at once, made in the first round: later ones take nothing that it leaves, as
+            long as they reach their aims so (what was foretold may not be what is measured)
     aim     from where the model is, --step of the whole way from the dense model to each target
     broken  a floor that does not hold: the round is taken back and tried again, with half the step and without the
             part that it was foretold to lose most by; TRIES times, then the rounds end
@@ -67,6 +68,7 @@ class Fit:
     stopped: str | None = None
     way: dict | None = None
     _looks: Looks | None = None
+    _found: tuple[str, Candidates] | None = None
     _table: dict | None = None
 
     def run(self) -> None:
@@ -140,7 +142,7 @@ class Fit:
         limits, ends = ({kind: aim * here[kind] / self.shares[kind] for kind, aim in own.items()}
                         for own in (now.aims, self.asked.targets))
         first = not self.ledger.rounds
-        found = self.looks.at(model, costs, self.state.plan, ends if first else limits, self.asked.allow)
+        found = self.candidates(model, costs, ends if first else limits)
         if first and (whole := best(costs, found, self.state.plan, ends)):
             self.way = way_of(whole[0])
         now.notes, now.way = found.notes, self.way
@@ -157,6 +159,12 @@ class Fit:
         now.candidates = found.plain()
         now.failed = "nothing that --allow names is small enough for the next step" if not failed else \
             "no other way to take the next step"
+
+    def candidates(self, model: nn.Module, costs: Costs, limits: dict[str, float]) -> Candidates:
+        """The candidates of the model as it is; those of the round before where it only rounded that model."""
+        if "shrink" in self.asked.allow or not self._found or self._found[0] != self.state.float:
+            self._found = self.state.float, self.looks.at(model, costs, self.state.plan, limits, self.asked.allow)
+        return self._found[1]
 
     def least(self, model: nn.Module, found: Candidates, close: list[tuple[Plan, float]]) -> tuple[Plan, float]:
         """The plan that loses least, and what; where there are several, their cuts are measured as a whole."""
