@@ -160,7 +160,8 @@ def fitted(flags: list[str], save: Path, asked: dict) -> dict:
             "stopped": found.stopped, "rounds": [[r.told, r.shares, r.metrics.get(metric), r.kept]
                                                  for r in found.ledger.rounds],
             "plain": {grid: {**r["shares"], "ppl": r["metrics"][metric], "floors": r["kept"]}
-                      for grid, r in found.ledger.ending["plain"].items()}, "asked": asked}
+                      for grid, r in found.ledger.ending["plain"].items()}, "asked": asked,
+            "seconds": sum(r.seconds for r in found.ledger.rounds)}  # also where it was killed and went on
 
 
 def trained(kept: list[Round], asked: dict) -> int:

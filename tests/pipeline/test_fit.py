@@ -97,7 +97,7 @@ def test_a_model_that_was_only_rounded_is_not_measured_again(tmp_path, monkeypat
     """Each round rounds the same model; what cuts it, as the last one does here, makes another."""
     world = World(monkeypatch, lambda share: 20)
     assert world.go(tmp_path, "--target", "bytes=0.3", "--step", "40%", "--allow", "int8,int4") == 0
-    assert len(rounds_of(tmp_path)) == 3 and len(world.asked) == 1
+    assert len(rounds_of(tmp_path)) == 2 and len(world.asked) == 1
     cuts = World(monkeypatch, lambda share: 20)
     assert cuts.go(tmp_path / "other", "--target", "parameters=0.7", "--step", "40%") == 0
     assert len(cuts.asked) == len(rounds_of(tmp_path / "other")) > 1
