@@ -28,6 +28,14 @@ for package, folder in (("oneshot", ROOT), ("oneshot_kernels", ROOT / "kernels")
         sys.path.insert(0, str(folder))
 
 
+@pytest.fixture(autouse=True)
+def idle(monkeypatch):
+    """To the commands, nothing else runs on this machine: their notes about it do not depend on what runs the tests."""
+    from oneshot.runtime import environment
+
+    monkeypatch.setattr(environment, "others", lambda: 0.0)
+
+
 def pytest_configure(config):
     """Under xdist, the process that hands out files takes them in the order of `pytest_collection_modifyitems`."""
     if getattr(config.option, "numprocesses", None):

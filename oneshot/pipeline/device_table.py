@@ -44,16 +44,18 @@ SHARES = (0.75, 0.5, 0.25)  # of the units of a kind
 BOTH = 0.5  # of the kinds TOGETHER, to see whether they add up
 UNITS = (groups.HEADS, groups.QUERIES, groups.NEURONS)
 TOGETHER = (groups.HEADS, groups.NEURONS)  # an attention loses either KV groups or query heads
+BUSY = 0.5  # cores that others may take meanwhile
 ADDITIVE = 0.1  # how far the foretold time may be from the measured one
 
 
 def table(model: nn.Module, device: str, rounds: int = latency.ROUNDS, progress: bool = True) -> dict:
-    """The device's table for models of this family and size, plain values; measured once, then read from the cache.
+    """The device's table for models of this family and size, plain values; measured once, then read from the cache,
+    unless the machine was busy then.
 
     Raises ValueError naming `--model` for a model of one block, or a family whose blocks cannot go.
     """
     file = cache() / "latency" / f"{key(model, device, rounds)}.json"
-    if kept := sealed.kept(file):
+    if (kept := sealed.kept(file)) and not was_busy(kept):
         return kept
     found = measured(model, device, rounds, progress)
     sealed.keep(found, file)
@@ -104,7 +106,7 @@ def measured(model: nn.Module, device: str, rounds: int, progress: bool) -> dict
     e = environment.environment(device)
     found = {"device": e["device"], "threads": e["threads"], "torch": e["torch"], "transformers": e["transformers"],
              "date": e["date"], "dtype": str(model.dtype).removeprefix("torch."), "family": model.config.model_type,
-             "decoding": ready["whole"][1], "blocks": L,
+             "busy": round(environment.others(), 1), "decoding": ready["whole"][1], "blocks": L,
              "units": {unit: of(model, unit) for unit in parts["decode1"]["saved"]}, "parts": parts}
     both = {unit: round(BOTH * found["units"][unit]) for unit in found["units"] if unit in TOGETHER}
     found["checks"] = {"whole model": check(found, ms["whole"], L, {}),
@@ -186,10 +188,17 @@ def check(table: dict, ms: dict[str, float], blocks: int, units: dict[str, int])
 
 
 def warnings(table: dict) -> list[str]:
-    """One line for each check in which parts do not add up."""
-    return [f"{name}, {kind}: the parts add up to {row['foretold']:.2f} ms, {row['off']:+.0%} of the measured "
-            f"{row['measured']:.2f} ms" for name, rows in table["checks"].items() for kind, row in rows.items()
-            if abs(row["off"]) > ADDITIVE]
+    """One line for each check in which parts do not add up, and one where the machine had other work as well."""
+    found = [f"{name}, {kind}: the parts add up to {row['foretold']:.2f} ms, {row['off']:+.0%} of the measured "
+             f"{row['measured']:.2f} ms" for name, rows in table["checks"].items() for kind, row in rows.items()
+             if abs(row["off"]) > ADDITIVE]
+    return found + ([f"measured while other processes took {table['busy']} cores: it is measured again next time"]
+                    if was_busy(table) else [])
+
+
+def was_busy(table: dict) -> bool:
+    """Whether the machine had other work while it was measured."""
+    return table.get("busy", 0.0) > BUSY
 
 
 def read(file: Path) -> dict:

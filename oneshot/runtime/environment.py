@@ -93,6 +93,11 @@ def fast_bfloat16(device: str | torch.device) -> bool:
     return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
 
 
+def others() -> float:
+    """Cores that other processes take: the load average of a minute less this process's threads, at least 0."""
+    return max(0.0, os.getloadavg()[0] - torch.get_num_threads()) if hasattr(os, "getloadavg") else 0.0
+
+
 def check_name(path: str | Path | None, flag: str) -> None:
     """Raise ValueError naming the flag if no file system takes a path of this name."""
     try:

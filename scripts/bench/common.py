@@ -4,7 +4,6 @@ line and their rows in a file."""
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Callable
 from itertools import cycle
@@ -18,6 +17,7 @@ from oneshot.calibrate import Activations
 from oneshot.prune import patterns
 from oneshot.runtime import products
 from oneshot.runtime.command import Parser
+from oneshot.runtime.environment import others  # noqa: F401 - for the benchmarks
 from oneshot.runtime.files import write_json
 
 BATCH = {"craftgpt-5m": "16"}  # its windows are single dialogues of some 30 tokens
@@ -33,11 +33,6 @@ def matmul_rate(n: int) -> float:
             a @ b
             times.append(time.perf_counter() - began)
     return 8 * n**3 / min(times)
-
-
-def others() -> float:
-    """Cores that other processes take: the load average of a minute less this program's threads, at least 0."""
-    return max(0.0, os.getloadavg()[0] - torch.get_num_threads())
 
 
 def removed(pattern: patterns.Pattern) -> tuple[float, int, int]:
@@ -60,10 +55,10 @@ def caller(activations: Activations, b: int) -> Callable[[nn.Module, torch.Tenso
 def quality(subject: measure.Subject) -> dict:
     """Perplexity on the one text that a model is measured on, and what was asked of tasks beside it."""
     found = measure.measure(subject)
-    (metric, ppl), *others = found.metrics.items()
+    (metric, ppl), *rest = found.metrics.items()
     info = found.info[metric]
     tasks = {name: {"value": value, **{key: found.info[name][key] for key in ("stderr", "samples", "chance")}}
-             for name, value in others if name.endswith("/acc")}
+             for name, value in rest if name.endswith("/acc")}
     return {"metric": metric, "window": info["window"], "ppl": ppl, "tokens": info["tokens"]} | (
         {"tasks": tasks} if tasks else {})
 

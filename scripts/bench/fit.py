@@ -48,7 +48,7 @@ RECIPES = {  # flags of `oneshot prune`; tokens are added where it heals on text
     "cut, int8": {"method": "obs", "shrink": 0.77, "shrink-method": "obs", "heal": "fold,full", "quantise": "int8:row"},
 }
 GOALS = {  # flags of `oneshot fit`; TEXT stands for the text that is measured
-    "0.6x, floor 1.1x": {"target": "latency=0.6", "floor": "TEXT/ppl<=1.1x", "allow": "2:4,int8,int4", "step": "50%",
+    "0.6x, floor 1.1x": {"target": "latency=0.6", "floor": "TEXT/ppl<=1.1x", "allow": "2:4,int8,int4", "step": "100%",
                          "budget": "2h"},
     "0.75x without integers, floor 1.5x": {"target": "latency=0.75", "floor": "TEXT/ppl<=1.5x", "step": "50%",
                                            "allow": "shrink,2:4,heal", "tokens": "100k", "final": "none",

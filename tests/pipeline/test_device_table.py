@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from oneshot.measure import latency
 from oneshot.models import blocks, config_of
 from oneshot.pipeline import device_table, forms, latency_command
+from oneshot.runtime import environment
 
 real = latency.one
 
@@ -69,6 +70,17 @@ def test_it_is_measured_once_for_the_same_shapes_and_again_for_others(model, mon
     monkeypatch.setattr(device_table, "measured", lambda *args: calls.append(args) or {"other": 1})
     assert device_table.table(model, "cpu", rounds=1, progress=False) == first and not calls
     assert device_table.table(high(5), "cpu", rounds=1, progress=False) == {"other": 1} and len(calls) == 1
+
+
+def test_one_that_was_measured_on_a_busy_machine_says_so_and_is_measured_again(model, monkeypatch):
+    monkeypatch.setattr(environment, "others", lambda: 1.26)
+    busy = device_table.table(model, "cpu", rounds=1, progress=False)
+    assert "measured while other processes took 1.3 cores" in device_table.warnings(busy)[-1]
+    monkeypatch.setattr(environment, "others", lambda: 0.2)
+    idle = device_table.table(model, "cpu", rounds=1, progress=False)
+    assert idle["busy"] == 0.2 and not device_table.warnings(idle)
+    monkeypatch.setattr(latency, "one", None)
+    assert device_table.table(model, "cpu", rounds=1, progress=False) == idle
 
 
 def test_other_kernels_are_measured_again(model, tmp_path, monkeypatch):

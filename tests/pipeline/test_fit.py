@@ -7,6 +7,7 @@ import pytest
 from fitting import World
 
 from oneshot.pipeline.fit import ledger
+from oneshot.runtime import environment
 
 EIGHTH = "12.5%"  # of the whole way
 
@@ -81,6 +82,15 @@ def test_latency_is_measured_and_the_aims_follow_what_was_measured(tmp_path, mon
     assert [r["aims"]["latency"] for r in found] == pytest.approx([0.9, 0.8375, 0.8, 0.8])
     assert world.limits[0]["latency"] == pytest.approx(0.8 * 8)  # the first round looks at the whole way
     assert world.limits[1]["latency"] == pytest.approx(0.8375 * 7 / 0.9375)
+
+
+def test_times_of_a_busy_machine_are_noted(tmp_path, monkeypatch, capsys):
+    world = World(monkeypatch, lambda share: 20)
+    monkeypatch.setattr(environment, "others", lambda: 2.0)
+    assert world.go(tmp_path, "--target", "latency=0.8x", "--step", "100%") == 0
+    [now] = rounds_of(tmp_path)
+    said = "round-1: timed while other processes took 2.0 cores, so its latency is uncertain"
+    assert said in now["notes"] and f"note: {said}" in capsys.readouterr().out
 
 
 def test_several_targets_are_all_met_and_integers_serve_the_bytes(tmp_path, monkeypatch, capsys):

@@ -15,6 +15,7 @@ from torch import nn
 
 from ...heal.options import count
 from ...models import Tokenizer
+from ...runtime import environment
 from ...runtime.command import one_line
 from .. import device_table
 from ..command import Command
@@ -26,6 +27,7 @@ from .steps import State, Steps
 
 TRIES = 2  # how often a broken round is tried another way
 FINAL = "final"  # the folder of the long heal
+BUSY = 0.5  # cores that others may take while a round is timed
 NEAR = 1e-6  # a share that is that near its target has met it
 
 
@@ -195,14 +197,21 @@ class Fit:
         now.metrics = record["metrics"]
         now.shares = steps.shares(record, self.dense)
         if "latency" in self.asked.targets:
-            now.shares["latency"] = now.foretold["latency"] if self.asked.table else \
-                timed or steps.time_share(self.steps.dense, folder)
+            now.shares["latency"] = now.foretold["latency"] if self.asked.table else timed or self.timed(now, folder)
         found = [own.judge(record, self.dense) for own in self.asked.floors]
         now.floors = [own.plain() for own in found]
         now.broken = [str(own) for own in found if not own.holds]
         now.kept = not now.broken
         reached = ", ".join(f"{kind} {now.shares[kind]:.2f}" for kind in self.asked.targets)
         say(f"{now.name}: {reached}; {'; '.join(now.broken) or 'all floors hold'}")
+
+    def timed(self, now: Round, folder: str) -> float:
+        """The measured share of the dense model's time; a note where other processes had the machine as well."""
+        found = steps.time_share(self.steps.dense, folder)
+        if (busy := environment.others()) > BUSY:
+            now.notes = [*now.notes, f"{now.name}: timed while other processes took {busy:.1f} cores, so its latency "
+                                     "is uncertain"]
+        return found
 
     def final(self) -> None:
         """The long heal of the best state; kept if it keeps the floors and the targets that were met."""
