@@ -100,7 +100,7 @@ def page(rows: Sequence[dict], fast: dict) -> str:
         used = [row for model, form in fast for _, row in [fast[model, form]] if model == name]
         if used:
             told += (f" tokens/s: `cpu_decode.py`, commit {used[0]['environment']['commit']}, one thread, "
-                     f"{used[0]['environment']['device']}; '-': no kernel for this form.")
+                     f"{used[0]['environment']['device']}; '-': no kernel for this form, or not timed.")
         parts += [f"{told}\n", table(own, {form: rate for (model, form), (rate, _) in fast.items() if model == name})]
     return "\n".join(parts)
 
@@ -151,7 +151,8 @@ def table(rows: Sequence[dict], rates: dict[str, float]) -> str:
     lines = []
     for way, met in sorted(groups.items(), key=lambda item: (-item[1][0]["bits"], excess[item[0]])):
         spread = f" ± {statistics.stdev(r['excess'] for r in met):.4f}" if len(met) > 1 else ""
-        rate = rates.get(form(met[0]["flags"]))
+        smaller = met[0]["dense"] < max(row["dense"] for row in rows)  # it began with a smaller model
+        rate = None if smaller else rates.get(form(met[0]["flags"]))
         lines.append([way, f"{met[0]['bits']:.2f}", f"{met[0]['stored'] / 1e3:.0f}", f"{excess[way]:.4f}{spread}",
                       less(way, groups, excess), str(round(statistics.fmean(r["rounded_to_zero"] for r in met))),
                       f"{statistics.fmean(r['seconds'] for r in met):.1f}",
