@@ -151,7 +151,7 @@ def table(rows: Sequence[dict], rates: dict[str, float]) -> str:
     lines = []
     for way, met in sorted(groups.items(), key=lambda item: (-item[1][0]["bits"], excess[item[0]])):
         spread = f" ± {statistics.stdev(r['excess'] for r in met):.4f}" if len(met) > 1 else ""
-        smaller = met[0]["dense"] < max(row["dense"] for row in rows)  # it began with a smaller model
+        smaller = met[0].get("dense", 0) < max(row.get("dense", 0) for row in rows)  # it began with a smaller model
         rate = None if smaller else rates.get(form(met[0]["flags"]))
         lines.append([way, f"{met[0]['bits']:.2f}", f"{met[0]['stored'] / 1e3:.0f}", f"{excess[way]:.4f}{spread}",
                       less(way, groups, excess), str(round(statistics.fmean(r["rounded_to_zero"] for r in met))),
