@@ -11,7 +11,7 @@ are kept.
     reference_s   `oneshot.prune.solvers.sparsegpt` with its loop in torch
     compiled_s    the same with oneshot_kernels/cpu/column_loop.py
     floor_s       R·C² operations (every column's error goes to all columns right of it), at the rate of large float32
-                  products measured in the same round
+                  products measured in the same round, multiplied as the commands do (runtime/products.py)
 
 `masks_differ` counts weights that only one of the last two keeps. `load` is what other processes took of the machine,
 in cores (the average of a minute less this program's threads): on a busy machine only ratios mean something.
@@ -65,7 +65,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-@products.float32()
 def work(args: argparse.Namespace) -> None:
     """Measure all, print each row when it is there, write the file at the end."""
     if not column_loop.available(torch.empty(0)):
@@ -112,7 +111,8 @@ def ours(W: torch.Tensor, stats: Statistics, pattern: patterns.Pattern, compiled
     real = column_loop.available
     column_loop.available = real if compiled else lambda W: False
     try:
-        return sparsegpt.prune(W, stats, pattern, sparsegpt.Config())
+        with products.float32():  # as in every command
+            return sparsegpt.prune(W, stats, pattern, sparsegpt.Config())
     finally:
         column_loop.available = real
 
