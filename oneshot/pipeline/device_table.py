@@ -10,7 +10,9 @@
     decoding  what computes the single tokens of decode1: one compiled call, or transformers, and why
 
 Parts are not timed by themselves, where caches and Python behave otherwise, but by differences between small models of
-the same family and widths, FEW blocks high, that take turns: rest and block from two heights, saved from fewer units.
+the same family and widths that take turns: rest and block from two heights, saved from fewer units. They are FEW blocks
+high, or as many as have LARGE bytes, up to half of the model: weights that stay in a CPU's cache from one token to the
+next are faster than they are in the whole model.
 
     foretold t(L, k, w) = rest + L · (block - saved(k) - saved(w)), between measured points by straight lines; a block
     in another form gains as much less as it has become narrower
@@ -23,6 +25,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -39,7 +42,7 @@ from ..runtime import environment, sealed
 from ..structured import Cut, cut, slices
 from . import forms
 
-FEW = 4  # blocks of the small models
+FEW, LARGE = 4, 2**27  # blocks of the small models at least, and bytes of them
 SHARES = (0.75, 0.5, 0.25)  # of the units of a kind
 BOTH = 0.5  # of the kinds TOGETHER, to see whether they add up
 UNITS = (groups.HEADS, groups.QUERIES, groups.NEURONS)
@@ -66,8 +69,8 @@ def key(model: nn.Module, device: str, rounds: int) -> str:
     """What the table depends on, hashed: device, threads, versions, the model's shapes and dtype, the kernels."""
     e = environment.environment(device)
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
-    whole = [e["device"], e["threads"], e["torch"], e["transformers"], str(model.dtype), shapes, rounds, FEW, SHARES,
-             forms.runnable(device), kernels()]
+    whole = [e["device"], e["threads"], e["torch"], e["transformers"], str(model.dtype), shapes, rounds, FEW, LARGE,
+             SHARES, forms.runnable(device), kernels()]
     return hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:16]
 
 
@@ -85,7 +88,7 @@ def measured(model: nn.Module, device: str, rounds: int, progress: bool) -> dict
     L = len(models.blocks(model)[1])
     if L < 2:
         raise ValueError("--model: a table needs a model of two blocks at least, to tell blocks from the rest")
-    few = min(FEW, L)
+    few = height(model)
     ready = {name: forms.decoding(made, device) for name, made in shapes(model, L, few, device)}
     variants, found_forms = {name: made for name, (made, _) in ready.items()}, forms.runnable(device)
     times = {name: {kind: [] for kind in latency.KINDS} for name in variants}
@@ -112,6 +115,13 @@ def measured(model: nn.Module, device: str, rounds: int, progress: bool) -> dict
     found["checks"] = {"whole model": check(found, ms["whole"], L, {}),
                        **({"both kinds": check(found, ms["both"], few, both)} if "both" in ms else {})}
     return found
+
+
+def height(model: nn.Module) -> int:
+    """The number of blocks of the small models."""
+    _, block_list = models.blocks(model)
+    one = sum(p.numel() * p.element_size() for p in block_list.parameters()) / len(block_list)
+    return min(len(block_list), max(FEW, min(math.ceil(LARGE / one), len(block_list) // 2)))
 
 
 def shapes(model: nn.Module, L: int, few: int, device: str) -> Iterator[tuple[str, nn.Module]]:

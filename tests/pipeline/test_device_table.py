@@ -34,6 +34,7 @@ def model(monkeypatch, tmp_path):
     (tmp_path / "cache" / "kernels").symlink_to(compiled)
     monkeypatch.setenv("ONESHOT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(latency, "one", additive)
+    monkeypatch.setattr(device_table, "LARGE", 0)
     monkeypatch.setattr(forms, "runnable", lambda device: [])  # nothing is compiled
     return high(6)
 
@@ -70,6 +71,15 @@ def test_it_is_measured_once_for_the_same_shapes_and_again_for_others(model, mon
     monkeypatch.setattr(device_table, "measured", lambda *args: calls.append(args) or {"other": 1})
     assert device_table.table(model, "cpu", rounds=1, progress=False) == first and not calls
     assert device_table.table(high(5), "cpu", rounds=1, progress=False) == {"other": 1} and len(calls) == 1
+
+
+def test_small_models_are_larger_than_a_cache(model, monkeypatch):
+    """As many blocks as have LARGE bytes, at most half of them; at least FEW, or all."""
+    L, one = len(blocks(model)[1]), sum(p.numel() * 4 for p in blocks(model)[1][0].parameters())
+    for few, large, want in ((4, 0, 4), (9, 0, L), (1, 2 * one, 2), (1, 2 * one + 1, 3), (2, 100 * one, L // 2)):
+        monkeypatch.setattr(device_table, "FEW", few)
+        monkeypatch.setattr(device_table, "LARGE", large)
+        assert device_table.height(model) == want
 
 
 def test_one_that_was_measured_on_a_busy_machine_says_so_and_is_measured_again(model, monkeypatch):
