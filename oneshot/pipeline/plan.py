@@ -17,7 +17,7 @@ from ..prune.job import Chain, Job
 from ..prune.patterns import Dense, Pattern
 from ..prune.shared_inputs import dense_pass
 from ..prune.solvers import sparsegpt
-from ..runtime import environment
+from ..runtime import environment, products
 from ..runtime.command import one_line
 from ..runtime.inputs import parse_json, read_text
 from ..settings import RunConfig
@@ -183,6 +183,6 @@ def circumstances(cfg: RunConfig, calibration: Tokens | None) -> dict:
     found = environment.environment(cfg.device)
     same = {key: found[key] for key in ("threads", "device", "torch", "transformers", "oneshot", "commit")}
     compiled = cfg.quantise is not None or any(module is sparsegpt for module, _ in chain_of(cfg))
-    return same | {"calibration": calibration.sha256[:12] if calibration else None} | (
+    return same | {"calibration": calibration.sha256[:12] if calibration else None, "onednn": products.by_onednn()} | (
         {"column_loop": columns.kind(cfg.device)} if compiled else {}) | (
         {"bfloat16": environment.fast_bfloat16(cfg.device)} if cfg.heals else {})

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from .. import models
-from ..prune.linalg import NumericalError
 from ..prune.patterns import Dense
-from ..prune.solvers import Solution
 from . import rtn
 from .grids import Grid
 from .mixed import Grids
+
+ROWS = 4096  # of the head at a time: its float32 copies would be larger than the model's largest matrix
 
 
 def named(model: nn.Module, grids: Grids) -> dict[str, tuple[int, int]]:
@@ -27,12 +27,14 @@ def check(model: nn.Module, grids: Grids) -> None:
     """Raise ValueError, which goes behind the flag's name, where the output head's weights fit no float16 scales."""
     for name in named(model, grids):
         W = models.output_head(model)[1].weight.data
-        if (grid := grids.named(name)) and not W.is_meta and not torch.isfinite(grid.scales(wide(W))).all():
-            raise ValueError(f"{name}={grid}: its weights are too large for float16 scales")
+        if (grid := grids.named(name)) and not W.is_meta:
+            row = torch.maximum(W.amax(1), -W.amin(1)).argmax()  # a NaN is the largest
+            if not torch.isfinite(grid.scales(wide(W[row:row + 1]))).all():
+                raise ValueError(f"{name}={grid}: its weights are too large for float16 scales")
 
 
 def wide(W: torch.Tensor) -> torch.Tensor:
-    """A weight in the precision it is rounded in."""
+    """Rows of a weight in the precision they are rounded in."""
     return W if W.dtype == torch.float64 else W.float()
 
 
@@ -46,15 +48,18 @@ def round_head(model: nn.Module, grids: Grids) -> tuple[dict, dict[str, torch.Te
     name, head = models.output_head(model) or ("", None)
     if not name or not (grid := grids.named(name)):
         return {}, {}, []
-    W = wide(head.weight.data)
-    try:
-        found = rtn.quantise(W, Solution(W, W != 0), None, grid, rtn.Config())
-    except NumericalError as error:
-        raise ValueError(f"{name}: {error}") from None
-    lost = int(((W != 0) & (found.W_hat == 0)).sum())
-    head.weight.data.copy_(found.W_hat)
-    return said(model, grid) | {"rounded_to_zero": lost}, {name: found.scales}, [
-        f"{name}: {text}" for text in found.info.get("warnings", [])]
+    scales, lost, vanished = [], 0, 0
+    for part in head.weight.data.split(ROWS):  # each row has scales of its own
+        W = wide(part)
+        s = grid.scales(W)
+        if not torch.isfinite(s).all():
+            raise ValueError(f"{name}: its weights are too large for the float16 scales of {grid}")
+        W_hat = grid.value(grid.round(W, s), s)
+        lost, vanished = lost + int(((W != 0) & (W_hat == 0)).sum()), vanished + rtn.vanished(W, s, grid)
+        part.copy_(W_hat)
+        scales.append(s)
+    return said(model, grid) | {"rounded_to_zero": lost}, {name: torch.cat(scales)}, [
+        f"{name}: {vanished} groups became zero, their float16 scale vanished"] * bool(vanished)
 
 
 def said(model: nn.Module, grid: Grid) -> dict:

@@ -8,7 +8,7 @@ import torch
 from families import tiny as family
 from oneshot_kernels import Sparse24Linear
 from oneshot_kernels.cpu import integers
-from rounding import command, the_record
+from rounding import command, killed, the_record
 from tiny import place, plain_pages  # noqa: F401
 from transformers import AutoModelForCausalLM
 
@@ -148,16 +148,7 @@ def test_runs_with_other_mixes_are_other_runs(place, tmp_path):  # noqa: F811
 def test_killed_and_resumed_it_is_bit_identical(place, tmp_path, after):  # noqa: F811
     """Also where a block has nothing to round."""
     text = "none,model.layers.0.*=int8:row,*.2.mlp.*=int4:16"
-
-    def run(name):
-        return command(place, save=tmp_path / name, results=tmp_path / f"{name}.runs", quantise=text)
-    assert run("whole") == 0
-    with tiny.interrupted(after):
-        assert run("cut") == 130
-    assert run("cut") == 0
-    for file in ("model.safetensors", "scales.safetensors"):
-        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes()
-    assert verify.main([str(tmp_path / "cut"), "--quiet"]) == 0
+    assert verify.main([str(killed(place, tmp_path, after, text)), "--quiet"]) == 0
 
 
 def test_a_smaller_model_keeps_each_linears_grid(place, tmp_path):  # noqa: F811
