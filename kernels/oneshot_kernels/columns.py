@@ -1,5 +1,7 @@
 """SparseGPT's loop over the columns of one block where it is fast: compiled on a CPU, one launch on a GPU.
 
+`current`, what the columns before a block make of it, is compiled on a CPU alone; a GPU's library is fast enough.
+
 cpu/column_loop.py says what it computes; gpu/column_loop.py is the same in Triton.
 """
 
@@ -13,7 +15,7 @@ try:
 except ImportError:  # no Triton here
     launched = None
 
-__all__ = ["Grid", "available", "kind", "solve"]
+__all__ = ["Grid", "available", "current", "kind", "solve"]
 
 
 def available(W: torch.Tensor, nm: tuple[int, int] | None = None) -> bool:
@@ -26,6 +28,11 @@ def solve(W: torch.Tensor, U: torch.Tensor, mask: torch.Tensor, nm: tuple[int, i
     """`cpu.column_loop.solve` where W is. Only for what is `available`."""
     run = column_loop if column_loop.available(W) else launched
     run.solve(W, U, mask, nm, grid)
+
+
+def current(E: torch.Tensor, V: torch.Tensor, before: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
+    """`cpu.column_loop.current` where E is, in torch where nothing is compiled."""
+    return (column_loop.current if column_loop.available(E) else column_loop.current_reference)(E, V, before, out)
 
 
 def kind(device: str) -> str:

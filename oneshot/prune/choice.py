@@ -31,6 +31,15 @@ def lowest(score: torch.Tensor, k: int) -> torch.Tensor:
     return chosen
 
 
+def lowest_of_all(score: torch.Tensor, k: int) -> torch.Tensor:
+    """`lowest` of all entries of a matrix by rows, bool (R, C). A matrix that lies by columns is not copied for it."""
+    if score.T.is_contiguous() and 0 < k < score.numel():
+        chosen = score <= kth_smallest(score.T.reshape(-1), k)
+        if int(chosen.count_nonzero()) == k:  # no ties
+            return chosen
+    return lowest(score.reshape(-1), k).view(score.shape)
+
+
 def highest(rows: Sequence[torch.Tensor], n: int) -> Sequence[torch.Tensor]:
     """The n highest values of each group, in descending order: n tensors (groups,). rows: m tensors (groups,).
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .choice import count, halves, highest, kth_smallest, lowest, nth_of_two
+from .choice import count, halves, highest, kth_smallest, lowest, lowest_of_all, nth_of_two
 
 __all__ = ["NM", "Columns", "Dense", "Pattern", "Unstructured", "count", "highest", "kth_smallest", "lowest", "parse",
            "parse_group", "strength"]
@@ -74,7 +74,7 @@ class Unstructured:
         if self.group == "row":
             return ~lowest(score, count(self.sparsity, score.shape[1]))
         parts = [score[:, i:j] for i, j in self.blocks(score.shape[1])]
-        masks = [~lowest(p.reshape(-1), count(self.sparsity, p.numel())).view(p.shape) for p in parts]
+        masks = [~lowest_of_all(p, count(self.sparsity, p.numel())) for p in parts]
         return masks[0] if len(masks) == 1 else torch.cat(masks, dim=1)
 
     def holds(self, W: torch.Tensor) -> bool:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import variants
 from oneshot_kernels.cpu import column_loop, library
-from oneshot_kernels.cpu.column_loop import Grid, reference, solve
+from oneshot_kernels.cpu.column_loop import Grid, current, current_reference, reference, solve
 
 pytestmark = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 
@@ -129,15 +129,70 @@ def test_what_does_not_fit_is_refused(change, says):
         solve(**change({"W": W, "U": U, "mask": mask}))
 
 
+def blocks(b, R, first, dtype=torch.float32):
+    """(E, V, before, out) of a block of b columns behind `first` others; V is a part of a larger matrix."""
+    W, U, _ = problem(first + b, R, torch.float64)
+    V = torch.zeros(first + b + 3, first + b + 3, dtype=torch.float64)
+    V[2:-1, 2:-1] = U
+    before = W[first:].flip(0)
+    return W.to(dtype), V.to(dtype)[2:-1, 2:-1], before.to(dtype).contiguous(), torch.empty(b, R, dtype=dtype)
+
+
+@pytest.mark.parametrize("first", [0, 1, 95, 96, 200])
+@pytest.mark.parametrize("b, R", [*SHAPES, (130, 70), (129, 7)])
+def test_columns_before_a_block(variant, b, R, first):
+    """With and without what comes from further left; U is zero below its diagonal, nothing given is changed."""
+    for dtype, limit in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
+        E, V, added, out = blocks(b, R, first, dtype)
+        for before in (None, added):
+            want, given = torch.empty_like(out), [t.clone() for t in (E, V, added)]
+            U, wanted = current(E, V, before, out), current_reference(E, V, before, want)
+            assert (out - want).norm() <= limit * want.norm() and (U - wanted).norm() <= limit * wanted.norm()
+            assert not U.tril(-1).any() and all(torch.equal(a, c) for a, c in zip(given, (E, V, added), strict=True))
+
+
+def test_columns_before_a_block_err_at_most_twice_as_much_as_torch(variant):
+    E, V, before, out = blocks(128, 300, 256)
+    truth, plain = torch.empty_like(out, dtype=torch.float64), torch.empty_like(out)
+    current_reference(E.double(), V.double(), before.double(), truth)
+    current_reference(E, V, before, plain)
+    current(E, V, before, out)
+    assert (out - truth).norm() <= 2 * (plain - truth).norm()
+
+
+def test_columns_before_a_block_have_the_same_bits_by_any_number_of_threads(variant, monkeypatch):
+    E, V, before, out = blocks(64, 1000, 100)
+    found = []
+    for threads in (1, 2, 3, 7):
+        monkeypatch.setattr(library, "threads", lambda threads=threads: threads)
+        found.append((current(E, V, before, out), out.clone()))
+    assert all(torch.equal(U, found[0][0]) and torch.equal(w, found[0][1]) for U, w in found)
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda E, V, before, out: (E.T, V, before, out), "E must be contiguous"),
+    (lambda E, V, before, out: (E, V.T, before, out), "V must be"),
+    (lambda E, V, before, out: (E, V[1:], before, out), "V must be"),
+    (lambda E, V, before, out: (E, V.double(), before, out), "V must be"),
+    (lambda E, V, before, out: (E, V, before[1:], out), "before must be"),
+    (lambda E, V, before, out: (E, V, None, torch.empty(30, 6)), "out must be"),
+    (lambda E, V, before, out: (E.half(), V.half(), before.half(), out.half()), "float32 or float64")])
+def test_a_block_that_does_not_fit_is_refused(change, says):
+    with pytest.raises(ValueError, match=says):
+        current(*change(*blocks(8, 6, 4)))
+
+
 def test_the_self_test_finds_a_wrong_library(variant):
     right = column_loop._library()
     assert column_loop._self_test(right) is None
 
-    class Wrong:
-        def __getattr__(self, name):
-            def call(W, U, mask, b, R, *rest):
-                failed = getattr(right, name)(W, U, mask, b, R, *rest)
-                ctypes.cast(W, ctypes.POINTER(ctypes.c_int32))[5] ^= 1 << 30
-                return failed
-            return call
-    assert "relative error" in column_loop._self_test(Wrong())
+    for part in ("column_loop_float32", "column_loop_float32_current", "column_loop_float64_current"):
+        class Wrong:
+            def __getattr__(self, name, part=part):
+                def call(W, *rest):
+                    failed = getattr(right, name)(W, *rest)
+                    if name == part:
+                        ctypes.cast(W, ctypes.POINTER(ctypes.c_int32))[5] ^= 1 << 30
+                    return failed
+                return call
+        assert "relative error" in column_loop._self_test(Wrong())

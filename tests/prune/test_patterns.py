@@ -47,9 +47,10 @@ def assert_keep(pattern, score):
 
 
 @EXAMPLES
-@given(scores(), SHARES, GROUPS)
-def test_unstructured_keep_is_the_naive_one(score, sparsity, group):
-    assert_keep(Unstructured(sparsity, group), score)
+@given(scores(), SHARES, GROUPS, st.booleans())
+def test_unstructured_keep_is_the_naive_one(score, sparsity, group, by_columns):
+    """Also of a matrix that lies by columns in memory."""
+    assert_keep(Unstructured(sparsity, group), score.T.contiguous().T if by_columns else score)
 
 
 @EXAMPLES

@@ -33,26 +33,24 @@ template <typename T> struct Loop {
     T* W; const T* U; uint8_t* mask; int64_t b, R; int n, m;
     const T* scale; int64_t width; T low, high; int8_t* codes;   // the grid: scale null means that kept weights stay
 
-    // columns [c0, c0 + P) of the tile lose the errors of columns [i0, i1)
-    template <int P> void apply(V (*w)[NV], const V (*err)[NV], int64_t c0, int64_t i0, int64_t i1) const {
-        V acc[P][NV];
-        for (int p = 0; p < P; p++) for (int v = 0; v < NV; v++) acc[p][v] = w[p][v];
-        for (int64_t i = i0; i < i1; i++) {
-            const T* u = U + i * b + c0;
+    // P columns w of a tile lose the products of n columns err with n rows of u (ld numbers apart), P numbers of each
+    template <int P> static void apply(V (*w)[NV], const V (*err)[NV], const T* u, int64_t ld, int64_t n) {
+        V acc[P][NV] = {};   // summed from zero: half the rounding error
+        for (int64_t i = 0; i < n; i++, u += ld) {
 #pragma GCC unroll 4
             for (int p = 0; p < P; p++) {
 #pragma GCC unroll 4
-                for (int v = 0; v < NV; v++) acc[p][v] -= err[i][v] * u[p];
+                for (int v = 0; v < NV; v++) acc[p][v] += err[i][v] * u[p];
             }
         }
-        for (int p = 0; p < P; p++) for (int v = 0; v < NV; v++) w[p][v] = acc[p][v];
+        for (int p = 0; p < P; p++) for (int v = 0; v < NV; v++) w[p][v] -= acc[p][v];
     }
-    void apply_any(int columns, V (*w)[NV], const V (*err)[NV], int64_t c0, int64_t i0, int64_t i1) const {
+    static void apply_any(int64_t columns, V (*w)[NV], const V (*err)[NV], const T* u, int64_t ld, int64_t n) {
         switch (columns) {
-            case 4: apply<4>(w, err, c0, i0, i1); break;
-            case 3: apply<3>(w, err, c0, i0, i1); break;
-            case 2: apply<2>(w, err, c0, i0, i1); break;
-            default: apply<1>(w, err, c0, i0, i1);
+            case 4: apply<4>(w, err, u, ld, n); break;
+            case 3: apply<3>(w, err, u, ld, n); break;
+            case 2: apply<2>(w, err, u, ld, n); break;
+            default: apply<1>(w, err, u, ld, n);
         }
     }
 
@@ -104,10 +102,10 @@ template <typename T> struct Loop {
                 std::memcpy(w[j - g], W + j * R + r0, rows * sizeof(T));
             }
             for (int64_t p = g; p < end; p += panel)
-                apply_any(int(end - p < panel ? end - p : panel), w + (p - g), err, p, 0, g);
+                apply_any(end - p < panel ? end - p : panel, w + (p - g), err, U + p, b, g);
             for (int64_t p = g; p < end; p += panel) {
                 const int64_t stop = p + panel < end ? p + panel : end;
-                if (p > g) apply_any(int(stop - p), w + (p - g), err, p, g, p);
+                if (p > g) apply_any(stop - p, w + (p - g), err + g, U + g * b + p, b, p - g);
                 for (int64_t j = p; j < stop; j++) {
                     V* wj = w[j - g];
                     I* kj = keep[j - g];
@@ -159,11 +157,93 @@ template <typename T> struct Loop {
     }
 };
 
+// What a block of b columns is when all before it are done:  W = E_B + U^T (before + V_:B^T E),  U = V_BB^-1.
+//
+//   E  (first + b, R)  of `first` columns what they lost, of the block's what they are; V (first + b, first + b), rows
+//   ld numbers apart: the upper triangular factor of H; before (b, R), or null: what columns before these add
+template <typename T> struct Current {
+    typedef Loop<T> Tile;
+    typedef typename Tile::V V;
+    static constexpr int L = Tile::L, TR = Tile::TR, CHUNK = 96;   // columns of errors that stay in the L1 cache
+
+    T *W, *U; const T *E, *factor, *before; int64_t ld, first, b, R;
+
+    // U, row by row from below, eight vectors of a row at a time. space: b rows of `wide` vectors.
+    void invert(V* space, int64_t wide) const {
+        const T* D = factor + first * ld + first;
+        for (int64_t i = b; i--;) {
+            for (int64_t c = i / L / 8 * 8; c < wide; c += 8) {
+                V row[8] = {};
+                if (i / L - c >= 0) row[i / L - c][i % L] = 1;
+                for (int64_t k = i + 1; k < b; k++)
+#pragma GCC unroll 8
+                    for (int v = 0; v < 8; v++) row[v] -= space[k * wide + c + v] * D[i * ld + k];
+                for (int v = 0; v < 8; v++) space[i * wide + c + v] = row[v] / D[i * ld + i];
+            }
+            std::memset(U + i * b, 0, b * sizeof(T));
+            std::memcpy(U + i * b + i, reinterpret_cast<T*>(space + i * wide) + i, (b - i) * sizeof(T));
+        }
+    }
+
+    void tile(int64_t r0, int64_t rows, V* space, const T* packed) const {
+        V (*sum)[NV] = reinterpret_cast<V (*)[NV]>(space);         // minus (before + V_:B^T E)
+        V (*part)[NV] = sum + b;
+        if (before) take(sum, before + r0, b, rows); else std::memset(sum, 0, b * sizeof(sum[0]));
+        if (before) for (int64_t i = 0; i < b; i++) for (int v = 0; v < NV; v++) sum[i][v] = -sum[i][v];
+        for (int64_t i = 0; i < first; i += CHUNK) {
+            const int64_t n = first - i < CHUNK ? first - i : CHUNK;
+            take(part, E + i * R + r0, n, rows);
+            for (int64_t p = 0; p < b; p += PANEL)
+                Tile::apply_any(b - p < PANEL ? b - p : PANEL, sum + p, part, packed + p * first + i * PANEL, PANEL, n);
+        }
+        for (int64_t p = 0; p < b; p += PANEL) {
+            const int64_t columns = b - p < PANEL ? b - p : PANEL;
+            take(part, E + (first + p) * R + r0, columns, rows);
+            Tile::apply_any(columns, part, sum, U + p, b, p + columns);   // U is zero below its diagonal
+            for (int64_t k = 0; k < columns; k++) std::memcpy(W + (p + k) * R + r0, part[k], rows * sizeof(T));
+        }
+    }
+    void take(V (*to)[NV], const T* from, int64_t columns, int64_t rows) const {
+        for (int64_t i = 0; i < columns; i++) {
+            if (rows < TR) std::memset(to[i], 0, sizeof(to[0]));
+            std::memcpy(to[i], from + i * R, rows * sizeof(T));
+        }
+    }
+
+    int run(int64_t threads) const {
+        const int64_t panels = (b + PANEL - 1) / PANEL;
+        const int64_t wide = (b + 8 * L - 1) / (8 * L) * 8, bytes = b * wide * VECTOR;
+        // V_:B by panels of columns, behind the work space of `invert`
+        V* const space = static_cast<V*>(std::aligned_alloc(64, bytes + (first * panels * PANEL * sizeof(T) + 63) / 64 * 64));
+        if (!space) return 1;
+        T* packed = reinterpret_cast<T*>(space + b * wide);
+        std::memset(space, 0, bytes);
+        invert(space, wide);
+        for (int64_t i = 0; i < first; i++)
+            for (int64_t j = 0; j < b; j += PANEL)
+                if (b - j >= PANEL) std::memcpy(packed + j * first + i * PANEL, factor + i * ld + first + j, PANEL * sizeof(T));
+                else std::memcpy(packed + j * first + i * PANEL, factor + i * ld + first + j, (b - j) * sizeof(T));
+        std::atomic<int> failed{0};
+        parallel((R + TR - 1) / TR, threads, [&](int64_t t) {
+            void* space = std::aligned_alloc(64, (b + CHUNK) * NV * VECTOR);
+            if (!space) { failed = 1; return; }
+            tile(t * TR, R - t * TR < TR ? R - t * TR : TR, static_cast<V*>(space), packed);
+            std::free(space);
+        });
+        std::free(space);
+        return failed;
+    }
+};
+
 // Returns 0, or 1 if memory ran out. All matrices are contiguous; scale (ceil(b / width), R); codes (b, R), or null.
 #define EXPORT(NAME, T)                                                                                              \
     extern "C" int NAME(T* W, const T* U, uint8_t* mask, int64_t b, int64_t R, int64_t n, int64_t m, const T* scale, \
                         int64_t width, int64_t low, int64_t high, int8_t* codes, int64_t threads) {                  \
         return Loop<T>{W, U, mask, b, R, int(n), int(m), scale, width, T(low), T(high), codes}.run(threads);         \
+    }                                                                                                                \
+    extern "C" int NAME##_current(T* W, T* U, const T* E, const T* V, const T* before, int64_t ld, int64_t first,    \
+                                  int64_t b, int64_t R, int64_t threads) {                                           \
+        return Current<T>{W, U, E, V, before, ld, first, b, R}.run(threads);                                         \
     }
 EXPORT(column_loop_float32, float)
 EXPORT(column_loop_float64, double)

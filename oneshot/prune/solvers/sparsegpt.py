@@ -38,7 +38,7 @@ from . import Solution
 needs = frozenset({"outer"})
 updates = True
 SUB_BLOCK = 16  # columns that are updated one by one before the rest of the mask block is updated
-SPAN = 4  # mask blocks that get the compensation for everything before them in one product
+SPAN = 6  # mask blocks that get the compensation for everything before them in one product
 WIDE = 512  # columns of a span of rounded blocks, which may be small
 SMALLER = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)  # shares of a full scale that are tried
 LEAST = 2.0**-24  # the smallest scale, float16's smallest number
@@ -88,7 +88,8 @@ def sweep(W: torch.Tensor, statistics: Statistics, pattern: Pattern, cfg: Config
     E = W.T.clone(memory_format=torch.contiguous_format)  # (C, R); blocks that are still to come hold W⁰
     d = V.diagonal().unsqueeze(1)
     if mask is None:
-        E[dead] = 0
+        if dead.any():
+            E[dead] = 0
         nm, pattern = pattern if isinstance(pattern, NM) else None, pattern.with_default_group(cfg.group)
         chosen = pattern.group if isinstance(pattern.group, int) and not nm else 0  # columns of a mask block
         mask = torch.empty_like(E, dtype=torch.bool) if nm or chosen else keep(pattern, E * d).contiguous()
@@ -159,17 +160,13 @@ class Current:
 
     def __call__(self, B: slice, out: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """(W_B (b, R), U_BB (b, b)) of the columns B, which lie in one span, when all before them are done."""
-        E, V, i = self.E, self.V, B.start
-        first = i - i % self.span
-        if i == first:  # as one wide product: twice as fast
+        E, V, first = self.E, self.V, B.start - B.start % self.span
+        if B.start == first and first:  # as one wide product: twice as fast
             S = slice(first, min(first + self.span, len(E)))
-            self.before = V[:first, S].T @ E[:first] if first else E.new_zeros(S.stop - first, E.shape[1])
-        compensation = self.before[i - first : B.stop - first]
-        if i > first:
-            compensation = torch.addmm(compensation, V[first:i, B].T, E[first:i])
-        eye = torch.eye(B.stop - i, dtype=E.dtype, device=E.device)
-        U = torch.linalg.solve_triangular(V[B, B], eye, upper=True)
-        return torch.addmm(E[B], U.T, compensation, out=out), U
+            self.before = V[:first, S].T @ E[:first]
+        S, before = slice(first, B.stop), self.before[B.start - first : B.stop - first] if first else None
+        out = torch.empty_like(E[B]) if out is None else out
+        return out, columns.current(E[S], V[S, S], before, out)
 
 
 def unrounded(W: torch.Tensor, U: torch.Tensor, mask: torch.Tensor, nm: NM | None) -> torch.Tensor:
