@@ -16,9 +16,9 @@ under its final name.
 import contextlib
 import functools
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -27,7 +27,7 @@ from torch import nn
 from ..models import OnDisk, Tokenizer, source_of
 from ..prune import patterns
 from ..runtime import sealed
-from ..runtime.files import remove_parts, sync, umask, write_text
+from ..runtime.files import remove, remove_parts, sync, umask, write_text
 from . import compressed, contents, gguf, kept, owner, packed, rounded, shards
 from .lock import FolderLock
 from .manifest import MANIFEST, WORK, manifest, old, read_manifest, read_sealed
@@ -60,7 +60,7 @@ class Folder:
         self.plan: Plan | None = None
         self.scales: dict = {}
         self.disk: OnDisk | None = None
-        self.choice: dict | None = None  # the cut that was chosen, plain values, saved with the first block
+        self._search: dict = {}  # what a search has found so far, plain values
         self._used: list[dict] = []  # what each kept block was computed with
         self._first: dict = {}  # what the kept plan was computed with
         self._seal, self._warnings = "", []  # of the last kept block; of those that were dropped
@@ -79,6 +79,7 @@ class Folder:
         self.ours, self.claimed = found == self.run_id, False
         self._own = owner.own_files(self.path)
         self._noted = owner.read_run(self.path) if self.ours else {}
+        self._search = dict(self._noted.get("search", {}))
         self.finished = self.ours and (self.path / MANIFEST).is_file() and not self.faults
         if self.finished:
             self.drop_work()  # left by a run that was killed at its very end, or when it began to replace this one
@@ -119,10 +120,17 @@ class Folder:
         self._first = self._noted["computed_with"]
         return {name: patterns.parse(*entry) for name, entry in self._noted["plan"].items()}
 
-    def kept_choice(self) -> dict | None:
-        """What `choice` was when the saved blocks were made; None if there are none."""
-        kept = self.ours and self._block(0).is_file()
-        return self._noted.get("choice") if kept else None
+    def found(self, key: str, look: Callable[[], Any]) -> Any:
+        """What a search finds under a key, in plain values: what the interrupted run noted, else `look()`, noted."""
+        if key in self._search:
+            self._first = self._noted["computed_with"]
+        else:
+            self._search[key] = look()
+            with writing(self.path):
+                self._lock.check()
+                self.claim()
+                self._note()
+        return self._search[key]
 
     def blocks(self) -> Iterator[tuple[kept.State, dict]]:
         """Yield (state dict, rows of the record) of the blocks finished so far, in order.
@@ -147,7 +155,7 @@ class Folder:
 
     def warnings(self) -> list[str]:
         """What the record should say of the saved blocks: those that were removed, those computed otherwise."""
-        plan = kept.other_circumstances("its allocation was", self._first, self.computed_with) if self._first else []
+        plan = kept.other_circumstances("its search was", self._first, self.computed_with) if self._first else []
         return self._warnings + plan + kept.of_blocks(self._used, self.computed_with)
 
     def _block(self, number: int) -> Path:
@@ -197,7 +205,7 @@ class Folder:
         plan = {name: [str(p), p.group] for name, p in self.plan.items()} if self.plan else None
         sealed.write({"run_id": self.run_id, "files": sorted(self._own.removable), "nameless": self._own.nameless,
                       "computed_with": self._first or self.computed_with, "plan": plan,
-                      **({"choice": self.choice} if self.choice else {})}, self.work / owner.RUN)
+                      **({"search": self._search} if self._search else {})}, self.work / owner.RUN)
 
     def save_block(self, number: int, state: kept.State, rows: dict) -> None:
         """Save a finished block, its state dict and its rows of the record; an interrupted run resumes after it."""
@@ -279,14 +287,6 @@ class Folder:
             if file.name != but and owner.WORK_FILES.fullmatch(file.name):
                 with contextlib.suppress(OSError):
                     remove(file)
-
-
-def remove(path: Path) -> None:
-    """Remove a file, a link (not its target) or a folder with its contents, if it exists."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

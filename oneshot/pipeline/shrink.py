@@ -34,20 +34,17 @@ def shrink(cfg: RunConfig, model: nn.Module, calibration: Tokens, folder: Folder
            finished: Iterator | tuple = (), on_block: Callable | None = None) -> Result:
     """Make the model smaller in place, as the settings ask; `result.shrunk` says what was done.
 
-    folder: keeps the cut that was chosen, so that a run that resumes need not choose again. finished, on_block: as for
-    `loop.prune_model`.
+    folder: keeps what was found on the way to the cut, so that a run that resumes need not look again. finished,
+    on_block: as for `loop.prune_model`.
     """
     together.release()  # the others of torchrun wait from here on: their model does not get smaller
     began, before = time.perf_counter(), cut.whole(model)
     ids, mask = calibration.ids, calibration.mask
-    chosen = folder.kept_choice() if folder else None
-    experts, of = fewer_experts(cfg, model, calibration, chosen)
+    known = folder.found if folder else search.anew
+    experts, of = fewer_experts(cfg, model, calibration, known)
     job = job_of(cfg, model, calibration)
-    if chosen is None:
-        found, about = choose(cfg, model, calibration, job, before)
-        chosen = {"cut": found.plain(), **about, "experts": {key: origin.spans(kept) for key, kept in experts.items()}}
-    if folder:
-        folder.choice = chosen
+    chosen = known("cut", lambda: choose(cfg, model, calibration, job, (before, known)))
+    chosen |= {"experts": {key: origin.spans(kept) for key, kept in experts.items()}}
     found = Cut.of(chosen["cut"])
     decided = time.perf_counter()
     blocks = len(models.blocks(model)[1])
@@ -72,17 +69,13 @@ def shrink(cfg: RunConfig, model: nn.Module, calibration: Tokens, folder: Folder
 
 
 def fewer_experts(cfg: RunConfig, model: nn.Module, calibration: Tokens,
-                  chosen: dict | None) -> tuple[dict[str, torch.Tensor], int]:
-    """({`cut.pool_key`: which experts are left}, of how many), after taking the others out in place; ({}, 0) without.
-
-    chosen: what an interrupted run had chosen, or None.
-    """
+                  known: search.Known) -> tuple[dict[str, torch.Tensor], int]:
+    """({`cut.pool_key`: which experts are left}, of how many), the others taken out in place; ({}, 0) without."""
     if cfg.experts is None:
         return {}, 0
-    if chosen is None:
-        found = mixture.choose(model, calibration.ids, calibration.mask, cfg, cfg.experts)
-    else:
-        found = {key: origin.numbers(text) for key, text in chosen["experts"].items()}
+    spans = known("experts", lambda: {key: origin.spans(kept) for key, kept in mixture.choose(
+        model, calibration.ids, calibration.mask, cfg, cfg.experts).items()})
+    found = {key: origin.numbers(text) for key, text in spans.items()}
     of = max(pool.count for block in models.walk(model) for pool in groups.pools(block.module))
     made = slices.without_experts(model, found)
     source.remember(model, replace(models.source_of(model), entries={}, left=()))
@@ -158,8 +151,12 @@ def protected(cfg: RunConfig, model: nn.Module) -> tuple[set[int], set[str]]:
     return blocks, held
 
 
-def choose(cfg: RunConfig, model: nn.Module, calibration: Tokens, job: Job, whole: int) -> tuple[Cut, dict]:
-    """(the cut, what was measured to choose it). whole: how many parameters the blocks had at the start."""
+def choose(cfg: RunConfig, model: nn.Module, calibration: Tokens, job: Job, given: tuple[int, search.Known]) -> dict:
+    """The cut, in plain values, and what was measured to choose it.
+
+    given: how many parameters the blocks had at the start; what is known of the search already.
+    """
+    whole, known = given
     if smaller.is_uneven(model):
         raise ValueError(f"--model {cfg.model}: its layers differ in width already; give what it was made from")
     n, (fixed, kinds) = len(models.blocks(model)[1]), protected(cfg, model)
@@ -168,14 +165,14 @@ def choose(cfg: RunConfig, model: nn.Module, calibration: Tokens, job: Job, whol
         order, rows = list(cfg.dropped_blocks), []
     else:
         wanted = n - cfg.layers if cfg.layers is not None else 0 if cfg.says_what_goes else most_blocks(cfg, n)
-        rows = order_of(cfg, model, calibration, wanted, fixed) if wanted else []
+        rows = known("order", lambda: order_of(cfg, model, calibration, wanted, fixed)) if wanted else []
         order = [row["block"] for row in rows]
         if cfg.layers is not None and len(order) < wanted:
             raise ValueError(f"--layers {cfg.layers}: only {len(order)} of the {n} blocks can go")
     parts = cut.parts(model, [part for part in cfg.dropped_parts if part[0]])
     heads = fewer_heads(cfg, model, kinds)
     if cfg.shrink is None:
-        return Cut(tuple(sorted(order)), heads, parts), {"order": rows, "tried": []}
+        return {"cut": Cut(tuple(sorted(order)), heads, parts).plain(), "order": rows, "tried": []}
     pattern, (target, cost) = parse(cfg.pattern), cost_of(cfg, model, whole, bool(parts))
     biases = slices.biases_added(model) or (slices.can_add_biases(model)
                                             and any(getattr(own, "bias", False) for _, own in job.chain))
@@ -193,10 +190,11 @@ def choose(cfg: RunConfig, model: nn.Module, calibration: Tokens, job: Job, whol
         if found is None:
             raise ValueError(f"--shrink {cfg.shrink:g}: cannot be reached with the neurons of the blocks that are left")
     else:
-        found, tried = search.best(model, tokens, simple, budget.Mixtures(model, own, order), cfg.tries, cfg.progress)
+        found, tried = search.best(model, (*tokens, known), simple, budget.Mixtures(model, own, order), cfg.tries,
+                                   cfg.progress)
     if cfg.uneven:
         found, tried = uneven(cfg, model, tokens, simple, own, found, tried)
-    return found, {"order": rows, "tried": tried}
+    return {"cut": found.plain(), "order": rows, "tried": tried}
 
 
 def fewer_heads(cfg: RunConfig, model: nn.Module, fixed: set[str]) -> tuple[tuple[str, int], ...]:

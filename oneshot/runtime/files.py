@@ -1,9 +1,10 @@
-"""Atomic file writes: write under a temporary name, sync, rename. A file is complete or it is not there."""
+"""Files: atomic writes (under a temporary name, sync, rename: a file is complete or it is not there), removal."""
 
 import contextlib
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +36,14 @@ def write_text(text: str, path: str | Path) -> None:
         raise
     if os.name == "posix":  # the rename itself must reach the disk as well
         sync(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link (not its target) or a folder with its contents, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_json(data: Any, path: str | Path) -> None:

@@ -5,8 +5,10 @@ their dense weights back.
 """
 
 import contextlib
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +21,14 @@ from ..prune.job import Job, Result
 from .budget import Mixtures
 from .cut import Cut, patterns
 from .depth import divergence
+
+Known = Callable[[str, Callable[[], Any]], Any]
+"""known(key, look): what was found under a key, plain values, where a search that was killed noted it, else look()."""
+
+
+def anew(_: str, look: Callable[[], Any]) -> Any:
+    """The Known of a search of which nothing is kept."""
+    return look()
 
 
 def job_for(job: Job, model: nn.Module, cut: Cut) -> Job:
@@ -63,16 +73,17 @@ def of_result(model: nn.Module, result: Result) -> float:
     return divergence(model, result.dense, result.pruned, held or None)
 
 
-def best(model: nn.Module, tokens: tuple[torch.Tensor, torch.Tensor | None], job: Job, mixtures: Mixtures, tries: int,
-         progress: bool = False) -> tuple[Cut, list[dict]]:
+def best(model: nn.Module, given: tuple[torch.Tensor, torch.Tensor | None, Known], job: Job, mixtures: Mixtures,
+         tries: int, progress: bool = False) -> tuple[Cut, list[dict]]:
     """(the best cut found, a row of the record for each that was tried, in order).
 
     First neurons alone, blocks alone, and half of either; at the best depth, fewer KV groups; then from the best of all
-    one step at a time in depth. Each is walked once, `tries` at most. tokens: (ids, mask).
+    one step at a time in depth. Each is walked once, `tries` at most. given: ids, mask, and what is known already.
 
     Raises ValueError naming `--shrink` if no cut is small enough.
     """
     known: dict[tuple[int, int], tuple[float, Cut]] = {}
+    ids, mask, noted = given
     rows: list[dict] = []
     bar = tqdm(total=tries, desc="mixtures", unit="walk", disable=not progress, leave=False)
 
@@ -80,7 +91,8 @@ def best(model: nn.Module, tokens: tuple[torch.Tensor, torch.Tensor | None], job
         cut = mixtures.at(depth, heads)
         if cut is None or (depth, heads) in known or len(known) >= tries:
             return
-        kl = measured(model, *tokens, job, cut) if tries > 1 else 0.0
+        key = f"kl of {json.dumps(cut.plain())}"
+        kl = noted(key, lambda: measured(model, ids, mask, job, cut)) if tries > 1 else 0.0
         known[depth, heads] = kl, cut
         rows.append(cut.plain() | ({"kl": kl} if tries > 1 else {}))
         bar.update()

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 import oneshot
 from oneshot import checkpoint, models
 from oneshot.checkpoint import verify
-from oneshot.pipeline import shrink_command
-from oneshot.structured import origin
+from oneshot.pipeline import compress, shrink_command
+from oneshot.structured import origin, search
 
 pytestmark = pytest.mark.usefixtures("plain_pages")
 
@@ -144,12 +144,50 @@ def test_killed_and_resumed_it_is_bit_identical(place, tmp_path, monkeypatch, af
     with tiny.interrupted(after):
         assert shrink(place, save=tmp_path / "cut", **more) == 130
     with monkeypatch.context() as patch:
-        if after > 1:
-            patch.setattr("oneshot.pipeline.shrink.choose", None)  # the cut is kept, not chosen again
+        patch.setattr("oneshot.pipeline.shrink.choose", None)  # the cut is kept, not chosen again
         assert shrink(place, save=tmp_path / "cut", **more) == 0
     whole, cut = tiny.weights(tmp_path / "whole"), tiny.weights(tmp_path / "cut")
     assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
     assert verify.main([str(tmp_path / "cut"), "--quiet"]) == 0
+
+
+@pytest.mark.parametrize("after", [1, 3])
+def test_killed_in_its_search_it_looks_no_mixture_up_twice(place, tmp_path, monkeypatch, after):  # noqa: F811
+    more = {"to": 0.7, "tries": 5, "results": tmp_path}
+    looked, measured = [], search.measured
+
+    def look(model, ids, mask, job, cut):
+        if len(looked) == after:
+            raise KeyboardInterrupt
+        looked.append(cut)
+        return measured(model, ids, mask, job, cut)
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "measured", look)
+        assert shrink(place, save=tmp_path / "cut", **more) == 130
+    assert len(looked) == after
+    after = -1
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "measured", look)
+        patch.setattr("oneshot.pipeline.shrink.order_of", None)  # found before the first mixture
+        assert shrink(place, save=tmp_path / "cut", **more) == 0
+    assert shrink(place, save=tmp_path / "whole", **more) == 0
+    record = checkpoint.read_manifest(tmp_path / "whole")["record"]
+    assert len(looked) == len(set(looked)) == len(record["shrunk"]["tried"])
+    whole, cut = tiny.weights(tmp_path / "whole"), tiny.weights(tmp_path / "cut")
+    assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert checkpoint.read_manifest(tmp_path / "cut")["record"]["shrunk"]["tried"] == record["shrunk"]["tried"]
+
+
+def test_a_search_elsewhere_is_said(place, tmp_path, monkeypatch):  # noqa: F811
+    """Continued with other versions or threads, the record says what the search was computed with."""
+    more = {"to": 0.7, "tries": 2, "results": tmp_path, "save": tmp_path / "cut"}
+    with tiny.interrupted(1):
+        assert shrink(place, **more) == 130
+    real = compress.circumstances
+    monkeypatch.setattr(compress, "circumstances", lambda *given: real(*given) | {"threads": 99})
+    assert shrink(place, **more) == 0
+    [said] = [w for w in checkpoint.read_manifest(tmp_path / "cut")["record"]["warnings"] if "search" in w]
+    assert said.startswith("resumed: its search was computed with threads") and "(now 99)" in said
 
 
 def test_from_python(place):  # noqa: F811
