@@ -48,6 +48,15 @@ def test_a_round_that_breaks_a_floor_is_taken_back_and_tried_another_way(tmp_pat
     assert "next would be: " in out and out.rstrip().endswith("round-1")
 
 
+def test_half_of_a_last_step_is_half_of_what_was_left(tmp_path, monkeypatch):
+    """The last step is shorter than --step, of which half would still be all of it."""
+    world = World(monkeypatch, lambda share: 20 if share > 0.87 else 100)
+    assert world.go(tmp_path, "--target", "parameters=0.86", "--floor", "text/ppl<=1.1x", "--step", "70%") == 3
+    first, broken, again = rounds_of(tmp_path)[:3]
+    assert first["shares"]["parameters"] == 0.875 and not broken["kept"]
+    assert [r["aims"]["parameters"] for r in (broken, again)] == [0.86, pytest.approx((0.86 + 0.875) / 2)]
+
+
 def test_what_would_be_next_and_by_how_much_a_floor_is_missed(tmp_path, monkeypatch, capsys):
     """Several plans are tried, none twice."""
     world = World(monkeypatch, lambda share: 20 / share**9)

@@ -3,8 +3,8 @@
     way     the best plan for all targets at once, made in the first round: later ones take nothing that it leaves, as
             long as they reach their aims so (what was foretold may not be what is measured)
     aim     from where the model is, --step of the whole way from the dense model to each target
-    broken  a floor that does not hold: the round is taken back and tried again, with half the step and without the
-            part that it was foretold to lose most by; TRIES times, then the rounds end
+    broken  a floor that does not hold: the round is taken back and tried again, half as far and without the part that
+            it was foretold to lose most by; TRIES times, then the rounds end
 """
 
 import sys
@@ -89,7 +89,7 @@ class Fit:
             if now.kept:
                 tries, without, failed, self.stopped = 0, frozenset(), [], None
                 continue
-            step, tries = step / 2, tries + 1
+            step, tries = self.taken(now) / 2, tries + 1
             self.stopped = "; ".join(now.broken or filter(None, (self.stopped, now.failed)))
             if now.plan:
                 failed.append(Plan.of(now.plan))
@@ -135,6 +135,11 @@ class Fit:
     def aims(self, step: float) -> dict[str, float]:
         """{kind of target: the share that the next round aims at}."""
         return {kind: max(share, self.shares[kind] - step * (1 - share)) for kind, share in self.asked.targets.items()}
+
+    def taken(self, now: Round) -> float:
+        """The step of a round, less where all its aims were nearer than that."""
+        return min(now.step, max((self.shares[kind] - aim) / (1 - self.asked.targets[kind])
+                                 for kind, aim in now.aims.items()))
 
     def plan(self, now: Round, without: frozenset[str], failed: list[Plan]) -> None:
         """Choose what the round does. What was chosen, and from what, goes into it."""
