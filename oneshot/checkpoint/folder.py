@@ -39,7 +39,7 @@ Plan = dict[str, patterns.Pattern]
 
 class Folder:
     """The folder that `--save` names, locked for one run. Except for the lock, nothing in it changes before the run's
-    first block is saved.
+    first block is saved or its search has found something.
 
     overwrite: whether it may replace the result of another run. lock: the folder's lock, if the caller holds it;
     otherwise the Folder takes it and keeps it until `release`.
@@ -52,15 +52,14 @@ class Folder:
     writes into it.
     """
 
-    def __init__(self, path: str | Path, run_id: str, overwrite: bool = False,
-                 lock: FolderLock | None = None) -> None:
+    def __init__(self, path: str | Path, run_id: str, overwrite: bool = False, lock: FolderLock | None = None) -> None:
         self.path, self.run_id = Path(path), run_id
         self.work = self.path / WORK
         self.computed_with: dict = {}
         self.plan: Plan | None = None
         self.scales: dict = {}
         self.disk: OnDisk | None = None
-        self._search: dict = {}  # what a search has found so far, plain values
+        self._search: dict = {}  # what a search has found so far
         self._used: list[dict] = []  # what each kept block was computed with
         self._first: dict = {}  # what the kept plan was computed with
         self._seal, self._warnings = "", []  # of the last kept block; of those that were dropped
@@ -81,10 +80,10 @@ class Folder:
         self._noted = owner.read_run(self.path) if self.ours else {}
         self._search = dict(self._noted.get("search", {}))
         self.finished = self.ours and (self.path / MANIFEST).is_file() and not self.faults
-        if self.finished:
-            self.drop_work()  # left by a run that was killed at its very end, or when it began to replace this one
-        else:
+        if not self.finished:
             owner.check_foreign(self.path, self._own)
+        else:  # left by a run that was killed at its very end, or when it began to replace this one
+            self.drop_work()
         remove_parts(self.path)
 
     def release(self) -> None:
@@ -121,13 +120,14 @@ class Folder:
         return {name: patterns.parse(*entry) for name, entry in self._noted["plan"].items()}
 
     def found(self, key: str, look: Callable[[], Any]) -> Any:
-        """What a search finds under a key, in plain values: what the interrupted run noted, else `look()`, noted."""
+        """What a search finds under a key, plain values: what the interrupted run noted, else `look()`, noted then."""
         if key in self._search:
-            self._first = self._noted["computed_with"]
-        else:
-            self._search[key] = look()
+            self._first = self._noted.get("computed_with", {})
+            return self._search[key]
+        self._search[key] = look()
+        if self.claimed or not self._own.removable:  # a finished model stays until there is a block
+            self._lock.check()
             with writing(self.path):
-                self._lock.check()
                 self.claim()
                 self._note()
         return self._search[key]

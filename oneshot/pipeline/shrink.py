@@ -43,8 +43,8 @@ def shrink(cfg: RunConfig, model: nn.Module, calibration: Tokens, folder: Folder
     known = folder.found if folder else search.anew
     experts, of = fewer_experts(cfg, model, calibration, known)
     job = job_of(cfg, model, calibration)
-    chosen = known("cut", lambda: choose(cfg, model, calibration, job, (before, known)))
-    chosen |= {"experts": {key: origin.spans(kept) for key, kept in experts.items()}}
+    chosen = known("cut", lambda: choose(cfg, model, calibration, job, (before, known))) | {
+        "experts": {key: origin.spans(kept) for key, kept in experts.items()}}
     found = Cut.of(chosen["cut"])
     decided = time.perf_counter()
     blocks = len(models.blocks(model)[1])

@@ -230,6 +230,34 @@ def test_folder_is_owned_from_its_first_block_on(tmp_path):
         checkpoint.Folder(tmp_path / "out", "b")
 
 
+def test_what_a_search_found_is_kept(tmp_path):
+    """Plain values under a key, looked up once; another run does not see them."""
+    folder, asked = checkpoint.Folder(tmp_path / "out", "a"), []
+
+    def look(value):
+        asked.append(value)
+        return value
+    assert [folder.found(key, lambda key=key: look([key, 0.1])) for key in ("x", "y", "x")] == [
+        ["x", 0.1], ["y", 0.1], ["x", 0.1]]
+    folder.release()
+    again = checkpoint.Folder(tmp_path / "out", "a")
+    assert again.found("y", lambda: look(None)) == ["y", 0.1] and again.found("z", lambda: look(3)) == 3
+    again.release()
+    other = checkpoint.Folder(tmp_path / "out", "b", overwrite=True)
+    assert other.found("x", lambda: look(4)) == 4
+    other.release()
+    assert asked == [["x", 0.1], ["y", 0.1], 3, 4]
+
+
+def test_a_search_leaves_a_finished_model_alone_until_there_is_a_block(finished):
+    folder, _ = finished
+    before = untouched(folder)
+    new = checkpoint.Folder(folder, "another", overwrite=True)
+    assert new.found("x", lambda: 1) == 1
+    new.release()
+    assert untouched(folder) == before
+
+
 def test_run_id_is_in_the_manifest(finished):
     folder, argv = finished
     record = manifest(folder)["record"]
