@@ -22,7 +22,7 @@ from oneshot_kernels.cpu import linear as tiles
 from torch import nn
 
 from .. import models
-from ..checkpoint import read_manifest, rounded
+from ..checkpoint import MANIFEST, read_manifest, rounded
 from ..prune.patterns import NM, Dense, Pattern
 from ..quantise import grids
 
@@ -68,11 +68,18 @@ def load(folder: str | Path, dtype: str = "auto", device: str = "cpu", **options
 
     dtype: to compute in; integers that were stored in another one are rounded anew. options: as for `models.load`.
     """
-    model, record = models.load(str(folder), dtype=dtype, **options)[0].to(device), read_manifest(folder)["record"]
+    model = models.load(str(folder), dtype=dtype, **options)[0].to(device)
+    return with_kernels(model, usable(folder, device), rounded.read(Path(folder)) if dtype == "auto" else None)
+
+
+def usable(folder: str | Path, device: str | torch.device) -> dict[str, str]:
+    """{full linear name: the form that a kernel here computes with}, of a saved folder; {} of one that is no folder of
+    oneshot's, and of a packed one, whose layers are in the form that it is packed in."""
+    if not (Path(folder) / MANIFEST).is_file() or "packed" in (data := read_manifest(folder)):
+        return {}
     known = runnable(device)
-    usable = {name: form if form in known else SPARSE for name, form in in_record(record).items()
-              if form in known or (form.startswith(SPARSE) and SPARSE in known)}
-    return with_kernels(model, usable, rounded.read(Path(folder)) if dtype == "auto" else None)
+    return {name: form if form in known else SPARSE for name, form in in_record(data["record"]).items()
+            if form in known or (form.startswith(SPARSE) and SPARSE in known)}
 
 
 def decoding(model: nn.Module, device: str | torch.device) -> tuple[nn.Module, str]:

@@ -4,18 +4,21 @@ With `--compare OTHER_DIR` the other model continues the same prompt, and both a
 first token, tokens per second after it, memory of the weights, peak memory. Greedy unless `--temperature` is given.
 
 On a CPU every token after the first is one compiled call, for dense models as for packed ones, where the model is of a
-family that oneshot_kernels.fast_decode knows; the table says what computed it, and why.
+family that oneshot_kernels.fast_decode knows; the table says what computed it, and why. There 2:4, int8 and int4 layers
+that were saved dense are computed by their kernels too, unless `--dtype` asks for another dtype than the stored one.
 """
 
 import argparse
 import gc
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from .. import models
+from ..checkpoint import MANIFEST, rounded
 from ..checkpoint.packed import linears
 from ..data import embedding
 from ..models import Tokenizer
@@ -24,7 +27,7 @@ from ..report.table import render
 from ..runtime import environment
 from ..runtime.command import Parser, exit_code
 from ..settings.values import MOST
-from .forms import ONE_CALL
+from . import forms
 
 
 class Clock:
@@ -44,30 +47,41 @@ class Clock:
         """Called at the end."""
 
 
-def prepared(name: str, flag: str, args: argparse.Namespace) -> tuple[nn.Module, Tokenizer, str, bool]:
-    """(model, tokenizer, what computes a token, whether it is packed) of a model, ready to generate.
+def prepared(name: str, flag: str, args: argparse.Namespace) -> tuple[nn.Module, Tokenizer, str, str]:
+    """(model, tokenizer, what computes a token, what its layers are beside dense) of a model, ready to generate.
 
     flag: the start of error messages. On a CPU every single token is one compiled call where that is possible; else it
     is said why not.
     """
     from oneshot_kernels import Rounded24Linear, fast_decode, sparsify
+    from oneshot_kernels.cpu.integers import IntegerLinear
 
     on_cpu = torch.device(args.device).type == "cpu"
+    used = forms.usable(name, args.device) if on_cpu and args.dtype == "auto" else {}
     slow = on_cpu and not environment.fast_bfloat16(args.device)  # the prompt would take several times as long
-    dtype = "float32" if slow and args.dtype == "auto" else args.dtype
+    dtype = "float32" if slow and args.dtype == "auto" and not used else args.dtype
     model, tokenizer = models.load(name, flag=flag, dtype=dtype, trust_remote_code=args.trust_remote_code)
     model.to(args.device)
-    rounded = [layer for layer in linears(model) if isinstance(layer, Rounded24Linear)]
-    if args.round_inputs and not flag and not rounded:
-        raise ValueError(f"--round-inputs: {name} has no packed int8 or int4 layer; leave it out")
     packed = bool(linears(model))
+    if used:
+        try:
+            forms.with_kernels(model, used, rounded.read(Path(name)))
+        except ValueError as error:
+            raise ValueError(f"{flag} {name}: is not what {MANIFEST} says, {error}".strip()) from error
+        model = model.float() if slow else model
+    integers = [layer for layer in model.modules() if isinstance(layer, (IntegerLinear, Rounded24Linear))]
+    if args.round_inputs and not flag and not integers:
+        raise ValueError(f"--round-inputs: {name} has no int8 or int4 layer with a kernel; leave it out")
+    form = "packed" if packed else " and ".join(sorted(set(used.values())))
     if packed:  # q, k, v and gate, up in one launch each
         sparsify(model, round_inputs=args.round_inputs)
+    for layer in integers if used else ():
+        layer.round_inputs = args.round_inputs
     if not on_cpu:
-        return model, tokenizer, "transformers", packed
+        return model, tokenizer, "transformers", form
     with models.own_code(cannot(name, flag, model), ()):
         why = "--static" if args.static else fast_decode(model)
-    return model, tokenizer, f"transformers ({why})" if why else ONE_CALL, packed
+    return model, tokenizer, f"transformers ({why})" if why else forms.ONE_CALL, form
 
 
 def cannot(name: str, flag: str, model: nn.Module) -> str:
@@ -84,7 +98,7 @@ def measure(name: str, flag: str, prompt: str, args: argparse.Namespace) -> dict
 
     gc.collect()
     environment.reset_peak_memory(args.device)
-    model, tokenizer, decoding, packed = prepared(name, flag, args)
+    model, tokenizer, decoding, form = prepared(name, flag, args)
     with models.own_code("--prompt: the tokenizer cannot take it"):
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     length = inputs["input_ids"].shape[1]
@@ -112,7 +126,7 @@ def measure(name: str, flag: str, prompt: str, args: argparse.Namespace) -> dict
     times = clock.times[1:]  # the first call is for the prompt
     if decoder and len(times) > 1 and decoder.tokens == made:
         decoding = "transformers (it generates otherwise than token by token with the plain cache)"
-    return {"model": str(name) + (" (packed)" if packed else ""), "decoding": decoding,
+    return {"model": str(name) + (f" ({form})" if form else ""), "decoding": decoding,
             "text": tokenizer.decode(out[0, length:], skip_special_tokens=True), "tokens": len(times),
             "first_s": times[0] - began,
             "tokens_per_s": (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else float("nan"),
@@ -169,7 +183,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
                    help="auto: as stored; float32 on a CPU that is slow with 16 bits")
     p.add_argument("--trust-remote-code", action="store_true", help="run code that the model's repository brings")
     p.add_argument("--round-inputs", action="store_true",
-                   help="packed int8 and int4 layers on a CPU round their inputs to int8 too: faster, not as measured")
+                   help="int8 and int4 layers on a CPU round their inputs to int8 too: faster, not as measured")
     p.add_argument("--static", action="store_true", help="use a static cache and compiled decoding (GPU)")
     args = p.parse_args(argv)
     args.device = environment.resolve_device(args.device)
