@@ -2,6 +2,8 @@
 
 import math
 
+from oneshot.pipeline import forms
+from oneshot.pipeline.fit import ending
 from oneshot.report import figures
 from oneshot.report.figures.path import KINDS, Point, placed
 
@@ -38,3 +40,12 @@ def test_what_each_block_can_spare():
         "KL of the block alone in 2:4 (nats)", "influence: 1 - cosine of what the block changes",
         "the block's share of the KL of all in int8 (nats)"}
     assert not figures.fig_candidates([]).axes
+
+
+def test_the_output_head_stands_right_of_all_blocks():
+    looked = ending.looked_at({"grids": {"int8": [[0, 0.1], [3, 0.3]]}, "output": {"int8": 0.2, "int4": 0.4}})
+    assert looked == {"2:4": {}, "int8": {0: 0.1, 3: 0.3, forms.HEAD: 0.2}, "influence": {}, "int4": {forms.HEAD: 0.4}}
+    [ax] = figures.fig_candidates([("round-1", looked)]).axes
+    assert [list(line.get_xdata()) for line in ax.lines] == [[0, 3, 5], [5]]
+    assert [text.get_text() for text in ax.texts] == [forms.HEAD]
+    assert figures.fig_candidates([("round-1", {"int8": {forms.HEAD: 0.2}})]).axes

@@ -117,12 +117,19 @@ def draw(fit: Fit, plain: list[Round]) -> None:
     bounds = {own.metric: own.bound(fit.dense["metrics"][own.metric]) for own in fit.asked.floors} or {
         metric: math.nan for metric in fit.dense["metrics"] if metric.endswith("ppl")}
     figures.save(figures.fig_path(points, fit.asked.targets, bounds), folder / "fit.svg")
-    looked = [(r.name, {label: dict(map(tuple, own)) for label, own in (
-        (forms.SPARSE, r.candidates.get("sparse", [])), *r.candidates.get("grids", {}).items(),
-        ("influence", r.candidates.get("influence", [])))}) for r in rounds]
-    figures.save(figures.fig_candidates(looked), folder / "candidates.svg")
+    figures.save(figures.fig_candidates([(r.name, looked_at(r.candidates)) for r in rounds]), folder / "candidates.svg")
     records = [fit.dense, *(record_of(State("", str(folder / r.name))) for r in rounds if r.metrics)]
     page.write_html(records, folder / "fit.html", "The rounds of oneshot fit")
+
+
+def looked_at(candidates: dict) -> dict[str, dict[int | str, float]]:
+    """What of a round's candidates is drawn: {form, or "influence": {number of a block, or HEAD: what it loses}}."""
+    found = {forms.SPARSE: candidates.get("sparse", []), **candidates.get("grids", {}),
+             "influence": candidates.get("influence", [])}
+    drawn = {label: dict(map(tuple, rows)) for label, rows in found.items()}
+    for form, kl in candidates.get("output", {}).items():
+        drawn.setdefault(form, {})[forms.HEAD] = kl
+    return drawn
 
 
 def told(fit: Fit, plain: list[Round], accepted: dict) -> str:

@@ -72,21 +72,25 @@ def placed(points: Sequence[Point], metric: str, kind: str) -> list[tuple[str, s
 
 
 @drawn
-def fig_candidates(rounds: Sequence[tuple[str, dict[str, dict[int, float]]]]) -> "Figure":
+def fig_candidates(rounds: Sequence[tuple[str, dict[str, dict[int | str, float]]]]) -> "Figure":
     """What each block loses in 2:4 and in integers, and how much it changes the hidden state, a panel for each round.
 
     rounds: [(name, {form: {block: KL in nats}} with {"influence": {block: influence}})]. Of integers it is the block's
-    share of what all blocks lose together.
+    share of what all blocks lose together. A key that is a text, the output head, stands right of all blocks.
     """
     rounds = [r for r in rounds if any(r[1].values())]
     kinds = list(dict.fromkeys(kind for _, found in rounds for kind, own in found.items() if own))
     if not rounds:
         return nothing("no block was measured alone")
     fig = new_figure(WIDTH, 0.6 + 1.9 * len(rounds))
+    end = 2 + max((b for _, found in rounds for own in found.values() for b in own if isinstance(b, int)), default=0)
     for ax, (name, found) in zip(fig.subplots(len(rounds), 1, squeeze=False).flat, rounds, strict=True):
         for i, kind in enumerate(kinds):
             if own := found.get(kind):
-                ax.plot(list(own), list(own.values()), color=COLOURS[i], marker=MARKERS[i], ls="none")
+                at = [end if isinstance(b, str) else b for b in own]
+                ax.plot(at, list(own.values()), color=COLOURS[i], marker=MARKERS[i], ls="none")
+        for text in {b for own in found.values() for b in own if isinstance(b, str)}:
+            ax.text(end, 1.02, clean(text), transform=ax.get_xaxis_transform(), ha="center", va="bottom")
         scale_y([ax], [x for own in found.values() for x in own.values() if x > 0] or [0, 1])
         ax.set_title(clean(name), loc="left", fontweight="bold")
         ax.set_xlabel("block")
