@@ -111,22 +111,43 @@ def with_kernels(model: nn.Module, forms: Mapping[int | str, str],
     """Put the kernels' layers into a model, in place, and return it.
 
     forms: {number of a block, full linear name, or HEAD for the output head: its form}. scales: {full linear name: (R,
-    groups), float16} of weights on their grid; others are rounded to nearest, and made 2:4 by magnitude where they
-    are not: good for measuring time. What has no kernel (experts that are fused, Conv1D, shapes that are no 2:4) stays
-    as it is.
-    Inputs of integer layers stay as they are, as quality is measured.
+    groups), float16} of the integers that are stored: then every weight has to be in its form. Without scales, weights
+    are rounded to nearest, and made 2:4 by magnitude where they are not: good for measuring time. What has no kernel
+    (experts that are fused, Conv1D, shapes that are no 2:4) stays as it is. Inputs of integer layers stay as they are,
+    as quality is measured.
+
+    Raises ValueError naming the linear whose weight is not in its form, where scales are given.
     """
+    def layer_of(name: str, linear: nn.Linear, form: str) -> nn.Module:
+        if scales is not None:
+            check(name, linear, form, scales)
+        return made(linear, form, (scales or {}).get(name))
+
     for block in models.walk(model):
         for weight in block.weights:
             form = forms.get(weight.name, forms.get(block.number, "dense"))
             if form != "dense" and type(weight.owner) is nn.Linear:
-                layer = made(weight.owner, form, (scales or {}).get(weight.name))
                 parent, _, child = weight.linear.rpartition(".")
-                setattr(block.module.get_submodule(parent), child, layer)
+                setattr(block.module.get_submodule(parent), child, layer_of(weight.name, weight.owner, form))
     name, head = models.output_head(model) or ("", None)
     if (form := forms.get(name, forms.get(HEAD, "dense"))) != "dense" and head is not None:
-        model.set_output_embeddings(made(head, form, (scales or {}).get(name)))
+        model.set_output_embeddings(layer_of(name, head, form))
     return model
+
+
+def check(name: str, linear: nn.Linear, form: str, scales: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError naming the linear if its weight is not in its form. scales: as for `with_kernels`."""
+    pattern, grid = of(form)
+    if isinstance(pattern, NM) and not pattern.holds(linear.weight):
+        raise ValueError(f"{name}: is not {pattern}")
+    if grid and name not in scales:
+        raise ValueError(f"{name}: its scales are missing")
+
+
+def running(model: nn.Module) -> list[str]:
+    """The forms that a model's layers are computed in by kernels, each once."""
+    return sorted({SPARSE if isinstance(m, Sparse24Linear) else named(m.values.ndim == 5, f"int{m.bits}")
+                   for m in model.modules() if isinstance(m, (Sparse24Linear, integers.IntegerLinear))})
 
 
 def made(linear: nn.Linear, form: str, scales: torch.Tensor | None) -> nn.Module:

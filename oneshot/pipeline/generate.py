@@ -72,7 +72,7 @@ def prepared(name: str, flag: str, args: argparse.Namespace) -> tuple[nn.Module,
     integers = [layer for layer in model.modules() if isinstance(layer, (IntegerLinear, Rounded24Linear))]
     if args.round_inputs and not flag and not integers:
         raise ValueError(f"--round-inputs: {name} has no int8 or int4 layer with a kernel; leave it out")
-    form = "packed" if packed else " and ".join(sorted(set(used.values())))
+    form = "packed" if packed else " and ".join(forms.running(model))
     if packed:  # q, k, v and gate, up in one launch each
         sparsify(model, round_inputs=args.round_inputs)
     for layer in integers if used else ():

@@ -77,11 +77,31 @@ def test_inputs_are_rounded_where_asked_for(saved, seen, capsys):
 
 
 def test_weights_that_are_not_what_was_saved_are_refused(saved, tmp_path, capsys):
+    """Never made 2:4 or rounded anew without a word."""
     folder, form = saved
-    if form == "2:4":
-        pytest.skip("its positions are found in the weights")
     spoilt = tiny.copy(folder, tmp_path / "spoilt")
-    tiny.change_weights(spoilt, lambda t: [t[key].mul_(1.1) for key in t if "proj" in key])
+    tiny.change_weights(spoilt, lambda t: [t[key].mul_(1.1).add_(0.01) for key in t if "proj" in key])
     assert go(spoilt) == 2
     err = capsys.readouterr().err
-    assert err.startswith(f"error: {spoilt}: is not what oneshot.json says, ") and "not on the grid" in err
+    assert err.startswith(f"error: {spoilt}: is not what oneshot.json says, ")
+    assert ("is not 2:4" if "2:4" in form else "not on the grid") in err
+
+
+def test_missing_scales_are_refused(saved, tmp_path, capsys):
+    folder, form = saved
+    spoilt = tiny.copy(folder, tmp_path / "spoilt")
+    (spoilt / "scales.safetensors").unlink(missing_ok=True)
+    assert go(spoilt) == (0 if form == "2:4" else 2)
+    assert ("its scales are missing" in capsys.readouterr().err) == (form != "2:4")
+
+
+def test_what_has_no_kernel_is_not_said_to_have_one(tmp_path, capsys):
+    """Conv1D stays as it is."""
+    folder = tmp_path / "place"
+    folder.mkdir()
+    tiny.save_model(folder / "model", "gpt2")
+    for name in ("calibration.txt", "evaluation.txt"):
+        tiny.save_text(folder / name, 1)
+    assert tiny.main(*tiny.flags(folder, "--no-dense", method="magnitude", pattern="2:4", save=tmp_path / "out")) == 0
+    capsys.readouterr()
+    assert go(tmp_path / "out") == 0 and "(2:4)" not in capsys.readouterr().out

@@ -225,10 +225,10 @@ template <typename T> struct Current {
                 else std::memcpy(packed + j * first + i * PANEL, factor + i * ld + first + j, (b - j) * sizeof(T));
         std::atomic<int> failed{0};
         parallel((R + TR - 1) / TR, threads, [&](int64_t t) {
-            void* space = std::aligned_alloc(64, (b + CHUNK) * NV * VECTOR);
-            if (!space) { failed = 1; return; }
-            tile(t * TR, R - t * TR < TR ? R - t * TR : TR, static_cast<V*>(space), packed);
-            std::free(space);
+            void* own = std::aligned_alloc(64, (b + CHUNK) * NV * VECTOR);
+            if (!own) { failed = 1; return; }
+            tile(t * TR, R - t * TR < TR ? R - t * TR : TR, static_cast<V*>(own), packed);
+            std::free(own);
         });
         std::free(space);
         return failed;
