@@ -70,6 +70,12 @@ def written(program: str, environment: dict) -> str:
             f"{e['device']}, {e['threads']} thread{'s' * (e['threads'] > 1)}, torch {e['torch']}, {e['date']}.")
 
 
+def last_level() -> int:
+    """Bytes of this machine's largest cache; 0 where the system does not say."""
+    sizes = [file.read_text().strip() for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size[:-1]) << 10 for size in sizes if size.endswith("K")), default=0)
+
+
 # ------------------------------------------------------------------ many ways
 
 def asking(program: str, doc: str, models: tuple[str, ...], windows: int, groups: str) -> Parser:

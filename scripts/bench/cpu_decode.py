@@ -27,7 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import others, written
+from common import last_level, others, written
 from llama_server import Server, named
 from oneshot_kernels import fast_decode, sparsify
 from oneshot_kernels.cpu import bandwidth, decode, integers, library
@@ -52,7 +52,7 @@ WAYS = {"transformers": (None, "dense", False), "transformers, compiled": (None,
         **{f"{kind} {form}": (form, kind, False) for form in ("bf16", "int8", "int4") for kind in KINDS},
         **{f"{kind} {form}, rounded": (form, kind, True) for form in ("int8", "int4") for kind in KINDS}}
 PROMPT = 16  # tokens
-READ = 256 << 20  # bytes that are read to measure the speed of memory
+READ = max(256 << 20, 2 * last_level())  # bytes that are read to measure the speed of memory
 
 
 def main(argv: list[str] | None = None) -> int:

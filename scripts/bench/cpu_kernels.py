@@ -3,8 +3,8 @@
     python scripts/bench/cpu_kernels.py                   # results/bench/cpu_kernels.csv; some minutes
     python scripts/bench/cpu_kernels.py --toy --out DIR   # the same at toy size, for the tests
 
-Every method takes its turn in every round, each time on other copies of the weight (together at least 256 MB, beyond
-the last-level cache), and medians are kept. Results are compared with float64 before anything is timed.
+Every method takes its turn in every round, each time on other copies of the weight (together at least 256 MB, and
+beyond the last-level cache), and medians are kept. Results are compared with float64 before anything is timed.
 
     torch     F.linear in the same dtype, for integers in bfloat16
     dense     the dense twin: same source, same tiles, as many weights read at once
@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import others
+from common import last_level, others
 from oneshot_kernels import Sparse24Linear, reference
 from oneshot_kernels.cpu import bandwidth, integers, layout, library, linear
 
@@ -58,7 +58,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--dtypes", default="bfloat16,float32,int8,int4")
     p.add_argument("--threads", default=f"1,{torch.get_num_threads()}")
     p.add_argument("--rounds", type=int, default=60, help="the median is kept")
-    p.add_argument("--cold", type=int, default=256, help="MB of all copies of a weight together, at least")
+    p.add_argument("--cold", type=int, default=max(256, last_level() >> 20),
+                   help="MB of all copies of a weight together, at least (default: as the last-level cache)")
     p.add_argument("--out", type=Path, default=Path("results/bench"))
     p.add_argument("--toy", action="store_true", help="one small shape, two rounds")
     args = p.parse_args(argv)
