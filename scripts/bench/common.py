@@ -4,6 +4,7 @@ line and their rows in a file."""
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable
 from itertools import cycle
@@ -74,6 +75,16 @@ def last_level() -> int:
     """Bytes of this machine's largest cache; 0 where the system does not say."""
     sizes = [file.read_text().strip() for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     return max((int(size[:-1]) << 10 for size in sizes if size.endswith("K")), default=0)
+
+
+def thread_counts(text: str, toy: bool) -> list[int]:
+    """The numbers of threads that `--threads` names, by commas. Raises ValueError where waiting threads would sleep:
+    a token takes less time than to wake them. toy: nobody reads these times."""
+    counts = sorted({int(n) for n in text.split(",")})
+    if counts[-1] > 1 and os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive" and not toy:
+        raise ValueError("OMP_WAIT_POLICY=passive lets threads sleep while they wait, half the speed of short layers: "
+                         "unset it, or give --threads 1")
+    return counts
 
 
 # ------------------------------------------------------------------ many ways

@@ -27,7 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import last_level, others, written
+from common import last_level, others, thread_counts, written
 from llama_server import Server, named
 from oneshot_kernels import fast_decode, sparsify
 from oneshot_kernels.cpu import bandwidth, decode, integers, library
@@ -79,7 +79,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     args = p.parse_args(argv)
     if args.toy:
         args.models, args.tokens, args.rounds = "toy", 8, 2
-    args.threads = sorted({int(n) for n in args.threads.split(",")})
+    args.threads = thread_counts(args.threads, args.toy)
     args.ways = args.ways.split(";")
     if unknown := [way for way in args.ways if way not in WAYS]:
         raise ValueError(f"--ways {unknown[0]}: there are {'; '.join(WAYS)}")

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import last_level, others
+from common import last_level, others, thread_counts
 from oneshot_kernels import Sparse24Linear, reference
 from oneshot_kernels.cpu import bandwidth, integers, layout, library, linear
 
@@ -66,8 +66,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.toy:
         args.shapes, args.tokens, args.rounds, args.cold = "640x512", "1,3", 2, 4
     args.shapes = [tuple(int(n) for n in shape.split("x")) for shape in args.shapes.split(",")]
-    args.tokens, threads = ([int(n) for n in text.split(",")] for text in (args.tokens, args.threads))
-    args.threads = sorted(set(threads))
+    args.tokens = [int(n) for n in args.tokens.split(",")]
+    args.threads = thread_counts(args.threads, args.toy)
     args.dtypes = args.dtypes.split(",")
     return args
 

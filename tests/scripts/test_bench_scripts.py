@@ -92,6 +92,16 @@ def test_patterns_as_the_published_code_takes_them():
     assert common.removed(patterns.parse("3:4")) == (0.25, 1, 4)  # it counts those that go
 
 
+def test_threads_that_sleep_are_not_timed(monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    assert common.thread_counts("1", toy=False) == [1]
+    assert common.thread_counts("2,1,2", toy=True) == [1, 2]
+    with pytest.raises(ValueError, match="OMP_WAIT_POLICY=passive"):
+        common.thread_counts("1,2", toy=False)
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    assert common.thread_counts("1,2", toy=False) == [1, 2]
+
+
 def test_the_published_loop_runs_windows_in_their_order():
     model, _ = models.load("demo", dtype="float32")
     ids = torch.arange(3, 27).view(3, 8)
