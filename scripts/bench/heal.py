@@ -17,6 +17,7 @@ import random
 import sys
 from pathlib import Path
 
+import small_models
 import yaml
 from common import without
 
@@ -28,7 +29,6 @@ from oneshot.settings import parse
 
 ROOT = Path(__file__).parents[2]
 WIKITEXT = "wikitext2_test/ppl"
-SHARE = 0.85  # of the C4 sample to train on
 BASE = {
     "smollm2": ["--model", "smollm2", "--seqlen", "512", "--eval-seqlen", "512", "--nsamples", "64",
                 "--eval-windows", "64"],
@@ -66,19 +66,17 @@ def run(args: argparse.Namespace) -> None:
 def make_texts(data: Path, work: Path) -> list[str]:
     """The flags that name the texts, which are written into `work` where they are not there."""
     work.mkdir(parents=True, exist_ok=True)
-    lines = (data / "c4_sample.jsonl").read_text(encoding="utf-8").splitlines()
-    first = round(SHARE * len(lines))
-    for name, part in {"c4_train.jsonl": lines[:first], "c4_held.jsonl": lines[first:]}.items():
-        write_text("\n".join(part) + "\n", work / name)
+    train, held = small_models.split_c4(data, work)
     if not (work / "books.txt").is_file():
         with lzma.open(data / "books_public_domain.txt.xz", "rt", encoding="utf-8") as books:
             write_text(books.read(), work / "books.txt")
     if not (work / "shuffled.txt").is_file():  # what does harm: C4's words in any order
-        words = " ".join(json.loads(line)["text"] for line in lines[:first]).split()
+        lines = train.read_text(encoding="utf-8").splitlines()
+        words = " ".join(json.loads(line)["text"] for line in lines).split()
         random.Random(0).shuffle(words)
         write_text("\n\n".join(" ".join(words[i:i + 300]) for i in range(0, len(words), 300)) + "\n",
                    work / "shuffled.txt")
-    return ["--calibration", str(work / "c4_train.jsonl"), "--evaluate", f"c4={work / 'c4_held.jsonl'}"]
+    return ["--calibration", str(train), "--evaluate", f"c4={held}"]
 
 
 def one(args: argparse.Namespace, name: str, seed: str, way: str, texts: list[str]) -> None:

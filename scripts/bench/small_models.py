@@ -1,6 +1,6 @@
 """The small real models that other scripts measure, their texts and flags.
 
-    python scripts/bench/small_models.py --shared ../shared   # texts to build/small_models, for sweep/small.yaml
+    python scripts/bench/small_models.py --shared ../shared   # texts to build/small_models, for scripts/sweep
 
     stories260k      calibrated on 500 TinyStories, measured on 500 others
     craftgpt-5m      on its own text, one dialogue a line; half to calibrate, half to measure
@@ -19,6 +19,7 @@ from oneshot.runtime.command import Parser, exit_code
 from oneshot.runtime.files import write_text
 
 WORK = Path("build/small_models")  # relative: records hold it
+SHARE = 0.85  # of the C4 sample to calibrate and train on; the rest is held out
 PATTERNS = "0.5,0.6,0.7,2:4,4:8"
 DEMO = ["--model", "demo", "--pattern", PATTERNS, "--evaluate", "builtin:prose,builtin:sampled"]
 
@@ -30,9 +31,20 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--shared", type=Path, default=Path("../shared"), help="folder of models/ and data/")
 
     def work():
-        flags_of(p.parse_args(argv).shared)
+        shared = p.parse_args(argv).shared
+        flags_of(shared)
+        split_c4(shared / "data", WORK)
         print(f"written: {WORK}")
     return exit_code(work)
+
+
+def split_c4(data: Path, folder: Path) -> tuple[Path, Path]:
+    """C4's sample in two files in `folder`: documents to calibrate and train on, and those that are held out."""
+    lines = (data / "c4_sample.jsonl").read_text(encoding="utf-8").splitlines()
+    first, files = round(SHARE * len(lines)), (folder / "c4_train.jsonl", folder / "c4_held.jsonl")
+    for file, part in zip(files, (lines[:first], lines[first:]), strict=True):
+        write_text("\n".join(part) + "\n", file)
+    return files
 
 
 def flags_of(shared: Path) -> dict[str, list[str]]:
