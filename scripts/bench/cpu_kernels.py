@@ -15,6 +15,7 @@ beyond the last-level cache), and medians are kept. Results are compared with fl
 Errors of integers are against float64 on the very codes; torch's is then that of rounding. `limit` is the share of the
 read limit that a method reaches, by its own bytes. `load` is what other processes took, in cores, at the worst moment
 (the average of a minute less this program's threads); above 0.3 the row is marked `busy`: only its ratios count.
+Rows of other machines stay in the file, and those that this run does not measure.
 """
 
 import argparse
@@ -87,9 +88,17 @@ def work(args: argparse.Namespace) -> None:
                 print(",".join(map(str, rows[-1][:14])), flush=True)
     finally:
         torch.set_num_threads(before)
-    file = io.StringIO()
-    csv.writer(file, lineterminator="\n").writerows([HEAD, *rows])
-    write_text(file.getvalue(), args.out / "cpu_kernels.csv")
+    text, file = io.StringIO(), args.out / "cpu_kernels.csv"
+    csv.writer(text, lineterminator="\n").writerows([HEAD, *others_of(file, rows), *rows])
+    write_text(text.getvalue(), file)
+
+
+def others_of(file: Path, rows: list[list]) -> list[list[str]]:
+    """The rows in a file that were measured elsewhere, or of what `rows` do not hold."""
+    same = [HEAD.index(name) for name in ("rows", "k", "dtype", "tokens", "threads", "device")]
+    new = {tuple(str(row[i]) for i in same) for row in rows}
+    kept = list(csv.reader(file.read_text(encoding="utf-8").splitlines()))[1:] if file.is_file() else []
+    return [row for row in kept if tuple(row[i] for i in same) not in new]
 
 
 def measure(n: int, k: int, kind: str, args: argparse.Namespace) -> list[list]:

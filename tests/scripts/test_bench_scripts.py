@@ -154,6 +154,14 @@ def test_cpu_kernels(tmp_path, capsys):
     for row in (dict(zip(rows[0], row, strict=True)) for row in rows[1:]):
         assert float(row["us"]) > 0 and row["machine"] == ("busy" if float(row["load"]) > 0.3 else "idle")
         assert row["method"] != "torch" or row["over_torch"] == "1.00"
+    here = [str(value) for value in rows[1]]
+    device, threads = cpu_kernels.HEAD.index("device"), cpu_kernels.HEAD.index("threads")
+    elsewhere, more = [*here], [*here]
+    elsewhere[device], more[threads] = "cpu (another)", "2"
+    lines = [",".join(row) for row in (rows[0], here, elsewhere, more)]
+    (tmp_path / "cpu_kernels.csv").write_text("\n".join([*lines, ""]))
+    kept = cpu_kernels.others_of(tmp_path / "cpu_kernels.csv", rows[1:])
+    assert kept == [elsewhere, more]
 
 
 def test_cpu_decode(tmp_path, monkeypatch, capsys):
