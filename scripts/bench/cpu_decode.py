@@ -14,7 +14,8 @@
 All but the cut ones have the same weights, 2:4 by magnitude, so that dense and 2:4 compute the same. Every way takes
 its turn in every round; medians over the rounds. `same` is how many tokens, from the first on, are those of
 transformers. MB: of weights, read for every token. `limit` is the share of the time that reading these takes, at the
-speed of memory that is measured in the same run. `load` is what other processes took, in cores.
+speed of memory that is measured in the same run; above 1 where they stay in the cache. `load` is what other processes
+took, in cores.
 """
 
 import argparse
