@@ -33,16 +33,30 @@ def test_the_setting_is_the_callers_again_also_after_an_error():
     assert torch.get_float32_matmul_precision() == before
 
 
-@pytest.mark.parametrize("amd, trial, want", [(True, 1e-5, "medium"), (True, 0.0, "highest"), (False, 1e-5, "highest")])
-def test_onednn_multiplies_where_it_is_faster_and_the_trial_is_precise(amd, trial, want, monkeypatch):
-    can = {"avx512_bf16": True, "cpu_name": "AMD EPYC" if amd else "Intel(R) Xeon(R)"}
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can)
+def pretend(monkeypatch, name: str, trial: float) -> None:
+    """A processor of this name without a GPU, on which products may have errors up to `trial`."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "cpu_name": name})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(products, "ERROR", trial)
-    if trial and torch.backends.cpu.get_cpu_capability() != "AVX512":
-        monkeypatch.setattr(products, "ERROR", 1.0)  # whatever this processor does of it
+
+
+@pytest.mark.parametrize("name, trial, want", [("AMD EPYC", 1.0, "medium"), ("AMD EPYC", 0.0, "highest"),
+                                               ("Intel(R) Xeon(R)", 1.0, "highest")])
+def test_onednn_multiplies_where_it_is_faster_and_the_trial_is_precise(name, trial, want, monkeypatch):
+    pretend(monkeypatch, name, trial)
     with products.float32():
         assert torch.get_float32_matmul_precision() == want
+
+
+def test_a_processor_that_rounds_products_is_found_out(monkeypatch):
+    """Those with units for bfloat16 products (AMX) do, once torch lets oneDNN."""
+    a, b = torch.randn(2, 300, 300)
+    monkeypatch.setattr(products, "by_onednn", lambda: True)
+    with products.float32():
+        error = (a.double() @ b.double() - a @ b).norm() / (a.double() @ b.double()).norm()
+    monkeypatch.undo()
+    pretend(monkeypatch, "AMD EPYC", products.ERROR)
+    assert products.by_onednn() == bool(error <= products.ERROR)
 
 
 def test_a_torch_that_does_not_know_its_processor_multiplies_as_ever(monkeypatch):
@@ -53,7 +67,7 @@ def test_a_torch_that_does_not_know_its_processor_multiplies_as_ever(monkeypatch
 
 
 def test_a_gpu_rounds_only_when_asked(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "cpu_name": "AMD EPYC"})
+    pretend(monkeypatch, "AMD EPYC", products.ERROR)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for tf32, want in ((False, "highest"), (True, "high")):
         with products.float32(tf32):
