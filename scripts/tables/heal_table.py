@@ -74,9 +74,9 @@ def told(out: Path) -> str:
                     f"torch {e['torch']}, transformers {e['transformers']}"
                     for e in (record["environment"] for _, record in rows(out))})
     return (f"`scripts/bench/heal.py`; {'; '.join(about)}. 64 windows of each text, on which nothing was trained. "
-            "share: of the excess log-perplexity of the same model without healing that is gone. held-out loss, nats, on "
-            "a part of the training mixture that was not trained on: KL to the dense model, with (next) cross-entropy of "
-            "the next token, which also moves a model towards the texts that it is healed on; the dense model was not.")
+            "share: of the excess log-perplexity of the same model without healing that is gone. held-out loss, nats, "
+            "on a part of the training mixture that was not trained on: KL to the dense model, with (next) the next "
+            "token's cross-entropy, which also moves a model towards the texts it is healed on; the dense one was not.")
 
 
 def page(out: Path) -> str:
