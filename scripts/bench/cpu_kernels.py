@@ -59,7 +59,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--dtypes", default="bfloat16,float32,int8,int4")
     p.add_argument("--threads", default=f"1,{torch.get_num_threads()}")
     p.add_argument("--rounds", type=int, default=60, help="the median is kept")
-    p.add_argument("--cold", type=int, default=max(256, last_level() >> 20),
+    p.add_argument("--cold", type=int, default=max(256, last_level() // 10**6 + 1),
                    help="MB of all copies of a weight together, at least (default: as the last-level cache)")
     p.add_argument("--out", type=Path, default=Path("results/bench"))
     p.add_argument("--toy", action="store_true", help="one small shape, two rounds")

@@ -102,6 +102,13 @@ def test_threads_that_sleep_are_not_timed(monkeypatch):
     assert common.thread_counts("1,2", toy=False) == [1, 2]
 
 
+@pytest.mark.parametrize("script", [cpu_kernels, cpu_decode])
+def test_a_bench_of_the_cpu_refuses_threads_that_sleep(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    assert script.main(["--threads", "1,2", "--out", str(tmp_path)]) == 2
+    assert "OMP_WAIT_POLICY=passive" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_the_published_loop_runs_windows_in_their_order():
     model, _ = models.load("demo", dtype="float32")
     ids = torch.arange(3, 27).view(3, 8)
@@ -160,8 +167,9 @@ def test_cpu_kernels(tmp_path, capsys):
     elsewhere[device], more[threads] = "cpu (another)", "2"
     lines = [",".join(row) for row in (rows[0], here, elsewhere, more)]
     (tmp_path / "cpu_kernels.csv").write_text("\n".join([*lines, ""]))
-    kept = cpu_kernels.others_of(tmp_path / "cpu_kernels.csv", rows[1:])
-    assert kept == [elsewhere, more]
+    assert cpu_kernels.main(["--toy", "--threads", "1", "--out", str(tmp_path)]) == 0
+    again = [line.split(",") for line in (tmp_path / "cpu_kernels.csv").read_text().splitlines()]
+    assert again[:3] == [rows[0], elsewhere, more] and len(again) == len(rows) + 2
 
 
 def test_cpu_decode(tmp_path, monkeypatch, capsys):
