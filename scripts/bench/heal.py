@@ -2,6 +2,7 @@
 
     python scripts/bench/heal.py --shared ../shared                          # all ways; continues where it was stopped
     python scripts/bench/heal.py --shared ../shared --only smollm2 --ways "none;full 500k"
+    python scripts/bench/heal.py --shared ../shared --tasks build/tasks      # tasks as well (local_tasks.py), all ways
     python scripts/tables/heal_table.py                                      # heal.md and heal.svg from the records
     python scripts/tables/tables.py                                          # the README's table from the records
 
@@ -29,6 +30,7 @@ from oneshot.settings import parse
 
 ROOT = Path(__file__).parents[2]
 WIKITEXT = "wikitext2_test/ppl"
+TASKS, DOCUMENTS = "foundry_arc_easy,foundry_piqa,lambada", 100  # those that the dense model does above chance
 BASE = {
     "smollm2": ["--model", "smollm2", "--seqlen", "512", "--eval-seqlen", "512", "--nsamples", "64",
                 "--eval-windows", "64"],
@@ -49,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--only", default="smollm2", help="models, separated by commas")
     p.add_argument("--ways", default=";".join(WAYS), help="names separated by semicolons")
     p.add_argument("--seeds", default="0")
+    p.add_argument("--tasks", type=Path, help=f"folder of the tasks {TASKS}: the first {DOCUMENTS} documents of each")
     args = p.parse_args(argv)
     return exit_code(lambda: run(args), interrupted=lambda: "the same command continues")
 
@@ -100,11 +103,14 @@ def one(args: argparse.Namespace, name: str, seed: str, way: str, texts: list[st
     record = done([*flags, *own], args.out / name, way)
     if way != "dense" and begins:  # what the table compares it with
         record["begun"] = {key: checkpoint.read_manifest(begins)["record"]["settings"].get(key) for key in BEGUN}
-    if WIKITEXT not in record["metrics"]:  # of what was saved, by a run of its own
-        saved = own[own.index("--save") + 1] if "--save" in own else None
-        wiki = ["--evaluate", str(args.shared / "data" / "wikitext2_test.txt"), "--method", "dense"]
-        wiki += ["--model", saved] if saved else []
-        found = done([*without(flags, "--heal-teacher"), *wiki], args.work / "evaluations", way)
+    saved = own[own.index("--save") + 1] if "--save" in own else flags[flags.index("--model") + 1]
+    plain = [*without(without(flags, "--heal-teacher"), "--model"), "--model", saved, "--method", "dense"]
+    asked = [] if WIKITEXT in record["metrics"] else [["--evaluate", str(args.shared / "data" / "wikitext2_test.txt")]]
+    if args.tasks and not any(metric.startswith(tuple(TASKS.split(","))) for metric in record["metrics"]):
+        asked += [["--evaluate", "none", "--tasks", TASKS, "--task-path", str(args.tasks), "--task-limit",
+                   str(DOCUMENTS), "--trust-task-code"]]
+    for words in asked:  # of what was saved, each by a run of its own
+        found = done([*plain, *words], args.work / "evaluations", way)
         record["metrics"] |= found["metrics"]
         record["metric_info"] |= found["metric_info"]
         report.write(record, args.out / name / f"{record['run_id']}.json")

@@ -13,13 +13,14 @@ import sys
 from pathlib import Path
 
 from oneshot import report
-from oneshot.report import figures, table
+from oneshot.report import accuracy, figures, table
 from oneshot.runtime.command import Parser, exit_code
 from oneshot.runtime.files import write_text
 
 ROOT = Path(__file__).parents[2]
 WINDOWS = 64  # of calibration, unless a row says otherwise
 METRICS = ("wikitext2_test/ppl", "c4/ppl")
+TASKS = ("foundry_arc_easy/acc", "foundry_piqa/acc", "lambada/acc")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,12 +52,11 @@ def rows(out: Path) -> list[tuple[str, dict]]:
 
 def lines_of(out: Path) -> str:
     """The table of all records in the folder `out`."""
-    found, lines = rows(out), []
+    found, lines = in_order(out), []
     heads = ["model", "seed", "way", "tokens", *(f"{m.split('/')[0]} ppl" for m in METRICS),
              *(f"share, {m.split('/')[0]}" for m in METRICS), "held-out loss", "tokens/s", "minutes", "peak GiB"]
-    for model, record in sorted(found, key=lambda row: (row[0], seed_of(row[1]), order(row[1]))):
-        same = [r for m, r in found if m == model]
-        dense = next((r for r in same if r["settings"]["method"] == "dense"), None)
+    for model, record in found:
+        same, dense = [r for m, r in found if m == model], dense_of(found, model)
         plain = next((r for r in same if unhealed(r) and of(r) == of(record)), None)
         info = next((i for i in record["heal"].values() if "attempts" in i), {})
         loss = f"{info['held_out_before']:.3f} to {info['held_out_after']:.3f}" if info else ""
@@ -66,6 +66,37 @@ def lines_of(out: Path) -> str:
                       f"{info['tokens_per_second']:.0f}" if info.get("tokens_per_second") else "",
                       f"{record['seconds']['prune'] / 60:.1f}", f"{record['peak_memory_bytes'] / 2**30:.1f}"])
     return table.render(heads, lines, "markdown", text={"model", "way"})
+
+
+def in_order(out: Path) -> list[tuple[str, dict]]:
+    """`rows`, by model and seed, then as `order` says."""
+    return sorted(rows(out), key=lambda row: (row[0], seed_of(row[1]), order(row[1])))
+
+
+def dense_of(found: list[tuple[str, dict]], model: str) -> dict | None:
+    """The record of the dense model, if there is one."""
+    return next((r for m, r in found if m == model and r["settings"]["method"] == "dense"), None)
+
+
+def tasks_of(out: Path) -> str:
+    """What the tasks say, as text with a table; "" where none were measured."""
+    found = [(model, record) for model, record in in_order(out) if any(task in record["metrics"] for task in TASKS)]
+    if not found:
+        return ""
+    lines = [[model, str(seed_of(record)), way_of(record), *(task_cell(record, dense_of(found, model), task)
+                                                             for task in TASKS)] for model, record in found]
+    info = found[0][1]["metric_info"]
+    heads = [f"{task} (chance {info[task]['chance']:g})" if info[task]["chance"] else task for task in TASKS]
+    return (f"Tasks, {info[TASKS[0]]['samples']} documents each, ± standard error; in brackets: minus dense, document "
+            "by document; ~ within two standard errors.\n\n"
+            f"{table.render(['model', 'seed', 'way', *heads], lines, 'markdown', text={'model', 'way'})}\n")
+
+
+def task_cell(record: dict, dense: dict | None, task: str) -> str:
+    """An accuracy and how it differs from the dense model's."""
+    own = f"{record['metrics'][task]:.2f} ± {record['metric_info'][task]['stderr']:.2f}"
+    found = accuracy.difference(record, dense, task) if dense and record is not dense else None
+    return own if not found else f"{own} ({found.value:+.2f} ± {found.stderr:.2f}{' ~' * found.within_noise})"
 
 
 def told(out: Path) -> str:
@@ -81,7 +112,8 @@ def told(out: Path) -> str:
 
 def page(out: Path) -> str:
     """heal.md."""
-    return f"# Healing on text\n\n{told(out)}\n\n{lines_of(out)}\n![held-out loss against tokens](heal.svg)\n"
+    return (f"# Healing on text\n\n{told(out)}\n\n{lines_of(out)}\n{tasks_of(out)}"
+            "![held-out loss against tokens](heal.svg)\n")
 
 
 def unhealed(record: dict) -> bool:

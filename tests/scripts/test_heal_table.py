@@ -23,7 +23,7 @@ def test_every_way_is_a_command_line_that_passes_the_checks(way, tmp_path, monke
     monkeypatch.setattr(bench, "attempt", attempt)
     begun = {"method": "obs", "pattern": "dense", "shrink": 0.75}
     monkeypatch.setattr(bench.checkpoint, "read_manifest", lambda folder: {"record": {"settings": begun | {"seed": 0}}})
-    args = Namespace(work=tmp_path, out=tmp_path / "out", shared=tmp_path)
+    args = Namespace(work=tmp_path, out=tmp_path / "out", shared=tmp_path, tasks=None)
     bench.one(args, "demo", "0", way, ["--calibration", "builtin", "--evaluate", "builtin"])
     cfg, evaluation = asked
     checks.check([cfg])
@@ -36,6 +36,42 @@ def test_every_way_is_a_command_line_that_passes_the_checks(way, tmp_path, monke
     begins = "MODEL" in bench.WAYS[way]
     assert written.get("begun") == (begun if begins else None)
     assert (cfg.model, cfg.heal_teacher) == ((str(tmp_path / "demo-0-cut"), "demo") if begins else ("demo", None))
+
+
+@pytest.mark.parametrize("way", ["dense", "full 500k"])
+def test_the_tasks_are_measured_once_of_what_was_saved(way, tmp_path, monkeypatch):
+    asked, kept = [], {"status": "finished", "run_id": "x", "metrics": {bench.WIKITEXT: 9.0}, "metric_info": {}}
+    def attempt(cfg):
+        asked.append(cfg)
+        found = {"metrics": {"lambada/acc": 0.5}, "metric_info": {"lambada/acc": {"stderr": 0.1}}}
+        return kept if cfg.tasks in (None, "none") else kept | found
+    monkeypatch.setattr(bench, "attempt", attempt)
+    args = Namespace(work=tmp_path, out=tmp_path / "out", shared=tmp_path, tasks=tmp_path / "own")
+    for _ in range(2):
+        bench.one(args, "demo", "0", way, ["--calibration", "builtin", "--evaluate", "builtin"])
+        kept = json.loads((tmp_path / "out" / "demo" / "x.json").read_text())
+    run, tasks, again = asked
+    assert (tasks.method, tasks.model) == ("dense", "demo" if way == "dense" else run.save) and run.save == again.save
+    assert (tasks.tasks, tasks.task_path, tasks.task_limit) == (bench.TASKS, str(tmp_path / "own"), bench.DOCUMENTS)
+    assert tasks.trust_task_code and kept["metrics"] == {bench.WIKITEXT: 9.0, "lambada/acc": 0.5}
+
+
+def test_tasks_stand_beside_the_dense_models_document_by_document(tmp_path):
+    def on_tasks(found, correct):
+        info = {"stderr": 0.25, "samples": 4, "correct": correct, "documents": "d", "chance": 0.25}
+        accuracy = bin(int(correct, 16)).count("1") / 4
+        return found | {"metrics": found["metrics"] | dict.fromkeys(heal_table.TASKS, accuracy),
+                        "metric_info": dict.fromkeys(heal_table.TASKS, info)}
+    folder = tmp_path / "demo"
+    folder.mkdir()
+    assert heal_table.tasks_of(tmp_path) == ""
+    (folder / "plain.json").write_text(json.dumps(made(ppl=(40.0, 80.0))))
+    (folder / "healed.json").write_text(json.dumps(on_tasks(made(heal="full"), "8")))
+    assert "0.25 ± 0.25 |" in heal_table.tasks_of(tmp_path)  # nothing to compare with
+    (folder / "dense.json").write_text(json.dumps(on_tasks(made("dense", (10.0, 20.0)), "e")))
+    told, _, heads, _, dense, healed = heal_table.tasks_of(tmp_path).rstrip().splitlines()
+    assert told.startswith("Tasks, 4 documents") and heads.count("chance 0.25") == len(heal_table.TASKS)
+    assert dense.count("0.75 ± 0.25 |") == healed.count("0.25 ± 0.25 (-0.50 ± 0.29 ~)") == len(heal_table.TASKS)
 
 
 def test_shuffled_words_are_those_of_the_text(tmp_path):
