@@ -22,6 +22,7 @@ import solvers
 import tables
 import tiny
 import torch
+import versions
 import versus_llmcompressor
 from transformers import AutoModelForCausalLM
 
@@ -288,3 +289,19 @@ def test_one_side_prunes_and_says_what_it_took(tmp_path):
         "dense_ppl": 9.5})
     assert "takes 3.00 times the processor time and 1.00 times the memory" in page and "dense 9.50" in page
     assert versus_llmcompressor.main(["--peer", str(tmp_path / "absent"), "--out", str(tmp_path)]) == 2
+
+
+@pytest.mark.skipif(not (versions.ROOT / ".git").exists(), reason="no git repository: nothing to take versions from")
+def test_two_versions_run_in_turn(tmp_path, capsys):
+    flags = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"), "--toy", "--rounds", "1"]
+    assert versions.main(["--before", "absent", *flags]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: --before absent: ") and err.count("\n") == 1 and not (tmp_path / "work").exists()
+    assert versions.main(["--before", "HEAD", *flags]) == 0, capsys.readouterr().err
+    found = json.loads((tmp_path / "out" / "versions.json").read_text())
+    (before,), (after,) = found["runs"]["before"], found["runs"]["after"]
+    assert found["commits"]["before"] == found["commits"]["after"] and before["ppl"] == after["ppl"]
+    assert sum(before[part] for part in (*versions.PARTS, "other")) == pytest.approx(before["prune"])
+    assert before["process"] > before["prune"] and before["peak_bytes"] > 2**27
+    table = plain((tmp_path / "out" / "versions.md").read_text())
+    assert f"| ppl | {before['ppl']:.2f} | {before['ppl']:.2f} | 1.00 |" in table
