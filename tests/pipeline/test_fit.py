@@ -48,6 +48,29 @@ def test_a_round_that_breaks_a_floor_is_taken_back_and_tried_another_way(tmp_pat
     assert "next would be: " in out and out.rstrip().endswith("round-1")
 
 
+def test_what_was_measured_before_a_round_was_taken_back_is_not_measured_again(tmp_path, monkeypatch):
+    """Nor after a kill, so that the plans are the same."""
+    world = World(monkeypatch, lambda share: 20 if share > 0.87 else 100)
+    words = ["--target", "parameters=0.5", "--floor", "text/ppl<=1.1x", "--step", "25%"]
+    assert world.go(tmp_path, *words) == 3
+    whole = rounds_of(tmp_path)
+    assert len(world.asked) == 2 < len(whole)  # the dense model and what the first round kept
+    assert all(r["candidates"]["drops"] == whole[1]["candidates"]["drops"] for r in whole[2:])
+    world = World(monkeypatch, lambda share: 20 if share > 0.87 else 100)
+    real, ended = ledger.Ledger.write, []
+
+    def dying(self, now=None):
+        real(self, now)
+        ended.append(now)
+        if ended.count(None) == 2:  # the second round was taken back
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger.Ledger, "write", dying)
+        assert world.go(tmp_path / "killed", *words) == 130
+    assert world.go(tmp_path / "killed", *words) == 3 and len(world.asked) == 2
+    assert [r | {"seconds": 0} for r in rounds_of(tmp_path / "killed")] == [r | {"seconds": 0} for r in whole]
+
+
 def test_half_of_a_last_step_is_half_of_what_was_left(tmp_path, monkeypatch):
     """The last step is shorter than --step, of which half would still be all of it."""
     world = World(monkeypatch, lambda share: 20 if share > 0.87 else 100)

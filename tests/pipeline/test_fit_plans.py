@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import random
 from pathlib import Path
 
@@ -67,6 +68,12 @@ def made_up(draw, blocks=4, start=(2,)):
                       {key: {b: factor * draw.random() for b in range(blocks)} for key, factor in (("int8", 0.3),
                                                                                                    ("int4", 0.8))},
                       {"int8": draw.random()})
+
+
+def test_candidates_are_what_their_json_gives():
+    found = made_up(random.Random(0))
+    found.influence = {0: 0.5, 3: 0.25}
+    assert Candidates.of(json.loads(json.dumps(found.plain()))) == found != Candidates()
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -97,6 +97,14 @@ class Candidates:
                 **{name: [[b, x] for b, x in sorted(own.items())]
                    for name, own in (("sparse", self.sparse), ("influence", self.influence))}}
 
+    @classmethod
+    def of(cls, plain: dict) -> "Candidates":
+        """The Candidates that `plain` gave, without notes."""
+        kept = {name: [(tuple(a.items()), x) for a, x in plain[name]] for name in ("heads", "widths")}
+        return cls([(tuple(a), x) for a, x in plain["drops"]], **kept, output=plain["output"],
+                   sparse=dict(plain["sparse"]), influence=dict(plain["influence"]),
+                   grids={key: dict(own) for key, own in plain["grids"].items()})
+
 
 class Costs:
     """What a model costs after a plan, for each kind of target, as foretold.

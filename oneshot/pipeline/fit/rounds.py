@@ -168,7 +168,12 @@ class Fit:
             "no other way to take the next step"
 
     def candidates(self, model: nn.Module, costs: Costs, limits: dict[str, float]) -> Candidates:
-        """The candidates of the model as it is; those of the round before where it only rounded that model."""
+        """The candidates of the model as it is; those of the round before where it only rounded that model.
+
+        Also where it was taken back: it looked at the same model, and further.
+        """
+        if self.ledger.rounds and not (before := self.ledger.rounds[-1]).kept:
+            return Candidates.of(before.candidates)
         if "shrink" in self.asked.allow or not self._found or self._found[0] != self.state.float:
             self._found = self.state.float, self.looks.at(model, costs, self.state.plan, limits, self.asked.allow)
         return self._found[1]
