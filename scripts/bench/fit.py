@@ -210,7 +210,19 @@ def page(folder: Path) -> str:
         "```", "    step by step" + about.partition("\n\nRows are")[0], "```", "",
         "excess: log ppl - log ppl of the dense model, nats, on held-out text. plain rounding: ppl of the dense model "
         "rounded to nearest, its share of the bytes, and of the time of a token where that was the target.", "",
-        render(head, body, "markdown", text={"model", "way", "plain rounding"})])
+        render(head, body, "markdown", text={"model", "way", "plain rounding"}), *refused(rows)])
+
+
+def refused(rows: list[dict]) -> list[str]:
+    """A line for each run that missed its target: the rounds that broke a floor, and why it ended."""
+    lines = []
+    for r in rows:
+        broken = [f"{told} at {', '.join(f'{shares[kind]:.3f} of the {kind}' for kind in KINDS if kind in shares)}: "
+                  f"ppl {ppl:.3f}" for told, shares, ppl, kept in r.get("rounds", []) if not kept and ppl is not None]
+        if not r["met"]:
+            lines.append(f"- {r['model']}, seed {r['seed']}, {r['way']}: target not met ({r['stopped']}). Taken back: "
+                         f"{'; '.join(broken) or 'nothing'}.")
+    return [*lines, ""] if lines else []
 
 
 def plain(row: dict) -> str:

@@ -83,7 +83,7 @@ class Fit:
                 self.stopped = self.ledger.ending.get("stopped")
                 return
             if known is None and self.out_of_time():
-                self.stopped = "the budget of time is used up"
+                self.stopped = "; ".join(filter(None, (self.stopped, "the budget of time is used up")))
                 return
             now = self.one(step, without, failed)
             if now.kept:
