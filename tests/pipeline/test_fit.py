@@ -209,7 +209,7 @@ def test_the_budget_ends_the_rounds(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("oneshot.pipeline.fit.rounds.time.perf_counter", lambda: next(ticks))
     assert world.go(tmp_path, "--target", "parameters=0.5", "--step", "25%", "--budget", "350s") == 3
     assert len(world.runs) == 2 and "target not met: the budget of time is used up" in capsys.readouterr().out
-    world = World(monkeypatch, lambda share: 100)
+    world = World(monkeypatch, lambda share: 20 if share == 1 else 100)
     assert world.go(tmp_path / "broken", "--target", "parameters=0.5", "--floor", "text/ppl<=2x", "--step", "25%",
                     "--budget", "150s") == 3
     assert "target not met: text/ppl 100, asked <= 40; the budget of time is used up" in capsys.readouterr().out

@@ -13,8 +13,8 @@ from oneshot.pipeline.fit.ledger import Round
 
 
 def row(way, **more):
-    return {"model": "demo", "seed": 0, "way": way, "met": True, "shares": {"parameters": 0.7, "bytes": 0.7}, "tokens": 2000,
-            "dense_ppl": 10.0, "ppl": 20.0, "seconds": 60.0,
+    return {"model": "demo", "seed": 0, "way": way, "met": True, "shares": {"parameters": 0.7, "bytes": 0.7},
+            "tokens": 2000, "dense_ppl": 10.0, "ppl": 20.0, "seconds": 60.0,
             "rounds": [["4 blocks", {"parameters": 0.7}, 20.0, True], ["2 blocks", {"parameters": 0.5}, 30.0, False]],
             "environment": {"commit": "abc", "dirty": False, "device": "cpu"}} | more
 
@@ -28,8 +28,8 @@ def test_the_page_is_made_of_the_rows(tmp_path):
     text = (tmp_path / "fit.md").read_text()
     assert "commit abc; cpu" in text and "0.693" in text and "int8 10.100 at 0.53 and 0.61x" in text and "2,000" in text
     assert "one shot      `oneshot fit --step 100%`" in text
-    assert text.endswith("- demo, seed 0, 0.6x: target not met (text/ppl 30, asked <= 25). Taken back: 2 blocks at 0.500 "
-                         "of the parameters: ppl 30.000.\n") and text.count("\n- ") == 1
+    assert text.endswith("- demo, seed 0, 0.6x: target not met (text/ppl 30, asked <= 25). Taken back: 2 blocks at "
+                         "0.500 of the parameters: ppl 30.000.\n") and text.count("\n- ") == 1
 
 
 def test_tokens_are_those_of_the_rounds_that_trained():
