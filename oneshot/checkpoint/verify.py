@@ -34,6 +34,8 @@ from . import claims, compressed, contents, gguf, output_head, packed, rounded
 from .contents import MANIFEST, Fault
 from .manifest import digest, old, pattern_of, read_sealed
 
+UNREADABLE = (AttributeError, KeyError, TypeError, ValueError, IndexError)  # what damaged values raise
+
 
 class Verified(NamedTuple):
     """What `verify` found.
@@ -133,29 +135,26 @@ def check_origin(model: torch.nn.Module, data: dict, original: str | None, trust
 
     Raises ValueError naming `--original` for a model that this one was not made from.
     """
-    said = data.get("origin")
-    asked = shrinks(data["record"]["settings"])
+    try:
+        said, asked = data.get("origin"), shrinks(data["record"]["settings"])
+    except UNREADABLE:
+        return [Fault(MANIFEST, "its settings cannot be read")]
     if said is None or not asked:
         if original:
             raise ValueError(f"--original {original}: the manifest records no larger model that this one was made from")
         return [Fault(MANIFEST, "its settings and its record disagree on whether the model was made smaller")
                 ] if bool(said) != asked else []
+    dense = None
+    if original:
+        dense, _ = models.load(original, flag="--original", trust_remote_code=trust_remote_code)
     try:
-        found = origin.shape_faults(model, said)
-        if original and not found:
-            dense, _ = models.load(original, flag="--original", trust_remote_code=trust_remote_code)
-            if models.fingerprint(dense) != data["record"]["model"]["fingerprint"]:
-                raise NotTheOne(f"--original {original}: is not the model that this one was made from")
-            found = origin.faults(dense, model, said)
-    except NotTheOne:
-        raise
-    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+        found, fingerprint = origin.shape_faults(model, said), data["record"]["model"]["fingerprint"]
+        found = origin.faults(dense, model, said) if dense and models.fingerprint(dense) == fingerprint else found
+    except UNREADABLE as error:
         return [Fault(MANIFEST, f"its origin cannot be read ({type(error).__name__})")]
+    if dense and models.fingerprint(dense) != fingerprint:
+        raise ValueError(f"--original {original}: is not the model that this one was made from")
     return [Fault(name, text) for name, text in found]
-
-
-class NotTheOne(ValueError):
-    """Another model was given as the original."""
 
 
 def compare(path: str | Path, twin: str | Path, trust_remote_code: bool = False) -> tuple[int, list[str]]:

@@ -19,6 +19,7 @@ import json
 import math
 import random
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ from tqdm import tqdm
 
 from ..models import Tokenizer
 from ..runtime import sealed
+from ..runtime.files import array_on_disk
 from .encode import Encoder
 from .sources import TextOptions, Unusable, read
 from .text import Document
@@ -167,6 +169,10 @@ def prepare(spec: str, tokenizer: Tokenizer, folder: Path, *, tokens: int, held:
     about = sealed.kept(done)
     if about.get("asked") != asked:
         folder.mkdir(parents=True, exist_ok=True)
+        need, free = 4 * sum(sizes.values()), shutil.disk_usage(folder).free
+        if need > free:
+            raise ValueError(f"--heal-tokens {tokens}: takes {need / 2**30:.3g} GiB in {folder}, the disk has "
+                             f"{free / 2**30:.3g} left; ask for fewer, or save elsewhere")
         done.unlink(missing_ok=True)
         def drawn(share: float) -> list[list[int]]:
             return sample(math.ceil(share * sum(sizes.values()) / seqlen) + 1)
@@ -239,8 +245,11 @@ def _open(flag: str, spec: str, tokenizer: Tokenizer, options: TextOptions, seed
 
 
 def _write(path: Path, sources: list[Source], size: int, flag: str, bar: tqdm) -> None:
-    """Fill PATH.npy with `size` tokens of the sources, and note in PATH_starts.npy where documents begin."""
-    ids = np.lib.format.open_memmap(path.with_suffix(".npy"), "w+", np.uint32, (size,))
+    """Fill PATH.npy with `size` tokens of the sources, and note in PATH_starts.npy where documents begin.
+
+    Raises OSError where the disk is full, before anything is read.
+    """
+    ids = array_on_disk(path.with_suffix(".npy"), np.uint32, (size,))
     starts, at = [], 0
     with bar:
         while at < size:

@@ -51,20 +51,19 @@ class Config:
 
 
 def check_model(model: nn.Module, cfg: Config, device: str) -> None:
-    """Raise ValueError naming `--lora.targets` if nothing matches it."""
+    """Raise ValueError naming `--lora.targets` if nothing matches one of them."""
     targets(model, cfg)
 
 
 def targets(model: nn.Module, cfg: Config) -> list[Weight]:
     """The weights that are changed; those of fused experts cannot be."""
-    found = [w for w in models.all_weights(model) if w.expert is None]
-    if cfg.targets != ALL:
-        ends = [part.strip() for part in cfg.targets.split(",")]
-        found = [w for w in found if any(fnmatch.fnmatch(f".{w.name}", f"*.{end}") for end in ends)]
-    if not found:
-        raise ValueError(f"--lora.targets {cfg.targets}: matches no linear; give all-linear, or ends of names such as "
-                         f"{next(w.name for w in models.all_weights(model)).rpartition('.')[2]}")
-    return found
+    every = [w for w in models.all_weights(model) if w.expert is None]
+    ends = ["*"] if cfg.targets == ALL else [f"*.{part.strip()}" for part in cfg.targets.split(",")]
+    for end in ends:
+        if not fnmatch.filter([f".{w.name}" for w in every], end):
+            raise ValueError(f"--lora.targets {end.removeprefix('*.')}: matches no linear; give all-linear, or ends of "
+                             f"names such as {next(w.name for w in models.all_weights(model)).rpartition('.')[2]}")
+    return [w for w in every if any(fnmatch.fnmatch(f".{w.name}", end) for end in ends)]
 
 
 class Change(nn.Module):

@@ -60,6 +60,8 @@ def load(name: str | Path, *, dtype: str = "auto", revision: str | None = None, 
     Raises ValueError naming `flag` when the model cannot be loaded, or when a part of the checkpoint would be lost.
     """
     said = f"{flag} {name}".strip()
+    if not isinstance(name, str | Path):
+        raise ValueError(f"{said}: give a folder, a file or a name, not a {type(name).__name__}")
     found = {"demo": lambda: DEMO, gguf.SMOLLM2: lambda: gguf.smollm2(said)}.get(str(name), lambda: name)()
     path = Path(found).expanduser()
     away = how.pop("offload", "none") == "disk"

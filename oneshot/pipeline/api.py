@@ -18,6 +18,7 @@ from ..models.source import undo_quantisation, was_dequantised
 from ..runtime import distributed
 from ..settings import flags, presets, values
 from ..settings.known import known, part_names, python_names, todays_names
+from ..structured.options import shrinks
 from . import checks, lesson, rounding, run
 from .command import Command
 from .fit import command as fit_command
@@ -43,6 +44,8 @@ def prune(model: nn.Module, tokenizer: Tokenizer | None = None, *, method: str =
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
     name = "demo" if Path(name) == models.DEMO else name
     given = isinstance(calibration, torch.Tensor)
+    if isinstance(tokenizer, str):
+        raise ValueError(f"tokenizer: {tokenizer} is a name; give the tokenizer itself, such as oneshot.load returns")
     if not given and tokenizer is None:
         raise ValueError("tokenizer: needed to read --calibration; or give token ids as `calibration`")
     teacher = settings.pop("teacher", None)
@@ -91,7 +94,10 @@ def shrink(model: nn.Module, tokenizer: Tokenizer | None = None, *, to: float | 
 
     Raises ValueError naming the setting.
     """
-    return prune(model, tokenizer, method=method, pattern="dense", shrink=to, shrink_method=method, **settings)
+    if not shrinks(settings | {"shrink": to}):
+        raise ValueError("to: None leaves the model as it is; give the share that is left, or layers or drop")
+    return prune(model, tokenizer, **{"method": method, "pattern": "dense", "shrink": to, "shrink_method": method,
+                                      **settings})
 
 
 def heal(model: nn.Module, tokenizer: Tokenizer, *, data: str, tokens: str = "1M",
@@ -168,5 +174,5 @@ def at_rest(model: nn.Module) -> Iterator[None]:
 
 def refuse_unknown(given: Iterable[str], known: Iterable[str], what: str) -> None:
     """Raise ValueError naming the settings in `given` that are not among the `known` ones. what: what they are not."""
-    if unknown := sorted(set(given) - set(known)):
+    if unknown := sorted(map(str, set(given) - set(known))):
         raise ValueError(f"{', '.join(unknown)}: {what}; there are {', '.join(known) or 'none'}")

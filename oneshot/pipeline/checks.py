@@ -82,7 +82,7 @@ def check_shrink(cfg: RunConfig) -> None:
     """Reject what does not go with a smaller model. Raises ValueError naming the flag."""
     if cfg.shared_inputs:
         raise ValueError("--shared-inputs: looks at the dense model alone, so it does not go with --shrink")
-    if cfg.format in ("packed", *gguf.FORMS) and (cfg.uneven or any(part for part, _ in cfg.dropped_parts)):
+    if cfg.format not in (None, "dense") and (cfg.uneven or any(part for part, _ in cfg.dropped_parts)):
         raise ValueError(f"--format {cfg.format}: layers that differ (--uneven, --drop mlp:3) are stored dense; leave "
                          "out one")
     if cfg.sensitivity != "none":
@@ -91,6 +91,14 @@ def check_shrink(cfg: RunConfig) -> None:
     if cfg.shrink_target and not any(module.updates for module in chain(cfg.shrink_method)):
         raise ValueError(f"--shrink-target {cfg.shrink_target:g}: --shrink-method {cfg.shrink_method} leaves the "
                          "weights it keeps unchanged, so it cannot aim at a target; use obs")
+
+
+def rounded_to(model: str) -> str | None:
+    """The `--quantise` that a checkpoint of oneshot's was saved with."""
+    try:
+        return checkpoint.read_manifest(model)["record"]["settings"].get("quantise")
+    except (ValueError, OSError, LookupError, TypeError, AttributeError):
+        return None  # no such checkpoint
 
 
 def check_text(cfg: RunConfig) -> None:
@@ -103,8 +111,11 @@ def check_text(cfg: RunConfig) -> None:
                          "a file")
     if cfg.method == "keep" and not cfg.shrinks and not cfg.heal_teacher and cfg.text_heals and (
             set(listed(cfg.heal_loss)) & {"kl", "hidden"}):
-        raise ValueError(f"--heal-loss {cfg.heal_loss}: aims at the dense model, and --model {cfg.model} is pruned "
-                         "already; name the dense one by --heal-teacher, or use --heal-loss next")
+        raise ValueError(f"--heal-loss {cfg.heal_loss}: aims at the dense model, and nothing says which one --model "
+                         f"{cfg.model} was made from; name it by --heal-teacher, or use --heal-loss next")
+    if cfg.method == "keep" and cfg.text_heals and cfg.quantise is None and (grid := rounded_to(cfg.model)):
+        raise ValueError(f"--model {cfg.model}: its weights are rounded ({grid}), which training undoes; heal the one "
+                         f"that was rounded, or give --quantise {grid} to round the result again")
     if cfg.text_heals and importlib.util.find_spec("accelerate") is None:
         raise ValueError(f"--heal {cfg.text_heals[0]}: needs accelerate; pip install 'oneshot[heal]'")
     if cfg.text_heals and os.environ.get(TENSORBOARD) and importlib.util.find_spec("tensorboard") is None:

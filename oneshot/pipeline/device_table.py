@@ -216,7 +216,9 @@ def read(file: Path) -> dict:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         for kind in latency.KINDS:
-            foretell(found, kind, found["blocks"], {})
+            foretell(found, kind, found["blocks"], dict(found["units"]))
+        if missing := {"family", "dtype", "checks"} - set(found):
+            raise LookupError(missing)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"--device {file}: is no table of `oneshot latency` ({type(error).__name__}); measure one "
                          "there with --out") from None

@@ -79,10 +79,23 @@ def translated(argv: list[str]) -> list[str]:
 
 
 def made_from(model: str) -> dict[str, str]:
-    """By its manifest: the `model` that a folder was made from, and its `pattern` if that is one for all linears."""
+    """By its manifest: the dense `model` that a folder was made from, and its `pattern` if that is one for all linears.
+
+    Raises ValueError where the manifest is damaged.
+    """
     if not (Path(model) / MANIFEST).is_file():
         return {}
-    settings = read_manifest(model)["record"]["settings"]
-    one = settings.get("allocate") == "uniform" and not settings.get("keep_dense")
-    teacher = settings.get("heal_teacher") or settings["model"]
-    return {"model": teacher} | ({"pattern": settings["pattern"]} if one else {})
+    try:
+        settings = read_manifest(model)["record"]["settings"]
+        one = settings.get("allocate") == "uniform" and not settings.get("keep_dense")
+        teacher = settings.get("heal_teacher") or dense_of(settings["model"], model)
+        return {"model": teacher} | ({"pattern": settings["pattern"]} if one else {})
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError(f"{Path(model) / MANIFEST}: is damaged; `oneshot verify {model}` says more") from None
+
+
+def dense_of(model: str, made: str) -> str:
+    """A model, or where that is a folder of oneshot's too (not `made` itself), the dense one that it was made from."""
+    if Path(model).resolve() == Path(made).resolve():
+        return model
+    return made_from(model).get("model", model)

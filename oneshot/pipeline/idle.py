@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data import HUB_SETS, choose, files, sources
+from ..data import HUB_SETS, choose, files, sources, training
 from ..prune import allocate
 from ..prune.patterns import Unstructured, parse
+from ..runtime.flag import listed
 from ..settings import RunConfig
 from ..settings.known import known, todays_names
 from .plan import chain_of, needs_data
@@ -39,9 +40,11 @@ def idle(name: str, configs: Sequence[RunConfig]) -> str | None:
 
 
 def texts(cfg: RunConfig, configs: Sequence[RunConfig]) -> list[str]:
-    """The texts that the command reads: for calibration, if any run needs it, and for evaluation."""
-    calibration = [cfg.calibration] if any(needs_data(c) for c in configs) and cfg.calibration != "self" else []
-    return calibration + list(choose.named(cfg).values())
+    """The texts that the command reads: for calibration, if any run needs it, for evaluation, and to heal on."""
+    calibration = [cfg.calibration] if any(needs_data(c) for c in configs) else []
+    healing = [text for c in configs if c.text_heals for text in (c.heal_data, c.heal_held_out) if text]
+    names = [*calibration, *(name for text in healing for _, name in training.mixture(text))]
+    return [name for name in names if name != "self"] + list(choose.named(cfg).values())
 
 
 def kinds(cfg: RunConfig, configs: Sequence[RunConfig]) -> list[str]:
@@ -98,6 +101,12 @@ def chooses(cfg: RunConfig, configs: Sequence[RunConfig]) -> bool:
     return any(c.prunes and c.shrink is not None and not c.says_what_goes for c in configs)
 
 
+def compares(cfg: RunConfig, configs: Sequence[RunConfig]) -> bool:
+    """Whether any run heals on text towards the dense model's predictions."""
+    return any(c.text_heals and "kl" in listed(c.heal_loss) for c in configs)
+
+
+NO_KL = "as nothing is healed by --heal-loss kl"
 NO_TEXT, NO_TASK = "as nothing is evaluated (--evaluate none)", "as there are no --tasks"
 RULES = {  # flag: (why it is idle, whether it is used: called with a run and all runs of the command)
     "eval_seqlen": (NO_TEXT, measures_text),
@@ -135,6 +144,9 @@ RULES = {  # flag: (why it is idle, whether it is used: called with a run and al
     "model_revision": ("as the model is a local folder", lambda cfg, _: cfg.model != "demo"
                        and not os.path.exists(cfg.model)),
     "sensitivity": ("as nothing is pruned", lambda cfg, configs: any(c.prunes for c in configs)),
+    "heal_cache": (NO_KL, compares),
+    "heal_temperature": (NO_KL, compares),
+    "heal_top_k": (NO_KL, compares),
     "divergence": ("as there is only the dense model", lambda cfg, configs: any(c.row != "dense" for c in configs)),
     "damage": ("as there is only the dense model", lambda cfg, configs: any(c.row != "dense" for c in configs)),
 }

@@ -30,6 +30,7 @@ from .plan import circumstances
 
 TOP_K = 64  # with a cache
 GIVEN = "given"  # the teacher of a call from Python that has a model in its hands
+OFTEN = 0.1  # share of the held-out text's, likewise: web pages share some
 SAME = 0.01  # share of an evaluation text's 13-grams in the training text from which on it is a warning
 
 
@@ -190,8 +191,11 @@ def same_tokens(cfg: RunConfig, dense: nn.Module, model: nn.Module) -> None:
 
 
 def overlap_warnings(subject: Subject, text: training.TrainingText) -> list[str]:
-    """A warning for each evaluation text that occurs in the training text."""
-    found = []
+    """A warning for each evaluation text that occurs in the training text, and for what is held out of it."""
+    found, held = [], training.overlap(text.train.ids, text.held.ids.reshape(-1, text.held.seqlen))
+    if held > OFTEN:
+        found.append(f"{held:.0%} of the {training.GRAM}-grams of what is held out occur in what is trained on: the "
+                     "loss by which the best state is kept flatters")
     for name, tokens in subject.texts.items():
         share = training.overlap(text.train.ids, tokens.ids.numpy())
         if share > SAME:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .. import calibrate, heal, models
-from ..checkpoint import Folder
+from ..checkpoint import Folder, compressed
 from ..data import Tokens
 from ..heal.train import held_out_windows, windows_per_step
 from ..measure import latency
@@ -177,7 +177,8 @@ def choose(cfg: RunConfig, model: nn.Module, calibration: Tokens, job: Job, give
     biases = slices.biases_added(model) or (slices.can_add_biases(model)
                                             and any(getattr(own, "bias", False) for _, own in job.chain))
     whole_groups = math.lcm(pattern.m if isinstance(pattern, NM) else 1,
-                            *(grid.group for grid in cfg.grids.kinds if isinstance(grid, grids.GGUF)))
+                            *(grid.group or 1 for grid in cfg.grids.kinds
+                              if isinstance(grid, grids.GGUF) or cfg.format == compressed.METHOD))
     own = budget.Budget(target, cost, frozenset(kinds), whole_groups, parts,
                         lambda c: slices.says(model, c, biases))
     tokens, tried = first(calibration, SEARCH), []

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .inputs import reason
-from .lock import Unsupported, try_lock
+from .lock import NOT_SUPPORTED, Unsupported, try_lock
 
 PART = re.compile(r"\.(.+\.(json|html)|[0-9a-f]{32})\.(?P<pid>\d+)\.part")  # what a kill leaves of `write_text`
 HOUR = 3600
@@ -49,6 +51,20 @@ def remove(path: Path) -> None:
 def write_json(data: Any, path: str | Path) -> None:
     """Write plain values (dicts, lists, numbers, strings) as JSON, atomically."""
     write_text(json.dumps(data, indent=1) + "\n", path)
+
+
+def array_on_disk(file: Path, dtype: type, shape: tuple[int, ...]) -> np.memmap:
+    """A new .npy file, mapped, with room on the disk for all of its bytes: who writes to a mapped file for which there
+    is none is killed (SIGBUS). Raises OSError, and leaves no file, where the disk is full."""
+    array = np.lib.format.open_memmap(file, "w+", dtype, shape)
+    try:
+        with open(file, "r+b") as stream:
+            getattr(os, "posix_fallocate", lambda *_: None)(stream.fileno(), 0, file.stat().st_size)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            file.unlink()
+            raise
+    return array
 
 
 def remove_parts(folder: str | Path) -> list[str]:

@@ -1,7 +1,9 @@
 """Training text: the mixture's weights, what is held out, windows that keep documents apart, text that is the same."""
 
+import errno
 import inspect
 import json
+import os
 
 import families
 import numpy as np
@@ -62,6 +64,24 @@ def test_a_text_too_small_to_hold_some_out_is_refused_and_another_can_be_given(t
         made(tmp_path / "out", str(tmp_path / "a.txt"))
     text = made(tmp_path / "other", str(tmp_path / "a.txt"), held_out=str(write(tmp_path / "b.txt", "b")))
     assert len(text.held) == 4 and (np.asarray(text.train.ids) != tiny.tokenizer().convert_tokens_to_ids("b")).all()
+
+
+def test_a_disk_that_is_too_small_is_named_before_anything_is_written(tmp_path):
+    text = str(write(tmp_path / "a.txt", "a"))
+    with pytest.raises(ValueError, match=r"^--heal-tokens 1000000000000000000: takes 3\.73e\+09 GiB in .*the disk has"):
+        made(tmp_path / "out", text, tokens=10**18)
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system cannot reserve room")
+def test_its_room_is_taken_before_it_is_written(tmp_path, monkeypatch):
+    """A mapped file without it would end the process by SIGBUS."""
+    def full(handle, offset, size):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        made(tmp_path / "out", str(write(tmp_path / "a.txt", "a")))
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_it_is_read_once_and_again_when_anything_changes(tmp_path):

@@ -134,6 +134,16 @@ def test_two_processes_do_not_fill_one_cache(tmp_path):
         teacher.cache(*given, k=4, temperature=1.0, progress=False)
 
 
+@pytest.mark.parametrize("name", teacher.ARRAYS)
+def test_arrays_that_are_not_a_caches_are_left_alone(name, tmp_path):
+    file = tmp_path / "cache" / name
+    file.parent.mkdir()
+    file.write_text("precious")
+    with pytest.raises(ValueError, match=f"^--heal-cache .*: holds {name}, which is not of a cache"):
+        teacher.cache(tmp_path / "cache", None, windows(4), {}, k=4, temperature=1.0)
+    assert file.read_text() == "precious" and [f.name for f in file.parent.iterdir()] == [name]
+
+
 def test_a_disk_that_is_too_small_is_named_before_anything_is_computed(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(ValueError, match=r"^--heal-cache .* GiB"):
@@ -154,7 +164,7 @@ def test_a_disk_that_fills_up_is_one_line_and_the_same_call_goes_on(tmp_path, mo
         patch.setattr(os, "posix_fallocate", full)
         with pytest.raises(ValueError, match=r"^--heal-cache .*cannot be written .No space left"):
             teacher.cache(*given, k=4, temperature=1.0, progress=False)
-    assert [file.name for file in (tmp_path / "cache").iterdir()] == ["log_p.npy"]
+    assert {file.name for file in (tmp_path / "cache").iterdir()} == {"cache.json", "log_p.npy"}
     found = teacher.cache(*given, k=4, temperature=1.0, progress=False)
     files = [(tmp_path / "cache" / f"{name}.npy").stat() for name in ("log_p", "ids")]
     assert len(found.ids) == 4 and all(file.st_blocks * 512 >= file.st_size for file in files)

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import json
 
 import pytest
 import tiny
@@ -58,6 +59,7 @@ def test_evaluation_text_among_the_training_text_is_a_warning(place, tmp_path, c
     ({"heal": "none"}, "--heal-data "), ({"heal": "full,block"}, "--heal block,full"),
     ({"heal_seqlen": 4096}, "--heal-seqlen 4096"), ({"heal_data": "nowhere.txt"}, "--heal-data nowhere.txt"),
     ({"heal": "lora", "lora.targets": "nothing"}, "--lora.targets nothing"),
+    ({"heal": "lora", "lora.targets": "q_proj,nothing"}, "--lora.targets nothing"),
     ({"heal_teacher": "nowhere"}, "--heal-teacher nowhere: "), ({"heal_cache": ""}, "--heal-cache : give a folder"),
     ({"heal": "lora", "lora.adapter": "adapter"}, "--lora.adapter adapter"),
 ])
@@ -173,6 +175,40 @@ def test_oneshot_heal_without_a_manifest_needs_a_teacher_or_the_next_token(place
              tmp_path / "runs", *SHORT]
     assert heal_main(*words) == 2 and "--heal-teacher" in capfd.readouterr().err
     assert heal_main(*words, "--loss", "next") == 0
+
+
+def test_what_is_held_out_and_trained_on_alike_is_a_warning(place, tmp_path):
+    same = place / "calibration.txt"
+    assert tiny.main(*argv(place, tmp_path / "out", heal_data=same, heal_held_out=same)) == 0
+    warnings = checkpoint.read_manifest(tmp_path / "out")["record"]["warnings"]
+    assert any("13-grams of what is held out occur in what is trained on" in w for w in warnings)
+
+
+def test_a_rounded_checkpoint_is_not_healed_into_one_that_is_not(place, sparse, tmp_path, capfd):
+    """Nor is what it was rounded from taken for the dense model."""
+    rounded, common = tmp_path / "rounded", ["--results", tmp_path / "runs", *SHORT]
+    assert tiny.main("--model", sparse, "--method", "keep", "--pattern", "2:4", "--quantise", "int8:row", "--save",
+                     rounded, *common[:2], "--no-dense", "--evaluate", "none", "--no-progress", "--device", "cpu") == 0
+    words = [rounded, "--data", place / "calibration.txt", "--save", tmp_path / "out", *common]
+    capfd.readouterr()
+    assert heal_main(*words) == 2
+    err = capfd.readouterr().err
+    assert err.startswith(f"error: --model {rounded}: its weights are rounded (int8:row)") and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    assert heal_command.made_from(str(rounded))["model"] == str(place / "model")
+    assert heal_main(*words, "--quantise", "int8:row") == 0
+    assert checkpoint.read_manifest(tmp_path / "out")["record"]["settings"]["heal_teacher"] == str(place / "model")
+
+
+@pytest.mark.parametrize("damage", [lambda r: r.pop("settings"), lambda r: r.update(settings=None),
+                                    lambda r: r["settings"].pop("model")])
+def test_a_damaged_manifest_is_one_line(sparse, damage, tmp_path, capfd):
+    data = checkpoint.read_manifest(sparse)
+    damage(data["record"])
+    (tmp_path / "oneshot.json").write_text(json.dumps(data))
+    assert heal_main(tmp_path, "--data", "c4") == 2
+    err = capfd.readouterr().err
+    assert err.startswith(f"error: {tmp_path / 'oneshot.json'}: is damaged") and err.count("\n") == 1
 
 
 def test_oneshot_heal_names_what_is_missing(capfd):

@@ -104,7 +104,13 @@ def test_other_kernels_are_measured_again(model, tmp_path, monkeypatch):
     assert other != before == device_table.key(model, "cpu", 1)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"parts": {"prefill": {"rest": "x"}}, "blocks": 2}'])
+BARE = {kind: {"rest": 1.0, "block": 1.0} for kind in ("prefill", "decode1", "decode8")}
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"parts": {"prefill": {"rest": "x"}}, "blocks": 2}',
+                                  json.dumps({"blocks": 2, "parts": BARE}),
+                                  json.dumps({"blocks": 2, "parts": BARE, "units": {"neurons": 8}}),
+                                  json.dumps({"blocks": 2, "parts": BARE, "units": {}, "family": "llama"})])
 def test_a_file_that_is_no_table_is_refused(text, tmp_path):
     (tmp_path / "table.json").write_text(text)
     with pytest.raises(ValueError, match=r"^--device .*table\.json: is no table"):

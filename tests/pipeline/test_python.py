@@ -48,6 +48,7 @@ def test_python_knows_the_demo_model():
     ("--effort 5: goes with --method best", {"effort": 5}),
     ("nsample", {"nsample": 3}), ("save", {"save": "out"}), ("tokenizer", {}), ("--pattern", {"pattern": "2:5"}),
     ("wanda.dampin", {"parts": {"wanda.dampin": 1}}), ("--method", {"method": "wander"}),
+    ("tokenizer: x is a name", {"tokenizer": "x"}), ("3: no such setting of a part", {"parts": {3: 1}}),
     ("64 positions", {"calibration": torch.ones(1, 65, dtype=torch.long)}),
     ("integers", {"calibration": torch.ones(1, 8)})], ids=lambda x: x if isinstance(x, str) else "")
 def test_python_refuses_what_the_command_line_refuses(place, words, settings):  # noqa: F811
@@ -58,6 +59,12 @@ def test_python_refuses_what_the_command_line_refuses(place, words, settings):  
     with pytest.raises(ValueError, match=words):
         oneshot.prune(model, **{"method": "wanda", "pattern": "2:4", "progress": False} | settings)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", [None, 5, b"demo", ["demo"]])
+def test_python_loads_folders_files_and_names(name):
+    with pytest.raises(ValueError, match="give a folder, a file or a name"):
+        oneshot.load(name)
 
 
 def test_python_refuses_what_is_no_decoder():

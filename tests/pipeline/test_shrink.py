@@ -62,6 +62,8 @@ def test_verify_finds_what_is_not_as_recorded(place, tmp_path, capsys):  # noqa:
     out, name = tmp_path / "out", "model.layers.1.mlp.up_proj.weight"
     with pytest.raises(ValueError, match=r"--original .*: is not the model"):
         verify.verify(out, original=str(tiny.save_model(tmp_path / "other", seed=3)))
+    assert verify.main([str(out), "--original", "./nowhere"]) == 2
+    assert "error: --original ./nowhere: no such folder" in capsys.readouterr().err
     manifest = json.loads((out / "oneshot.json").read_text())
 
     def faults(change, original=None):
@@ -76,6 +78,8 @@ def test_verify_finds_what_is_not_as_recorded(place, tmp_path, capsys):  # noqa:
     assert faults(lambda data: data["origin"]["blocks"].pop())
     assert faults(lambda data: data["origin"]["tensors"].pop(name))
     assert faults(lambda data: data.pop("origin"))
+    assert faults(lambda data: data["record"].pop("settings")) and faults(lambda data: data["record"].update(
+        settings=None))
     assert not faults(swap) and any(f.startswith(name) for f in faults(swap, str(place / "model")))
 
 
@@ -198,6 +202,11 @@ def test_from_python(place):  # noqa: F811
     assert blocks_of(model) <= 0.7 * before == pytest.approx(0.7 * record["shrunk"]["parameters_before"])
     assert model(input_ids=torch.arange(3, 9).unsqueeze(0)).logits.isfinite().all()
     assert record["shrunk"]["blocks"] == model.config.num_hidden_layers
+    with pytest.raises(ValueError, match=r"^to: None leaves the model as it is"):
+        oneshot.shrink(model, tokenizer, to=None)
+    record = oneshot.shrink(model, tokenizer, to=None, layers=record["shrunk"]["blocks"] - 1, pattern="0.5",
+                            calibration=str(place / "calibration.txt"), nsamples=4, seqlen=tiny.WINDOW, progress=False)
+    assert {row["pattern"] for row in record["layers"]} == {"0.5"}
 
 
 def test_dense_and_smaller_runs_have_ids_of_their_own():
@@ -220,6 +229,10 @@ def test_packed_and_uneven(place, tmp_path, capfd):  # noqa: F811
     assert shrink(place, model=tmp_path / "uneven", to=0.9, results=tmp_path) == 2
     one, other = said(capfd.readouterr().err)
     assert one.startswith("error: --format packed") and other.startswith("error: --model")
+    for own in ["--drop", "mlp:1"], ["--shrink", "0.8", "--uneven"]:
+        assert main(*flags(place, "--no-dense", *own, pattern="2:4", method="sparsegpt", format="compressed-tensors",
+                           quantise="int8:row", save=tmp_path / "none")) == 2
+        assert capfd.readouterr().err.startswith("error: --format compressed-tensors: layers that differ")
 
 
 def test_experts_then_neurons_of_a_mixture(tmp_path, monkeypatch, capfd):

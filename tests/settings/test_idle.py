@@ -28,6 +28,9 @@ def check(*argv):
     "--method dense --stop-on-collapse", "--method dense --shared-inputs", "--method dense --sensitivity linear",
     "--method dense --divergence", "--method dense --damage", "--method dense --format packed",
     "--model-revision v1", "--prune_method wanda --sparsity_ratio 0 --heal block",
+    "--heal-cache x --heal full --heal-data a.txt --heal-loss next", "--heal-top-k 8 --heal block",
+    "--heal-temperature 2 --heal full --heal-data a.txt --heal-loss next,hidden",
+    "--column text --heal full --heal-data a.txt --calibration b.txt",
     "--prune_method wanda --sparsity_ratio 0.5 --save x --overwrite",  # there --save is the folder of results
 ])
 def test_refused(line):
@@ -55,6 +58,10 @@ def test_refused(line):
     "--method dense --nsamples 8 --seed 3 --seqlen 64 --calibration c4", "--cache-dir x", "--tf32", "--dtype bfloat16",
     "--method dense --batch-size 4 --no-layer-errors --sensitivity none", "--method dense --no-dense --evaluate none",
     "--prune_method wanda --sparsity_ratio 0.5 --sparsity_type unstructured --save x --cache_dir y --nsamples 8",
+    "--column text --method keep --pattern dense --heal full --heal-data 0.5*a.txt,b.jsonl --heal-teacher x",
+    "--per-line --calibration a.jsonl --heal full --heal-data self --heal-held-out b.txt",
+    "--data-config en --heal lora --heal-data owner/name", "--heal-cache x --heal full --heal-data a.txt",
+    "--heal-temperature 2 --heal full --heal-data a.txt --heal-loss next,kl",
     "--prune_method wanda --sparsity_ratio 0", "--prune_method magnitude --sparsity_type 2:4 --use_variant --save x",
     "--prune_method sparsegpt --sparsity_ratio 0.5 --save_model y --save x --eval_zero_shot",
 ])

@@ -15,7 +15,6 @@ import copy
 import functools
 import hashlib
 import inspect
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,12 +28,13 @@ from tqdm import tqdm
 from ... import models
 from ...data.training import Windows
 from ...runtime import environment, sealed
-from ...runtime.files import writing
-from ...runtime.lock import NOT_SUPPORTED, Lock, Taken
+from ...runtime.files import array_on_disk, writing
+from ...runtime.lock import Lock, Taken
 from .losses import TopK
 
 EVERY = 64  # windows in a part; after each, a cache that is being built notes how far it is
 NOTE = "cache.json"
+ARRAYS = {"log_p.npy": np.float16, "ids.npy": np.uint32}
 
 
 @dataclass
@@ -144,6 +144,8 @@ def opened(folder: Path, asked: dict) -> list[str]:
     if found and found["of"] != asked:
         raise ValueError(f"--heal-cache {folder}: holds the predictions of another model or for another text; give "
                          "another folder")
+    if found and not found["parts"]:
+        return []  # killed before the first part; its arrays may not be there yet
     try:
         cached = Cached(folder)
         whole = bool(found) and all(hashed(cached, part) == value for part, value in enumerate(found["parts"]))
@@ -158,8 +160,7 @@ def fill(folder: Path, teacher: Callable[[], Live], windows: Windows, asked: dic
     """Compute what is missing; the folder is locked."""
     parts = opened(folder, asked)  # another process may have filled it until now
     if not parts:
-        make(folder, (len(windows), windows.seqlen, asked["k"]))
-        sealed.keep({"of": asked, "parts": []}, folder / NOTE)
+        make(folder, (len(windows), windows.seqlen, asked["k"]), {"of": asked, "parts": []})
     if len(parts) * EVERY >= len(windows):
         return
     log_p, ids = (np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("log_p", "ids"))
@@ -199,26 +200,24 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def make(folder: Path, shape: tuple[int, int, int]) -> None:
-    """Make the folder and its arrays, with room on the disk for all of their bytes: a process that writes to a mapped
-    file for which there is none is killed (SIGBUS).
+def make(folder: Path, shape: tuple[int, int, int], note: dict) -> None:
+    """Make the folder, its note and its arrays, with room on the disk for all of their bytes.
 
-    Raises ValueError naming `--heal-cache` if the disk is too small, OSError if it is full all the same.
+    Raises ValueError naming `--heal-cache` if arrays that are no cache's lie there or the disk is too small, OSError if
+    it is full all the same.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for name in ARRAYS:
+        if (folder / name).exists() and not (folder / NOTE).is_file():
+            raise ValueError(f"--heal-cache {folder}: holds {name}, which is not of a cache that was begun here; give "
+                             "another folder")
     size, free = 6 * int(np.prod(shape)), shutil.disk_usage(folder).free
     if size > free:
         raise ValueError(f"--heal-cache {folder}: needs {size / 2**30:.1f} GiB, the disk has {free / 2**30:.1f} left; "
                          "lower --heal-top-k or --heal-tokens, or leave it out")
-    for file, kind in (folder / "log_p.npy", np.float16), (folder / "ids.npy", np.uint32):
-        np.lib.format.open_memmap(file, "w+", kind, shape)
-        try:
-            with open(file, "r+b") as stream:
-                getattr(os, "posix_fallocate", lambda *_: None)(stream.fileno(), 0, file.stat().st_size)
-        except OSError as error:
-            if error.errno not in NOT_SUPPORTED:
-                file.unlink()
-                raise
+    sealed.keep(note, folder / NOTE)
+    for name, dtype in ARRAYS.items():
+        array_on_disk(folder / name, dtype, shape)
 
 
 def model_inputs(model: nn.Module, batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
