@@ -36,7 +36,7 @@ BASE = {
                 "--eval-windows", "64"],
     "demo": ["--model", "demo", "--seqlen", "256", "--nsamples", "64", "--eval-windows", "64"],
 }
-BEGUN = ("method", "pattern", "shrink", "nsamples", "heal", "heal_loss")
+BEGUN = ("method", "pattern", "shrink")
 WINDOW = {"demo": ["--heal-seqlen", "256"]}  # as many positions as it has
 WAYS = yaml.safe_load(Path(__file__).with_name("heal_ways.yaml").read_text(encoding="utf-8"))
 

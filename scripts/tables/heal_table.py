@@ -20,7 +20,6 @@ from oneshot.runtime.files import write_text
 ROOT = Path(__file__).parents[2]
 WINDOWS = 64  # of calibration, unless a row says otherwise
 METRICS = ("wikitext2_test/ppl", "c4/ppl")
-MADE = ("method", "pattern", "shrink")  # what a model that another way has saved keeps of that way
 TASKS = ("foundry_arc_easy/acc", "foundry_piqa/acc", "lambada/acc")
 
 
@@ -130,8 +129,7 @@ def of(record: dict) -> tuple:
 
 def settings_of(record: dict) -> dict:
     """A record's settings, where it began with another way's model those by which that was made."""
-    begun = record.get("begun", {})
-    return record["settings"] | {key: begun[key] for key in MADE if key in begun}
+    return record["settings"] | record.get("begun", {})
 
 
 def seed_of(record: dict) -> int:
@@ -152,19 +150,12 @@ def way_of(record: dict) -> str:
         return "dense"
     made = [f"shrink {settings['shrink']:g}"] if settings.get("shrink") else []
     made += [f"{settings['method']} {settings['pattern']}"] if settings.get("pattern") != "dense" else []
-    begun = record.get("begun", {})
-    healed = [healed_as(begun)] * any(part in str(begun.get("heal")) for part in ("full", "lora"))
-    return " ".join(made) + "".join(f", {text}" for text in (*healed, healed_as(settings)) if text)
-
-
-def healed_as(settings: dict) -> str:
-    """How the table names a healing."""
-    own = settings.get("heal") if settings.get("heal") not in (None, "none") else ""
+    own = settings.get("heal") if settings.get("heal") not in (None, "none") else None
     about = [settings["heal_loss"]] if settings.get("heal_loss") else []
     about += ["on shuffled words"] if "shuffled" in str(settings.get("heal_data")) else []
     about += ["C4 held out"] if settings.get("heal_held_out") else []
     about += [f"{settings['nsamples']} windows"] if settings.get("nsamples", WINDOWS) != WINDOWS else []
-    return own + f" ({', '.join(about)})" * bool(about)
+    return " ".join(made) + (f", {own}" if own else "") + (f" ({', '.join(about)})" if about else "")
 
 
 def share(record: dict, plain: dict | None, dense: dict | None, metric: str) -> str:
