@@ -148,11 +148,13 @@ def check_origin(model: torch.nn.Module, data: dict, original: str | None, trust
     if original:
         dense, _ = models.load(original, flag="--original", trust_remote_code=trust_remote_code)
     try:
-        found, fingerprint = origin.shape_faults(model, said), data["record"]["model"]["fingerprint"]
-        found = origin.faults(dense, model, said) if dense and models.fingerprint(dense) == fingerprint else found
+        found = origin.shape_faults(model, said)
+        same = not dense or models.fingerprint(dense) == data["record"]["model"]["fingerprint"]
+        if dense and same and not found:
+            found = origin.faults(dense, model, said)
     except UNREADABLE as error:
         return [Fault(MANIFEST, f"its origin cannot be read ({type(error).__name__})")]
-    if dense and models.fingerprint(dense) != fingerprint:
+    if not same and not found:
         raise ValueError(f"--original {original}: is not the model that this one was made from")
     return [Fault(name, text) for name, text in found]
 

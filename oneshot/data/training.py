@@ -169,11 +169,13 @@ def prepare(spec: str, tokenizer: Tokenizer, folder: Path, *, tokens: int, held:
     about = sealed.kept(done)
     if about.get("asked") != asked:
         folder.mkdir(parents=True, exist_ok=True)
+        for old in (done, *(folder / f"{name}.npy" for name in sizes)):
+            old.unlink(missing_ok=True)
         need, free = 4 * sum(sizes.values()), shutil.disk_usage(folder).free
         if need > free:
             raise ValueError(f"--heal-tokens {tokens}: takes {need / 2**30:.3g} GiB in {folder}, the disk has "
                              f"{free / 2**30:.3g} left; ask for fewer, or save elsewhere")
-        done.unlink(missing_ok=True)
+
         def drawn(share: float) -> list[list[int]]:
             return sample(math.ceil(share * sum(sizes.values()) / seqlen) + 1)
         sources = _open("--heal-data", spec, tokenizer, options, seed, drawn)

@@ -90,7 +90,7 @@ def made_from(model: str) -> dict[str, str]:
         one = settings.get("allocate") == "uniform" and not settings.get("keep_dense")
         teacher = settings.get("heal_teacher") or dense_of(settings["model"], model)
         return {"model": teacher} | ({"pattern": settings["pattern"]} if one else {})
-    except (AttributeError, KeyError, TypeError):
+    except (AttributeError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{Path(model) / MANIFEST}: is damaged; `oneshot verify {model}` says more") from None
 
 

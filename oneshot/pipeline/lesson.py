@@ -30,8 +30,8 @@ from .plan import circumstances
 
 TOP_K = 64  # with a cache
 GIVEN = "given"  # the teacher of a call from Python that has a model in its hands
-OFTEN = 0.1  # share of the held-out text's, likewise: web pages share some
 SAME = 0.01  # share of an evaluation text's 13-grams in the training text from which on it is a warning
+OFTEN = 0.1  # the same of the held-out text, from the same pages, which share some
 
 
 def heal_on_text(subject: Subject, result: Result, folder: checkpoint.Folder | None) -> None:
