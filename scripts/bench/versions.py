@@ -3,8 +3,8 @@
     python scripts/bench/versions.py --before 462eb7c      # results/bench/versions.json and .md; a quarter of an hour
     python scripts/bench/versions.py --before HEAD --toy --out DIR    # for the tests
 
-Each version is a copy of its commit in --work, run by this Python. SparseGPT at 2:4 on SmolLM2, 32
-windows of 512 tokens of C4, and perplexity on 16 windows of 512 of WikiText-2; one process a run.
+Each version is a copy of its commit in --work, run by this Python. SparseGPT at 2:4 on SmolLM2, 32 windows of 512
+tokens of C4, and perplexity on 16 windows of 512 of WikiText-2; one process a run.
 
     solve             choosing and setting weights
     collect, replay   all that goes through the blocks: inputs with their Grams, then outputs

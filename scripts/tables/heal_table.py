@@ -20,7 +20,7 @@ from oneshot.runtime.files import write_text
 ROOT = Path(__file__).parents[2]
 WINDOWS = 64  # of calibration, unless a row says otherwise
 METRICS = ("wikitext2_test/ppl", "c4/ppl")
-TASKS = ("foundry_arc_easy/acc", "foundry_piqa/acc", "lambada/acc")
+ACC = "/acc"  # how the metrics of tasks end that are shown
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -80,15 +80,15 @@ def dense_of(found: list[tuple[str, dict]], model: str) -> dict | None:
 
 def tasks_of(out: Path) -> str:
     """What the tasks say, as text with a table; "" where none were measured."""
-    found = [(model, record) for model, record in in_order(out) if any(task in record["metrics"] for task in TASKS)]
+    found = [(model, record) for model, record in in_order(out) if any(m.endswith(ACC) for m in record["metrics"])]
     if not found:
         return ""
+    info, tasks = found[0][1]["metric_info"], [m for m in found[0][1]["metrics"] if m.endswith(ACC)]
     lines = [[model, str(seed_of(record)), way_of(record), *(task_cell(record, dense_of(found, model), task)
-                                                             for task in TASKS)] for model, record in found]
-    info = found[0][1]["metric_info"]
-    heads = [f"{task} (chance {info[task]['chance']:g})" if info[task]["chance"] else task for task in TASKS]
-    return (f"Tasks, {info[TASKS[0]]['samples']} documents each, ± standard error; in brackets: minus dense, document "
-            "by document; ~ within two standard errors.\n\n"
+                                                             for task in tasks)] for model, record in found]
+    heads = [f"{task} (chance {info[task]['chance']:g})" if info[task]["chance"] else task for task in tasks]
+    return (f"Tasks, {info[tasks[0]]['samples']} documents each, ± standard error; in brackets: minus dense, document "
+            "by document unless it says unpaired; ~ within two standard errors.\n\n"
             f"{table.render(['model', 'seed', 'way', *heads], lines, 'markdown', text={'model', 'way'})}\n")
 
 
@@ -96,7 +96,10 @@ def task_cell(record: dict, dense: dict | None, task: str) -> str:
     """An accuracy and how it differs from the dense model's."""
     own = f"{record['metrics'][task]:.2f} ± {record['metric_info'][task]['stderr']:.2f}"
     found = accuracy.difference(record, dense, task) if dense and record is not dense else None
-    return own if not found else f"{own} ({found.value:+.2f} ± {found.stderr:.2f}{' ~' * found.within_noise})"
+    if not found:
+        return own
+    marks = " unpaired" * (not found.paired) + " ~" * found.within_noise
+    return f"{own} ({found.value:+.2f} ± {found.stderr:.2f}{marks})"
 
 
 def told(out: Path) -> str:

@@ -12,6 +12,8 @@ import pytest
 from oneshot import report
 from oneshot.pipeline import checks
 
+TASKS = tuple(f"{task}/acc" for task in bench.TASKS.split(","))
+
 
 @pytest.mark.parametrize("way", bench.WAYS)
 def test_every_way_is_a_command_line_that_passes_the_checks(way, tmp_path, monkeypatch):
@@ -60,8 +62,8 @@ def test_tasks_stand_beside_the_dense_models_document_by_document(tmp_path):
     def on_tasks(found, correct):
         info = {"stderr": 0.25, "samples": 4, "correct": correct, "documents": "d", "chance": 0.25}
         accuracy = bin(int(correct, 16)).count("1") / 4
-        return found | {"metrics": found["metrics"] | dict.fromkeys(heal_table.TASKS, accuracy),
-                        "metric_info": dict.fromkeys(heal_table.TASKS, info)}
+        return found | {"metrics": found["metrics"] | dict.fromkeys(TASKS, accuracy),
+                        "metric_info": dict.fromkeys(TASKS, info)}
     folder = tmp_path / "demo"
     folder.mkdir()
     assert heal_table.tasks_of(tmp_path) == ""
@@ -70,8 +72,12 @@ def test_tasks_stand_beside_the_dense_models_document_by_document(tmp_path):
     assert "0.25 ± 0.25 |" in heal_table.tasks_of(tmp_path)  # nothing to compare with
     (folder / "dense.json").write_text(json.dumps(on_tasks(made("dense", (10.0, 20.0)), "e")))
     told, _, heads, _, dense, healed = heal_table.tasks_of(tmp_path).rstrip().splitlines()
-    assert told.startswith("Tasks, 4 documents") and heads.count("chance 0.25") == len(heal_table.TASKS)
-    assert dense.count("0.75 ± 0.25 |") == healed.count("0.25 ± 0.25 (-0.50 ± 0.29 ~)") == len(heal_table.TASKS)
+    assert told.startswith("Tasks, 4 documents") and heads.count("chance 0.25") == len(TASKS)
+    assert dense.count("0.75 ± 0.25 |") == healed.count("0.25 ± 0.25 (-0.50 ± 0.29 ~)") == len(TASKS)
+    others = on_tasks(made(heal="full"), "8")
+    others["metric_info"] = {task: info | {"documents": "others"} for task, info in others["metric_info"].items()}
+    (folder / "healed.json").write_text(json.dumps(others))
+    assert heal_table.tasks_of(tmp_path).count("(-0.50 ± 0.35 unpaired ~)") == len(TASKS)
 
 
 def test_shuffled_words_are_those_of_the_text(tmp_path):

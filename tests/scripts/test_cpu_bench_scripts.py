@@ -1,0 +1,124 @@
+"""Benchmarks of CPU layers and whole models: rows, pages, what is refused, llama.cpp beside them."""
+
+import importlib.util
+import json
+
+import common
+import cpu_decode
+import cpu_kernels
+import cpu_quality
+import families
+import gguf_files
+import pytest
+import torch
+
+import oneshot
+from oneshot import models
+from oneshot.checkpoint import gguf
+from oneshot.prune import patterns
+
+
+def test_threads_that_sleep_are_not_timed(monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    assert common.thread_counts("1", toy=False) == [1]
+    assert common.thread_counts("2,1,2", toy=True) == [1, 2]
+    with pytest.raises(ValueError, match="OMP_WAIT_POLICY=passive"):
+        common.thread_counts("1,2", toy=False)
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    assert common.thread_counts("1,2", toy=False) == [1, 2]
+
+
+@pytest.mark.parametrize("script", [cpu_kernels, cpu_decode])
+def test_a_bench_of_the_cpu_refuses_threads_that_sleep(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    assert script.main(["--threads", "1,2", "--out", str(tmp_path)]) == 2
+    assert "OMP_WAIT_POLICY=passive" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_cpu_kernels(tmp_path, capsys):
+    if not cpu_kernels.linear.available():
+        pytest.skip("no C++ compiler")
+    threads = torch.get_num_threads()
+    assert cpu_kernels.main(["--toy", "--threads", "1", "--out", str(tmp_path)]) == 0, capsys.readouterr().err
+    assert torch.get_num_threads() == threads
+    rows = [line.split(",") for line in (tmp_path / "cpu_kernels.csv").read_text().splitlines()]
+    assert rows[0] == cpu_kernels.HEAD and len(rows) == 1 + 4 * 2 * 5  # dtypes, tokens, methods
+    for row in (dict(zip(rows[0], row, strict=True)) for row in rows[1:]):
+        assert float(row["us"]) > 0 and row["machine"] == ("busy" if float(row["load"]) > 0.3 else "idle")
+        assert row["method"] != "torch" or row["over_torch"] == "1.00"
+    here = [str(value) for value in rows[1]]
+    device, threads = cpu_kernels.HEAD.index("device"), cpu_kernels.HEAD.index("threads")
+    elsewhere, more = [*here], [*here]
+    elsewhere[device], more[threads] = "cpu (another)", "2"
+    lines = [",".join(row) for row in (rows[0], here, elsewhere, more)]
+    (tmp_path / "cpu_kernels.csv").write_text("\n".join([*lines, ""]))
+    assert cpu_kernels.main(["--toy", "--threads", "1", "--out", str(tmp_path)]) == 0
+    again = [line.split(",") for line in (tmp_path / "cpu_kernels.csv").read_text().splitlines()]
+    assert again[:3] == [rows[0], elsewhere, more] and len(again) == len(rows) + 2
+
+
+def test_cpu_decode(tmp_path, monkeypatch, capsys):
+    if not cpu_kernels.linear.available():
+        pytest.skip("no C++ compiler")
+    threads, ways = torch.get_num_threads(), "dense bf16;2:4 bf16;dense int8;2:4 int8;2:4 int4;cut int8"
+    monkeypatch.setitem(cpu_decode.SHAPES["toy"], "vocab_size", families.tiny("llama").config.vocab_size)
+    for part in (families.tiny("llama"), oneshot.load("demo")[1]):
+        part.save_pretrained(tmp_path / "cut")
+    small = ["--toy", "--threads", "1", "--out", str(tmp_path), "--cut", str(tmp_path / "cut"), "--ways"]
+    assert cpu_decode.main([*small, ways]) == 0, capsys.readouterr().err
+    assert torch.get_num_threads() == threads
+    rows = {row["way"]: row for row in json.loads((tmp_path / "cpu_decode.json").read_text())["rows"]}
+    assert list(rows) == ["transformers", *ways.split(";"), *(f"{way}, alone" for way in ways.split(";"))]
+    assert all(row["tokens_per_second"] > 0 and row["bytes"] > 0 for row in rows.values())
+    assert rows["2:4 bf16"]["bytes"] < rows["dense bf16"]["bytes"] == rows["transformers"]["bytes"]
+    assert rows["2:4 int8"]["bytes"] < rows["dense int8"]["bytes"] < rows["dense bf16"]["bytes"]
+    assert rows["2:4 int4"]["bytes"] < rows["2:4 int8"]["bytes"] and rows["transformers"]["same"] == 8
+    text = (tmp_path / "cpu_decode.md").read_text()
+    assert all(f"| {way} " in text for way in rows) and "1 thread\n" in text
+    assert cpu_decode.main([*small, "2:5"]) == 2
+
+
+def test_cpu_decode_beside_llama_cpp(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("xllamacpp")
+    file = gguf_files.write(tmp_path / "tiny.gguf")
+    monkeypatch.setitem(cpu_decode.SHAPES["toy"], "vocab_size", families.tiny("llama").config.vocab_size)
+    given = ["--toy", "--threads", "1", "--ways", "dense bf16", "--gguf", str(file), "--out", str(tmp_path)]
+    if cpu_decode.main(given) and "hung" in (said := capsys.readouterr().err):
+        pytest.skip(said)
+    row = json.loads((tmp_path / "cpu_decode.json").read_text())["rows"][-1]
+    assert row["way"] == f"llama.cpp {tmp_path.name}/tiny.gguf" and row["tokens_per_second"] > 0
+    assert row["bytes"] == file.stat().st_size
+
+
+def test_cpu_quality(tmp_path, monkeypatch, capsys):
+    if not cpu_kernels.linear.available():
+        pytest.skip("no C++ compiler")
+    tokenizer = oneshot.load("demo")[1]
+    monkeypatch.setitem(families.FAMILIES["llama"][1], "vocab_size", len(tokenizer))
+    monkeypatch.setitem(cpu_decode.SHAPES["toy"], "vocab_size", len(tokenizer))
+    model, pruned, files = families.tiny("llama"), families.tiny("llama"), []
+    with torch.no_grad():
+        for weight in models.all_weights(pruned):
+            weight.set(weight.get() * patterns.NM(2, 4).keep(weight.get().abs()))
+    for part in (pruned, tokenizer):
+        part.save_pretrained(tmp_path / "pruned")
+    if importlib.util.find_spec("xllamacpp"):
+        gguf.write(tmp_path, model, tokenizer, "gguf", {"tensors": {}}, {})
+        files = [str(tmp_path / gguf.FILE)]
+    monkeypatch.setattr(cpu_quality, "random_model", lambda name: model)
+    (tmp_path / "cpu_decode.json").write_text(json.dumps({"rows": [
+        {"model": "toy", "threads": 1, "way": way, "tokens_per_second": rate}
+        for way, rate in (("transformers", 1.0), ("2:4 bf16", 2.0), ("cut int8", 3.0))]}))
+    given = ["--toy", "--pruned", str(tmp_path / "pruned"), "--cut", str(tmp_path / "pruned"),
+             "--gguf", ",".join(files), "--out", str(tmp_path)]
+    if cpu_quality.main(given) and "hung" in (said := capsys.readouterr().err):
+        pytest.skip(said)
+    rows = {row["way"]: row for row in json.loads((tmp_path / "cpu_quality.json").read_text())["rows"]}
+    assert {"2:4 bf16", "cut bf16", "2:4 int4, rounded"} <= set(rows) and len(rows) == 15 + len(files)
+    assert rows["cut bf16"]["ppl"] == pytest.approx(rows["2:4 bf16"]["ppl"], rel=1e-3)
+    assert rows["cut int8"]["bytes"] > rows["2:4 int8"]["bytes"] and rows["cut int8"]["tokens_per_second"] == 3.0
+    assert "cut" in (tmp_path / "cpu_quality.svg").read_text()
+    truth = rows["transformers"]["ppl"]
+    assert rows["dense int8"]["ppl"] == pytest.approx(truth, rel=1e-2) != rows["2:4 bf16"]["ppl"]
+    assert all(rows[f"llama.cpp {tmp_path.name}/{gguf.FILE}"]["ppl"] == pytest.approx(truth, rel=1e-4) for _ in files)
+    assert all(f"| {way} " in (tmp_path / "cpu_quality.md").read_text() for way in rows)
