@@ -1,4 +1,4 @@
-"""scripts/bench at toy size, but for best.py (test_best.py), a CPU's kernels (test_cpu_bench_scripts.py) and what runs on a GPU (kernels/interpreted)."""
+"""scripts/bench at toy size, but for best.py (test_best.py), CPU kernels (test_cpu_bench_scripts.py) and a GPU's."""
 
 import csv
 import json
