@@ -142,7 +142,7 @@ def capture(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = Non
 
     stubs = [Stub(block, functools.partial(record, b), returns=activations.returns)
              for b, block in enumerate(block_list)]
-    with models.resident(models.rest_of(inner, block_list), device), stubbed(block_list, stubs):
+    with models.resident(model, device, models.rest_of(inner, block_list)), stubbed(block_list, stubs):
         for windows, held in own(batches(len(ids), batch_size, held_out)):
             intern.start()
             inputs = {"input_ids": ids[windows].to(device)}
@@ -159,7 +159,8 @@ def capture(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = Non
 
 def cannot(module: nn.Module) -> str:
     """The start of the message for a model, or a block, whose own code fails."""
-    return f"--model: {type(module).__name__} cannot be run block by block"
+    how = " with --compute stored" if getattr(module, "as_stored", False) else ""
+    return f"--model: {type(module).__name__} cannot be run block by block{how}"
 
 
 @torch.no_grad()
@@ -177,7 +178,7 @@ def returned(model: nn.Module, ids: torch.Tensor, device: torch.device) -> int |
         raise _Enough
 
     for _ in models.walk(model, device, end=1):
-        with models.own_code(cannot(model), ()), models.resident(models.rest_of(inner, block_list), device), \
+        with models.own_code(cannot(model), ()), models.resident(model, device, models.rest_of(inner, block_list)), \
                 contextlib.suppress(_Enough), stubbed(block_list, [Stub(first, ask), *block_list[1:]]):
             inner(input_ids=ids[:1, :2].to(device), use_cache=False)
     if not answer:

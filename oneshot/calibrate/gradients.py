@@ -43,8 +43,7 @@ def gradients(model: nn.Module, activations: Activations, wanted: Iterable[str],
             upstream = of_head(model, block_list, at, i)
             for block in reversed(list(models.walk(model))):
                 at.hidden[i] = inputs.pop()
-                tensors = models.tensors_of(block.module)
-                with models.resident(tensors, activations.device, dtype=torch.float32):
+                with models.resident(block.module, activations.device, dtype=torch.float32):
                     upstream = backward(block, at, i, upstream, wanted, sums)
             bar.update()
     n = sum(distributed.gathered(n))
@@ -59,7 +58,7 @@ def gradients(model: nn.Module, activations: Activations, wanted: Iterable[str],
 @torch.enable_grad()
 def of_head(model: nn.Module, block_list: nn.ModuleList, at: Activations, i: int) -> torch.Tensor:
     """The gradient of batch i's loss with respect to the hidden states after the last block, (B, T, H)."""
-    with models.resident(models.rest_of(model, block_list), at.device, dtype=torch.float32):
+    with models.resident(model, at.device, models.rest_of(model, block_list), dtype=torch.float32):
         hidden = at.hidden[i].to(at.device).float().requires_grad_(True)
         at.hidden[i] = hidden
         ids = at.inputs[i]["input_ids"]

@@ -63,7 +63,7 @@ def check_least(options: Any, least: dict[str, int]) -> None:
 
 def calibration(cfg: Settings, model: nn.Module, tokenizer: Tokenizer) -> Tokens:
     """The calibration windows. Raises ValueError naming `--calibration` when they cannot be made."""
-    with models.resident(models.tensors_of(model) if cfg.calibration == "self" else (), cfg.device):
+    with models.resident(model, cfg.device, None if cfg.calibration == "self" else ()):
         tokens = windows.calibration(tokenizer, cfg.calibration, nsamples=cfg.nsamples,
                                      seqlen=window(model, cfg.seqlen, "--seqlen"), seed=cfg.seed,
                                      options=text_options(cfg, model, tokenizer), model=model,

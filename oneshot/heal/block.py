@@ -73,8 +73,8 @@ class Heal(Base):
 
     def after_block(self, block: Block, activations: Activations, targets: list[torch.Tensor]) -> dict:
         """Train the whole block, or attention and then the MLP."""
-        tensors, leave = models.tensors_of(block.module), models.untouched(block.module)
-        with models.resident(tensors, activations.device, write_back=True, dtype=torch.float32):
+        leave = models.untouched(block.module)
+        with models.resident(block.module, activations.device, write_back=True, dtype=torch.float32):
             if self.middle is None:
                 return self.train(block, activations, targets, leave)
             return self.train_parts(block, activations, targets, leave)

@@ -56,9 +56,8 @@ class Heal(Base):
         _, block_list = models.blocks(model)
         stored = {name: p.dtype for name, p in block_list.named_parameters()}
         leave = {f"{block.number}.{name}" for block in models.walk(model) for name in models.untouched(block.module)}
-        whole = models.tensors_of(model)
         bar = tqdm(total=self.cfg.steps, desc="distil", unit="step", disable=not self.progress, leave=False)
-        with models.resident(whole, dense.device, write_back=True, dtype=torch.float32), bar, \
+        with models.resident(model, dense.device, write_back=True, dtype=torch.float32), bar, \
                 Trainable(block_list, stored, leave) as trainable:
             return fit(trainable, divergence(model, dense, self.seed), dense.held, steps=self.cfg.steps,
                        lr=self.cfg.lr, seed=self.seed, progress=bar.update)

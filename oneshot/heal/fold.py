@@ -50,8 +50,7 @@ class Heal(Base):
         weight = last_linear(block)
         if weight is None:
             return nothing("it has no single linear that writes last")
-        tensors = models.tensors_of(block.module)
-        with torch.no_grad(), models.resident(tensors, activations.device, write_back=True, dtype=torch.float32):
+        with torch.no_grad(), models.resident(block.module, activations.device, write_back=True, dtype=torch.float32):
             W = weight.get()
             kept = W.any(0)
             if not any(distributed.gathered(any(activations.held))):

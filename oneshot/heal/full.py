@@ -43,6 +43,6 @@ class Heal(Base):
         if sharded.asked():
             with sharded.Sharded(model, lesson.device, stored, leave) as trainable:
                 return text.heal(trainable.model, lesson, "full", trainable, self.cfg.lr)
-        with models.resident(models.tensors_of(model), lesson.device, write_back=True, dtype=torch.float32), \
+        with models.resident(model, lesson.device, write_back=True, dtype=torch.float32), \
                 Trainable(block_list, stored, leave) as trainable:
             return text.heal(model, lesson, "full", trainable, self.cfg.lr)

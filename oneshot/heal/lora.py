@@ -178,7 +178,7 @@ class Heal(Base):
     def on_text(self, model: nn.Module, lesson: Lesson) -> dict:
         """Train the changes on the lesson's text, then merge them."""
         weights = targets(model, self.cfg)
-        with models.resident(models.tensors_of(model), lesson.device, write_back=True, dtype=torch.float32), \
+        with models.resident(model, lesson.device, write_back=True, dtype=torch.float32), \
                 Adapters(weights, self.cfg, self.seed) as adapters:
             if adapters.sparse and self.cfg.adapter:
                 raise ValueError(f"--lora.adapter {self.cfg.adapter}: this model has zeros, which an adapter added "

@@ -64,7 +64,7 @@ def compare(named: dict[str, nn.Module], device: str, rounds: int = ROUNDS) -> d
     rows: dict[str, dict] = {name: {} for name in named}
     with contextlib.ExitStack() as stack:
         for model in named.values():
-            stack.enter_context(models.resident(models.tensors_of(model), device))
+            stack.enter_context(models.resident(model, device))
         for number in range(rounds + 1):
             for name, model in named.items():
                 for kind in KINDS:

@@ -101,7 +101,7 @@ def through_blocks(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | Non
 
 def at_head(model: nn.Module, device: str | torch.device) -> AbstractContextManager[None]:
     """Within the context, the parts of the model that `calibrate.logits` needs are on the device."""
-    return models.resident(models.rest_of(model, models.blocks(model)[1]), device)
+    return models.resident(model, device, models.rest_of(model, models.blocks(model)[1]))
 
 
 def batch_losses(model: nn.Module, activations: Activations, i: int) -> torch.Tensor:

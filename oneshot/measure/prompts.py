@@ -149,7 +149,7 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, path: str, *,
     """
     made, new = encoded(path, model, tokenizer)
     marks, answers = {"starts_with": [], "contains": [], "chosen": []}, []
-    with models.resident(models.tensors_of(model), device), \
+    with models.resident(model, device), \
             models.own_code(f"--prompts {path}: {type(model).__name__} cannot be run on them"):
         for p, ids in made:
             ids = torch.tensor([ids], device=device)

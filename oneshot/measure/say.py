@@ -51,7 +51,7 @@ def identity(cfg: Settings, texts: dict[str, Tokens]) -> list[str]:
 def measure(subject: Subject) -> Found:
     """The answers become the record's `say`: [{"prompt", "answer"}]."""
     model, device, answers = subject.model, subject.cfg.device, []
-    with models.resident(models.tensors_of(model), device), \
+    with models.resident(model, device), \
             models.own_code(f"--say: {type(model).__name__} cannot be run on the prompts"):
         for prompt, ids in encoded(subject.cfg.say, model, subject.tokenizer):
             written = greedy(model, torch.tensor([ids], device=device), NEW_TOKENS)

@@ -108,7 +108,7 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, names: Sequence[str], *, ta
     from lm_eval.models.huggingface import HFLM
 
     loaded, said = fetch(names, manager, task_path), f"--tasks {','.join(asked)}"
-    with models.resident(models.tensors_of(model), device), quiet(), models.own_code(f"{said}: cannot be measured"), \
+    with models.resident(model, device), quiet(), models.own_code(f"{said}: cannot be measured"), \
             embedding.guarded(model, tokenizer, said), products.float32():
         own = copy.deepcopy(tokenizer)  # lm-eval gives it a pad token, which does not belong into a saved checkpoint
         wrapped = HFLM(pretrained=model, tokenizer=own, batch_size=batch_size, device=str(device))

@@ -21,7 +21,9 @@ from .blocks import (
     Block,
     all_weights,
     blocks,
+    compute_as_stored,
     compute_dtype,
+    computes_as_stored,
     config_of,
     decoder,
     embedded,
@@ -46,7 +48,8 @@ from .weights import ATTENTION, Conv1D, Weight, left_alone, mlp, silent, untouch
 
 __all__ = [
     "ATTENTION", "DEMO", "Block", "Conv1D", "OnDisk", "Tokenizer", "Weight", "all_weights", "blocks",
-    "compute_dtype", "config_of", "decoder", "embedded", "experts_one_by_one", "fingerprint", "is_experts",
+    "compute_as_stored", "compute_dtype", "computes_as_stored", "config_of", "decoder", "embedded",
+    "experts_one_by_one", "fingerprint", "is_experts",
     "left_alone", "load", "max_positions", "mlp", "on_disk", "output_head", "outside", "own_code", "quiet",
     "resident", "rest_of", "shares_weights", "silent", "skeleton", "skipped", "source_of", "stored", "tensors_of",
     "unreached", "untouched", "walk", "weights_of",

@@ -3,7 +3,8 @@
     block       one transformer layer, whatever its model family calls it
     offloaded   how a tensor is kept while nothing computes with it: in CPU memory, in its stored dtype; of a model that
                 is larger than memory, on disk (offload.py)
-    resident    on the device, in the dtype used for computing
+    resident    on the device, in the dtype used for computing: the stored one on a GPU; on a CPU float32, unless the
+                model computes as it is stored (`--compute stored`)
 """
 
 import contextlib
@@ -135,7 +136,7 @@ def walk(model: nn.Module, device: str | torch.device | None = None, *, start: i
             with contextlib.ExitStack() as stack:
                 if disk:
                     stack.enter_context(disk.present(number, changed))
-                stack.enter_context(resident(tensors_of(module), device, write_back=changed))
+                stack.enter_context(resident(model, device, tensors_of(module), write_back=changed))
                 yield block
         if bar is not None:
             bar.update()
@@ -199,28 +200,43 @@ def output_head(model: nn.Module) -> tuple[str, nn.Linear] | None:
     return (name, head) if name and type(head) is nn.Linear else None
 
 
-def compute_dtype(device: str | torch.device, stored: torch.dtype) -> torch.dtype:
-    """The dtype to compute in: float32 on a CPU, where 16-bit arithmetic is slow or emulated; else the stored dtype."""
-    return torch.float32 if torch.device(device).type == "cpu" and stored != torch.float64 else stored
+def compute_as_stored(model: nn.Module, as_stored: bool = True) -> None:
+    """Let a model compute in the dtype its weights are stored in on a CPU too; or else there in float32."""
+    model.as_stored = as_stored
+
+
+def computes_as_stored(model: nn.Module, device: str | torch.device = "cpu") -> bool:
+    """Whether a model computes on the device in the dtype its weights are stored in."""
+    return torch.device(device).type != "cpu" or getattr(model, "as_stored", False)
+
+
+def compute_dtype(model: nn.Module, device: str | torch.device, stored: torch.dtype) -> torch.dtype:
+    """The dtype in which a parameter of the model that is stored in `stored` computes.
+
+    float32 on a CPU, where 16-bit arithmetic may be slow or emulated, unless `compute_as_stored` was called; else
+    `stored`.
+    """
+    return stored if computes_as_stored(model, device) or stored == torch.float64 else torch.float32
 
 
 @contextlib.contextmanager
-def resident(tensors: Iterable[torch.Tensor], device: str | torch.device, *,
+def resident(model: nn.Module, device: str | torch.device, tensors: Iterable[torch.Tensor] | None = None, *,
              write_back: bool | Callable[[], bool] = False, dtype: torch.dtype | None = None) -> Iterator[None]:
     """Within the context, parameters and buffers are on `device` in their compute dtype; afterwards as before.
 
-    write_back: whether to copy changed parameters back at the end, or a function that is asked then. dtype: the compute
-    dtype (default: `compute_dtype`). Buffers keep their own dtype (rotary frequencies are float32 on purpose). A tensor
-    that already has the right device and dtype is not copied.
+    tensors: those of the model that are wanted (default: all). write_back: whether to copy changed parameters back at
+    the end, or a function that is asked then. dtype: the compute dtype (default: `compute_dtype`). Buffers keep their
+    own dtype (rotary frequencies are float32 on purpose). A tensor that already has the right device and dtype is not
+    copied.
     """
     away = []
     try:
-        for t in {id(t): t for t in tensors}.values():
+        for t in {id(t): t for t in (tensors_of(model) if tensors is None else tensors)}.values():
             kept = t.data
             if kept.is_meta:
                 raise ValueError("--offload disk: a step of this run needs the whole model in memory; leave it out")
             weight = isinstance(t, nn.Parameter) and t.is_floating_point()
-            there = kept.to(device, (dtype or compute_dtype(device, t.dtype)) if weight else t.dtype)
+            there = kept.to(device, (dtype or compute_dtype(model, device, t.dtype)) if weight else t.dtype)
             if there is not kept:
                 away.append((t, kept, weight))
                 t.data = there

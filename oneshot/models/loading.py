@@ -28,7 +28,7 @@ class LoadOptions:
     model: str = new_flag("demo", "local folder, GGUF file, name on the hub, demo (the tiny model shipped with "
                                   "oneshot), or smollm2 (a real one of 135M parameters, fetched once)",
                           section="what", bears_on="loading", shown=False, python=False)
-    dtype: str = new_flag("auto", "dtype in which weights are kept and saved; on a CPU all computing is in float32",
+    dtype: str = new_flag("auto", "dtype in which weights are kept and saved (that of computing: --compute)",
                           section="machine", bears_on="loading", python=False, choices=DTYPES)
     model_revision: str | None = new_flag(None, "revision of a hub model", section="machine", bears_on="loading",
                                           python=False)

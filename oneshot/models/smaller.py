@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from . import groups
-from .blocks import blocks, config_of
+from .blocks import blocks, compute_as_stored, computes_as_stored, config_of
 from .intake import UNEVEN
 
 PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "activation_sparsity_pattern")  # one entry a layer
@@ -135,6 +135,7 @@ def empty_model(model: nn.Module, config: Any) -> nn.Module:
     except Exception as error:
         raise ValueError(f"--shrink: a {config.model_type} model cannot be built smaller ({first_line(error)})"
                          ) from None
+    compute_as_stored(made, computes_as_stored(model))
     made.generation_config = copy.deepcopy(getattr(model, "generation_config", made.generation_config))
     return made.eval()
 

@@ -24,8 +24,10 @@ Solution = tuple[Result, dict[str, torch.Tensor]]
 
 def load(cfg: RunConfig) -> tuple[nn.Module, Tokenizer]:
     """(model, tokenizer) as they are on disk. Raises ValueError naming `--model`."""
-    return models.load(cfg.model, dtype=cfg.dtype, revision=cfg.model_revision, cache_dir=cfg.cache_dir,
-                       trust_remote_code=cfg.trust_remote_code, offload=cfg.offload)
+    model, tokenizer = models.load(cfg.model, dtype=cfg.dtype, revision=cfg.model_revision, cache_dir=cfg.cache_dir,
+                                   trust_remote_code=cfg.trust_remote_code, offload=cfg.offload)
+    models.compute_as_stored(model, cfg.compute == "stored")
+    return model, tokenizer
 
 
 def held(cfg: RunConfig) -> nn.Module:

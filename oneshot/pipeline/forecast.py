@@ -45,6 +45,7 @@ class Task:
     budget: bytes of Gram matrices at once. activation: bytes of a waiting number. passes: of the calibration windows
     through the blocks. processes: those of torchrun, which share the windows (calibration, evaluation are of the one
     that has most) and the linears to be solved; what they send each other is not known here.
+    as_stored: whether a CPU computes in the stored dtype.
     """
 
     chain: tuple[str, ...]
@@ -62,10 +63,11 @@ class Task:
     gpu: bool = False
     waits_on_cpu: bool = False
     processes: int = 1
+    as_stored: bool = False
 
     def computing(self, shape: Shape) -> int:
         """Bytes of a number while it is computed with."""
-        return shape.itemsize if self.gpu else max(4, shape.itemsize)
+        return shape.itemsize if self.gpu or self.as_stored else max(4, shape.itemsize)
 
 
 # ---------------------------------------------------------------- memory

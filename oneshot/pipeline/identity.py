@@ -10,7 +10,7 @@ from ..data import Tokens, choose
 from ..heal.text.teacher import Teacher
 from ..measure import Subject
 from ..prune import allocate
-from ..runtime import distributed
+from ..runtime import distributed, environment
 from ..settings import RunConfig
 from . import checks, lesson
 from .plan import keep_dense_warning, kept_mark
@@ -20,7 +20,10 @@ def warnings(subject: Subject) -> list[str]:
     """What a reader of the run's numbers should know first: about the model, what stays dense, and the data."""
     cfg, model = subject.cfg, subject.model
     unreached = checks.unreached_warnings(model) if cfg.prunes else []
-    return [*models.source_of(model).warnings, *unreached, *(() if cfg.shrinks else keep_dense_warning(cfg, model)),
+    slow = models.computes_as_stored(model) and environment.emulates(cfg.device, model.dtype)
+    own = [f"--compute stored: this CPU has no instructions for {model.dtype}, float32 would be faster"] if slow else []
+    return [*models.source_of(model).warnings, *own, *unreached,
+            *(() if cfg.shrinks else keep_dense_warning(cfg, model)),
             *choose.warnings(cfg, model, subject.calibration, subject.texts)]
 
 

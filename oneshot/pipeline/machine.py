@@ -23,12 +23,13 @@ N, LONG = 2048, 0.5  # rows and columns of the trial matrices; seconds of each m
 BYTES = 2**26  # of what is read, written and hashed
 
 
-def speeds(device: str, chain: Chain, pattern: Pattern | None, reads: Path | None, writes: Path) -> dict[str, float]:
-    """{kind of work: so much a second}; see forecast.KINDS.
+def speeds(device: str, dtype: torch.dtype, chain: Chain, pattern: Pattern | None, reads: Path | None,
+           writes: Path) -> dict[str, float]:
+    """{kind of work: so much a second}; see forecast.KINDS. dtype: that of computing.
 
     chain, pattern: what is solved, () and None if nothing is. reads: a file of the model, or None. writes: a folder.
     """
-    x, W = torch.randn(512, N, device=device), torch.randn(N, N, device=device)
+    x, W = (torch.randn(rows, N, device=device).to(dtype) for rows in (512, N))
     half = torch.zeros(BYTES // 2, dtype=torch.bfloat16, device=device)
     data = bytes(BYTES)
     with products.float32():

@@ -185,4 +185,4 @@ def circumstances(cfg: RunConfig, calibration: Tokens | None) -> dict:
     compiled = cfg.quantise is not None or any(module is sparsegpt for module, _ in chain_of(cfg))
     return same | {"calibration": calibration.sha256[:12] if calibration else None, "onednn": products.by_onednn()} | (
         {"column_loop": columns.kind(cfg.device)} if compiled else {}) | (
-        {"bfloat16": environment.fast_bfloat16(cfg.device)} if cfg.heals else {})
+        {"bfloat16": environment.fast_bfloat16(cfg.device)} if cfg.heals or cfg.compute == "stored" else {})

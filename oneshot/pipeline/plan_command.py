@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from .. import calibrate, measure, models
@@ -140,14 +141,20 @@ def plan(configs: Sequence[RunConfig], given: dict[str, Any], limit: float) -> P
     tasks = [applied(task, chosen) for task in tasks]
     found = [forecast.phases(shape, task, program) for task in tasks]
     check_disk(shape, tasks, writes, bool(cfg.save))
-    speeds = machine.speeds(cfg.device, chain_of(pruned) if pruned else (), pattern_of(pruned) if pruned else None,
-                            files[0] if files else None, writes)
+    what = (chain_of(pruned), pattern_of(pruned)) if pruned else ((), None)
+    speeds = machine.speeds(cfg.device, compute_dtype(cfg, model), *what, files[0] if files else None, writes)
     stages = [forecast.work(shape, task) for task in tasks]
     seconds = {name: sum(forecast.seconds(own[name], speeds) for own in stages if name in own)
                for own in stages for name in own}
     largest = max(found, key=lambda own: forecast.peak(own)[1])
     return Planned(largest, max((forecast.disk(shape, task) for task in tasks), key=lambda own: sum(
         part.bytes for part in own)), seconds, chosen, limits, speeds, distributed.local())
+
+
+def compute_dtype(cfg: RunConfig, model: nn.Module) -> torch.dtype:
+    """The dtype in which most of the model will compute."""
+    models.compute_as_stored(model, cfg.compute == "stored")
+    return models.compute_dtype(model, cfg.device, model.dtype)
 
 
 def task_of(cfg: RunConfig, model: nn.Module, tokenizer: Tokenizer) -> Task:
@@ -167,14 +174,14 @@ def task_of(cfg: RunConfig, model: nn.Module, tokenizer: Tokenizer) -> Task:
     modules = [module for module, _ in chain_of(cfg)] if cfg.prunes else []
     needs = frozenset().union(*(module.needs for module in modules)) | (
         {"outer", "cross"} if cfg.prunes and cfg.dense_target else set())
-    half = cfg.activation_dtype in ("bfloat16", "float16")
+    waiting = cfg.waiting_dtype or (compute_dtype(cfg, model) if cfg.compute == "stored" else torch.float32)
     return Task(tuple(map(solvers.short, modules)), len(needs & {"outer", "cross", "held"}),
                 1 + bool(cfg.prunes and cfg.dense_target),
                 (share(cfg.nsamples, cfg.batch_size) if needs_data(cfg) else 0, seqlen),
                 (share(texts, cfg.eval_batch_size or cfg.batch_size), length), cfg.batch_size,
-                cfg.eval_batch_size or cfg.batch_size, cfg.gram_bytes, 2 if half else 4, passes(cfg),
+                cfg.eval_batch_size or cfg.batch_size, cfg.gram_bytes, waiting.itemsize, passes(cfg),
                 cfg.offload == "disk", bool(cfg.save), environment.total_memory(cfg.device) is not None,
-                cfg.activations == "cpu", distributed.world())
+                cfg.activations == "cpu", distributed.world(), cfg.compute == "stored")
 
 
 def share(windows: int, batch: int) -> int:

@@ -35,6 +35,10 @@ class Options:
                                               "computed)", section="machine", choices=DTYPES)
     gram_budget: float = flag(4.0, "GiB of Gram matrices to collect at once; beyond that, further passes are made",
                               section="machine")
+    compute: str = flag("auto", "dtype in which a CPU computes: auto, float32; stored, that of the weights, as on a "
+                                "GPU (several times as fast in bfloat16 where the CPU has AMX; the numbers move)",
+                        section="machine", bears_on="loading", python=True, added=True,
+                        choices=("auto", "stored"))
     tf32: bool = flag(False, "allow TF32 products on the GPU: faster, 10 bits of mantissa", section="machine")
     layer_errors: bool = flag(True, "measure the output error of every linear layer, on a sample of 256 tokens",
                               section="machine")

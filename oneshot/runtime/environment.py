@@ -93,6 +93,14 @@ def fast_bfloat16(device: str | torch.device) -> bool:
     return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
 
 
+def emulates(device: str | torch.device, dtype: torch.dtype) -> bool:
+    """Whether the device is a CPU without instructions that multiply matrices of this dtype."""
+    if torch.device(device).type != "cpu" or dtype.itemsize > 2:
+        return False
+    can = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return not (fast_bfloat16(device) if dtype == torch.bfloat16 else can.get("amx_fp16") or can.get("avx512_fp16"))
+
+
 def others() -> float:
     """Cores that other processes take: the load average of a minute less this process's threads, at least 0."""
     return max(0.0, os.getloadavg()[0] - torch.get_num_threads()) if hasattr(os, "getloadavg") else 0.0

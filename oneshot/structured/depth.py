@@ -30,7 +30,7 @@ def teacher(model: nn.Module, dense: Activations) -> list[list[torch.Tensor]] | 
     tokens = sum(i["input_ids"].numel() for i in dense.inputs)
     if tokens * models.config_of(model).vocab_size > KEPT:
         return None
-    with models.resident(models.rest_of(model, models.blocks(model)[1]), dense.device):
+    with models.resident(model, dense.device, models.rest_of(model, models.blocks(model)[1])):
         return [[p.float().log_softmax(-1) for _, p in calibrate.logits(model, dense, i)] for i in range(len(dense))]
 
 
@@ -43,7 +43,7 @@ def divergence(model: nn.Module, dense: Activations, cut: Activations, batches: 
     """
     total = n = 0.0
     _, block_list = models.blocks(model)
-    with models.resident(models.rest_of(model, block_list), dense.device):
+    with models.resident(model, dense.device, models.rest_of(model, block_list)):
         for i in range(len(dense)) if batches is None else batches:
             taught = known[i] if known else (p.float().log_softmax(-1) for _, p in calibrate.logits(model, dense, i))
             for p, (at, q) in zip(taught, calibrate.logits(model, cut, i), strict=True):

@@ -76,5 +76,5 @@ def check(model: nn.Module, made: nn.Module, cut: Cut) -> None:
 def logits(model: nn.Module, ids: torch.Tensor, without: Sequence[int]) -> torch.Tensor:
     """Logits (2, T, V), float32, of a model without some of its blocks."""
     activations = through(model, calibrate.capture(model, ids, batch_size=2), 0, without)
-    with models.resident(models.rest_of(model, models.blocks(model)[1]), "cpu"):
+    with models.resident(model, "cpu", models.rest_of(model, models.blocks(model)[1])):
         return torch.cat([part.float() for _, part in calibrate.logits(model, activations, 0)], dim=1)

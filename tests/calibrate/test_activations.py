@@ -35,6 +35,27 @@ def test_replay_equals_the_models_own_forward(name):
         assert n == int(seen.sum()) and value == pytest.approx(losses[seen].mean().exp().item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("name", sorted({*FAMILIES} - {"openai-gpt"}))
+def test_in_the_stored_dtype_it_is_the_models_own_sixteen_bit_forward(name):
+    model, ids = tiny(name, dtype=torch.bfloat16), tokens()
+    with models.experts_one_by_one(model):
+        logits = torch.cat([model(**inputs).logits for inputs in batches(ids, None)])
+        want = cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
+        wide = token_losses(model, ids, batch_size=B)
+        models.compute_as_stored(model)
+        got = token_losses(model, ids, batch_size=B)
+    torch.testing.assert_close(got, want, rtol=0, atol=0.05)
+    assert not torch.equal(got, wide)
+    assert (got - want).abs().mean() <= (wide - want).abs().mean()
+
+
+def test_a_family_whose_code_cannot_compute_in_sixteen_bits_is_refused():
+    model = tiny("openai-gpt", dtype=torch.bfloat16)
+    models.compute_as_stored(model)
+    with pytest.raises(ValueError, match="block by block with --compute stored: "):
+        calibrate.capture(model, tokens(), batch_size=B)
+
+
 @pytest.mark.parametrize("name", families.REFUSED)
 def test_model_that_works_between_its_blocks_is_refused(name):
     model = tiny(name)

@@ -1,6 +1,5 @@
 """The contract of every healing method: it helps, loses no zero, touches no router, learns nothing from padding."""
 
-import importlib
 from dataclasses import fields
 
 import families
@@ -13,8 +12,6 @@ from healing import SAMPLE, heal_pruned, kl, tokens
 from oneshot import calibrate, heal, models
 from oneshot.heal import train
 from oneshot.prune.patterns import parse
-
-blocks = importlib.import_module("oneshot.models.blocks")  # in its package the name is a function's
 
 ON_WINDOWS = [name for name in heal.names() if not heal.trains_on_text(name)]  # the others: test_text.py
 # Of the divergence that is left, at most. CONTRIBUTING's example trains norms and biases alone: it may lose a little.
@@ -115,8 +112,8 @@ def test_families_named_here_exist():
                                          ("distil", {})])
 def test_sixteen_bit_blocks_are_trained_in_float32(monkeypatch, name, method, own):
     """As on a GPU, where blocks and hidden states keep the stored dtype."""
-    monkeypatch.setattr(blocks, "compute_dtype", lambda device, stored: stored)
     model, trained, real = families.tiny(name, dtype=torch.bfloat16), set(), train.Fitting.descend
+    models.compute_as_stored(model)
 
     def descend(fitting, *args, **kwargs):
         trained.update(p.dtype for p in fitting.trainable.parameters.values())

@@ -208,7 +208,7 @@ def test_three_processes_step_as_one(tmp_path):
         model, stored, leave = example(family, dtype)
         start = {name: p.data.clone() for name, p in models.blocks(model)[1].named_parameters()}
         every = [torch.load(tmp_path / f"{family}-{rank}.pt") for rank in range(3)]
-        with models.resident(models.tensors_of(model), "cpu", dtype=torch.float32), Trainable(
+        with models.resident(model, "cpu", dtype=torch.float32), Trainable(
                 models.blocks(model)[1], stored, leave) as trainable:
             optimizer = adam(trainable)
             assert every[0][0] == pytest.approx([group["lr"] for group in optimizer.param_groups], rel=1e-6)

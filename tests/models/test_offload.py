@@ -194,5 +194,5 @@ def test_what_another_machine_does_not_see(tmp_path):
 
 def test_a_step_that_needs_the_whole_model_says_so(tmp_path):
     model = models.load(saved(tmp_path), offload="disk")[0]
-    with pytest.raises(ValueError, match="--offload disk: a step"), models.resident(models.tensors_of(model), "cpu"):
+    with pytest.raises(ValueError, match="--offload disk: a step"), models.resident(model, "cpu"):
         pass

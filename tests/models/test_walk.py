@@ -165,7 +165,7 @@ def test_a_walk_is_the_whole_forward(name, dtype):
     activations = calibrate.capture(model, ids, batch_size=2)
     for block in models.walk(model, "cpu"):
         calibrate.replay(block.module, activations, block.number)
-    with models.resident(models.tensors_of(model), "cpu"):
+    with models.resident(model, "cpu"):
         got = [logits for i in range(len(activations)) for _, logits in calibrate.logits(model, activations, i)]
     torch.testing.assert_close(torch.cat(got), want, rtol=1e-4, atol=1e-4)
 

@@ -4,6 +4,7 @@ import shlex
 
 import pytest
 import tiny
+import torch
 from tiny import place, plain_pages  # noqa: F401
 
 from oneshot import __main__ as dispatcher
@@ -189,8 +190,9 @@ def test_speeds_are_measured(place, monkeypatch, tmp_path):  # noqa: F811
     monkeypatch.setattr(machine, "N", 32)
     monkeypatch.setattr(machine, "LONG", 0.001)
     [cfg] = flags.parse(words(place))
-    found = machine.speeds("cpu", plan_command.chain_of(cfg), plan_command.pattern_of(cfg),
+    found = machine.speeds("cpu", torch.float32, plan_command.chain_of(cfg), plan_command.pattern_of(cfg),
                            place / "model" / "model.safetensors", tmp_path)
     assert set(found) == set(forecast.KINDS) and all(0 < v < 1e15 for v in found.values())
-    assert set(machine.speeds("cpu", (), None, None, tmp_path)) == set(forecast.KINDS) - {"solve", "choice"}
+    found = machine.speeds("cpu", torch.bfloat16, (), None, None, tmp_path)
+    assert set(found) == set(forecast.KINDS) - {"solve", "choice"}
     assert not list(tmp_path.iterdir()) and machine.resident() > 10**8

@@ -76,6 +76,18 @@ def test_pruned_with_exact_counts(name, method, pattern):
     assert not any(before[n].ndim == 1 for n in changed)
 
 
+@pytest.mark.parametrize("name", sorted({*FAMILIES} - {"openai-gpt"}))  # whose code mixes in float32
+def test_computing_as_stored_prunes_like_float32(name):
+    """The same counts; the errors of the layers but for rounding."""
+    model, wide = (tiny(name, dtype=torch.bfloat16) for _ in range(2))
+    models.compute_as_stored(model)
+    found, want = (prune(m, "sparsegpt", "2:4", padding()) for m in (model, wide))
+    assert_pruned(model, found.layers, "sparsegpt", "2:4")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    pairs = [(a["relative_error"], b["relative_error"]) for a, b in zip(found.layers, want.layers, strict=True)]
+    assert all(abs(a - b) < 0.1 for a, b in pairs if a is not None)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_stored_bf16_and_saved_model_keep_every_zero(name, tmp_path):
     """bf16 on disk and in memory, float32 while computing; from_pretrained brings the same weights back."""
