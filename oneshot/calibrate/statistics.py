@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..runtime import products
+
 SAMPLE = 256  # tokens; measuring a layer's error on them costs 4·R·C·256 operations, 1.5 % of two passes over 16k
 NEEDS = frozenset({"sum", "sum_sq", "outer", "sample", "cross", "held", "gradient"})
 
@@ -65,7 +67,7 @@ class Statistics:
 
         held: whether they are held out.
         """
-        x = x.to(self.dtype)
+        came, x = x.dtype, x.to(self.dtype)
         self._to_sums()
         self.n += x.shape[0]
         if self.sum is not None:
@@ -75,10 +77,12 @@ class Statistics:
                 self.sum_sq.addmv_(rows.square().T, rows.new_ones(len(rows)))
         if self.outer is not None:  # strips of the upper triangle suffice by symmetry: 9/16 of the multiplications
             strip = max(-(-self.C // 8), 64)
-            for i in range(0, self.C, strip):
-                self.outer[i : i + strip, i:].addmm_(x[:, i : i + strip].T, x[:, i:])
+            with products.of(came, x.device):
+                for i in range(0, self.C, strip):
+                    self.outer[i : i + strip, i:].addmm_(x[:, i : i + strip].T, x[:, i:])
         if self.held is not None and held:
-            self.held.addmm_(x.T, x)
+            with products.of(came, x.device):
+                self.held.addmm_(x.T, x)
             self.n_held += x.shape[0]
         if self.cross is not None and x_dense is not None:
             self.cross.addmm_((x_dense.to(self.dtype) - x).T, x)

@@ -17,6 +17,7 @@
     forms     how the linears of a block can be stored (2:4, int8, int4), and what computes with them here
     device_table     what every part of a model costs on a device (latency_command: `oneshot latency`)
     sizes     how large a model's parts are
+    task      what a run does, of its settings, as far as memory and time depend on it
     forecast  memory, disk and work of a run, from sizes and settings alone
     machine   how fast this machine does each kind of work (plan_command: `oneshot plan`)
     attempt   a run that ends in a record even if it fails, for sweeps

@@ -11,7 +11,6 @@ on this machine. What they send each other is not in it.
 """
 
 import argparse
-import math
 import re
 import shlex
 import shutil
@@ -22,13 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from .. import calibrate, measure, models
-from ..data import choose
-from ..models import Tokenizer
-from ..prune import allocate, solvers
+from .. import measure, models
 from ..report.table import render
 from ..runtime import distributed, environment, together
 from ..runtime.command import Parser, exit_code
@@ -37,8 +30,9 @@ from ..settings import RunConfig, flags
 from ..settings.known import known
 from . import checks, forecast, idle, machine, offloading
 from .forecast import Part, Task
-from .plan import chain_of, needs_data, pattern_of
+from .plan import chain_of, pattern_of
 from .sizes import Shape, shape_of
+from .task import task_of
 
 UNITS = {"": 2**30, "g": 2**30, "m": 2**20, "gb": 10**9, "mb": 10**6, "gib": 2**30, "mib": 2**20}
 
@@ -132,6 +126,7 @@ def plan(configs: Sequence[RunConfig], given: dict[str, Any], limit: float) -> P
     cfg = configs[0]
     model, tokenizer, files = models.skeleton(cfg.model, dtype=cfg.dtype, revision=cfg.model_revision,
                                               cache_dir=cfg.cache_dir, trust_remote_code=cfg.trust_remote_code)
+    models.compute_as_stored(model, cfg.compute == "stored")
     shape, writes = shape_of(model), offloading.existing(Path(cfg.save or tempfile.gettempdir()))
     tasks = [task_of(c, model, tokenizer) for c in configs]
     limits = (limit, environment.total_memory(cfg.device))
@@ -141,59 +136,15 @@ def plan(configs: Sequence[RunConfig], given: dict[str, Any], limit: float) -> P
     tasks = [applied(task, chosen) for task in tasks]
     found = [forecast.phases(shape, task, program) for task in tasks]
     check_disk(shape, tasks, writes, bool(cfg.save))
-    what = (chain_of(pruned), pattern_of(pruned)) if pruned else ((), None)
-    speeds = machine.speeds(cfg.device, compute_dtype(cfg, model), *what, files[0] if files else None, writes)
+    dtype, what = models.compute_dtype(model, cfg.device, model.dtype), (chain_of(pruned), pattern_of(
+        pruned)) if pruned else ((), None)
+    speeds = machine.speeds(cfg.device, dtype, *what, files[0] if files else None, writes)
     stages = [forecast.work(shape, task) for task in tasks]
     seconds = {name: sum(forecast.seconds(own[name], speeds) for own in stages if name in own)
                for own in stages for name in own}
     largest = max(found, key=lambda own: forecast.peak(own)[1])
     return Planned(largest, max((forecast.disk(shape, task) for task in tasks), key=lambda own: sum(
         part.bytes for part in own)), seconds, chosen, limits, speeds, distributed.local())
-
-
-def compute_dtype(cfg: RunConfig, model: nn.Module) -> torch.dtype:
-    """The dtype in which most of the model will compute."""
-    models.compute_as_stored(model, cfg.compute == "stored")
-    return models.compute_dtype(model, cfg.device, model.dtype)
-
-
-def task_of(cfg: RunConfig, model: nn.Module, tokenizer: Tokenizer) -> Task:
-    """The Task that a run's settings ask for. Evaluation texts are read only to count their windows.
-
-    Raises ValueError naming the flags where there are fewer batches than processes.
-    """
-    with distributed.joined():
-        calibrate.check_parts(cfg.nsamples if needs_data(cfg) else distributed.world(), cfg.batch_size if needs_data(
-            cfg) else 1)
-    seqlen = choose.window(model, cfg.seqlen, "--seqlen")
-    length = choose.window(model, cfg.eval_seqlen, "--eval-seqlen") if cfg.eval_seqlen else seqlen
-    texts = 0
-    if cfg.evaluations:
-        texts = cfg.eval_windows * len(cfg.evaluations) if cfg.eval_windows else sum(
-            len(tokens.ids) for tokens in choose.evaluation(cfg, model, tokenizer).values())
-    modules = [module for module, _ in chain_of(cfg)] if cfg.prunes else []
-    needs = frozenset().union(*(module.needs for module in modules)) | (
-        {"outer", "cross"} if cfg.prunes and cfg.dense_target else set())
-    waiting = cfg.waiting_dtype or (compute_dtype(cfg, model) if cfg.compute == "stored" else torch.float32)
-    return Task(tuple(map(solvers.short, modules)), len(needs & {"outer", "cross", "held"}),
-                1 + bool(cfg.prunes and cfg.dense_target),
-                (share(cfg.nsamples, cfg.batch_size) if needs_data(cfg) else 0, seqlen),
-                (share(texts, cfg.eval_batch_size or cfg.batch_size), length), cfg.batch_size,
-                cfg.eval_batch_size or cfg.batch_size, cfg.gram_bytes, waiting.itemsize, passes(cfg),
-                cfg.offload == "disk", bool(cfg.save), environment.total_memory(cfg.device) is not None,
-                cfg.activations == "cpu", distributed.world(), cfg.compute == "stored")
-
-
-def share(windows: int, batch: int) -> int:
-    """How many of the windows the process with most of them has; batches are not divided."""
-    return min(windows, math.ceil(math.ceil(windows / batch) / distributed.world()) * batch)
-
-
-def passes(cfg: RunConfig) -> int:
-    """How often the calibration windows pass through the blocks, if the Gram matrices fit their budget."""
-    stages = 4 if cfg.true_sequential else 1  # q, k, v; o; gate, up; down
-    return 1 + stages * (1 + bool(cfg.dense_target)) + bool(cfg.dense_target) + 2 * bool(
-        allocate.module(cfg.allocate).needs)
 
 
 def check_known(configs: Sequence[RunConfig]) -> None:

@@ -4,7 +4,7 @@
     CPU   in float32. On AMD's processors torch's MKL leaves AVX-512 alone; oneDNN, which torch has as well, uses it:
           2.2 times as fast on a Zen 5 core, at most about twice the rounding error (a single row is slower). torch
           gives it the products once it may round them to bfloat16, which oneDNN does only where there are units for
-          that (AMX); a trial says whether it does
+          that (AMX); a trial says whether it does. What was bfloat16 anyway (`of`) these units multiply exactly
 """
 
 import contextlib
@@ -21,6 +21,21 @@ def float32(tf32: bool = False) -> Iterator[None]:
     """Within the context, float32 products are as fast as their precision allows."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium" if by_onednn() else "high" if tf32 else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def of(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Within the context, float32 copies of numbers in `dtype` are multiplied on `device` with each other.
+
+    On a CPU with units for bfloat16 (AMX) those multiply what was bfloat16 exactly and add in float32: 1.5 to 2.5 times
+    as fast as float32 products, with a quarter of their error.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 and device.type == "cpu" else before)
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ from oneshot import models
 from oneshot.data import choose
 from oneshot.pipeline import forecast, machine, plan_command
 from oneshot.pipeline.plan import allocated, job_of, make_plan
+from oneshot.pipeline.task import passes, task_of
 from oneshot.prune import loop
 from oneshot.settings import flags
 
@@ -85,6 +86,18 @@ def test_what_cannot_be_on_disk_stays_in_memory(place, monkeypatch):  # noqa: F8
         planned(*argv, limit=limit)
 
 
+def test_computing_as_stored_takes_less(tmp_path, monkeypatch):
+    """Activations of half the size, no second copy of a block; speeds are those of the dtype."""
+    place, asked = tiny.make(tmp_path), []  # noqa: F811
+    tiny.save_model(place / "model", dtype=torch.bfloat16)
+    monkeypatch.setattr(machine, "speeds", lambda *args: asked.append(args[1]) or SPEEDS)
+    wide, half = (planned(*words(place, *more)) for more in ((), ("--compute", "stored")))
+    assert asked == [torch.float32, torch.bfloat16] and half.peak < wide.peak
+    sizes = [{part.name: part.bytes for part in found.phases["pruning"]} for found in (wide, half)]
+    assert sizes[0]["activations"] == 2 * sizes[1]["activations"]
+    assert sizes[0]["block, computing"] > sizes[1]["block, computing"] == 0
+
+
 @pytest.mark.parametrize("more", [("--heal", "block"), ("--shrink", "0.7"), ("--divergence",), ("--latency",),
                                   ("--method", "gradient"), ("--quantise", "int4")])
 def test_what_a_plan_does_not_know(more, place, capfd):  # noqa: F811
@@ -106,7 +119,7 @@ def test_passes(place):  # noqa: F811
         loop.prune_model(model, tokens.ids, None, job_of(cfg, plan, tokens))
         probes = 1 + bool(cfg.allocate != "uniform")  # what the block returns is asked before
         teacher = bool(cfg.dense_target)  # a copy of the block takes its hooks along
-        assert len(calls) - probes == plan_command.passes(cfg), (more, len(calls), teacher)
+        assert len(calls) - probes == passes(cfg), (more, len(calls), teacher)
 
 
 def test_it_refuses_in_one_line(place, tmp_path, capfd, monkeypatch):  # noqa: F811
@@ -169,7 +182,7 @@ def test_processes_share_windows_and_linears(place, monkeypatch):  # noqa: F811
         assert sizes[0] == n * sizes[1] > 0
     shape = plan_command.shape_of(models.load(place / "model")[0])
     [cfg] = flags.parse(argv)
-    task = plan_command.task_of(cfg, *models.load(place / "model"))
+    task = task_of(cfg, *models.load(place / "model"))
     alone = plan_command.replace(task, processes=1, calibration=(8, task.calibration[1]))
     mine, its = (forecast.pruning(shape, t) for t in (task, alone))
     assert all(4 * mine[kind] == pytest.approx(its[kind]) for kind in ("product", "solve"))
