@@ -5,8 +5,8 @@
     python scripts/bench/versus_llmcompressor.py --peer build/peer/bin/python --shared ../shared
 
 One process a side and method (one_side.py), one after the other on the same machine. Each side keeps its own habits:
-llm-compressor computes in the dtype that the weights are loaded in, this program on a CPU always in float32, so
-llm-compressor is run in both. Perplexity and zeros are of the saved folders, by this program. Rows go into
+llm-compressor computes in the dtype that the weights are loaded in, this program on a CPU in float32 unless it gets
+--compute stored, so both are run in both. Perplexity and zeros are of the saved folders, by this program. Rows go into
 results/bench/llmcompressor.json as soon as they are there (the same command continues), the table into its .md.
 """
 
@@ -31,8 +31,8 @@ from oneshot.runtime.command import Parser, exit_code
 from oneshot.runtime.files import write_json, write_text
 from oneshot.settings import parse
 
-RUNS = [(method, side, dtype) for method in ("wanda", "sparsegpt")
-        for side, dtype in (("llmcompressor", "float32"), ("llmcompressor", "bfloat16"), ("oneshot", "bfloat16"))]
+RUNS = [(method, side, dtype, computes) for method in ("wanda", "sparsegpt") for computes in ("float32", "bfloat16")
+        for side, dtype in (("llmcompressor", computes), ("oneshot", "bfloat16"))]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -87,14 +87,14 @@ def measure(args: argparse.Namespace, file: Path) -> None:
         model.save_pretrained(source)
         tokenizer.save_pretrained(source)
         torch.save(calibration.ids, tokens)
-        for method, side, dtype in RUNS:
-            if any((r["method"], r["side"], r["dtype"]) == (method, side, dtype) for r in found["rows"]):
+        for method, side, dtype, computes in RUNS:
+            if any((r["method"], r["side"], r["computes"]) == (method, side, computes) for r in found["rows"]):
                 continue
-            out = Path(folder) / f"{method}-{side}-{dtype}"
+            out = Path(folder) / f"{method}-{side}-{computes}"
             python = args.peer if side == "llmcompressor" else sys.executable
-            print(f"{method} by {side} ({dtype})", file=sys.stderr, flush=True)
+            print(f"{method} by {side} in {computes}", file=sys.stderr, flush=True)
             done = subprocess.run([python, str(Path(__file__).with_name("one_side.py")), side, str(source), str(tokens),
-                                   method, dtype, str(out)], capture_output=True, text=True)
+                                   method, dtype, computes, str(out)], capture_output=True, text=True)
             if done.returncode:
                 raise ValueError(f"--peer: {side} {method}: {done.stderr.strip().splitlines()[-1:]}")
             pruned = type(model).from_pretrained(out, dtype="auto").eval()
@@ -107,22 +107,24 @@ def measure(args: argparse.Namespace, file: Path) -> None:
 def markdown(found: dict) -> str:
     """The page: one table, and the ratios that are asked for."""
     rows, ratios = found["rows"], []
-    head = ["method", "program", "weights in", "seconds", "processor seconds", "peak GiB", "zeros", "ppl"]
-    lines = [[r["method"], f"{r['side']} {r['version']}", r["dtype"], f"{r['seconds']:.0f}",
+    head = ["method", "program", "weights in", "computes in", "seconds", "processor seconds", "peak GiB", "zeros",
+            "ppl"]
+    lines = [[r["method"], f"{r['side']} {r['version']}", r["dtype"], r["computes"], f"{r['seconds']:.0f}",
               f"{r['cpu_seconds']:.0f}", f"{r['peak_bytes'] / 2**30:.2f}", f"{100 * r['sparsity']:.2f} %",
               f"{r['ppl']:.2f}"] for r in rows]
     for r in rows:
-        ours = next((o for o in rows if (o["side"], o["method"]) == ("oneshot", r["method"])), None)
+        ours = next((o for o in rows if (o["side"], o["method"], o["computes"]) == (
+            "oneshot", r["method"], r["computes"])), None)
         if ours and r is not ours:
             time, memory = (r[key] / ours[key] for key in ("cpu_seconds", "peak_bytes"))
-            ratios.append(f"{r['method']}: {r['side']} in {r['dtype']} takes {time:.2f} times the processor time and "
-                          f"{memory:.2f} times the memory.")
+            ratios.append(f"{r['method']} in {r['computes']}: {r['side']} takes {time:.2f} times the processor time "
+                          f"and {memory:.2f} times the memory.")
     text = (f"Calibration: {found['nsamples']} windows of {found['seqlen']} tokens of C4, the same for both. "
             f"Perplexity: WikiText-2 test @{found['seqlen']}, the first {found['eval_windows']} windows; dense "
             f"{found['dense_ppl']:.2f}. Times are of the pruning call alone; peak: resident memory of the process.")
     return "\n".join(["# SmolLM2 at 2:4, this program and llm-compressor\n",
                       written("versus_llmcompressor.py", found["environment"]), text, "",
-                      table.render(head, lines, "markdown", text={*head[:3]}), *ratios, ""])
+                      table.render(head, lines, "markdown", text={*head[:4]}), *ratios, ""])
 
 
 if __name__ == "__main__":

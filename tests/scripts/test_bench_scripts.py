@@ -157,23 +157,29 @@ def test_without_the_small_models_it_says_so(tmp_path, capsys):
     assert err.startswith("error: --shared") and "not part of the repository" in err and err.count("\n") == 1
 
 
-def test_one_side_prunes_and_says_what_it_took(tmp_path):
+@pytest.mark.parametrize("computes", [torch.float32, torch.bfloat16])
+def test_one_side_prunes_and_says_what_it_took(computes, tmp_path, monkeypatch):
     """Ours; llm-compressor's needs an environment of its own, and is refused where there is none."""
     tiny.save_model(tmp_path / "model")
     torch.save(torch.randint(3, 20, (4, 16)), tmp_path / "tokens.pt")
-    one_side.main(["oneshot", str(tmp_path / "model"), str(tmp_path / "tokens.pt"), "wanda", "float32",
-                   str(tmp_path / "out")])
+    seen, real = set(), torch.nn.Linear.forward
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda own, x: seen.add(x.dtype) or real(own, x))
+    one_side.main(["oneshot", str(tmp_path / "model"), str(tmp_path / "tokens.pt"), "wanda", "bfloat16",
+                   str(computes).removeprefix("torch."), str(tmp_path / "out")])
+    assert seen == {computes}
     measured = json.loads((tmp_path / "out" / "measured.json").read_text())
     assert measured["cpu_seconds"] > 0 and measured["peak_bytes"] >= measured["loaded_bytes"] > 2**20
     pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert all(patterns.NM(2, 4).holds(w.get()) for w in models.all_weights(pruned))
     rows = [measured | {"sparsity": 0.5, "ppl": 20.0},
             measured | {"side": "llmcompressor", "sparsity": 0.5, "ppl": 21.0,
-                        "cpu_seconds": 3 * measured["cpu_seconds"]}]
+                        "cpu_seconds": 3 * measured["cpu_seconds"]},
+            measured | {"side": "llmcompressor", "computes": "float16", "sparsity": 0.5, "ppl": 21.0}]
     page = versus_llmcompressor.markdown({
         "rows": rows, "environment": environment.environment("cpu"), "nsamples": 4, "seqlen": 16, "eval_windows": 2,
         "dense_ppl": 9.5})
     assert "takes 3.00 times the processor time and 1.00 times the memory" in page and "dense 9.50" in page
+    assert page.count("takes") == 1  # beside what computes alike
     assert versus_llmcompressor.main(["--peer", str(tmp_path / "absent"), "--out", str(tmp_path)]) == 2
 
 
