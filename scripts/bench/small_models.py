@@ -8,6 +8,7 @@
     demo             the same on its built-in texts
     smollm2          SmolLM2-135M, calibrated on 64 windows of 512 tokens of C4, measured on WikiText-2 test
     smollm2-131k     the same with 256 windows, 131k tokens, about half of what the papers calibrate with
+    smollm2-bf16     that computed in bfloat16, as it is stored
 """
 
 import argparse
@@ -78,6 +79,7 @@ def flags_of(shared: Path) -> dict[str, list[str]]:
         "demo": DEMO,
         "smollm2": [*smollm2, "64"],
         "smollm2-131k": [*smollm2, "256"],
+        "smollm2-bf16": [*smollm2, "256", "--compute", "stored"],
     }
 
 
