@@ -58,10 +58,10 @@ class HealOptions:
             raise ValueError("--heal-cache: holds predictions, no hidden states; use --heal-loss kl with it")
 
 
-def count(text: str) -> int:
-    """The number written as "500k", "20M" or "1B". Raises ValueError naming `--heal-tokens`."""
+def count(text: str, flag: str = "--heal-tokens") -> int:
+    """The number written as "500k", "20M" or "1B". Raises ValueError naming the flag."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMB]?)", str(text))
     found = round(float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9}[match[2]]) if match else 0
     if found < 1:
-        raise ValueError(f"--heal-tokens {text}: give a number such as 500k, 20M or 1B")
+        raise ValueError(f"{flag} {text}: give a number such as 500k, 20M or 1B")
     return found

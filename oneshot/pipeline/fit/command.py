@@ -39,6 +39,7 @@ from .rounds import Asked, Fit
 from .steps import State, Steps
 
 MET, STOPPED = 0, 3
+TOKENS = "200k"
 LONG = 4  # times --tokens: the heal at the end, unless --final says otherwise
 
 
@@ -68,7 +69,7 @@ def parser() -> Parser:
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, or a table that `oneshot latency --out` wrote on "
                                                     "the device that the model is for")
     p.add_argument("--data", help="text to heal on (default: no healing but folding)")
-    p.add_argument("--tokens", default="200k", help="tokens of it in each round (default: %(default)s)")
+    p.add_argument("--tokens", help=f"tokens of it in each round (default: {TOKENS})")
     p.add_argument("--final", help="tokens of the long heal at the end; none: no such heal (default: four times "
                                    "--tokens, with --data)")
     p.add_argument("--save", required=True, help="folder for the rounds")
@@ -80,8 +81,11 @@ def fitted(args: argparse.Namespace, rest: Sequence[str]) -> tuple[Fit, str]:
     """(the rounds, done; what the command says). Raises ValueError naming the flag for what cannot be used."""
     began, folder, (device, table) = time.perf_counter(), Path(args.save), device_of(args.device)
     allow = targets.allow(args.allow)
-    if args.final not in (None, "none") and args.data is None:
-        raise ValueError(f"--final {args.final}: heals on text; give --data")
+    for flag, tokens in (("--tokens", args.tokens), ("--final", args.final)):
+        if tokens not in (None, "none") and args.data is None:
+            raise ValueError(f"{flag} {tokens}: heals on text; give --data")
+    args.tokens = args.tokens or TOKENS
+    count(args.tokens, "--tokens")
     if args.data is not None and "heal" not in allow:
         raise ValueError(f"--data {args.data}: is text to heal on, and --allow {args.allow} does not name heal")
     asked = Asked(targets.targets(args.target), [targets.floor(text) for text in args.floor], targets.step(args.step),
@@ -111,10 +115,10 @@ def fitted(args: argparse.Namespace, rest: Sequence[str]) -> tuple[Fit, str]:
 
 
 def final_of(args: argparse.Namespace) -> str | None:
-    """The tokens of the long heal, None without. Raises ValueError naming `--heal-tokens`."""
+    """The tokens of the long heal, None without. Raises ValueError naming `--final`."""
     if args.data is None or args.final == "none":
         return None
-    return str(LONG * count(args.tokens) if args.final is None else count(args.final))
+    return str(LONG * count(args.tokens) if args.final is None else count(args.final, "--final"))
 
 
 def device_of(text: str) -> tuple[str, dict | None]:
