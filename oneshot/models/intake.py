@@ -103,8 +103,8 @@ def check_config(config: dict, said: str) -> None:
             raise ValueError(f"{said}: its config says that {key} is {str(value)[:30]}; correct it or fetch it again")
     method = quantisation(config)
     if method not in (None, *DEQUANTISED, PACKED, UNEVEN):
-        raise ValueError(f"{said}: its weights are quantised ({method}); give the unquantised checkpoint: pruning "
-                         f"them is only possible where loading undoes it ({', '.join(DEQUANTISED)})")
+        raise ValueError(f"{said}: its weights are quantised ({method}); give the unquantised checkpoint, as only "
+                         f"what loading can undo is read here ({', '.join(DEQUANTISED)})")
 
 
 def quantisation(config: dict) -> str | None:
