@@ -46,7 +46,7 @@ def heal_on_text(subject: Subject, result: Result, folder: checkpoint.Folder | N
             warnings = same_start(cfg, model, work / name)
             lesson = replace(make_lesson(subject, work, dense), work=work / name)
             share(subject, work, name)
-            warnings += overlap_warnings(subject, lesson.text)
+            warnings += overlap_warnings(subject, lesson.text) + changed_warnings(cfg, subject.teacher)
             if not keeps_apart(model):
                 warnings.append("in this family, tokens see the documents before theirs in a window of training text")
             healer = heal.module(name).Heal(cfg.healing[name], cfg.seed, cfg.progress)
@@ -188,6 +188,17 @@ def same_tokens(cfg: RunConfig, dense: nn.Module, model: nn.Module) -> None:
     if sizes[0] != sizes[1]:
         raise ValueError(f"--heal-teacher {cfg.heal_teacher}: has {sizes[0]} token ids and the model {sizes[1]}; give "
                          "the model that this one was made from")
+
+
+def changed_warnings(cfg: RunConfig, dense: teacher.Teacher | None) -> list[str]:
+    """A warning if the model of `--heal-teacher` has other weights than when the model to heal was made from it."""
+    with contextlib.suppress(ValueError, LookupError, TypeError):
+        made = checkpoint.read_manifest(cfg.model)["record"]
+        before, same = made["model"], made["settings"]["model"] == cfg.heal_teacher
+        changed = dense and same and before["fingerprint"] != dense.fingerprint
+        if changed and before["dtype"] == str(dense.model.dtype).removeprefix("torch."):  # by --dtype it is no other
+            return [f"--heal-teacher {cfg.heal_teacher}: its weights have changed since {cfg.model} was made from it"]
+    return []
 
 
 def overlap_warnings(subject: Subject, text: training.TrainingText) -> list[str]:

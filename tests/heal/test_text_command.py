@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import shutil
 
 import pytest
 import tiny
@@ -168,6 +169,22 @@ def test_oneshot_heal_heals_a_pruned_folder_towards_what_it_was_made_from(place,
     zeros = [(before[name] == 0) & (before[name].ndim == 2) for name in before]
     assert sum(int(z.sum()) for z in zeros) > 1000
     assert not any(after[name][z].any() for name, z in zip(before, zeros, strict=True))
+
+
+def test_a_teacher_that_has_changed_since_is_a_warning(place, sparse, tmp_path):
+    """Not one whose weights are the same, nor another one that is given on purpose."""
+    shutil.copytree(place / "model", tmp_path / "dense")
+    assert tiny.main(*tiny.flags(place, "--no-dense", model=tmp_path / "dense", save=tmp_path / "pruned")) == 0
+
+    def said(name, *more):
+        assert heal_main(tmp_path / "pruned", "--data", place / "calibration.txt", "--save", tmp_path / name,
+                         "--results", tmp_path / "runs", *more, *SHORT) == 0
+        return [w for w in checkpoint.read_manifest(tmp_path / name)["record"]["warnings"] if "have changed" in w]
+    assert not said("same")
+    tiny.change_weights(tmp_path / "dense", lambda tensors: tensors["lm_head.weight"].mul_(1.5))
+    [line] = said("changed")
+    assert line.startswith(f"--heal full: --heal-teacher {tmp_path / 'dense'}: its weights have changed since")
+    assert not said("other", "--teacher", place / "model")
 
 
 def test_oneshot_heal_without_a_manifest_needs_a_teacher_or_the_next_token(place, tmp_path, capfd):
