@@ -186,7 +186,8 @@ def work(shape: Shape, task: Task) -> dict[str, Work]:
     if task.evaluation[0]:
         tokens = task.evaluation[0] * task.evaluation[1]
         head = {"product": 2 * tokens * shape.hidden * shape.vocab, "touched": 16 * tokens * shape.vocab}
-        found["evaluate"] = added(once, head, {"product": forward(shape, task.evaluation)})
+        found["evaluate"] = added(once, head, {"product": forward(shape, task.evaluation), "touched": between(
+            shape, task.evaluation)})
     return found
 
 
@@ -197,14 +198,23 @@ def forward(shape: Shape, windows: tuple[int, int], layers: tuple[Layer, ...] | 
     return 2 * tokens * (linears + 2 * windows[1] * shape.hidden * len(layers or shape.layers))
 
 
+def between(shape: Shape, windows: tuple[int, int], layers: tuple[Layer, ...] | None = None) -> float:
+    """Bytes that the operations between the products of one pass touch: norms, rotary embedding, activation function,
+    residuals, in float32 or with a part in it. The counts are those of transformers' Llama."""
+    wide = sum(max((own.R for own in layer.linears), default=0) for layer in layers or shape.layers)
+    return 4 * windows[0] * windows[1] * (20 * shape.hidden * len(layers or shape.layers) + 5 * wide)
+
+
 def pruning(shape: Shape, task: Task) -> Work:
     """What calibrating and solving take: the passes, Gram matrices, the solver, the error on a sample of tokens."""
     tokens, total = task.calibration[0] * task.calibration[1], Counter()
     total["product"] = task.passes * forward(shape, task.calibration)
+    total["touched"] = task.passes * between(shape, task.calibration)
     for layer in shape.layers:
         inputs = {own.fed: own for own in layer.linears}
         passes = max(1, -(-gram_bytes(layer, replace(task, budget=2**62)) // max(gram_bytes(layer, task), 1)))
         total["product"] += (passes - 1) * forward(shape, task.calibration, (layer,))
+        total["touched"] += (passes - 1) * between(shape, task.calibration, (layer,))
         for own in inputs.values():
             total["product"] += own.experts * task.grams * 2 * tokens * own.active * own.C**2 * 9 / 16
             total["solve"] += own.experts * bool(task.grams) * own.C**3 / 3 / task.processes

@@ -145,6 +145,34 @@ def test_a_pass_takes_as_many_operations(name):
     assert planned + routers == pytest.approx(counter.get_total_flops(), rel=0.06)
 
 
+class Touched(TorchDispatchMode):
+    """Counts the bytes that all operations but products and views read and write."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out, name = func(*args, **(kwargs or {})), func.__name__
+        own, read = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)], [
+            t for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
+        views = {t.untyped_storage().data_ptr() for t in own} <= {t.untyped_storage().data_ptr() for t in read}
+        if not any(word in name for word in ("mm", "attention", "embedding")) and not views:
+            self.bytes += sum(t.numel() * t.element_size() for t in (*own, *read))
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_between_the_products_a_pass_touches_such_bytes(dtype):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(LlamaConfig(hidden_size=192, intermediate_size=512, num_hidden_layers=2, vocab_size=99,
+                                         num_attention_heads=3, num_key_value_heads=1)).to(dtype)
+    with torch.no_grad(), Touched() as counter:
+        model.model(input_ids=torch.zeros(2, 256, dtype=torch.int64), use_cache=False)
+    assert 0.6 < forecast.between(shape_of(model), (2, 256)) / counter.bytes < 1.4  # some stay in the cache
+
+
 def test_memory_of_a_block_at_a_time_does_not_depend_on_their_number():
     small, large = llama(layers=8), llama(layers=80)
     away = replace(TASK, offload=True)
