@@ -6,8 +6,9 @@
     tables.csv    a line per model, calibration text, metric, method and pattern: mean, standard deviation over seeds
     runs.csv      a line per run, numbers in full
 
-A pure function of results/runs/*.json, results/smollm2/*.json, results/best/*.json, results/heal/*/*.json,
-results/bench/packed.json and results/bench/cpu_decode.json. Text outside the markers is left alone.
+A pure function of results/runs/*.json, results/real/*.json, results/smollm2/*.json, results/best/*.json,
+results/heal/*/*.json, results/bench/packed.json and results/bench/cpu_decode.json. Text outside the markers is left
+alone.
 """
 
 import argparse
@@ -72,7 +73,7 @@ def write_all(records: list[dict], root: Path, check: bool) -> list[Path]:
 def readme(text: str, records: list[dict], root: Path) -> str:
     """The README's `text` with all its tables."""
     text = with_runs(text, records)
-    for add in (with_best, with_smollm2, with_heal, with_cpu, with_integers):
+    for add in (with_real, with_best, with_smollm2, with_heal, with_cpu, with_integers):
         text = add(text, root)
     return text
 
@@ -95,21 +96,22 @@ def read(folder: Path) -> list[dict]:
 
 
 def groups(records: Iterable[dict]) -> Groups:
-    """{(model, calibration, report.Column): finished records}: what one table compares, the dense (and rounded) runs
-    in each."""
-    texts, dense = {}, {}
+    """{(model, calibration, report.Column): finished records}: what one table compares; what looked at no calibration
+    text (dense, rounded, magnitude) in each."""
+    texts, free = {}, {}
     for record in records:
         if record.get("status") != "finished":
             continue
         calibration, model = (record.get("data") or {}).get("calibration"), record["model"]["name"]
-        if not report.is_pruned(record):  # what is dense or rounded was not calibrated
-            dense.setdefault(model, []).append(record)
+        if report.is_pruned(record) and calibration:
+            texts.setdefault((model, calibration["source"].split(";")[0]), []).append(record)
         else:
-            text = calibration["source"].split(";")[0] if calibration else "nothing"
-            texts.setdefault((model, text), []).append(record)
+            free.setdefault(model, []).append(record)
+    for model in [model for model in free if not any(model == own for own, _ in texts)]:
+        texts[model, "nothing"] = []
     found = {}
     for (model, text), pruned in texts.items():
-        rows = [*dense.get(model, []), *pruned]
+        rows = [*free.get(model, []), *pruned]
         for column in report.columns(rows):
             measured = [r for r in rows if report.value(r, column) is not None]
             if "stderr" not in column.metric and not all(map(report.is_dense, measured)):
@@ -157,6 +159,17 @@ def tasks_section(records: list[dict]) -> list[str]:
 def with_runs(text: str, records: list[dict]) -> str:
     """The README's `text` with its table of the runs on models that are known elsewhere; all are in tables.md."""
     return replaced(text, "pruning", readme_table([r for r in records if (r.get("model") or {}).get("name") != "demo"]))
+
+
+def with_real(text: str, root: Path) -> str:
+    """`text` with the section of the sweep on a real model, where its records are: methods down, patterns across."""
+    folder = root / "results" / "real"
+    if not folder.is_dir():
+        return text
+    records = read(folder)
+    stored = all(r["settings"].get("compute") == "stored" for r in records)
+    note = "\n\nComputed in the dtype of the weights (`--compute stored`)." if stored else ""
+    return replaced(text, "real", readme_table(records).replace("results/runs", "results/real").rstrip() + note)
 
 
 def with_best(text: str, root: Path) -> str:

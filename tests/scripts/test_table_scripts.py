@@ -42,6 +42,19 @@ def test_tables_notice_a_change(tmp_path, program):
     assert text.count("written by") == 1 and f"pruning: written by {tables.PROGRAM} -->" in text
 
 
+def test_the_readme_has_the_sweep_on_a_real_model_and_says_how_it_computed(tmp_path):
+    """Its own section, of its own records; the note only where all runs are such."""
+    for compute, said in (("stored", True), ("auto", False)):
+        for r in reporting.sweep():
+            r["settings"]["compute"] = compute if r["settings"]["method"] == "wanda" else "stored"
+            r["environment"] |= {"device": "cpu", "torch": "2", "transformers": "5"}
+            report.write(r, tmp_path / "results" / "real" / f"{r['run_id']}.json")
+        text = tables.with_real("before\n<!-- real: written by x -->\n<!-- real: end -->\nafter\n", tmp_path)
+        assert text.startswith("before\n") and text.endswith("after\n") and "| wanda " in text
+        assert "one record a run in `results/real`" in text and ("--compute stored" in text) == said
+    assert tables.with_real("as it was", tmp_path / "none") == "as it was"
+
+
 @pytest.fixture
 def sweep_of_records(tmp_path):
     """A folder of invented records: seeds, two windows counts of one text, and a run that failed."""
