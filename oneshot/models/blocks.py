@@ -205,6 +205,19 @@ def compute_as_stored(model: nn.Module, as_stored: bool = True) -> None:
     model.as_stored = as_stored
 
 
+@contextlib.contextmanager
+def in_float32(*models: nn.Module) -> Iterator[None]:
+    """Within the context, the models compute in float32 on a CPU."""
+    before = [computes_as_stored(model) for model in models]
+    try:
+        for model in models:
+            compute_as_stored(model, False)
+        yield
+    finally:
+        for model, as_stored in zip(models, before, strict=True):
+            compute_as_stored(model, as_stored)
+
+
 def computes_as_stored(model: nn.Module, device: str | torch.device = "cpu") -> bool:
     """Whether a model computes on the device in the dtype its weights are stored in."""
     return torch.device(device).type != "cpu" or getattr(model, "as_stored", False)

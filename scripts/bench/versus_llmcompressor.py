@@ -6,8 +6,9 @@
 
 One process a side and method (one_side.py), one after the other on the same machine. Each side keeps its own habits:
 llm-compressor computes in the dtype that the weights are loaded in, this program on a CPU in float32 unless it gets
---compute stored, so both are run in both. Perplexity and zeros are of the saved folders, by this program. Rows go into
-results/bench/llmcompressor.json as soon as they are there (the same command continues), the table into its .md.
+--compute stored, so both are run in both. Perplexity (in bfloat16) and zeros are of the saved folders, by this program.
+Rows go into results/bench/llmcompressor.json as soon as they are there (the same command continues), the table into
+its .md.
 """
 
 import argparse
@@ -73,7 +74,8 @@ def measure(args: argparse.Namespace, file: Path) -> None:
     data = args.shared / "data"
     [cfg] = parse(["--model", args.model, "--method", "wanda", "--pattern", "2:4", "--no-dense", "--no-progress",
                    "--calibration", str(data / "c4_sample.jsonl"), "--nsamples", args.nsamples, "--seqlen", args.seqlen,
-                   "--evaluate", str(data / "wikitext2_test.txt"), "--eval-windows", args.eval_windows])
+                   "--evaluate", str(data / "wikitext2_test.txt"), "--eval-windows", args.eval_windows,
+                   "--compute", "stored"])
     model, tokenizer = load(cfg)
     calibration, texts = choose.calibration(cfg, model, tokenizer), choose.evaluation(cfg, model, tokenizer)
     (text,) = texts.values()
@@ -97,7 +99,8 @@ def measure(args: argparse.Namespace, file: Path) -> None:
                                    method, dtype, computes, str(out)], capture_output=True, text=True)
             if done.returncode:
                 raise ValueError(f"--peer: {side} {method}: {done.stderr.strip().splitlines()[-1:]}")
-            pruned = type(model).from_pretrained(out, dtype="auto").eval()
+            pruned = type(model).from_pretrained(out, dtype=model.dtype).eval()
+            models.compute_as_stored(pruned)
             found["rows"].append(json.loads((out / "measured.json").read_text()) | {
                 "sparsity": sparsity(pruned), "ppl": perplexity.perplexity(pruned, text.ids)[0]})
             found["environment"] = environment.environment("cpu")

@@ -49,6 +49,17 @@ def test_it_is_the_model_with_zeros_and_loads_again(name, tmp_path):
     assert torch.equal(cached, plain)
 
 
+def test_what_is_compared_with_the_zeros_computes_in_float32(monkeypatch):
+    """In 16 bits SmolLM2's own sums, in another order, were taken for a fault."""
+    model = families.tiny("llama", dtype=torch.bfloat16)
+    models.compute_as_stored(model)
+    cut, seen, real = ragged(model), set(), torch.nn.Linear.forward
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda own, x: seen.add(x.dtype) or real(own, x))
+    made, _ = cut_model(zeroed(model, cut), cut)
+    assert seen == {torch.float32}
+    assert models.computes_as_stored(model) and models.computes_as_stored(made)
+
+
 LOADS = """
 import sys
 from transformers import AutoModelForCausalLM
