@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
+from best_rows import described
 
 from oneshot.report import table
 from oneshot.runtime.command import Parser, exit_code
@@ -22,7 +23,7 @@ from oneshot.runtime.files import write_text
 ROOT = Path(__file__).parents[2]
 WAYS = yaml.safe_load((ROOT / "scripts" / "bench" / "shrink_ways.yaml").read_text(encoding="utf-8"))
 BASELINES = ("flap", "wanda-sp", "shortgpt")
-TARGETS = {"demo": 0.5, "craftgpt-5m": 0.5, "stories260k": 0.3, "smollm2": 0.3}
+TARGETS = {"demo": 0.5, "craftgpt-5m": 0.5, "stories260k": 0.3, "smollm2": 0.3, "smollm2-bf16": 0.3}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,16 +56,13 @@ def rows_of(folder: Path) -> list[dict]:
 
 def page(rows: Sequence[dict]) -> str:
     """The whole page."""
-    e = [row["environment"] for row in rows]
-    commits = ", ".join(dict.fromkeys(x["commit"] or "?" for x in e))
     lines = ["# Smaller dense models", "",
              "Excess log-perplexity over the dense model in nats, without any healing unless a way says so, mean ± "
              "standard deviation over calibration seeds (n), and in brackets how much less that is than the best of "
              f"{', '.join(BASELINES)} with the same seed. The share is of the parameters of the transformer blocks "
              "that are left. FLAP's biases are extra parameters and its own; `shortgpt` drops as many whole blocks "
              "as the budget allows, FLAP's neurons give the rest.", "",
-             f"`scripts/bench/shrink.py` on {e[0]['device']}, {e[0]['threads']} thread, torch {e[0]['torch']}, "
-             f"transformers {e[0]['transformers']}, commit {commits}.", ""]
+             f"`scripts/bench/shrink.py` on {described(rows)}.", ""]
     for name in dict.fromkeys(row["model"] for row in rows):
         lines += section(name, [row for row in rows if row["model"] == name])
     return "\n".join(lines)
