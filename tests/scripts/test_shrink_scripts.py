@@ -12,7 +12,8 @@ def row(way, excess, seed=0, asked=0.7, **more):
     return {"model": "demo", "seed": seed, "asked": asked, "way": way,
             "flags": (shrink.WAYS["main"] | shrink.WAYS["ingredients"])[way], "excess": excess, "metric": "text/ppl",
             "window": 64, "dense_ppl": 10.0, "cpu_seconds": 2.0, "environment": {
-                "device": "cpu", "threads": 1, "torch": "2", "transformers": "5", "commit": "abc", "dirty": False}} | more
+                "device": "cpu", "threads": 1, "torch": "2", "transformers": "5", "commit": "abc",
+                "dirty": False}} | more
 
 
 def test_less_is_against_the_best_of_the_three_with_the_same_seed(tmp_path):
