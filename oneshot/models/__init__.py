@@ -24,10 +24,10 @@ from .blocks import (
     compute_as_stored,
     compute_dtype,
     computes_as_stored,
+    computing,
     config_of,
     decoder,
     embedded,
-    in_float32,
     max_positions,
     output_head,
     outside,
@@ -49,8 +49,8 @@ from .weights import ATTENTION, Conv1D, Weight, left_alone, mlp, silent, untouch
 
 __all__ = [
     "ATTENTION", "DEMO", "Block", "Conv1D", "OnDisk", "Tokenizer", "Weight", "all_weights", "blocks",
-    "compute_as_stored", "compute_dtype", "computes_as_stored", "config_of", "decoder", "embedded",
-    "experts_one_by_one", "fingerprint", "in_float32", "is_experts",
+    "compute_as_stored", "compute_dtype", "computes_as_stored", "computing", "config_of", "decoder",
+    "embedded", "experts_one_by_one", "fingerprint", "is_experts",
     "left_alone", "load", "max_positions", "mlp", "on_disk", "output_head", "outside", "own_code", "quiet",
     "resident", "rest_of", "shares_weights", "silent", "skeleton", "skipped", "source_of", "stored", "tensors_of",
     "unreached", "untouched", "walk", "weights_of",

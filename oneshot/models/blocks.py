@@ -206,16 +206,16 @@ def compute_as_stored(model: nn.Module, as_stored: bool = True) -> None:
 
 
 @contextlib.contextmanager
-def in_float32(*models: nn.Module) -> Iterator[None]:
-    """Within the context, the models compute in float32 on a CPU."""
+def computing(as_stored: bool, *models: nn.Module) -> Iterator[None]:
+    """Within the context, the models compute on a CPU in the dtype their weights are stored in, or else in float32."""
     before = [computes_as_stored(model) for model in models]
     try:
         for model in models:
-            compute_as_stored(model, False)
+            compute_as_stored(model, as_stored)
         yield
     finally:
-        for model, as_stored in zip(models, before, strict=True):
-            compute_as_stored(model, as_stored)
+        for model, was in zip(models, before, strict=True):
+            compute_as_stored(model, was)
 
 
 def computes_as_stored(model: nn.Module, device: str | torch.device = "cpu") -> bool:

@@ -73,7 +73,7 @@ def prune(model: nn.Module, tokenizer: Tokenizer | None = None, *, method: str =
     dense = copy.deepcopy(model) if needs_teacher(cfg) else teacher
     if was_dequantised(model):
         undo_quantisation(model)
-    with at_rest(model, cfg.compute == "stored"):
+    with at_rest(model), models.computing(cfg.compute == "stored", model):
         if given:
             tokens = choose.given(calibration, model, tokenizer)
         else:
@@ -158,13 +158,8 @@ def as_words(settings: dict[str, Any]) -> list[str]:
 
 
 @contextlib.contextmanager
-def at_rest(model: nn.Module, as_stored: bool) -> Iterator[None]:
-    """Within the context, the model is in evaluation mode without gradients, as `models.load` returns it.
-
-    as_stored: whether it computes in its stored dtype on a CPU.
-    """
-    before = models.computes_as_stored(model)
-    models.compute_as_stored(model, as_stored)
+def at_rest(model: nn.Module) -> Iterator[None]:
+    """Within the context, the model is in evaluation mode without gradients, as `models.load` returns it."""
     training = [m for m in model.modules() if m.training]
     asking = [p for p in model.parameters() if p.requires_grad]
     model.eval().requires_grad_(False)
@@ -175,7 +170,6 @@ def at_rest(model: nn.Module, as_stored: bool) -> Iterator[None]:
             module.training = True
         for p in asking:
             p.requires_grad_(True)
-        models.compute_as_stored(model, before)
 
 
 def refuse_unknown(given: Iterable[str], known: Iterable[str], what: str) -> None:

@@ -136,8 +136,8 @@ def plan(configs: Sequence[RunConfig], given: dict[str, Any], limit: float) -> P
     tasks = [applied(task, chosen) for task in tasks]
     found = [forecast.phases(shape, task, program) for task in tasks]
     check_disk(shape, tasks, writes, bool(cfg.save))
-    dtype, what = models.compute_dtype(model, cfg.device, model.dtype), (chain_of(pruned), pattern_of(
-        pruned)) if pruned else ((), None)
+    dtype = models.compute_dtype(model, cfg.device, model.dtype)
+    what = (chain_of(pruned), pattern_of(pruned)) if pruned else ((), None)
     speeds = machine.speeds(cfg.device, dtype, *what, files[0] if files else None, writes)
     stages = [forecast.work(shape, task) for task in tasks]
     seconds = {name: sum(forecast.seconds(own[name], speeds) for own in stages if name in own)

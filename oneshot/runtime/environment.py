@@ -82,6 +82,11 @@ def check_device(device: str, flag: str = "--device") -> None:
         raise ValueError(f"{flag} {device}: only cpu and cuda are supported")
 
 
+def processor() -> dict:
+    """What torch knows of the CPU: {instructions: whether it has them}, its name; {} of a torch that does not say."""
+    return getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 has none
+
+
 def fast_bfloat16(device: str | torch.device) -> bool:
     """Whether the device multiplies bfloat16 matrices faster than float32 ones (a CPU: AVX512-BF16 or AMX).
 
@@ -89,7 +94,7 @@ def fast_bfloat16(device: str | torch.device) -> bool:
     """
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    can = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    can = processor()
     return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
 
 
@@ -97,7 +102,7 @@ def emulates(device: str | torch.device, dtype: torch.dtype) -> bool:
     """Whether the device is a CPU without instructions that multiply matrices of this dtype."""
     if torch.device(device).type != "cpu" or dtype.itemsize > 2:
         return False
-    can = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    can = processor()
     return not (fast_bfloat16(device) if dtype == torch.bfloat16 else can.get("amx_fp16") or can.get("avx512_fp16"))
 
 

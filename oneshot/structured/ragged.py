@@ -68,7 +68,7 @@ def check(model: nn.Module, made: nn.Module, cut: Cut) -> None:
     """
     ids = (torch.arange(16).view(2, 8) * 7919) % models.embedded(model)
     said = f"--uneven: layers of a {model.config.model_type} model cannot differ in this way"
-    with models.own_code(said, ()), models.experts_one_by_one(model), models.in_float32(model, made):
+    with models.own_code(said, ()), models.experts_one_by_one(model), models.computing(False, model, made):
         wanted, found = (logits(m, ids, without) for m, without in ((model, cut.dropped), (made, ())))
     if not torch.allclose(wanted, found, rtol=1e-2, atol=1e-2 * float(wanted.std())):
         raise ValueError(f"{said}: its own code would compute something else")
