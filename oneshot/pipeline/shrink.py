@@ -225,12 +225,16 @@ def uneven(cfg: RunConfig, model: nn.Module, tokens: tuple, job: Job, own: budge
     if groups.NEURONS in own.without or groups.NEURONS not in cut.kinds(model):
         raise ValueError("--uneven: this model has no neurons that could differ from layer to layer")
     exact = replace(own, cost=lambda c: cut.parameters(model, c))
-    found = spread.spread(model, exact, even, spread.curves(model, *tokens, cfg, even, own))
+    increases, prices = spread.curves(model, *tokens, cfg, even, own)
+    found = spread.spread(model, exact, even, increases, prices)
     if found is None:
         return even, tried
-    kls = [search.measured(model, *tokens, job, c) for c in (even, found)]
-    rows = [c.plain() | {"kl": kl} for c, kl in zip((even, found), kls, strict=True)]
-    return (found if kls[1] < kls[0] else even), [*tried, *rows]
+    known = [row["kl"] for row in tried if "kl" in row and Cut.of(row) == even]
+    if not known:
+        known = [search.measured(model, *tokens, job, even)]
+        tried = [*tried, even.plain() | {"kl": known[0]}]
+    kl = search.measured(model, *tokens, job, found)
+    return (found if kl < known[0] else even), [*tried, found.plain() | {"kl": kl, "prices": prices}]
 
 
 def cost_of(cfg: RunConfig, model: nn.Module, whole: int, parts: bool = False) -> tuple[float, budget.Cost]:

@@ -1,11 +1,13 @@
-"""Spread: widths that differ by layer, so that the next neurons to go cost every layer the same.
+"""Spread: widths that differ by layer, so that the next neurons to go cost the model the same in every layer.
 
     Δ_l(k)   exact increase of layer l's error when its k cheapest neurons are gone (solvers/obs.py), on the dense
-             model's inputs, tokens weighted by 1 / the squared norm of the dense block's output, as an error matters
-             in proportion to the hidden state that it is added to
+             model's inputs, tokens weighted by 1 / the squared norm of the dense block's output
+    π_l      price: KL(dense ‖ cut), nats per token, when half of the neurons that may go are gone in this block alone,
+             measured through all blocks behind it, over the block's Δ there
 
-Of all layers' next chunks of neurons, the one with the least increase goes, until the cut fits. Every layer keeps at
-least a quarter of its neurons.
+Of all layers' next chunks of neurons, the one with the least π_l · increase goes, until the cut fits. Every layer keeps
+at least a quarter of its neurons. Without prices the last blocks would lose most: nothing behind them makes up for
+their errors, which Δ does not see.
 """
 
 import heapq
@@ -13,29 +15,44 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from .. import calibrate, models
-from ..models import groups
+from ..calibrate import Activations, Statistics
+from ..models import Block, Weight, groups
 from ..prune import loop
 from ..prune.linalg import upper_factor
 from ..prune.options import Options
 from ..prune.patterns import Columns
 from ..prune.solvers import obs
 from ..runtime import products
+from . import depth
 from .budget import Budget
 from .cut import Cut
 
 LEAST = 4  # a layer keeps one in so many of its neurons
+TOKENS = 4096  # on which prices are measured, and one window at least
+SMALLEST = 0.01  # of the mean price: a measured one can be zero, or by rounding below it
 
 
 @torch.no_grad()
 def curves(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, options: Options, cut: Cut,
-           budget: Budget) -> dict[str, list[float]]:
-    """{consumer of neurons: the increase of its error with each chunk that goes}, of the blocks that a cut leaves."""
-    found: dict[str, list[float]] = {}
-    with models.experts_one_by_one(model), products.float32(options.tf32):
+           budget: Budget) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """({consumer of neurons: the increase of its error with each chunk that goes}, {consumer: its price}).
+
+    Of the blocks that a cut leaves. ids, mask: the calibration windows (n, T).
+    """
+    increases: dict[str, list[float]] = {}
+    prices: dict[str, float] = {}
+    windows = max(1, TOKENS // ids.shape[1])
+    with models.experts_one_by_one(model), products.float32(options.tf32), \
+            tqdm(total=len(models.blocks(model)[1]), desc="widths", unit="block", disable=not options.progress,
+                 leave=False) as bar:
         activations = loop.start(model, ids, mask, options)
-        for block in models.walk(model, options.device):
+        few = loop.start(model, ids[:windows], None if mask is None else mask[:windows], options)
+        dense = depth.through(model, few.fork(), 0, ())
+        known = depth.teacher(model, dense)
+        for block in models.walk(model, options.device, bar=bar):
             after = activations.fork()
             calibrate.replay(block.module, after, block.number)
             names = {w.consumer for w in groups.widths(block.module) if w.kind == groups.NEURONS}
@@ -43,35 +60,70 @@ def curves(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, optio
             if block.number not in cut.dropped and weights:
                 activations.scales = [1 / h.float().norm(dim=-1).flatten().clamp_min(1e-30) for h in after.hidden]
                 statistics, _, _ = calibrate.collect(block.module, activations, block.number, weights, {"outer"})
-                for weight in weights:
-                    if weight.name in statistics:
-                        found[weight.name] = curve(weight.get(), statistics[weight.name], budget)
+                found = {w.name: curve(w.get(), statistics[w.name], budget) for w in weights if w.name in statistics}
+                half = [(w, halved(w.get(), statistics[w.name], budget)) for w in weights if w.name in found]
+                lost = depth.divergence(model, dense, without(model, block, few, half), known=known)
+                whole = sum(sum(own[:len(own) // 2]) for own in found.values())
+                increases |= found
+                prices |= dict.fromkeys(found, lost / whole if whole else 0.0)
             activations.hidden, activations.calls, activations.scales = after.hidden, after.calls, []
-    return found
+            calibrate.replay(block.module, few, block.number)
+    floor = SMALLEST * sum(prices.values()) / max(len(prices), 1)
+    return increases, {name: max(price, floor) for name, price in prices.items()}
 
 
-def curve(W: torch.Tensor, statistics: calibrate.Statistics, budget: Budget) -> list[float]:
+def without(model: nn.Module, block: Block, before: Activations,
+            changed: list[tuple[Weight, torch.Tensor]]) -> Activations:
+    """Activations at a resident block, run through it with changed weights and through all later ones as they are."""
+    after, kept = before.fork(), [(weight, weight.get().clone()) for weight, _ in changed]
+    try:
+        for weight, W in changed:
+            weight.set(W, rounds=False)
+        calibrate.replay(block.module, after, block.number)
+    finally:
+        for weight, W in kept:
+            weight.set(W, rounds=False)
+    return depth.through(model, after, block.number + 1, ())
+
+
+def chunks(count: int, budget: Budget) -> int:
+    """How many chunks of a layer's `count` neurons may go."""
+    return (count - count // LEAST) // budget.step(count)
+
+
+def curve(W: torch.Tensor, statistics: Statistics, budget: Budget) -> list[float]:
     """The increase of one layer's error with each chunk of its neurons that goes."""
-    V, dead, _ = upper_factor(statistics, 0.01, W.dtype)
-    count, chunk = W.shape[1], budget.step(W.shape[1])
-    gone = (count - count // LEAST) // chunk
-    if not gone:
-        return []
     trace: list[float] = []
-    obs.remove(W.masked_fill(dead, 0).clone(), obs.inverse(V), Columns(count - gone * chunk, count), 1 / gone, trace)
+    removed(W, statistics, budget, chunks(W.shape[1], budget), trace)
     return trace
 
 
-def spread(model: nn.Module, budget: Budget, cut: Cut, increases: Mapping[str, list[float]]) -> Cut | None:
+def halved(W: torch.Tensor, statistics: Statistics, budget: Budget) -> torch.Tensor:
+    """The weight (R, C) without half of those chunks, the rest at its least-squares values."""
+    return removed(W, statistics, budget, chunks(W.shape[1], budget) // 2)
+
+
+def removed(W: torch.Tensor, statistics: Statistics, budget: Budget, gone: int,
+            trace: list[float] | None = None) -> torch.Tensor:
+    """A copy of W (R, C) without so many chunks of its neurons; trace: gets the increase with each."""
+    V, dead, _ = upper_factor(statistics, 0.01, W.dtype)
+    left, count = W.masked_fill(dead, 0).clone(), W.shape[1]
+    if gone:
+        obs.remove(left, obs.inverse(V), Columns(count - gone * budget.step(count), count), 1 / gone, trace)
+    return left
+
+
+def spread(model: nn.Module, budget: Budget, cut: Cut, increases: Mapping[str, list[float]],
+           prices: Mapping[str, float]) -> Cut | None:
     """The cut with its blocks and KV groups, and neurons by layer, that fits; None if there is none.
 
-    increases: what `curves` gave.
+    increases, prices: what `curves` gave.
     """
     widths = {f"{b.name}.{w.consumer}": w for b in models.walk(model) for w in groups.widths(b.module)}
     heads = tuple((kind, left) for kind, left in cut.kept if kind != groups.NEURONS)
     left = {name: widths[name].count for name in increases}
     # a chunk never looks cheaper than the one before it: the solver took them in order
-    queue = [(own[0], name, 0) for name, own in increases.items() if own]
+    queue = [(prices[name] * own[0], name, 0) for name, own in increases.items() if own]
     heapq.heapify(queue)
 
     def now() -> Cut:
@@ -82,5 +134,5 @@ def spread(model: nn.Module, budget: Budget, cut: Cut, increases: Mapping[str, l
         value, name, place = heapq.heappop(queue)
         left[name] -= budget.step(widths[name].count)
         if place + 1 < len(increases[name]):
-            heapq.heappush(queue, (max(value, increases[name][place + 1]), name, place + 1))
+            heapq.heappush(queue, (max(value, prices[name] * increases[name][place + 1]), name, place + 1))
     return now()

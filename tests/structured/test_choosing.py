@@ -1,5 +1,6 @@
 """Order of blocks, budgets, mixtures, spread widths, origins: each against what is slow and plain."""
 
+import copy
 import itertools
 from dataclasses import replace
 
@@ -109,12 +110,36 @@ def test_spread_takes_where_the_least_is_lost():
     model.model.layers[1].mlp.down_proj.weight.data[:, 16:] *= 1e-3
     whole = cut.whole(model)
     own = budget.Budget(0.85 * whole, lambda c: cut.parameters(model, c))
-    increases = spread.curves(model, ids, None, OPTIONS, Cut(), own)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    increases, prices = spread.curves(model, ids, None, OPTIONS, Cut(), own)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert len(increases) == 3 and all(v >= 0 for values in increases.values() for v in values)
-    found = spread.spread(model, own, Cut(), increases)
+    found = spread.spread(model, own, Cut(), increases, prices)
     left = dict(found.own)
     assert cut.parameters(model, found) <= 0.85 * whole
     assert left["model.layers.1.mlp.down_proj"] < min(left[f"model.layers.{n}.mlp.down_proj"] for n in (0, 2))
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_a_price_is_the_kl_of_plain_forwards(name, monkeypatch):
+    """Without half of what may go of one block, its error increases by the first half of its curves."""
+    model, ids, halves = families.tiny(name), jobs.tokens(12), []
+    real = spread.halved
+    monkeypatch.setattr(spread, "halved", lambda *given: halves.append(real(*given)) or halves[-1])
+    own = budget.Budget(0.0, lambda c: cut.parameters(model, c))
+    increases, prices = spread.curves(model, ids, None, OPTIONS, Cut(), own)
+    weights = [w for w in models.all_weights(model) if w.name in increases]
+    assert len(weights) == len(halves) and all(W.count_nonzero() < W.numel() for W in halves)
+    for block in models.walk(model):
+        changed = copy.deepcopy(model)
+        own = [w for w in models.all_weights(changed) if w.name in increases and w.block == block.name]
+        for weight in own:
+            weight.set(halves[[w.name for w in weights].index(weight.name)])
+        p, q = (m(input_ids=ids, use_cache=False).logits.log_softmax(-1) for m in (model, changed))
+        lost = float(kl_div(q, p, reduction="none", log_target=True).sum(-1).mean())
+        whole = sum(sum(increases[w.name][:len(increases[w.name]) // 2]) for w in own)
+        for weight in own:
+            assert prices[weight.name] == pytest.approx(lost / whole, rel=1e-3)
 
 
 def test_origin_tells_original_from_changed():
