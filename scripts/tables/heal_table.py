@@ -57,7 +57,8 @@ def lines_of(out: Path) -> str:
              *(f"share, {m.split('/')[0]}" for m in METRICS), "held-out loss", "tokens/s", "minutes", "peak GiB"]
     for model, record in found:
         same, dense = [r for m, r in found if m == model], dense_of(found, model)
-        plain = next((r for r in same if unhealed(r) and of(r) == of(record)), None)
+        plain = [r for r in same if unhealed(r) and of(r) == of(record)]
+        plain = next((r for r in plain if windows_of(r) == windows_of(record)), plain[0] if plain else None)
         info = next((i for i in record["heal"].values() if "attempts" in i), {})
         loss = f"{info['held_out_before']:.3f} to {info['held_out_after']:.3f}" if info else ""
         shares = [share(record, plain, dense, m) for m in METRICS]
@@ -108,7 +109,8 @@ def told(out: Path) -> str:
                     f"torch {e['torch']}, transformers {e['transformers']}"
                     for e in (record["environment"] for _, record in rows(out))})
     return (f"`scripts/bench/heal.py`; {'; '.join(about)}. 64 windows of each text, on which nothing was trained. "
-            "share: of the excess log-perplexity of the same model without healing that is gone. held-out loss, nats, "
+            "share: of the excess log-perplexity of the same model without healing that is gone (of best: of "
+            "SparseGPT's), with as many calibration windows where that was measured. held-out loss, nats, "
             "on a part of the training mixture that was not trained on: KL to the dense model, with (next) the next "
             "token's cross-entropy, which also moves a model towards the texts it is healed on; the dense one was not.")
 
@@ -140,6 +142,11 @@ def seed_of(record: dict) -> int:
     return record["settings"].get("seed", 0)
 
 
+def windows_of(record: dict) -> int:
+    """How many calibration windows a record's model was pruned with."""
+    return settings_of(record).get("nsamples", WINDOWS)
+
+
 def order(record: dict) -> tuple:
     """Dense first, then without healing, then by the tokens trained on."""
     info = next((i for i in record["heal"].values() if "attempts" in i), {})
@@ -152,12 +159,12 @@ def way_of(record: dict) -> str:
     if settings["method"] == "dense":
         return "dense"
     made = [f"shrink {settings['shrink']:g}"] if settings.get("shrink") else []
-    made += [f"{settings['method']} {settings['pattern']}"] if settings.get("pattern") != "dense" else []
+    made += [f"{settings.get('preset', settings['method'])} {settings['pattern']}"] if settings.get("pattern") != "dense" else []
     own = settings.get("heal") if settings.get("heal") not in (None, "none") else None
     about = [settings["heal_loss"]] if settings.get("heal_loss") else []
     about += ["on shuffled words"] if "shuffled" in str(settings.get("heal_data")) else []
     about += ["C4 held out"] if settings.get("heal_held_out") else []
-    about += [f"{settings['nsamples']} windows"] if settings.get("nsamples", WINDOWS) != WINDOWS else []
+    about += [f"{windows_of(record)} windows"] if windows_of(record) != WINDOWS else []
     return " ".join(made) + (f", {own}" if own else "") + (f" ({', '.join(about)})" if about else "")
 
 
