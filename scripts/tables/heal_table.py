@@ -159,8 +159,9 @@ def way_of(record: dict) -> str:
     if settings["method"] == "dense":
         return "dense"
     made = [f"shrink {settings['shrink']:g}"] if settings.get("shrink") else []
-    made += [f"{settings.get('preset', settings['method'])} {settings['pattern']}"] if settings.get("pattern") != "dense" else []
-    own = settings.get("heal") if settings.get("heal") not in (None, "none") else None
+    method = settings.get("preset") or settings["method"]
+    made += [f"{method} {settings['pattern']}"] if settings.get("pattern") != "dense" else []
+    own = settings.get("heal") if settings.get("heal") not in (None, "none") and not settings.get("preset") else None
     about = [settings["heal_loss"]] if settings.get("heal_loss") else []
     about += ["on shuffled words"] if "shuffled" in str(settings.get("heal_data")) else []
     about += ["C4 held out"] if settings.get("heal_held_out") else []
