@@ -43,6 +43,10 @@ class Heal(Base):
     skips: frozenset[int] = frozenset()  # numbers of the blocks that are dropped
     columns = False  # whether only whole columns are pruned: a single zero is then a weight like any other
 
+    def __init__(self, cfg: "Config", seed: int = 0, progress: bool = False) -> None:
+        super().__init__(cfg, seed, progress)
+        self.plain: dict[int, bool] = {}  # {number of a block: whether it `writes_plainly`}, which no cut changes
+
     def after_block(self, block: Block, activations: Activations, targets: list[torch.Tensor]) -> dict | None:
         """Fold what is missing of `targets` into the block's last linear; returns plain values for the record."""
         if not self.cfg.everywhere and block.number + 1 not in self.skips:
@@ -50,12 +54,14 @@ class Heal(Base):
         weight = last_linear(block)
         if weight is None:
             return nothing("it has no single linear that writes last")
-        with torch.no_grad(), models.resident(block.module, activations.device, write_back=True, dtype=torch.float32):
+        with torch.no_grad():
             W = weight.get()
             kept = W.any(0)
             if not any(distributed.gathered(any(activations.held))):
                 return nothing("no window is held out (--nsamples)")
-            if not distributed.first(writes_plainly(block, weight, activations)):
+            if block.number not in self.plain:
+                self.plain[block.number] = distributed.first(writes_plainly(block, weight, activations))
+            if not self.plain[block.number]:
                 return nothing(f"the output of {weight.linear} is not added to the hidden state as it is")
             train, held = sums(block, weight, kept, activations, targets)
             best, change = choose(train, held, (W[:, kept] != 0) | self.columns)
@@ -138,10 +144,11 @@ def with_input(block: Block, weight: Weight, activations: Activations, i: int,
 
 
 def writes_plainly(block: Block, weight: Weight, activations: Activations) -> bool:
-    """Whether the block's output is that without the linear, plus the linear's own output."""
-    out, h = with_input(block, weight, activations, 0)
-    without, _ = with_input(block, weight, activations, 0, silenced=True)
-    own = weight.owner(h)
+    """Whether the block's output is that without the linear, plus the linear's own output, in float32."""
+    with models.resident(block.module, activations.device, dtype=torch.float32):
+        out, h = with_input(block, weight, activations, 0)
+        without, _ = with_input(block, weight, activations, 0, silenced=True)
+        own = weight.owner(h)
     return bool((out - without - own).norm() <= 1e-3 * own.norm() + 1e-5 * out.norm())
 
 

@@ -124,3 +124,28 @@ def test_what_cannot_be_folded_is_said():
     result = jobs.prune(model, "wanda", ids=jobs.tokens(12), healers=[fold.Heal(fold.Config())])
     assert any("no window is held out" in w for w in result.warnings)
     assert "fold" in heal.names()
+
+
+def test_it_computes_as_the_model_does_and_looks_at_a_block_once(monkeypatch):
+    """Whether a block writes plainly is asked in float32, once for all cuts that a search walks through."""
+    seen, asked, real, plainly = [], [], torch.nn.Linear.forward, fold.writes_plainly
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda own, x: seen.append(x.dtype) or real(own, x))
+
+    def asks(*given):
+        before = len(seen)
+        asked.append(plainly(*given))
+        assert set(seen[before:]) == {torch.float32}
+        del seen[before:]
+        return asked[-1]
+    monkeypatch.setattr(fold, "writes_plainly", asks)
+    model = families.tiny("llama", dtype=torch.bfloat16)
+    models.compute_as_stored(model)
+    healer = fold.Heal(fold.Config())
+    for _ in range(2):
+        dense = loop.start(model, jobs.tokens(12), None, OPTIONS, HELD)
+        for block in models.walk(model, "cpu"):
+            activations = dense.fork()
+            calibrate.replay(block.module, dense, block.number)
+            block.module.mlp.down_proj.weight.data[:, :9] = 0
+            assert "held_out_before" in healer.after_block(block, activations, dense.hidden)
+    assert asked == [True, True] and set(seen) == {torch.bfloat16}
