@@ -9,7 +9,6 @@
     smollm2          SmolLM2-135M, calibrated on 64 windows of 512 tokens of C4, measured on WikiText-2 test
     smollm2-131k     the same with 256 windows, 131k tokens, about half of what the papers calibrate with
     smollm2-bf16     that computed in bfloat16, as it is stored
-    smollm2-492k     that with 960 windows, 492k tokens, about twice what the papers calibrate with
 """
 
 import argparse
@@ -81,7 +80,6 @@ def flags_of(shared: Path) -> dict[str, list[str]]:
         "smollm2": [*smollm2, "64"],
         "smollm2-131k": [*smollm2, "256"],
         "smollm2-bf16": [*smollm2, "256", "--compute", "stored"],
-        "smollm2-492k": [*smollm2, "960", "--compute", "stored"],
     }
 
 
