@@ -224,17 +224,14 @@ def uneven(cfg: RunConfig, model: nn.Module, tokens: tuple, job: Job, own: budge
     """(the cut with neurons spread by need, or `even` where that has the lower KL; what was tried)."""
     if groups.NEURONS in own.without or groups.NEURONS not in cut.kinds(model):
         raise ValueError("--uneven: this model has no neurons that could differ from layer to layer")
-    exact = replace(own, cost=lambda c: cut.parameters(model, c))
-    increases, prices = spread.curves(model, *tokens, cfg, even, own)
-    found = spread.spread(model, exact, even, increases, prices)
+    seen = spread.curves(model, *tokens, cfg, even, own)
+    found = spread.spread(model, replace(own, cost=lambda c: cut.parameters(model, c)), even, *seen)
     if found is None:
         return even, tried
-    known = [row["kl"] for row in tried if "kl" in row and Cut.of(row) == even]
-    if not known:
-        known = [search.measured(model, *tokens, job, even)]
-        tried = [*tried, even.plain() | {"kl": known[0]}]
-    kl = search.measured(model, *tokens, job, found)
-    return (found if kl < known[0] else even), [*tried, found.plain() | {"kl": kl, "prices": prices}]
+    known = [row for row in tried if "kl" in row and Cut.of(row) == even]
+    rows = [c.plain() | {"kl": search.measured(model, *tokens, job, c)} for c in ([found] if known else [even, found])]
+    rows[-1]["prices"] = seen[1]
+    return (found if rows[-1]["kl"] < (known or rows)[0]["kl"] else even), [*tried, *rows]
 
 
 def cost_of(cfg: RunConfig, model: nn.Module, whole: int, parts: bool = False) -> tuple[float, budget.Cost]:

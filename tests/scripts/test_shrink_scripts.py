@@ -27,7 +27,7 @@ def test_less_is_against_the_best_of_the_three_with_the_same_seed(tmp_path):
     assert shrink_table.main(["--out", str(tmp_path), "--check"]) == 1
     assert shrink_table.main(["--out", str(tmp_path)]) == 0 == shrink_table.main(["--out", str(tmp_path), "--check"])
     text = (tmp_path / "shrink.md").read_text()
-    assert "0.200 ± 0.141 (2) [-62 %]" in text and "0.7: 62 % less" in text and "met" in text
+    assert "0.200 ± 0.141 (2) [-62 %]" in text and "0.7, oneshot: 62 % less" in text and "met" in text
 
 
 def test_rows_of_other_flags_are_not_shown(tmp_path):
