@@ -62,7 +62,8 @@ def page(rows: Sequence[dict]) -> str:
              "standard deviation over calibration seeds (n), and in brackets how much less that is than the best of "
              f"{', '.join(BASELINES)} with the same seed. The share is of the parameters of the transformer blocks "
              "that are left. FLAP's biases are extra parameters and its own; `shortgpt` drops as many whole blocks "
-             "as the budget allows, FLAP's neurons give the rest.", "",
+             "as the budget allows, FLAP's neurons give the rest. Every layer has the same width unless a way says "
+             "otherwise, also FLAP's, whose paper has widths by layer too.", "",
              f"`scripts/bench/shrink.py` on {described(rows)}.", ""]
     for name in dict.fromkeys(row["model"] for row in rows):
         lines += section(name, [row for row in rows if row["model"] == name])
