@@ -172,7 +172,7 @@ def test_an_inverse_that_rounding_has_spoilt_is_computed_again():
     G = X.T @ X / len(X)
     G.diagonal().add_(1e-7 * G.diagonal().mean())
     for dtype in (torch.float32, torch.float64):
-        kept = obs.remove(W.to(dtype), torch.linalg.inv(G.double()).to(dtype), Columns(6, 32), 0.1)
+        kept = obs.remove(W.to(dtype), torch.linalg.inv(G.double()).to(dtype), Columns(6, 32), 2)
         assert int(kept.sum()) == 6
     P = obs.inverse_on(G.double(), kept)
     torch.testing.assert_close(P[kept][:, kept], torch.linalg.inv(G.double()[kept][:, kept]))

@@ -120,12 +120,26 @@ def test_spread_takes_where_the_least_is_lost():
     assert left["model.layers.1.mlp.down_proj"] < min(left[f"model.layers.{n}.mlp.down_proj"] for n in (0, 2))
 
 
+def test_a_curve_has_one_increase_a_chunk():
+    """Of 528 neurons 49 chunks of 8 may go; as a share of 1 / 49 in floats a chunk was 7."""
+    config = AutoConfig.for_model("llama", **families.COMMON | {"intermediate_size": 528})
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    own = budget.Budget(0.0, lambda c: cut.parameters(model, c))
+    increases, _ = spread.curves(model, jobs.tokens(12), None, OPTIONS, Cut(), own)
+    assert {len(values) for values in increases.values()} == {49}
+
+
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_a_price_is_the_kl_of_plain_forwards(name, monkeypatch):
     """Without half of what may go of one block, its error increases by the first half of its curves."""
     model, ids, halves = families.tiny(name), jobs.tokens(12), []
-    real = spread.halved
-    monkeypatch.setattr(spread, "halved", lambda *given: halves.append(real(*given)) or halves[-1])
+    real = spread.curve
+
+    def seen(*given):
+        found = real(*given)
+        halves.append(found[1])
+        return found
+    monkeypatch.setattr(spread, "curve", seen)
     own = budget.Budget(0.0, lambda c: cut.parameters(model, c))
     increases, prices = spread.curves(model, ids, None, OPTIONS, Cut(), own)
     weights = [w for w in models.all_weights(model) if w.name in increases]

@@ -61,7 +61,7 @@ def prune(W: torch.Tensor, statistics: Statistics, pattern: Pattern, cfg: Config
         return single_weights(W, statistics, pattern, V, dead, info)
     start = W.masked_fill(dead, 0)
     P = statistics.derived(("obs", cfg.damping, W.dtype), lambda: inverse(V))
-    kept = remove(start.clone(), P.clone(), pattern, cfg.step)
+    kept = remove(start.clone(), P.clone(), pattern, max(1, int((pattern.count - pattern.kept) * cfg.step)))
     kept = kept.repeat_interleave(pattern.size)
     mask = kept.unsqueeze(0).expand(W.shape[0], -1).contiguous()
     W_hat = W * mask
@@ -79,16 +79,17 @@ def inverse(V: torch.Tensor) -> torch.Tensor:
     return U.T @ U
 
 
-def remove(W: torch.Tensor, P: torch.Tensor, pattern: Columns, step: float,
+def remove(W: torch.Tensor, P: torch.Tensor, pattern: Columns, at_once: int,
            trace: list[float] | None = None) -> torch.Tensor:
     """bool (C / size,): which units are kept. W (R, C) and P (C, C) are changed in place, see above.
 
-    trace: gets the exact increase of the layer's error of each step.
+    at_once: how many of each `pattern.count` units go in a step. trace: gets each step's exact increase of the layer's
+    error.
     """
     units, size = W.shape[1] // pattern.size, pattern.size
     kept = torch.ones(units, dtype=torch.bool, device=W.device)
     to_go = pattern.count - pattern.kept  # of each `count` units
-    at_once, whole = max(1, int(to_go * step)), P.clone()
+    whole = P.clone()
     columns = torch.arange(W.shape[1], device=W.device).view(units, size)
     G = None
     while to_go:
