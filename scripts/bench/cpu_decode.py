@@ -180,7 +180,7 @@ def measured(name: str, made: dict[str, nn.Module], args: argparse.Namespace) ->
     servers = {f"llama.cpp {file.parent.name}/{file.name}": (Server(file, torch.get_num_threads(), "F16"),
                                                              file.stat().st_size) for file in args.files}
     turns |= {way: lambda server=server: llama_cpp(server, ids, args.tokens) for way, (server, _) in servers.items()}
-    memory = torch.ones(READ // 4, dtype=torch.int32)
+    memory = library.huge_pages(torch.ones(READ // 4, dtype=torch.int32))  # as the weights are
     found: dict[str, list[tuple[float, list[int]]]] = {way: [] for way in turns}
     speeds, busy = [], others()
     for i in tqdm(range(args.rounds + 1), desc=f"{name}, {torch.get_num_threads()} threads", unit="round"):
