@@ -27,13 +27,19 @@ def lines(file: Path) -> str:
     files = dict.fromkeys(row["way"] for row in found if row["way"].startswith("llama.cpp"))
     body = [[way, *(cell(rate, name, way) for name in names)] for way in (*SHOWN, *files)
             if any((name, way) in rate for name in names)]
-    e, busy = found[0]["environment"], any(row["load"] > BUSY for row in found)
-    threads = f"{found[0]['threads']} thread{'s' * (found[0]['threads'] > 1)}"
+    busy = any(row["load"] > BUSY for row in found)
     told = ("Tokens per second of `generate`, batch 1, all weights 2:4; in brackets, times transformers' own. "
-            f"`scripts/bench/cpu_decode.py`, {threads}, {e['device']}, torch {e['torch']}, commit {e['commit']}"
+            f"`scripts/bench/cpu_decode.py`; {'; '.join(dict.fromkeys(origin(row) for row in found))}"
             f"{'; the machine was busy: only ratios count' * busy}. llama-1.1b: random weights. rounded: inputs and "
             "output head in int8 too.")
     return f"{told}\n\n{render(['way', *names], body, 'markdown', text={'way'}).rstrip()}"
+
+
+def origin(row: dict) -> str:
+    """Where a row was measured."""
+    e, threads = row["environment"], row["threads"]
+    return (f"{row['model']}: {threads} thread{'s' * (threads > 1)}, {e['device']}, torch {e['torch']}, "
+            f"commit {e['commit']}")
 
 
 def cell(rate: dict, name: str, way: str) -> str:
