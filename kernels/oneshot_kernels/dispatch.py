@@ -40,8 +40,10 @@ else:
 if TYPE_CHECKING:
     from .linear import Sparse24Linear
 
-TILES_UNTIL = {"avx512": 16}
-"""Tokens up to which tiles should pay on a CPU, else 64. An estimate: with AVX-512 torch's own products are faster."""
+TILES_UNTIL = {("avx512", torch.bfloat16): 16, ("avx512", torch.float16): 16, ("amx", torch.float16): 16,
+               ("amx", torch.bfloat16): 256}
+"""{(variant, dtype): tokens up to which tiles should pay on a CPU}, else 64. An estimate: with AVX-512 torch's own
+products are faster than without; what is expanded has to be written and read again."""
 
 NOT_ON_CPU = (False, 0, True)
 
@@ -169,7 +171,7 @@ def _choose_on_cpu(problem: Problem, path: Path) -> Choice:
         return Choice("expand", None, "only path", "cast to another dtype since it was prepared; call prepare() again")
     if choice := _measured(problem, path, ["tiles", "expand"]):
         return choice
-    until = TILES_UNTIL.get(library.why("linear"), 64) if problem.dtype != torch.float32 else 64
+    until = TILES_UNTIL.get((library.why("linear"), problem.dtype), 64)
     if problem.tokens <= until:
         return Choice("tiles", None, "estimate, untuned", f"up to {until} tokens time is weight bytes")
     return Choice("expand", None, "estimate, untuned", "many tokens: expand once, dense product")

@@ -4,7 +4,6 @@ Compiles what has to be compiled (ten seconds, once), tests every variant that t
 will use. Exit code 1 if anything computes wrong results; that a part cannot run here is no fault.
 """
 
-import ctypes
 import sys
 from collections.abc import Iterator
 from types import ModuleType
@@ -21,9 +20,7 @@ def on_cpu() -> Iterator[tuple[str, bool]]:
     """(a line, whether it is a fault) for every variant of every library."""
     for name, module in LIBRARIES.items():
         try:
-            for variant in build.variants():
-                cdll = ctypes.CDLL(str(build.build(name, build.VARIANTS[variant][2])))
-                library.give_team(cdll)
+            for variant, cdll in library.compiled(name):
                 module._declare(cdll)
                 fault = module._self_test(cdll)
                 yield f"CPU, {name}, {variant}: {fault or 'right'}", fault is not None

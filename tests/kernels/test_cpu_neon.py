@@ -29,7 +29,7 @@ def library(tmp_path_factory):
     """library(name): the file of a library, compiled once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ONESHOT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield functools.cache(lambda name: build.build(name, build.VARIANTS["neon"][2], using=CROSS))
+        yield functools.cache(lambda name: build.build(name, build.VARIANTS["neon"].flags, using=CROSS))
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in build.HERE.glob("*.cpp")))

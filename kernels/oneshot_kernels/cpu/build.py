@@ -19,16 +19,32 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).parent
 COMMON = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-fno-trapping-math",
           "-ffp-contract=fast")
-VARIANTS = {  # name: (machine, bit of features.cpp or None, flags), the best first
-    "avx512": ("x86_64", 2, ("-march=x86-64-v4", "-mavx512vnni", "-mprefer-vector-width=512")),
-    "avx2": ("x86_64", 1, ("-march=x86-64-v3",)),
-    "neon": ("aarch64", None, ("-march=armv8-a",)),
-}
+AVX512 = ("-march=x86-64-v4", "-mavx512vnni", "-mprefer-vector-width=512")
 TIMEOUT = 600  # seconds; a compilation takes about ten
+
+
+class Variant(NamedTuple):
+    """Compiler flags for a kind of processor. bit: of features.cpp; None: every processor of this machine has what it
+    takes. only: the one library that differs from the next best variant's; None: all do.
+    """
+
+    machine: str
+    bit: int | None
+    flags: tuple[str, ...]
+    only: str | None = None
+
+
+VARIANTS = {  # the best first
+    "amx": Variant("x86_64", 4, (*AVX512, "-mamx-tile", "-mamx-bf16"), "linear"),
+    "avx512": Variant("x86_64", 2, AVX512),
+    "avx2": Variant("x86_64", 1, ("-march=x86-64-v3",)),
+    "neon": Variant("aarch64", None, ("-march=armv8-a",)),
+}
 
 
 class Unavailable(Exception):
@@ -57,10 +73,11 @@ def machine() -> str:
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
 
 
-def variants() -> list[str]:
-    """The names of the variants that this CPU runs, the best first. Raises Unavailable without a compiler."""
+def variants(library: str) -> list[str]:
+    """The names of a library's variants that this CPU runs, the best first. Raises Unavailable without a compiler."""
     here, bits = machine(), features()
-    found = [name for name, (arch, bit, _) in VARIANTS.items() if arch == here and (bit is None or bits & bit)]
+    found = [name for name, one in VARIANTS.items()
+             if one.machine == here and (one.bit is None or bits & one.bit) and one.only in (None, library)]
     if not found:
         raise Unavailable(f"no variant for this processor ({here}: x86-64 needs AVX2)")
     return found

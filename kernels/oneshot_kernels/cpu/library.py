@@ -12,7 +12,7 @@ import functools
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch  # before any library: its OpenMP runtime is the one that is used
@@ -57,13 +57,25 @@ def forget() -> None:
         _warn_once.cache_clear()
 
 
+def compiled(name: str) -> Iterator[tuple[str, ctypes.CDLL]]:
+    """(variant, library) of all that this CPU runs and the compiler knows, the best first. Raises build.Unavailable."""
+    for variant in build.variants(name):
+        try:
+            path = build.build(name, build.VARIANTS[variant].flags)
+        except build.Unavailable:
+            if build.VARIANTS[variant].only is None:
+                raise
+            continue  # the compiler is too old for it
+        cdll = ctypes.CDLL(str(path))
+        give_team(cdll)
+        yield variant, cdll
+
+
 def _load(name: str, declare: Callable[[ctypes.CDLL], None],
           self_test: Callable[[ctypes.CDLL], str | None]) -> Loaded:
     """See `load`."""
     try:
-        for variant in build.variants():
-            cdll = ctypes.CDLL(str(build.build(name, build.VARIANTS[variant][2])))
-            give_team(cdll)
+        for variant, cdll in compiled(name):
             declare(cdll)
             if not (fault := self_test(cdll)):
                 return Loaded(cdll, variant)

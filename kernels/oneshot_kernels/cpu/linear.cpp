@@ -7,6 +7,7 @@
 // shifting. Sums are moved to a second accumulator every 64 columns, which keeps rounding errors small.
 #include <cstdlib>
 #include <memory>
+#include "amx.h"
 #include "parallel.h"
 #include "vectors.h"
 
@@ -129,6 +130,17 @@ extern "C" int linear(const void* x, const uint8_t* values, const uint32_t* meta
                       int64_t tokens, int64_t N, int64_t K, int64_t type, int64_t threads) {
     const Type of = Type(type);
     const int64_t chunks = (K + CHUNK - 1) / CHUNK, columns = chunks * CHUNK;
+#if defined(__AMX_BF16__)
+    if (of == BFLOAT16 && tokens > 1) {  // one is faster on vectors
+        std::unique_ptr<uint8_t, void (*)(void*)> space(static_cast<uint8_t*>(std::aligned_alloc(64, amx::room(tokens, chunks))), std::free);
+        if (!space) return 1;
+        const amx::Weight w{values, metadata, chunks};
+        const amx::Output out{static_cast<uint16_t*>(y), static_cast<const uint16_t*>(bias), N, tokens};
+        if (metadata) amx::linear<true>(w, static_cast<const uint16_t*>(x), K, space.get(), out, threads);
+        else amx::linear<false>(w, static_cast<const uint16_t*>(x), K, space.get(), out, threads);
+        return 0;
+    }
+#endif
     std::unique_ptr<float, void (*)(void*)> wide(static_cast<float*>(std::aligned_alloc(64, tokens * columns * 4)), std::free);
     if (!wide) return 1;
     for (int64_t t = 0; t < tokens; t++) widen(x, t, K, columns, of, wide.get() + t * columns);

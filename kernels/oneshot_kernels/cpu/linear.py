@@ -3,7 +3,8 @@
     M, N, K   tokens, outputs, inputs
 
 Accumulation is in float32; results are rounded once, to the dtype of x. Rows of the weight are independent, so any
-number of threads gives the same bits. Weights are in tiles (layout.py).
+number of threads gives the same bits, and so are tokens (bfloat16 on tile registers, amx.h: but for one alone, which is
+computed on vectors). Weights are in tiles (layout.py).
 """
 
 import ctypes
@@ -81,16 +82,17 @@ def _self_test(cdll: ctypes.CDLL) -> str | None:
         groups = torch.randn(n, k // 4, 4, generator=generator)
         kept = torch.zeros_like(groups).scatter_(-1, groups.abs().topk(2, dim=-1).indices, 1.0)
         weight = (groups * kept).view(n, k).to(dtype)
-        bias, x = torch.randn(n, generator=generator).to(dtype), torch.randn(15, k, generator=generator).to(dtype)
+        bias, every = torch.randn(n, generator=generator).to(dtype), torch.randn(70, k, generator=generator).to(dtype)
         dense = layout.dense_tiles(weight, lanes), None
         for form, (values, metadata) in {"2:4": layout.to_tiles(reference.pack(weight), lanes), "dense": dense}.items():
-            y = torch.full((15, n), torch.nan, dtype=dtype)
             at = None if metadata is None else metadata.data_ptr()
-            cdll.linear(x.data_ptr(), values.data_ptr(), at, bias.data_ptr(), y.data_ptr(), 15, n, k, code, 2)
-            truth = F.linear(x.double(), weight.double(), bias.double())
-            error = float((y.double() - truth).norm() / truth.norm())
-            if not error <= 4 * torch.finfo(dtype).eps:
-                return f"{form} {dtype}: relative error {error:.3g}"
+            for m in (1, 15, 70):
+                x, y = every[:m], torch.full((m, n), torch.nan, dtype=dtype)
+                cdll.linear(x.data_ptr(), values.data_ptr(), at, bias.data_ptr(), y.data_ptr(), m, n, k, code, 2)
+                truth = F.linear(x.double(), weight.double(), bias.double())
+                error = float((y.double() - truth).norm() / truth.norm())
+                if not error <= 4 * torch.finfo(dtype).eps:
+                    return f"{form} {dtype}, {m} tokens: relative error {error:.3g}"
             if metadata is not None:
                 out = torch.full_like(weight, torch.nan)
                 cdll.expand(values.data_ptr(), at, out.data_ptr(), n, k, code, layout.in_pairs(values, lanes), 2)
