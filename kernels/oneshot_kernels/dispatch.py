@@ -4,7 +4,7 @@
 
     reference   row-major weights: unpack and F.linear     weights that were not prepared, CPUs without a compiler
     tiles       cpu/linear.py, compiled C++                CPU, few tokens
-    expand      expand, then F.linear                      CPU, more tokens
+    expand      expand part by part, torch products        CPU, more tokens
     decode      mma.sp, gpu/decode.py                      1 to 64 tokens, NVIDIA compute capability 8.0 and up
     middle      expand and tl.dot, gpu/expand.py           any GPU
     sparselt    cuSPARSELt, gpu/prefill.py                 needs prefill_copy=True
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from .linear import Sparse24Linear
 
 TILES_UNTIL = {("avx512", torch.bfloat16): 16, ("avx512", torch.float16): 16, ("amx", torch.float16): 16,
-               ("amx", torch.bfloat16): 256}
+               ("amx", torch.bfloat16): 128}
 """{(variant, dtype): tokens up to which tiles should pay on a CPU}, else 64. An estimate: with AVX-512 torch's own
 products are faster than without; what is expanded has to be written and read again."""
 

@@ -167,7 +167,7 @@ def _product(choice: dispatch.Choice, x: torch.Tensor, values: torch.Tensor, met
     if choice.path == "tiles":
         return cpu_linear.linear(x, values, metadata, rows, bias)
     if choice.path == "expand":
-        return F.linear(x, cpu_linear.expand(values, metadata, rows, x.shape[1]), bias)
+        return cpu_linear.through_dense(x, values, metadata, rows, bias)
     if values.ndim == 4:
         values, metadata, _ = from_fragments(values, metadata, rows, x.shape[1], row_blocks)
     return F.linear(x, reference.unpack(values, metadata), bias)

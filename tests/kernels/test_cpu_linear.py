@@ -88,7 +88,16 @@ def test_tiles_are_undone_exactly(variant, dtype, n, k):
     packed = pack(weight)
     back = layout.from_tiles(*layout.to_tiles(packed, cpu.lanes()), n, k)
     assert torch.equal(back.values, packed.values) and torch.equal(back.metadata, packed.metadata)
-    assert torch.equal(cpu.expand(*tiles(weight), n, k), weight)
+    assert torch.equal(cpu.expand(*tiles(weight), torch.empty(n, k, dtype=dtype)), weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("part", [1, 20000, 1 << 22])
+def test_a_product_in_parts_is_the_whole_one(variant, dtype, part, monkeypatch):
+    monkeypatch.setattr(cpu, "PART", part)
+    weight, x, bias = problem(131, 172, 5, dtype)
+    for b in (bias, None):
+        torch.testing.assert_close(cpu.through_dense(x, *tiles(weight), 131, b), F.linear(x, weight, b))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

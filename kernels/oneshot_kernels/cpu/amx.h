@@ -2,56 +2,22 @@
 //
 // A tile register holds 16 rows of 64 bytes. TDPBF16PS adds to C (tokens, 16 rows of W) the product of A (tokens, 32 columns
 // of x) and B (16 pairs of columns, 16 rows of W): the order in which a tile of a dense weight lies in memory anyway
-// (layout.py). Of a 2:4 weight, each group's vector of kept pairs is spread over two rows of B, by bytes that a table of 16
-// entries gives for the group's four bits, into a small buffer from which the register is loaded one chunk later.
+// (layout.py). A chunk of a 2:4 weight is unfolded into a small buffer, from which the register is loaded one chunk later.
 //
 // C is float32; a register takes the products of a token alone, in order, so its result depends on no other token.
 #pragma once
 #if defined(__AMX_BF16__)
 #include "parallel.h"
+#include "unfold.h"
 #include "vectors.h"
 
 namespace amx {
 
-constexpr int ROWS = 16, CHUNK = 32, GROUPS = CHUNK / 4, TILE = 1024;  // a chunk of columns fills a register: TILE bytes
+constexpr int ROWS = 16, CHUNK = 32, TILE = 1024;  // a chunk of columns fills a register: TILE bytes
 constexpr int MOST = 4;                                                // sums at once: registers 0 to 3; A: 4 and 5, B: 6 and 7
 
 struct Weight { const uint8_t* values; const uint32_t* metadata; int64_t chunks; };  // metadata null: dense
 struct alignas(64) Shape { uint8_t palette = 1, start = 0, none[14] = {}; uint16_t bytes[16] = {}; uint8_t rows[16] = {}; };
-
-// Where the four bytes of a lane's two columns come from, for each four bits (two positions of two bits, the first lower):
-// bytes 0 and 1 are the first kept value, 2 and 3 the second; 0x80 gives zero.
-struct Spread {
-    alignas(64) uint32_t half[2][16];
-    Spread() {
-        for (int code = 0; code < 16; code++) for (int h = 0; h < 2; h++) {
-            uint32_t bytes = 0x80808080u;
-            const int at[2] = {code & 3, code >> 2};
-            for (int kept = 0; kept < 2; kept++) if (at[kept] / 2 == h) {
-                const int shift = 16 * (at[kept] % 2);
-                bytes = (bytes & ~(0xffffu << shift)) | (kept ? 0x0302u : 0x0100u) << shift;
-            }
-            half[h][code] = bytes;
-        }
-    }
-};
-static const Spread spread;
-
-// One chunk of a tile of a 2:4 weight as a dense register: out is TILE bytes.
-static inline void unfold(const uint8_t* v, const uint32_t* metadata, uint8_t* out) {
-    const __m512i first = _mm512_load_si512(spread.half[0]), second = _mm512_load_si512(spread.half[1]);
-    const __m512i lane = _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0);  // a shuffle is among 16 bytes
-    __m512i code = _mm512_loadu_si512(metadata);
-#pragma GCC unroll 8
-    for (int g = 0; g < GROUPS; g++) {
-        const __m512i kept = _mm512_loadu_si512(v + 64 * g);
-        const __m512i low = _mm512_or_si512(_mm512_permutexvar_epi32(code, first), lane);
-        const __m512i high = _mm512_or_si512(_mm512_permutexvar_epi32(code, second), lane);
-        _mm512_store_si512(out + 128 * g, _mm512_shuffle_epi8(kept, low));
-        _mm512_store_si512(out + 128 * g + 64, _mm512_shuffle_epi8(kept, high));
-        code = _mm512_srli_epi32(code, 4);
-    }
-}
 
 // The instructions, with the memory that they read and write: GCC's own intrinsics do not say it. A register is part of an
 // instruction's text, so each has a case; loops around these are unrolled and leave none.

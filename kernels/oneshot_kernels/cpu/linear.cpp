@@ -9,6 +9,7 @@
 #include <memory>
 #include "amx.h"
 #include "parallel.h"
+#include "unfold.h"
 #include "vectors.h"
 
 constexpr int CHUNK = 32, GROUPS = CHUNK / 4, FLUSH = 2;  // columns; groups of four; chunks between two flushes
@@ -170,6 +171,26 @@ template <typename T, bool PAIRS> static void unpack(Weight w, T* out, int64_t N
         }
     });
 }
+#if defined(__AVX512BW__)
+// The same for pairs of 16 bits, 32 columns of a tile at once.
+template <> void unpack<uint16_t, true>(Weight w, uint16_t* out, int64_t N, int64_t K, int64_t threads) {
+    parallel((N + L - 1) / L, threads, [&](int64_t tile) {
+        alignas(64) uint8_t pairs[1024], spare[L][64];
+        for (int64_t c = 0; c < w.chunks; c++) {
+            const int64_t at = tile * w.chunks + c, left = 2 * (K - c * CHUNK);
+            unfold(w.values + at * GROUPS * 4 * L, w.metadata + at * L, pairs);
+            uint8_t* row[L];
+            for (int lane = 0; lane < L; lane++) {
+                const bool whole = tile * L + lane < N && left >= 64;
+                row[lane] = whole ? reinterpret_cast<uint8_t*>(out + (tile * L + lane) * K + c * CHUNK) : spare[lane];
+            }
+            rows_of(pairs, row);
+            for (int64_t lane = 0; left < 64 && lane < L && tile * L + lane < N; lane++)
+                std::memcpy(out + (tile * L + lane) * K + c * CHUNK, spare[lane], left);
+        }
+    });
+}
+#endif
 // pairs: the order of the values, which need not be the one that `linear` reads for this type
 extern "C" void expand(const uint8_t* values, const uint32_t* metadata, void* out, int64_t N, int64_t K, int64_t type,
                        int64_t pairs, int64_t threads) {

@@ -17,6 +17,8 @@ from .. import reference
 from . import layout, library
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+PART = 1 << 22
+"""Bytes of a weight that are dense at once: less than the caches hold, and enough rows for torch's products."""
 SERIAL = 1 << 15
 """Weights below which a second thread costs more than it saves: waking it takes some microseconds."""
 
@@ -47,10 +49,26 @@ def linear(x: torch.Tensor, values: torch.Tensor, metadata: torch.Tensor | None,
     return y
 
 
-def expand(values: torch.Tensor, metadata: torch.Tensor, n: int, k: int) -> torch.Tensor:
-    """The dense (n, k) weight of 2:4 tiles in either order, for a product of torch's with many tokens."""
-    out = values.new_empty(n, k)
-    _library().expand(values.data_ptr(), metadata.data_ptr(), out.data_ptr(), n, k, TYPES[values.dtype],
+def through_dense(x: torch.Tensor, values: torch.Tensor, metadata: torch.Tensor, n: int,
+                  bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`linear` of 2:4 tiles, in either order, for many tokens: torch's products, with PART bytes of the weight dense at
+    a time, which stay in the cache."""
+    k, lanes = x.shape[1], metadata.shape[2]
+    rows = max(1, PART // (k * values.element_size() * lanes)) * lanes
+    dense, y = values.new_empty(min(n, rows), k), x.new_empty(x.shape[0], n)
+    for first in range(0, n, rows):
+        part, own = dense[: n - first], slice(first, first + rows)
+        expand(values[first // lanes :], metadata[first // lanes :], part)
+        if bias is None:
+            torch.mm(x, part.t(), out=y[:, own])
+        else:
+            torch.addmm(bias[own], x, part.t(), out=y[:, own])
+    return y
+
+
+def expand(values: torch.Tensor, metadata: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Write the first rows of 2:4 tiles, in either order, into out (n, K), dense; returns it."""
+    _library().expand(values.data_ptr(), metadata.data_ptr(), out.data_ptr(), *out.shape, TYPES[values.dtype],
                       layout.in_pairs(values, metadata.shape[2]), library.threads())
     return out
 
