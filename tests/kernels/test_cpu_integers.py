@@ -97,6 +97,18 @@ def test_any_number_of_threads_gives_the_same_bits(variant, sparse, bits, monkey
     assert all(torch.equal(y, found[0]) for y in found)
 
 
+@pytest.mark.parametrize("as_it_is", [False, True])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("sparse", [True, False])
+def test_a_token_does_not_depend_on_those_beside_it(variant, sparse, bits, as_it_is):
+    codes, scale, x, bias = problem(83, 200, 70, torch.float32, sparse, 0, bits)
+    weight = prepare(codes, scale, sparse=sparse, bits=bits)
+    together = linear(x, weight, bias, as_it_is)
+    for few in (1, 3, 17, 35):
+        apart = torch.cat([linear(part.contiguous(), weight, bias, as_it_is) for part in x.split(few)])
+        assert torch.equal(apart, together)
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_nan_and_inf_pass_through(variant, bad, bits):
@@ -200,4 +212,4 @@ def test_the_self_test_finds_a_wrong_library(variant):
         @staticmethod
         def linear_integers(x, values, scale, bias, *rest):
             return right.linear_integers(x, values, scale, None, *rest)
-    assert "2:4 int8: relative error" in integers._self_test(Wrong())
+    assert "2:4 int8, 1 tokens: relative error" in integers._self_test(Wrong())

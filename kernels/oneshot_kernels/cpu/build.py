@@ -30,17 +30,17 @@ TIMEOUT = 600  # seconds; a compilation takes about ten
 
 class Variant(NamedTuple):
     """Compiler flags for a kind of processor. bit: of features.cpp; None: every processor of this machine has what it
-    takes. only: the one library that differs from the next best variant's; None: all do.
+    takes. only: the libraries that differ from the next best variant's; None: all do.
     """
 
     machine: str
     bit: int | None
     flags: tuple[str, ...]
-    only: str | None = None
+    only: tuple[str, ...] | None = None
 
 
 VARIANTS = {  # the best first
-    "amx": Variant("x86_64", 4, (*AVX512, "-mamx-tile", "-mamx-bf16"), "linear"),
+    "amx": Variant("x86_64", 4, (*AVX512, "-mamx-tile", "-mamx-bf16", "-mamx-int8"), ("linear", "integers")),
     "avx512": Variant("x86_64", 2, AVX512),
     "avx2": Variant("x86_64", 1, ("-march=x86-64-v3",)),
     "neon": Variant("aarch64", None, ("-march=armv8-a",)),
@@ -77,7 +77,7 @@ def variants(library: str) -> list[str]:
     """The names of a library's variants that this CPU runs, the best first. Raises Unavailable without a compiler."""
     here, bits = machine(), features()
     found = [name for name, one in VARIANTS.items()
-             if one.machine == here and (one.bit is None or bits & one.bit) and one.only in (None, library)]
+             if one.machine == here and (one.bit is None or bits & one.bit) and library in (one.only or (library,))]
     if not found:
         raise Unavailable(f"no variant for this processor ({here}: x86-64 needs AVX2)")
     return found

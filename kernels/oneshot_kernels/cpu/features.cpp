@@ -1,5 +1,5 @@
 // CPUID: what this CPU and its operating system can run. Bit 0: x86-64-v3 (AVX2, FMA). Bit 1: AVX-512 with VNNI. Bit 2: that,
-// and bfloat16 products on tile registers (AMX), for which Linux has to be asked.
+// and products of bfloat16 and int8 on tile registers (AMX), for which Linux has to be asked.
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -7,7 +7,7 @@
 
 static bool amx() {
     unsigned a = 0, b = 0, c = 0, d = 0;
-    const bool there = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1);  // AMX-BF16, AMX-TILE
+    const bool there = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1) && (d >> 25 & 1);  // AMX-BF16, -TILE, -INT8
 #if defined(__linux__)
     constexpr long ASK = 0x1023, TILES = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA: for all threads, until the process ends
     return there && !syscall(SYS_arch_prctl, ASK, TILES);

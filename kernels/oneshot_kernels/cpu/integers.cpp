@@ -141,6 +141,17 @@ template <bool FOUR, bool PLAIN, int M, int S> ALWAYS void part(Weight w, const 
         out[m][s] = __builtin_convertvector(acc[m][s] - over[s], F) * x.scale[(token + m) * w.blocks + b];
 }
 
+// The results of one tile for one token.
+template <bool FOUR> static inline void put_rows(Weight w, Output out, int64_t tile, int64_t token, F sum) {
+    const float* scale = static_cast<const float*>(w.scale);
+    float lanes[L];
+    std::memcpy(lanes, &sum, sizeof(lanes));
+    const int64_t row = tile * L, rows = out.N - row < L ? out.N - row : L;
+    for (int64_t r = 0; r < rows; r++)
+        put(out.y, token * out.N + row + r, out.type,
+            lanes[r] * (FOUR ? 1 : scale[row + r]) + (out.bias ? get(out.bias, row + r, out.type) : 0));
+}
+
 // S tiles, each `apart` tiles from the one before it.
 template <bool FOUR, bool PLAIN, int M, int S> static void block(Weight w, int64_t tile, int64_t apart, Input x, Output out, int64_t token) {
     const int64_t columns = w.blocks * BLOCK, stride = w.sparse ? 2 * w.blocks * HALF<FOUR> : columns * L / (FOUR ? 2 : 1);
@@ -156,15 +167,7 @@ template <bool FOUR, bool PLAIN, int M, int S> static void block(Weight w, int64
             for (int m = 0; m < M; m++) sum[m][s] += of[m][s] * scale;
         }
     }
-    const float* scale = static_cast<const float*>(w.scale);
-    for (int m = 0; m < M; m++) for (int s = 0; s < S; s++) {
-        float lanes[L];
-        std::memcpy(lanes, &sum[m][s], sizeof(lanes));
-        const int64_t row = (tile + s * apart) * L, rows = out.N - row < L ? out.N - row : L;
-        for (int64_t r = 0; r < rows; r++)
-            put(out.y, (token + m) * out.N + row + r, out.type,
-                lanes[r] * (FOUR ? 1 : scale[row + r]) + (out.bias ? get(out.bias, row + r, out.type) : 0));
-    }
+    for (int m = 0; m < M; m++) for (int s = 0; s < S; s++) put_rows<FOUR>(w, out, tile + s * apart, token + m, sum[m][s]);
 }
 
 template <bool FOUR, bool PLAIN, int M, int S, int AT_ONCE> static void some(Weight w, int64_t tile, int64_t apart, Input x, Output out, int64_t token) {
@@ -189,8 +192,8 @@ template <bool FOUR, bool PLAIN> static void all(Weight w, Input in, Output out,
     });
 }
 
-// One token's block: codes round(127 x / max|x|) plus OFFSET. NaN or infinity anywhere makes the scale NaN, and so y.
-static void quantise(const float* x, uint8_t* codes, float* scale) {
+// One token's block: codes round(127 x / max|x|) plus `offset`. NaN or infinity anywhere makes the scale NaN, and so y.
+static void quantise(const float* x, uint8_t* codes, float* scale, int offset) {
     constexpr int PARTS = BLOCK / L;
     typedef uint8_t B __attribute__((vector_size(L)));
     F most = {}, bad = {};
@@ -206,11 +209,13 @@ static void quantise(const float* x, uint8_t* codes, float* scale) {
     const F inverse = F{} + (good && largest > 0 ? 127 / largest : 0), magic = F{} + 12582912.0f;  // 1.5 * 2^23: rounds to
     for (int p = 0; p < PARTS; p++) {                                                             // whole, ties to even
         const F v = good ? load<F>(x + p * L) : F{}, whole = v * inverse;
-        const I code = __builtin_convertvector((whole + magic) - magic, I) + OFFSET;
+        const I code = __builtin_convertvector((whole + magic) - magic, I) + offset;
         const B bytes = __builtin_convertvector(code, B);
         std::memcpy(codes + p * L, &bytes, L);
     }
 }
+
+#include "amx_integers.h"  // with what is above
 
 extern "C" int lanes() { return L; }
 
@@ -218,20 +223,37 @@ extern "C" int lanes() { return L; }
 // Returns 1 without memory.
 extern "C" int linear_integers(const void* x, const uint8_t* values, const void* scale, const void* bias, void* y, int64_t tokens,
                                int64_t N, int64_t K, int64_t type, int64_t bits, int64_t sparse, int64_t plain, int64_t threads) {
-    const int64_t blocks = (K + BLOCK - 1) / BLOCK, columns = blocks * BLOCK;
+    const int64_t blocks = (K + BLOCK - 1) / BLOCK, columns = blocks * BLOCK, padded = (tokens + 15) / 16 * 16;
+#if defined(__AMX_INT8__)
+    const bool registers = tokens > 1 && !plain;  // one token is faster on vectors
+#else
+    constexpr bool registers = false;
+#endif
     std::unique_ptr<float, void (*)(void*)> wide(static_cast<float*>(std::aligned_alloc(64, (plain ? tokens : 1) * (columns + APART) * 4)), std::free);
-    std::unique_ptr<uint8_t, void (*)(void*)> codes(plain ? nullptr : static_cast<uint8_t*>(std::aligned_alloc(64, tokens * columns)), std::free);
+    std::unique_ptr<uint8_t, void (*)(void*)> codes(plain ? nullptr : static_cast<uint8_t*>(std::aligned_alloc(64, padded * columns)), std::free);
     std::unique_ptr<float, void (*)(void*)> scales(plain ? nullptr : static_cast<float*>(std::malloc(tokens * blocks * 4)), std::free);
     if (!wide || (!plain && (!codes || !scales))) return 1;
     for (int64_t t = 0; t < tokens; t++) {
         float* row = wide.get() + (plain ? t * (columns + APART) : 0);
         widen(x, t, K, columns, Type(type), row);
-        if (!plain) for (int64_t b = 0; b < blocks; b++)
-            quantise(row + b * BLOCK, codes.get() + t * columns + b * BLOCK, scales.get() + t * blocks + b);
+        if (!plain) for (int64_t b = 0; b < blocks; b++) {
+            int64_t at = t * columns + b * BLOCK;
+#if defined(__AMX_INT8__)
+            if (registers) at = amx::place(t, b, blocks);
+#endif
+            quantise(row + b * BLOCK, codes.get() + at, scales.get() + t * blocks + b, registers ? 0 : OFFSET);
+        }
     }
     const Weight w{values, scale, blocks, sparse != 0};
     const Input in{plain ? wide.get() : nullptr, codes.get(), scales.get(), blocks};
     const Output out{y, bias, N, Type(type)};
+#if defined(__AMX_INT8__)
+    if (registers) {
+        const auto all = bits == 4 ? (sparse ? amx::linear<true, true> : amx::linear<true, false>) : (sparse ? amx::linear<false, true> : amx::linear<false, false>);
+        all(w, codes.get(), scales.get(), out, tokens, threads);
+        return 0;
+    }
+#endif
     if (bits == 4) plain ? all<true, true>(w, in, out, tokens, threads) : all<true, false>(w, in, out, tokens, threads);
     else plain ? all<false, true>(w, in, out, tokens, threads) : all<false, false>(w, in, out, tokens, threads);
     return 0;

@@ -253,17 +253,20 @@ def _declare(cdll: ctypes.CDLL) -> None:
 def _self_test(cdll: ctypes.CDLL) -> str | None:
     """What is wrong on small products that go through every part of the code, or None."""
     generator = torch.Generator().manual_seed(0)
-    n, k, m = 5 * cdll.lanes() + 3, 172, 15
-    x, bias = torch.randn(m, k, generator=generator), torch.randn(n, generator=generator)
+    n, k = 5 * cdll.lanes() + 3, 172
+    every, bias = torch.randn(70, k, generator=generator), torch.randn(n, generator=generator)
     for sparse, bits, plain in itertools.product((True, False), (8, 4), (False, True)):
         weight = torch.randn(n, k, generator=generator)
         if sparse:
             weight = reference.random_24(n, k, torch.float32, generator)
         codes, scale = round_rows(weight) if bits == 8 else round_groups(weight)
-        made, y = prepare(codes, scale, sparse=sparse, bits=bits, lanes=cdll.lanes()), torch.full((m, n), torch.nan)
-        pointers = (None if t is None else t.data_ptr() for t in (x, *made[:2], bias, y))
-        cdll.linear_integers(*pointers, m, n, k, TYPES[x.dtype], bits, sparse, plain, 2)
-        error = reference.relative_error(y, emulate(x, codes, scale, bias, plain))
-        if not error <= 1e-6:
-            return f"{'2:4' if sparse else 'dense'} int{bits}{', x as it is' * plain}: relative error {error:.3g}"
+        made = prepare(codes, scale, sparse=sparse, bits=bits, lanes=cdll.lanes())
+        for m in (1, 15, 70):
+            x, y = every[:m], torch.full((m, n), torch.nan)
+            pointers = (None if t is None else t.data_ptr() for t in (x, *made[:2], bias, y))
+            cdll.linear_integers(*pointers, m, n, k, TYPES[x.dtype], bits, sparse, plain, 2)
+            error = reference.relative_error(y, emulate(x, codes, scale, bias, plain))
+            if not error <= 1e-6:
+                form = f"{'2:4' if sparse else 'dense'} int{bits}{', x as it is' * plain}"
+                return f"{form}, {m} tokens: relative error {error:.3g}"
     return None

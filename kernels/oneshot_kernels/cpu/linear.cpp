@@ -7,7 +7,7 @@
 // shifting. Sums are moved to a second accumulator every 64 columns, which keeps rounding errors small.
 #include <cstdlib>
 #include <memory>
-#include "amx.h"
+#include "amx_floats.h"
 #include "parallel.h"
 #include "unfold.h"
 #include "vectors.h"
