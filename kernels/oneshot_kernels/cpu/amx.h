@@ -20,8 +20,14 @@ static Shape shape_for(int64_t tokens) {
 // instruction's text, so each has a case; loops around these are unrolled and leave none.
 #define CASES(f, n) switch (n) { case 0: f(0); break; case 1: f(1); break; case 2: f(2); break; case 3: f(3); break; \
                                  case 4: f(4); break; case 5: f(5); break; case 6: f(6); break; default: f(7); }
-ALWAYS void configure(const Shape& shape) { asm volatile("ldtilecfg %0" :: "m"(shape) : "memory"); }
-ALWAYS void release() { asm volatile("tilerelease" ::: "memory"); }
+struct Registers {  // in use as `shape` says, then as they were: torch's products remember that they have set theirs
+    Shape before;
+    explicit Registers(const Shape& shape) { asm volatile("sttilecfg %0; ldtilecfg %1" : "=m"(before) : "m"(shape) : "memory"); }
+    ~Registers() {
+        if (before.palette) asm volatile("ldtilecfg %0" :: "m"(before) : "memory");
+        else asm volatile("tilerelease" ::: "memory");
+    }
+};
 ALWAYS void zero(int n) {
 #define ZERO(n) asm volatile("tilezero %%tmm" #n ::)
     CASES(ZERO, n)

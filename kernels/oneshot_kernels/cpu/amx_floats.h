@@ -78,10 +78,9 @@ template <bool SPARSE> static void linear(Weight w, const uint16_t* x, int64_t K
     const Shape shape = shape_for(out.tokens);
     const int64_t n = (out.N + ROWS - 1) / ROWS, whole = n / MOST;
     parallel(whole + n % MOST, threads, [&](int64_t i) {
-        configure(shape);
+        const Registers used(shape);
         if (i < whole) cover<MOST>(out.tokens, Block<SPARSE>{w, i, whole, space, out});
         else cover<1>(out.tokens, Block<SPARSE>{w, whole * MOST + i - whole, 0, space, out});
-        release();
     });
 }
 

@@ -88,8 +88,9 @@ template <bool FOUR, bool SPARSE> struct Block {
                 F own = F{} + 1;
                 if (FOUR) own = load_half(static_cast<const uint16_t*>(w.scale) + ((tile + (s0 + s) * apart) * w.blocks + now) * L);
                 for (int t = 0; t < T; t++) for (int64_t m = 0; m < count[t]; m++) {
-                    const F of = __builtin_convertvector(load<I>(raw[s * T + t][m]), F) * scale[(token + t * ROWS + m) * w.blocks + now];
-                    sum[s * T + t][m] += of * own;
+                    const F of = __builtin_convertvector(load<I>(raw[s * T + t][m]), F);
+                    F& total = sum[s * T + t][m];
+                    total = add_scaled<FOUR>(total, of, scale[(token + t * ROWS + m) * w.blocks + now], own);
                 }
             }
         }
@@ -102,10 +103,9 @@ template <bool FOUR, bool SPARSE> static void linear(Weight w, const uint8_t* x,
     const Shape shape = shape_for(tokens);
     const int64_t n = (out.N + ROWS - 1) / ROWS, whole = n / MOST;
     parallel(whole + n % MOST, threads, [&](int64_t i) {
-        configure(shape);
+        const Registers used(shape);
         if (i < whole) cover<MOST>(tokens, Block<FOUR, SPARSE>{w, i, whole, x, scale, out, tokens});
         else cover<1>(tokens, Block<FOUR, SPARSE>{w, whole * MOST + i - whole, 0, x, scale, out, tokens});
-        release();
     });
 }
 

@@ -5,6 +5,7 @@
 // Rows lie on SIMD lanes as in linear.cpp; a lane is 32 bits, which are four weights of its row. Dense: four columns.
 // 2:4: the four kept ones of eight columns, and pshufb picks their x by three bits each. int4: a byte holds code + 8 of one
 // step in its low half, that of the next in its high half.
+#include <cmath>
 #include <cstdlib>
 #include <memory>
 #include "parallel.h"
@@ -123,7 +124,7 @@ template <bool FOUR, int M, int S> ALWAYS void dense(const uint8_t* const (&v)[S
     }
 }
 
-// One block of columns, without the scales of the weight.
+// One block of columns, without scales.
 template <bool FOUR, bool PLAIN, int M, int S> ALWAYS void part(Weight w, const uint8_t* const (&v)[S], Input x, int64_t token, int64_t b,
                                                                 F (&out)[M][S]) {
     const int64_t columns = w.blocks * BLOCK, first = token * columns;
@@ -138,7 +139,12 @@ template <bool FOUR, bool PLAIN, int M, int S> ALWAYS void part(Weight w, const 
     if (w.sparse) sparse<FOUR, M, S>(v, x.codes + first, columns, b, acc, over);
     else dense<FOUR, M, S>(v, x.codes + first, columns, b, acc, over);
     for (int s = 0; s < S; s++) for (int m = 0; m < M; m++)
-        out[m][s] = __builtin_convertvector(acc[m][s] - over[s], F) * x.scale[(token + m) * w.blocks + b];
+        out[m][s] = __builtin_convertvector(acc[m][s] - over[s], F);
+}
+
+// sum + of * x * weight, where only int4 has a scale of the weight here.
+template <bool FOUR> static inline F add_scaled(F sum, F of, float x, F weight) {
+    return FOUR ? add_product(sum, of * x, weight) : add_product(sum, of, F{} + x);
 }
 
 // The results of one tile for one token.
@@ -147,9 +153,8 @@ template <bool FOUR> static inline void put_rows(Weight w, Output out, int64_t t
     float lanes[L];
     std::memcpy(lanes, &sum, sizeof(lanes));
     const int64_t row = tile * L, rows = out.N - row < L ? out.N - row : L;
-    for (int64_t r = 0; r < rows; r++)
-        put(out.y, token * out.N + row + r, out.type,
-            lanes[r] * (FOUR ? 1 : scale[row + r]) + (out.bias ? get(out.bias, row + r, out.type) : 0));
+    for (int64_t r = 0; r < rows; r++)  // rounded once, wherever it stands
+        put(out.y, token * out.N + row + r, out.type, std::fma(lanes[r], FOUR ? 1 : scale[row + r], out.bias ? get(out.bias, row + r, out.type) : 0));
 }
 
 // S tiles, each `apart` tiles from the one before it.
@@ -164,7 +169,8 @@ template <bool FOUR, bool PLAIN, int M, int S> static void block(Weight w, int64
         for (int s = 0; s < S; s++) {
             F scale = F{} + 1;
             if (FOUR) scale = load_half(static_cast<const uint16_t*>(w.scale) + ((tile + s * apart) * w.blocks + b) * L);
-            for (int m = 0; m < M; m++) sum[m][s] += of[m][s] * scale;
+            for (int m = 0; m < M; m++)
+                sum[m][s] = add_scaled<FOUR>(sum[m][s], of[m][s], PLAIN ? 1 : x.scale[(token + m) * w.blocks + b], scale);
         }
     }
     for (int m = 0; m < M; m++) for (int s = 0; s < S; s++) put_rows<FOUR>(w, out, tile + s * apart, token + m, sum[m][s]);

@@ -50,6 +50,17 @@ static inline F pick(F x, U i) {
 #endif
 }
 
+// sum + a b, rounded once, wherever it stands: of `sum += a * b` a compiler decides in each place anew
+static inline F add_product(F sum, F a, F b) {
+#if defined(__AVX512F__)
+    return F(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(sum)));
+#elif defined(__AVX2__)
+    return F(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(sum)));
+#else
+    return F(vfmaq_f32(float32x4_t(sum), float32x4_t(a), float32x4_t(b)));
+#endif
+}
+
 // L consecutive fp16 numbers
 static inline F load_half(const void* p) {
 #if defined(__AVX512F__)
