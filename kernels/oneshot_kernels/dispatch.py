@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from .linear import Sparse24Linear
 
 TILES_UNTIL = {("avx512", torch.bfloat16): 16, ("avx512", torch.float16): 16, ("amx", torch.float16): 16,
-               ("amx", torch.bfloat16): 128}
+               ("amx", torch.bfloat16): 256}
 """{(variant, dtype): tokens up to which tiles should pay on a CPU}, else 64. An estimate: with AVX-512 torch's own
 products are faster than without; what is expanded has to be written and read again."""
 
