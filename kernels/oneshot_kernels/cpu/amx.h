@@ -2,11 +2,12 @@
 // what A (tokens, columns of x) and B (columns, rows of the weight) give.
 #pragma once
 #if defined(__AMX_TILE__)
+#include "parallel.h"
 #include "vectors.h"
 
 namespace amx {
 
-constexpr int ROWS = 16, TILE = 1024;  // of a register; its bytes
+constexpr int ROWS = 16, TILE = 1024, MOST = 4;  // rows of a register; its bytes; tiles of a weight at once
 struct alignas(64) Shape { uint8_t palette = 1, start = 0, none[14] = {}; uint16_t bytes[16] = {}; uint8_t rows[16] = {}; };
 
 // How registers are used, for so many tokens: 0 to 3 are C, 4 and 5 A, 6 and 7 B.
@@ -16,10 +17,6 @@ static Shape shape_for(int64_t tokens) {
     return shape;
 }
 
-// The instructions, with the memory that they read and write: GCC's own intrinsics do not say it. A register is part of an
-// instruction's text, so each has a case; loops around these are unrolled and leave none.
-#define CASES(f, n) switch (n) { case 0: f(0); break; case 1: f(1); break; case 2: f(2); break; case 3: f(3); break; \
-                                 case 4: f(4); break; case 5: f(5); break; case 6: f(6); break; default: f(7); }
 struct Registers {  // in use as `shape` says, then as they were: torch's products remember that they have set theirs
     Shape before;
     explicit Registers(const Shape& shape) { asm volatile("sttilecfg %0; ldtilecfg %1" : "=m"(before) : "m"(shape) : "memory"); }
@@ -28,6 +25,10 @@ struct Registers {  // in use as `shape` says, then as they were: torch's produc
         else asm volatile("tilerelease" ::: "memory");
     }
 };
+// The instructions, with the memory that they read and write: GCC's own intrinsics do not say it. A register is part of an
+// instruction's text, so each has a case; loops around these are unrolled and leave none.
+#define CASES(f, n) switch (n) { case 0: f(0); break; case 1: f(1); break; case 2: f(2); break; case 3: f(3); break; \
+                                 case 4: f(4); break; case 5: f(5); break; case 6: f(6); break; default: f(7); }
 ALWAYS void zero(int n) {
 #define ZERO(n) asm volatile("tilezero %%tmm" #n ::)
     CASES(ZERO, n)
@@ -62,6 +63,17 @@ template <int S, typename B> static void cover(int64_t tokens, const B& block) {
     constexpr int TWO = S < 2 ? 1 : 2;
     if (padded - t == 2 * ROWS) { for (int s = 0; s < S; s += TWO) block.template run<TWO, 2>(s, t); t += 2 * ROWS; }
     if (padded > t) block.template run<S, 1>(0, t);
+}
+
+// `cover` for all N rows of a weight. block(tile, apart): for MOST tiles, `apart` from each other, or for one.
+template <typename F> static void all_rows(int64_t N, int64_t tokens, int64_t threads, const F& block) {
+    const Shape shape = shape_for(tokens);
+    const int64_t n = (N + ROWS - 1) / ROWS, whole = n / MOST;
+    parallel(whole + n % MOST, threads, [&](int64_t i) {
+        const Registers used(shape);
+        if (i < whole) cover<MOST>(tokens, block(i, whole));
+        else cover<1>(tokens, block(whole * MOST + i - whole, 0));
+    });
 }
 
 }  // namespace amx

@@ -1,18 +1,18 @@
 // Products of bfloat16 on the tile registers of newer Xeons (AMX): what linear.cpp does, for more tokens than one.
 //
 // TDPBF16PS multiplies A (tokens, 32 columns of x) by B (16 pairs of columns, 16 rows of W): the order in which a tile of a
-// dense weight lies in memory anyway (layout.py). A chunk of a 2:4 weight is unfolded into a small buffer, from which the register is loaded one chunk later.
+// dense weight lies in memory anyway (layout.py). A chunk of a 2:4 weight is unfolded into a small buffer, from which the
+// register is loaded one chunk later.
 //
 // C is float32; it takes the products of each token by itself, in order, so a result depends on no other token.
 #pragma once
 #if defined(__AMX_BF16__)
 #include "amx.h"
-#include "parallel.h"
 #include "unfold.h"
 
 namespace amx {
 
-constexpr int CHUNK = 32, MOST = 4;  // columns that fill a register; tiles at once
+constexpr int CHUNK = 32;  // columns that fill a register
 
 struct Weight { const uint8_t* values; const uint32_t* metadata; int64_t chunks; };  // metadata null: dense
 
@@ -75,13 +75,7 @@ template <bool SPARSE> static void linear(Weight w, const uint16_t* x, int64_t K
         std::memcpy(to, x + m * K + c * CHUNK, 2 * columns);
         std::memset(to + 2 * columns, 0, 2 * (CHUNK - columns));
     }
-    const Shape shape = shape_for(out.tokens);
-    const int64_t n = (out.N + ROWS - 1) / ROWS, whole = n / MOST;
-    parallel(whole + n % MOST, threads, [&](int64_t i) {
-        const Registers used(shape);
-        if (i < whole) cover<MOST>(out.tokens, Block<SPARSE>{w, i, whole, space, out});
-        else cover<1>(out.tokens, Block<SPARSE>{w, whole * MOST + i - whole, 0, space, out});
-    });
+    all_rows(out.N, out.tokens, threads, [&](int64_t tile, int64_t apart) { return Block<SPARSE>{w, tile, apart, space, out}; });
 }
 
 }  // namespace amx

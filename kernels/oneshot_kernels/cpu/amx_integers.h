@@ -6,11 +6,10 @@
 #pragma once
 #if defined(__AMX_INT8__)
 #include "amx.h"
-#include "parallel.h"
 
 namespace amx {
 
-constexpr int STEPS = BLOCK / 4, MOST = 4;  // rows of B; tiles at once
+constexpr int STEPS = BLOCK / 4;  // rows of B
 
 // Where a lane's four columns come from, for each four bits (the positions of a group's two kept values): bytes 0 and 1 of the
 // lane for the first group of a step, 2 and 3 for the second; 0x80 gives zero.
@@ -100,13 +99,7 @@ template <bool FOUR, bool SPARSE> struct Block {
 };
 
 template <bool FOUR, bool SPARSE> static void linear(Weight w, const uint8_t* x, const float* scale, Output out, int64_t tokens, int64_t threads) {
-    const Shape shape = shape_for(tokens);
-    const int64_t n = (out.N + ROWS - 1) / ROWS, whole = n / MOST;
-    parallel(whole + n % MOST, threads, [&](int64_t i) {
-        const Registers used(shape);
-        if (i < whole) cover<MOST>(tokens, Block<FOUR, SPARSE>{w, i, whole, x, scale, out, tokens});
-        else cover<1>(tokens, Block<FOUR, SPARSE>{w, whole * MOST + i - whole, 0, x, scale, out, tokens});
-    });
+    all_rows(out.N, tokens, threads, [&](int64_t tile, int64_t apart) { return Block<FOUR, SPARSE>{w, tile, apart, x, scale, out, tokens}; });
 }
 
 }  // namespace amx

@@ -59,13 +59,18 @@ def forget() -> None:
 
 def compiled(name: str) -> Iterator[tuple[str, ctypes.CDLL]]:
     """(variant, library) of all that this CPU runs and the compiler knows, the best first. Raises build.Unavailable."""
+    missed = []
     for variant in build.variants(name):
         try:
             path = build.build(name, build.VARIANTS[variant].flags)
-        except build.Unavailable:
+        except build.Unavailable as error:
             if build.VARIANTS[variant].only is None:
                 raise
-            continue  # the compiler is too old for it
+            missed.append(f"{name}, variant {variant}: {error}")
+            continue
+        while missed:
+            warnings.warn(f"{missed.pop()}; {variant} is used, which is slower here. A newer compiler may know it",
+                          RuntimeWarning, stacklevel=4)
         cdll = ctypes.CDLL(str(path))
         give_team(cdll)
         yield variant, cdll
