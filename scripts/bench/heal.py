@@ -36,7 +36,7 @@ BASE = {
                 "--eval-windows", "64"],
     "demo": ["--model", "demo", "--seqlen", "256", "--nsamples", "64", "--eval-windows", "64"],
 }
-BEGUN = ("method", "pattern", "shrink")
+BEGUN = ("method", "pattern", "shrink", "uneven", "nsamples")
 WINDOW = {"demo": ["--heal-seqlen", "256"]}  # as many positions as it has
 WAYS = yaml.safe_load(Path(__file__).with_name("heal_ways.yaml").read_text(encoding="utf-8"))
 
@@ -97,7 +97,7 @@ def one(args: argparse.Namespace, name: str, seed: str, way: str, texts: list[st
             flags = [*without(flags, "--model"), "--model", str(begins), "--heal-teacher", dense]
         own += ["--heal-held-out", str(args.work / held)] if held else []
         for flag, value in ways.items():
-            own += [f"--{flag}", str(value)]
+            own += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
             if flag == "heal" and any(part in str(value) for part in ("full", "lora")):
                 own += ["--heal-data", data, *WINDOW.get(name, [])]
     record = done([*flags, *own], args.out / name, way)

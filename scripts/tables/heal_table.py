@@ -57,7 +57,7 @@ def lines_of(out: Path) -> str:
              *(f"share, {m.split('/')[0]}" for m in METRICS), "held-out loss", "tokens/s", "minutes", "peak GiB"]
     for model, record in found:
         same, dense = [r for m, r in found if m == model], dense_of(found, model)
-        plain = [r for r in same if unhealed(r) and of(r) == of(record)]
+        plain = [r for r in same if unhealed(r) and not settings_of(r).get("uneven") and of(r) == of(record)]
         plain = next((r for r in plain if windows_of(r) == windows_of(record)), plain[0] if plain else None)
         info = next((i for i in record["heal"].values() if "attempts" in i), {})
         loss = f"{info['held_out_before']:.3f} to {info['held_out_after']:.3f}" if info else ""
@@ -110,7 +110,8 @@ def told(out: Path) -> str:
                     for e in (record["environment"] for _, record in rows(out))})
     return (f"`scripts/bench/heal.py`; {'; '.join(about)}. 64 windows of each text, on which nothing was trained. "
             "share: of the excess log-perplexity of the same model without healing that is gone (of best: of "
-            "SparseGPT's), with as many calibration windows where that was measured. held-out loss, nats, "
+            "SparseGPT's; of widths by layer: of even widths'), with as many calibration windows where that was "
+            "measured. held-out loss, nats, "
             "on a part of the training mixture that was not trained on: KL to the dense model, with (next) the next "
             "token's cross-entropy, which also moves a model towards the texts it is healed on; the dense one was not.")
 
@@ -165,6 +166,7 @@ def way_of(record: dict) -> str:
     about = [settings["heal_loss"]] if settings.get("heal_loss") else []
     about += ["on shuffled words"] if "shuffled" in str(settings.get("heal_data")) else []
     about += ["C4 held out"] if settings.get("heal_held_out") else []
+    about += ["widths by layer"] if settings.get("uneven") else []
     about += [f"{windows_of(record)} windows"] if windows_of(record) != WINDOWS else []
     return " ".join(made) + (f", {own}" if own else "") + (f" ({', '.join(about)})" if about else "")
 
