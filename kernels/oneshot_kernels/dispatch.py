@@ -41,9 +41,9 @@ if TYPE_CHECKING:
     from .linear import Sparse24Linear
 
 TILES_UNTIL = {("avx512", torch.bfloat16): 16, ("avx512", torch.float16): 16, ("amx", torch.float16): 16,
-               ("amx", torch.bfloat16): 256}
+               ("amx", torch.bfloat16): 1 << 62}
 """{(variant, dtype): tokens up to which tiles should pay on a CPU}, else 64. An estimate: with AVX-512 torch's own
-products are faster than without; what is expanded has to be written and read again."""
+products are faster than without; what is expanded has to be written and read again, but for tile registers."""
 
 NOT_ON_CPU = (False, 0, True)
 

@@ -160,7 +160,7 @@ def integer_forms(weight: torch.Tensor, copies: int, kind: str) -> tuple[dict[st
     half = held(sparse[0][:2])
     size = {"torch": held(plain[:1]), "dense": held(dense[0][:2]), "2:4": half, "layer": half,
             "read": held(dense[0][:1])}
-    return runs, size, lambda x: integers.emulate(x, *rounded, None)
+    return runs, size, lambda x: integers.emulate(x, *rounded, None, integers.stays(x))
 
 
 def held(tensors: Sequence[torch.Tensor | None]) -> int:

@@ -55,8 +55,9 @@ def test_errs_at_most_twice_as_much_as_torch(variant, dtype, n, k, sparse, bits,
         codes, scale, x, bias = problem(n, k, m, dtype, sparse, m, bits)
         weight = prepare(codes, scale, sparse=sparse, bits=bits)
         for b in (bias, None):
-            y, truth = linear(x, weight, b, as_it_is), emulate(x, codes, scale, b, as_it_is)
-            seen = x.float() if as_it_is else round_input(x).float()
+            stays = as_it_is or integers.stays(x)
+            y, truth = linear(x, weight, b, as_it_is), emulate(x, codes, scale, b, stays)
+            seen = x.float() if stays else round_input(x).float()
             theirs = F.linear(seen, value(codes, scale).float(), None if b is None else b.float()).to(dtype)
             assert y.dtype == dtype and y.shape == (m, n)
             ours, plain = (e + (z.double() - truth).square().sum() for e, z in ((ours, y), (plain, theirs)))
@@ -107,6 +108,23 @@ def test_a_token_does_not_depend_on_those_beside_it(variant, sparse, bits, as_it
     for few in (1, 3, 17, 35):
         apart = torch.cat([linear(part.contiguous(), weight, bias, as_it_is) for part in x.split(few)])
         assert torch.equal(apart, together)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("n, k", [(16, 64), (1100, 100), (131, 1052)])  # more than an item, a panel
+def test_many_tokens(variant, n, k, sparse, bits, monkeypatch):
+    """bfloat16, more tokens than a batch, whatever the threads; beside torch's product in bfloat16."""
+    codes, scale, x, bias = problem(n, k, 530, torch.bfloat16, sparse, 0, bits)
+    weight, found, dense = prepare(codes, scale, sparse=sparse, bits=bits), [], value(codes, scale).bfloat16()
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(library, "threads", lambda threads=threads: threads)
+        found.append(linear(x, weight, bias, plain=True))
+    assert all(torch.equal(y, found[0]) for y in found)
+    truth = emulate(x, codes, scale, bias, plain=True)
+    assert (found[0] - truth).norm() <= 2 * (F.linear(x, dense, bias) - truth).norm()
+    if integers.stays(x):
+        assert torch.equal(linear(x, weight, bias), found[0])
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -212,4 +230,4 @@ def test_the_self_test_finds_a_wrong_library(variant):
         @staticmethod
         def linear_integers(x, values, scale, bias, *rest):
             return right.linear_integers(x, values, scale, None, *rest)
-    assert "2:4 int8, 1 tokens: relative error" in integers._self_test(Wrong())
+    assert "2:4 int8 torch.float32, 1 tokens: relative error" in integers._self_test(Wrong())

@@ -81,6 +81,21 @@ def test_a_token_does_not_depend_on_those_beside_it(variant, request, dtype):
     assert all(torch.equal(together[i : i + few], cpu.linear(x[i : i + few], *packed, 40)) for i in range(0, 70, few))
 
 
+@pytest.mark.parametrize("form", ["2:4", "dense"])
+@pytest.mark.parametrize("n, k", [(16, 32), (1100, 36), (131, 1052)])  # more than an item, a panel
+def test_many_tokens(variant, n, k, form, monkeypatch):
+    """bfloat16, more tokens than a batch: the bits of a few at a time, whatever the threads."""
+    weight, x, bias = problem(n, k, 530, torch.bfloat16)
+    held, found = tiles(weight) if form == "2:4" else (layout.dense_tiles(weight, cpu.lanes()), None), []
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(library, "threads", lambda threads=threads: threads)
+        found.append(cpu.linear(x, *held, n, bias))
+    few = torch.cat([cpu.linear(part, *held, n, bias) for part in x.split(53)])
+    assert all(torch.equal(y, few) for y in found)
+    truth = F.linear(x.double(), weight.double(), bias.double())
+    assert (few - truth).norm() <= 2 * (F.linear(x, weight, bias) - truth).norm()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n, k", [(1, 4), (16, 32), (37, 172)])
 def test_tiles_are_undone_exactly(variant, dtype, n, k):

@@ -8,31 +8,40 @@
 #pragma once
 #if defined(__AMX_BF16__)
 #include "amx.h"
+#include "amx_many.h"
 #include "unfold.h"
 
 namespace amx {
 
-constexpr int CHUNK = 32;  // columns that fill a register
+// metadata null: dense
+template <bool SPARSE> struct Weight {
+    const uint8_t* values; const uint32_t* metadata; int64_t chunks;
+    static constexpr int BYTES = SPARSE ? TILE / 2 : TILE;  // of a chunk of a tile
 
-struct Weight { const uint8_t* values; const uint32_t* metadata; int64_t chunks; };  // metadata null: dense
+    const uint8_t* at(int64_t tile, int64_t chunk) const { return values + (tile * chunks + chunk) * BYTES; }
+    void unfold_to(int64_t tile, int64_t chunk, uint8_t* out) const { unfold(at(tile, chunk), metadata + (tile * chunks + chunk) * ROWS, out); }
+    F scale(int64_t) const { return F{} + 1; }
+    const uint8_t* panel(int64_t tile, int64_t first, int64_t count, uint8_t* buffer) const {  // for `many`
+        if (!SPARSE) return at(tile, first);
+        for (int64_t c = 0; c < count; c++) unfold_to(tile, first + c, buffer + c * TILE);
+        return buffer;
+    }
+};
 
 // The sums of S tiles and T times 16 tokens, in registers s * T + t. x: (token tile, chunk, 16, CHUNK).
-template <bool SPARSE, int S, int T> ALWAYS void sums(Weight w, int64_t tile, int64_t apart, const uint8_t* x) {
+template <bool SPARSE, int S, int T> ALWAYS void sums(Weight<SPARSE> w, int64_t tile, int64_t apart, const uint8_t* x) {
     alignas(64) uint8_t buffer[2][S][TILE];
-    const int64_t stride = w.chunks * (SPARSE ? TILE / 2 : TILE);
-    const uint8_t* v[S]; const uint32_t* meta[S];
-    for (int s = 0; s < S; s++) { v[s] = w.values + (tile + s * apart) * stride; meta[s] = w.metadata + (tile + s * apart) * w.chunks * ROWS; }
 #pragma GCC unroll 4
     for (int i = 0; i < S * T; i++) zero(i);
     for (int64_t c = 0; c < w.chunks + SPARSE; c++) {
         if (SPARSE && c < w.chunks)
-            for (int s = 0; s < S; s++) unfold(v[s] + c * (TILE / 2), meta[s] + c * ROWS, buffer[c & 1][s]);
+            for (int s = 0; s < S; s++) w.unfold_to(tile + s * apart, c, buffer[c & 1][s]);
         const int64_t now = c - SPARSE;  // the stores of a chunk have arrived when the next one is unfolded
         if (now < 0) continue;
         if (T == 1) fetch(4, x + now * TILE);
 #pragma GCC unroll 4
         for (int s = 0; s < S; s++) {
-            fetch(6 + s % 2, SPARSE ? buffer[now & 1][s] : v[s] + now * TILE);
+            fetch(6 + s % 2, SPARSE ? buffer[now & 1][s] : w.at(tile + s * apart, now));
 #pragma GCC unroll 4
             for (int t = 0; t < T; t++) {
                 if (T > 1) fetch(4 + t % 2, x + (t * w.chunks + now) * TILE);
@@ -42,39 +51,33 @@ template <bool SPARSE, int S, int T> ALWAYS void sums(Weight w, int64_t tile, in
     }
 }
 
-struct Output { uint16_t* y; const uint16_t* bias; int64_t N, tokens; };
-
 // For `cover`: S tiles of a weight, each `apart` tiles from the one before it, and all tokens.
 template <bool SPARSE> struct Block {
-    Weight w; int64_t tile, apart; const uint8_t* x; Output out;
+    Weight<SPARSE> w; int64_t tile, apart; const uint8_t* x; Result out;
 
     template <int S, int T> void run(int s, int64_t token) const {
         sums<SPARSE, S, T>(w, tile + s * apart, apart, x + place(token, 0, w.chunks));
 #pragma GCC unroll 4
         for (int i = 0; i < S * T; i++) {
-            alignas(64) float sum[ROWS][ROWS] = {};
+            alignas(64) float sum[ROWS][ROWS];
             keep(i, sum);
-            const int64_t row = (tile + (s + i / T) * apart) * ROWS, rows = out.N - row < ROWS ? out.N - row : ROWS;
-            float bias[ROWS] = {};
-            if (out.bias) for (int64_t r = 0; r < rows; r++) bias[r] = bf16_to_float(out.bias[row + r]);
-            const int64_t from = token + i % T * ROWS, to = from + ROWS < out.tokens ? from + ROWS : out.tokens;
-            for (int64_t m = from; m < to; m++) {
-                uint16_t rounded[ROWS];
-                for (int r = 0; r < ROWS; r++) rounded[r] = float_to_bf16(sum[m - from][r] + bias[r]);
-                std::memcpy(out.y + m * out.N + row, rounded, 2 * rows);
-            }
+            const int64_t own = tile + (s + i / T) * apart, from = token + i % T * ROWS, to = from + ROWS < out.tokens ? from + ROWS : out.tokens;
+            const F bias = bias_of(out, own);
+            for (int64_t m = from; m < to; m++) write_rows(load<F>(sum[m - from]) + bias, own, m, out);
         }
     }
 };
 
-// y = x Wᵀ + bias. x: (tokens, K), K of w.chunks * CHUNK columns. space: room(tokens, w.chunks) bytes, on 64.
-template <bool SPARSE> static void linear(Weight w, const uint16_t* x, int64_t K, uint8_t* space, Output out, int64_t threads) {
-    for (int64_t m = 0; m < out.tokens; m++) for (int64_t c = 0; c < w.chunks; c++) {
-        uint8_t* to = space + place(m, c, w.chunks);
-        const int64_t columns = K - c * CHUNK < CHUNK ? K - c * CHUNK : CHUNK;
-        std::memcpy(to, x + m * K + c * CHUNK, 2 * columns);
-        std::memset(to + 2 * columns, 0, 2 * (CHUNK - columns));
-    }
+constexpr int64_t MANY = 65;  // tokens, and more: every 64 unfold a weight anew
+
+// Bytes of x in the order of registers.
+static inline int64_t space_for(int64_t tokens, int64_t chunks) { return tokens < MANY ? room(tokens, chunks) : room_for_many(chunks); }
+
+// y = x Wᵀ + bias. x: (tokens, K), K of w.chunks * CHUNK columns. space: space_for(tokens, w.chunks) bytes, on 64.
+template <bool SPARSE> static void linear(Weight<SPARSE> w, const uint16_t* x, int64_t K, uint8_t* space, const Result& out, int64_t threads) {
+    if (out.tokens >= MANY) return many(w, x, K, space, out, threads);
+    for (int64_t m = 0; m < out.tokens; m++) for (int64_t c = 0; c < w.chunks; c++)
+        copy_chunk(x + m * K + c * CHUNK, K - c * CHUNK, space + place(m, c, w.chunks));
     all_rows(out.N, out.tokens, threads, [&](int64_t tile, int64_t apart) { return Block<SPARSE>{w, tile, apart, space, out}; });
 }
 

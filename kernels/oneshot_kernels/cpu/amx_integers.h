@@ -6,6 +6,7 @@
 #pragma once
 #if defined(__AMX_INT8__)
 #include "amx.h"
+#include "amx_many.h"
 
 namespace amx {
 
@@ -53,28 +54,56 @@ template <bool FOUR, bool SPARSE> static inline void unfold(const uint8_t* v, ui
     }
 }
 
+template <bool FOUR, bool SPARSE> constexpr int64_t BYTES = SPARSE ? 2 * HALF<FOUR> : TILE / (FOUR ? 2 : 1);  // of a block of a tile
+
+// For `many`, two chunks a block: codes as bfloat16, exactly, with the rows' scales in the end (int8), or code times scale (int4).
+template <bool FOUR, bool SPARSE> struct Codes {
+    Weight w; int64_t N, chunks;
+
+    F scale(int64_t tile) const {
+        F own = F{} + 1;
+        if (!FOUR) for (int64_t r = 0; r < ROWS && tile * ROWS + r < N; r++) own[r] = static_cast<const float*>(w.scale)[tile * ROWS + r];
+        return own;
+    }
+    const uint8_t* panel(int64_t tile, int64_t first, int64_t count, uint8_t* buffer) const {
+        alignas(64) uint8_t block[TILE];
+        for (int64_t c = 0; c < count; c += 2) {
+            const int64_t at = tile * w.blocks + (first + c) / 2;
+            unfold<FOUR, SPARSE>(w.values + at * BYTES<FOUR, SPARSE>, block);
+            F own = F{} + 1;
+            if (FOUR) own = load_half(static_cast<const uint16_t*>(w.scale) + at * L);
+            for (int step = 0; step < STEPS; step++) for (int pair = 0; pair < 2; pair++) {
+                const I four = load<I>(block + 64 * step);
+                const F a = __builtin_convertvector(four << (24 - 16 * pair) >> 24, F), b = __builtin_convertvector(four << (16 - 16 * pair) >> 24, F);
+                const U both = FOUR ? rounded_number(a * own) | rounded_number(b * own) << 16 : U(a) >> 16 | U(b);
+                std::memcpy(buffer + c * TILE + 128 * step + 64 * pair, &both, 64);
+            }
+        }
+        return buffer;
+    }
+};
+
 // For `cover`: S tiles of a weight, each `apart` tiles from the one before it, and all tokens. x: codes, see `room`.
 template <bool FOUR, bool SPARSE> struct Block {
     static constexpr bool UNFOLD = FOUR || SPARSE;
     Weight w; int64_t tile, apart; const uint8_t* x; const float* scale; Output out; int64_t tokens;
 
     template <int S, int T> void run(int s0, int64_t token) const {
-        constexpr int64_t BYTES = SPARSE ? 2 * HALF<FOUR> : TILE / (FOUR ? 2 : 1);  // of a block of columns
         alignas(64) uint8_t buffer[2][S][TILE];
         alignas(64) int32_t raw[S * T][ROWS][ROWS];
         F sum[S * T][ROWS] = {};
         const uint8_t *v[S], *codes = x + place(token, 0, w.blocks);
         int64_t count[T];  // tokens of each 16
-        for (int s = 0; s < S; s++) v[s] = w.values + (tile + (s0 + s) * apart) * w.blocks * BYTES;
+        for (int s = 0; s < S; s++) v[s] = w.values + (tile + (s0 + s) * apart) * w.blocks * BYTES<FOUR, SPARSE>;
         for (int t = 0; t < T; t++) count[t] = tokens - token - t * ROWS < ROWS ? tokens - token - t * ROWS : ROWS;
         for (int64_t b = 0; b < w.blocks + UNFOLD; b++) {
-            if (UNFOLD && b < w.blocks) for (int s = 0; s < S; s++) unfold<FOUR, SPARSE>(v[s] + b * BYTES, buffer[b & 1][s]);
+            if (UNFOLD && b < w.blocks) for (int s = 0; s < S; s++) unfold<FOUR, SPARSE>(v[s] + b * BYTES<FOUR, SPARSE>, buffer[b & 1][s]);
             const int64_t now = b - UNFOLD;  // the stores of a block have arrived when the next one is unfolded
             if (now < 0) continue;
             if (T == 1) fetch(4, codes + now * TILE);
 #pragma GCC unroll 4
             for (int s = 0; s < S; s++) {
-                fetch(6 + s % 2, UNFOLD ? buffer[now & 1][s] : v[s] + now * BYTES);
+                fetch(6 + s % 2, UNFOLD ? buffer[now & 1][s] : v[s] + now * BYTES<FOUR, SPARSE>);
 #pragma GCC unroll 4
                 for (int t = 0; t < T; t++) {
                     if (T > 1) fetch(4 + t % 2, codes + (t * w.blocks + now) * TILE);
@@ -100,6 +129,13 @@ template <bool FOUR, bool SPARSE> struct Block {
 
 template <bool FOUR, bool SPARSE> static void linear(Weight w, const uint8_t* x, const float* scale, Output out, int64_t tokens, int64_t threads) {
     all_rows(out.N, tokens, threads, [&](int64_t tile, int64_t apart) { return Block<FOUR, SPARSE>{w, tile, apart, x, scale, out, tokens}; });
+}
+
+// As `linear`, for a bfloat16 x that is not rounded. Returns whether there was memory.
+template <bool FOUR, bool SPARSE> static bool linear_many(Weight w, const uint16_t* x, int64_t K, const Result& out, int64_t threads) {
+    std::unique_ptr<uint8_t, void (*)(void*)> space(static_cast<uint8_t*>(std::aligned_alloc(64, room_for_many(2 * w.blocks))), std::free);
+    if (space) many(Codes<FOUR, SPARSE>{w, out.N, 2 * w.blocks}, x, K, space.get(), out, threads);
+    return space != nullptr;
 }
 
 }  // namespace amx

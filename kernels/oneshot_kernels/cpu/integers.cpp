@@ -225,15 +225,30 @@ static void quantise(const float* x, uint8_t* codes, float* scale, int offset) {
 
 extern "C" int lanes() { return L; }
 
+// Whether many bfloat16 tokens that are not rounded take the tile registers.
+extern "C" int registers() {
+#if defined(__AMX_BF16__)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 // x (tokens, K), y (tokens, N), bias (N) or null: contiguous, of `type`. values, scale: integers.py. plain: x stays as it is.
 // Returns 1 without memory.
 extern "C" int linear_integers(const void* x, const uint8_t* values, const void* scale, const void* bias, void* y, int64_t tokens,
                                int64_t N, int64_t K, int64_t type, int64_t bits, int64_t sparse, int64_t plain, int64_t threads) {
     const int64_t blocks = (K + BLOCK - 1) / BLOCK, columns = blocks * BLOCK, padded = (tokens + 15) / 16 * 16;
+    const Weight w{values, scale, blocks, sparse != 0};
 #if defined(__AMX_INT8__)
-    const bool registers = tokens > 1 && !plain;  // one token is faster on vectors
+    if (plain && Type(type) == BFLOAT16 && tokens > 8) {  // fewer are faster on vectors
+        const amx::Result out{static_cast<uint16_t*>(y), static_cast<const uint16_t*>(bias), N, tokens};
+        const auto all = bits == 4 ? (sparse ? amx::linear_many<true, true> : amx::linear_many<true, false>) : (sparse ? amx::linear_many<false, true> : amx::linear_many<false, false>);
+        return !all(w, static_cast<const uint16_t*>(x), K, out, threads);
+    }
+    const bool in_registers = tokens > 1 && !plain;  // one token is faster on vectors
 #else
-    constexpr bool registers = false;
+    constexpr bool in_registers = false;
 #endif
     std::unique_ptr<float, void (*)(void*)> wide(static_cast<float*>(std::aligned_alloc(64, (plain ? tokens : 1) * (columns + APART) * 4)), std::free);
     std::unique_ptr<uint8_t, void (*)(void*)> codes(plain ? nullptr : static_cast<uint8_t*>(std::aligned_alloc(64, padded * columns)), std::free);
@@ -245,16 +260,15 @@ extern "C" int linear_integers(const void* x, const uint8_t* values, const void*
         if (!plain) for (int64_t b = 0; b < blocks; b++) {
             int64_t at = t * columns + b * BLOCK;
 #if defined(__AMX_INT8__)
-            if (registers) at = amx::place(t, b, blocks);
+            if (in_registers) at = amx::place(t, b, blocks);
 #endif
-            quantise(row + b * BLOCK, codes.get() + at, scales.get() + t * blocks + b, registers ? 0 : OFFSET);
+            quantise(row + b * BLOCK, codes.get() + at, scales.get() + t * blocks + b, in_registers ? 0 : OFFSET);
         }
     }
-    const Weight w{values, scale, blocks, sparse != 0};
     const Input in{plain ? wide.get() : nullptr, codes.get(), scales.get(), blocks};
     const Output out{y, bias, N, Type(type)};
 #if defined(__AMX_INT8__)
-    if (registers) {
+    if (in_registers) {
         const auto all = bits == 4 ? (sparse ? amx::linear<true, true> : amx::linear<true, false>) : (sparse ? amx::linear<false, true> : amx::linear<false, false>);
         all(w, codes.get(), scales.get(), out, tokens, threads);
         return 0;

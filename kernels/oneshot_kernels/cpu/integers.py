@@ -4,7 +4,8 @@
 
 A weight is `scale · code`: int8 with a scale for each row and codes of 8 bits, int4 with one for each row and 64
 columns (an fp16 number) and codes from -8 to 7. The input stays as it is (`plain`), or it is rounded too, to int8 with
-one scale for each token and 64 columns, which is faster; sums are then exact within 64 columns. All is symmetric.
+one scale for each token and 64 columns, which is faster; sums are then exact within 64 columns. All is symmetric. Many
+bfloat16 tokens are faster as they are where there are tile registers (amx.h): above MANY x is not rounded (`stays`).
 
     values   dense: bytes (T, steps, L, 4), a step being four columns, K'/4 in all. int8: the codes of a step. int4:
              codes + 8 of two steps, the first in the low half: half as many steps.
@@ -27,6 +28,8 @@ from . import library
 from .linear import SERIAL, TYPES
 
 BLOCK = 64
+MANY = 64
+"""Tokens, see above: from so many on unfolding a weight costs less than the scales of its sums."""
 
 
 class IntegerWeight(NamedTuple):
@@ -161,7 +164,7 @@ def prepare(codes: torch.Tensor, scale: torch.Tensor, *, sparse: bool, bits: int
 def linear(x: torch.Tensor, weight: IntegerWeight, bias: torch.Tensor | None = None,
            plain: bool = False) -> torch.Tensor:
     """x (M, K), contiguous -> (M, N) in x's dtype. plain: x is not rounded. Nothing is checked here."""
-    n, k = weight.shape
+    (n, k), plain = weight.shape, plain or stays(x)
     y = x.new_empty(x.shape[0], n)
     pointers = (None if t is None else t.data_ptr() for t in (x, *weight[:2], bias, y))
     threads = library.threads() if n * k >= SERIAL else 1
@@ -169,6 +172,11 @@ def linear(x: torch.Tensor, weight: IntegerWeight, bias: torch.Tensor | None = N
                                   threads):
         raise RuntimeError(f"no memory for {x.shape[0]} tokens of {k} inputs")
     return y
+
+
+def stays(x: torch.Tensor) -> bool:
+    """Whether x (M, K) is not rounded, asked or not. Only where `available`."""
+    return len(x) > MANY and x.dtype == torch.bfloat16 and bool(_library().registers())
 
 
 def compute(x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int,
@@ -245,7 +253,8 @@ def _library() -> ctypes.CDLL | None:
 
 def _declare(cdll: ctypes.CDLL) -> None:
     """The functions' argument types."""
-    cdll.lanes.argtypes, cdll.lanes.restype = [], ctypes.c_int
+    for function_of in (cdll.lanes, cdll.registers):
+        function_of.argtypes, function_of.restype = [], ctypes.c_int
     cdll.linear_integers.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 8
     cdll.linear_integers.restype = ctypes.c_int
 
@@ -255,18 +264,18 @@ def _self_test(cdll: ctypes.CDLL) -> str | None:
     generator = torch.Generator().manual_seed(0)
     n, k = 5 * cdll.lanes() + 3, 172
     every, bias = torch.randn(70, k, generator=generator), torch.randn(n, generator=generator)
-    for sparse, bits, plain in itertools.product((True, False), (8, 4), (False, True)):
+    for sparse, bits, plain, dtype in itertools.product((True, False), (8, 4), (False, True), TYPES):
         weight = torch.randn(n, k, generator=generator)
         if sparse:
             weight = reference.random_24(n, k, torch.float32, generator)
         codes, scale = round_rows(weight) if bits == 8 else round_groups(weight)
         made = prepare(codes, scale, sparse=sparse, bits=bits, lanes=cdll.lanes())
         for m in (1, 15, 70):
-            x, y = every[:m], torch.full((m, n), torch.nan)
-            pointers = (None if t is None else t.data_ptr() for t in (x, *made[:2], bias, y))
-            cdll.linear_integers(*pointers, m, n, k, TYPES[x.dtype], bits, sparse, plain, 2)
-            error = reference.relative_error(y, emulate(x, codes, scale, bias, plain))
-            if not error <= 1e-6:
-                form = f"{'2:4' if sparse else 'dense'} int{bits}{', x as it is' * plain}"
+            x, b, y = every[:m].to(dtype), bias.to(dtype), torch.full((m, n), torch.nan, dtype=dtype)
+            cdll.linear_integers(*(t.data_ptr() for t in (x, *made[:2], b, y)), m, n, k, TYPES[dtype], bits, sparse,
+                                 plain, 2)
+            error = reference.relative_error(y, emulate(x, codes, scale, b, plain))
+            if not error <= max(1e-6, torch.finfo(dtype).eps):
+                form = f"{'2:4' if sparse else 'dense'} int{bits} {dtype}{', x as it is' * plain}"
                 return f"{form}, {m} tokens: relative error {error:.3g}"
     return None

@@ -133,12 +133,11 @@ extern "C" int linear(const void* x, const uint8_t* values, const uint32_t* meta
     const int64_t chunks = (K + CHUNK - 1) / CHUNK, columns = chunks * CHUNK;
 #if defined(__AMX_BF16__)
     if (of == BFLOAT16 && tokens > 1) {  // one is faster on vectors
-        std::unique_ptr<uint8_t, void (*)(void*)> space(static_cast<uint8_t*>(std::aligned_alloc(64, amx::room(tokens, chunks))), std::free);
+        std::unique_ptr<uint8_t, void (*)(void*)> space(static_cast<uint8_t*>(std::aligned_alloc(64, amx::space_for(tokens, chunks))), std::free);
         if (!space) return 1;
-        const amx::Weight w{values, metadata, chunks};
-        const amx::Output out{static_cast<uint16_t*>(y), static_cast<const uint16_t*>(bias), N, tokens};
-        if (metadata) amx::linear<true>(w, static_cast<const uint16_t*>(x), K, space.get(), out, threads);
-        else amx::linear<false>(w, static_cast<const uint16_t*>(x), K, space.get(), out, threads);
+        const amx::Result out{static_cast<uint16_t*>(y), static_cast<const uint16_t*>(bias), N, tokens};
+        if (metadata) amx::linear<true>({values, metadata, chunks}, static_cast<const uint16_t*>(x), K, space.get(), out, threads);
+        else amx::linear<false>({values, nullptr, chunks}, static_cast<const uint16_t*>(x), K, space.get(), out, threads);
         return 0;
     }
 #endif
