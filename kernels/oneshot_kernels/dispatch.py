@@ -16,6 +16,7 @@ the cache folder is $ONESHOT_KERNELS_CACHE, else $XDG_CACHE_HOME/oneshot_kernels
 
 import functools
 import json
+import math
 import os
 import re
 import tempfile
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from .linear import Sparse24Linear
 
 TILES_UNTIL = {("avx512", torch.bfloat16): 16, ("avx512", torch.float16): 16, ("amx", torch.float16): 16,
-               ("amx", torch.bfloat16): 1 << 62}
+               ("amx", torch.bfloat16): math.inf}
 """{(variant, dtype): tokens up to which tiles should pay on a CPU}, else 64. An estimate: with AVX-512 torch's own
 products are faster than without; what is expanded has to be written and read again, but for tile registers."""
 
@@ -173,7 +174,9 @@ def _choose_on_cpu(problem: Problem, path: Path) -> Choice:
         return choice
     until = TILES_UNTIL.get((library.why("linear"), problem.dtype), 64)
     if problem.tokens <= until:
-        return Choice("tiles", None, "estimate, untuned", f"up to {until} tokens time is weight bytes")
+        many = "any number of tokens: the kernel unfolds a weight once for many"
+        return Choice("tiles", None, "estimate, untuned",
+                      many if until == math.inf else f"up to {until} tokens time is weight bytes")
     return Choice("expand", None, "estimate, untuned", "many tokens: expand once, dense product")
 
 
