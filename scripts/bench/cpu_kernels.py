@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from common import last_level, others, thread_counts
 from oneshot_kernels import Sparse24Linear, reference
-from oneshot_kernels.cpu import bandwidth, integers, layout, library, linear
+from oneshot_kernels.cpu import bandwidth, codes, integers, layout, library, linear
 
 from oneshot.runtime import environment
 from oneshot.runtime.command import Parser, exit_code
@@ -148,7 +148,7 @@ def forms(weight: torch.Tensor, copies: int, kind: str) -> tuple[dict[str, Run],
 def integer_forms(weight: torch.Tensor, copies: int, kind: str) -> tuple[dict[str, Run], dict[str, int], Exact]:
     """`forms` of int8 and int4 weights; twice and four times as many copies as of bfloat16."""
     bits, copies = int(kind.removeprefix("int")), copies * 16 // int(kind.removeprefix("int"))
-    rounded = integers.round_rows(weight) if bits == 8 else integers.round_groups(weight)
+    rounded = codes.round_rows(weight) if bits == 8 else codes.round_groups(weight)
     plain = [library.huge_pages(weight.clone()) for _ in range(max(1, copies * bits // 16))]
     dense = [integers.prepare(*rounded, sparse=False, bits=bits) for _ in range(copies)]
     sparse = [integers.prepare(*rounded, sparse=True, bits=bits) for _ in range(copies)]
@@ -160,7 +160,7 @@ def integer_forms(weight: torch.Tensor, copies: int, kind: str) -> tuple[dict[st
     half = held(sparse[0][:2])
     size = {"torch": held(plain[:1]), "dense": held(dense[0][:2]), "2:4": half, "layer": half,
             "read": held(dense[0][:1])}
-    return runs, size, lambda x: integers.emulate(x, *rounded, None, integers.stays(x))
+    return runs, size, lambda x: codes.emulate(x, *rounded, None, integers.stays(x))
 
 
 def held(tensors: Sequence[torch.Tensor | None]) -> int:

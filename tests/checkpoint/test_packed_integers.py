@@ -8,6 +8,7 @@ import torch
 from alone import alone
 from oneshot_kernels import Rounded24Linear, reference, sparsify
 from oneshot_kernels.cpu import integers
+from oneshot_kernels.cpu.codes import emulate
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -136,7 +137,7 @@ def test_the_compiled_layers_hold_the_same_codes(twins, rounds):
             layer = fast.get_submodule(name)
             x = torch.randn(3, m.in_features, generator=torch.Generator().manual_seed(1))
             scale = m.half_scales().float()
-            want = integers.emulate(x, m.codes(), scale[:, 0] if m.bits == 8 else scale, m.bias, not rounds)
+            want = emulate(x, m.codes(), scale[:, 0] if m.bits == 8 else scale, m.bias, not rounds)
             assert reference.relative_error(layer(x), want) < 1e-6
     a, b = (m(ids(m)).logits for m in (exact, fast))
     assert 0 < (a - b).norm() < (0.05 if rounds else 0.01) * a.norm()

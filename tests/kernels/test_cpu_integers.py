@@ -8,16 +8,9 @@ import torch.nn.functional as F
 import variants
 from oneshot_kernels import reference, sparsify
 from oneshot_kernels.cpu import integers, library
-from oneshot_kernels.cpu.integers import (
-    IntegerLinear,
-    emulate,
-    linear,
-    prepare,
-    round_groups,
-    round_input,
-    round_rows,
-    value,
-)
+from oneshot_kernels.cpu import linear as cpu_linear
+from oneshot_kernels.cpu.codes import emulate, round_groups, round_input, round_rows, value
+from oneshot_kernels.cpu.integers import IntegerLinear, linear, prepare
 from torch import nn
 
 pytestmark = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
@@ -125,6 +118,32 @@ def test_many_tokens(variant, n, k, sparse, bits, monkeypatch):
     assert (found[0] - truth).norm() <= 2 * (F.linear(x, dense, bias) - truth).norm()
     if integers.stays(x):
         assert torch.equal(linear(x, weight, bias), found[0])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("part", [1, 20000, 1 << 22])
+def test_a_product_in_parts_is_the_whole_one(variant, part, sparse, bits, monkeypatch):
+    monkeypatch.setattr(cpu_linear, "PART", part)
+    for dtype in DTYPES:
+        codes, scale, x, bias = problem(131, 172, 5, dtype, sparse, 0, bits)
+        weight, dense = prepare(codes, scale, sparse=sparse, bits=bits), value(codes, scale).to(dtype)
+        for b in (bias, None):
+            torch.testing.assert_close(integers.through_dense(x, weight, b), F.linear(x, dense, b))
+
+
+@pytest.mark.parametrize("units, registers, tokens, asked", [
+    (True, 0, 128, True), (True, 0, 127, False), (True, 1, 128, False), (False, 0, 128, False)])
+def test_many_tokens_go_through_torch_where_it_has_units_for_bfloat16(units, registers, tokens, asked, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": units}, raising=False)
+    library_of = integers._library()
+    monkeypatch.setattr(library_of, "registers", lambda: registers)
+    called, true = [], integers.through_dense
+    monkeypatch.setattr(integers, "through_dense", lambda *args: called.append(1) or true(*args))
+    codes, scale, x, bias = problem(20, 64, tokens, torch.bfloat16, True)
+    linear(x, prepare(codes, scale, sparse=True), bias, plain=True)
+    linear(x.float(), prepare(codes, scale, sparse=True), bias.float(), plain=True)
+    assert bool(called) == asked and len(called) <= 1
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from oneshot_kernels import pack, reference
 from oneshot_kernels.cpu import build, column_loop, integers, layout
+from oneshot_kernels.cpu.codes import emulate, round_groups, round_rows
 from oneshot_kernels.cpu.linear import TYPES
 
 CROSS, QEMU = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
@@ -78,13 +79,13 @@ def test_integers(run, sparse, bits):
     g = torch.Generator().manual_seed(0)
     n, k, m = 23, 172, 15
     weight = reference.random_24(n, k, torch.float32, g)
-    codes, scale = integers.round_rows(weight) if bits == 8 else integers.round_groups(weight)
+    codes, scale = round_rows(weight) if bits == 8 else round_groups(weight)
     x, bias = torch.randn(m, k, generator=g), torch.randn(n, generator=g)
     made = integers.prepare(codes, scale, sparse=sparse, bits=bits, lanes=LANES)
     for plain in (False, True):
         given = (x, *made[:2], bias, torch.zeros(m, n))
         y = run("integers", given, (m, n, k, 0, bits, sparse, plain), torch.empty(m, n))
-        assert reference.relative_error(y, integers.emulate(x, codes, scale, bias, plain)) < 1e-6
+        assert reference.relative_error(y, emulate(x, codes, scale, bias, plain)) < 1e-6
 
 
 @needs_qemu

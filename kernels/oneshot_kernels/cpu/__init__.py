@@ -6,7 +6,7 @@
     amx.h     tile registers of newer Xeons; amx_floats.h and amx_integers.h compute linear and integers on them,
               amx_many.h both for many tokens
     column_loop  SparseGPT's loop over the columns     linear     2:4 and dense layers for few tokens
-    integers  the same with int8 or int4 weights and int8 inputs
+    integers  the same with int8 or int4 weights and int8 inputs       codes      their codes and scales
     step      one token of a Llama-like model in one call      decode  transformers' generate by it
     cache     room for keys and values in transformers' cache
     layout    tiles: how their weights lie             bandwidth  the read limit        tune  measure, for dispatch

@@ -4,8 +4,8 @@
 
 A weight is `scale · code`: int8 with a scale for each row and codes of 8 bits, int4 with one for each row and 64
 columns (an fp16 number) and codes from -8 to 7. The input stays as it is (`plain`), or it is rounded too, to int8 with
-one scale for each token and 64 columns, which is faster; sums are then exact within 64 columns. All is symmetric. Many
-bfloat16 tokens are faster as they are where there are tile registers (amx.h): above MANY x is not rounded (`stays`).
+one scale for each token and 64 columns, which is faster; sums are then exact within 64 columns. Many bfloat16 tokens
+are faster as they are where there are tile registers (amx.h): above MANY x is not rounded (`stays`). See codes.py.
 
     values   dense: bytes (T, steps, L, 4), a step being four columns, K'/4 in all. int8: the codes of a step. int4:
              codes + 8 of two steps, the first in the low half: half as many steps.
@@ -25,11 +25,13 @@ from torch import nn
 
 from .. import reference
 from . import library
-from .linear import SERIAL, TYPES
+from .codes import BLOCK, emulate, round_groups, round_rows, value
+from .linear import SERIAL, TYPES, in_parts
 
-BLOCK = 64
 MANY = 64
 """Tokens, see above: from so many on unfolding a weight costs less than the scales of its sums."""
+EXPAND = 128
+"""Tokens from which an x that stays as it is goes through torch's products, see `_by_torch`."""
 
 
 class IntegerWeight(NamedTuple):
@@ -95,38 +97,6 @@ class IntegerLinear(nn.Module):
             ", inputs in int8" if self.round_inputs else "")
 
 
-def round_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes, scale): int8 (N, K) and float32 (N,), the row's largest |w| / 127; the nearest codes, ties to even.
-
-    Raises ValueError for a weight that is not finite.
-    """
-    weight = _finite(weight)
-    scale = weight.abs().amax(1) / 127
-    scale[scale == 0] = 1
-    return (weight / scale[:, None]).round().to(torch.int8), scale
-
-
-def round_groups(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes, scale) for int4: int8 (N, K) with |code| <= 7 and float32 (N, K'/64), max |w| / 7 of 64 columns as fp16.
-
-    Raises ValueError for a weight that is not finite, or too large for an fp16 scale.
-    """
-    groups = F.pad(_finite(weight), (0, -weight.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
-    scale = (groups.abs().amax(-1) / 7).half().float()
-    scale[scale == 0] = 1
-    if not torch.isfinite(scale).all():
-        raise ValueError("a weight above 458000 has no fp16 scale; round it to int8")
-    codes = (groups / scale[..., None]).round().clamp_(-7, 7).to(torch.int8)
-    return codes.flatten(1)[:, : weight.shape[1]], scale
-
-
-def _finite(weight: torch.Tensor) -> torch.Tensor:
-    """The weight in float32. Raises ValueError for NaN and infinity."""
-    if not torch.isfinite(weight).all():
-        raise ValueError("a weight with NaN or infinity cannot be rounded to integers")
-    return weight.float()
-
-
 def prepare(codes: torch.Tensor, scale: torch.Tensor, *, sparse: bool, bits: int = 8,
             lanes: int | None = None) -> IntegerWeight:
     """Put codes (N, K), int8, and their scales (of `round_rows` or `round_groups`) in the order of the kernel.
@@ -165,6 +135,8 @@ def linear(x: torch.Tensor, weight: IntegerWeight, bias: torch.Tensor | None = N
            plain: bool = False) -> torch.Tensor:
     """x (M, K), contiguous -> (M, N) in x's dtype. plain: x is not rounded. Nothing is checked here."""
     (n, k), plain = weight.shape, plain or stays(x)
+    if plain and _by_torch(x):
+        return through_dense(x, weight, bias)
     y = x.new_empty(x.shape[0], n)
     pointers = (None if t is None else t.data_ptr() for t in (x, *weight[:2], bias, y))
     threads = library.threads() if n * k >= SERIAL else 1
@@ -174,9 +146,27 @@ def linear(x: torch.Tensor, weight: IntegerWeight, bias: torch.Tensor | None = N
     return y
 
 
+def through_dense(x: torch.Tensor, weight: IntegerWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`linear` of x as it is, for many tokens: `in_parts`, the weight in x's dtype."""
+    lanes, bits = lanes_of(), weight.bits
+
+    def expand(first: int, part: torch.Tensor) -> None:
+        values, scale = weight.values[first // lanes :], weight.scale[first if bits == 8 else first // lanes :]
+        _library().expand_integers(values.data_ptr(), scale.data_ptr(), part.data_ptr(), *part.shape, TYPES[x.dtype],
+                                   bits, weight.sparse, library.threads())
+    return in_parts(x, weight.shape[0], lanes, bias, expand)
+
+
 def stays(x: torch.Tensor) -> bool:
     """Whether x (M, K) is not rounded, asked or not. Only where `available`."""
     return len(x) > MANY and x.dtype == torch.bfloat16 and bool(_library().registers())
+
+
+def _by_torch(x: torch.Tensor) -> bool:
+    """Whether torch's products are faster: many bfloat16 tokens on a CPU with units for it, but no tile registers."""
+    if len(x) < EXPAND or x.dtype != torch.bfloat16 or _library().registers():
+        return False
+    return bool(getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))  # torch 2.9 has none
 
 
 def compute(x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int,
@@ -218,29 +208,6 @@ def lanes_of() -> int:
     return _library().lanes()
 
 
-def round_input(x: torch.Tensor) -> torch.Tensor:
-    """x (M, K) as the kernel sees it, rounded to codes with a scale for each token and 64 columns; float64."""
-    parts = F.pad(x.float(), (0, -x.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
-    most = parts.abs().amax(-1, keepdim=True)
-    inverse = torch.full_like(most, 127) / most  # `127 / most` would be 127 times a rounded reciprocal
-    rounded = (parts * torch.where(most > 0, inverse, 0)).round().double() * (most / 127).double()
-    return rounded.flatten(1)[:, : x.shape[1]]
-
-
-def emulate(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None,
-            plain: bool = False) -> torch.Tensor:
-    """The reference, in float64: x (M, K), rounded as the kernel rounds it, times scale · codes (N, K) -> (M, N)."""
-    seen = x.double() if plain else round_input(x)
-    return F.linear(seen, value(codes, scale), None if bias is None else bias.double())
-
-
-def value(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """scale · codes (N, K) in float64, for the scales of `round_rows` or `round_groups`."""
-    if scale.ndim == 1:
-        return codes.double() * scale.double()[:, None]
-    return codes.double() * scale.double().repeat_interleave(BLOCK, 1)[:, : codes.shape[1]]
-
-
 def function() -> Any:
     """The compiled function itself, for step.cpp; None where there is none."""
     return None if _library() is None else _library().linear_integers
@@ -257,6 +224,7 @@ def _declare(cdll: ctypes.CDLL) -> None:
         function_of.argtypes, function_of.restype = [], ctypes.c_int
     cdll.linear_integers.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 8
     cdll.linear_integers.restype = ctypes.c_int
+    cdll.expand_integers.argtypes, cdll.expand_integers.restype = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 6, None
 
 
 def _self_test(cdll: ctypes.CDLL) -> str | None:
@@ -278,4 +246,8 @@ def _self_test(cdll: ctypes.CDLL) -> str | None:
             if not error <= max(1e-6, torch.finfo(dtype).eps):
                 form = f"{'2:4' if sparse else 'dense'} int{bits} {dtype}{', x as it is' * plain}"
                 return f"{form}, {m} tokens: relative error {error:.3g}"
+        whole = torch.full((n, k), torch.nan)
+        cdll.expand_integers(*(t.data_ptr() for t in (*made[:2], whole)), n, k, TYPES[whole.dtype], bits, sparse, 2)
+        if not torch.equal(whole, value(codes, scale).float()):
+            return f"expanding int{bits}{', 2:4' * sparse}"
     return None

@@ -8,6 +8,7 @@ computed on vectors). Weights are in tiles (layout.py).
 """
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,14 +52,21 @@ def linear(x: torch.Tensor, values: torch.Tensor, metadata: torch.Tensor | None,
 
 def through_dense(x: torch.Tensor, values: torch.Tensor, metadata: torch.Tensor, n: int,
                   bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`linear` of 2:4 tiles, in either order, for many tokens: torch's products, with PART bytes of the weight dense at
-    a time, which stay in the cache."""
-    k, lanes = x.shape[1], metadata.shape[2]
-    rows = max(1, PART // (k * values.element_size() * lanes)) * lanes
-    dense, y = values.new_empty(min(n, rows), k), x.new_empty(x.shape[0], n)
+    """`linear` of 2:4 tiles, in either order, for many tokens: `in_parts`."""
+    lanes = metadata.shape[2]
+    return in_parts(x, n, lanes, bias, lambda row, out: expand(values[row // lanes :], metadata[row // lanes :], out))
+
+
+def in_parts(x: torch.Tensor, n: int, lanes: int, bias: torch.Tensor | None,
+             expand: Callable[[int, torch.Tensor], object]) -> torch.Tensor:
+    """x (M, K) times a weight (n, K), plus bias: torch's products, with PART bytes of the weight dense at a time, which
+    stay in the cache. expand(first, out) writes the rows from `first` on, a multiple of `lanes`, into out (rows, K)."""
+    k = x.shape[1]
+    rows = max(1, PART // (k * x.element_size() * lanes)) * lanes
+    dense, y = x.new_empty(min(n, rows), k), x.new_empty(x.shape[0], n)
     for first in range(0, n, rows):
         part, own = dense[: n - first], slice(first, first + rows)
-        expand(values[first // lanes :], metadata[first // lanes :], part)
+        expand(first, part)
         if bias is None:
             torch.mm(x, part.t(), out=y[:, own])
         else:
