@@ -1,0 +1,48 @@
+// Integer weights as dense numbers, for products with many tokens; after integers.cpp's own parts.
+#pragma once
+
+// A block of columns of a tile, row by row.
+template <bool FOUR> static void rows_of(Weight w, int64_t tile, int64_t b, int8_t (&out)[L][BLOCK]) {
+    typedef int8_t Bytes4[L][4];
+    Bytes4 codes, index;
+    if (!w.sparse) {
+        const uint8_t* v = w.values + (tile * w.blocks + b) * BLOCK * L / (FOUR ? 2 : 1);
+        for (int step = 0; step < BLOCK / 4; step++) {
+            const U four = weights<FOUR>(v, step);
+            std::memcpy(codes, &four, VECTOR);
+            for (int lane = 0; lane < L; lane++) std::memcpy(out[lane] + 4 * step, codes[lane], 4);
+        }
+        return;
+    }
+    std::memset(out, 0, sizeof(out));
+    for (int half = 0; half < 2; half++) {
+        const uint8_t* v = w.values + ((tile * w.blocks + b) * 2 + half) * HALF<FOUR>;
+        std::memcpy(index, v, VECTOR);
+        for (int step = 0; step < 4; step++) {
+            const U kept = weights<FOUR>(v + VECTOR, step);
+            std::memcpy(codes, &kept, VECTOR);
+            for (int lane = 0; lane < L; lane++) for (int j = 0; j < 4; j++)  // kept weight j % 2 of group j / 2
+                out[lane][32 * half + 8 * step + 4 * (j / 2) + (uint8_t(index[lane][j]) >> (2 * step) & 3)] = codes[lane][j];
+        }
+    }
+}
+
+// The first N rows of a weight, (N, K) of `type`: scale times code, for products with many tokens.
+extern "C" void expand_integers(const uint8_t* values, const void* scale, void* out, int64_t N, int64_t K, int64_t type, int64_t bits,
+                                int64_t sparse, int64_t threads) {
+    const Weight w{values, scale, (K + BLOCK - 1) / BLOCK, sparse != 0};
+    parallel((N + L - 1) / L, threads, [&](int64_t tile) {
+        for (int64_t b = 0; b < w.blocks; b++) {
+            int8_t codes[L][BLOCK];
+            if (bits == 4) rows_of<true>(w, tile, b, codes);
+            else rows_of<false>(w, tile, b, codes);
+            const int64_t columns = K - b * BLOCK < BLOCK ? K - b * BLOCK : BLOCK;
+            for (int64_t lane = 0; lane < L && tile * L + lane < N; lane++) {
+                const int64_t row = tile * L + lane;
+                const float own = bits == 4 ? half_to_float(static_cast<const uint16_t*>(scale)[(tile * w.blocks + b) * L + lane])
+                                            : static_cast<const float*>(scale)[row];
+                for (int64_t c = 0; c < columns; c++) put(out, row * K + b * BLOCK + c, Type(type), codes[lane][c] * own);
+            }
+        }
+    });
+}
