@@ -34,6 +34,7 @@ template <bool SPARSE, int S, int T> ALWAYS void sums(Weight<SPARSE> w, int64_t 
 #pragma GCC unroll 4
     for (int i = 0; i < S * T; i++) zero(i);
     for (int64_t c = 0; c < w.chunks + SPARSE; c++) {
+        for (int s = 0; s < S; s++) prefetch(w.at(tile + s * apart, c + AHEAD), w.BYTES);
         if (SPARSE && c < w.chunks)
             for (int s = 0; s < S; s++) w.unfold_to(tile + s * apart, c, buffer[c & 1][s]);
         const int64_t now = c - SPARSE;  // the stores of a chunk have arrived when the next one is unfolded

@@ -97,6 +97,7 @@ template <bool FOUR, bool SPARSE> struct Block {
         for (int s = 0; s < S; s++) v[s] = w.values + (tile + (s0 + s) * apart) * w.blocks * BYTES<FOUR, SPARSE>;
         for (int t = 0; t < T; t++) count[t] = tokens - token - t * ROWS < ROWS ? tokens - token - t * ROWS : ROWS;
         for (int64_t b = 0; b < w.blocks + UNFOLD; b++) {
+            for (int s = 0; s < S; s++) prefetch(v[s] + (b + AHEAD) * BYTES<FOUR, SPARSE>, BYTES<FOUR, SPARSE>);
             if (UNFOLD && b < w.blocks) for (int s = 0; s < S; s++) unfold<FOUR, SPARSE>(v[s] + b * BYTES<FOUR, SPARSE>, buffer[b & 1][s]);
             const int64_t now = b - UNFOLD;  // the stores of a block have arrived when the next one is unfolded
             if (now < 0) continue;

@@ -34,6 +34,7 @@ template <typename D, int M, int S> ALWAYS void sparse(Weight w, int64_t tile, i
         const int64_t end = first + FLUSH < w.chunks ? first + FLUSH : w.chunks;
         for (int64_t c = first; c < end; c++) {
             U index[S];
+            for (int s = 0; s < S; s++) prefetch(v[s] + (c + AHEAD) * GROUPS * D::BYTES, GROUPS * D::BYTES);
             for (int s = 0; s < S; s++) index[s] = load<U>(meta[s] + c * L);
 #pragma GCC unroll 2
             for (int g = 0; g < GROUPS; g++) {
