@@ -193,6 +193,17 @@ def test_few_tokens_take_the_kernel_many_expand(untuned, monkeypatch):
     assert dispatch.choose(layer.problem(1)).path == "tiles"  # measured for another number of threads
 
 
+def test_tile_registers_take_any_number_of_tokens(untuned, monkeypatch):
+    weight, _, _ = problem(24, 64, 1, torch.bfloat16)
+    layer = Sparse24Linear.from_packed(*pack(weight)[:2])
+    monkeypatch.setattr(library, "why", lambda _: "amx")
+    assert [dispatch.choose(layer.problem(m)).path for m in (1, 65, 5000)] == ["tiles"] * 3
+    assert "any number of tokens" in explain(layer, 5000)
+    monkeypatch.setattr(library, "why", lambda _: "avx512")
+    dispatch.forget()
+    assert dispatch.choose(layer.problem(65)).path == "expand"
+
+
 @pytest.mark.parametrize("m", [3, 70])
 def test_operator_passes_opcheck_and_refuses_other_shapes(m, untuned):
     weight, x, bias = problem(20, 36, m, torch.float32)
