@@ -121,6 +121,9 @@ def share_table(rows: Sequence[dict], found: Shares, model: str) -> list[str]:
     """A row a way, a column a pattern, of the rows of one model."""
     columns, order = [p for p in PATTERNS if any(k[:2] == (model, p) for k in found)], list(recipes())
     seeds, first = len({r["seed"] for r in rows}), rows[0]
+    on: dict[str, set[str]] = {}  # {what it was measured on: patterns}
+    for r in rows:
+        on.setdefault(f"{r['tokens']} tokens, dense {r['dense_ppl']:.3f}", set()).add(r["pattern"])
     worst = [spread([excess(r) for r in rows if r["way"] == "sparsegpt" and r["pattern"] == p], 3) for p in columns]
     body = [["excess of SparseGPT (nats)", *worst]]
     for way in sorted({w for m, _, w in found if m == model}, key=order.index):
@@ -133,8 +136,9 @@ def share_table(rows: Sequence[dict], found: Shares, model: str) -> list[str]:
             else:
                 cells.append("-")
         body.append([way, *cells])
-    return [f"## {model}", "", f"{first['metric']} @{first['window']}, {first['tokens']} tokens, dense "
-            f"{first['dense_ppl']:.3f}; {seeds} seed{'s' * (seeds > 1)}.", "",
+    said = [text + f" ({', '.join(p for p in PATTERNS if p in where)})" * (len(on) > 1) for text, where in on.items()]
+    return [f"## {model}", "", f"{first['metric']} @{first['window']}, {'; '.join(said)}; "
+            f"{seeds} seed{'s' * (seeds > 1)}.", "",
             table.render(["way", *columns], body, "markdown", text={"way"})]
 
 
