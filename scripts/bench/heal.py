@@ -102,7 +102,8 @@ def one(args: argparse.Namespace, name: str, seed: str, way: str, texts: list[st
                 own += ["--heal-data", data, *WINDOW.get(name, [])]
     record = done([*flags, *own], args.out / name, way)
     if way != "dense" and begins:  # what the table compares it with
-        record["begun"] = {key: checkpoint.read_manifest(begins)["record"]["settings"].get(key) for key in BEGUN}
+        made_by = checkpoint.read_manifest(begins)["record"]["settings"]
+        record["begun"] = {key: made_by[key] for key in BEGUN if key in made_by}
     saved = own[own.index("--save") + 1] if "--save" in own else flags[flags.index("--model") + 1]
     plain = [*without(without(flags, "--heal-teacher"), "--model"), "--model", saved, "--method", "dense"]
     asked = [] if WIKITEXT in record["metrics"] else [["--evaluate", str(args.shared / "data" / "wikitext2_test.txt")]]

@@ -35,9 +35,10 @@ def test_every_way_is_a_command_line_that_passes_the_checks(way, tmp_path, monke
     assert bool(cfg.text_heals) == any(part in way for part in ("full", "lora", "next", "shuffled"))
     assert not cfg.text_heals or cfg.heal_data.startswith("0.7*") != cfg.heal_data.endswith("shuffled.txt")
     assert bool(cfg.heal_held_out) == ("held out" in way)
-    begins = "MODEL" in bench.WAYS[way]
+    begins = bench.WAYS[way].get("MODEL")
     assert written.get("begun") == (begun if begins else None)
-    assert (cfg.model, cfg.heal_teacher) == ((str(tmp_path / "demo-0-cut"), "demo") if begins else ("demo", None))
+    folder = begins and str(tmp_path / bench.folder_of("demo", "0", begins))
+    assert (cfg.model, cfg.heal_teacher) == ((folder, "demo") if begins else ("demo", None))
 
 
 @pytest.mark.parametrize("way", ["dense", "full 500k"])
@@ -121,3 +122,17 @@ def test_the_share_is_of_the_excess_without_healing(tmp_path):
     assert heal_table.main(["--out", str(tmp_path), "--check"]) == 1
     assert heal_table.main(["--out", str(tmp_path)]) == heal_table.main(["--out", str(tmp_path), "--check"]) == 0
     assert "<svg" in (tmp_path / "heal.svg").read_text()
+
+
+def test_widths_by_layer_stand_beside_even_ones(tmp_path):
+    cut = {"pattern": "dense", "shrink": 0.75}
+    records = [made("dense", (10.0, 20.0)), made("obs", (40.0, 80.0), **cut),
+               made("obs", (20.0, 40.0), **cut, uneven=True, nsamples=256),
+               made("obs", (20.0, 40.0), heal="full", **cut, nsamples=256)]
+    records[3]["settings"]["heal"] = "full"
+    (tmp_path / "demo").mkdir()
+    for i, found in enumerate(records):
+        (tmp_path / "demo" / f"{i}.json").write_text(json.dumps(found))
+    lines = heal_table.lines_of(tmp_path).splitlines()
+    assert [line.count(" 0.50 |") for line in lines[2:]] == [0, 0, 2, 2]
+    assert "shrink 0.75 (widths by layer, 256 windows)" in lines[4] and "shrink 0.75, full (256 windows)" in lines[5]
