@@ -9,16 +9,17 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from .. import calibrate, models
 from ..calibrate import Activations
 from ..data.windows import digest
 from ..runtime import products
-from .losses import GROUP_BYTES, at_head, block_bar, groups, head_steps, of_logits, predicted, through_blocks
+from .losses import GROUP_BYTES, at_head, block_bar, groups, head_steps, in_cache, predicted, through_blocks
 
 KEPT = 2**30  # bytes of the dense model's hidden states that are kept from one comparison to the next
-SLICE = 2**23  # logits of each model at a time; in float64 and with their softmaxes these take 256 MiB
+SLICE = 2**23  # logits of each model at a time; on a GPU in float64 and with their softmaxes these take 256 MiB
 _kept: WeakKeyDictionary[nn.Module, dict[tuple, Activations]] = WeakKeyDictionary()
 
 
@@ -103,8 +104,15 @@ def compare_logits(q: torch.Tensor, p: torch.Tensor, target: torch.Tensor) -> tu
 
     q, p: logits (B, P, V) of the pruned and the dense model. target: ids (B, P).
     """
+    rows = (in_cache(t.flatten(0, 1), q) for t in (q, p, target))
+    parts = zip(*(_compare(*part) for part in zip(*rows, strict=True)), strict=True)
+    return tuple(torch.cat(field).view(target.shape) for field in parts)
+
+
+def _compare(q: torch.Tensor, p: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """`compare_logits` of rows: q, p (n, V), target (n,)."""
     q, p = q.float(), p.float()
-    loss, dense_loss = (of_logits(x, target) for x in (q, p))
+    loss, dense_loss = (cross_entropy(x, target, reduction="none") for x in (q, p))
     top, dense_top = q.argmax(-1), p.argmax(-1)
     q, p = q.double().log_softmax(-1), p.double().log_softmax(-1)  # a KL below 1e-6 would be lost in float32
     kl = (p.exp() * (p - q)).sum(-1).float()

@@ -17,6 +17,7 @@ from ..calibrate import Activations
 from ..runtime import distributed, products, together
 
 GROUP_BYTES = 2**31  # of activations of the windows that pass through the blocks together
+CACHED = 2**18  # logits of a thread at a time: 1 MiB in float32
 SLICE = 2**24  # logits at a time: with their softmax these take 128 MiB in float32
 
 
@@ -111,11 +112,19 @@ def batch_losses(model: nn.Module, activations: Activations, i: int) -> torch.Te
     for positions, logits in calibrate.logits(model, activations, i, elements=SLICE):
         positions = positions[positions < ids.shape[1] - 1]  # the last position predicts nothing
         targets = ids[:, positions + 1]
-        out[:, positions.cpu()] = of_logits(logits[:, : len(positions)].float(), targets).cpu()
+        out[:, positions.cpu()] = of_logits(logits[:, : len(positions)], targets).cpu()
     return out
 
 
 def of_logits(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Losses in nats (B, P) of logits (B, P, V) and targets, int64 (B, P)."""
-    flat = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")  # a softmax along the last axis
-    return flat.view(targets.shape)
+    """Losses in nats, float32 (B, P), of logits (B, P, V) and targets, int64 (B, P)."""
+    parts = zip(in_cache(logits.flatten(0, 1), logits), in_cache(targets.flatten(), logits), strict=True)
+    losses = [cross_entropy(x.float(), target, reduction="none") for x, target in parts]  # a softmax on the last axis
+    return torch.cat(losses).view(targets.shape)
+
+
+def in_cache(rows: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """`rows`, one for each position of logits (.., V), in parts: on a CPU so few that a thread's logits stay in its
+    cache, where softmaxes take less than half the time. The results are the same, bit for bit."""
+    at_once = CACHED * torch.get_num_threads() // logits.shape[-1] if logits.device.type == "cpu" else len(rows)
+    return rows.split(max(1, at_once))
