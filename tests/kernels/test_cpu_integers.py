@@ -137,7 +137,7 @@ def test_a_product_in_parts_is_the_whole_one(variant, part, sparse, bits, monkey
 def test_many_tokens_go_through_torch_where_it_has_units_for_bfloat16(units, registers, tokens, asked, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": units}, raising=False)
     library_of = integers._library()
-    monkeypatch.setattr(library_of, "registers", lambda: registers)
+    monkeypatch.setattr(library_of, "has_registers", lambda: registers)
     called, true = [], integers.through_dense
     monkeypatch.setattr(integers, "through_dense", lambda *args: called.append(1) or true(*args))
     codes, scale, x, bias = problem(20, 64, tokens, torch.bfloat16, True)
@@ -155,6 +155,11 @@ def test_nan_and_inf_pass_through(variant, bad, bits):
     assert not y[1].isfinite().any() and y[[0, 2]].isfinite().all()
     with pytest.raises(ValueError, match="NaN or infinity"):
         rounded(torch.tensor([[1.0, bad]]), bits)
+
+
+def test_a_layer_without_outputs_has_none(variant):
+    layer = integers.IntegerLinear.from_linear(nn.Linear(64, 0, dtype=torch.bfloat16))
+    assert all(layer(torch.ones(m, 64, dtype=torch.bfloat16)).shape == (m, 0) for m in (1, 9, 70))
 
 
 def test_zeros_stay_zero(variant):

@@ -5,7 +5,7 @@
     unfold.h  2:4 to dense, 32 columns of 16 rows      expand_integers.h  integers to dense
     amx.h     tile registers of newer Xeons; amx_floats.h and amx_integers.h compute linear and integers on them,
               amx_many.h both for many tokens
-    column_loop  SparseGPT's loop over the columns     linear     2:4 and dense layers for few tokens
+    column_loop  SparseGPT's loop over the columns     linear     2:4 and dense layers
     integers  the same with int8 or int4 weights and int8 inputs       codes      their codes and scales
     step      one token of a Llama-like model in one call      decode  transformers' generate by it
     cache     room for keys and values in transformers' cache

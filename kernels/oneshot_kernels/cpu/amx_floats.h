@@ -13,7 +13,7 @@
 
 namespace amx {
 
-// metadata null: dense
+// metadata: of a 2:4 weight
 template <bool SPARSE> struct Weight {
     const uint8_t* values; const uint32_t* metadata; int64_t chunks;
     static constexpr int BYTES = SPARSE ? TILE / 2 : TILE;  // of a chunk of a tile
@@ -21,7 +21,7 @@ template <bool SPARSE> struct Weight {
     const uint8_t* at(int64_t tile, int64_t chunk) const { return values + (tile * chunks + chunk) * BYTES; }
     void unfold_to(int64_t tile, int64_t chunk, uint8_t* out) const { unfold(at(tile, chunk), metadata + (tile * chunks + chunk) * ROWS, out); }
     F scale(int64_t) const { return F{} + 1; }
-    const uint8_t* panel(int64_t tile, int64_t first, int64_t count, uint8_t* buffer) const {  // for `many`
+    const uint8_t* in_registers(int64_t tile, int64_t first, int64_t count, uint8_t* buffer) const {  // for `many`
         if (!SPARSE) return at(tile, first);
         for (int64_t c = 0; c < count; c++) unfold_to(tile, first + c, buffer + c * TILE);
         return buffer;
@@ -34,7 +34,7 @@ template <bool SPARSE, int S, int T> ALWAYS void sums(Weight<SPARSE> w, int64_t 
 #pragma GCC unroll 4
     for (int i = 0; i < S * T; i++) zero(i);
     for (int64_t c = 0; c < w.chunks + SPARSE; c++) {
-        for (int s = 0; s < S; s++) prefetch(w.at(tile + s * apart, c + AHEAD), w.BYTES);
+        for (int s = 0; s < S; s++) prefetch(w.at(tile + s * apart, c), w.BYTES);
         if (SPARSE && c < w.chunks)
             for (int s = 0; s < S; s++) w.unfold_to(tile + s * apart, c, buffer[c & 1][s]);
         const int64_t now = c - SPARSE;  // the stores of a chunk have arrived when the next one is unfolded
@@ -72,9 +72,9 @@ template <bool SPARSE> struct Block {
 constexpr int64_t MANY = 65;  // tokens, and more: every 64 unfold a weight anew
 
 // Bytes of x in the order of registers.
-static inline int64_t space_for(int64_t tokens, int64_t chunks) { return tokens < MANY ? room(tokens, chunks) : room_for_many(chunks); }
+static inline int64_t room_for(int64_t tokens, int64_t chunks) { return tokens < MANY ? room(tokens, chunks) : room_for_many(tokens, chunks); }
 
-// y = x Wᵀ + bias. x: (tokens, K), K of w.chunks * CHUNK columns. space: space_for(tokens, w.chunks) bytes, on 64.
+// y = x Wᵀ + bias. x: (tokens, K), K of w.chunks * CHUNK columns. space: room_for(tokens, w.chunks) bytes, on 64.
 template <bool SPARSE> static void linear(Weight<SPARSE> w, const uint16_t* x, int64_t K, uint8_t* space, const Result& out, int64_t threads) {
     if (out.tokens >= MANY) return many(w, x, K, space, out, threads);
     for (int64_t m = 0; m < out.tokens; m++) for (int64_t c = 0; c < w.chunks; c++)

@@ -1,16 +1,18 @@
-// integers.cpp on the tile registers of newer Xeons (AMX), for more tokens than one whose x is rounded to int8.
+// integers.cpp on the tile registers of newer Xeons (AMX): more tokens than one whose x is rounded to int8, and in the end many
+// bfloat16 ones that are not.
 //
 // TDPBSSD multiplies A (tokens, 64 columns of x, which share a scale) by B (16 fours of columns, 16 rows of W), exactly: the
 // order of a dense int8 weight in memory. Int4 and 2:4 weights are unfolded, a block of columns at a time, into a small buffer,
 // from which the register is loaded one block later. Sums then get their scales, as on vectors, and in the same order.
 #pragma once
-#if defined(__AMX_INT8__)
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__)
 #include "amx.h"
 #include "amx_many.h"
 
 namespace amx {
 
 constexpr int STEPS = BLOCK / 4;  // rows of B
+constexpr int64_t FEW = 8;        // tokens that are faster on vectors if they are not rounded
 
 // Where a lane's four columns come from, for each four bits (the positions of a group's two kept values): bytes 0 and 1 of the
 // lane for the first group of a step, 2 and 3 for the second; 0x80 gives zero.
@@ -56,7 +58,8 @@ template <bool FOUR, bool SPARSE> static inline void unfold(const uint8_t* v, ui
 
 template <bool FOUR, bool SPARSE> constexpr int64_t BYTES = SPARSE ? 2 * HALF<FOUR> : TILE / (FOUR ? 2 : 1);  // of a block of a tile
 
-// For `many`, two chunks a block: codes as bfloat16, exactly, with the rows' scales in the end (int8), or code times scale (int4).
+// For `many`, two chunks a block. int8: codes as bfloat16, which is exact, and the rows' scales in the end. int4: scale times
+// code, rounded to bfloat16.
 template <bool FOUR, bool SPARSE> struct Codes {
     Weight w; int64_t N, chunks;
 
@@ -65,7 +68,7 @@ template <bool FOUR, bool SPARSE> struct Codes {
         if (!FOUR) for (int64_t r = 0; r < ROWS && tile * ROWS + r < N; r++) own[r] = static_cast<const float*>(w.scale)[tile * ROWS + r];
         return own;
     }
-    const uint8_t* panel(int64_t tile, int64_t first, int64_t count, uint8_t* buffer) const {
+    const uint8_t* in_registers(int64_t tile, int64_t first, int64_t count, uint8_t* buffer) const {
         alignas(64) uint8_t block[TILE];
         for (int64_t c = 0; c < count; c += 2) {
             const int64_t at = tile * w.blocks + (first + c) / 2;
@@ -97,7 +100,7 @@ template <bool FOUR, bool SPARSE> struct Block {
         for (int s = 0; s < S; s++) v[s] = w.values + (tile + (s0 + s) * apart) * w.blocks * BYTES<FOUR, SPARSE>;
         for (int t = 0; t < T; t++) count[t] = tokens - token - t * ROWS < ROWS ? tokens - token - t * ROWS : ROWS;
         for (int64_t b = 0; b < w.blocks + UNFOLD; b++) {
-            for (int s = 0; s < S; s++) prefetch(v[s] + (b + AHEAD) * BYTES<FOUR, SPARSE>, BYTES<FOUR, SPARSE>);
+            for (int s = 0; s < S; s++) prefetch(v[s] + b * BYTES<FOUR, SPARSE>, BYTES<FOUR, SPARSE>);
             if (UNFOLD && b < w.blocks) for (int s = 0; s < S; s++) unfold<FOUR, SPARSE>(v[s] + b * BYTES<FOUR, SPARSE>, buffer[b & 1][s]);
             const int64_t now = b - UNFOLD;  // the stores of a block have arrived when the next one is unfolded
             if (now < 0) continue;
@@ -134,7 +137,7 @@ template <bool FOUR, bool SPARSE> static void linear(Weight w, const uint8_t* x,
 
 // As `linear`, for a bfloat16 x that is not rounded. Returns whether there was memory.
 template <bool FOUR, bool SPARSE> static bool linear_many(Weight w, const uint16_t* x, int64_t K, const Result& out, int64_t threads) {
-    std::unique_ptr<uint8_t, void (*)(void*)> space(static_cast<uint8_t*>(std::aligned_alloc(64, room_for_many(2 * w.blocks))), std::free);
+    std::unique_ptr<uint8_t, void (*)(void*)> space(static_cast<uint8_t*>(std::aligned_alloc(64, room_for_many(out.tokens, 2 * w.blocks))), std::free);
     if (space) many(Codes<FOUR, SPARSE>{w, out.N, 2 * w.blocks}, x, K, space.get(), out, threads);
     return space != nullptr;
 }

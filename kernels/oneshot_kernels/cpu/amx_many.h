@@ -22,7 +22,7 @@ ALWAYS void copy_chunk(const uint16_t* x, int64_t left, uint8_t* to) {
     std::memset(to + 2 * columns, 0, 2 * (CHUNK - columns));
 }
 
-// As bfloat16, in the lower halves: of numbers; of anything, where NaN stays NaN.
+// As bfloat16, in the lower halves. rounded_number: of what is no NaN; rounded: of any, NaN stays NaN.
 ALWAYS U rounded_number(F v) { return (U(v) + 0x7fff + (U(v) >> 16 & 1)) >> 16; }
 ALWAYS U rounded(F v) {
     const U nan = U((U(v) & 0x7fffffff) > 0x7f800000u);
@@ -43,8 +43,9 @@ ALWAYS F bias_of(const Result& out, int64_t tile) {
     return bias;
 }
 
-// Sums of an item and a batch, register by register.
+// Sums of an item and a batch, register by register: 1 MB a thread, kept from call to call.
 struct Sums { alignas(64) float of[TILES][BATCH / ROWS][ROWS][ROWS]; };
+static Sums& own_sums() { static thread_local Sums sums; return sums; }
 
 // Add `chunks` chunks of S tiles, the first of them `tile`, and T times 16 tokens, `t` the first; first: to zero.
 template <int S, int T> static void add(const uint8_t* const (&b)[S], const uint8_t* x, int64_t chunks, bool first, Sums& sum, int64_t tile, int64_t t) {
@@ -68,22 +69,25 @@ template <int S, int T> static void add(const uint8_t* const (&b)[S], const uint
 }
 
 // One panel of S tiles of a weight, the `tile`-th of an item that begins with the `from`-th, for all tokens.
-template <int S, typename W> static void panel(const W& w, int64_t from, int64_t tile, const uint8_t* x, int64_t first, int64_t chunks, int64_t tokens, Sums& sum) {
+template <int S, typename W> static void add_panel(const W& w, int64_t from, int64_t tile, const uint8_t* x, int64_t first, int64_t chunks, int64_t tokens, Sums& sum) {
     alignas(64) uint8_t unfolded[S][PANEL * TILE];
     const uint8_t* b[S];
-    for (int s = 0; s < S; s++) b[s] = w.panel(from + tile + s, first, chunks, unfolded[s]);
+    for (int s = 0; s < S; s++) b[s] = w.in_registers(from + tile + s, first, chunks, unfolded[s]);
     int64_t t = 0;
     for (; t + 1 < tokens; t += 2) add<S, 2>(b, x, chunks, first == 0, sum, tile, t);
     if (t < tokens) add<S, 1>(b, x, chunks, first == 0, sum, tile, t);
 }
 
 // Bytes of x in the order of `many`, at most BATCH tokens of it: (panel, token tile, PANEL, 16, 64 bytes).
-static inline int64_t room_for_many(int64_t chunks) { return (chunks + PANEL - 1) / PANEL * PANEL * (BATCH / ROWS) * TILE; }
+static inline int64_t room_for_many(int64_t tokens, int64_t chunks) {
+    return room(tokens < BATCH ? tokens : BATCH, (chunks + PANEL - 1) / PANEL * PANEL);
+}
 
-// y = x Wᵀ + bias. x: (tokens, K). space: room_for_many(w.chunks) bytes, on 64. W has `chunks`, `scale(tile)`, which the sums of
-// its rows are multiplied by, and `panel(tile, first, chunks, buffer)`, which says where these chunks of a tile lie as they are
-// in registers: in the weight, or unfolded into the buffer.
+// y = x Wᵀ + bias. x: (tokens, K), K > 0. space: room_for_many(tokens, w.chunks) bytes, on 64. W has `chunks`, `scale(tile)`,
+// which the sums of its rows are multiplied by, and `in_registers(tile, first, chunks, buffer)`, which says where these chunks
+// of a tile lie as registers hold them: in the weight, or unfolded into the buffer.
 template <typename W> static void many(const W& w, const uint16_t* x, int64_t K, uint8_t* space, const Result& out, int64_t threads) {
+    if (out.N == 0) return;
     const Shape shape = shape_for(ROWS);
     const int64_t n = (out.N + ROWS - 1) / ROWS, parts = (n + TILES * threads - 1) / (TILES * threads) * threads;
     const int64_t each = (n + 2 * parts - 1) / (2 * parts) * 2;  // tiles of an item, in pairs
@@ -95,15 +99,15 @@ template <typename W> static void many(const W& w, const uint16_t* x, int64_t K,
                     copy_chunk(x + m * K + c * CHUNK, K - c * CHUNK, space + (((c / PANEL * tiles + t) * PANEL + c % PANEL) * ROWS + (m - begin) % ROWS) * 64);
         });
         parallel((n + each - 1) / each, threads, [&](int64_t item) {
-            static thread_local Sums sum;
+            Sums& sum = own_sums();
             const Registers used(shape);
             const int64_t from = item * each, count = from + each < n ? each : n - from;
             for (int64_t c = 0; c < w.chunks; c += PANEL) {
                 const int64_t chunks = w.chunks - c < PANEL ? w.chunks - c : PANEL;
                 const uint8_t* at = space + c * tiles * TILE;
                 int64_t tile = 0;
-                for (; tile + 1 < count; tile += 2) panel<2>(w, from, tile, at, c, chunks, tiles, sum);
-                if (tile < count) panel<1>(w, from, tile, at, c, chunks, tiles, sum);
+                for (; tile + 1 < count; tile += 2) add_panel<2>(w, from, tile, at, c, chunks, tiles, sum);
+                if (tile < count) add_panel<1>(w, from, tile, at, c, chunks, tiles, sum);
             }
             F bias[TILES], scale[TILES];
             for (int64_t tile = 0; tile < count; tile++) { bias[tile] = bias_of(out, from + tile); scale[tile] = w.scale(from + tile); }

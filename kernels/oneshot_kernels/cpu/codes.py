@@ -23,7 +23,7 @@ def round_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def round_groups(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes, scale) for int4: int8 (N, K) with |code| <= 7 and float32 (N, K'/64), max |w| / 7 of 64 columns as fp16.
+    """(codes, scale) for int4: int8 (N, K) with |code| <= 7 and float32 (N, ceil(K / 64)), max |w| / 7 as fp16.
 
     Raises ValueError for a weight that is not finite, or too large for an fp16 scale.
     """

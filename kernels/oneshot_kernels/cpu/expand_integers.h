@@ -2,7 +2,7 @@
 #pragma once
 
 // A block of columns of a tile, row by row.
-template <bool FOUR> static void rows_of(Weight w, int64_t tile, int64_t b, int8_t (&out)[L][BLOCK]) {
+template <bool FOUR> static void codes_by_row(Weight w, int64_t tile, int64_t b, int8_t (&out)[L][BLOCK]) {
     typedef int8_t Bytes4[L][4];
     Bytes4 codes, index;
     if (!w.sparse) {
@@ -34,8 +34,8 @@ extern "C" void expand_integers(const uint8_t* values, const void* scale, void* 
     parallel((N + L - 1) / L, threads, [&](int64_t tile) {
         for (int64_t b = 0; b < w.blocks; b++) {
             int8_t codes[L][BLOCK];
-            if (bits == 4) rows_of<true>(w, tile, b, codes);
-            else rows_of<false>(w, tile, b, codes);
+            if (bits == 4) codes_by_row<true>(w, tile, b, codes);
+            else codes_by_row<false>(w, tile, b, codes);
             const int64_t columns = K - b * BLOCK < BLOCK ? K - b * BLOCK : BLOCK;
             for (int64_t lane = 0; lane < L && tile * L + lane < N; lane++) {
                 const int64_t row = tile * L + lane;

@@ -1,4 +1,4 @@
-// y = x Wᵀ + bias for a few tokens with int8 weights (a scale for each row) or int4 (one for each row and 64 columns), 2:4
+// y = x Wᵀ + bias, best for a few tokens, with int8 weights (a scale for each row) or int4 (one for each row and 64 columns), 2:4
 // and dense. Either x stays float32, or it is rounded to int8 on the fly, with a scale for each token and 64 columns: then
 // sums are exact in int32 within those.
 //
@@ -226,9 +226,9 @@ static void quantise(const float* x, uint8_t* codes, float* scale, int offset) {
 
 extern "C" int lanes() { return L; }
 
-// Whether many bfloat16 tokens that are not rounded take the tile registers.
-extern "C" int registers() {
-#if defined(__AMX_BF16__)
+// Whether tile registers are used.
+extern "C" int has_registers() {
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__)
     return 1;
 #else
     return 0;
@@ -241,8 +241,8 @@ extern "C" int linear_integers(const void* x, const uint8_t* values, const void*
                                int64_t N, int64_t K, int64_t type, int64_t bits, int64_t sparse, int64_t plain, int64_t threads) {
     const int64_t blocks = (K + BLOCK - 1) / BLOCK, columns = blocks * BLOCK, padded = (tokens + 15) / 16 * 16;
     const Weight w{values, scale, blocks, sparse != 0};
-#if defined(__AMX_INT8__)
-    if (plain && Type(type) == BFLOAT16 && tokens > 8) {  // fewer are faster on vectors
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__)
+    if (plain && Type(type) == BFLOAT16 && tokens > amx::FEW) {
         const amx::Result out{static_cast<uint16_t*>(y), static_cast<const uint16_t*>(bias), N, tokens};
         const auto all = bits == 4 ? (sparse ? amx::linear_many<true, true> : amx::linear_many<true, false>) : (sparse ? amx::linear_many<false, true> : amx::linear_many<false, false>);
         return !all(w, static_cast<const uint16_t*>(x), K, out, threads);
@@ -260,7 +260,7 @@ extern "C" int linear_integers(const void* x, const uint8_t* values, const void*
         widen(x, t, K, columns, Type(type), row);
         if (!plain) for (int64_t b = 0; b < blocks; b++) {
             int64_t at = t * columns + b * BLOCK;
-#if defined(__AMX_INT8__)
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__)
             if (in_registers) at = amx::place(t, b, blocks);
 #endif
             quantise(row + b * BLOCK, codes.get() + at, scales.get() + t * blocks + b, in_registers ? 0 : OFFSET);
@@ -268,7 +268,7 @@ extern "C" int linear_integers(const void* x, const uint8_t* values, const void*
     }
     const Input in{plain ? wide.get() : nullptr, codes.get(), scales.get(), blocks};
     const Output out{y, bias, N, Type(type)};
-#if defined(__AMX_INT8__)
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__)
     if (in_registers) {
         const auto all = bits == 4 ? (sparse ? amx::linear<true, true> : amx::linear<true, false>) : (sparse ? amx::linear<false, true> : amx::linear<false, false>);
         all(w, codes.get(), scales.get(), out, tokens, threads);

@@ -5,7 +5,8 @@
 A weight is `scale · code`: int8 with a scale for each row and codes of 8 bits, int4 with one for each row and 64
 columns (an fp16 number) and codes from -8 to 7. The input stays as it is (`plain`), or it is rounded too, to int8 with
 one scale for each token and 64 columns, which is faster; sums are then exact within 64 columns. Many bfloat16 tokens
-are faster as they are where there are tile registers (amx.h): above MANY x is not rounded (`stays`). See codes.py.
+are faster as they are where there are tile registers (amx.h): from MANY on x is not rounded (`stays`). See codes.py.
+There int4's scale · code is rounded to bfloat16 first; where torch's products take over (`_by_torch`), int8's too.
 
     values   dense: bytes (T, steps, L, 4), a step being four columns, K'/4 in all. int8: the codes of a step. int4:
              codes + 8 of two steps, the first in the low half: half as many steps.
@@ -26,9 +27,9 @@ from torch import nn
 from .. import reference
 from . import library
 from .codes import BLOCK, emulate, round_groups, round_rows, value
-from .linear import SERIAL, TYPES, in_parts
+from .linear import TYPES, in_parts, threads_for
 
-MANY = 64
+MANY = 65
 """Tokens, see above: from so many on unfolding a weight costs less than the scales of its sums."""
 EXPAND = 128
 """Tokens from which an x that stays as it is goes through torch's products, see `_by_torch`."""
@@ -51,8 +52,8 @@ class IntegerWeight(NamedTuple):
 class IntegerLinear(nn.Module):
     """nn.Linear with an int8 or int4 weight, dense or 2:4, for inference on a CPU: y = x Wᵀ + bias.
 
-    round_inputs: whether inputs are rounded to int8 too, which is faster. Its tensors are made for this machine and are
-    in no state dict: save the model before.
+    round_inputs: whether inputs are rounded to int8 too, which is faster (many may stay as they are, see `stays`). Its
+    tensors are made for this machine and are in no state dict: save the model before.
     """
 
     def __init__(self, weight: IntegerWeight, bias: torch.Tensor | None, round_inputs: bool = False) -> None:
@@ -133,13 +134,13 @@ def prepare(codes: torch.Tensor, scale: torch.Tensor, *, sparse: bool, bits: int
 
 def linear(x: torch.Tensor, weight: IntegerWeight, bias: torch.Tensor | None = None,
            plain: bool = False) -> torch.Tensor:
-    """x (M, K), contiguous -> (M, N) in x's dtype. plain: x is not rounded. Nothing is checked here."""
+    """x (M, K), contiguous -> (M, N) in x's dtype. plain: x is not rounded (nor if it `stays`). Nothing is checked."""
     (n, k), plain = weight.shape, plain or stays(x)
     if plain and _by_torch(x):
         return through_dense(x, weight, bias)
     y = x.new_empty(x.shape[0], n)
     pointers = (None if t is None else t.data_ptr() for t in (x, *weight[:2], bias, y))
-    threads = library.threads() if n * k >= SERIAL else 1
+    threads = threads_for(len(x), n, k)
     if _library().linear_integers(*pointers, x.shape[0], n, k, TYPES[x.dtype], weight.bits, weight.sparse, plain,
                                   threads):
         raise RuntimeError(f"no memory for {x.shape[0]} tokens of {k} inputs")
@@ -159,12 +160,12 @@ def through_dense(x: torch.Tensor, weight: IntegerWeight, bias: torch.Tensor | N
 
 def stays(x: torch.Tensor) -> bool:
     """Whether x (M, K) is not rounded, asked or not. Only where `available`."""
-    return len(x) > MANY and x.dtype == torch.bfloat16 and bool(_library().registers())
+    return len(x) >= MANY and x.dtype == torch.bfloat16 and bool(_library().has_registers())
 
 
 def _by_torch(x: torch.Tensor) -> bool:
     """Whether torch's products are faster: many bfloat16 tokens on a CPU with units for it, but no tile registers."""
-    if len(x) < EXPAND or x.dtype != torch.bfloat16 or _library().registers():
+    if len(x) < EXPAND or x.dtype != torch.bfloat16 or _library().has_registers():
         return False
     return bool(getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))  # torch 2.9 has none
 
@@ -220,8 +221,8 @@ def _library() -> ctypes.CDLL | None:
 
 def _declare(cdll: ctypes.CDLL) -> None:
     """The functions' argument types."""
-    for function_of in (cdll.lanes, cdll.registers):
-        function_of.argtypes, function_of.restype = [], ctypes.c_int
+    for getter in (cdll.lanes, cdll.has_registers):
+        getter.argtypes, getter.restype = [], ctypes.c_int
     cdll.linear_integers.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 8
     cdll.linear_integers.restype = ctypes.c_int
     cdll.expand_integers.argtypes, cdll.expand_integers.restype = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 6, None
@@ -230,7 +231,7 @@ def _declare(cdll: ctypes.CDLL) -> None:
 def _self_test(cdll: ctypes.CDLL) -> str | None:
     """What is wrong on small products that go through every part of the code, or None."""
     generator = torch.Generator().manual_seed(0)
-    n, k = 5 * cdll.lanes() + 3, 172
+    n, k = 4 * cdll.lanes() + 3, 1068  # five tiles, and more than a panel's columns
     every, bias = torch.randn(70, k, generator=generator), torch.randn(n, generator=generator)
     for sparse, bits, plain, dtype in itertools.product((True, False), (8, 4), (False, True), TYPES):
         weight = torch.randn(n, k, generator=generator)

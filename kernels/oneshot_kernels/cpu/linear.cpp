@@ -1,4 +1,4 @@
-// y = x Wᵀ + bias for a few tokens, with rows of W on SIMD lanes: 2:4 and dense, values in float32, bfloat16, float16.
+// y = x Wᵀ + bias, best for a few tokens (bfloat16 on tile registers: for any number), with rows of W on SIMD lanes: 2:4 and dense, values in float32, bfloat16, float16.
 //
 // A tile is L rows (layout.py says how they lie in memory; L depends on the variant). Each lane adds up its own row, so
 // there are no horizontal sums, and a thread reads every byte of the weight once, in order, four tiles at a time: one
@@ -34,7 +34,7 @@ template <typename D, int M, int S> ALWAYS void sparse(Weight w, int64_t tile, i
         const int64_t end = first + FLUSH < w.chunks ? first + FLUSH : w.chunks;
         for (int64_t c = first; c < end; c++) {
             U index[S];
-            for (int s = 0; s < S; s++) prefetch(v[s] + (c + AHEAD) * GROUPS * D::BYTES, GROUPS * D::BYTES);
+            for (int s = 0; s < S; s++) prefetch(v[s] + c * GROUPS * D::BYTES, GROUPS * D::BYTES);
             for (int s = 0; s < S; s++) index[s] = load<U>(meta[s] + c * L);
 #pragma GCC unroll 2
             for (int g = 0; g < GROUPS; g++) {
@@ -134,7 +134,7 @@ extern "C" int linear(const void* x, const uint8_t* values, const uint32_t* meta
     const int64_t chunks = (K + CHUNK - 1) / CHUNK, columns = chunks * CHUNK;
 #if defined(__AMX_BF16__)
     if (of == BFLOAT16 && tokens > 1) {  // one is faster on vectors
-        std::unique_ptr<uint8_t, void (*)(void*)> space(static_cast<uint8_t*>(std::aligned_alloc(64, amx::space_for(tokens, chunks))), std::free);
+        std::unique_ptr<uint8_t, void (*)(void*)> space(static_cast<uint8_t*>(std::aligned_alloc(64, amx::room_for(tokens, chunks))), std::free);
         if (!space) return 1;
         const amx::Result out{static_cast<uint16_t*>(y), static_cast<const uint16_t*>(bias), N, tokens};
         if (metadata) amx::linear<true>({values, metadata, chunks}, static_cast<const uint16_t*>(x), K, space.get(), out, threads);

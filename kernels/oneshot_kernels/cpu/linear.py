@@ -1,4 +1,4 @@
-"""Linear layers for few tokens on a CPU, compiled: 2:4 and dense weights in float32, bfloat16 and float16.
+"""Linear layers on a CPU, compiled, best for few tokens: 2:4 and dense weights in float32, bfloat16 and float16.
 
     M, N, K   tokens, outputs, inputs
 
@@ -21,7 +21,7 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PART = 1 << 22
 """Bytes of a weight that are dense at once: less than the caches hold, and enough rows for torch's products."""
 SERIAL = 1 << 15
-"""Weights below which a second thread costs more than it saves: waking it takes some microseconds."""
+"""Weights below which a second thread costs more than it saves for 64 tokens: waking it takes some microseconds."""
 
 
 def available() -> bool:
@@ -41,13 +41,18 @@ def linear(x: torch.Tensor, values: torch.Tensor, metadata: torch.Tensor | None,
     metadata: None for a dense weight. Nothing is checked here, shapes least of all: `Sparse24Linear` does.
     """
     y = x.new_empty(x.shape[0], n)
-    threads = library.threads() if n * x.shape[1] >= SERIAL else 1
+    threads = threads_for(len(x), n, x.shape[1])
     failed = _library().linear(x.data_ptr(), values.data_ptr(), None if metadata is None else metadata.data_ptr(),
                                None if bias is None else bias.data_ptr(), y.data_ptr(), x.shape[0], n, x.shape[1],
                                TYPES[x.dtype], threads)
     if failed:
         raise RuntimeError(f"no memory for {x.shape[0]} tokens of {x.shape[1]} inputs")
     return y
+
+
+def threads_for(m: int, n: int, k: int) -> int:
+    """Threads for m tokens and a weight (n, k)."""
+    return library.threads() if n * k * max(1, m // 64) >= SERIAL else 1
 
 
 def through_dense(x: torch.Tensor, values: torch.Tensor, metadata: torch.Tensor, n: int,
@@ -103,7 +108,7 @@ def _self_test(cdll: ctypes.CDLL) -> str | None:
     """What is wrong on small products that go through every part of the code, or None."""
     generator = torch.Generator().manual_seed(0)
     lanes, k = cdll.lanes(), 1100  # more than one flush, and a chunk that is not full
-    n = 5 * lanes + 3
+    n = 4 * lanes + 3  # five tiles
     for dtype, code in TYPES.items():
         groups = torch.randn(n, k // 4, 4, generator=generator)
         kept = torch.zeros_like(groups).scatter_(-1, groups.abs().topk(2, dim=-1).indices, 1.0)

@@ -25,9 +25,11 @@ typedef int32_t I __attribute__((vector_size(VECTOR)));
 
 template <typename V> static inline V load(const void* p) { V v; std::memcpy(&v, p, sizeof(V)); return v; }
 
-constexpr int AHEAD = 6;  // parts of a stream to fetch ahead: what unfolds each fills the processor's window and sees too little
-ALWAYS void prefetch(const uint8_t* from, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
+// Load the part of a stream into the cache that is AHEAD bytes behind this one: unfolding keeps the processor so busy that it
+// does not look that far by itself.
+constexpr int AHEAD = 3072;
+ALWAYS void prefetch(const uint8_t* part, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(part + AHEAD + i);
 }
 
 // four floats, once for every four lanes
