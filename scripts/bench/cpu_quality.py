@@ -18,11 +18,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest import mock
 
 import torch
 from common import written
 from cpu_decode import KINDS, SHAPES, WAYS, bytes_of, formed, random_model, read
 from llama_server import Server, named
+from oneshot_kernels.cpu import integers
 from tqdm import tqdm
 
 from oneshot import measure, models
@@ -78,7 +80,8 @@ def work(args: argparse.Namespace) -> None:
         if source is None or form == ("bf16", "dense", False):  # not given; the very layers of transformers
             continue
         model = formed(source, *form) if form else dense
-        losses[way] = measure.losses.token_losses(model, ids, batch_size=4)
+        with mock.patch.object(integers, "MANY", sys.maxsize):  # inputs are rounded as in decoding, however many
+            losses[way] = measure.losses.token_losses(model, ids, batch_size=4)
         nbytes[way] = bytes_of(model)
     for file in filter(None, args.gguf.split(",")):
         way = f"llama.cpp {Path(file).parent.name}/{Path(file).name}"

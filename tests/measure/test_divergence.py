@@ -8,7 +8,7 @@ import torch
 from tiny import plain_pages  # noqa: F401
 
 from oneshot import models
-from oneshot.measure import compared, divergence
+from oneshot.measure import compared, divergence, losses
 from oneshot.measure.losses import token_losses
 
 
@@ -99,6 +99,16 @@ def test_losses_are_those_of_perplexity(pair):
     """So a run's perplexity does not depend on whether it is compared."""
     got = compared.compare(*pair, windows(), padding(), batch_size=2)
     assert torch.equal(got.loss, token_losses(pair[0], windows(), padding(), batch_size=2))
+
+
+@pytest.mark.parametrize("cached", [1, 200])
+def test_how_many_logits_a_cache_holds_changes_no_bit(pair, cached, monkeypatch):
+    whole = compared.compare(*pair, windows(), padding(), batch_size=2)
+    alone = token_losses(pair[0], windows(), padding(), batch_size=2)
+    monkeypatch.setattr(losses, "CACHED", cached)  # a position, or some, at a time
+    parts = compared.compare(*pair, windows(), padding(), batch_size=2)
+    assert all(torch.equal(getattr(parts, key), getattr(whole, key)) for key in vars(whole))
+    assert torch.equal(token_losses(pair[0], windows(), padding(), batch_size=2), alone)
 
 
 def test_groups_and_batches_do_not_matter(pair, monkeypatch):
