@@ -3,12 +3,14 @@
     python scripts/bench/heal.py --shared ../shared                          # all ways; continues where it was stopped
     python scripts/bench/heal.py --shared ../shared --only smollm2 --ways "none;full 500k"
     python scripts/bench/heal.py --shared ../shared --tasks build/tasks      # tasks as well (local_tasks.py), all ways
+    python scripts/bench/heal.py --shared ../shared --only stories260k --seeds 0,1,2 --ways "none;lora 500k"
     python scripts/tables/heal_table.py                                      # heal.md and heal.svg from the records
     python scripts/tables/tables.py                                          # the README's table from the records
 
 Calibration and training are on the first 85 % of the C4 sample's documents (and books out of copyright), C4's
-perplexity on the rest, WikiText-2's on its test text. heal_ways.yaml names the ways. Checkpoints of unfinished ways lie
-in --work, finished models too.
+perplexity on the rest, WikiText-2's on its test text. The toys (small_models.py) have texts of their own, half to
+calibrate and train on, half to measure; craftgpt-5m, which has little, is trained on its own samples (`self`).
+heal_ways.yaml names the ways. Checkpoints of unfinished ways lie in --work, finished models too.
 """
 
 import argparse
@@ -36,8 +38,9 @@ BASE = {
                 "--eval-windows", "64"],
     "demo": ["--model", "demo", "--seqlen", "256", "--nsamples", "64", "--eval-windows", "64"],
 }
-BEGUN = ("method", "pattern", "shrink", "uneven", "nsamples")
-WINDOW = {"demo": ["--heal-seqlen", "256"]}  # as many positions as it has
+BEGUN = ("method", "preset", "pattern", "shrink", "uneven", "nsamples")
+WINDOW = {"demo": "256", "stories260k": "256", "craftgpt-5m": "64"}  # as many positions as calibration has
+OWN = {"stories260k": None, "craftgpt-5m": "self"}  # models with texts of their own: trained on, None: as calibrated
 WAYS = yaml.safe_load(Path(__file__).with_name("heal_ways.yaml").read_text(encoding="utf-8"))
 
 
@@ -66,6 +69,21 @@ def run(args: argparse.Namespace) -> None:
                 one(args, name, seed, way, texts)
 
 
+def base(name: str, texts: list[str], shared: Path) -> list[str]:
+    """The flags that all ways of a model share. texts: those of the models that have none of their own."""
+    if name not in OWN:
+        return [*BASE[name], *texts]
+    flags = without(small_models.flags_of(shared)[name], "--pattern")
+    return [*without(flags, "--evaluate"), "--evaluate", f"own={flags[flags.index('--evaluate') + 1]}"]
+
+
+def training(name: str, flags: list[str], work: Path) -> str:
+    """What --heal-data is where a way does not say it. flags: those of `base`."""
+    if name in OWN:
+        return OWN[name] or flags[flags.index("--calibration") + 1]
+    return f"0.7*{work / 'c4_train.jsonl'},0.3*{work / 'books.txt'}"
+
+
 def make_texts(data: Path, work: Path) -> list[str]:
     """The flags that name the texts, which are written into `work` where they are not there."""
     work.mkdir(parents=True, exist_ok=True)
@@ -84,13 +102,13 @@ def make_texts(data: Path, work: Path) -> list[str]:
 
 def one(args: argparse.Namespace, name: str, seed: str, way: str, texts: list[str]) -> None:
     """One run; raises ValueError if it failed."""
-    flags = [*BASE[name], "--seed", seed, "--no-layer-errors", "--device", "cpu", *texts]
+    flags = [*base(name, texts, args.shared), "--seed", seed, "--no-layer-errors", "--device", "cpu"]
     if way == "dense":
         own = ["--method", "dense"]
     else:
         ways = dict(WAYS[way])
         data, held, begins = ways.pop("DATA", None), ways.pop("HELD", None), ways.pop("MODEL", None)
-        data = str(args.work / data) if data else f"0.7*{args.work / 'c4_train.jsonl'},0.3*{args.work / 'books.txt'}"
+        data = str(args.work / data) if data else training(name, flags, args.work)
         own = ["--no-dense", "--save", str(args.work / folder_of(name, seed, way))]
         if begins:
             dense, begins = flags[flags.index("--model") + 1], args.work / folder_of(name, seed, begins)
@@ -99,14 +117,16 @@ def one(args: argparse.Namespace, name: str, seed: str, way: str, texts: list[st
         for flag, value in ways.items():
             own += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
             if flag == "heal" and any(part in str(value) for part in ("full", "lora")):
-                own += ["--heal-data", data, *WINDOW.get(name, [])]
+                own += ["--heal-data", data, *(["--heal-seqlen", WINDOW[name]] if name in WINDOW else [])]
     record = done([*flags, *own], args.out / name, way)
     if way != "dense" and begins:  # what the table compares it with
         made_by = checkpoint.read_manifest(begins)["record"]["settings"]
         record["begun"] = {key: made_by[key] for key in BEGUN if key in made_by}
     saved = own[own.index("--save") + 1] if "--save" in own else flags[flags.index("--model") + 1]
     plain = [*without(without(flags, "--heal-teacher"), "--model"), "--model", saved, "--method", "dense"]
-    asked = [] if WIKITEXT in record["metrics"] else [["--evaluate", str(args.shared / "data" / "wikitext2_test.txt")]]
+    asked = []
+    if name not in OWN and WIKITEXT not in record["metrics"]:
+        asked += [["--evaluate", str(args.shared / "data" / "wikitext2_test.txt")]]
     if args.tasks and not any(metric.startswith(tuple(TASKS.split(","))) for metric in record["metrics"]):
         asked += [["--evaluate", "none", "--tasks", TASKS, "--task-path", str(args.tasks), "--task-limit",
                    str(DOCUMENTS), "--trust-task-code"]]

@@ -9,8 +9,11 @@
 
 import argparse
 import math
+import statistics
 import sys
 from pathlib import Path
+
+from best_rows import described, spread
 
 from oneshot import report
 from oneshot.report import accuracy, figures, table
@@ -19,7 +22,7 @@ from oneshot.runtime.files import write_text
 
 ROOT = Path(__file__).parents[2]
 WINDOWS = 64  # of calibration, unless a row says otherwise
-METRICS = ("wikitext2_test/ppl", "c4/ppl")
+METRICS, OWN = ("wikitext2_test/ppl", "c4/ppl"), "own/ppl"  # OWN: models with a text of their own
 ACC = "/acc"  # how the metrics of tasks end that are shown
 
 
@@ -51,22 +54,54 @@ def rows(out: Path) -> list[tuple[str, dict]]:
 
 
 def lines_of(out: Path) -> str:
-    """The table of all records in the folder `out`."""
-    found, lines = in_order(out), []
-    heads = ["model", "seed", "way", "tokens", *(f"{m.split('/')[0]} ppl" for m in METRICS),
-             *(f"share, {m.split('/')[0]}" for m in METRICS), "held-out loss", "tokens/s", "minutes", "peak GiB"]
+    """The tables of all records in the folder `out`, one for the models that were measured on the same texts."""
+    found = in_order(out)
+    texts = dict.fromkeys(texts_of(record) for _, record in found)
+    return "\n".join(of_texts([row for row in found if texts_of(row[1]) == metrics], metrics) for metrics in texts)
+
+
+def texts_of(record: dict) -> tuple[str, ...]:
+    """The perplexities that a record holds."""
+    return tuple(metric for metric in (*METRICS, OWN) if metric in record["metrics"])
+
+
+def of_texts(found: list[tuple[str, dict]], metrics: tuple[str, ...]) -> str:
+    """The table of the models measured on the same texts: a line a way, over its seeds."""
+    names, ways = [metric.split("/")[0] for metric in metrics], {}
     for model, record in found:
-        same, dense = [r for m, r in found if m == model], dense_of(found, model)
-        plain = [r for r in same if unhealed(r) and not settings_of(r).get("uneven") and of(r) == of(record)]
-        plain = next((r for r in plain if windows_of(r) == windows_of(record)), plain[0] if plain else None)
-        info = next((i for i in record["heal"].values() if "attempts" in i), {})
-        loss = f"{info['held_out_before']:.3f} to {info['held_out_after']:.3f}" if info else ""
-        shares = [share(record, plain, dense, m) for m in METRICS]
-        lines.append([model, str(seed_of(record)), way_of(record), f"{info['tokens']:,}" if info else "",
-                      *(f"{record['metrics'][m]:.2f}" for m in METRICS), *shares, loss,
-                      f"{info['tokens_per_second']:.0f}" if info.get("tokens_per_second") else "",
-                      f"{record['seconds']['prune'] / 60:.1f}", f"{record['peak_memory_bytes'] / 2**30:.1f}"])
-    return table.render(heads, lines, "markdown", text={"model", "way"})
+        usual = min(windows_of(r) for m, r in found if m == model and r["settings"]["method"] != "dense")
+        ways.setdefault((model, way_of(record, usual)), []).append(record)
+    heads = ["model", "seeds", "way", "tokens", *(f"{name} ppl" for name in names),
+             *(f"share, {name}" for name in names), "held-out loss", "tokens/s", "minutes", "peak GiB"]
+    lines = [[model, ", ".join(str(seed_of(r)) for r in records if "seed" in r["settings"]), way,
+              *cells(records, found, model, metrics)] for (model, way), records in ways.items()]
+    return table.render(heads, lines, "markdown", text={"model", "seeds", "way"})
+
+
+def cells(records: list[dict], found: list[tuple[str, dict]], model: str, metrics: tuple[str, ...]) -> list[str]:
+    """What the table says of the runs of one way, which differ in their seed."""
+    same, dense = [r for m, r in found if m == model], dense_of(found, model)
+    infos = [info for info in map(trained_on_text, records) if info]
+    shares = [[share(r, plain_of(r, same), dense, metric) for r in records] for metric in metrics]
+    speeds = [info["tokens_per_second"] for info in infos if info.get("tokens_per_second")]
+    loss = [statistics.fmean(info[f"held_out_{when}"] for info in infos) for when in ("before", "after") if infos]
+    return [f"{statistics.fmean(info['tokens'] for info in infos):,.0f}" if infos else "",
+            *(spread([r["metrics"][metric] for r in records], 2) for metric in metrics),
+            *("" if None in values else spread(values, 2) for values in shares),
+            f"{loss[0]:.3f} to {loss[1]:.3f}" if infos else "", f"{statistics.fmean(speeds):.0f}" if speeds else "",
+            f"{statistics.fmean(r['seconds']['prune'] for r in records) / 60:.1f}",
+            f"{max(r['peak_memory_bytes'] for r in records) / 2**30:.1f}"]
+
+
+def plain_of(record: dict, same: list[dict]) -> dict | None:
+    """The model without healing that a record is compared with, among all records of its model."""
+    plain = [r for r in same if unhealed(r) and not settings_of(r).get("uneven") and of(r) == of(record)]
+    return next((r for r in plain if windows_of(r) == windows_of(record)), plain[0] if plain else None)
+
+
+def trained_on_text(record: dict) -> dict:
+    """What a record says of healing on text; {} where there was none."""
+    return next((info for info in record["heal"].values() if "attempts" in info), {})
 
 
 def in_order(out: Path) -> list[tuple[str, dict]]:
@@ -105,10 +140,9 @@ def task_cell(record: dict, dense: dict | None, task: str) -> str:
 
 def told(out: Path) -> str:
     """How the numbers came about, one line."""
-    about = sorted({f"commit {e['commit']}{' (dirty)' * bool(e['dirty'])}, {e['device']}, threads {e['threads']}, "
-                    f"torch {e['torch']}, transformers {e['transformers']}"
-                    for e in (record["environment"] for _, record in rows(out))})
-    return (f"`scripts/bench/heal.py`; {'; '.join(about)}. 64 windows of each text, on which nothing was trained. "
+    return (f"`scripts/bench/heal.py` on {described([record for _, record in rows(out)])}. 64 windows of each text, on "
+            "which nothing was trained; own: the other half of the toys' own texts; several seeds: mean ± standard "
+            "deviation. "
             "share: of the excess log-perplexity of the same model without healing that is gone (of best: of "
             "SparseGPT's; of widths by layer: of even widths'), with as many calibration windows where that was "
             "measured. held-out loss, nats, "
@@ -150,33 +184,34 @@ def windows_of(record: dict) -> int:
 
 def order(record: dict) -> tuple:
     """Dense first, then without healing, then by the tokens trained on."""
-    info = next((i for i in record["heal"].values() if "attempts" in i), {})
-    return record["settings"]["method"] != "dense", info.get("tokens", 0), way_of(record)
+    tokens = trained_on_text(record).get("tokens", 0)
+    return record["settings"]["method"] != "dense", round(tokens, -4), way_of(record)
 
 
-def way_of(record: dict) -> str:
-    """A way as the table names it."""
+def way_of(record: dict, usual: int = WINDOWS) -> str:
+    """A way as the table names it. usual: calibration windows that go without saying."""
     settings = settings_of(record)
     if settings["method"] == "dense":
         return "dense"
     made = [f"shrink {settings['shrink']:g}"] if settings.get("shrink") else []
     method = settings.get("preset") or settings["method"]
     made += [f"{method} {settings['pattern']}"] if settings.get("pattern") != "dense" else []
-    own = settings.get("heal") if settings.get("heal") not in (None, "none") and not settings.get("preset") else None
+    own = settings.get("heal") if not record["settings"].get("preset") else None  # a preset heals by itself
     about = [settings["heal_loss"]] if settings.get("heal_loss") else []
     about += ["on shuffled words"] if "shuffled" in str(settings.get("heal_data")) else []
     about += ["C4 held out"] if settings.get("heal_held_out") else []
     about += ["widths by layer"] if settings.get("uneven") else []
-    about += [f"{windows_of(record)} windows"] if windows_of(record) != WINDOWS else []
-    return " ".join(made) + (f", {own}" if own else "") + (f" ({', '.join(about)})" if about else "")
+    about += [f"{windows_of(record)} windows"] if windows_of(record) != usual else []
+    healed = f", {own}" if own not in (None, "none") else ""
+    return " ".join(made) + healed + (f" ({', '.join(about)})" if about else "")
 
 
-def share(record: dict, plain: dict | None, dense: dict | None, metric: str) -> str:
-    """The share of the excess of `plain` that a record's way removes, as text."""
+def share(record: dict, plain: dict | None, dense: dict | None, metric: str) -> float | None:
+    """The share of the excess of `plain` that a record's way removes; None where there is nothing to compare with."""
     if not plain or not dense or record in (plain, dense):
-        return ""
+        return None
     excess = [math.log(r["metrics"][metric] / dense["metrics"][metric]) for r in (plain, record)]
-    return f"{1 - excess[1] / excess[0]:.2f}"
+    return 1 - excess[1] / excess[0]
 
 
 if __name__ == "__main__":

@@ -81,6 +81,25 @@ def test_tasks_stand_beside_the_dense_models_document_by_document(tmp_path):
     assert heal_table.tasks_of(tmp_path).count("(-0.50 ± 0.35 unpaired ~)") == len(TASKS)
 
 
+@pytest.mark.parametrize("name, data", [("stories260k", "tinystories_calibration.json"), ("craftgpt-5m", "self")])
+def test_a_toy_is_trained_and_measured_on_texts_of_its_own(name, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "tinystories_1000.json").write_text(json.dumps(["one", "two", "three", "four"]))
+    (tmp_path / "data" / "craftgpt_selfgen.txt").write_text("a\nb\nc\nd\n")
+    asked = []
+    def attempt(cfg):
+        asked.append(cfg)
+        return {"status": "finished", "run_id": "x", "metrics": {heal_table.OWN: 1.0}, "metric_info": {}}
+    monkeypatch.setattr(bench, "attempt", attempt)
+    args = Namespace(work=tmp_path, out=tmp_path / "out", shared=tmp_path, tasks=None)
+    bench.one(args, name, "1", "lora 500k", ["--calibration", "not this", "--evaluate", "nor this"])
+    [cfg] = asked
+    assert cfg.heal_data.endswith(data) and cfg.evaluate.startswith("own=") and cfg.evaluate.endswith("_test.json")
+    assert cfg.calibration.endswith("_calibration.json") and cfg.heal_seqlen == (256 if data != "self" else 64)
+    assert (cfg.seed, cfg.pattern, cfg.model) == (1, "2:4", str(tmp_path / "models" / name))
+
+
 def test_shuffled_words_are_those_of_the_text(tmp_path):
     (tmp_path / "data").mkdir()
     texts = [f"{i} one two three four five" for i in range(100)]
@@ -112,7 +131,7 @@ def test_the_share_is_of_the_excess_without_healing(tmp_path):
     folder.mkdir()
     for i, found in enumerate(records):
         (folder / f"{i}.json").write_text(json.dumps(found))
-    assert heal_table.share(records[2], records[1], records[0], "c4/ppl") == f"{1 - math.log(2) / math.log(4):.2f}"
+    assert heal_table.share(records[2], records[1], records[0], "c4/ppl") == 1 - math.log(2) / math.log(4)
     lines = heal_table.lines_of(tmp_path).splitlines()
     assert len(lines) == 5 and "dense" in lines[2] and lines[3].count("0.50") == 0
     assert "sparsegpt 2:4, full (next)" in lines[4] and lines[4].count(" 0.50 |") == 2 and "1.250 to 0.500" in lines[4]
@@ -122,6 +141,26 @@ def test_the_share_is_of_the_excess_without_healing(tmp_path):
     assert heal_table.main(["--out", str(tmp_path), "--check"]) == 1
     assert heal_table.main(["--out", str(tmp_path)]) == heal_table.main(["--out", str(tmp_path), "--check"]) == 0
     assert "<svg" in (tmp_path / "heal.svg").read_text()
+
+
+def test_seeds_of_a_way_share_a_line_and_toys_have_a_table_of_their_own(tmp_path):
+    def own(record, ppl):
+        return record | {"metrics": {heal_table.OWN: ppl}}
+    for model, kind in (("demo", lambda record, ppl: record), ("stories260k", own)):
+        (tmp_path / model).mkdir()
+        rows = [kind(made("dense", (10.0, 20.0), nsamples=512), 10.0)]
+        for seed, healed in ((0, 20.0), (1, 10.0 * 2**0.5)):
+            rows += [kind(made(ppl=(40.0, 80.0), seed=seed, nsamples=512), 40.0),
+                     kind(made(ppl=(healed, 2 * healed), seed=seed, nsamples=512) | made(heal="full"), healed)]
+            rows[-1] |= {"settings": rows[-2]["settings"] | {"heal": "full"}, "metrics": {
+                heal_table.OWN: healed} if kind is own else dict.fromkeys(heal_table.METRICS, 2 * healed)}
+        for i, found in enumerate(rows):
+            (tmp_path / model / f"{i}.json").write_text(json.dumps(found))
+    demo, toys = heal_table.lines_of(tmp_path).split("\n\n")
+    assert [len(part.splitlines()) for part in (demo, toys)] == [5, 5] and "c4 ppl" in demo and "own ppl" in toys
+    plain, healed = toys.splitlines()[3:]
+    assert "| 0, 1  | sparsegpt 2:4 " in plain and "40.00 ± 0.00" in plain and "windows" not in toys
+    assert "17.07 ± 4.14" in healed and "0.62 ± 0.18" in healed and "0, 1" in healed  # shares 1/2 and 3/4
 
 
 def test_widths_by_layer_stand_beside_even_ones(tmp_path):
