@@ -5,12 +5,14 @@ line and their rows in a file."""
 import argparse
 import json
 import os
+import statistics
 import time
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
 
 import torch
+from oneshot_kernels.cpu import bandwidth, library
 from torch import nn
 
 from oneshot import calibrate, measure
@@ -75,6 +77,29 @@ def last_level() -> int:
     """Bytes of this machine's largest cache; 0 where the system does not say."""
     sizes = [file.read_text().strip() for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     return max((int(size[:-1]) << 10 for size in sizes if size.endswith("K")), default=0)
+
+
+class Memory:
+    """Memory kept awake: after some idle or computing time it is read at a fraction of its speed, for some 0.4 s.
+
+    best: {threads: bytes a second}, the fastest that this run has seen; the neighbours of a virtual machine slow memory
+    down, and no load shows it.
+    """
+
+    def __init__(self, megabytes: int, awake: float = 0.6) -> None:
+        self.buffers = [library.huge_pages(torch.ones(1 << 23, dtype=torch.int32)) for _ in range(megabytes // 32 + 1)]
+        self.awake, self.best = awake, {}
+
+    def wake(self) -> float:
+        """Read for `awake` seconds, all buffers at least; bytes a second in the last third (the median)."""
+        speeds, began, threads = [], time.perf_counter(), torch.get_num_threads()
+        while len(speeds) < len(self.buffers) or time.perf_counter() - began < self.awake:
+            buffer, start = self.buffers[len(speeds) % len(self.buffers)], time.perf_counter()
+            bandwidth.read(buffer)
+            speeds.append(buffer.nbytes / (time.perf_counter() - start))
+        speed = statistics.median(speeds[len(speeds) * 2 // 3:])
+        self.best[threads] = max(speed, self.best.get(threads, 0.0))
+        return speed
 
 
 def thread_counts(text: str, toy: bool) -> list[int]:

@@ -28,10 +28,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import last_level, others, thread_counts, written
+from common import Memory, last_level, others, thread_counts, written
 from llama_server import Server, named
 from oneshot_kernels import fast_decode, sparsify
-from oneshot_kernels.cpu import bandwidth, decode, integers, library
+from oneshot_kernels.cpu import decode, integers, library
 from torch import nn
 from tqdm import tqdm
 
@@ -53,7 +53,7 @@ WAYS = {"transformers": (None, "dense", False), "transformers, compiled": (None,
         **{f"{kind} {form}": (form, kind, False) for form in ("bf16", "int8", "int4") for kind in KINDS},
         **{f"{kind} {form}, rounded": (form, kind, True) for form in ("int8", "int4") for kind in KINDS}}
 PROMPT = 16  # tokens
-READ = max(256 << 20, 2 * last_level())  # bytes that are read to measure the speed of memory
+READ = max(256 << 20, 2 * last_level())  # bytes among which those lie that are read to measure the speed of memory
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -180,7 +180,7 @@ def measured(name: str, made: dict[str, nn.Module], args: argparse.Namespace) ->
     servers = {f"llama.cpp {file.parent.name}/{file.name}": (Server(file, torch.get_num_threads(), "F16"),
                                                              file.stat().st_size) for file in args.files}
     turns |= {way: lambda server=server: llama_cpp(server, ids, args.tokens) for way, (server, _) in servers.items()}
-    memory = library.huge_pages(torch.ones(READ // 4, dtype=torch.int32))  # as the weights are
+    memory = Memory(READ >> 20)
     found: dict[str, list[tuple[float, list[int]]]] = {way: [] for way in turns}
     speeds, busy = [], others()
     for i in tqdm(range(args.rounds + 1), desc=f"{name}, {torch.get_num_threads()} threads", unit="round"):
@@ -188,9 +188,7 @@ def measured(name: str, made: dict[str, nn.Module], args: argparse.Namespace) ->
             result = turn()
             if i:  # the first round compiles and warms up
                 found[way].append(result)
-        began = time.perf_counter()
-        bandwidth.read(memory)
-        speeds.append(READ / (time.perf_counter() - began))
+        speeds.append(memory.wake())
     busy, speed = max(busy, others()), statistics.median(speeds)
     said = found["transformers"][0][1]
     where, rows = environment.environment("cpu"), []

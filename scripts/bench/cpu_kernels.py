@@ -15,7 +15,9 @@ beyond the last-level cache), and medians are kept. Results are compared with fl
 Errors of integers are against float64 on the very codes; torch's is then that of rounding. `limit` is the share of the
 read limit that a method reaches, by its own bytes. `load` is what other processes took, in cores, at the worst moment
 (the average of a minute less this program's threads); above 0.3 the row is marked `busy`: only its ratios count.
-Rows of other machines stay in the file, and those that this run does not measure.
+Before each weight and number of tokens memory is read until it is awake (common.Memory), up to --tries times while it
+is slower than 0.8 of the best of this run; `memory` is that share, and below 0.8 the row is marked `slow memory`. Rows
+of other machines, and those that this run does not measure, stay in the file.
 """
 
 import argparse
@@ -30,7 +32,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import last_level, others, thread_counts
+from common import Memory, last_level, others, thread_counts
 from oneshot_kernels import Sparse24Linear, reference
 from oneshot_kernels.cpu import bandwidth, codes, integers, layout, library, linear
 
@@ -39,8 +41,8 @@ from oneshot.runtime.command import Parser, exit_code
 from oneshot.runtime.files import write_text
 
 HEAD = ["rows", "k", "dtype", "tokens", "threads", "method", "us", "gb_s", "limit", "over_dense", "over_torch", "error",
-        "load", "machine", "variant", "device", "torch", "commit", "date"]
-BUSY = 0.3
+        "load", "memory", "machine", "variant", "device", "torch", "commit", "date"]
+BUSY, QUIET = 0.3, 0.8  # load of others at most; share of the best memory speed at least
 Run, Exact = Callable[[torch.Tensor, int], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -59,6 +61,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--dtypes", default="bfloat16,float32,int8,int4")
     p.add_argument("--threads", default=f"1,{torch.get_num_threads()}")
     p.add_argument("--rounds", type=int, default=60, help="the median is kept")
+    p.add_argument("--tries", type=int, default=10, help="to wake memory, while it is slower than it was")
     p.add_argument("--cold", type=int, default=max(256, last_level() // 10**6 + 1),
                    help="MB of all copies of a weight together, at least (default: as the last-level cache)")
     p.add_argument("--out", type=Path, default=Path("results/bench"))
@@ -80,12 +83,13 @@ def work(args: argparse.Namespace) -> None:
     where, rows, before = environment.environment("cpu"), [], torch.get_num_threads()
     about = [library.why("linear"), where["device"], where["torch"],
              where["commit"] + (" (dirty)" if where["dirty"] else ""), where["date"]]
+    memory = Memory(args.cold, 0.0 if args.toy else 0.6)
     try:
         for rows_k, kind, threads in ((s, d, t) for t in args.threads for d in args.dtypes for s in args.shapes):
             torch.set_num_threads(threads)
-            for line in measure(*rows_k, kind, args):
+            for line in measure(*rows_k, kind, memory, args):
                 rows.append([*line, *about])
-                print(",".join(map(str, rows[-1][:14])), flush=True)
+                print(",".join(map(str, rows[-1][:15])), flush=True)
     finally:
         torch.set_num_threads(before)
     text, file = io.StringIO(), args.out / "cpu_kernels.csv"
@@ -97,11 +101,12 @@ def others_of(file: Path, rows: list[list]) -> list[list[str]]:
     """The rows in a file that were measured elsewhere, or of what `rows` do not hold."""
     same = [HEAD.index(name) for name in ("rows", "k", "dtype", "tokens", "threads", "device")]
     new = {tuple(str(row[i]) for i in same) for row in rows}
-    kept = list(csv.reader(file.read_text(encoding="utf-8").splitlines()))[1:] if file.is_file() else []
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    kept = [[row.get(name, "") for name in HEAD] for row in csv.DictReader(text.splitlines())]
     return [row for row in kept if tuple(row[i] for i in same) not in new]
 
 
-def measure(n: int, k: int, kind: str, args: argparse.Namespace) -> list[list]:
+def measure(n: int, k: int, kind: str, memory: Memory, args: argparse.Namespace) -> list[list]:
     """The rows of one weight with the number of threads that torch has now, up to `machine`."""
     generator = torch.Generator().manual_seed(n + k)
     integer = kind.startswith("int")
@@ -118,14 +123,24 @@ def measure(n: int, k: int, kind: str, args: argparse.Namespace) -> list[list]:
         if not max(errors[name] for name in ("dense", "2:4", "layer")) <= limit:
             raise ValueError(f"{n}x{k} {kind}, {tokens} tokens: wrong results, relative errors {errors}")
         busy = others()
+        share = awake(memory, args.tries)
         us = interleaved({name: functools.partial(run, x) for name, run in kinds.items()}, args.rounds, copies)
         busy = round(max(busy, others()), 1)  # as it is written
+        state = "busy" if busy > BUSY else "slow memory" if share < QUIET else "idle"
         for name, median in us.items():
             out.append([n, k, kind, tokens, torch.get_num_threads(), name, f"{median:.1f}",
                         f"{size[name] / median / 1e3:.2f}", f"{size[name] / median / (size['read'] / us['read']):.2f}",
                         f"{us['dense'] / median:.2f}", f"{us['torch'] / median:.2f}",
-                        f"{errors.get(name, 0):.1e}", f"{busy:.1f}", "busy" if busy > BUSY else "idle"])
+                        f"{errors.get(name, 0):.1e}", f"{busy:.1f}", f"{share:.2f}", state])
     return out
+
+
+def awake(memory: Memory, tries: int) -> float:
+    """Wake memory, up to `tries` times while it is slow; its speed, of the best of this run."""
+    for _ in range(tries):
+        if (share := memory.wake() / memory.best[torch.get_num_threads()]) >= QUIET:
+            break
+    return share
 
 
 def forms(weight: torch.Tensor, copies: int, kind: str) -> tuple[dict[str, Run], dict[str, int], Exact]:

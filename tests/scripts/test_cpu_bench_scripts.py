@@ -44,7 +44,9 @@ def test_cpu_kernels(tmp_path, capsys):
     rows = [line.split(",") for line in (tmp_path / "cpu_kernels.csv").read_text().splitlines()]
     assert rows[0] == cpu_kernels.HEAD and len(rows) == 1 + 4 * 2 * 5  # dtypes, tokens, methods
     for row in (dict(zip(rows[0], row, strict=True)) for row in rows[1:]):
-        assert float(row["us"]) > 0 and row["machine"] == ("busy" if float(row["load"]) > 0.3 else "idle")
+        assert float(row["us"]) > 0 and 0 < float(row["memory"]) <= 1
+        state = "busy" if float(row["load"]) > 0.3 else "slow memory" if float(row["memory"]) < 0.8 else "idle"
+        assert row["machine"] == state
         assert row["method"] != "torch" or row["over_torch"] == "1.00"
     here = [str(value) for value in rows[1]]
     device, threads = cpu_kernels.HEAD.index("device"), cpu_kernels.HEAD.index("threads")
@@ -55,6 +57,28 @@ def test_cpu_kernels(tmp_path, capsys):
     assert cpu_kernels.main(["--toy", "--threads", "1", "--out", str(tmp_path)]) == 0
     again = [line.split(",") for line in (tmp_path / "cpu_kernels.csv").read_text().splitlines()]
     assert again[:3] == [rows[0], elsewhere, more] and len(again) == len(rows) + 2
+
+
+def test_memory_is_woken_until_it_is_as_fast_as_it_was(monkeypatch):
+    memory, speeds = common.Memory(32, 0.0), iter([10.0, 5.0, 6.0, 9.0, 5.0, 4.0, 7.0])
+    def wake():
+        speed, threads = next(speeds), torch.get_num_threads()
+        memory.best[threads] = max(speed, memory.best.get(threads, 0.0))
+        return speed
+    monkeypatch.setattr(memory, "wake", wake)
+    assert [cpu_kernels.awake(memory, 3) for _ in range(3)] == [1.0, 0.9, 0.7]
+
+
+def test_memory_is_compared_with_the_best_of_as_many_threads(monkeypatch):
+    clock, spent = [0.0], iter([4.0, 4.0, 2.0, 8.0, 8.0, 8.0, 1.0, 1.0])
+    monkeypatch.setattr(common.bandwidth, "read", lambda buffer: clock.append(clock[-1] + next(spent)))
+    monkeypatch.setattr(common.time, "perf_counter", lambda: clock[-1])
+    memory = common.Memory(32, awake=10.0)
+    size, threads = memory.buffers[0].nbytes, torch.get_num_threads()
+    assert memory.wake() == size / 2 and memory.wake() == size / 8 and memory.best == {threads: size / 2}
+    monkeypatch.setattr(common.torch, "get_num_threads", lambda: 64)
+    memory.awake = 0.0
+    assert memory.wake() == size and memory.best == {threads: size / 2, 64: size}
 
 
 def test_cpu_decode(tmp_path, monkeypatch, capsys):
