@@ -80,20 +80,24 @@ def last_level() -> int:
 
 
 class Memory:
-    """Memory kept awake: after some idle or computing time it is read at a fraction of its speed, for some 0.4 s.
+    """How fast memory is read that was read a moment ago.
+
+    A virtual machine may take pages from a program that has not touched them for a tenth of a second; the next touch
+    of each page then takes microseconds, and a first reading runs at a tenth of the speed. A model's weights are
+    touched at every token, so they are not read like that.
 
     best: {threads: bytes a second}, the fastest that this run has seen; the neighbours of a virtual machine slow memory
     down, and no load shows it.
     """
 
-    def __init__(self, megabytes: int, awake: float = 0.6) -> None:
+    def __init__(self, megabytes: int, seconds: float = 0.6) -> None:
         self.buffers = [library.huge_pages(torch.ones(1 << 23, dtype=torch.int32)) for _ in range(megabytes // 32 + 1)]
-        self.awake, self.best = awake, {}
+        self.seconds, self.best = seconds, {}
 
-    def wake(self) -> float:
-        """Read for `awake` seconds, all buffers at least; bytes a second in the last third (the median)."""
+    def speed(self) -> float:
+        """Read for `seconds`, all buffers at least; bytes a second in the last third (the median)."""
         speeds, began, threads = [], time.perf_counter(), torch.get_num_threads()
-        while len(speeds) < len(self.buffers) or time.perf_counter() - began < self.awake:
+        while len(speeds) < len(self.buffers) or time.perf_counter() - began < self.seconds:
             buffer, start = self.buffers[len(speeds) % len(self.buffers)], time.perf_counter()
             bandwidth.read(buffer)
             speeds.append(buffer.nbytes / (time.perf_counter() - start))

@@ -188,7 +188,7 @@ def measured(name: str, made: dict[str, nn.Module], args: argparse.Namespace) ->
             result = turn()
             if i:  # the first round compiles and warms up
                 found[way].append(result)
-        speeds.append(memory.wake())
+        speeds.append(memory.speed())
     busy, speed = max(busy, others()), statistics.median(speeds)
     said = found["transformers"][0][1]
     where, rows = environment.environment("cpu"), []

@@ -3,8 +3,10 @@
     python scripts/bench/cpu_kernels.py                   # results/bench/cpu_kernels.csv; some minutes
     python scripts/bench/cpu_kernels.py --toy --out DIR   # the same at toy size, for the tests
 
-Every method takes its turn in every round, each time on other copies of the weight (together at least 256 MB, and
-beyond the last-level cache), and medians are kept. Results are compared with float64 before anything is timed.
+Every method takes its turn in every round: it passes over its copies of the weight (together at least 256 MB, and as
+much as the last-level cache), as a model passes over its layers, once unmeasured and once measured; a pass of more than
+TURN seconds goes on in the next round. Medians over the rounds. Results are compared with float64 before anything is
+timed.
 
     torch     F.linear in the same dtype, for integers in bfloat16
     dense     the dense twin: same source, same tiles, as many weights read at once
@@ -15,9 +17,9 @@ beyond the last-level cache), and medians are kept. Results are compared with fl
 Errors of integers are against float64 on the very codes; torch's is then that of rounding. `limit` is the share of the
 read limit that a method reaches, by its own bytes. `load` is what other processes took, in cores, at the worst moment
 (the average of a minute less this program's threads); above 0.3 the row is marked `busy`: only its ratios count.
-Before each weight and number of tokens memory is read until it is awake (common.Memory), up to --tries times while it
-is slower than 0.8 of the best of this run; `memory` is that share, and below 0.8 the row is marked `slow memory`. Rows
-of other machines, and those that this run does not measure, stay in the file.
+Before each weight and number of tokens memory is read for a while (common.Memory), up to --tries times as long as it is
+slower than 0.8 of the best of this run; `memory` is that share, and below 0.8 the row is marked `slow memory`. Rows of
+other machines, and those that this run does not measure, stay in the file.
 """
 
 import argparse
@@ -42,6 +44,7 @@ from oneshot.runtime.files import write_text
 
 HEAD = ["rows", "k", "dtype", "tokens", "threads", "method", "us", "gb_s", "limit", "over_dense", "over_torch", "error",
         "load", "memory", "machine", "variant", "device", "torch", "commit", "date"]
+TURN = 0.3
 BUSY, QUIET = 0.3, 0.8  # load of others at most; share of the best memory speed at least
 Run, Exact = Callable[[torch.Tensor, int], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]
 
@@ -60,8 +63,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--tokens", default="1,4,16,64")
     p.add_argument("--dtypes", default="bfloat16,float32,int8,int4")
     p.add_argument("--threads", default=f"1,{torch.get_num_threads()}")
-    p.add_argument("--rounds", type=int, default=60, help="the median is kept")
-    p.add_argument("--tries", type=int, default=10, help="to wake memory, while it is slower than it was")
+    p.add_argument("--rounds", type=int, default=7, help="the median is kept")
+    p.add_argument("--tries", type=int, default=10, help="to wait for memory that is slower than it was")
     p.add_argument("--cold", type=int, default=max(256, last_level() // 10**6 + 1),
                    help="MB of all copies of a weight together, at least (default: as the last-level cache)")
     p.add_argument("--out", type=Path, default=Path("results/bench"))
@@ -112,7 +115,7 @@ def measure(n: int, k: int, kind: str, memory: Memory, args: argparse.Namespace)
     integer = kind.startswith("int")
     floats = torch.bfloat16 if integer else getattr(torch, kind)
     weight = reference.random_24(n, k, floats, generator)
-    copies = max(1, -(-args.cold * 10**6 // (weight.numel() * weight.element_size())))
+    copies = max(1, -(-args.cold * 10**6 // (weight.numel() * weight.element_size() * 9 // 16)))  # of 2:4
     kinds, size, exact = (integer_forms if integer else forms)(weight, copies, kind)
     out = []
     for tokens in args.tokens:
@@ -123,7 +126,7 @@ def measure(n: int, k: int, kind: str, memory: Memory, args: argparse.Namespace)
         if not max(errors[name] for name in ("dense", "2:4", "layer")) <= limit:
             raise ValueError(f"{n}x{k} {kind}, {tokens} tokens: wrong results, relative errors {errors}")
         busy = others()
-        share = awake(memory, args.tries)
+        share = waited(memory, args.tries)
         us = interleaved({name: functools.partial(run, x) for name, run in kinds.items()}, args.rounds, copies)
         busy = round(max(busy, others()), 1)  # as it is written
         state = "busy" if busy > BUSY else "slow memory" if share < QUIET else "idle"
@@ -135,10 +138,10 @@ def measure(n: int, k: int, kind: str, memory: Memory, args: argparse.Namespace)
     return out
 
 
-def awake(memory: Memory, tries: int) -> float:
-    """Wake memory, up to `tries` times while it is slow; its speed, of the best of this run."""
+def waited(memory: Memory, tries: int) -> float:
+    """Read memory, up to `tries` times while it is slow; its speed, of the best of this run."""
     for _ in range(tries):
-        if (share := memory.wake() / memory.best[torch.get_num_threads()]) >= QUIET:
+        if (share := memory.speed() / memory.best[torch.get_num_threads()]) >= QUIET:
             break
     return share
 
@@ -184,16 +187,26 @@ def held(tensors: Sequence[torch.Tensor | None]) -> int:
 
 
 def interleaved(runs: dict[str, Callable[[int], object]], rounds: int, copies: int) -> dict[str, float]:
-    """{method: median microseconds}; all methods in every round, on the next copy of the weight."""
+    """{method: median microseconds of a call}; all methods in every round."""
     times: dict[str, list[float]] = {name: [] for name in runs}
+    first = dict.fromkeys(runs, 0)
     with torch.inference_mode():
-        for i in range(rounds + 1):
+        for _ in range(rounds):
             for name, run in runs.items():
-                began = time.perf_counter()
-                run(i % copies)
-                if i:  # the first round warms up
-                    times[name].append(time.perf_counter() - began)
+                passed(run, first[name], copies)  # touches what is then timed, see common.Memory
+                seconds, calls = passed(run, first[name], copies)
+                times[name].append(seconds / calls)
+                first[name] = (first[name] + calls) % copies
     return {name: statistics.median(seconds) * 1e6 for name, seconds in times.items()}
+
+
+def passed(run: Callable[[int], object], first: int, copies: int) -> tuple[float, int]:
+    """Call it for each copy from `first` on, for TURN seconds at most; (seconds, calls)."""
+    began, calls, seconds = time.perf_counter(), 0, 0.0
+    while calls < copies and seconds < TURN:
+        run((first + calls) % copies)
+        calls, seconds = calls + 1, time.perf_counter() - began
+    return seconds, calls
 
 
 if __name__ == "__main__":

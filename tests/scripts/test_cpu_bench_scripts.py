@@ -1,5 +1,6 @@
 """Benchmarks of CPU layers and whole models: rows, pages, what is refused, llama.cpp beside them."""
 
+import functools
 import importlib.util
 import json
 
@@ -59,26 +60,40 @@ def test_cpu_kernels(tmp_path, capsys):
     assert again[:3] == [rows[0], elsewhere, more] and len(again) == len(rows) + 2
 
 
-def test_memory_is_woken_until_it_is_as_fast_as_it_was(monkeypatch):
+def test_memory_is_waited_for_until_it_is_as_fast_as_it_was(monkeypatch):
     memory, speeds = common.Memory(32, 0.0), iter([10.0, 5.0, 6.0, 9.0, 5.0, 4.0, 7.0])
-    def wake():
+    def speed_now():
         speed, threads = next(speeds), torch.get_num_threads()
         memory.best[threads] = max(speed, memory.best.get(threads, 0.0))
         return speed
-    monkeypatch.setattr(memory, "wake", wake)
-    assert [cpu_kernels.awake(memory, 3) for _ in range(3)] == [1.0, 0.9, 0.7]
+    monkeypatch.setattr(memory, "speed", speed_now)
+    assert [cpu_kernels.waited(memory, 3) for _ in range(3)] == [1.0, 0.9, 0.7]
+
+
+def test_a_turn_touches_what_it_times_and_goes_on_where_the_last_one_ended(monkeypatch):
+    clock, calls = [0.0], []
+    monkeypatch.setattr(cpu_kernels.time, "perf_counter", lambda: clock[0])
+    def run(seconds, name, i):
+        clock[0] += seconds
+        calls.append((name, i))
+    long = 2 * cpu_kernels.TURN
+    runs = {"short": functools.partial(run, 1e-3, "short"), "long": functools.partial(run, long, "long")}
+    us = cpu_kernels.interleaved(runs, 2, 3)
+    assert us["short"] == pytest.approx(1e3) and us["long"] == pytest.approx(long * 1e6)
+    assert [i for name, i in calls if name == "short"] == [0, 1, 2] * 4
+    assert [i for name, i in calls if name == "long"] == [0, 0, 1, 1]
 
 
 def test_memory_is_compared_with_the_best_of_as_many_threads(monkeypatch):
     clock, spent = [0.0], iter([4.0, 4.0, 2.0, 8.0, 8.0, 8.0, 1.0, 1.0])
     monkeypatch.setattr(common.bandwidth, "read", lambda buffer: clock.append(clock[-1] + next(spent)))
     monkeypatch.setattr(common.time, "perf_counter", lambda: clock[-1])
-    memory = common.Memory(32, awake=10.0)
+    memory = common.Memory(32, seconds=10.0)
     size, threads = memory.buffers[0].nbytes, torch.get_num_threads()
-    assert memory.wake() == size / 2 and memory.wake() == size / 8 and memory.best == {threads: size / 2}
+    assert memory.speed() == size / 2 and memory.speed() == size / 8 and memory.best == {threads: size / 2}
     monkeypatch.setattr(common.torch, "get_num_threads", lambda: 64)
-    memory.awake = 0.0
-    assert memory.wake() == size and memory.best == {threads: size / 2, 64: size}
+    memory.seconds = 0.0
+    assert memory.speed() == size and memory.best == {threads: size / 2, 64: size}
 
 
 def test_cpu_decode(tmp_path, monkeypatch, capsys):
