@@ -8,21 +8,30 @@
 """
 
 import argparse
-import math
 import statistics
 import sys
 from pathlib import Path
 
+import heal_picture
 from best_rows import described, spread
+from heal_rows import (
+    dense_of,
+    in_order,
+    plain_of,
+    rows,
+    seed_of,
+    share,
+    texts_of,
+    trained_on_text,
+    way_of,
+    windows_of,
+)
 
-from oneshot import report
 from oneshot.report import accuracy, figures, table
 from oneshot.runtime.command import Parser, exit_code
 from oneshot.runtime.files import write_text
 
 ROOT = Path(__file__).parents[2]
-WINDOWS = 64  # of calibration, unless a row says otherwise
-METRICS, OWN = ("wikitext2_test/ppl", "c4/ppl"), "own/ppl"  # OWN: models with a text of their own
 ACC = "/acc"  # how the metrics of tasks end that are shown
 
 
@@ -39,18 +48,10 @@ def main(argv: list[str] | None = None) -> int:
         stale = not file.is_file() or file.read_text(encoding="utf-8") != page(args.out)
         if stale and not args.check:
             write_text(page(args.out), file)
-            records = [record for _, record in rows(args.out) if figures.healing.curves(record)]
-            figures.save(figures.fig_healing(records), args.out / "heal.svg")
+            figures.save(heal_picture.picture(in_order(args.out)), args.out / "heal.svg")
         print(f"{'stale' if args.check else 'written'}: {file}" if stale else "up to date")
         return int(stale and args.check)
     return exit_code(work)
-
-
-def rows(out: Path) -> list[tuple[str, dict]]:
-    """(model, record) of all finished runs."""
-    files = sorted(out.glob("*/*.json"))
-    found = [(file.parent.name, report.read(file)) for file in files if not file.name.endswith("-failed.json")]
-    return [(model, record) for model, record in found if record.get("status") == "finished"]
 
 
 def lines_of(out: Path) -> str:
@@ -58,11 +59,6 @@ def lines_of(out: Path) -> str:
     found = in_order(out)
     texts = dict.fromkeys(texts_of(record) for _, record in found)
     return "\n".join(of_texts([row for row in found if texts_of(row[1]) == metrics], metrics) for metrics in texts)
-
-
-def texts_of(record: dict) -> tuple[str, ...]:
-    """The perplexities that a record holds."""
-    return tuple(metric for metric in (*METRICS, OWN) if metric in record["metrics"])
 
 
 def of_texts(found: list[tuple[str, dict]], metrics: tuple[str, ...]) -> str:
@@ -91,27 +87,6 @@ def cells(records: list[dict], found: list[tuple[str, dict]], model: str, metric
             f"{loss[0]:.3f} to {loss[1]:.3f}" if infos else "", f"{statistics.fmean(speeds):.0f}" if speeds else "",
             f"{statistics.fmean(r['seconds']['prune'] for r in records) / 60:.1f}",
             f"{max(r['peak_memory_bytes'] for r in records) / 2**30:.1f}"]
-
-
-def plain_of(record: dict, same: list[dict]) -> dict | None:
-    """The model without healing that a record is compared with, among all records of its model."""
-    plain = [r for r in same if unhealed(r) and not settings_of(r).get("uneven") and of(r) == of(record)]
-    return next((r for r in plain if windows_of(r) == windows_of(record)), plain[0] if plain else None)
-
-
-def trained_on_text(record: dict) -> dict:
-    """What a record says of healing on text; {} where there was none."""
-    return next((info for info in record["heal"].values() if "attempts" in info), {})
-
-
-def in_order(out: Path) -> list[tuple[str, dict]]:
-    """`rows`, by model and seed, then as `order` says."""
-    return sorted(rows(out), key=lambda row: (row[0], seed_of(row[1]), order(row[1])))
-
-
-def dense_of(found: list[tuple[str, dict]], model: str) -> dict | None:
-    """The record of the dense model, if there is one."""
-    return next((r for m, r in found if m == model and r["settings"]["method"] == "dense"), None)
 
 
 def tasks_of(out: Path) -> str:
@@ -153,65 +128,7 @@ def told(out: Path) -> str:
 def page(out: Path) -> str:
     """heal.md."""
     return (f"# Healing on text\n\n{told(out)}\n\n{lines_of(out)}\n{tasks_of(out)}"
-            "![held-out loss against tokens](heal.svg)\n")
-
-
-def unhealed(record: dict) -> bool:
-    """Whether a pruned or smaller model was not trained."""
-    return record["settings"]["method"] != "dense" and record["settings"].get("heal", "none") in ("none", "fold")
-
-
-def of(record: dict) -> tuple:
-    """What a healed model and the unhealed one that it is compared with share."""
-    settings = settings_of(record)
-    return settings.get("pattern"), settings.get("shrink"), seed_of(record)
-
-
-def settings_of(record: dict) -> dict:
-    """A record's settings, where it began with another way's model those by which that was made."""
-    return record["settings"] | record.get("begun", {})
-
-
-def seed_of(record: dict) -> int:
-    """The calibration seed; 0 for the dense model, which has none."""
-    return record["settings"].get("seed", 0)
-
-
-def windows_of(record: dict) -> int:
-    """How many calibration windows a record's model was pruned with."""
-    return settings_of(record).get("nsamples", WINDOWS)
-
-
-def order(record: dict) -> tuple:
-    """Dense first, then without healing, then by the tokens trained on."""
-    tokens = trained_on_text(record).get("tokens", 0)
-    return record["settings"]["method"] != "dense", round(tokens, -4), way_of(record)
-
-
-def way_of(record: dict, usual: int = WINDOWS) -> str:
-    """A way as the table names it. usual: calibration windows that go without saying."""
-    settings = settings_of(record)
-    if settings["method"] == "dense":
-        return "dense"
-    made = [f"shrink {settings['shrink']:g}"] if settings.get("shrink") else []
-    method = settings.get("preset") or settings["method"]
-    made += [f"{method} {settings['pattern']}"] if settings.get("pattern") != "dense" else []
-    own = settings.get("heal") if not record["settings"].get("preset") else None  # a preset heals by itself
-    about = [settings["heal_loss"]] if settings.get("heal_loss") else []
-    about += ["on shuffled words"] if "shuffled" in str(settings.get("heal_data")) else []
-    about += ["C4 held out"] if settings.get("heal_held_out") else []
-    about += ["widths by layer"] if settings.get("uneven") else []
-    about += [f"{windows_of(record)} windows"] if windows_of(record) != usual else []
-    healed = f", {own}" if own not in (None, "none") else ""
-    return " ".join(made) + healed + (f" ({', '.join(about)})" if about else "")
-
-
-def share(record: dict, plain: dict | None, dense: dict | None, metric: str) -> float | None:
-    """The share of the excess of `plain` that a record's way removes; None where there is nothing to compare with."""
-    if not plain or not dense or record in (plain, dense):
-        return None
-    excess = [math.log(r["metrics"][metric] / dense["metrics"][metric]) for r in (plain, record)]
-    return 1 - excess[1] / excess[0]
+            f"![{heal_picture.__doc__.splitlines()[0]}](heal.svg)\n")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import math
 from argparse import Namespace
 
 import heal as bench
+import heal_rows
 import heal_table
 import pytest
 
@@ -90,7 +91,7 @@ def test_a_toy_is_trained_and_measured_on_texts_of_its_own(name, data, tmp_path,
     asked = []
     def attempt(cfg):
         asked.append(cfg)
-        return {"status": "finished", "run_id": "x", "metrics": {heal_table.OWN: 1.0}, "metric_info": {}}
+        return {"status": "finished", "run_id": "x", "metrics": {heal_rows.OWN: 1.0}, "metric_info": {}}
     monkeypatch.setattr(bench, "attempt", attempt)
     args = Namespace(work=tmp_path, out=tmp_path / "out", shared=tmp_path, tasks=None)
     bench.one(args, name, "1", "lora 500k", ["--calibration", "not this", "--evaluate", "nor this"])
@@ -115,9 +116,9 @@ def made(method="sparsegpt", ppl=(40.0, 50.0), heal=None, **settings):
     info = {"attempts": [{"looks": [[5, 0.5]], "steps": 10}], "tokens": 5000, "steps": 10, "held_out_before": 1.25,
             "held_out_after": 0.5, "tokens_per_second": 123.4}
     return {"schema": report.SCHEMA, "run_id": "x", "status": "finished", "model": {"name": "demo"},
-            "settings": {"method": method, "pattern": "dense" if method == "dense" else "2:4",
+            "settings": {"method": method, "seqlen": 8, "pattern": "dense" if method == "dense" else "2:4",
                          **({} if method == "dense" else {"seed": 0}), **settings},
-            "metrics": dict(zip(heal_table.METRICS, ppl, strict=True)), "heal": {heal: info} if heal else {},
+            "metrics": dict(zip(heal_rows.METRICS, ppl, strict=True)), "heal": {heal: info} if heal else {},
             "blocks": [], "seconds": {"prune": 120.0}, "peak_memory_bytes": 2**31,
             "environment": {"commit": "abc", "dirty": False, "device": "cpu", "threads": 1, "torch": "2",
                             "transformers": "5"}}
@@ -131,13 +132,13 @@ def test_the_share_is_of_the_excess_without_healing(tmp_path):
     folder.mkdir()
     for i, found in enumerate(records):
         (folder / f"{i}.json").write_text(json.dumps(found))
-    assert heal_table.share(records[2], records[1], records[0], "c4/ppl") == 1 - math.log(2) / math.log(4)
+    assert heal_rows.share(records[2], records[1], records[0], "c4/ppl") == 1 - math.log(2) / math.log(4)
     lines = heal_table.lines_of(tmp_path).splitlines()
     assert len(lines) == 5 and "dense" in lines[2] and lines[3].count("0.50") == 0
     assert "sparsegpt 2:4, full (next)" in lines[4] and lines[4].count(" 0.50 |") == 2 and "1.250 to 0.500" in lines[4]
     cut = made("obs", (20.0, 40.0), pattern="dense", shrink=0.75)
     begun = made("keep", (15.0, 25.0), heal="full", pattern="dense") | {"begun": {"method": "obs", "shrink": 0.75}}
-    assert heal_table.of(cut) == heal_table.of(begun) and heal_table.way_of(begun) == "shrink 0.75"
+    assert heal_rows.of(cut) == heal_rows.of(begun) and heal_rows.way_of(begun) == "shrink 0.75"
     assert heal_table.main(["--out", str(tmp_path), "--check"]) == 1
     assert heal_table.main(["--out", str(tmp_path)]) == heal_table.main(["--out", str(tmp_path), "--check"]) == 0
     assert "<svg" in (tmp_path / "heal.svg").read_text()
@@ -145,7 +146,7 @@ def test_the_share_is_of_the_excess_without_healing(tmp_path):
 
 def test_seeds_of_a_way_share_a_line_and_toys_have_a_table_of_their_own(tmp_path):
     def own(record, ppl):
-        return record | {"metrics": {heal_table.OWN: ppl}}
+        return record | {"metrics": {heal_rows.OWN: ppl}}
     for model, kind in (("demo", lambda record, ppl: record), ("stories260k", own)):
         (tmp_path / model).mkdir()
         rows = [kind(made("dense", (10.0, 20.0), nsamples=512), 10.0)]
@@ -153,7 +154,7 @@ def test_seeds_of_a_way_share_a_line_and_toys_have_a_table_of_their_own(tmp_path
             rows += [kind(made(ppl=(40.0, 80.0), seed=seed, nsamples=512), 40.0),
                      kind(made(ppl=(healed, 2 * healed), seed=seed, nsamples=512) | made(heal="full"), healed)]
             rows[-1] |= {"settings": rows[-2]["settings"] | {"heal": "full"}, "metrics": {
-                heal_table.OWN: healed} if kind is own else dict.fromkeys(heal_table.METRICS, 2 * healed)}
+                heal_rows.OWN: healed} if kind is own else dict.fromkeys(heal_rows.METRICS, 2 * healed)}
         for i, found in enumerate(rows):
             (tmp_path / model / f"{i}.json").write_text(json.dumps(found))
     demo, toys = heal_table.lines_of(tmp_path).split("\n\n")
