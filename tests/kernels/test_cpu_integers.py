@@ -133,11 +133,10 @@ def test_a_product_in_parts_is_the_whole_one(variant, part, sparse, bits, monkey
 
 
 @pytest.mark.parametrize("units, registers, tokens, asked", [
-    (True, 0, 128, True), (True, 0, 127, False), (True, 1, 128, False), (False, 0, 128, False)])
+    (True, False, 128, True), (True, False, 127, False), (True, True, 128, False), (False, False, 128, False)])
 def test_many_tokens_go_through_torch_where_it_has_units_for_bfloat16(units, registers, tokens, asked, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": units}, raising=False)
-    library_of = integers._library()
-    monkeypatch.setattr(library_of, "has_registers", lambda: registers)
+    monkeypatch.setattr(integers, "has_registers", lambda: registers)
     called, true = [], integers.through_dense
     monkeypatch.setattr(integers, "through_dense", lambda *args: called.append(1) or true(*args))
     codes, scale, x, bias = problem(20, 64, tokens, torch.bfloat16, True)

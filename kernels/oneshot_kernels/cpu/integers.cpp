@@ -226,15 +226,6 @@ static void quantise(const float* x, uint8_t* codes, float* scale, int offset) {
 
 extern "C" int lanes() { return L; }
 
-// Whether tile registers are used.
-extern "C" int has_registers() {
-#if defined(__AMX_INT8__) && defined(__AMX_BF16__)
-    return 1;
-#else
-    return 0;
-#endif
-}
-
 // x (tokens, K), y (tokens, N), bias (N) or null: contiguous, of `type`. values, scale: integers.py. plain: x stays as it is.
 // Returns 1 without memory.
 extern "C" int linear_integers(const void* x, const uint8_t* values, const void* scale, const void* bias, void* y, int64_t tokens,

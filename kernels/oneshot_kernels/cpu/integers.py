@@ -160,12 +160,17 @@ def through_dense(x: torch.Tensor, weight: IntegerWeight, bias: torch.Tensor | N
 
 def stays(x: torch.Tensor) -> bool:
     """Whether x (M, K) is not rounded, asked or not. Only where `available`."""
-    return len(x) >= MANY and x.dtype == torch.bfloat16 and bool(_library().has_registers())
+    return len(x) >= MANY and x.dtype == torch.bfloat16 and has_registers()
+
+
+def has_registers() -> bool:
+    """Whether the variant that runs has tile registers."""
+    return library.why("integers") == "amx"
 
 
 def _by_torch(x: torch.Tensor) -> bool:
     """Whether torch's products are faster: many bfloat16 tokens on a CPU with units for it, but no tile registers."""
-    if len(x) < EXPAND or x.dtype != torch.bfloat16 or _library().has_registers():
+    if len(x) < EXPAND or x.dtype != torch.bfloat16 or has_registers():
         return False
     return bool(getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))  # torch 2.9 has none
 
@@ -221,8 +226,7 @@ def _library() -> ctypes.CDLL | None:
 
 def _declare(cdll: ctypes.CDLL) -> None:
     """The functions' argument types."""
-    for getter in (cdll.lanes, cdll.has_registers):
-        getter.argtypes, getter.restype = [], ctypes.c_int
+    cdll.lanes.argtypes, cdll.lanes.restype = [], ctypes.c_int
     cdll.linear_integers.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 8
     cdll.linear_integers.restype = ctypes.c_int
     cdll.expand_integers.argtypes, cdll.expand_integers.restype = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 6, None
