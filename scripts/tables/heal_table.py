@@ -116,7 +116,7 @@ def task_cell(record: dict, dense: dict | None, task: str) -> str:
 def told(out: Path) -> str:
     """How the numbers came about, one line."""
     return (f"`scripts/bench/heal.py` on {described([record for _, record in rows(out)])}. 64 windows of each text, on "
-            "which nothing was trained; own: the other half of the toys' own texts; several seeds: mean ± standard "
+            "which nothing was trained; own: all of the other half of a toy's own text; several seeds: mean ± standard "
             "deviation. "
             "share: of the excess log-perplexity of the same model without healing that is gone (of best: of "
             "SparseGPT's; of widths by layer: of even widths'), with as many calibration windows where that was "
@@ -128,7 +128,7 @@ def told(out: Path) -> str:
 def page(out: Path) -> str:
     """heal.md."""
     return (f"# Healing on text\n\n{told(out)}\n\n{lines_of(out)}\n{tasks_of(out)}"
-            f"![{heal_picture.__doc__.splitlines()[0]}](heal.svg)\n")
+            "![excess against the tokens seen, and held-out losses](heal.svg)\n")
 
 
 if __name__ == "__main__":
