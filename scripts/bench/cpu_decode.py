@@ -53,7 +53,7 @@ WAYS = {"transformers": (None, "dense", False), "transformers, compiled": (None,
         **{f"{kind} {form}": (form, kind, False) for form in ("bf16", "int8", "int4") for kind in KINDS},
         **{f"{kind} {form}, rounded": (form, kind, True) for form in ("int8", "int4") for kind in KINDS}}
 PROMPT = 16  # tokens
-READ = max(256 << 20, 2 * last_level())  # bytes among which those lie that are read to measure the speed of memory
+READ = max(256 << 20, 2 * last_level())  # bytes of memory that are read over and over, for its speed
 
 
 def main(argv: list[str] | None = None) -> int:

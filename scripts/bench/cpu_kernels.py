@@ -115,7 +115,7 @@ def measure(n: int, k: int, kind: str, memory: Memory, args: argparse.Namespace)
     integer = kind.startswith("int")
     floats = torch.bfloat16 if integer else getattr(torch, kind)
     weight = reference.random_24(n, k, floats, generator)
-    copies = max(1, -(-args.cold * 10**6 // (weight.numel() * weight.element_size() * 9 // 16)))  # of 2:4
+    copies = max(1, -(-args.cold * 10**6 // (weight.numel() * weight.element_size() * 9 // 16)))  # 2:4 has fewest bytes
     kinds, size, exact = (integer_forms if integer else forms)(weight, copies, kind)
     out = []
     for tokens in args.tokens:

@@ -40,7 +40,7 @@ BASE = {
 }
 BEGUN = ("method", "preset", "pattern", "shrink", "uneven", "nsamples")
 WINDOW = {"demo": "256", "stories260k": "256", "craftgpt-5m": "64"}  # as many positions as calibration has
-OWN = {"stories260k": None, "craftgpt-5m": "self"}  # models with texts of their own: trained on, None: as calibrated
+TOYS = {"stories260k": None, "craftgpt-5m": "self"}  # have texts of their own: trained on, None: as calibrated
 WAYS = yaml.safe_load(Path(__file__).with_name("heal_ways.yaml").read_text(encoding="utf-8"))
 
 
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
 
 def base(name: str, texts: list[str], shared: Path) -> list[str]:
     """The flags that all ways of a model share. texts: those of the models that have none of their own."""
-    if name not in OWN:
+    if name not in TOYS:
         return [*BASE[name], *texts]
     flags = without(small_models.flags_of(shared)[name], "--pattern")
     return [*without(flags, "--evaluate"), "--evaluate", f"own={flags[flags.index('--evaluate') + 1]}"]
@@ -79,8 +79,8 @@ def base(name: str, texts: list[str], shared: Path) -> list[str]:
 
 def training(name: str, flags: list[str], work: Path) -> str:
     """What --heal-data is where a way does not say it. flags: those of `base`."""
-    if name in OWN:
-        return OWN[name] or flags[flags.index("--calibration") + 1]
+    if name in TOYS:
+        return TOYS[name] or flags[flags.index("--calibration") + 1]
     return f"0.7*{work / 'c4_train.jsonl'},0.3*{work / 'books.txt'}"
 
 
@@ -125,7 +125,7 @@ def one(args: argparse.Namespace, name: str, seed: str, way: str, texts: list[st
     saved = own[own.index("--save") + 1] if "--save" in own else flags[flags.index("--model") + 1]
     plain = [*without(without(flags, "--heal-teacher"), "--model"), "--model", saved, "--method", "dense"]
     asked = []
-    if name not in OWN and WIKITEXT not in record["metrics"]:
+    if name not in TOYS and WIKITEXT not in record["metrics"]:
         asked += [["--evaluate", str(args.shared / "data" / "wikitext2_test.txt")]]
     if args.tasks and not any(metric.startswith(tuple(TASKS.split(","))) for metric in record["metrics"]):
         asked += [["--evaluate", "none", "--tasks", TASKS, "--task-path", str(args.tasks), "--task-limit",

@@ -44,8 +44,14 @@ def split_c4(data: Path, folder: Path) -> tuple[Path, Path]:
     lines = (data / "c4_sample.jsonl").read_text(encoding="utf-8").splitlines()
     first, files = round(SHARE * len(lines)), (folder / "c4_train.jsonl", folder / "c4_held.jsonl")
     for file, part in zip(files, (lines[:first], lines[first:]), strict=True):
-        write_text("\n".join(part) + "\n", file)
+        keep("\n".join(part) + "\n", file)
     return files
+
+
+def keep(text: str, file: Path) -> None:
+    """Write a text unless the file holds it: a run that was killed continues only on files that did not change."""
+    if not file.is_file() or file.read_text(encoding="utf-8") != text:
+        write_text(text, file)
 
 
 def flags_of(shared: Path) -> dict[str, list[str]]:
@@ -63,7 +69,7 @@ def flags_of(shared: Path) -> dict[str, list[str]]:
     for name, documents in (("tinystories", stories), ("craftgpt", dialogues)):
         for part, chosen in (("calibration", documents[0::2]), ("test", documents[1::2])):
             halves[name, part] = WORK / f"{name}_{part}.json"
-            write_text(json.dumps(chosen), halves[name, part])
+            keep(json.dumps(chosen), halves[name, part])
     smollm2 = ["--model", "smollm2", "--pattern", PATTERNS, "--calibration", str(data / "c4_sample.jsonl"),
                "--seqlen", "512", "--evaluate", str(data / "wikitext2_test.txt"), "--nsamples"]
     return {

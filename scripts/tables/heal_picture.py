@@ -52,15 +52,12 @@ def picture(found: list[tuple[str, dict]]) -> "Figure":
 
 def excesses(ax: "Axes", records: list[dict], dense: dict, styles: dict[str, tuple[str, str]]) -> None:
     """A point a run, and a line from the run that it began with, or the unhealed one of as many windows."""
-    points = [(way_of(r), *tokens_and_excess(r, dense), r) for r in records]
-    for way, tokens, value, record in points:
-        colour, marker = styles[way]
-        trained = trained_on_text(record).get("tokens", 0)
-        before = [p for p in points if trained and not trained_on_text(p[3]) and p[1] == tokens - trained
-                  and same_start(p[3], record)]
-        if before:
-            ax.plot([before[0][1], tokens], [before[0][2], value], color=colour, ls=":", lw=1.2)
-        ax.plot([tokens], [value], color=colour, ls="none", marker=marker, zorder=3)
+    for record in records:
+        colour, marker = styles[way_of(record)]
+        end, starts = tokens_and_excess(record, dense), [r for r in records if is_start(r, record)]
+        if starts:
+            ax.plot(*zip(tokens_and_excess(starts[0], dense), end, strict=True), color=colour, ls=":", lw=1.2)
+        ax.plot(*end, color=colour, ls="none", marker=marker, zorder=3)
     ax.set_ylim(bottom=0)
     ax.set_xlim(left=0)
 
@@ -71,8 +68,10 @@ def tokens_and_excess(record: dict, dense: dict) -> tuple[int, float]:
     return seen, statistics.fmean(excess(record, dense, metric) for metric in METRICS)
 
 
-def same_start(plain: dict, healed: dict) -> bool:
-    """Whether a run healed on text began with what another made, or with as much as its method makes."""
+def is_start(plain: dict, healed: dict) -> bool:
+    """Whether a run made, without text, the model that another healed on text, or one by the same settings."""
+    if trained_on_text(plain) or not trained_on_text(healed) or windows_of(plain) != windows_of(healed):
+        return False
     made, began = plain["settings"], settings_of(healed)
     return all(made.get(key) == began.get(key) for key in ("method", "preset", "pattern", "shrink", "uneven"))
 

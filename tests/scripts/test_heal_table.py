@@ -6,6 +6,7 @@ import math
 from argparse import Namespace
 
 import heal as bench
+import heal_picture
 import heal_rows
 import heal_table
 import pytest
@@ -95,7 +96,10 @@ def test_a_toy_is_trained_and_measured_on_texts_of_its_own(name, data, tmp_path,
     monkeypatch.setattr(bench, "attempt", attempt)
     args = Namespace(work=tmp_path, out=tmp_path / "out", shared=tmp_path, tasks=None)
     bench.one(args, name, "1", "lora 500k", ["--calibration", "not this", "--evaluate", "nor this"])
-    [cfg] = asked
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "build").rglob("*.json")}
+    bench.one(args, name, "1", "lora 500k", [])
+    assert before and before == {file: file.stat().st_mtime_ns for file in before}  # else it would begin anew
+    cfg, _ = asked
     assert cfg.heal_data.endswith(data) and cfg.evaluate.startswith("own=") and cfg.evaluate.endswith("_test.json")
     assert cfg.calibration.endswith("_calibration.json") and cfg.heal_seqlen == (256 if data != "self" else 64)
     assert (cfg.seed, cfg.pattern, cfg.model) == (1, "2:4", str(tmp_path / "models" / name))
@@ -142,6 +146,10 @@ def test_the_share_is_of_the_excess_without_healing(tmp_path):
     assert heal_table.main(["--out", str(tmp_path), "--check"]) == 1
     assert heal_table.main(["--out", str(tmp_path)]) == heal_table.main(["--out", str(tmp_path), "--check"]) == 0
     assert "<svg" in (tmp_path / "heal.svg").read_text()
+    above, _, kl, next_token = heal_picture.picture(heal_rows.in_order(tmp_path)).axes
+    [dotted] = [line for line in above.lines if line.get_linestyle() == ":"]
+    assert list(dotted.get_xdata()) == [512, 5512] and not kl.lines and len(next_token.lines) == 1
+    assert list(dotted.get_ydata()) == pytest.approx([math.log(4), math.log(2)])
 
 
 def test_seeds_of_a_way_share_a_line_and_toys_have_a_table_of_their_own(tmp_path):
