@@ -24,7 +24,8 @@ from ..prune.patterns import NM, parse
 from ..quantise import grids
 from ..runtime import distributed, products, together
 from ..settings import RunConfig
-from ..structured import Cut, budget, cut, depth, mixture, origin, search, slices, spread
+from ..structured import Cut, budget, cut, depth, mixture, origin, search, slices
+from . import uneven
 from .plan import kept_dense
 
 ORDER, SEARCH = 2048, 16384  # tokens, at most, on which the order of blocks and the mixtures are measured
@@ -194,7 +195,7 @@ def choose(cfg: RunConfig, model: nn.Module, calibration: Tokens, job: Job, give
         found, tried = search.best(model, (*tokens, known), simple, budget.Mixtures(model, own, order), cfg.tries,
                                    cfg.progress)
     if cfg.uneven:
-        found, tried = uneven(cfg, model, tokens, simple, own, found, tried)
+        found, tried = uneven.choose(cfg, model, (*tokens, known), simple, own, (found, tried))
     return {"cut": found.plain(), "order": rows, "tried": tried}
 
 
@@ -217,21 +218,6 @@ def first(calibration: Tokens, count: int) -> tuple[torch.Tensor, torch.Tensor |
     """(ids, mask) of the first windows with at most `count` tokens, but of two windows at least."""
     few = max(2, count // calibration.ids.shape[1])
     return calibration.ids[:few], None if calibration.mask is None else calibration.mask[:few]
-
-
-def uneven(cfg: RunConfig, model: nn.Module, tokens: tuple, job: Job, own: budget.Budget, even: Cut,
-           tried: list[dict]) -> tuple[Cut, list[dict]]:
-    """(the cut with neurons spread by need, or `even` where that has the lower KL; what was tried)."""
-    if groups.NEURONS in own.without or groups.NEURONS not in cut.kinds(model):
-        raise ValueError("--uneven: this model has no neurons that could differ from layer to layer")
-    seen = spread.curves(model, *tokens, cfg, even, own)
-    found = spread.spread(model, replace(own, cost=lambda c: cut.parameters(model, c)), even, *seen)
-    if found is None:
-        return even, tried
-    known = [row for row in tried if "kl" in row and Cut.of(row) == even]
-    rows = [c.plain() | {"kl": search.measured(model, *tokens, job, c)} for c in ([found] if known else [even, found])]
-    rows[-1]["prices"] = seen[1]
-    return (found if rows[-1]["kl"] < (known or rows)[0]["kl"] else even), [*tried, *rows]
 
 
 def cost_of(cfg: RunConfig, model: nn.Module, whole: int, parts: bool = False) -> tuple[float, budget.Cost]:

@@ -67,6 +67,12 @@ def measured(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, job
         return of_result(model, result)
 
 
+def known_kl(model: nn.Module, given: tuple[torch.Tensor, torch.Tensor | None, Known], job: Job, cut: Cut) -> float:
+    """`measured`, unless it is known. given: ids, mask, and what is known already."""
+    ids, mask, noted = given
+    return noted(f"kl of {json.dumps(cut.plain())}", lambda: measured(model, ids, mask, job, cut))
+
+
 def of_result(model: nn.Module, result: Result) -> float:
     """KL(dense ‖ cut) on the held-out windows of a walk that has just ended."""
     held = [i for i, apart in enumerate(result.dense.held) if apart]
@@ -83,7 +89,6 @@ def best(model: nn.Module, given: tuple[torch.Tensor, torch.Tensor | None, Known
     Raises ValueError naming `--shrink` if no cut is small enough.
     """
     known: dict[tuple[int, int], tuple[float, Cut]] = {}
-    ids, mask, noted = given
     rows: list[dict] = []
     bar = tqdm(total=tries, desc="mixtures", unit="walk", disable=not progress, leave=False)
 
@@ -91,8 +96,7 @@ def best(model: nn.Module, given: tuple[torch.Tensor, torch.Tensor | None, Known
         cut = mixtures.at(depth, heads)
         if cut is None or (depth, heads) in known or len(known) >= tries:
             return
-        key = f"kl of {json.dumps(cut.plain())}"
-        kl = noted(key, lambda: measured(model, ids, mask, job, cut)) if tries > 1 else 0.0
+        kl = known_kl(model, given, job, cut) if tries > 1 else 0.0
         known[depth, heads] = kl, cut
         rows.append(cut.plain() | ({"kl": kl} if tries > 1 else {}))
         bar.update()

@@ -85,6 +85,30 @@ def says(model: nn.Module, cut: Cut, biases: bool = False) -> bool:
     return True
 
 
+def can_differ(model: nn.Module, kind: str) -> bool:
+    """Whether the family's own code computes the same when one layer has one unit of a kind less than another.
+
+    Tried on the first two blocks that have such units.
+    """
+    having = {block.number: (block, width) for block, width in consumers(model) if width.kind == kind}
+    if len(having) < 2:
+        return False
+    *_, last = first = list(having)[:2]
+    block, width = having[last]
+    weight = next(w for w in block.weights if w.linear == width.consumer)
+    kept, dropped = weight.get().clone(), tuple(b.number for b in models.walk(model) if b.number not in first)
+    changed = kept.clone()
+    changed[:, -width.size:] = 0
+    try:
+        weight.set(changed, rounds=False)
+        cut_model(model, Cut(dropped, (), ((weight.name, width.count - 1),)))
+    except ValueError:
+        return False
+    finally:
+        weight.set(kept, rounds=False)
+    return True
+
+
 def without_experts(model: nn.Module, chosen: dict[str, torch.Tensor]) -> nn.Module:
     """A new model with fewer experts. chosen: {`pool_key`: int64, which are left}, as many in every mixture.
 

@@ -22,8 +22,8 @@ from oneshot.runtime.files import write_text
 
 ROOT = Path(__file__).parents[2]
 WAYS = yaml.safe_load((ROOT / "scripts" / "bench" / "shrink_ways.yaml").read_text(encoding="utf-8"))
-BASELINES = ("flap", "wanda-sp", "shortgpt")
-OURS = ("oneshot", "oneshot, widths by layer", "neurons alone, widths by layer")
+BASELINES = ("flap", "flap, as published", "wanda-sp", "shortgpt")
+OURS = ("oneshot", "oneshot, widths by layer", "widths by layer, no mixtures")
 TARGETS = {"demo": 0.5, "craftgpt-5m": 0.5, "stories260k": 0.3, "smollm2": 0.3, "smollm2-bf16": 0.3}
 
 
@@ -60,10 +60,10 @@ def page(rows: Sequence[dict]) -> str:
     lines = ["# Smaller dense models", "",
              "Excess log-perplexity over the dense model in nats, without any healing unless a way says so, mean ± "
              "standard deviation over calibration seeds (n), and in brackets how much less that is than the best of "
-             f"{', '.join(BASELINES)} with the same seed. The share is of the parameters of the transformer blocks "
+             f"{'; '.join(BASELINES)} with the same seed. The share is of the parameters of the transformer blocks "
              "that are left. FLAP's biases are extra parameters and its own; `shortgpt` drops as many whole blocks "
              "as the budget allows, FLAP's neurons give the rest. Every layer has the same width unless a way says "
-             "otherwise, also FLAP's, whose paper has widths by layer too.", "",
+             "otherwise; as published, FLAP chooses widths by layer, of attentions too.", "",
              f"`scripts/bench/shrink.py` on {described(rows)}.", ""]
     for name in dict.fromkeys(row["model"] for row in rows):
         lines += section(name, [row for row in rows if row["model"] == name])
@@ -85,14 +85,14 @@ def section(name: str, rows: Sequence[dict]) -> list[str]:
             gains = less(rows, best, way, share)
             if gains and name in TARGETS:
                 met = "met" if statistics.fmean(gains) >= TARGETS[name] else "missed"
-                lines.append(f"- {share:g}, {way}: {100 * statistics.fmean(gains):.0f} % less than the best of the "
-                             f"three, asked for {100 * TARGETS[name]:.0f} %: {met} (seeds: "
+                lines.append(f"- {share:g}, {way}: {100 * statistics.fmean(gains):.0f} % less than the best of these, "
+                             f"asked for {100 * TARGETS[name]:.0f} %: {met} (seeds: "
                              f"{', '.join(f'{100 * g:.0f} %' for g in gains)})")
     return [*lines, ""]
 
 
 def least(rows: Sequence[dict]) -> dict[tuple[float, int], float]:
-    """{(share, seed): excess of the best baseline}, where all three were measured."""
+    """{(share, seed): excess of the best baseline}, where all were measured."""
     found: dict[tuple[float, int], dict[str, float]] = {}
     for row in rows:
         if row["way"] in BASELINES:

@@ -12,7 +12,7 @@ import oneshot
 from oneshot import checkpoint, models
 from oneshot.checkpoint import verify
 from oneshot.pipeline import compress, shrink_command
-from oneshot.structured import origin, search
+from oneshot.structured import origin, search, spread
 
 pytestmark = pytest.mark.usefixtures("plain_pages")
 
@@ -155,9 +155,10 @@ def test_killed_and_resumed_it_is_bit_identical(place, tmp_path, monkeypatch, af
     assert verify.main([str(tmp_path / "cut"), "--quiet"]) == 0
 
 
-@pytest.mark.parametrize("after", [1, 3])
-def test_killed_in_its_search_it_looks_no_mixture_up_twice(place, tmp_path, monkeypatch, after):  # noqa: F811
-    more = {"to": 0.7, "tries": 5, "results": tmp_path}
+@pytest.mark.parametrize("after, own", [(1, []), (3, []), (2, ["--uneven"])])
+def test_killed_in_its_search_it_looks_no_cut_up_twice(place, tmp_path, monkeypatch, after, own):  # noqa: F811
+    """--uneven: two mixtures, then widths by layer; what these cost is not measured again either."""
+    more = {"to": 0.7, "tries": 2 if own else 5, "results": tmp_path}
     looked, measured = [], search.measured
 
     def look(model, ids, mask, job, cut):
@@ -167,14 +168,16 @@ def test_killed_in_its_search_it_looks_no_mixture_up_twice(place, tmp_path, monk
         return measured(model, ids, mask, job, cut)
     with monkeypatch.context() as patch:
         patch.setattr(search, "measured", look)
-        assert shrink(place, save=tmp_path / "cut", **more) == 130
+        assert shrink(place, *own, save=tmp_path / "cut", **more) == 130
     assert len(looked) == after
     after = -1
     with monkeypatch.context() as patch:
         patch.setattr(search, "measured", look)
         patch.setattr("oneshot.pipeline.shrink.order_of", None)  # found before the first mixture
-        assert shrink(place, save=tmp_path / "cut", **more) == 0
-    assert shrink(place, save=tmp_path / "whole", **more) == 0
+        if own:
+            patch.setattr(spread, "curves", None)
+        assert shrink(place, *own, save=tmp_path / "cut", **more) == 0
+    assert shrink(place, *own, save=tmp_path / "whole", **more) == 0
     record = checkpoint.read_manifest(tmp_path / "whole")["record"]
     assert len(looked) == len(set(looked)) == len(record["shrunk"]["tried"])
     whole, cut = tiny.weights(tmp_path / "whole"), tiny.weights(tmp_path / "cut")

@@ -102,7 +102,7 @@ def test_ridge_is_chosen_on_held_out_tokens():
 def test_flap_is_its_formula():
     W, X = layer(5, 12, 50)
     solution = run(case("flap"), W, X, Columns(2, 4, 3))
-    score = (X.var(0, unbiased=False) * W.square().sum(0)).view(4, 3).sum(1)
+    score = (X.var(0, unbiased=False) * W.square().sum(0)).square().view(4, 3).sum(1)
     kept = torch.zeros(4, dtype=torch.bool)
     kept[score.topk(2).indices] = True
     assert torch.equal(solution.mask[0], kept.repeat_interleave(3))

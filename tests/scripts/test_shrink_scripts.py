@@ -16,10 +16,10 @@ def row(way, excess, seed=0, asked=0.7, **more):
                 "dirty": False}} | more
 
 
-def test_less_is_against_the_best_of_the_three_with_the_same_seed(tmp_path):
+def test_less_is_against_the_best_baseline_with_the_same_seed(tmp_path):
     rows = [row("flap", 0.5), row("wanda-sp", 0.4), row("shortgpt", 0.8), row("oneshot", 0.1),
             row("oneshot", 0.3, seed=1), row("flap", 1.0, seed=1), row("wanda-sp", 0.9, seed=1),
-            row("shortgpt", 0.6, seed=1)]
+            row("shortgpt", 0.6, seed=1), row("flap, as published", 0.45), row("flap, as published", 0.7, seed=1)]
     best = shrink_table.least(rows)
     assert best == {(0.7, 0): 0.4, (0.7, 1): 0.6}
     assert shrink_table.less(rows, best, "oneshot", 0.7) == pytest.approx([0.75, 0.5])

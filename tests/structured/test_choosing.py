@@ -104,34 +104,57 @@ def test_multiples_and_what_must_stay():
     assert budget.neurons_for(model, tight, []) is None
 
 
-def test_spread_takes_where_the_least_is_lost():
-    """One layer's neurons matter little: it loses most of them, and the budget is met."""
-    model, ids = deep(3), jobs.tokens(12)
-    model.model.layers[1].mlp.down_proj.weight.data[:, 16:] *= 1e-3
-    whole = cut.whole(model)
-    own = budget.Budget(0.85 * whole, lambda c: cut.parameters(model, c))
+def spread_of(model, ids, share, free=(groups.NEURONS, groups.HEADS)):
+    """The spread of a model, which stays as it is."""
+    own = budget.Budget(share * cut.whole(model), lambda c: cut.parameters(model, c))
     before = {name: p.clone() for name, p in model.named_parameters()}
     increases, prices = spread.curves(model, ids, None, OPTIONS, Cut(), own)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    assert len(increases) == 3 and all(v >= 0 for values in increases.values() for v in values)
-    found = spread.spread(model, own, Cut(), increases, prices)
-    left = dict(found.own)
-    assert cut.parameters(model, found) <= 0.85 * whole
-    assert left["model.layers.1.mlp.down_proj"] < min(left[f"model.layers.{n}.mlp.down_proj"] for n in (0, 2))
+    assert increases.keys() == prices.keys() and all(v >= 0 for values in increases.values() for v in values)
+    found = spread.spread(model, own, Cut(), spread.by_price(model, own, increases, prices), free)
+    assert cut.parameters(model, found) <= own.target
+    return dict(found.own)
+
+
+def test_spread_takes_where_the_least_is_lost():
+    """One layer's neurons matter little, and another's KV groups: they lose most."""
+    model, ids = deep(3), jobs.tokens(12)
+    model.model.layers[1].mlp.down_proj.weight.data[:, 16:] *= 1e-3
+    model.model.layers[2].self_attn.o_proj.weight.data *= 1e-3
+    left = spread_of(model, ids, 0.8)
+    neurons, heads = ([left.get(f"model.layers.{n}.{part}") for n in range(3)]
+                      for part in ("mlp.down_proj", "self_attn.o_proj"))
+    assert neurons[1] < min(neurons[0], neurons[2]) and heads == [2, 2, 1]
+    assert spread_of(model, ids, 0.85, {groups.NEURONS}).keys() == {f"model.layers.{n}.mlp.down_proj" for n in range(3)}
+
+
+def test_spread_leaves_what_a_cut_says():
+    """Dropped blocks and parts that go as a whole stay so; fewer query heads leave the KV groups."""
+    model = deep(4)
+    own = budget.Budget(0.6 * cut.whole(model), lambda c: cut.parameters(model, c),
+                        own=(("model.layers.3.mlp.down_proj", 0),))
+    start = Cut((1,), ((groups.QUERIES, 1),), own.own)
+    costs = spread.by_price(model, own, *spread.curves(model, jobs.tokens(4), None, OPTIONS, start, own))
+    names = {f"model.layers.{n}.{part}" for n in (0, 2, 3) for part in ("mlp.down_proj", "self_attn.o_proj")}
+    assert costs.keys() == names - {"model.layers.3.mlp.down_proj"}
+    found = spread.spread(model, own, start, costs, {groups.NEURONS, groups.HEADS})
+    assert found.dropped == (1,) and found.kept == start.kept and dict(found.own)["model.layers.3.mlp.down_proj"] == 0
+    assert not any("o_proj" in name for name, _ in found.own) and cut.parameters(model, found) <= own.target
 
 
 def test_a_curve_has_one_increase_a_chunk():
-    """Of 528 neurons 49 chunks of 8 may go; as a share of 1 / 49 in floats a chunk was 7."""
+    """Of 528 neurons 49 chunks of 8 may go; as a share of 1 / 49 in floats a chunk was 7. Of two KV groups one may."""
     config = AutoConfig.for_model("llama", **families.COMMON | {"intermediate_size": 528})
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     own = budget.Budget(0.0, lambda c: cut.parameters(model, c))
     increases, _ = spread.curves(model, jobs.tokens(12), None, OPTIONS, Cut(), own)
-    assert {len(values) for values in increases.values()} == {49}
+    chunks = {name.rpartition(".")[2]: len(values) for name, values in increases.items()}
+    assert chunks == {"down_proj": 49, "o_proj": 1}
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
+@pytest.mark.parametrize("name", ["llama", "llama-tied-bias", "mixtral"])
 def test_a_price_is_the_kl_of_plain_forwards(name, monkeypatch):
-    """Without half of what may go of one block, its error increases by the first half of its curves."""
+    """Without half of what may go of one layer, its error increases by the first half of its curve."""
     model, ids, halves = families.tiny(name), jobs.tokens(12), []
     real = spread.curve
 
@@ -142,18 +165,44 @@ def test_a_price_is_the_kl_of_plain_forwards(name, monkeypatch):
     monkeypatch.setattr(spread, "curve", seen)
     own = budget.Budget(0.0, lambda c: cut.parameters(model, c))
     increases, prices = spread.curves(model, ids, None, OPTIONS, Cut(), own)
-    weights = [w for w in models.all_weights(model) if w.name in increases]
-    assert len(weights) == len(halves) and all(W.count_nonzero() < W.numel() for W in halves)
-    for block in models.walk(model):
+    assert increases and len(increases) == len(halves)
+    for weight, half in zip([w for w in models.all_weights(model) if w.name in increases], halves, strict=True):
         changed = copy.deepcopy(model)
-        own = [w for w in models.all_weights(changed) if w.name in increases and w.block == block.name]
-        for weight in own:
-            weight.set(halves[[w.name for w in weights].index(weight.name)])
+        next(w for w in models.all_weights(changed) if w.name == weight.name).set(half)
         p, q = (m(input_ids=ids, use_cache=False).logits.log_softmax(-1) for m in (model, changed))
         lost = float(kl_div(q, p, reduction="none", log_target=True).sum(-1).mean())
-        whole = sum(sum(increases[w.name][:len(increases[w.name]) // 2]) for w in own)
-        for weight in own:
-            assert prices[weight.name] == pytest.approx(lost / whole, rel=1e-3)
+        whole = sum(increases[weight.name][:(len(increases[weight.name]) + 1) // 2])
+        assert whole > 0 and prices[weight.name] == pytest.approx(lost / whole, rel=1e-3)
+
+
+def test_flaps_own_widths_are_the_papers():
+    """The lowest standardised scores of all layers go: the threshold of the authors' code, found by sorting."""
+    model, ids = deep(3), jobs.tokens(12)
+    model.model.layers[1].mlp.down_proj.weight.data[:, :24] *= 0.2
+    own = budget.Budget(0.75 * cut.whole(model), lambda c: cut.parameters(model, c))
+    seen = {}
+    for layer in model.model.layers:
+        for module in (layer.mlp.down_proj, layer.self_attn.o_proj):
+            module.register_forward_hook(lambda m, x, out: seen.__setitem__(m, x[0].flatten(0, -2)))
+    model(input_ids=ids, use_cache=False)
+    costs = {}
+    for n, layer in enumerate(model.model.layers):
+        for part, module, size in (("mlp.down_proj", layer.mlp.down_proj, 1),
+                                   ("self_attn.o_proj", layer.self_attn.o_proj, 16)):
+            wifv = seen[module].var(0, unbiased=False) * module.weight.square().sum(0)
+            wifv = wifv if size == 1 else wifv.square()
+            z = ((wifv - wifv.mean()) / wifv.std()).view(-1, size).mean(1)
+            costs[f"model.layers.{n}.{part}"] = z
+    found = spread.standardised(model, ids, None, OPTIONS, own)
+    assert found.keys() == costs.keys()
+    for name, z in costs.items():
+        chunk = (len(z) - 1) // len(found[name])
+        wanted = z.sort().values[:len(found[name]) * chunk].view(-1, chunk).mean(1)
+        torch.testing.assert_close(torch.tensor(found[name]), wanted, rtol=1e-3, atol=1e-4)
+    left = dict(spread.spread(model, own, Cut(), found, {groups.NEURONS, groups.HEADS}).own)
+    gone = {name: (len(z) - left[name]) * len(found[name]) // (len(z) - 1) for name, z in costs.items()}
+    assert max(cost for name in found for cost in found[name][:gone[name]]) <= min(
+        found[name][gone[name]] for name in found if gone[name] < len(found[name]))
 
 
 def test_origin_tells_original_from_changed():

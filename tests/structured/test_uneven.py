@@ -14,7 +14,7 @@ from oneshot.checkpoint import verify
 from oneshot.models import groups, uneven
 from oneshot.pipeline import shrink_command
 from oneshot.report import page
-from oneshot.structured import Cut, cut_model
+from oneshot.structured import Cut, cut_model, slices
 from oneshot.structured import cut as cuts
 
 SAMPLE = ("llama", "llama-tied-bias", "qwen2", "gemma3", "gpt_neox", "falcon", "mixtral", "qwen2_moe", "llama4")
@@ -100,6 +100,16 @@ def test_what_cannot_differ_is_refused(name, own, why):
     cut = Cut((), (), (own,))
     with pytest.raises(ValueError, match=why):
         cut_model(zeroed(model, cut), cut)
+
+
+@pytest.mark.parametrize("name, differs", [("llama", True), ("gemma3", True), ("mixtral", True), ("phi3", False),
+                                           ("gpt_neox", False), ("gpt_oss", False)])
+def test_whether_kv_groups_can_differ_is_tried(name, differs):
+    """On the family's own code; the model stays as it is."""
+    model = families.tiny(name)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    assert slices.can_differ(model, groups.HEADS) == differs
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
 @pytest.mark.parametrize("shapes, gone", [({"model.layers.7.mlp.up_proj": [3, 3]}, {}), ({"model.norm": [3, 3]}, {}),

@@ -1,0 +1,49 @@
+"""Uneven: widths by layer for `--uneven`, chosen among few cuts by the KL after the whole cut on held-out windows:
+
+    the best cut with the same widths in every layer; that one with its units spread by need (structured/spread.py); and
+    the spread that leaves all blocks, where the flags do not say which blocks go
+
+`--shrink-method flap` has widths of its own, which are taken as they are.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from ..models import groups
+from ..prune.job import Job
+from ..settings import RunConfig
+from ..structured import Cut, cut, search, slices, spread
+from ..structured.budget import Budget
+
+
+def choose(cfg: RunConfig, model: nn.Module, given: tuple[torch.Tensor, torch.Tensor | None, search.Known], job: Job,
+           budget: Budget, found: tuple[Cut, list[dict]]) -> tuple[Cut, list[dict]]:
+    """(the cut with the lowest KL, a row of the record for each that was tried).
+
+    given: ids and mask of the windows (n, T) on which it is measured, and what is known already. found: the best cut
+    with the same widths in every layer, and what was tried for it.
+
+    Raises ValueError naming `--uneven` for a model without neurons.
+    """
+    (ids, mask, noted), (even, tried) = given, found
+    if groups.NEURONS in budget.without or groups.NEURONS not in cut.kinds(model):
+        raise ValueError("--uneven: this model has no neurons that could differ from layer to layer")
+    free = spread.kinds(model, budget)
+    if cfg.kv_groups or cfg.query_heads or not slices.can_differ(model, groups.HEADS):
+        free -= {groups.HEADS}
+    exact = replace(budget, cost=lambda c: cut.parameters(model, c))
+    if cfg.shrink_method == "flap":
+        costs = noted("FLAP's scores", lambda: spread.standardised(model, ids, mask, cfg, budget))
+        return spread.spread(model, exact, even, costs, free) or even, tried
+    starts = [even] if cfg.says_what_goes else list(dict.fromkeys([even, Cut((), (), budget.own)]))
+    increases, prices = noted("curves", lambda: spread.curves(model, ids, mask, cfg, starts[-1], budget))
+    costs = spread.by_price(model, budget, increases, prices)
+    cuts = [even, *filter(None, (spread.spread(model, exact, start, costs, free) for start in starts))]
+    known = {Cut.of(row): row["kl"] for row in tried if "kl" in row}
+    rows = [c.plain() | {"kl": search.known_kl(model, given, job, c)} for c in dict.fromkeys(cuts) if c not in known]
+    if rows:
+        rows[-1]["prices"] = prices
+    known |= {Cut.of(row): row["kl"] for row in rows}
+    return min(cuts, key=known.__getitem__), [*tried, *rows]
