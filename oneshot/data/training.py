@@ -66,6 +66,14 @@ class Windows(Dataset):
         return {"input_ids": torch.from_numpy(ids), "position_ids": torch.from_numpy(at - np.maximum(begins, at[0])),
                 "labels": torch.from_numpy(labels), "index": torch.tensor(i)}
 
+    @property
+    def sha256(self) -> str:
+        """Of the ids and of where documents begin, hex."""
+        found = hashlib.sha256()
+        for array in (self.ids, self.starts):
+            found.update(f"{array.shape}".encode() + np.ascontiguousarray(array).data)
+        return found.hexdigest()
+
 
 @dataclass(frozen=True)
 class TrainingText:

@@ -139,9 +139,8 @@ def make_lesson(subject: Subject, work: Path, dense: teacher.Teacher) -> Lesson:
         return lesson
     if cfg.heal_cache is None:
         return replace(lesson, teacher=live())
-    key = {"teacher": of, "text": text.about["sha256"]}
-    cached = {part: teacher.cache(Path(cfg.heal_cache) / part, live, windows, key | {"part": part}, k=top_k,
-                                  temperature=cfg.heal_temperature, progress=cfg.progress)
+    cached = {part: teacher.cache(Path(cfg.heal_cache) / part, live, windows, {"teacher": of, "text": windows.sha256},
+                                  k=top_k, temperature=cfg.heal_temperature, progress=cfg.progress)
               for part, windows in (("train", text.train), ("held", text.held))}
     dense.free()
     return replace(lesson, teacher=cached)

@@ -5,9 +5,11 @@ import os
 import shutil
 
 import pytest
+import tiny
 import torch
 from families import VOCAB
-from healing_on_text import Killed, families_text, healed, lesson, pruned, windows
+from healing_on_text import Killed, argv, families_text, healed, lesson, pruned, windows
+from tiny import place, plain_pages  # noqa: F401
 
 from oneshot.heal.text import losses, teacher
 from oneshot.heal.text.student import Lesson, Student
@@ -97,6 +99,17 @@ def test_a_cache_is_built_once_continues_and_is_not_another_models(tmp_path, mon
     assert build().ids[39].tolist() == whole.ids[39].tolist() and not calls
     with pytest.raises(ValueError, match=r"--heal-cache .*another"):
         build("b")
+
+
+@pytest.mark.usefixtures("plain_pages")
+def test_a_cache_of_another_held_out_text_is_not_used(place, tmp_path, capfd):  # noqa: F811
+    """Also where the text to train on is the same: by the held-out loss the best state is kept."""
+    given = {"heal_tokens": "160", "heal_cache": tmp_path / "cache"}
+    texts = [tiny.save_text(tmp_path / f"{seed}.txt", seed) for seed in (3, 4)]
+    assert tiny.main(*argv(place, tmp_path / "first", heal_held_out=texts[0], **given)) == 0
+    assert tiny.main(*argv(place, tmp_path / "same", heal_held_out=texts[0], **given)) == 0
+    assert tiny.main(*argv(place, tmp_path / "other", heal_held_out=texts[1], **given)) == 2
+    assert f"--heal-cache {tmp_path / 'cache' / 'held'}: holds the predictions" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["cache.json", "log_p.npy", "ids.npy"])
