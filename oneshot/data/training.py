@@ -7,7 +7,9 @@
 
 Pieces come in random order, always from the source furthest behind its weight, and again once a source is used up.
 Every document ends with the tokenizer's end-of-text token. Positions start at 0 with each document, from which
-transformers builds an attention mask that keeps documents apart. Of each source, the first pieces are held out.
+transformers builds an attention mask that keeps documents apart. With `--bos each` there is a BOS token wherever they
+do: at the start of each piece (as with `first`), and of each window in place of what it would begin with. Of each
+source, the first pieces are held out.
 
     FOLDER/train.npy, held.npy               token ids, uint32
     FOLDER/train_starts.npy, held_starts.npy where documents begin, int64
@@ -195,6 +197,8 @@ def prepare(spec: str, tokenizer: Tokenizer, folder: Path, *, tokens: int, held:
                    tqdm(total=sizes[name], desc=f"{name} text", unit=" tokens", disable=not progress, leave=False))
         about = {"asked": asked, **_described(sources, sizes["train"]), "sha256": sealed.digest(folder / "train.npy")}
         sealed.keep(about, done, [f"{name}{part}.npy" for name in sizes for part in ("", "_starts")])
+            if options.bos == "each":
+                _begin_windows(folder / f"{name}.npy", seqlen, tokenizer.bos_token_id)
     windows = {name: Windows(np.load(folder / f"{name}.npy", mmap_mode="r"), np.load(folder / f"{name}_starts.npy"),
                              seqlen) for name in sizes}
     return TrainingText(windows["train"], windows["held"], {key: about[key] for key in about if key != "asked"})
@@ -245,7 +249,7 @@ def _open(flag: str, spec: str, tokenizer: Tokenizer, options: TextOptions, seed
             continue
         try:
             text = read(name, options, evaluate=False)
-            encoder = Encoder(tokenizer, options.bos, text.chat)
+            encoder = Encoder(tokenizer, "first" if options.bos == "each" else options.bos, text.chat)
         except Unusable as error:
             raise ValueError(f"{flag} {name}: {error}") from error.__cause__
         draw = random.Random(f"{seed}/{number}")  # not its name: a text may lie anywhere
@@ -278,6 +282,13 @@ def _write(path: Path, sources: list[Source], size: int, flag: str, bar: tqdm) -
 
 def _described(sources: list[Source], tokens: int) -> dict[str, Any]:
     """Plain values for the record."""
+def _begin_windows(file: Path, seqlen: int, token: int) -> None:
+    """Let each window of a file of token ids begin with a token, in place of its first."""
+    ids = np.load(file, mmap_mode="r+")
+    ids[::seqlen] = token
+    ids.flush()
+
+
     again = [f"--heal-data {s.name}: read {s.passes} times, it holds fewer tokens than were asked for; lower "
              "--heal-tokens or add text" for s in sources if s.passes > 1]
     return {"tokens": tokens, "sources": [{"source": s.described, "share": s.share, "tokens": s.taken,

@@ -118,6 +118,19 @@ def test_long_documents_are_parted_and_end_once(tmp_path, monkeypatch):
     assert (np.asarray(text.train.ids) == eos).sum() <= 1 and len(text.train.starts) >= 7
 
 
+@pytest.mark.parametrize("mode, documents, windows", [("each", True, True), ("first", True, False),
+                                                      ("none", False, False)])
+def test_a_bos_token_begins_each_document_and_each_window_as_the_mode_says(tmp_path, mode, documents, windows):
+    """Some models break down where one is missing at position 0, where both begin."""
+    a, bos = write(tmp_path / "a.txt", "a"), tiny.tokenizer().bos_token_id
+    text = made(tmp_path / "out", str(a), options=TextOptions(per_line=True, bos=mode))
+    for part in (text.train, text.held):
+        ids = np.asarray(part.ids)
+        assert (ids[part.starts] == bos).all() == documents == (ids == bos).any()
+        assert (ids[:: part.seqlen] == bos).all() == windows
+        assert {int(ids[i]) for i in range(len(ids)) if i % part.seqlen and i not in part.starts}.isdisjoint({bos})
+
+
 def test_windows_number_positions_by_document_and_predict_no_first_token():
     windows = Windows(np.arange(10, 26, dtype=np.uint32), np.array([0, 3, 9]), 8)
     one, two = windows[0], windows[1]
