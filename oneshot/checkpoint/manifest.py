@@ -59,12 +59,12 @@ def read_sealed(path: str | Path) -> tuple[dict, bool]:
 
     Raises ValueError when there is none, or when it is damaged or from another version.
     """
-    file = Path(path) / MANIFEST
+    file = Path(path).expanduser() / MANIFEST
     if not file.is_file():
-        inside = sorted(f.parent.name for f in Path(path).glob(f"*/{MANIFEST}"))
+        inside = sorted(f.parent.name for f in file.parent.glob(f"*/{MANIFEST}"))
         raise ValueError(f"{path}: no {MANIFEST}, so no finished oneshot checkpoint"
                          + (" (a run was interrupted here; the same command resumes it)"
-                            if (Path(path) / WORK).is_dir() else "")
+                            if (file.parent / WORK).is_dir() else "")
                          + (f"; it holds some: give one of {', '.join(inside)}" if inside else ""))
     try:
         data, whole = sealed.read(file)

@@ -19,6 +19,7 @@ source, the first pieces are held out.
 import hashlib
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -87,11 +88,12 @@ class TrainingText:
 
 
 def mixture(text: str) -> list[tuple[float, str]]:
-    """[(weight, source)] of `--heal-data`. Raises ValueError naming the flag."""
+    """[(weight, source)] of `--heal-data`, files by their whole path. Raises ValueError naming the flag."""
     found = []
     for entry in filter(None, (part.strip() for part in text.split(","))):
         match = re.fullmatch(r"(\d*\.?\d+)\*(.+)", entry)
         weight, source = (float(match[1]), match[2]) if match else (1.0, entry)
+        source = os.path.expanduser(source)  # the shell does that only at the start of a word
         if not weight > 0 or source in [name for _, name in found]:
             raise ValueError(f"--heal-data {entry}: give each text once, with a weight above 0, such as "
                              "0.7*c4,0.3*a.txt")
@@ -195,10 +197,10 @@ def prepare(spec: str, tokenizer: Tokenizer, folder: Path, *, tokens: int, held:
                 source.holding, source.taken = name == "held", 0
             _write(folder / name, mixed, sizes[name], "--heal-data" if mixed is sources else "--heal-held-out",
                    tqdm(total=sizes[name], desc=f"{name} text", unit=" tokens", disable=not progress, leave=False))
-        about = {"asked": asked, **_described(sources, sizes["train"]), "sha256": sealed.digest(folder / "train.npy")}
-        sealed.keep(about, done, [f"{name}{part}.npy" for name in sizes for part in ("", "_starts")])
             if options.bos == "each":
                 _begin_windows(folder / f"{name}.npy", seqlen, tokenizer.bos_token_id)
+        about = {"asked": asked, **_described(sources, sizes["train"]), "sha256": sealed.digest(folder / "train.npy")}
+        sealed.keep(about, done, [f"{name}{part}.npy" for name in sizes for part in ("", "_starts")])
     windows = {name: Windows(np.load(folder / f"{name}.npy", mmap_mode="r"), np.load(folder / f"{name}_starts.npy"),
                              seqlen) for name in sizes}
     return TrainingText(windows["train"], windows["held"], {key: about[key] for key in about if key != "asked"})
@@ -280,8 +282,6 @@ def _write(path: Path, sources: list[Source], size: int, flag: str, bar: tqdm) -
     np.save(path.with_name(f"{path.name}_starts.npy"), np.asarray(starts, np.int64))
 
 
-def _described(sources: list[Source], tokens: int) -> dict[str, Any]:
-    """Plain values for the record."""
 def _begin_windows(file: Path, seqlen: int, token: int) -> None:
     """Let each window of a file of token ids begin with a token, in place of its first."""
     ids = np.load(file, mmap_mode="r+")
@@ -289,6 +289,8 @@ def _begin_windows(file: Path, seqlen: int, token: int) -> None:
     ids.flush()
 
 
+def _described(sources: list[Source], tokens: int) -> dict[str, Any]:
+    """Plain values for the record."""
     again = [f"--heal-data {s.name}: read {s.passes} times, it holds fewer tokens than were asked for; lower "
              "--heal-tokens or add text" for s in sources if s.passes > 1]
     return {"tokens": tokens, "sources": [{"source": s.described, "share": s.share, "tokens": s.taken,

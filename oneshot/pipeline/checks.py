@@ -44,7 +44,7 @@ def check(configs: Sequence[RunConfig]) -> None:
         if cfg.save:
             checkpoint.owner_of(cfg.save)
             environment.check_writable(cfg.save, "--save")
-            if Path(cfg.save).resolve() == Path(cfg.model).resolve():
+            if Path(cfg.save).resolve() == Path(cfg.model).expanduser().resolve():
                 raise ValueError(f"--save {cfg.save}: is the model's own folder; choose another")
             if Path(cfg.results).resolve().is_relative_to(Path(cfg.save).resolve()):
                 raise ValueError(f"--results {cfg.results}: lies in the folder of --save {cfg.save}, which holds one "

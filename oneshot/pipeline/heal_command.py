@@ -96,6 +96,6 @@ def made_from(model: str) -> dict[str, str]:
 
 def dense_of(model: str, made: str) -> str:
     """A model, or where that is a folder of oneshot's too (not `made` itself), the dense one that it was made from."""
-    if Path(model).resolve() == Path(made).resolve():
+    if Path(model).expanduser().resolve() == Path(made).expanduser().resolve():
         return model
     return made_from(model).get("model", model)

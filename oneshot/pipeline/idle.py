@@ -142,7 +142,7 @@ RULES = {  # flag: (why it is idle, whether it is used: called with a run and al
     "shrink_target": ("as the model is not made smaller (--shrink)", shrinks),
     "overwrite": ("as nothing is saved (--save)", lambda cfg, configs: any(c.save for c in configs)),
     "model_revision": ("as the model is a local folder", lambda cfg, _: cfg.model != "demo"
-                       and not os.path.exists(cfg.model)),
+                       and not os.path.exists(os.path.expanduser(cfg.model))),
     "sensitivity": ("as nothing is pruned", lambda cfg, configs: any(c.prunes for c in configs)),
     "heal_cache": (NO_KL, compares),
     "heal_temperature": (NO_KL, compares),

@@ -14,6 +14,8 @@ import torch
 from oneshot.data import training
 from oneshot.data.sources import AS_IT_COMES, TextOptions
 from oneshot.data.training import IGNORED, Windows, mixture, overlap, prepare
+from oneshot.heal.options import HealOptions
+from oneshot.pipeline import lesson
 
 LINES = TextOptions(per_line=True)
 
@@ -129,6 +131,17 @@ def test_a_bos_token_begins_each_document_and_each_window_as_the_mode_says(tmp_p
         assert (ids[part.starts] == bos).all() == documents == (ids == bos).any()
         assert (ids[:: part.seqlen] == bos).all() == windows
         assert {int(ids[i]) for i in range(len(ids)) if i % part.seqlen and i not in part.starts}.isdisjoint({bos})
+
+
+def test_a_file_in_the_home_folder_is_known_by_its_content(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "a.txt", "a")
+    first, cfg = made(tmp_path / "out", "1*~/a.txt"), HealOptions(heal_data="1*~/a.txt", heal_held_out="~/a.txt")
+    marks = lesson.mark(cfg, None)
+    assert len(marks) == 2
+    write(tmp_path / "a.txt", "e")
+    assert made(tmp_path / "out", "1*~/a.txt").about["sha256"] != first.about["sha256"]
+    assert not set(lesson.mark(cfg, None)) & set(marks)
 
 
 def test_windows_number_positions_by_document_and_predict_no_first_token():
