@@ -74,22 +74,28 @@ def translated(argv: list[str]) -> list[str]:
         raise ValueError("oneshot heal: --method says how to heal; leave --heal out")
     if "--heal-teacher" not in given and "model" in made:
         words += ["--heal-teacher", made["model"]]
-    return ["--model", own["model"], "--method", "keep", "--pattern", own.get("pattern", made.get("pattern", "dense")),
-            "--heal", own.get("method", "full"), *words]
+    pattern = own.get("pattern", made.get("pattern", "dense"))
+    if "--group" not in given and "group" in made and pattern == made["pattern"]:
+        words += ["--group", made["group"]]
+    return ["--model", own["model"], "--method", "keep", "--pattern", pattern, "--heal", own.get("method", "full"),
+            *words]
 
 
 def made_from(model: str) -> dict[str, str]:
-    """By its manifest: the dense `model` that a folder was made from, and its `pattern` if that is one for all linears.
+    """By its manifest: the dense `model` that a folder was made from, and its `pattern` if that is one for all linears,
+    with the comparison `group` if it has one.
 
     Raises ValueError where the manifest is damaged.
     """
     if not (Path(model) / MANIFEST).is_file():
         return {}
     try:
-        settings = read_manifest(model)["record"]["settings"]
+        data = read_manifest(model)
+        settings = data["record"]["settings"]
         one = settings.get("allocate") == "uniform" and not settings.get("keep_dense")
-        teacher = settings.get("heal_teacher") or dense_of(settings["model"], model)
-        return {"model": teacher} | ({"pattern": settings["pattern"]} if one else {})
+        groups = {entry["group"] for entry in data["tensors"].values()} - {None} if one else ()
+        return {"model": settings.get("heal_teacher") or dense_of(settings["model"], model)} | (
+            {"pattern": settings["pattern"]} if one else {}) | ({"group": str(*groups)} if len(groups) == 1 else {})
     except (AttributeError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{Path(model) / MANIFEST}: is damaged; `oneshot verify {model}` says more") from None
 

@@ -73,8 +73,9 @@ def check_kept(plan: Plan, model: nn.Module) -> None:
     """Raise ValueError naming `--method keep` and the first linear that does not have its pattern."""
     for weight in models.all_weights(model):
         if not plan[weight.name].holds(weight.get()):
-            raise ValueError(f"--method keep: {weight.name} does not have --pattern {plan[weight.name]}; give the "
-                             "pattern that the model has")
+            pattern = plan[weight.name]
+            asked = f"--pattern {pattern}" + (f" within --group {pattern.group}" if pattern.group else "")
+            raise ValueError(f"--method keep: {weight.name} does not have {asked}; give what the model has")
 
 
 def kept_dense(spec: str | None, names: Sequence[str]) -> set[str]:

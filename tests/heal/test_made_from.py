@@ -1,0 +1,44 @@
+"""`oneshot heal FOLDER`: pattern and comparison group are those of FOLDER's manifest."""
+
+import pytest
+import tiny
+from tiny import place, plain_pages  # noqa: F401
+
+from oneshot import checkpoint
+from oneshot.pipeline import heal_command
+
+pytestmark = pytest.mark.usefixtures("plain_pages")
+SHORT = ["--tokens", "64", "--batch", "32", "--heal-seqlen", "16", "--no-dense", "--evaluate", "none", "--no-progress",
+         "--device", "cpu"]
+
+
+def healed(pruned, text, out, *more):
+    """The record of `oneshot heal`."""
+    words = [pruned, "--data", text, "--save", out, "--results", out.with_name("runs"), *more, *SHORT]
+    assert heal_command.main([str(word) for word in words]) == 0
+    return checkpoint.read_manifest(out)["record"]
+
+
+@pytest.fixture(scope="module")
+def unstructured(place):  # noqa: F811
+    """A folder for each method and share of zeros, counted in each row, or in 16 columns at a time."""
+    given = {"method": "wanda,sparsegpt", "pattern": "0.6,0.7", "sparsegpt.block_size": 16, "evaluate": "none"}
+    with tiny.no_pictures():
+        assert tiny.main(*tiny.flags(place, "--no-dense", save=place / "un", **given)) == 0
+    return place / "un"
+
+
+@pytest.mark.parametrize("pattern", ["0.6", "0.7"])
+@pytest.mark.parametrize("method, group", [("wanda", "row"), ("sparsegpt", 16)])
+def test_zeros_are_counted_in_the_groups_they_were_chosen_in(place, unstructured, method, group, pattern,  # noqa: F811
+                                                             tmp_path):
+    record = healed(unstructured / f"{method}-{pattern}", place / "calibration.txt", tmp_path / "out")
+    assert {(row["pattern"], row["group"]) for row in record["layers"]} == {(pattern, group)}
+    before, after = tiny.weights(unstructured / f"{method}-{pattern}"), tiny.weights(tmp_path / "out")
+    assert not any(after[name][before[name] == 0].any() for name in before if before[name].ndim == 2)
+
+
+def test_a_pattern_of_another_group_is_refused_with_both_flags_named(place, unstructured, tmp_path, capfd):  # noqa: F811
+    assert tiny.main(*tiny.flags(place, model=unstructured / "wanda-0.6", method="keep", pattern="0.6")) == 2
+    err = capfd.readouterr().err
+    assert "--method keep: " in err and "--group" in err
