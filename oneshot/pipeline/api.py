@@ -54,10 +54,11 @@ def prune(model: nn.Module, tokenizer: Tokenizer | None = None, *, method: str =
     refuse_unknown(parts or {}, part_names(), "no such setting of a part")
     asked = values.plain({**settings, **(parts or {}), "model": name, "pattern": str(pattern), "evaluate": "none",
                           "method": method, "calibration": "given" if given else calibration})
-    asked = flags.with_fold(flags.rounded_dense(asked) if method == "dense" and asked.get("quantise") else asked)
+    if method == "dense" and asked.get("quantise"):
+        asked = flags.rounded_dense(asked)
     method = asked["method"]
     presets.check_effort([method], asked)
-    whole = presets.expand(method, asked)
+    whole = presets.expand(method, flags.with_fold(method, asked))
     flags.check_parts({method: whole}, asked)
     cfg = flags.build(whole)
     checks.check_devices(cfg)

@@ -135,7 +135,7 @@ def parse(argv: Sequence[str] | None = None) -> list[RunConfig]:
 
 def expand(given: dict[str, Any]) -> list[RunConfig]:
     """The runs that {flag: value} asks for; see `parse`."""
-    given = with_fold(values.plain(todays_names(given)))
+    given = values.plain(todays_names(given))
     chosen = {f.name: given[f.name] for f in fields(RunConfig) if f.name in given}
     methods, texts = split(given, "method"), split(given, "pattern")
     rounds = "dense" in methods and given.get("quantise") is not None
@@ -145,7 +145,7 @@ def expand(given: dict[str, Any]) -> list[RunConfig]:
     if "keep" in methods and "pattern" not in given:
         raise ValueError("--method keep: give the --pattern that the model has, such as 2:4")
     presets.check_effort(methods, given)
-    asked = {method: presets.expand(method, given) for method in methods}
+    asked = {method: presets.expand(method, with_fold(method, given)) for method in methods}
     check_parts(asked, given)
     runs = [({**asked[method], "pattern": text}, f"{method}-{text.replace(':', 'of')}")
             for text in texts for method in methods] + ([(rounded_dense(given), "dense")] if rounds else [])
@@ -157,14 +157,15 @@ def expand(given: dict[str, Any]) -> list[RunConfig]:
 
 def rounded_dense(given: dict[str, Any]) -> dict[str, Any]:
     """The flags of `--method dense --quantise ...`: nothing goes, all is rounded."""
-    return {**given, "method": "keep", "pattern": "dense"}
+    return with_fold("keep", {**given, "method": "keep", "pattern": "dense"})
 
 
-def with_fold(given: dict[str, Any]) -> dict[str, Any]:
-    """The flags with `--heal fold` where the model gets smaller by a method that sets new values, unless given."""
-    method = given.get("shrink_method", known()["shrink_method"].default)
-    folds = shrinks(given) and any(m.updates for m in solvers.chain(method))
-    return {"heal": "fold", **given} if folds and given.get("method") not in presets.NAMES else given
+def with_fold(method: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The flags of a run with `--method method`, with `--heal fold` where the model gets smaller by a method that sets
+    new values, unless given, or `method` is a preset, which has its own."""
+    by = given.get("shrink_method", known()["shrink_method"].default)
+    folds = shrinks(given) and any(m.updates for m in solvers.chain(by))
+    return {"heal": "fold", **given} if folds and method not in presets.NAMES else given
 
 
 def row(chosen: dict[str, Any], method: str, pattern: str) -> RunConfig:

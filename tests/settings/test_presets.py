@@ -49,6 +49,13 @@ def test_a_changed_preset_has_a_star():
         assert presets.expand("best", given)["preset"] == "best-3*", given
 
 
+@pytest.mark.parametrize("methods", ["best,sparsegpt", "sparsegpt,best", "best", "sparsegpt"])
+def test_a_preset_is_the_same_beside_another_method_whose_blocks_are_folded(methods):
+    runs = flags.parse(["--method", methods, "--pattern", "2:4", "--shrink", "0.75", "--no-dense"])
+    want = {"best": ("best-3*", "block,distil"), "sparsegpt": (None, "fold")}
+    assert [(r.preset, r.heal) for r in runs] == [want[method] for method in methods.split(",")]
+
+
 def test_a_flag_for_another_methods_part_is_no_star():
     runs = flags.parse(["--method", "best,sparsegpt", "--pattern", "2:4", "--sparsegpt.damping", "0.1", "--no-dense"])
     assert [r.preset for r in runs] == ["best-3", None]
