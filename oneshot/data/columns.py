@@ -2,16 +2,19 @@
 
 A conversation is a list of messages with `role` and `content`; a column of them becomes text by the tokenizer's chat
 template (encode.py). Without `--column` it is the column `text`, else conversations in `messages`, else the only column
-that holds text. Instructions spread over several columns are refused: how they are put together is for the user to say.
+that holds text. What a column holds is seen from the first record in which it is neither null nor an empty list.
+Instructions spread over several columns are refused: how they are put together is for the user to say.
 """
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ..runtime.inputs import SURROGATE
 from .text import Conversation, Document, Unusable
 
 TEXT, CHAT, TURNS, OTHER = "text", "chat", "from/value", ""  # what a column holds
+UNKNOWN, LOOK = "unknown", 1000  # records, at most, to find that out
 INSTRUCTIONS = (("instruction", "output"), ("instruction", "response"), ("prompt", "completion"),
                 ("prompt", "response"), ("query", "response"), ("question", "answer"), ("input", "output"),
                 ("chosen", "rejected"))  # Alpaca, Dolly, TRL and others
@@ -22,14 +25,11 @@ def pick(records: Iterable[Any], wanted: str | None) -> tuple[list[Document], bo
 
     Nulls are left out. Raises Unusable naming the record that does not fit.
     """
-    found, column, kind = [], None, TEXT
-    for number, record in enumerate(records, 1):
-        if record is None:
-            continue
-        if column is None and isinstance(record, dict) and not found:
-            kinds = {name: kind_of(value) for name, value in record.items()}
-            column = choose(kinds, wanted)
-            kind = CHAT if kinds[column] == CHAT else TEXT
+    numbered = ((number, record) for number, record in enumerate(records, 1) if record is not None)
+    begun, kinds = looked_at(numbered, wanted)
+    column = None if kinds is None else choose(kinds, wanted)
+    found, kind = [], CHAT if column is not None and kinds[column] == CHAT else TEXT
+    for number, record in itertools.chain(begun, numbered):
         if column is not None:
             if not isinstance(record, dict) or column not in record:
                 raise Unusable(f"record {number} has no column {column!r}; correct it or change --column")
@@ -37,6 +37,40 @@ def pick(records: Iterable[Any], wanted: str | None) -> tuple[list[Document], bo
         if record is not None:
             found.append(checked(record, number, kind))
     return found, kind == CHAT
+
+
+def looked_at(numbered: Iterator[tuple[int, Any]],
+              wanted: str | None) -> tuple[list[tuple[int, Any]], dict[str, str] | None]:
+    """(the records that it took to see what each column of the first one holds, that: {name: kind}, None if there are
+    no columns).
+
+    A null or an empty list says nothing; after LOOK records, a column of these alone holds nothing of use.
+    """
+    begun, kinds = [], None
+    for number, record in numbered:
+        begun.append((number, record))
+        if kinds is None:
+            if not isinstance(record, dict):
+                return begun, None
+            kinds = dict.fromkeys(record, UNKNOWN)
+        for name, value in record.items() if isinstance(record, dict) else ():
+            if kinds.get(name) == UNKNOWN and value not in (None, []):
+                kinds[name] = kind_of(value)
+        if decided(kinds, wanted) or len(begun) == LOOK:
+            break
+    return begun, kinds and {name: OTHER if kind == UNKNOWN else kind for name, kind in kinds.items()}
+
+
+def kind_among(values: Iterable[Any]) -> str:
+    """What a column holds, by the first of its values that says something, of at most LOOK."""
+    return kind_of(next((value for value in itertools.islice(values, LOOK) if value not in (None, [])), None))
+
+
+def decided(kinds: dict[str, str], wanted: str | None) -> bool:
+    """Whether it is known what all columns hold, as far as that has a part in `choose`."""
+    if wanted is not None or "text" in kinds:
+        return kinds.get("text" if wanted is None else wanted) != UNKNOWN
+    return kinds.get("messages") == CHAT or UNKNOWN not in kinds.values()
 
 
 def checked(value: Any, number: int, kind: str) -> Document:

@@ -9,7 +9,7 @@ from ..runtime.hub import hub_away
 from ..runtime.inputs import reason
 from . import columns
 from .columns import listed
-from .files import STRING_TYPES
+from .files import holds
 from .text import Text, TextOptions, Unusable
 
 
@@ -48,7 +48,8 @@ def read(spec: str, options: TextOptions, evaluate: bool) -> Text:
     revision = options.revision or hub.revision
     rows, away = load_dataset(hub, split, revision, options.cache_dir, evaluate)
 
-    kinds = {name: holds(name, feature, rows) for name, feature in rows.features.items()}
+    kinds = {field.name: holds(field.type) or columns.kind_among(rows[field.name])
+             for field in rows.features.arrow_schema}
     column = columns.choose(kinds, hub.column)
     if kinds[column] not in (columns.TEXT, columns.CHAT):
         raise Unusable(f"column {column!r} does not hold text; --column must be one of {listed(kinds)}")
@@ -66,14 +67,6 @@ def read(spec: str, options: TextOptions, evaluate: bool) -> Text:
     where = filter(None, (hub.repo, revision, hub.config, file, f"split {split}", f"column {column}"))
     source = f"{spec} ({listed(where)}, {len(documents)} {'conversations' if chat else 'documents'})"
     return Text(documents, source, hub.glue, tuple(warnings), chat)
-
-
-def holds(name: str, feature: Any, rows: Any) -> str:
-    """What a column holds, in the words of columns.py: by its type, where that says too little by its first row."""
-    if getattr(feature, "dtype", "") in STRING_TYPES:
-        return columns.TEXT
-    first = rows[0][name] if len(rows) and not isinstance(getattr(feature, "dtype", None), str) else None
-    return columns.kind_of(first) or columns.OTHER
 
 
 def load_dataset(hub: HubSet, split: str, revision: str | None, cache_dir: str | None,

@@ -94,6 +94,36 @@ def test_a_second_record_that_is_no_conversation(talking, tmp_path):
             assert_refused(talking, "--calibration", tmp_path / "t.json", ["record 2 is not a conversation"])
 
 
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_the_column_is_chosen_by_what_later_records_hold_where_the_first_are_empty(talking, tmp_path, suffix):
+    """Not an identifier that stands beside an empty conversation, or beside a text that is missing."""
+    def written(*rows):
+        lines = [json.dumps(row) for row in rows]
+        (tmp_path / f"t.{suffix}").write_text("[" + ",".join(lines) + "]" if suffix == "json" else "\n".join(lines))
+        return tmp_path / f"t.{suffix}"
+    full = {"id": "b", "messages": CHAT}
+    path = written({"id": "a", "messages": None}, {"id": "a", "messages": None}, full, full)
+    assert "2 conversations" in calibrate(talking, path, nsamples=1, seqlen=9).source
+    path = written({"id": "a", "messages": []}, full)
+    assert_refused(talking, "--calibration", path, ["record 1 is not a conversation"])
+    path = written({"n": 1, "story": None, "tags": []}, {"n": 1, "story": "once upon a time", "tags": []})
+    assert "(1 documents)" in calibrate(talking, path, nsamples=1, seqlen=9).source
+    path = written({"id": "a", "story": None}, {"id": "b", "story": "once upon a time"})
+    assert_refused(talking, "--calibration", path, ["which column", "id, story"])
+
+
+@pytest.mark.parametrize("empty", [[], None])
+def test_the_type_of_a_column_on_the_hub_says_what_it_holds(talking, monkeypatch, empty):
+    rows = datasets.Dataset.from_list([{"id": "b", "messages": CHAT}, {"id": "a", "messages": empty}]).select([1, 0])
+    monkeypatch.setattr(hub_module, "hub_away", lambda: None)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: rows)
+    if empty is None:
+        tokens = calibrate(talking, "owner/chat", nsamples=1, seqlen=len(SAID))
+        assert spell(talking, tokens.ids.flatten()) == SAID and "1 conversations" in tokens.source
+    else:
+        assert_refused(talking, "--calibration", "owner/chat", ["record 1 is not a conversation"])
+
+
 def test_one_column_of_instructions_may_be_named(tokenizer, tmp_path):
     (tmp_path / "t.jsonl").write_text(json.dumps({"instruction": "a" * 9, "input": "", "output": "b" * 30}))
     tokens = data.evaluation(tokenizer, str(tmp_path / "t.jsonl"), seqlen=10, options=TextOptions(column="output"))
