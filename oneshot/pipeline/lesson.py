@@ -73,7 +73,7 @@ def share(subject: Subject, work: Path, name: str) -> None:
 def take_part(cfg: RunConfig, work: str, name: str) -> None:
     """What all processes but rank 0 do to heal on text."""
     cfg = cfg.here
-    model, tokenizer = models.load(str(Path(work) / "start"))
+    model, tokenizer = models.load(str(Path(work) / "start"), trust_remote_code=cfg.trust_remote_code)
     subject = Subject(model, tokenizer, cfg, {}, None, lambda: load(cfg)[0])
     with writing(*place(cfg, work)):
         lesson = replace(make_lesson(subject, Path(work), teacher_of(subject)), work=Path(work) / name)

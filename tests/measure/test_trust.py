@@ -12,7 +12,8 @@ from tiny import place  # noqa: F401
 from oneshot import models
 from oneshot.measure import task_list, tasks
 from oneshot.models.loading import DEMO
-from oneshot.settings import parse
+from oneshot.pipeline import lesson
+from oneshot.settings import flags, parse
 from oneshot.settings.known import known
 
 YAML = """task: mine
@@ -215,11 +216,9 @@ def test_a_model_that_fails_on_a_task(place, tmp_path, monkeypatch):  # noqa: F8
         tasks.evaluate(model, tiny.tokenizer(), ["mine"], task_path=folder)
 
 
-def test_the_models_own_code_is_run_by_generate_and_verify_when_trusted(place, tmp_path, capsys):  # noqa: F811
-    from oneshot.checkpoint import verify
-    from oneshot.pipeline import generate
-
-    folder = tiny.copy(place / "model", tmp_path / "model")
+def with_own_code(model, folder, mark):
+    """A copy of a folder whose model's code lies beside its weights, and makes the file `mark` when it is run."""
+    tiny.copy(model, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {
         "model_type": "mine_llama", "architectures": ["MineForCausalLM"],
@@ -229,8 +228,36 @@ def test_the_models_own_code_is_run_by_generate_and_verify_when_trusted(place, t
         "from transformers import LlamaConfig\n\n\nclass MineConfig(LlamaConfig):\n    model_type = 'mine_llama'\n")
     (folder / "modeling_mine.py").write_text(
         f"from transformers import LlamaForCausalLM\n\nfrom .configuration_mine import MineConfig\n\n"
-        f"open({str(tmp_path / 'MARK')!r}, 'w').close()\n\n\n"
+        f"open({str(mark)!r}, 'w').close()\n\n\n"
         "class MineForCausalLM(LlamaForCausalLM):\n    config_class = MineConfig\n")
+    return folder
+
+
+def test_other_processes_that_heal_run_the_models_own_code_when_trusted(place, tmp_path, monkeypatch):  # noqa: F811
+    """From where the first has written the pruned model for them."""
+    folder = with_own_code(place / "model", tmp_path / "model", tmp_path / "MARK")
+    model, tokenizer = models.load(str(folder), trust_remote_code=True)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "work" / "start")
+    made = []
+
+    def make_lesson(subject, *_):
+        made.append(type(subject.model).__name__)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(lesson, "make_lesson", make_lesson)
+    for trusted in (False, True):
+        cfg = flags.build({"model": str(folder), "method": "wanda", "pattern": "2:4", "heal": "full",
+                           "heal_data": str(place / "calibration.txt"), "device": "cpu", "trust_remote_code": trusted})
+        with pytest.raises(KeyboardInterrupt if trusted else ValueError):
+            lesson.take_part(cfg, str(tmp_path / "work"), "full")
+    assert made == ["MineForCausalLM"]
+
+
+def test_the_models_own_code_is_run_by_generate_and_verify_when_trusted(place, tmp_path, capsys):  # noqa: F811
+    from oneshot.checkpoint import verify
+    from oneshot.pipeline import generate
+
+    folder = with_own_code(place / "model", tmp_path / "model", tmp_path / "MARK")
     saved, mark = tmp_path / "saved", tmp_path / "MARK"
     run = tiny.flags(place, "--no-dense", model=folder, save=saved, results=tmp_path / "runs")
     generate_it = [str(saved), "--max-new-tokens", "2", "--prompt", "a dog"]
