@@ -71,9 +71,12 @@ class Site:
         """
         if rounds and not self.producer:  # the norm's weight is the first
             p, stored, rows = self.vectors[0]
-            there = (p.data[rows] / factors.to(p.data)).to(stored).to(p.dtype)
-            factors = torch.where(there != 0, p.data[rows] / there, factors.to(p.data))
-        vectors = [p.data.index_put((rows,), p.data[rows] / factors.to(p.data)) for p, _, rows in self.vectors]
+            before = wide(p.data)[rows]
+            there = (before / factors.to(before)).to(stored).to(before.dtype)
+            factors = torch.where(there != 0, before / there, factors.to(before))
+        vectors = [wide(p.data) for p, _, _ in self.vectors]
+        vectors = [t.index_put((rows,), t[rows] / factors.to(t))
+                   for t, (_, _, rows) in zip(vectors, self.vectors, strict=True)]
         weights = [(w, w.get() * factors[self.channel].to(w.get())) for w in self.readers]
         if self.producer:
             W = self.producer.get().clone()
@@ -87,6 +90,11 @@ class Site:
         for new, (p, stored, _) in zip(vectors, self.vectors, strict=True):
             p.data.copy_(new.to(stored) if rounds else new)
         return True
+
+
+def wide(t: torch.Tensor) -> torch.Tensor:
+    """The values in float32, float64 if they are in that: a factor rounded to bfloat16 would be wrong by up to 2^-9."""
+    return t if t.dtype == torch.float64 else t.float()
 
 
 def held(t: torch.Tensor, dtype: torch.dtype) -> bool:

@@ -116,6 +116,19 @@ def test_with_any_factors_only_rounding_is_lost(name, dtype):
     assert 0 < error < 2 * unit
 
 
+def test_columns_get_the_factor_that_a_stored_norm_really_has():
+    """Also where the norm is in memory as it is stored: the factor is not rounded to its dtype."""
+    block = jobs.first_walked(families.tiny("llama"))
+    norm = block.module.input_layernorm.weight
+    for resident in (torch.float32, torch.bfloat16):
+        norm.data = torch.linspace(0.7, 1.9, 32).bfloat16().to(resident)
+        before, old = norm.data.double(), block.weights[0].get().double()
+        site = scaling.Site((block.weights[0],), torch.arange(32), ((norm, torch.bfloat16, torch.arange(32)),))
+        assert site.apply(1.37 ** (torch.arange(32) % 5 - 2))
+        factors = before / norm.data.double()
+        torch.testing.assert_close(block.weights[0].get().double(), old * factors, rtol=1e-6, atol=0)
+
+
 def test_the_record_names_the_sites_that_cannot_be_scaled():
     """GPT-2's GELU lies between c_fc and its c_proj."""
     model = families.tiny("gpt2")
