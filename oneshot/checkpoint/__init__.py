@@ -21,8 +21,8 @@
 from .folder import Folder
 from .kept import other_circumstances
 from .lock import FolderLock, locked
-from .manifest import MANIFEST, SCHEMA, WORK, digest, manifest, pattern_of, read_manifest
+from .manifest import MANIFEST, SCHEMA, WORK, digest, manifest, models_of, pattern_of, read_manifest
 from .owner import owner_of
 
-__all__ = ["MANIFEST", "SCHEMA", "WORK", "Folder", "FolderLock", "digest", "locked", "manifest", "other_circumstances",
-           "owner_of", "pattern_of", "read_manifest"]
+__all__ = ["MANIFEST", "SCHEMA", "WORK", "Folder", "FolderLock", "digest", "locked", "manifest", "models_of",
+           "other_circumstances", "owner_of", "pattern_of", "read_manifest"]

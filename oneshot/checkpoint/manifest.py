@@ -78,6 +78,15 @@ def read_sealed(path: str | Path) -> tuple[dict, bool]:
     return data, whole or old(data)
 
 
+def models_of(record: dict) -> dict[str, str | None]:
+    """The names of the `model` and the `heal_teacher` that a record was made with, good in any working directory.
+
+    Raises LookupError, TypeError or AttributeError where the record is damaged.
+    """
+    settings = record["settings"]
+    return {"model": settings["model"], "heal_teacher": settings.get("heal_teacher")} | record.get("paths", {})
+
+
 def old(data: dict) -> bool:
     """Whether a manifest is of schema 1, without hashes of files."""
     return data["schema"] == 1 and "files" not in data and "stored_tensors" not in data

@@ -40,7 +40,7 @@ from .blocks import (
     walk,
 )
 from .experts import experts_one_by_one, is_experts
-from .loading import DEMO, Tokenizer, fingerprint, load, quiet, stored
+from .loading import DEMO, Tokenizer, absolute, fingerprint, load, quiet, stored
 from .offload import OnDisk, on_disk
 from .own_code import own_code
 from .skeleton import skeleton
@@ -48,8 +48,8 @@ from .source import source_of
 from .weights import ATTENTION, Conv1D, Weight, left_alone, mlp, silent, untouched, weights_of
 
 __all__ = [
-    "ATTENTION", "DEMO", "Block", "Conv1D", "OnDisk", "Tokenizer", "Weight", "all_weights", "blocks",
-    "compute_as_stored", "compute_dtype", "computes_as_stored", "computing", "config_of", "decoder",
+    "ATTENTION", "DEMO", "Block", "Conv1D", "OnDisk", "Tokenizer", "Weight", "absolute", "all_weights",
+    "blocks", "compute_as_stored", "compute_dtype", "computes_as_stored", "computing", "config_of", "decoder",
     "embedded", "experts_one_by_one", "fingerprint", "is_experts",
     "left_alone", "load", "max_positions", "mlp", "on_disk", "output_head", "outside", "own_code", "quiet",
     "resident", "rest_of", "shares_weights", "silent", "skeleton", "skipped", "source_of", "stored", "tensors_of",

@@ -1,6 +1,7 @@
 """Load a model and its tokenizer; identify its weights by a fingerprint."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +100,12 @@ def load(name: str | Path, *, dtype: str = "auto", revision: str | None = None, 
     if local:
         gguf.recall(model, path)
     return model.eval().requires_grad_(False), tokenizer
+
+
+def absolute(name: str | Path) -> str:
+    """The name of a model that finds it from any working directory: of a folder or file, its whole path."""
+    path = Path(name).expanduser()
+    return os.path.abspath(path) if path.exists() and str(name) not in ("demo", gguf.SMOLLM2) else str(name)
 
 
 def from_pretrained(source: str, config: dict, options: dict, how: dict,

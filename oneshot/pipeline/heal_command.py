@@ -15,7 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..checkpoint import MANIFEST, read_manifest
+from ..checkpoint import MANIFEST, models_of, read_manifest
 from ..runtime import distributed
 from ..runtime.command import Parser, exit_code
 from ..settings.known import known
@@ -87,14 +87,14 @@ def made_from(model: str) -> dict[str, str]:
 
     Raises ValueError where the manifest is damaged.
     """
-    if not (Path(model) / MANIFEST).is_file():
+    if not (Path(model).expanduser() / MANIFEST).is_file():
         return {}
     try:
         data = read_manifest(model)
-        settings = data["record"]["settings"]
+        settings, named = data["record"]["settings"], models_of(data["record"])
         one = settings.get("allocate") == "uniform" and not settings.get("keep_dense")
         groups = {entry["group"] for entry in data["tensors"].values()} - {None} if one else ()
-        return {"model": settings.get("heal_teacher") or dense_of(settings["model"], model)} | (
+        return {"model": named.get("heal_teacher") or dense_of(named["model"], model)} | (
             {"pattern": settings["pattern"]} if one else {}) | ({"group": str(*groups)} if len(groups) == 1 else {})
     except (AttributeError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{Path(model) / MANIFEST}: is damaged; `oneshot verify {model}` says more") from None

@@ -43,6 +43,13 @@ def identify(cfg: RunConfig, model: nn.Module, calibration: Tokens | None, texts
     return weights, cfg.run_id(weights, *marks)
 
 
+def paths(cfg: RunConfig) -> dict[str, dict[str, str]]:
+    """The record's `paths`, where it has any: the whole paths of the models that are named by relative ones."""
+    found = {key: models.absolute(name) for key in ("model", "heal_teacher") if (name := getattr(cfg, key))}
+    found = {key: path for key, path in found.items() if path != getattr(cfg, key)}
+    return {"paths": found} if found else {}
+
+
 def digest(cfg: RunConfig, weights: str) -> str:
     """sha256 (hex) of the record that `--allocate sensitivity` reads.
 

@@ -193,7 +193,8 @@ def changed_warnings(cfg: RunConfig, dense: teacher.Teacher | None) -> list[str]
     """A warning if the model of `--heal-teacher` has other weights than when the model to heal was made from it."""
     with contextlib.suppress(ValueError, LookupError, TypeError):
         made = checkpoint.read_manifest(cfg.model)["record"]
-        before, same = made["model"], made["settings"]["model"] == cfg.heal_teacher
+        before, name = made["model"], checkpoint.models_of(made)["model"]
+        same = models.absolute(name) == models.absolute(cfg.heal_teacher)
         changed = dense and same and before["fingerprint"] != dense.fingerprint
         if changed and before["dtype"] == str(dense.model.dtype).removeprefix("torch."):  # by --dtype it is no other
             return [f"--heal-teacher {cfg.heal_teacher}: its weights have changed since {cfg.model} was made from it"]

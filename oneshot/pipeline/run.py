@@ -22,7 +22,7 @@ from ..settings import RunConfig, flags
 from . import checks, idle, lesson, rounding
 from .command import Command, held, load
 from .compress import compress, sparsity
-from .identity import describe, identify, warnings
+from .identity import describe, identify, paths, warnings
 from .plan import Plan, job_of, make_plan
 from .shrink import origin_of
 
@@ -108,7 +108,7 @@ def made(cfg: RunConfig, command: Command, reuse: Callable[[Path], dict | None] 
     together.hold(model, held, cfg)
     subject = Subject(model, tokenizer, cfg, texts, calibration, lambda: command.dense(cfg), teacher=teacher)
     record = work(subject, make_plan(cfg, model), command, folder)
-    record |= {"run_id": run_id, "model": describe(cfg, model, weights)}
+    record |= {"run_id": run_id, "model": describe(cfg, model, weights)} | paths(cfg)
     record["seconds"] |= {"load": loaded - began, "data": prepared - loaded, "total": time.perf_counter() - began}
     if folder:
         origin = {"origin": origin_of(cfg, subject.dense, model, record)} if cfg.shrinks else {}

@@ -23,6 +23,7 @@ SHAPE: dict[str, Any] = {
         ("block", "relative_error", "norm_ratio", "dimensions", "dimensions_dense", "dimensions_ratio"), NUMBER)}],
     "model": {"name": TEXT, "family": TEXT, "dtype": TEXT, "fingerprint": TEXT, "parameters": NUMBER,
               "prunable": NUMBER, "in_blocks": NUMBER, "blocks": NUMBER},
+    "paths": {ANY: TEXT},
     "data": {"calibration": TOKENS, "evaluation": {ANY: TOKENS}},
     "metric_info": {ANY: {"stderr": NUMBER, "samples": NUMBER, "correct": TEXT, "documents": TEXT, "chance": NUMBER,
                           "group": TEXT, "window": NUMBER, "windows": NUMBER, "tokens": NUMBER, "new_tokens": NUMBER,

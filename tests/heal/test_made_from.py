@@ -1,4 +1,6 @@
-"""`oneshot heal FOLDER`: pattern and comparison group are those of FOLDER's manifest."""
+"""`oneshot heal FOLDER`: pattern, comparison group and dense model are those that FOLDER's manifest names."""
+
+import os
 
 import pytest
 import tiny
@@ -42,3 +44,23 @@ def test_a_pattern_of_another_group_is_refused_with_both_flags_named(place, unst
     assert tiny.main(*tiny.flags(place, model=unstructured / "wanda-0.6", method="keep", pattern="0.6")) == 2
     err = capfd.readouterr().err
     assert "--method keep: " in err and "--group" in err
+
+
+def test_a_dense_model_named_by_a_relative_path_is_found_from_anywhere(place, tmp_path, monkeypatch):  # noqa: F811
+    """Also by what was healed, with a teacher that was named so, and where another folder of that name lies."""
+    home, away = tmp_path / "home", tmp_path / "away"
+    text = place / "calibration.txt"
+    tiny.copy(place / "model", home / "dense")
+    tiny.save_model(away / "dense", seed=1)
+    monkeypatch.chdir(home)
+    assert tiny.main(*tiny.flags(place, "--no-dense", model="dense", save="pruned", evaluate="none")) == 0
+    monkeypatch.chdir(away)
+    first = healed(home / "pruned", text, tmp_path / "first")
+    assert first["settings"]["heal_teacher"] == str(home / "dense")
+    assert not [w for w in first["warnings"] if "have changed" in w]
+    monkeypatch.chdir(home)
+    healed(home / "pruned", text, tmp_path / "second", "--teacher", "dense")
+    monkeypatch.chdir(away)
+    assert heal_command.made_from(str(tmp_path / "second"))["model"] == str(home / "dense")
+    monkeypatch.chdir(home)
+    assert heal_command.made_from(os.path.relpath(tmp_path / "second"))["model"] == str(home / "dense")
