@@ -17,7 +17,6 @@ COMMANDS = {  # verb: (module with its main, what it does)
     "generate": ("oneshot.pipeline.generate", "generate text with a dense or packed model and measure the speed"),
     "compare": ("oneshot.report.compare", "put finished runs into one table and one page"),
 }
-SHARED = ("prune", "shrink", "heal", "plan")  # which torchrun may start
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,9 +34,10 @@ def main(argv: list[str] | None = None) -> int:
     if verb and not verb.startswith("-") and verb not in COMMANDS:
         print(f"error: {verb}: no such command; there are {', '.join(COMMANDS)} (oneshot --help)", file=sys.stderr)
         return 2
+    from .runtime.command import SHARED, exit_code
+
     if verb in COMMANDS and verb not in SHARED:
         from .runtime import distributed
-        from .runtime.command import exit_code
 
         if code := exit_code(distributed.check):
             return code

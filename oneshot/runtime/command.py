@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 from .files import unwritable
 from .inputs import check_string
 
+SHARED = ("prune", "shrink", "heal", "plan")  # commands that torchrun may start
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that reports errors like the rest of the program: by a ValueError of one line."""

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.rendezvous import rendezvous
 
-from .command import one_line
+from .command import SHARED, one_line
 
 PATIENCE = datetime.timedelta(days=7)  # rank 0 prunes and measures while the others wait; torchrun ends all if one dies
 JOIN = datetime.timedelta(minutes=10)  # until all have started
@@ -69,7 +69,8 @@ def device(name: str) -> str:
 def check() -> None:
     """Raise ValueError where several processes were started, but not by a command that shares its work among them."""
     if world() > 1 and not _groups:
-        raise ValueError("torchrun: shares the work of `oneshot prune` and `oneshot heal` only; start this without it")
+        raise ValueError(f"torchrun: shares the work of oneshot {', '.join(SHARED[:-1])} and {SHARED[-1]} only; start "
+                         "this without it")
 
 
 # ---------------------------------------------------------------- the processes

@@ -17,6 +17,7 @@ from oneshot.pipeline import api, checks, run
 from oneshot.pipeline.fit import command as fit
 from oneshot.prune import linear, loop
 from oneshot.runtime import distributed
+from oneshot.runtime.command import SHARED
 from oneshot.settings import flags
 
 
@@ -155,7 +156,9 @@ def test_what_cannot_be_shared_is_refused(monkeypatch, place, capsys):
     assert capsys.readouterr().err.startswith("error: torchrun: shares the work of")
     assert not (place / "fit").exists()
     assert __main__.main(["compare", "nothing"]) == 2
-    assert capsys.readouterr().err.startswith("error: torchrun: shares the work of")
+    err = capsys.readouterr().err
+    assert err.startswith("error: torchrun: shares the work of") and ", ".join(SHARED[:-1]) in err
+    assert f" and {SHARED[-1]} only" in err
     monkeypatch.setattr("oneshot.runtime.environment.check_device", lambda *args: None)
     with pytest.raises(ValueError, match=r"^--device cuda:1: is one GPU for all"):
         checks.check_devices(flags.build({"method": "wanda", "pattern": "2:4", "device": "cuda:1"}))
