@@ -56,14 +56,14 @@ class Encoder:
     def together(self, text: Text, limit: int | None = None) -> tuple[list[int], bool]:
         """(token ids of all documents joined, whether only the first `limit` characters were taken)."""
         if not self.chat:
-            joined = text.joined(limit)
-            return self.document(joined), len(joined) == limit
+            joined = text.joined(None if limit is None else limit + 1)
+            return self.document(joined[:limit]), limit is not None and len(joined) > limit
         ids, size = [], 0
         for document in text.documents:
-            ids += self.document(document, first=not ids)
-            size += sum(len(message["content"] or "") for message in document)
             if limit is not None and size >= limit:
                 return ids, True
+            ids += self.document(document, first=not ids)
+            size += sum(len(message["content"] or "") for message in document)
         return ids, False
 
     def cut(self, ids: list[int], seqlen: int) -> torch.Tensor:

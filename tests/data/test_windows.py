@@ -11,7 +11,8 @@ import transformers
 from characters import SEPARATE, STORIES, assert_refused, calibrate, character_tokenizer, spell, write
 
 from oneshot import data
-from oneshot.data import TextOptions, windows
+from oneshot.data import TextOptions, encode, windows
+from oneshot.data.text import Text
 
 MODEL = str(Path(__file__).resolve().parent / "stories260k")
 
@@ -31,6 +32,18 @@ def text(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------- windows
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_text_is_cut_off_only_where_there_is_more(tokenizer, chat):
+    """Of a text of exactly as many characters as are taken, nothing is lost, and so no warning says so."""
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    parts = ["abcde", "fghijklm"]
+    documents = [[{"role": "user", "content": part}] for part in parts] if chat else ["".join(parts)]
+    encoder = encode.Encoder(tokenizer, "none", chat)
+    found = {limit: encoder.together(Text(documents, "x", chat=chat), limit) for limit in (13, 5, None)}
+    assert [(spell(tokenizer, ids), cut) for ids, cut in found.values()] == [
+        ("abcdefghijklm", False), ("abcde", True), ("abcdefghijklm", False)]
 
 
 def test_calibration_windows_are_distinct_pieces_of_the_stream(tokenizer, text):
