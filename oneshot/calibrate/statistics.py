@@ -91,22 +91,6 @@ class Statistics:
             rows = torch.linspace(0, len(x) - 1, take, device=x.device).long()
             self.sample = torch.cat([self.sample, x[rows]]) if take else self.sample
 
-    def __add__(self, other: "Statistics") -> "Statistics":
-        """The statistics of both sets of tokens together. Raises ValueError if C or needs differ."""
-        if (self.C, self.needs) != (other.C, other.needs):
-            raise ValueError(f"statistics of {self.C} inputs ({', '.join(sorted(self.needs))}) and of {other.C} "
-                             f"({', '.join(sorted(other.needs))}) cannot be added")
-        both = Statistics(self.C, self.needs, dtype=self.dtype)
-        both.n, both.n_held = self.n + other.n, self.n_held + other.n_held
-        for part in (self, other):
-            part._to_sums()
-        for name in ("sum", "sum_sq", "outer", "cross", "held"):
-            if name in self.needs:
-                setattr(both, name, getattr(self, name) + getattr(other, name))
-        if self.sample is not None:
-            both.sample = torch.cat([self.sample, other.sample])[:SAMPLE]
-        return both
-
     @property
     def G(self) -> torch.Tensor:
         """The Gram matrix E[x xᵀ] (C, C). It replaces the sums in place, so that memory holds one such matrix only."""

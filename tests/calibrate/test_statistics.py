@@ -45,21 +45,6 @@ def test_batches_and_their_order_do_not_matter(C):
     assert_same(empty, whole)
 
 
-def test_statistics_add():
-    X = tokens(90, 130)
-    a, b, whole = statistics_of(X[:20], NEEDS), statistics_of(X[20:], NEEDS), statistics_of(X, NEEDS)
-    assert_same(a + b, whole)
-    assert_same(b + a, whole)
-    assert_same(a, statistics_of(X[:20], NEEDS))  # the parts are as they were
-    assert_same(b, statistics_of(X[20:], NEEDS))
-    assert_same(a + b, whole)  # now that both have given their G
-    assert_same(statistics_of(X[:0], NEEDS) + whole, whole)
-    both = a + b
-    both.update(X)  # does not reach into its parts
-    assert_same(a, statistics_of(X[:20], NEEDS))
-    assert_same(both, statistics_of(torch.cat([X, X]), NEEDS))
-
-
 def test_update_after_the_gram_was_read():
     X = tokens(90, 130)
     m = statistics_of(X[:20], NEEDS)
@@ -91,7 +76,6 @@ def test_half_precision_is_summed_in_float32():
 def test_only_what_is_needed_is_kept(needs):
     m = statistics_of(tokens(30, 6), needs)
     assert {name for name in NEEDS if getattr(m, name) is not None} == set(needs) and m.n == 30
-    assert {name for name in NEEDS if getattr(m + m, name) is not None} == set(needs) and (m + m).n == 60
 
 
 def test_unknown_need():
@@ -141,7 +125,7 @@ def test_derived_is_computed_once_until_the_statistics_change():
 def test_the_sample_is_bounded_and_of_real_tokens():
     X = tokens(3000, 3)
     m = statistics_of(X, {"sample"}, batch=100)
-    assert m.sample.shape == (SAMPLE, 3) and (m + m).sample.shape == (SAMPLE, 3)
+    assert m.sample.shape == (SAMPLE, 3)
     known = {tuple(x) for x in X.tolist()}
     taken = [tuple(x) for x in m.sample.tolist()]
     assert all(x in known for x in taken) and len(set(taken)) == SAMPLE
