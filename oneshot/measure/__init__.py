@@ -98,7 +98,7 @@ class Subject:
     @functools.cached_property
     def beside_dense(self) -> list[str]:
         """Names of the texts on which the model is compared with the dense one: all but perturbed texts."""
-        wanted = any(getattr(m, "compares", False) and m.asked(self.cfg) for m in map(module, names()))
+        wanted = any(getattr(m, "compares", False) for m in asked(self.cfg))
         return list(choose.named(self.cfg)) if wanted else []
 
     def compare(self, name: str) -> "compared.Compared":
@@ -130,7 +130,8 @@ def module(name: str) -> ModuleType:
 
 def asked(cfg: Settings, when: str | None = None) -> list[ModuleType]:
     """The measurements that these settings ask for. when: only those "before" or "after" pruning; None: all."""
-    found = [m for m in map(module, names()) if m.asked(cfg)]
+    found = [m for m in map(module, names()) if m.asked(cfg)
+             and not (getattr(m, "compares", False) and cfg.method == "dense")]  # with itself
     return [m for m in found if when in (None, getattr(m, "when", "after"))]
 
 
@@ -143,6 +144,12 @@ def refuse(cfg: Settings) -> None:
     """Raise ValueError naming the flag for what can be rejected before a model is loaded."""
     for m in asked(cfg):
         getattr(m, "refuse", lambda cfg: None)(cfg)
+
+
+def needs_text(cfg: Settings, flag: str) -> None:
+    """Raise ValueError naming the flag if there is no text to compare on."""
+    if not cfg.evaluations:
+        raise ValueError(f"{flag}: needs a text to compare on; give --evaluate")
 
 
 def prepare(cfg: Settings, model: nn.Module, tokenizer: Tokenizer) -> None:

@@ -23,7 +23,7 @@ import torch
 from ..data import Tokens
 from ..models import Tokenizer
 from ..runtime.flag import Settings, flag
-from . import Found, Subject
+from . import Found, Subject, needs_text
 from .compared import Compared, mean_over_windows
 
 compares = True
@@ -45,14 +45,13 @@ class Config:
 
 
 def asked(cfg: Settings) -> bool:
-    """Whether the flag is set; never for the dense model, which would be compared with itself."""
-    return cfg.damage and cfg.method != "dense"
+    """Whether the flag is set."""
+    return cfg.damage
 
 
 def refuse(cfg: Settings) -> None:
     """Raise ValueError naming `--damage` if there is no text to compare on."""
-    if not cfg.evaluations:
-        raise ValueError("--damage: needs a text to compare on; give --evaluate")
+    needs_text(cfg, "--damage")
 
 
 def measure(subject: Subject) -> Found:

@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 
 from ..runtime.flag import Settings, flag
-from . import Found, Subject
+from . import Found, Subject, needs_text
 from .compared import Compared, mean_over_windows
 
 compares = True
@@ -28,14 +28,13 @@ class Config:
 
 
 def asked(cfg: Settings) -> bool:
-    """Whether the flag is set; never for the dense model, which would be compared with itself."""
-    return cfg.divergence and cfg.method != "dense"
+    """Whether the flag is set."""
+    return cfg.divergence
 
 
 def refuse(cfg: Settings) -> None:
     """Raise ValueError naming `--divergence` if there is no text to compare on."""
-    if not cfg.evaluations:
-        raise ValueError("--divergence: needs a text to compare on; give --evaluate")
+    needs_text(cfg, "--divergence")
 
 
 def measure(subject: Subject) -> Found:

@@ -18,7 +18,7 @@ from ..models import Weight
 from ..prune import loop, shared_inputs
 from ..prune.job import Job
 from ..runtime.flag import Settings, flag
-from . import Found, Subject
+from . import Found, Subject, needs_text
 from .losses import at_head, batch_losses, predicted
 
 when = "before"  # because each unit is pruned in a model that is otherwise dense
@@ -38,8 +38,7 @@ def asked(cfg: Settings) -> bool:
 
 def refuse(cfg: Settings) -> None:
     """Raise ValueError naming `--sensitivity` if there is no text to measure on."""
-    if not cfg.evaluations:
-        raise ValueError("--sensitivity: needs a text to compare on; give --evaluate")
+    needs_text(cfg, "--sensitivity")
 
 
 def measure(subject: Subject) -> Found:

@@ -150,7 +150,7 @@ def plan(configs: Sequence[RunConfig], given: dict[str, Any], limit: float) -> P
 def check_known(configs: Sequence[RunConfig]) -> None:
     """Raise ValueError naming the first flag whose memory and time the plan's arithmetic does not know."""
     for cfg in configs:
-        beside = [f"--{name}" for name in ("divergence", "damage") if measure.module(name).asked(cfg)]
+        beside = [f"--{name}" for name in ("divergence", "damage") if measure.module(name) in measure.asked(cfg)]
         if found := offloading.whole(cfg) + ([f"--heal {cfg.heal}"] if cfg.prunes and cfg.heals else []) + beside:
             raise ValueError(f"{found[0]}: a plan does not know what it takes; plan without it, and leave room")
 
