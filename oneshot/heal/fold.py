@@ -83,7 +83,7 @@ def last_linear(block: Block) -> Weight | None:
     """The consumer of the block's last neurons; None for experts, of which each token sees others."""
     own = {w.linear: w for w in block.weights}
     found = [w.consumer for w in groups.widths(block.module) if w.kind == groups.NEURONS]
-    return own.get(found[-1]) if found and len(found) == 1 else None
+    return own.get(found[0]) if len(found) == 1 else None
 
 
 class Sums:
