@@ -28,6 +28,7 @@ from ..models import OnDisk, Tokenizer, source_of
 from ..prune import patterns
 from ..runtime import sealed
 from ..runtime.files import remove, remove_parts, sync, umask, write_text
+from ..runtime.inputs import reason
 from . import compressed, contents, gguf, kept, owner, packed, rounded, shards
 from .lock import FolderLock
 from .manifest import MANIFEST, WORK, manifest, old, read_manifest, read_sealed
@@ -295,6 +296,5 @@ def writing(path: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        why = getattr(error, "strerror", None) or str(error)
-        raise OSError(f"--save {path}: cannot be written ({why}); fix that and repeat the same command, it resumes"
-                      ) from error
+        raise OSError(f"--save {path}: cannot be written ({reason(error)}); fix that and repeat the same command, it "
+                      "resumes") from error

@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..runtime.inputs import reason
+
 State = dict[str, torch.Tensor]
 
 
@@ -58,7 +60,7 @@ def read(file: Path, run_id: str, number: int, before: str, shard: bool = False)
             entries = dict(f.metadata() or {})
             state = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise Damaged(f"cannot be read ({' '.join(str(error).split())[:100]})") from None
+        raise Damaged(f"cannot be read ({reason(error)})") from None
     found = entries.pop("seal", None)
     if found is None:
         raise Damaged("has no hash (an older oneshot wrote it)")

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from ..runtime.inputs import reason
 from ..runtime.lock import Lock, Taken
 from .contents import WORK
 from .owner import owner_of
@@ -28,7 +29,7 @@ class FolderLock:
                              "choose another folder") from None
         except OSError as error:
             self._remove_empty()
-            raise OSError(f"--save {path}: cannot be written ({error.strerror or error}); fix that and repeat the same "
+            raise OSError(f"--save {path}: cannot be written ({reason(error)}); fix that and repeat the same "
                           "command") from None
 
     def check(self) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from ..data import hub
 from ..runtime import environment
 from ..runtime.hub import hub_away, offline
-from ..runtime.inputs import check_file, parse_object, read_text
+from ..runtime.inputs import check_file, parse_object, read_text, reason
 
 ZEROSHOT7 = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")  # wanda, sparsegpt
 GROUPS = {"zeroshot7": ZEROSHOT7}
@@ -129,7 +129,7 @@ def fetch(names: Sequence[str], manager: Any, task_path: str | None = None) -> d
             return manager.load(names)
     except Exception as error:
         what = "their data cannot be loaded" if isinstance(error, OSError) else "lm-eval cannot load them"
-        raise ValueError(f"--tasks {','.join(names)}: {what} ({first_line(error)}); --task-path takes tasks with "
+        raise ValueError(f"--tasks {','.join(names)}: {what} ({reason(error)}); --task-path takes tasks with "
                          "local files") from error
 
 
@@ -173,7 +173,7 @@ def check_documents(name: str, task: Any, limit: int | None = None) -> None:
             text, target = task.doc_to_text(there), task.doc_to_target(there)
             choices = None if task.config.doc_to_choice is None else task.doc_to_choice(there)
         except Exception as error:  # the user's template failed on the user's data
-            raise ValueError(f"--tasks {name}: document {n} does not fit its YAML ({first_line(error)})") from error
+            raise ValueError(f"--tasks {name}: document {n} does not fit its YAML ({reason(error)})") from error
         if task.OUTPUT_TYPE == "multiple_choice":
             if not (isinstance(choices, list) and choices):
                 raise ValueError(f"--tasks {name}: document {n}: its choices must be a list that is not empty")
@@ -217,8 +217,3 @@ class Levels:
     def __exit__(self, *_: Any) -> None:
         for logger, level in zip(self.loggers, self.before, strict=True):
             logger.setLevel(level)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's text that is not empty; the name of its type if there is none."""
-    return next((line.strip() for line in str(error).split("\n") if line.strip()), type(error).__name__)

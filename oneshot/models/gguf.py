@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from ..runtime.hub import hub_away
+from ..runtime.inputs import reason
 from . import source
 
 SMOLLM2 = "smollm2"
@@ -53,8 +54,7 @@ def load(file: Path, dtype: str, said: str) -> tuple[nn.Module, object]:
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
             model = AutoModelForCausalLM.from_pretrained(file.parent, **options, **_dequantised())
     except Exception as error:  # a damaged file can raise anything in two libraries
-        lines = [line.strip() for line in str(error).split("\n") if line.strip()]
-        raise ValueError(f"{said}: cannot be loaded ({lines[0] if lines else type(error).__name__})") from error
+        raise ValueError(f"{said}: cannot be loaded ({reason(error)})") from error
     check_biases(gguf, file, model, said)
     source.undo_quantisation(model)
     source.check_parameters(model, said)

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..runtime.flag import flag as new_flag
 from ..runtime.hub import hub_away
+from ..runtime.inputs import reason
 from . import gguf, intake
 from .blocks import blocks, shares_weights
 from .offload import OFFLOAD, OnDisk, on_disk
@@ -132,9 +133,7 @@ def from_pretrained(source: str, config: dict, options: dict, how: dict,
         if "trust_remote_code" in str(error) and not options["trust_remote_code"]:
             raise ValueError(f"{said}: needs Python code that lies beside its weights; look at it, then add "
                              "--trust-remote-code") from error
-        lines = [line.strip() for line in str(error).split("\n") if line.strip()]
-        why = " ".join(lines[:1 + lines[0].endswith(":")])[:300] if lines else type(error).__name__
-        why = f"{type(error).__name__}: {why}" if isinstance(error, KeyError) else why  # else but a name in quotes
+        why = f"KeyError: {reason(error)}" if isinstance(error, KeyError) else reason(error)  # else a name in quotes
         where = "" if local else "no such folder here, and as a hub name it "
         raise ValueError(f"{said}: {where}cannot be loaded ({why})") from error
     return model, tokenizer, info

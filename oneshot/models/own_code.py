@@ -3,7 +3,8 @@
 import contextlib
 from collections.abc import Iterator
 
-from ..runtime.command import one_line, out_of_memory
+from ..runtime.command import out_of_memory
+from ..runtime.inputs import reason
 from ..runtime.proof import ProofError
 
 
@@ -22,4 +23,4 @@ def own_code(said: str, passing: tuple[type[BaseException], ...] = (ValueError,)
         if out_of_memory(error):
             raise
         kind = "" if isinstance(error, ValueError | TypeError) else f"{type(error).__name__}: "
-        raise ValueError(f"{said}: {kind}{one_line(error)[:300]}") from error
+        raise ValueError(f"{said}: {kind}{reason(error)}") from error

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..runtime.inputs import reason
 from . import gguf, intake
 from .loading import DEMO, Tokenizer
 
@@ -40,8 +41,7 @@ def skeleton(name: str | Path, *, dtype: str = "auto", flag: str = "--model",
             model = AutoModelForCausalLM.from_config(config, dtype=stored(written, entries, dtype),
                                                      trust_remote_code=options["trust_remote_code"])
     except Exception as error:  # a damaged config can raise anything in two libraries
-        why = " ".join(str(error).split())[:200]
-        raise ValueError(f"{said}: cannot be loaded ({type(error).__name__}: {why})") from error
+        raise ValueError(f"{said}: cannot be loaded ({type(error).__name__}: {reason(error)})") from error
     return model.eval().requires_grad_(False), tokenizer, files
 
 

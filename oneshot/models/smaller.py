@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..runtime.inputs import reason
 from . import groups
 from .blocks import blocks, compute_as_stored, computes_as_stored, config_of
 from .intake import UNEVEN
@@ -48,7 +49,7 @@ def smaller_config(model: nn.Module, keep: Sequence[int], counts: Mapping[str, i
         return type(text).from_dict({**entries, **changes}), []
     except Exception as error:  # the family's own validation
         if text.model_type != "llama" or any(entries.get(name) or changes.get(name) for name in MISTRAL_LACKS):
-            raise ValueError(f"{said}: its config refuses what would be left ({first_line(error)})") from None
+            raise ValueError(f"{said}: its config refuses what would be left ({reason(error)})") from None
     return as_mistral({**entries, **changes}), [
         "saved as Mistral, which computes the same: Llama's config refuses "
         f"{changes.get('num_attention_heads')} heads with a hidden width of {text.hidden_size}"]
@@ -133,7 +134,7 @@ def empty_model(model: nn.Module, config: Any) -> nn.Module:
             made = AutoModelForCausalLM.from_config(config, dtype=model.dtype,
                                                     attn_implementation=model.config._attn_implementation)
     except Exception as error:
-        raise ValueError(f"--shrink: a {config.model_type} model cannot be built smaller ({first_line(error)})"
+        raise ValueError(f"--shrink: a {config.model_type} model cannot be built smaller ({reason(error)})"
                          ) from None
     compute_as_stored(made, computes_as_stored(model))
     made.generation_config = copy.deepcopy(getattr(model, "generation_config", made.generation_config))
@@ -197,9 +198,3 @@ def fill(model: nn.Module, made: nn.Module, state: Mapping[str, torch.Tensor], k
 def is_uneven(model: nn.Module) -> bool:
     """Whether a model's layers differ in width, or lack parts (uneven.py)."""
     return getattr(getattr(model.config, "quantization_config", None), "quant_method", None) == UNEVEN
-
-
-def first_line(error: BaseException) -> str:
-    """An exception's text, or its last line where it has several, at most 200 characters."""
-    lines = [line.strip() for line in str(error).split("\n") if line.strip()]
-    return (lines[-1] if lines else type(error).__name__)[:200]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .. import report
 from ..runtime import environment
-from ..runtime.command import one_line
+from ..runtime.inputs import one_line
 from ..settings import RunConfig
 from . import checks, run
 

@@ -18,8 +18,7 @@ from ..prune.patterns import Dense, Pattern
 from ..prune.shared_inputs import dense_pass
 from ..prune.solvers import sparsegpt
 from ..runtime import environment, products
-from ..runtime.command import one_line
-from ..runtime.inputs import parse_json, read_text
+from ..runtime.inputs import one_line, parse_json, read_text
 from ..settings import RunConfig
 
 Plan = dict[str, Pattern]

@@ -15,7 +15,7 @@ from os import PathLike
 from typing import Any, NoReturn
 
 from .files import unwritable
-from .inputs import check_string
+from .inputs import check_string, one_line
 
 SHARED = ("prune", "shrink", "heal", "plan")  # commands that torchrun may start
 
@@ -91,8 +91,3 @@ def fail(text: str) -> int:
     """Print an error as one line on stderr and return exit code 2."""
     print(f"error: {text}", file=sys.stderr)
     return 2
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's text without line breaks; the name of its type if it has no text."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -24,7 +24,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.rendezvous import rendezvous
 
-from .command import SHARED, one_line
+from .command import SHARED
+from .inputs import one_line
 
 PATIENCE = datetime.timedelta(days=7)  # rank 0 prunes and measures while the others wait; torchrun ends all if one dies
 JOIN = datetime.timedelta(minutes=10)  # until all have started

@@ -3,6 +3,8 @@
 import functools
 import os
 
+from .inputs import reason
+
 
 def offline() -> bool:
     """Whether the user has told the Hugging Face libraries to stay with their cache."""
@@ -21,6 +23,5 @@ def _asked() -> str | None:
     try:
         huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
     except Exception as error:  # from whichever HTTP library huggingface_hub uses
-        message = getattr(error, "strerror", None) or str(error)
-        return f"{type(error).__name__}: {' '.join(message.split())[:200]}"
+        return f"{type(error).__name__}: {reason(error)}"
     return None

@@ -63,7 +63,12 @@ def check_string(text: str) -> None:
         raise ValueError("holds a NUL character")
 
 
-def reason(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
+    """An exception's text without line breaks; the name of its type if it has no text."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def reason(error: BaseException) -> str:
     """What an exception says, in one short line: an OSError without its number and file."""
-    text = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
-    return text or type(error).__name__
+    said = getattr(error, "strerror", None)
+    return (" ".join(str(said).split()) if said else one_line(error))[:200]

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from . import distributed
-from .command import one_line
+from .inputs import one_line
 
 _held: list[weakref.ref] = []  # in rank 0: the model that the others hold too
 

@@ -40,8 +40,9 @@ from oneshot.pipeline import checks
 from oneshot.pipeline.attempt import failure_file
 from oneshot.report import tables, task_table
 from oneshot.runtime import environment
-from oneshot.runtime.command import Parser, exit_code, one_line
+from oneshot.runtime.command import Parser, exit_code
 from oneshot.runtime.files import remove_parts
+from oneshot.runtime.inputs import one_line
 from oneshot.settings import RunConfig, parse
 from oneshot.settings.known import Known, known, todays_names
 

@@ -9,7 +9,7 @@ import torch
 
 import oneshot
 from oneshot import __main__ as dispatcher
-from oneshot.runtime import command
+from oneshot.runtime import command, inputs
 from oneshot.runtime.command import Parser, exit_code
 
 
@@ -162,5 +162,8 @@ def test_the_line_of_the_process_is_the_default(monkeypatch, called):
 
 
 def test_one_line_and_fail(capsys):
-    assert command.one_line(ValueError("a\n\n  b")) == "a b" and command.one_line(KeyError()) == "KeyError"
+    assert inputs.one_line(ValueError("a\n\n  b")) == "a b" and inputs.one_line(KeyError()) == "KeyError"
+    full = OSError(28, "No space\nleft", "/a")
+    assert inputs.reason(full) == "No space left" and inputs.reason(ValueError("a\n" * 200)) == "a " * 100
+    assert inputs.reason(OSError("")) == "OSError"
     assert command.fail("no") == 2 and capsys.readouterr().err == "error: no\n"

@@ -16,7 +16,7 @@ from torch import nn
 from ...heal.options import count
 from ...models import Tokenizer
 from ...runtime import environment
-from ...runtime.command import one_line
+from ...runtime.inputs import one_line
 from .. import device_table
 from ..command import Command
 from . import steps, targets
