@@ -6,7 +6,7 @@ from torch.nn.functional import kl_div
 
 from oneshot import heal
 from oneshot.heal.train import held_out_windows
-from oneshot.pipeline.plan import chain_of
+from oneshot.pipeline.plan import pruning_chain
 from oneshot.settings import flags
 
 SAMPLE = ("llama", "gpt2", "gemma3", "bloom", "falcon", "phi3", "mixtral", "gpt_oss", "qwen3_next")
@@ -21,7 +21,7 @@ def heal_pruned(model, methods="block", mask=None, ids=None, **given):
     cfg = flags.build({"method": "wanda", "pattern": "2:4", "heal": methods, **given})
     ids = tokens() if ids is None else ids
     healers = [heal.module(name).Heal(cfg.healing[name], seed=0) for name in cfg.heals]
-    result = jobs.prune(model, chain_of(cfg), ids=ids, mask=mask, healers=healers,
+    result = jobs.prune(model, pruning_chain(cfg), ids=ids, mask=mask, healers=healers,
                         held_out=held_out_windows(*ids.shape, 0))
     for name, healer in zip(cfg.heals, healers, strict=True):
         if info := healer.after_model(model, result.dense):

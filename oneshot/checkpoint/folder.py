@@ -128,7 +128,7 @@ class Folder:
         self._search[key] = look()
         if self.claimed or not self._own.removable:  # a finished model stays until there is a block
             self._lock.check()
-            with writing(self.path):
+            with saving(self.path):
                 self.claim()
                 self._note()
         return self._search[key]
@@ -175,7 +175,7 @@ class Folder:
 
     def _drop_from(self, number: int, why: str) -> None:
         """Remove the saved blocks from `number` on."""
-        with writing(self.path):
+        with saving(self.path):
             for later in self._numbers():
                 if later >= number:
                     remove(self._block(later))
@@ -210,7 +210,7 @@ class Folder:
 
     def save_block(self, number: int, state: kept.State, rows: dict) -> None:
         """Save a finished block, its state dict and its rows of the record; an interrupted run resumes after it."""
-        with writing(self.path):
+        with saving(self.path):
             self._lock.check()
             self.claim()
             state = self.disk.named(number, state) if self.disk else state
@@ -241,7 +241,7 @@ class Folder:
             record = data["record"] = record | {"packed": data["packed"], "warnings": record["warnings"] + [
                 f"{name}: stays dense in the packed checkpoint ({why})" for name, why in data["left_dense"].items()
             ] + data.pop("warnings", [])}
-        with writing(self.path):
+        with saving(self.path):
             self._lock.check()
             self.claim()
             final = self.work / "final"
@@ -291,7 +291,7 @@ class Folder:
 
 
 @contextlib.contextmanager
-def writing(path: str | Path) -> Iterator[None]:
+def saving(path: str | Path) -> Iterator[None]:
     """Within the context, a failure to write, in any library, becomes an OSError of one line that says what to do."""
     try:
         yield

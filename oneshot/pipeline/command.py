@@ -17,7 +17,7 @@ from ..prune import shared_inputs
 from ..prune.job import Job, Result
 from ..settings import RunConfig
 from . import checks
-from .plan import allocated, chain_of, make_plan, needs_data
+from .plan import allocated, make_plan, needs_data, pruning_chain
 
 Solution = tuple[Result, dict[str, torch.Tensor]]
 
@@ -101,7 +101,7 @@ class Command:
         began = time.perf_counter()
         plans = allocated(list(runs.values()), model, [make_plan(c, model) for c in runs.values()], calibration)
         ids, mask = (calibration.ids, calibration.mask) if calibration else (None, None)
-        jobs = [Job(plan, chain_of(c), c) for plan, c in zip(plans, runs.values(), strict=True)]
+        jobs = [Job(plan, pruning_chain(c), c) for plan, c in zip(plans, runs.values(), strict=True)]
         solved = shared_inputs.prune_shared(model, ids, mask, jobs)
         for result, _ in solved:
             result.seconds = (time.perf_counter() - began) / len(runs)

@@ -17,7 +17,7 @@ from ..quantise import grids, rtn
 from ..runtime.proof import prove
 from . import offloading, rounding
 from .lesson import heal_on_text
-from .plan import Plan, allocated, circumstances, job_of, kept_dense, make_plan
+from .plan import Plan, allocated, circumstances, kept_dense, make_plan, pruning_job
 from .shrink import gradients, heal_model, shrink
 
 
@@ -57,7 +57,7 @@ def pruned(subject: Subject, plan: Plan, folder: Folder | None, finished: Iterat
     [plan] = [kept] if kept else allocated([cfg], model, [plan], calibration)
     if folder:
         folder.plan = plan if cfg.allocate != "uniform" else None
-    job, rest = rounding.at_once(cfg, job_of(cfg, plan, calibration)), finished
+    job, rest = rounding.at_once(cfg, pruning_job(cfg, plan, calibration)), finished
     if rounding.only_kept(cfg, job, plan):  # nothing to look at any more
         job, on_block, finished = Job(plan, [(magnitude, magnitude.Config())], replace(
             cfg, layer_errors=False, dense_target=0.0)), None, iter(())

@@ -15,7 +15,7 @@ from ..prune.patterns import Unstructured, parse
 from ..runtime.flag import listed
 from ..settings import RunConfig
 from ..settings.known import known, todays_names
-from .plan import chain_of, needs_data
+from .plan import needs_data, pruning_chain
 
 TABLES = (".json", ".jsonl", ".csv", ".parquet")
 
@@ -77,7 +77,7 @@ def waits(cfg: RunConfig, configs: Sequence[RunConfig]) -> bool:
 def gathers_grams(cfg: RunConfig, configs: Sequence[RunConfig]) -> bool:
     """Whether any run gathers Gram matrices."""
     return any(c.prunes and (c.dense_target or {"outer", "cross"} & set(allocate.module(c.allocate).needs)
-                             or any({"outer", "cross"} & set(module.needs) for module, _ in chain_of(c)))
+                             or any({"outer", "cross"} & set(module.needs) for module, _ in pruning_chain(c)))
                for c in configs)
 
 

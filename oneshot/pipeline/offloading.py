@@ -11,7 +11,7 @@ from .. import measure, models
 from ..checkpoint import Folder
 from ..prune import solvers
 from ..settings import RunConfig
-from .plan import chain_of
+from .plan import pruning_chain
 
 WHOLE = {"tasks", "prompts", "say", "latency", "sensitivity"}  # measurements that need the whole model in memory
 HEALERS = {"block"}  # those that need one block alone
@@ -35,7 +35,7 @@ def whole(cfg: RunConfig) -> list[str]:
         f"--quantise {cfg.quantise}": cfg.quantise is not None, f"--format {cfg.format}": cfg.format != "dense",
         "--shared-inputs": cfg.shared_inputs, "--calibration self": cfg.calibration == "self",
         f"--method {cfg.method}": cfg.prunes and (cfg.method == solvers.KEEP or any(
-            "gradient" in module.needs for module, _ in chain_of(cfg)))}
+            "gradient" in module.needs for module, _ in pruning_chain(cfg)))}
     found = [flag for flag, given in pruned.items() if cfg.prunes and given]
     found += ["--quantised"] if cfg.row == "rounded" else []
     return found + [f"--{name}" for name in sorted(WHOLE) if measure.module(name).asked(cfg)]

@@ -24,14 +24,14 @@ from ..settings import RunConfig
 Plan = dict[str, Pattern]
 
 
-def chain_of(cfg: RunConfig) -> Chain:
+def pruning_chain(cfg: RunConfig) -> Chain:
     """The solver chain: [(solver or refiner, its Config), ...]."""
     return [(module, cfg.solver[solvers.short(module)]) for module in solvers.chain(cfg.method)]
 
 
 def pattern_of(cfg: RunConfig) -> Pattern:
     """The Pattern that `--pattern` asks for, with its comparison group set."""
-    return patterns.parse(cfg.pattern, cfg.group).with_default_group(chain_of(cfg)[0][1].group)
+    return patterns.parse(cfg.pattern, cfg.group).with_default_group(pruning_chain(cfg)[0][1].group)
 
 
 def needs_data(cfg: RunConfig) -> bool:
@@ -40,7 +40,7 @@ def needs_data(cfg: RunConfig) -> bool:
         return False
     looks = cfg.layer_errors or cfg.window_heals or cfg.dense_target or cfg.shrinks
     looks = looks or (cfg.quantise is not None and (cfg.scale_columns or quantise.module(cfg.quantiser).needs))
-    needs = (allocate.module(cfg.allocate).needs, *(module.needs for module, _ in chain_of(cfg)))
+    needs = (allocate.module(cfg.allocate).needs, *(module.needs for module, _ in pruning_chain(cfg)))
     return bool(looks or any(needs))
 
 
@@ -62,7 +62,7 @@ def make_plan(cfg: RunConfig, model: nn.Module) -> Plan:
     if hasattr(method, "check"):
         method.check(blocks_of(model, kept), pattern_of(cfg), cfg.allocation[cfg.allocate])
         elsewhere = Dense()
-    plan = jobs.make_plan(model, pattern_of(cfg), chain_of(cfg), elsewhere, kept)
+    plan = jobs.make_plan(model, pattern_of(cfg), pruning_chain(cfg), elsewhere, kept)
     if cfg.method == solvers.KEEP:
         check_kept(plan, model)
     return plan
@@ -158,14 +158,14 @@ def allocated(configs: Sequence[RunConfig], model: nn.Module, plans: Sequence[Pl
     return [method.plan(measured[pattern_of(c)], blocks, pattern_of(c), own) | dense for c in configs]
 
 
-def job_of(cfg: RunConfig, plan: Plan, calibration: Tokens | None = None) -> Job:
+def pruning_job(cfg: RunConfig, plan: Plan, calibration: Tokens | None = None) -> Job:
     """The pruning job for a plan with these settings. calibration: determines the windows held out from healing."""
     healers = tuple(heal.module(name).Heal(cfg.healing[name], cfg.seed, cfg.progress) for name in cfg.window_heals)
     if not healers or not calibration:
-        return Job(plan, chain_of(cfg), cfg, healers)
+        return Job(plan, pruning_chain(cfg), cfg, healers)
     n, seqlen = calibration.ids.shape
     options = replace(cfg, batch_size=windows_per_step(cfg.batch_size, seqlen))
-    return Job(plan, chain_of(cfg), options, healers, held_out_windows(n, seqlen, cfg.seed))
+    return Job(plan, pruning_chain(cfg), options, healers, held_out_windows(n, seqlen, cfg.seed))
 
 
 def keep_dense_warning(cfg: RunConfig, model: nn.Module) -> list[str]:
@@ -182,7 +182,7 @@ def circumstances(cfg: RunConfig, calibration: Tokens | None) -> dict:
     """What the bits of a block depend on beside the run's settings: a run that resumes with others says so."""
     found = environment.environment(cfg.device)
     same = {key: found[key] for key in ("threads", "device", "torch", "transformers", "oneshot", "commit")}
-    compiled = cfg.quantise is not None or any(module is sparsegpt for module, _ in chain_of(cfg))
+    compiled = cfg.quantise is not None or any(module is sparsegpt for module, _ in pruning_chain(cfg))
     return same | {"calibration": calibration.sha256[:12] if calibration else None, "onednn": products.by_onednn()} | (
         {"column_loop": columns.kind(cfg.device)} if compiled else {}) | (
         {"bfloat16": environment.fast_bfloat16(cfg.device)} if cfg.heals or cfg.compute == "stored" else {})

@@ -30,7 +30,7 @@ from ..settings import RunConfig, flags
 from ..settings.known import known
 from . import checks, forecast, idle, machine, offloading
 from .forecast import Part, Task
-from .plan import chain_of, pattern_of
+from .plan import pattern_of, pruning_chain
 from .sizes import Shape, shape_of
 from .task import task_of
 
@@ -137,7 +137,7 @@ def plan(configs: Sequence[RunConfig], given: dict[str, Any], limit: float) -> P
     found = [forecast.phases(shape, task, program) for task in tasks]
     check_disk(shape, tasks, writes, bool(cfg.save))
     dtype = models.compute_dtype(model, cfg.device, model.dtype)
-    what = (chain_of(pruned), pattern_of(pruned)) if pruned else ((), None)
+    what = (pruning_chain(pruned), pattern_of(pruned)) if pruned else ((), None)
     speeds = machine.speeds(cfg.device, dtype, *what, files[0] if files else None, writes)
     stages = [forecast.work(shape, task) for task in tasks]
     seconds = {name: sum(forecast.seconds(own[name], speeds) for own in stages if name in own)

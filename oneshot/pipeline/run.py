@@ -23,7 +23,7 @@ from . import checks, idle, lesson, rounding
 from .command import Command, held, load
 from .compress import compress, sparsity
 from .identity import describe, identify, paths, warnings
-from .plan import Plan, job_of, make_plan
+from .plan import Plan, make_plan, pruning_job
 from .shrink import origin_of
 
 SHORT_OF_MEMORY = "lower --batch-size, --gram-budget or --seqlen, or do without --heal distil"
@@ -125,7 +125,7 @@ def work(subject: Subject, plan: Plan, command: Command | None = None, folder: c
     cfg, model, began = subject.cfg, subject.model, time.perf_counter()
     environment.reset_peak_memory(cfg.device)
     if cfg.prunes:
-        subject.job = job_of(cfg, plan)
+        subject.job = pruning_job(cfg, plan)
     found = measure.measure(subject, "before")
     if solved := command.solved(cfg) if command else None:
         starting, (result, weights) = time.perf_counter(), solved

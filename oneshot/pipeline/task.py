@@ -12,7 +12,7 @@ from ..prune import allocate, solvers
 from ..runtime import distributed, environment
 from ..settings import RunConfig
 from .forecast import Task
-from .plan import chain_of, needs_data
+from .plan import needs_data, pruning_chain
 
 
 def task_of(cfg: RunConfig, model: nn.Module, tokenizer: Tokenizer) -> Task:
@@ -29,7 +29,7 @@ def task_of(cfg: RunConfig, model: nn.Module, tokenizer: Tokenizer) -> Task:
     if cfg.evaluations:
         texts = cfg.eval_windows * len(cfg.evaluations) if cfg.eval_windows else sum(
             len(tokens.ids) for tokens in choose.evaluation(cfg, model, tokenizer).values())
-    modules = [module for module, _ in chain_of(cfg)] if cfg.prunes else []
+    modules = [module for module, _ in pruning_chain(cfg)] if cfg.prunes else []
     needs = frozenset().union(*(module.needs for module in modules)) | (
         {"outer", "cross"} if cfg.prunes and cfg.dense_target else set())
     as_stored = cfg.compute == "stored"

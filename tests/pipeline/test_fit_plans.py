@@ -227,10 +227,10 @@ def test_a_block_alone_in_24_is_what_pruning_it_gives(looks):
     own, model, ids = looks
     found = own.in_24(model, Plan(sparse=(1,)))
     assert set(found) == {0, 2, 3}
-    from oneshot.pipeline.plan import job_of, make_plan
+    from oneshot.pipeline.plan import make_plan, pruning_job
     from oneshot.prune import shared_inputs
 
-    job = job_of(own.sparse, make_plan(own.sparse, model))
+    job = pruning_job(own.sparse, make_plan(own.sparse, model))
     [(_, new)] = shared_inputs.prune_shared(model, own.ids, own.mask, [job])
     for b, kl in found.items():
         other = copy.deepcopy(model)

@@ -11,7 +11,7 @@ from oneshot import __main__ as dispatcher
 from oneshot import models
 from oneshot.data import choose
 from oneshot.pipeline import forecast, machine, plan_command
-from oneshot.pipeline.plan import allocated, job_of, make_plan
+from oneshot.pipeline.plan import allocated, make_plan, pruning_job
 from oneshot.pipeline.task import passes, task_of
 from oneshot.prune import loop
 from oneshot.settings import flags
@@ -116,7 +116,7 @@ def test_passes(place):  # noqa: F811
         tokens = choose.calibration(cfg, model, models.load(place / "model")[1])
         calls.clear()
         [plan] = allocated([cfg], model, [make_plan(cfg, model)], tokens)
-        loop.prune_model(model, tokens.ids, None, job_of(cfg, plan, tokens))
+        loop.prune_model(model, tokens.ids, None, pruning_job(cfg, plan, tokens))
         probes = 1 + bool(cfg.allocate != "uniform")  # what the block returns is asked before
         teacher = bool(cfg.dense_target)  # a copy of the block takes its hooks along
         assert len(calls) - probes == passes(cfg), (more, len(calls), teacher)
@@ -203,7 +203,7 @@ def test_speeds_are_measured(place, monkeypatch, tmp_path):  # noqa: F811
     monkeypatch.setattr(machine, "N", 32)
     monkeypatch.setattr(machine, "LONG", 0.001)
     [cfg] = flags.parse(words(place))
-    found = machine.speeds("cpu", torch.float32, plan_command.chain_of(cfg), plan_command.pattern_of(cfg),
+    found = machine.speeds("cpu", torch.float32, plan_command.pruning_chain(cfg), plan_command.pattern_of(cfg),
                            place / "model" / "model.safetensors", tmp_path)
     assert set(found) == set(forecast.KINDS) and all(0 < v < 1e15 for v in found.values())
     found = machine.speeds("cpu", torch.bfloat16, (), None, None, tmp_path)

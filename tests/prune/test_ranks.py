@@ -59,7 +59,7 @@ def made(name):
     if padded:
         mask = torch.ones(12, T, dtype=torch.bool)
         mask[::3, 17:] = False
-    job = plan.job_of(cfg, plan.make_plan(cfg, model), None)
+    job = plan.pruning_job(cfg, plan.make_plan(cfg, model), None)
     if cfg.heals:
         healers = tuple(heal.module(n).Heal(cfg.healing[n], 0) for n in cfg.heals)
         job = Job(job.plan, job.chain, cfg, healers, held_out_windows(12, T, 0))

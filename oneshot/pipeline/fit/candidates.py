@@ -32,7 +32,7 @@ from ...runtime import products
 from ...settings import RunConfig
 from ...structured import Cut, budget, cut, depth, search, slices
 from .. import forms, shrink
-from ..plan import job_of, make_plan
+from ..plan import make_plan, pruning_job
 from .plans import Candidates, Costs, Kept, Plan
 
 WALK = 4096  # tokens on which a solver chooses the units of a candidate
@@ -128,7 +128,7 @@ class Looks:
     def in_24(self, model: nn.Module, start: Plan) -> dict[int, float]:
         """{number of a block: KL with that block alone in 2:4}, of those that are not yet."""
         plan = make_plan(replace(self.sparse, keep_dense=None), model)
-        job = replace(job_of(replace(self.sparse, layer_errors=False), plan), healers=())
+        job = replace(pruning_job(replace(self.sparse, layer_errors=False), plan), healers=())
         [(_, new)] = shared_inputs.prune_shared(model, self.ids, self.mask, [job])
         return self.alone(model, lambda w: new[w.name], start.sparse)
 
