@@ -93,7 +93,7 @@ def made_from(model: str) -> dict[str, str]:
         data = read_manifest(model)
         settings, named = data["record"]["settings"], models_of(data["record"])
         one = settings.get("allocate") == "uniform" and not settings.get("keep_dense")
-        groups = {entry["group"] for entry in data["tensors"].values()} - {None} if one else ()
+        groups = {entry.get("group") for entry in data["tensors"].values()} - {None} if one else ()
         return {"model": named.get("heal_teacher") or dense_of(named["model"], model)} | (
             {"pattern": settings["pattern"]} if one else {}) | ({"group": str(*groups)} if len(groups) == 1 else {})
     except (AttributeError, KeyError, TypeError, RecursionError):
