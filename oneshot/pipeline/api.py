@@ -134,8 +134,10 @@ def fit(model: nn.Module | str, tokenizer: Tokenizer | None = None, *, target: s
         if not folder.is_dir():
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        elif models.fingerprint(models.load(str(folder))[0]) != models.fingerprint(model):
-            raise ValueError(f"save: {save} holds the rounds of another model; choose another folder")
+        else:
+            there, _ = models.load(str(folder), trust_remote_code=bool(settings.get("trust_remote_code")))
+            if models.fingerprint(there) != models.fingerprint(model):
+                raise ValueError(f"save: {save} holds the rounds of another model; choose another folder")
         model = str(folder)
     floors = [floor] if isinstance(floor, str) else floor
     own = [word for name, value in {"model": model, "target": target, "save": save}.items()

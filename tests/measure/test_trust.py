@@ -12,7 +12,7 @@ from tiny import place  # noqa: F401
 from oneshot import models
 from oneshot.measure import task_list, tasks
 from oneshot.models.loading import DEMO
-from oneshot.pipeline import lesson
+from oneshot.pipeline import api, lesson
 from oneshot.settings import flags, parse
 from oneshot.settings.known import known
 
@@ -217,7 +217,10 @@ def test_a_model_that_fails_on_a_task(place, tmp_path, monkeypatch):  # noqa: F8
 
 
 def with_own_code(model, folder, mark):
-    """A copy of a folder whose model's code lies beside its weights, and makes the file `mark` when it is run."""
+    """A copy of a folder whose model's code lies beside its weights, and makes the file `mark` when it is run.
+
+    transformers keeps code by the name of its folder, so each test needs its own.
+    """
     tiny.copy(model, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {
@@ -235,7 +238,7 @@ def with_own_code(model, folder, mark):
 
 def test_other_processes_that_heal_run_the_models_own_code_when_trusted(place, tmp_path, monkeypatch):  # noqa: F811
     """From where the first has written the pruned model for them."""
-    folder = with_own_code(place / "model", tmp_path / "model", tmp_path / "MARK")
+    folder = with_own_code(place / "model", tmp_path / "shared", tmp_path / "MARK")
     model, tokenizer = models.load(str(folder), trust_remote_code=True)
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "work" / "start")
@@ -253,11 +256,23 @@ def test_other_processes_that_heal_run_the_models_own_code_when_trusted(place, t
     assert made == ["MineForCausalLM"]
 
 
+def test_a_fit_that_continues_runs_the_models_own_code_when_trusted(place, tmp_path, monkeypatch):  # noqa: F811
+    folder = with_own_code(place / "model", tmp_path / "fitted", tmp_path / "MARK")
+    model, tokenizer = models.load(str(folder), trust_remote_code=True)
+
+    def fitted(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(api.fit_command, "fitted", fitted)
+    for trusted, raised in ((False, KeyboardInterrupt), (True, KeyboardInterrupt), (False, ValueError)):
+        with pytest.raises(raised):
+            api.fit(model, tokenizer, target="parameters=0.9", save=tmp_path / "fit", trust_remote_code=trusted)
+
+
 def test_the_models_own_code_is_run_by_generate_and_verify_when_trusted(place, tmp_path, capsys):  # noqa: F811
     from oneshot.checkpoint import verify
     from oneshot.pipeline import generate
 
-    folder = with_own_code(place / "model", tmp_path / "model", tmp_path / "MARK")
+    folder = with_own_code(place / "model", tmp_path / "pruned", tmp_path / "MARK")
     saved, mark = tmp_path / "saved", tmp_path / "MARK"
     run = tiny.flags(place, "--no-dense", model=folder, save=saved, results=tmp_path / "runs")
     generate_it = [str(saved), "--max-new-tokens", "2", "--prompt", "a dog"]
