@@ -11,9 +11,10 @@ from types import ModuleType
 import torch
 
 from . import Sparse24Linear, dispatch, explain, reference
-from .cpu import build, column_loop, integers, library, linear
+from .cpu import bandwidth, build, column_loop, integers, library, linear, step
 
-LIBRARIES: dict[str, ModuleType] = {"linear": linear, "integers": integers, "column_loop": column_loop}
+LIBRARIES: dict[str, ModuleType] = {"linear": linear, "integers": integers, "step": step, "column_loop": column_loop,
+                                    "bandwidth": bandwidth}
 
 
 def on_cpu() -> Iterator[tuple[str, bool]]:

@@ -218,6 +218,17 @@ def test_the_module_and_its_operator(rounds, sparse, bits):
         ours(torch.randn(2, 400).bfloat16())
 
 
+def test_without_a_compiler_a_layer_says_why_there_is_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    monkeypatch.setenv("ONESHOT_CACHE", str(tmp_path))
+    library.forget()
+    try:
+        with pytest.warns(RuntimeWarning, match="plain torch"), pytest.raises(ValueError, match=r"there is no C\+\+"):
+            IntegerLinear.from_linear(nn.Linear(64, 32))
+    finally:
+        library.forget()
+
+
 def test_what_is_not_on_the_cpu_is_refused_or_only_shaped():
     if not integers.available():
         pytest.skip(library.why("integers"))

@@ -266,8 +266,10 @@ def test_tuning_writes_what_dispatch_reads(untuned, capsys):
 def test_the_selftest_command_says_what_runs_here(untuned, capsys, monkeypatch):
     assert selftest.main() == 0
     out = capsys.readouterr().out
-    for name in ("linear", "column_loop"):
+    assert {*selftest.LIBRARIES, "features"} == {source.stem for source in build.HERE.glob("*.cpp")}  # CPUID: no test
+    for name in selftest.LIBRARIES:
         assert all(f"CPU, {name}, {variant}: right" in out for variant in build.variants(name))
     assert "2048x2048 bfloat16" in out and "1024 tokens on " in out
+    monkeypatch.setattr(selftest, "LIBRARIES", {"linear": cpu})
     monkeypatch.setattr(cpu, "_self_test", lambda cdll: "off by one")
     assert selftest.main() == 1 and "off by one" in capsys.readouterr().out

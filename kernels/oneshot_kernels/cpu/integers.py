@@ -72,7 +72,7 @@ class IntegerLinear(nn.Module):
         Raises ValueError for a weight that is not finite or not 2:4, and where nothing can be compiled.
         """
         if not available():
-            raise ValueError(f"integer layers need the compiled kernels: {library.why('int8')}")
+            raise ValueError(f"integer layers need the compiled kernels: {library.why('integers')}")
         bias = None if layer.bias is None else layer.bias.detach()
         rounded = round_rows(layer.weight.detach()) if bits == 8 else round_groups(layer.weight.detach())
         return cls(prepare(*rounded, bits=bits, sparse=sparse), bias, round_inputs)
