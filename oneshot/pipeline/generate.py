@@ -11,6 +11,8 @@ that were saved dense are computed by their kernels too, unless `--dtype` asks f
 import argparse
 import gc
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,29 @@ class Clock:
 
     def end(self) -> None:
         """Called at the end."""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """ids (1, T + n): the prompt and what follows. first: seconds to the first token. rate: tokens a second after it,
+    NaN where there is one alone."""
+
+    ids: torch.Tensor
+    first: float
+    rate: float
+
+
+def timed(model: nn.Module, inputs: Mapping[str, torch.Tensor], n: int, device: str, **options: Any) -> Timed:
+    """Generate n tokens, greedily unless the options of transformers' `generate` say otherwise.
+
+    inputs: `input_ids` (1, T) and `attention_mask`, on the device.
+    """
+    clock, began = Clock(device), time.perf_counter()
+    ids = model.generate(**inputs, **{"do_sample": False, "max_new_tokens": n, "min_new_tokens": n, **options},
+                         streamer=clock)
+    times = clock.times[1:]  # the first call is for the prompt
+    rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else float("nan")
+    return Timed(ids, times[0] - began, rate)
 
 
 def prepared(name: str, flag: str, args: argparse.Namespace) -> tuple[nn.Module, Tokenizer, str, str]:
@@ -110,26 +135,22 @@ def measure(name: str, flag: str, prompt: str, args: argparse.Namespace) -> dict
     if most and length + args.max_new_tokens > most:
         raise ValueError(f"--max-new-tokens {args.max_new_tokens}: with a prompt of {length} tokens that is more than "
                          f"the {most} positions of {name}")
-    sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
-    options = {"max_new_tokens": args.max_new_tokens, "min_new_tokens": args.max_new_tokens, **sampling,
-               "pad_token_id": tokenizer.pad_token_id or tokenizer.eos_token_id or 0}
+    options = {"do_sample": True, "temperature": args.temperature} if args.temperature else {}
+    options["pad_token_id"] = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
     if args.static:
         options["cache_implementation"] = "static"
     decoder = decoder_of(model)
     made = decoder.tokens if decoder else 0
     for _ in range(2):
         torch.manual_seed(args.seed)
-        clock = Clock(args.device)
-        began = time.perf_counter()
         with models.own_code(cannot(name, flag, model), ()):
-            out = model.generate(**inputs, **options, streamer=clock)
-    times = clock.times[1:]  # the first call is for the prompt
-    if decoder and len(times) > 1 and decoder.tokens == made:
+            out = timed(model, inputs, args.max_new_tokens, args.device, **options)
+    tokens = out.ids.shape[1] - length
+    if decoder and tokens > 1 and decoder.tokens == made:
         decoding = "transformers (it generates otherwise than token by token with the plain cache)"
     return {"model": str(name) + (f" ({form})" if form else ""), "decoding": decoding,
-            "text": tokenizer.decode(out[0, length:], skip_special_tokens=True), "tokens": len(times),
-            "first_s": times[0] - began,
-            "tokens_per_s": (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else float("nan"),
+            "text": tokenizer.decode(out.ids[0, length:], skip_special_tokens=True), "tokens": tokens,
+            "first_s": out.first, "tokens_per_s": out.rate,
             "peak_bytes": environment.peak_memory(args.device),
             "weights_bytes": sum(t.numel() * t.element_size() for t in models.tensors_of(model))}
 

@@ -1,6 +1,6 @@
 """Tokens per second of whole models on a CPU, batch 1: 2:4 against its dense twin and transformers, interleaved.
 
-    python scripts/bench/cpu_decode.py                     # results/bench/cpu_decode.json and .md; some minutes
+    python scripts/bench/cpu_decode.py                     # results/bench/cpu_decode.json; an hour; then cpu_table.py
     python scripts/bench/cpu_decode.py --toy --out DIR     # the same at toy size, for the tests
 
     transformers           generate as it is, weights as stored (bfloat16)
@@ -9,13 +9,18 @@
     cut                    the same of --cut, a smaller dense model made from the first one
     rounded                inputs are rounded to int8 too, and so is the output head
     alone                  tokens per second of the compiled calls, without generate around them
-    llama.cpp              what xllamacpp's server says of its own speed, for each file of --gguf (of the first model)
+    llama.cpp              what xllamacpp's server says of its own speed, for each file of --gguf, with as many threads
 
-All but the cut ones have the same weights, 2:4 by magnitude, so that dense and 2:4 compute the same. Every way takes
-its turn in every round; medians over the rounds. `same` is how many tokens, from the first on, are those of
-transformers. MB: of weights, read for every token. `limit` is the share of the time that reading these takes, at the
-speed of memory that is measured in the same run; above 1 where they stay in the cache. `load` is what other processes
-took, in cores.
+All but the cut ones and files have the same weights, 2:4 by magnitude (a model that is 2:4 stays as it is), so that
+dense and 2:4 compute the same. The prompt is the beginning of TEXT, where a model has a tokenizer. Every way takes its
+turn in every round; medians over the rounds. `bytes`: of weights, read for every token. `limit` is the share of the
+time that reading these takes, at the speed of memory that is measured in the same run; above 1 where they stay in the
+cache. `load` is what other processes took, in cores.
+
+Texts are compared with those of transformers' plain generate, greedy, of the way's own weights, dequantised and stored
+dense in bfloat16: `same` tokens, from the first on, are the same, and at the next one the logit of what the way said
+lies `gap` below that of what transformers said, by transformers' own logits there (the gap of its two best, where they
+are these two): null where all are the same. A rounding of inputs is not undone.
 """
 
 import argparse
@@ -24,24 +29,25 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from common import Memory, last_level, others, thread_counts, written
-from llama_server import Server, named
+from common import Memory, last_level, others, thread_counts
+from llama_server import Server, named, ways_of
 from oneshot_kernels import fast_decode, sparsify
 from oneshot_kernels.cpu import decode, integers, library
 from torch import nn
 from tqdm import tqdm
 
 from oneshot import models
-from oneshot.pipeline.generate import Clock
+from oneshot.models import Tokenizer
+from oneshot.pipeline.generate import timed
 from oneshot.prune.patterns import NM
-from oneshot.report.table import render
 from oneshot.runtime import environment
 from oneshot.runtime.command import Parser, exit_code
-from oneshot.runtime.files import write_json, write_text
+from oneshot.runtime.files import write_json
 
 SHAPES = {  # random weights of these shapes, Llama's architecture
     "llama-1.1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
@@ -53,7 +59,25 @@ WAYS = {"transformers": (None, "dense", False), "transformers, compiled": (None,
         **{f"{kind} {form}": (form, kind, False) for form in ("bf16", "int8", "int4") for kind in KINDS},
         **{f"{kind} {form}, rounded": (form, kind, True) for form in ("int8", "int4") for kind in KINDS}}
 PROMPT = 16  # tokens
+TEXT = ("The history of science is the story of how people came to understand the world around them, from the first "
+        "calendars to the structure of the atom.")
 READ = max(256 << 20, 2 * last_level())  # bytes of memory that are read over and over, for its speed
+
+
+class Told(NamedTuple):
+    """What transformers says behind the prompt: tokens, and the logits (n, V) that it chose each of them by."""
+
+    tokens: list[int]
+    logits: torch.Tensor
+
+
+class Subject(NamedTuple):
+    """A model with all its ways. ids: the prompt (1, T). files: {way: GGUF file}. told: what `same` compares with."""
+
+    made: dict[str, nn.Module]
+    ids: torch.Tensor
+    files: dict[str, Path]
+    told: dict[str, Told]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,7 +94,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--models", default="smollm2,llama-1.1b", help="smollm2, a folder, or a shape, by commas")
     p.add_argument("--ways", default=";".join(WAYS), help="names separated by semicolons; transformers is always there")
-    p.add_argument("--gguf", default="", help="files that llama.cpp runs beside the first model, by commas")
+    p.add_argument("--gguf", default="", help="files that llama.cpp runs, by commas: [MODEL=]FILE. "
+                   "MODEL: of --models, by default the first, or cut")
     p.add_argument("--cut", help="folder of a smaller dense model, beside the first model")
     p.add_argument("--tokens", type=int, default=64, help="generated in each round")
     p.add_argument("--rounds", type=int, default=5, help="the median is kept")
@@ -81,9 +106,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.toy:
         args.models, args.tokens, args.rounds = "toy", 8, 2
     args.threads = thread_counts(args.threads, args.toy)
-    args.ways = args.ways.split(";")
+    args.ways, args.models = args.ways.split(";"), args.models.split(",")
     if unknown := [way for way in args.ways if way not in WAYS]:
         raise ValueError(f"--ways {unknown[0]}: there are {'; '.join(WAYS)}")
+    args.files = ways_of(args.gguf, (*args.models, "cut"))
     return args
 
 
@@ -92,17 +118,16 @@ def work(args: argparse.Namespace) -> None:
     models.quiet()
     file, before = args.out / "cpu_decode.json", torch.get_num_threads()
     try:
-        for name in args.models.split(","):
-            first = name == args.models.split(",")[0]
-            made, args.files = make(name, args), [Path(file) for file in args.gguf.split(",") if file and first]
+        for name in args.models:
+            torch.set_num_threads(args.threads[-1])
+            subject = make(name, args)
             for threads in args.threads:
                 torch.set_num_threads(threads)
                 kept = [row for row in read(file) if (row["model"], row["threads"]) != (name, threads)]
-                write_json({"rows": [*kept, *measured(name, made, args)]}, file)
+                write_json({"rows": [*kept, *measured(name, subject, args)]}, file)
     finally:
         torch.set_num_threads(before)
-    write_text(page(read(file)), args.out / "cpu_decode.md")
-    print(f"written: {args.out / 'cpu_decode.md'}")
+    print(f"written: {file}; next: python scripts/tables/cpu_table.py")
 
 
 def read(file: Path) -> list[dict]:
@@ -112,23 +137,36 @@ def read(file: Path) -> list[dict]:
 
 # ------------------------------------------------------------------ models
 
-def make(name: str, args: argparse.Namespace) -> dict[str, nn.Module]:
-    """{way: model}, all but the cut ones of the same 2:4 weights; what they can share they share."""
-    model = random_model(name) if name in SHAPES else models.load(name, dtype="bfloat16")[0]
+def make(name: str, args: argparse.Namespace) -> Subject:
+    """A model's ways, all but the cut ones of the same 2:4 weights; what they can share they share."""
+    model, tokenizer = (random_model(name), None) if name in SHAPES else models.load(name, dtype="bfloat16")
     with torch.no_grad():
         for weight in models.all_weights(model):
             W = weight.get()
             weight.set(W * NM(2, 4).keep(W.abs()))
-    made = {}
-    cut = models.load(args.cut, dtype="bfloat16")[0] if args.cut and name == args.models.split(",")[0] else None
+    ids, made, told, first = prompt(model, tokenizer), {}, {}, name == args.models[0]
+    cut = models.load(args.cut, dtype="bfloat16")[0] if args.cut and first else None
     ways = [way for way in args.ways if way != "transformers" and (cut or WAYS[way][1] != "cut")]
     for way in tqdm(["transformers", *ways], desc=f"{name}: models"):
-        made[way] = formed(cut if WAYS[way][1] == "cut" else model, *WAYS[way])
+        source = cut if WAYS[way][1] == "cut" else model
+        made[way] = formed(source, *WAYS[way])
+        told[way] = plainly(unpacked(made[way], source), ids, args.tokens)
         if "compiled" in way:
             made[way].forward = torch.compile(made[way].forward)
         if "transformers" not in way and (why := fast_decode(made[way])):
             raise ValueError(f"{name}, {way}: {why}")
-    return made
+    files = {way: file for (owner, way), file in args.files.items() if owner == name or (owner == "cut" and first)}
+    for way, file in files.items():
+        told[way] = plainly(models.load(str(file), dtype="bfloat16", flag="--gguf")[0], ids, args.tokens)
+    return Subject(made, ids, files, told)
+
+
+def prompt(model: nn.Module, tokenizer: Tokenizer | None) -> torch.Tensor:
+    """Token ids (1, PROMPT) of TEXT, or random ones where there is no tokenizer."""
+    if tokenizer is not None:
+        return tokenizer(TEXT, return_tensors="pt")["input_ids"][:, :PROMPT]
+    size = model.get_input_embeddings().num_embeddings
+    return torch.randint(size, (1, PROMPT), generator=torch.Generator().manual_seed(0))
 
 
 def random_model(name: str) -> nn.Module:
@@ -146,16 +184,30 @@ def random_model(name: str) -> nn.Module:
 
 def formed(model: nn.Module, form: str | None, kind: str, rounds: bool) -> nn.Module:
     """A model of the same weights in another form, which shares what stays as it is. kind: one of KINDS."""
-    twin, sparse = copy.deepcopy(model, {id(t): t for t in models.tensors_of(model)}), kind == "2:4"
+    twin, sparse = shared(model), kind == "2:4"
     if form == "bf16" and sparse:
         sparsify(twin)
     elif form in ("int8", "int4"):
         for weight in models.all_weights(twin):
-            owner, _, child = weight.name.removesuffix(".weight").rpartition(".")
-            setattr(twin.get_submodule(owner), child, integers.IntegerLinear.from_linear(
+            twin.set_submodule(weight.name.removesuffix(".weight"), integers.IntegerLinear.from_linear(
                 weight.owner, bits=int(form[-1]), sparse=sparse, round_inputs=rounds))
     if rounds:
         twin.lm_head = integers.IntegerLinear.from_linear(twin.lm_head, round_inputs=True)
+    return twin
+
+
+def shared(model: nn.Module) -> nn.Module:
+    """A copy of a model with the very tensors."""
+    return copy.deepcopy(model, {id(t): t for t in models.tensors_of(model)})
+
+
+def unpacked(made: nn.Module, source: nn.Module) -> nn.Module:
+    """The dense model `source` with the weights that a form of it holds, its integers dequantised."""
+    twin = shared(source)
+    for name, layer in made.named_modules():
+        if isinstance(layer, integers.IntegerLinear):
+            own = twin.get_submodule(name)
+            own.weight = nn.Parameter(layer.dense(own.weight.dtype), requires_grad=False)
     return twin
 
 
@@ -168,18 +220,16 @@ def bytes_of(model: nn.Module) -> int:
 
 # ------------------------------------------------------------------ measuring
 
-def measured(name: str, made: dict[str, nn.Module], args: argparse.Namespace) -> list[dict]:
+def measured(name: str, subject: Subject, args: argparse.Namespace) -> list[dict]:
     """The rows of a model with the number of threads that torch has now."""
-    size = made["transformers"].get_input_embeddings().num_embeddings
-    ids = torch.randint(size, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+    made, ids, files, told = subject
     turns: dict[str, Callable[[], tuple[float, list[int]]]] = {
         way: lambda model=model, way=way: generated(model, ids, args.tokens, "compiled" in way)
         for way, model in made.items()}
     turns |= {f"{way}, alone": lambda model=model: alone(model, ids, args.tokens) for way, model in made.items()
               if "transformers" not in way}
-    servers = {f"llama.cpp {file.parent.name}/{file.name}": (Server(file, torch.get_num_threads(), "F16"),
-                                                             file.stat().st_size) for file in args.files}
-    turns |= {way: lambda server=server: llama_cpp(server, ids, args.tokens) for way, (server, _) in servers.items()}
+    servers = {way: Server(file, torch.get_num_threads(), "F16") for way, file in files.items()}
+    turns |= {way: lambda server=server: llama_cpp(server, ids, args.tokens) for way, server in servers.items()}
     memory = Memory(READ >> 20)
     found: dict[str, list[tuple[float, list[int]]]] = {way: [] for way in turns}
     speeds, busy = [], others()
@@ -190,27 +240,38 @@ def measured(name: str, made: dict[str, nn.Module], args: argparse.Namespace) ->
                 found[way].append(result)
         speeds.append(memory.speed())
     busy, speed = max(busy, others()), statistics.median(speeds)
-    said = found["transformers"][0][1]
     where, rows = environment.environment("cpu"), []
     for way, results in found.items():
         rate = statistics.median(rate for rate, _ in results)
-        size = servers[way][1] if way in servers else bytes_of(made[way.removesuffix(", alone")])
-        same = next((i for i, (a, b) in enumerate(zip(results[0][1], said, strict=False)) if a != b), len(said))
+        size = files[way].stat().st_size if way in files else bytes_of(made[way.removesuffix(", alone")])
+        same, gap = parted(results[0][1], told[way]) if way in told else (None, None)
         rows.append({"model": name, "threads": torch.get_num_threads(), "way": way, "tokens_per_second": rate,
                      "spread": [min(r for r, _ in results), max(r for r, _ in results)], "bytes": size,
-                     "limit": rate * size / speed, "same": same if results[0][1] else None, "tokens": args.tokens,
+                     "limit": rate * size / speed, "same": same, "gap": gap, "tokens": args.tokens,
                      "read": speed, "load": round(busy, 1), "variant": library.why("step"), "environment": where})
     return rows
 
 
+def plainly(model: nn.Module, ids: torch.Tensor, n: int) -> Told:
+    """What transformers' own generate says, greedy."""
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n, do_sample=False,
+                         pad_token_id=0, output_logits=True, return_dict_in_generate=True)
+    return Told(out.sequences[0, ids.shape[1]:].tolist(), torch.cat(out.logits).float())
+
+
+def parted(said: Sequence[int], told: Told) -> tuple[int, float | None]:
+    """(`same`, `gap`), see above."""
+    i = next((i for i, (ours, theirs) in enumerate(zip(said, told.tokens, strict=False)) if ours != theirs), None)
+    if i is None:
+        return min(len(said), len(told.tokens)), None
+    return i, float(told.logits[i, told.tokens[i]] - told.logits[i, said[i]])
+
+
 def generated(model: nn.Module, ids: torch.Tensor, n: int, compiled: bool) -> tuple[float, list[int]]:
     """(tokens per second after the first, the n tokens) of greedy generation."""
-    clock = Clock("cpu")
     options = {"cache_implementation": "static"} if compiled else {}
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n, do_sample=False,
-                         pad_token_id=0, streamer=clock, **options)
-    times = clock.times[1:]
-    return (len(times) - 1) / (times[-1] - times[0]), out[0, ids.shape[1]:].tolist()
+    out = timed(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, n, "cpu", pad_token_id=0, **options)
+    return out.rate, out.ids[0, ids.shape[1]:].tolist()
 
 
 def llama_cpp(server: Server, ids: torch.Tensor, n: int) -> tuple[float, list[int]]:
@@ -228,34 +289,6 @@ def alone(model: nn.Module, ids: torch.Tensor, n: int) -> tuple[float, list[int]
     for _ in range(n - 1):
         decoder.step(token, cache)
     return (n - 1) / (time.perf_counter() - began), []
-
-
-# ------------------------------------------------------------------ the page
-
-def page(rows: list[dict]) -> str:
-    """One table for each model and number of threads."""
-    parts = ["# Tokens per second on a CPU, batch 1\n"]
-    for name, threads in dict.fromkeys((row["model"], row["threads"]) for row in rows):
-        own = [row for row in rows if (row["model"], row["threads"]) == (name, threads)]
-        rate = {row["way"]: row["tokens_per_second"] for row in own}
-        busy = ": **busy**, only ratios count" if own[0]["load"] > 0.3 else ""
-        parts += [f"## {name}, {threads} thread{'s' * (threads > 1)}\n",
-                  written("cpu_decode.py", own[0]["environment"]) + "\n",
-                  f"{own[0]['tokens']} tokens a round behind {PROMPT}; memory reads {own[0]['read'] / 1e9:.1f} GB/s; "
-                  f"kernels: {own[0]['variant']}; load of others {own[0]['load']}{busy}.\n"]
-        body = [[row["way"], f"{row['tokens_per_second']:.1f}", f"{row['spread'][0]:.1f}-{row['spread'][1]:.1f}",
-                 f"{row['tokens_per_second'] / rate['transformers']:.2f}x", over(row["way"], rate),
-                 f"{row['bytes'] / 1e6:.0f}", f"{row['limit']:.2f}", "-" if row["same"] is None else str(row["same"])]
-                for row in own]
-        head = ["way", "tokens/s", "of the rounds", "/ transformers", "/ dense twin", "MB", "limit", "same"]
-        parts.append(render(head, body, "markdown", text={"way"}))
-    return "\n".join(parts)
-
-
-def over(way: str, rate: dict[str, float]) -> str:
-    """A 2:4 way's speed over that of its dense twin."""
-    twin = way.replace("2:4", "dense")
-    return f"{rate[way] / rate[twin]:.2f}x" if twin != way and twin in rate else "-"
 
 
 if __name__ == "__main__":

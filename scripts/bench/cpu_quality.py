@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 from common import written
 from cpu_decode import KINDS, SHAPES, WAYS, bytes_of, formed, random_model, read
-from llama_server import Server, named
+from llama_server import Server, named, ways_of
 from oneshot_kernels.cpu import integers
 from tqdm import tqdm
 
@@ -57,7 +57,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--model", default="smollm2")
     p.add_argument("--pruned", help="folder of the same model with zeros in 2:4")
     p.add_argument("--cut", help="folder of a smaller dense model made from it")
-    p.add_argument("--gguf", default="", help="files that llama.cpp runs, by commas")
+    p.add_argument("--gguf", default="", help="files that llama.cpp runs, by commas; of --cut's model: cut=FILE")
     p.add_argument("--windows", type=int, default=32)
     p.add_argument("--seqlen", type=int, default=256)
     p.add_argument("--threads", type=int, default=1)
@@ -83,9 +83,8 @@ def work(args: argparse.Namespace) -> None:
         with mock.patch.object(integers, "MANY", sys.maxsize):  # inputs are rounded as in decoding, however many
             losses[way] = measure.losses.token_losses(model, ids, batch_size=4)
         nbytes[way] = bytes_of(model)
-    for file in filter(None, args.gguf.split(",")):
-        way = f"llama.cpp {Path(file).parent.name}/{Path(file).name}"
-        losses[way], nbytes[way] = llama_losses(Server(file, args.threads, "F16"), ids, way), Path(file).stat().st_size
+    for (_, way), file in ways_of(args.gguf, (args.model, "cut")).items():
+        losses[way], nbytes[way] = llama_losses(Server(file, args.threads, "F16"), ids, way), file.stat().st_size
     known = ~torch.stack(list(losses.values())).isnan().any(0)
     where, name = environment.environment("cpu"), "toy" if args.toy else args.model
     rates = speeds(args.out, name, args.threads)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import urllib.request
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,24 @@ def named(flag: str) -> Iterator[None]:
         yield
     except (Hung, ChildProcessError) as error:
         raise ValueError(f"{flag}: {error}; start it again, or leave it out") from None
+
+
+def ways_of(text: str, names: Sequence[str]) -> dict[tuple[str, str], Path]:
+    """{(a name, what its rows are called): GGUF file} of `[NAME=]FILE`, by commas; NAME by default the first one.
+
+    Raises ValueError naming `--gguf` for a file that is not there, or whose rows another's would replace.
+    """
+    found = {}
+    for part in filter(None, text.split(",")):
+        start, _, rest = part.partition("=")
+        name, file = (start, Path(rest)) if rest and start in names else (names[0], Path(part))
+        way = name, f"llama.cpp {'cut ' * (name == 'cut')}{file.absolute().parent.name}/{file.name}"
+        if not file.is_file():
+            raise ValueError(f"--gguf {part}: no such file; give [NAME=]FILE, NAME one of {', '.join(names)}")
+        if way in found:
+            raise ValueError(f"--gguf {part}: a file before it has the same folder's and file's name; rename one")
+        found[way] = file
+    return found
 
 
 class Server:

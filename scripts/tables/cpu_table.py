@@ -1,14 +1,108 @@
-"""The README's table of tokens per second on a CPU, from the rows of scripts/bench/cpu_decode.py."""
+"""Tokens per second on a CPU: cpu_decode.md, and the README's table, from the rows of scripts/bench/cpu_decode.py.
 
+    python scripts/tables/cpu_table.py            # write results/bench/cpu_decode.md
+    python scripts/tables/cpu_table.py --check    # exit 1 if it is stale
+
+    / alone    speed of generate over that of the compiled calls without generate around them
+    same, gap  how many tokens are those of transformers with the same weights, unpacked, and how near its choice was
+               where they part; "-" in rows from before they were compared like that
+"""
+
+import argparse
 import json
+import sys
 from pathlib import Path
 
 from oneshot.report.table import render
+from oneshot.runtime.command import Parser, exit_code
+from oneshot.runtime.files import write_text
 
+ROOT = Path(__file__).parents[2]
 SHOWN = ("transformers", "dense bf16", "2:4 bf16", "dense int8", "2:4 int8", "2:4 int4", "2:4 int8, rounded",
          "2:4 int4, rounded")
 BUSY = 0.3  # load of others above which only ratios count, as in cpu_kernels.py
+ALONE = ", alone"
 
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 1 where --check finds cpu_decode.md stale."""
+    p = Parser(prog="python scripts/tables/cpu_table.py", description=__doc__, allow_abbrev=False,
+               formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--out", type=Path, default=ROOT / "results" / "bench", help="folder of the rows and of the page")
+    p.add_argument("--check", action="store_true", help="write nothing, exit 1 if cpu_decode.md would change")
+    args = p.parse_args(argv)
+
+    def work() -> int:
+        file, text = args.out / "cpu_decode.md", page(rows_of(args.out / "cpu_decode.json"))
+        if args.check:
+            return int(not file.is_file() or file.read_text(encoding="utf-8") != text)
+        write_text(text, file)
+        print(f"written: {file}")
+        return 0
+    return exit_code(work)
+
+
+def rows_of(file: Path) -> list[dict]:
+    """All rows. Raises ValueError where there are none."""
+    found = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
+    if not found:
+        raise ValueError(f"--out {file.parent}: holds no {file.name}; run scripts/bench/cpu_decode.py")
+    return found
+
+
+# ------------------------------------------------------------------ cpu_decode.md
+
+def page(rows: list[dict]) -> str:
+    """One table for each model and number of threads."""
+    parts = ["# Tokens per second on a CPU, batch 1\n",
+             "/ alone: of the speed of the compiled calls without generate around them. same: tokens, from the first "
+             "on, that are those of transformers' plain generate of the row's own weights, unpacked and stored dense; "
+             "gap: by how much the logit of the next one lies below that of transformers' choice ('-': all are the "
+             "same, or not compared).\n"]
+    for name, threads in dict.fromkeys((row["model"], row["threads"]) for row in rows):
+        own = [row for row in rows if (row["model"], row["threads"]) == (name, threads)]
+        rate, e = {row["way"]: row["tokens_per_second"] for row in own}, own[0]["environment"]
+        busy = ": **busy**, only ratios count" if own[0]["load"] > BUSY else ""
+        parts += [f"## {name}, {threads} thread{'s' * (threads > 1)}\n",
+                  f"`python scripts/bench/cpu_decode.py`; commit {e['commit']}{' (dirty)' if e['dirty'] else ''}, "
+                  f"{e['device']}, torch {e['torch']}, {e['date']}.\n",
+                  f"{own[0]['tokens']} tokens a round; memory reads {own[0]['read'] / 1e9:.1f} GB/s; kernels: "
+                  f"{own[0]['variant']}; load of others {own[0]['load']}{busy}.{reached(rate)}\n"]
+        body = [[row["way"], f"{row['tokens_per_second']:.1f}", f"{row['spread'][0]:.1f}-{row['spread'][1]:.1f}",
+                 f"{row['tokens_per_second'] / rate['transformers']:.2f}x",
+                 over(rate, row["way"], row["way"].replace("2:4", "dense")),
+                 f"{share(rate, row['way']):.0%}" if row["way"] + ALONE in rate else "-",
+                 f"{row['bytes'] / 1e6:.0f}", f"{row['limit']:.2f}", *agreeing(row)] for row in own]
+        head = ["way", "tokens/s", "of the rounds", "/ transformers", "/ dense twin", "/ alone", "MB", "limit", "same",
+                "gap"]
+        parts.append(render(head, body, "markdown", text={"way"}))
+    return "\n".join(parts)
+
+
+def over(rate: dict[str, float], way: str, twin: str) -> str:
+    """A way's speed over that of another."""
+    return f"{rate[way] / rate[twin]:.2f}x" if twin != way and twin in rate else "-"
+
+
+def share(rate: dict[str, float], way: str) -> float:
+    """The speed of generate over that of the compiled calls by themselves."""
+    return rate[way] / rate[way + ALONE]
+
+
+def reached(rate: dict[str, float]) -> str:
+    """What share of the compiled calls' speed generate reaches; "" where they were not timed by themselves."""
+    found = [share(rate, way) for way in rate if way + ALONE in rate]
+    return f" generate reaches {min(found):.0%} to {max(found):.0%} of the speed without it." if found else ""
+
+
+def agreeing(row: dict) -> tuple[str, str]:
+    """`same` and `gap`."""
+    if row["same"] is None or "gap" not in row:
+        return "-", "-"
+    return f"{row['same']} of {row['tokens']}", "-" if row["gap"] is None else f"{row['gap']:.3f}"
+
+
+# ------------------------------------------------------------------ the README
 
 def rows(file: Path) -> list[dict]:
     """The rows with the fewest threads of each model; none where nothing was measured."""
@@ -47,3 +141,7 @@ def cell(rate: dict, name: str, way: str) -> str:
     if (name, way) not in rate:
         return "-"
     return f"{rate[name, way]:.1f} ({rate[name, way] / rate[name, 'transformers']:.2f}x)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -206,6 +206,7 @@ def test_the_module_and_its_operator(rounds, sparse, bits):
     want = emulate(x.view(6, 36), *rounded(layer.weight.detach(), bits), layer.bias.detach(), not rounds).view(2, 3, 20)
     assert ("inputs in int8" in repr(ours)) == rounds
     torch.testing.assert_close(ours(x).double(), want, rtol=1e-5, atol=1e-5)
+    assert torch.equal(ours.dense(), value(*rounded(layer.weight.detach(), bits)).float())
     assert ours(x[:0]).shape == (0, 3, 20) and f"int{bits} {'2:4' if sparse else 'dense'}" in repr(ours)
     torch.library.opcheck(torch.ops.oneshot_kernels.linear_integers.default,
                           (x, ours.values, ours.scale, ours.bias, 20, bits, False))

@@ -17,6 +17,7 @@ There int4's scale · code is rounded to bfloat16 first; where torch's products 
 """
 
 import ctypes
+import functools
 import itertools
 from typing import Any, NamedTuple
 
@@ -85,6 +86,11 @@ class IntegerLinear(nn.Module):
         return torch.ops.oneshot_kernels.linear_integers(x, self.values, self.scale, self.bias, self.out_features,
                                                          self.bits, not self.round_inputs)
 
+    def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight (N, K) as a dense matrix, scale · code rounded to a dtype."""
+        out = torch.empty(self.out_features, self.in_features, dtype=dtype)
+        return expand(IntegerWeight(self.values, self.scale, tuple(out.shape), self.bits), 0, out)
+
     def _apply(self, fn, recurse=True):
         scale = self.scale
         super()._apply(fn, recurse)
@@ -149,13 +155,16 @@ def linear(x: torch.Tensor, weight: IntegerWeight, bias: torch.Tensor | None = N
 
 def through_dense(x: torch.Tensor, weight: IntegerWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`linear` of x as it is, for many tokens: `in_parts`, the weight in x's dtype."""
-    lanes, bits = lanes_of(), weight.bits
+    return in_parts(x, weight.shape[0], lanes_of(), bias, functools.partial(expand, weight))
 
-    def expand(first: int, part: torch.Tensor) -> None:
-        values, scale = weight.values[first // lanes :], weight.scale[first if bits == 8 else first // lanes :]
-        _library().expand_integers(values.data_ptr(), scale.data_ptr(), part.data_ptr(), *part.shape, TYPES[x.dtype],
-                                   bits, weight.sparse, library.threads())
-    return in_parts(x, weight.shape[0], lanes, bias, expand)
+
+def expand(weight: IntegerWeight, first: int, out: torch.Tensor) -> torch.Tensor:
+    """Write rows of a weight from `first` on, a multiple of the lanes, into out (rows, K), dense; returns it."""
+    tile = first // lanes_of()
+    values, scale = weight.values[tile:], weight.scale[first if weight.bits == 8 else tile :]
+    _library().expand_integers(values.data_ptr(), scale.data_ptr(), out.data_ptr(), *out.shape, TYPES[out.dtype],
+                               weight.bits, weight.sparse, library.threads())
+    return out
 
 
 def stays(x: torch.Tensor) -> bool:
