@@ -1,6 +1,6 @@
 """2:4 sparse linear layers: a packed format, kernels that compute with it faster than dense, and an nn.Module.
 
-    reference   the format (pack, unpack), reference results     dispatch   which kernel runs, and why
+    reference   the format (pack, unpack), reference results     dispatch   which kernel runs, and why (problem)
     linear      Sparse24Linear                                   ops        the torch operator
     fuse        sparsify(model)                                  gpu/       Triton kernels for NVIDIA GPUs
     rounded     Rounded24Linear: int8, int4                      cpu/       compiled kernels for CPUs

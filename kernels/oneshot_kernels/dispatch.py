@@ -4,7 +4,8 @@
 
     reference   row-major weights: unpack and F.linear     weights that were not prepared, CPUs without a compiler
     tiles       cpu/linear.py, compiled C++                CPU, few tokens
-    expand      expand part by part, torch products        CPU, more tokens
+    kernel      cpu/integers.py, compiled C++              CPU, int8 and int4 weights, dense ones too
+    expand      expand part by part, torch products        CPU, more tokens; integers: whose inputs stay as they are
     decode      mma.sp, gpu/decode.py                      1 to 64 tokens, NVIDIA compute capability 8.0 and up
     middle      expand and tl.dot, gpu/expand.py           any GPU
     sparselt    cuSPARSELt, gpu/prefill.py                 needs prefill_copy=True
@@ -20,15 +21,15 @@ import math
 import os
 import re
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .cpu import layout, library
+from .cpu import build, layout, library
 from .cpu import linear as cpu_linear
 from .gpu.prefill import sparselt_refuses
+from .problem import Choice, Problem
 
 try:
     import triton
@@ -39,6 +40,7 @@ else:
     from .gpu.mma_sp import INTERPRET
 
 if TYPE_CHECKING:
+    from .cpu.integers import IntegerLinear
     from .linear import Sparse24Linear
 
 TILES_UNTIL = {("avx512", torch.bfloat16): 16, ("avx512", torch.float16): 16, ("amx", torch.float16): 16,
@@ -46,48 +48,13 @@ TILES_UNTIL = {("avx512", torch.bfloat16): 16, ("avx512", torch.float16): 16, ("
 """{(variant, dtype): tokens up to which tiles should pay on a CPU}, else 64. An estimate: with AVX-512 torch's own
 products are faster than without; what is expanded has to be written and read again, but for tile registers."""
 
+INTEGERS_UNTIL = 128
+"""An estimate, the same for bfloat16 inputs of integer weights, where a CPU has units for torch's product alone."""
+
 NOT_ON_CPU = (False, 0, True)
 
 MIDDLE_UNTIL = 512
 """An estimate: on an H200 dense products are memory-bound up to 184 tokens; expansion pays somewhat beyond that."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What a choice depends on.
-
-    tokens: M. rows, k: the weight's shape; with `swiglu` there are half as many outputs as rows. fragments: whether the
-    weight is in fragment order. prefill_copy: whether there is a copy for cuSPARSELt. tiles: whether the weight is in
-    tiles for a CPU; threads: how many of them compute there, else 0; native: False if it was cast since.
-    """
-
-    tokens: int
-    rows: int
-    k: int
-    dtype: torch.dtype
-    device: torch.device
-    fragments: bool = True
-    prefill_copy: bool = False
-    swiglu: bool = False
-    tiles: bool = False
-    threads: int = 0
-    native: bool = True
-
-    @property
-    def key(self) -> str:
-        """The key in the table: one entry per weight shape, dtype, epilogue and number of threads."""
-        kind = (" swiglu" if self.swiglu else "") + (f" threads={self.threads}" if self.threads else "")
-        return f"{self.rows}x{self.k} {str(self.dtype).removeprefix('torch.')}{kind}"
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The chosen path, its launch parameters (a Config, an algorithm number or None), and the basis of the decision."""
-
-    path: str
-    config: Any
-    source: str
-    reason: str
 
 
 def uses_fragments(dtype: torch.dtype, device: torch.device) -> bool:
@@ -135,6 +102,8 @@ def choose(problem: Problem) -> Choice:
 def _choose(problem: Problem, path: Path) -> Choice:
     if problem.tiles:
         return _choose_on_cpu(problem, path)
+    if problem.form:
+        return _choose_for_integers(problem, path)
     if not problem.fragments:
         where = "on CPU" if problem.device.type == "cpu" else "row-major weights on a GPU"
         return Choice("reference", None, "only path", f"{where}: unpack, then F.linear")
@@ -180,6 +149,20 @@ def _choose_on_cpu(problem: Problem, path: Path) -> Choice:
     return Choice("expand", None, "estimate, untuned", "many tokens: expand once, dense product")
 
 
+def _choose_for_integers(problem: Problem, path: Path) -> Choice:
+    """The Choice for an integer weight."""
+    if problem.rounds:
+        return Choice("kernel", None, "only path", "it multiplies whole numbers")
+    if choice := _measured(problem, path, ["kernel", "expand"]):
+        return choice
+    units, source = bool(getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16")), "estimate, untuned"
+    if problem.dtype != torch.bfloat16 or not units or library.why("integers") == "amx":
+        return Choice("kernel", None, source, "torch's product has no better units for these inputs")
+    if problem.tokens < INTEGERS_UNTIL:
+        return Choice("kernel", None, source, f"below {INTEGERS_UNTIL} tokens time is weight bytes")
+    return Choice("expand", None, source, "many tokens: torch's product has units for bfloat16")
+
+
 def _estimate(problem: Problem, usable: list[str]) -> Choice:
     """The Choice for a problem that was not measured."""
     source = "estimate, untuned"
@@ -200,7 +183,7 @@ def fallback(problem: Problem) -> Choice:
     return Choice("middle", config, "self-test", "the decode kernel failed its self-test on this GPU")
 
 
-def explain(layer: "Sparse24Linear", tokens: int) -> str:
+def explain(layer: "Sparse24Linear | IntegerLinear", tokens: int) -> str:
     """One line that says which path a layer uses for this many tokens, why, and why not the others."""
     problem = layer.problem(tokens)
     choice = choose(problem)
@@ -210,6 +193,8 @@ def explain(layer: "Sparse24Linear", tokens: int) -> str:
         text += f", {choice.config}"
     if problem.tiles:
         return f"{text}, {library.why('linear')}"
+    if problem.form:
+        return f"{text}, inputs {'rounded to int8' if problem.rounds else 'as they are'}, {library.why('integers')}"
     if choice.path == "reference":
         tried = problem.device.type == "cpu" and library.why("linear") != library.UNTRIED
         return f"{text}; no compiled kernel: {library.why('linear')}" if tried and not cpu_linear.available() else text
@@ -229,6 +214,8 @@ def table_path(device: torch.device) -> Path:
 def _table_path(device: torch.device, own: str | None, xdg: str | None) -> Path:
     folder = Path(own) if own else Path(xdg or Path.home() / ".cache") / "oneshot_kernels"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if device.type == "cpu":  # several processors may share a home, and virtual ones a name
+        name += f" {build.processor('model name', 'cpu family', 'model', 'CPU implementer', 'CPU part')}"
     version = triton.__version__ if triton else "none"
     return folder / (re.sub(r"[^A-Za-z0-9]+", "-", name) + f"-triton{version}.json")
 

@@ -56,6 +56,12 @@ def main() -> int:
         layer = Sparse24Linear.from_packed(*reference.pack(weight)[:2])
         for tokens in (1, 64, 1024):
             print(explain(layer, tokens), flush=True)
+    for bits in (8, 4) if device == "cpu" and integers.available() else ():
+        dense = torch.nn.Linear(2048, 2048, bias=False, dtype=torch.bfloat16)
+        dense.weight.data = weight.bfloat16()
+        layer = integers.IntegerLinear.from_linear(dense, bits=bits, sparse=True)
+        for tokens in (1, 64, 1024):
+            print(explain(layer, tokens), flush=True)
     return 1 if faults else 0
 
 

@@ -29,8 +29,8 @@ class Shape:
         return self.rows // 2 if self.swiglu else self.rows
 
 
-def model_shapes(config: dict) -> list[Shape]:
-    """The fused layers of a Llama-like model, from its config.json: qkv, o, gate and up, down.
+def model_shapes(config: dict, fused: bool = True) -> list[Shape]:
+    """The layers of a Llama-like model, from its config.json: qkv, o, gate and up, down, or each of these by itself.
 
     Raises ValueError if the config lacks an entry.
     """
@@ -41,6 +41,10 @@ def model_shapes(config: dict) -> list[Shape]:
         raise ValueError(f"config.json has no {error}; give the layers with --shapes instead") from error
     head = config.get("head_dim") or hidden // heads
     kv_heads = config.get("num_key_value_heads") or heads
+    if not fused:
+        sizes = [(heads * head, hidden), (kv_heads * head, hidden), (hidden, heads * head), (intermediate, hidden),
+                 (hidden, intermediate)]
+        return [Shape(*size) for size in dict.fromkeys(sizes)]
     qkv = Shape((heads + 2 * kv_heads) * head, hidden)
     return [
         qkv,
@@ -58,10 +62,15 @@ def arguments(parser: argparse.ArgumentParser, tokens: tuple[int, ...], dtypes: 
     parser.add_argument("--dtype", default=dtypes[0], choices=dtypes)
 
 
-def chosen(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Shape]:
-    """The shapes that the command line names. Exits with a message unless it gives either --model or --shapes."""
+def chosen(parser: argparse.ArgumentParser, args: argparse.Namespace, fused: bool = True) -> list[Shape]:
+    """The shapes that the command line names. Exits with a message unless it gives either --model or --shapes, and for
+    shapes that are fused where these layers are not.
+    """
     if bool(args.model) == bool(args.shapes):
         parser.error("give either --model or --shapes")
     if args.model:
-        return model_shapes(json.loads((args.model / "config.json").read_text()))
-    return [Shape.parse(text) for text in args.shapes.split(",")]
+        return model_shapes(json.loads((args.model / "config.json").read_text()), fused)
+    shapes = [Shape.parse(text) for text in args.shapes.split(",")]
+    if not fused and any(shape.swiglu for shape in shapes):
+        parser.error(f"{args.dtype} layers are not fused: leave out :swiglu")
+    return shapes

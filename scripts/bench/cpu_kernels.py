@@ -9,6 +9,7 @@ TURN seconds goes on in the next round. Medians over the rounds. Results are com
 timed.
 
     torch     F.linear in the same dtype, for integers in bfloat16
+    torch's   its own product of the very codes, dense, inputs in bfloat16 and not rounded, where this torch has one
     dense     the dense twin: same source, same tiles, as many weights read at once
     2:4       cpu/linear.py on tiles, or cpu/integers.py (int8, int4; inputs in bfloat16, rounded to int8)
     layer     the same through its module, as a model calls it
@@ -61,7 +62,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--shapes", default="576x576,1536x576,576x1536,2048x2048,5632x2048,4096x4096,11008x4096,4096x11008",
                    help="outputs x inputs, by commas")
     p.add_argument("--tokens", default="1,4,16,64")
-    p.add_argument("--dtypes", default="bfloat16,float32,int8,int4")
+    p.add_argument("--dtypes", default="bfloat16,float16,float32,int8,int4")
     p.add_argument("--threads", default=f"1,{torch.get_num_threads()}")
     p.add_argument("--rounds", type=int, default=7, help="the median is kept")
     p.add_argument("--tries", type=int, default=10, help="to wait for memory that is slower than it was")
@@ -171,14 +172,38 @@ def integer_forms(weight: torch.Tensor, copies: int, kind: str) -> tuple[dict[st
     dense = [integers.prepare(*rounded, sparse=False, bits=bits) for _ in range(copies)]
     sparse = [integers.prepare(*rounded, sparse=True, bits=bits) for _ in range(copies)]
     layers, away = [integers.IntegerLinear(weight, None, round_inputs=True) for weight in sparse], copies // 2
+    own, own_size = torchs(*rounded, copies, bits)
     runs = {"torch": lambda x, i: F.linear(x, plain[i % len(plain)]),
-            "dense": lambda x, i: integers.linear(x, dense[i]), "2:4": lambda x, i: integers.linear(x, sparse[i]),
+            **own, "dense": lambda x, i: integers.linear(x, dense[i]),
+            "2:4": lambda x, i: integers.linear(x, sparse[i]),
             "layer": lambda x, i: layers[(i + away) % copies](x),
             "read": lambda x, i: bandwidth.read(dense[(i + away) % copies].values)}
     half = held(sparse[0][:2])
-    size = {"torch": held(plain[:1]), "dense": held(dense[0][:2]), "2:4": half, "layer": half,
+    size = {"torch": held(plain[:1]), "torch's": own_size, "dense": held(dense[0][:2]), "2:4": half, "layer": half,
             "read": held(dense[0][:1])}
-    return runs, size, lambda x: codes.emulate(x, *rounded, None, integers.stays(x))
+    return runs, size, lambda x: codes.emulate(x, *rounded, None, integers.stays(len(x), x.dtype))
+
+
+def torchs(rounded: torch.Tensor, scale: torch.Tensor, copies: int, bits: int) -> tuple[dict[str, Run], int]:
+    """({method: f(x, which copy) -> y}, its bytes) of torch's product of bfloat16 inputs and codes; ({}, 0) where this
+    torch has none, or none for this shape."""
+    try:
+        if bits == 8:
+            weight, scales, product = rounded, scale.bfloat16(), torch._weight_int8pack_mm
+        else:
+            weight = torch._convert_weight_to_int4pack_for_cpu((rounded + 8).int(), 1)
+            scales = torch.stack((scale.t(), torch.zeros_like(scale.t())), -1).bfloat16().contiguous()  # and zeros
+            product = functools.partial(int4_by_torch, torch._weight_int4pack_mm_for_cpu)
+        product(torch.ones(1, rounded.shape[1], dtype=torch.bfloat16), weight, scales)
+    except (AttributeError, RuntimeError):
+        return {}, 0
+    every = [library.huge_pages(weight.clone()) for _ in range(copies)]
+    return {"torch's": lambda x, i: product(x, every[i], scales)}, held((weight, scales))
+
+
+def int4_by_torch(product: Callable, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """torch's int4 product with its arguments in the order of the int8 one."""
+    return product(x, weight, codes.BLOCK, scales)
 
 
 def held(tensors: Sequence[torch.Tensor | None]) -> int:

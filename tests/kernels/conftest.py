@@ -24,3 +24,16 @@ def steps(monkeypatch):
     made, real = [], Decoder.step
     monkeypatch.setattr(Decoder, "step", lambda self, *args: (made.append(1), real(self, *args))[1])
     return made
+
+
+@pytest.fixture
+def untuned(tmp_path, monkeypatch):
+    """No table of measurements."""
+    from oneshot_kernels import dispatch
+
+    monkeypatch.setenv("ONESHOT_KERNELS_CACHE", str(tmp_path))
+    dispatch._table_path.cache_clear()
+    dispatch.forget()
+    yield
+    dispatch._table_path.cache_clear()
+    dispatch.forget()

@@ -6,14 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 import variants
-from oneshot_kernels import reference, sparsify
-from oneshot_kernels.cpu import integers, library
+from oneshot_kernels import dispatch, explain, reference, sparsify
+from oneshot_kernels.cpu import integers, library, tune
 from oneshot_kernels.cpu import linear as cpu_linear
 from oneshot_kernels.cpu.codes import emulate, round_groups, round_input, round_rows, value
 from oneshot_kernels.cpu.integers import IntegerLinear, linear, prepare
 from torch import nn
 
-pytestmark = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+pytestmark = [pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler"),
+              pytest.mark.usefixtures("untuned")]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -48,7 +49,7 @@ def test_errs_at_most_twice_as_much_as_torch(variant, dtype, n, k, sparse, bits,
         codes, scale, x, bias = problem(n, k, m, dtype, sparse, m, bits)
         weight = prepare(codes, scale, sparse=sparse, bits=bits)
         for b in (bias, None):
-            stays = as_it_is or integers.stays(x)
+            stays = as_it_is or integers.stays(len(x), x.dtype)
             y, truth = linear(x, weight, b, as_it_is), emulate(x, codes, scale, b, stays)
             seen = x.float() if stays else round_input(x).float()
             theirs = F.linear(seen, value(codes, scale).float(), None if b is None else b.float()).to(dtype)
@@ -116,7 +117,7 @@ def test_many_tokens(variant, n, k, sparse, bits, monkeypatch):
     assert all(torch.equal(y, found[0]) for y in found)
     truth = emulate(x, codes, scale, bias, plain=True)
     assert (found[0] - truth).norm() <= 2 * (F.linear(x, dense, bias) - truth).norm()
-    if integers.stays(x):
+    if integers.stays(len(x), x.dtype):
         assert torch.equal(linear(x, weight, bias), found[0])
 
 
@@ -132,17 +133,54 @@ def test_a_product_in_parts_is_the_whole_one(variant, part, sparse, bits, monkey
             torch.testing.assert_close(integers.through_dense(x, weight, b), F.linear(x, dense, b))
 
 
-@pytest.mark.parametrize("units, registers, tokens, asked", [
-    (True, False, 128, True), (True, False, 127, False), (True, True, 128, False), (False, False, 128, False)])
-def test_many_tokens_go_through_torch_where_it_has_units_for_bfloat16(units, registers, tokens, asked, monkeypatch):
+@pytest.mark.parametrize("units, variant, tokens, asked", [
+    (True, "avx512", 128, True), (True, "avx512", 127, False), (True, "amx", 128, False), (False, "avx2", 128, False)])
+def test_many_tokens_go_through_torch_where_it_has_units_for_bfloat16(units, variant, tokens, asked, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": units}, raising=False)
-    monkeypatch.setattr(integers, "has_registers", lambda: registers)
+    assert integers.available()
+    monkeypatch.setattr(library, "why", lambda _: variant)
     called, true = [], integers.through_dense
     monkeypatch.setattr(integers, "through_dense", lambda *args: called.append(1) or true(*args))
     codes, scale, x, bias = problem(20, 64, tokens, torch.bfloat16, True)
     linear(x, prepare(codes, scale, sparse=True), bias, plain=True)
     linear(x.float(), prepare(codes, scale, sparse=True), bias.float(), plain=True)
     assert bool(called) == asked and len(called) <= 1
+
+
+def test_explain_says_which_path_integers_take_and_why(monkeypatch):
+    assert integers.available()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    monkeypatch.setattr(library, "why", lambda _: "avx512")
+    monkeypatch.setattr(library, "threads", lambda: 3)
+    layer = IntegerLinear.from_linear(nn.Linear(64, 20, dtype=torch.bfloat16))
+    assert explain(layer, 9) == ("20x64 int8 bfloat16 threads=3, 9 tokens on cpu: kernel (estimate, untuned; below 128 "
+                                 "tokens time is weight bytes), inputs as they are, avx512")
+    assert ": expand (estimate, untuned; many tokens" in explain(layer, 128)
+    layer.round_inputs = True
+    assert ": kernel (only path; it multiplies whole numbers), inputs rounded to int8" in explain(layer, 128)
+    dispatch.forget()
+    monkeypatch.setattr(library, "why", lambda _: "amx")
+    assert "inputs rounded" in explain(layer, 64) and "inputs as they are, amx" in explain(layer, 65)
+    other = IntegerLinear.from_linear(nn.Linear(64, 20), bits=4)
+    assert "20x64 int4 float32 threads=3, 500 tokens on cpu: kernel" in explain(other, 500)
+
+
+def test_tuning_measures_where_expanding_wins(capsys):
+    tune.main(["--shapes", "24x64", "--tokens", "2,70", "--dtype", "int8"])
+    out = capsys.readouterr().out
+    assert out.count("24x64 int8 2:4 bfloat16 threads=") == out.count("24x64 int8 bfloat16 threads=") == 2
+    codes, scale, x, _ = problem(24, 64, 70, torch.bfloat16, True)
+    weight = prepare(codes, scale, sparse=True)
+    assert dispatch.choose(weight.problem(50, x.dtype, True)).source.startswith("measured")
+    for us, path in ((1.0, "kernel"), (3.0, "expand")):
+        row = {"kernel": {"us": us, "config": None}, "expand": {"us": 2.0, "config": None}}
+        key, table = weight.problem(70, x.dtype, True).key, dispatch.table_path(torch.device("cpu"))
+        dispatch.save_table(table, {key: {70: row}}, {})
+        assert dispatch.choose(weight.problem(70, x.dtype, True)).path == path
+    assert torch.equal(linear(x, weight, None, plain=True), integers.through_dense(x, weight))
+    with pytest.raises(SystemExit):
+        tune.main(["--shapes", "24x64:swiglu", "--dtype", "int4"])
+    assert "int4 layers are not fused" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -22,17 +22,6 @@ def variant(request, monkeypatch):
     variants.use(cpu, "linear", request.param, monkeypatch)
 
 
-@pytest.fixture
-def untuned(tmp_path, monkeypatch):
-    """No table of measurements."""
-    monkeypatch.setenv("ONESHOT_KERNELS_CACHE", str(tmp_path))
-    dispatch._table_path.cache_clear()
-    dispatch.forget()
-    yield
-    dispatch._table_path.cache_clear()
-    dispatch.forget()
-
-
 def problem(n, k, m, dtype, seed=0):
     """(weight (n, k), 2:4, with some groups emptier; x (m, k); bias (n,))."""
     g = torch.Generator().manual_seed(seed)
@@ -189,8 +178,13 @@ def test_few_tokens_take_the_kernel_many_expand(untuned, monkeypatch):
     rows = {1: {"tiles": {"us": 2.0, "config": None}, "expand": {"us": 1.0, "config": None}}}
     dispatch.save_table(dispatch.table_path(torch.device("cpu")), {key: rows}, {})
     assert dispatch.choose(layer.problem(1)).path == "expand" and "tiles 2.0 us" in explain(layer, 1)
-    monkeypatch.setattr(library, "threads", lambda: 64)
-    assert dispatch.choose(layer.problem(1)).path == "tiles"  # measured for another number of threads
+    with monkeypatch.context() as patch:
+        patch.setattr(library, "threads", lambda: 64)
+        assert dispatch.choose(layer.problem(1)).path == "tiles"  # measured for another number of threads
+    monkeypatch.setattr(build, "processor", lambda *words: "Other (R) 9000")
+    dispatch._table_path.cache_clear()
+    assert dispatch.choose(layer.problem(1)).path == "tiles"  # and on another processor, which shares the home
+    assert dispatch.table_path(torch.device("cpu")).name.startswith("cpu-Other-R-9000-triton")
 
 
 def test_tile_registers_take_any_number_of_tokens(untuned, monkeypatch):
@@ -269,7 +263,7 @@ def test_the_selftest_command_says_what_runs_here(untuned, capsys, monkeypatch):
     assert {*selftest.LIBRARIES, "features"} == {source.stem for source in build.HERE.glob("*.cpp")}  # CPUID: no test
     for name in selftest.LIBRARIES:
         assert all(f"CPU, {name}, {variant}: right" in out for variant in build.variants(name))
-    assert "2048x2048 bfloat16" in out and "1024 tokens on " in out
+    assert "2048x2048 bfloat16" in out and "2048x2048 int4 2:4 bfloat16" in out and "1024 tokens on " in out
     monkeypatch.setattr(selftest, "LIBRARIES", {"linear": cpu})
     monkeypatch.setattr(cpu, "_self_test", lambda cdll: "off by one")
     assert selftest.main() == 1 and "off by one" in capsys.readouterr().out

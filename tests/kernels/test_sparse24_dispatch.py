@@ -102,6 +102,8 @@ def test_model_shapes_and_the_command_line(capsys):
         tune.Shape(4096, 14336),
     ]
     assert shapes.model_shapes(llama_3_8b) == wanted
+    apart = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)]  # q and o, k and v, gate and up, down
+    assert shapes.model_shapes(llama_3_8b, fused=False) == [tune.Shape(*size) for size in apart]
     assert tune.Shape.parse("28672x4096:swiglu") == wanted[2] and wanted[2].outputs == 14336
     for text in ("6144", "6144x", "64x64:gelu"):
         with pytest.raises(ValueError, match="a shape looks like"):

@@ -45,7 +45,10 @@ def test_cpu_kernels(tmp_path, capsys):
     assert cpu_kernels.main(["--toy", "--threads", "1", "--out", str(tmp_path)]) == 0, capsys.readouterr().err
     assert torch.get_num_threads() == threads
     rows = [line.split(",") for line in (tmp_path / "cpu_kernels.csv").read_text().splitlines()]
-    assert rows[0] == cpu_kernels.HEAD and len(rows) == 1 + 4 * 2 * 5  # dtypes, tokens, methods
+    methods = {kind: [row[5] for row in rows[1:] if row[2:4] == [kind, "1"]] for kind in ("float16", "int8", "int4")}
+    assert rows[0] == cpu_kernels.HEAD and methods["float16"] == ["torch", "dense", "2:4", "layer", "read"]
+    extra = sum("torch's" in own for own in methods.values())
+    assert len(rows) == 1 + 2 * (5 * 5 + extra)  # tokens; dtypes, methods
     for row in (dict(zip(rows[0], row, strict=True)) for row in rows[1:]):
         assert float(row["us"]) > 0 and 0 < float(row["memory"]) <= 1
         state = "busy" if float(row["load"]) > 0.3 else "slow memory" if float(row["memory"]) < 0.8 else "idle"
@@ -133,9 +136,9 @@ def test_a_form_is_compared_with_its_own_weights_stored_dense():
     dense, [name, *_] = cpu_decode.unpacked(made, model), [w.name.removesuffix(".weight") for w in
                                                            models.all_weights(model)]
     assert {type(m) for m in dense.modules()} == {type(m) for m in model.modules()}
-    before = model.get_submodule(name).weight
-    assert torch.equal(dense.get_submodule(name).weight, cpu_kernels.codes.value(
-        *cpu_kernels.codes.round_groups(before)).bfloat16()) and not torch.equal(dense.get_submodule(name).weight, before)
+    before, after = model.get_submodule(name).weight, dense.get_submodule(name).weight
+    want = cpu_kernels.codes.value(*cpu_kernels.codes.round_groups(before)).bfloat16()
+    assert torch.equal(after, want) and not torch.equal(after, before)
     assert not torch.equal(dense.lm_head.weight, model.lm_head.weight)
     assert dense.model.norm.weight is model.model.norm.weight  # what is not rounded is not copied
     assert torch.equal(cpu_decode.unpacked(cpu_decode.formed(model, "bf16", "2:4", False), model).lm_head.weight,
@@ -195,7 +198,7 @@ def test_a_file_of_llama_cpp_says_whose_it_is(tmp_path, capsys):
                      ("cut", "llama.cpp cut b/m.gguf"): b, ("one", "llama.cpp b/m.gguf"): b}
     assert llama_server.ways_of("", ("one",)) == {}
     for bad in (f"{a},{a}", "three=x.gguf"):
-        with pytest.raises(ValueError, match="^--gguf "):
+        with pytest.raises(ValueError, match=r"^--gguf "):
             llama_server.ways_of(bad, ("one", "two"))
 
 

@@ -73,6 +73,16 @@ def machine() -> str:
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
 
 
+def processor(*words: str) -> str:
+    """What the system says of this machine's processor, by default its name; words: others, as /proc/cpuinfo has them.
+    """
+    file = Path("/proc/cpuinfo")
+    first = file.read_text(encoding="utf-8").split("\n\n")[0].splitlines() if file.exists() else []
+    said = {name.strip(): text.strip() for name, _, text in (line.partition(":") for line in first)}
+    found = [said[word] for word in words or ("model name",) if said.get(word)]
+    return " ".join(found) or platform.processor() or platform.machine()
+
+
 def variants(library: str) -> list[str]:
     """The names of a library's variants that this CPU runs, the best first. Raises Unavailable without a compiler."""
     here, bits = machine(), features()

@@ -6,7 +6,7 @@ A weight is `scale · code`: int8 with a scale for each row and codes of 8 bits,
 columns (an fp16 number) and codes from -8 to 7. The input stays as it is (`plain`), or it is rounded too, to int8 with
 one scale for each token and 64 columns, which is faster; sums are then exact within 64 columns. Many bfloat16 tokens
 are faster as they are where there are tile registers (amx.h): from MANY on x is not rounded (`stays`). See codes.py.
-There int4's scale · code is rounded to bfloat16 first; where torch's products take over (`_by_torch`), int8's too.
+There int4's scale · code is rounded to bfloat16 first; where torch's products take over (dispatch.py), int8's too.
 
     values   dense: bytes (T, steps, L, 4), a step being four columns, K'/4 in all. int8: the codes of a step. int4:
              codes + 8 of two steps, the first in the low half: half as many steps.
@@ -25,15 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import reference
+from .. import dispatch, reference
 from . import library
 from .codes import BLOCK, emulate, round_groups, round_rows, value
 from .linear import TYPES, in_parts, threads_for
 
+CPU = torch.device("cpu")
 MANY = 65
 """Tokens, see above: from so many on unfolding a weight costs less than the scales of its sums."""
-EXPAND = 128
-"""Tokens from which an x that stays as it is goes through torch's products, see `_by_torch`."""
 
 
 class IntegerWeight(NamedTuple):
@@ -48,6 +47,12 @@ class IntegerWeight(NamedTuple):
     def sparse(self) -> bool:
         """Whether it is 2:4."""
         return self.values.ndim == 5
+
+    def problem(self, tokens: int, dtype: torch.dtype, plain: bool) -> dispatch.Problem:
+        """The Problem that `dispatch.choose` decides on, for this many tokens of a dtype. plain: as for `linear`."""
+        rounds = not (plain or stays(tokens, dtype))
+        return dispatch.Problem(tokens, *self.shape, dtype, CPU, False, threads=library.threads(), rounds=rounds,
+                                form=f"int{self.bits}{' 2:4' * self.sparse}")
 
 
 class IntegerLinear(nn.Module):
@@ -86,10 +91,20 @@ class IntegerLinear(nn.Module):
         return torch.ops.oneshot_kernels.linear_integers(x, self.values, self.scale, self.bias, self.out_features,
                                                          self.bits, not self.round_inputs)
 
+    @property
+    def packed(self) -> IntegerWeight:
+        """The weight."""
+        return IntegerWeight(self.values, self.scale, (self.out_features, self.in_features), self.bits)
+
+    def problem(self, tokens: int) -> dispatch.Problem:
+        """The Problem that `dispatch.choose` decides on, for this many tokens of the bias' dtype, else of bfloat16."""
+        dtype = torch.bfloat16 if self.bias is None else self.bias.dtype
+        return self.packed.problem(tokens, dtype, not self.round_inputs)
+
     def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight (N, K) as a dense matrix, scale · code rounded to a dtype."""
         out = torch.empty(self.out_features, self.in_features, dtype=dtype)
-        return expand(IntegerWeight(self.values, self.scale, tuple(out.shape), self.bits), 0, out)
+        return expand(self.packed, 0, out)
 
     def _apply(self, fn, recurse=True):
         scale = self.scale
@@ -141,9 +156,16 @@ def prepare(codes: torch.Tensor, scale: torch.Tensor, *, sparse: bool, bits: int
 def linear(x: torch.Tensor, weight: IntegerWeight, bias: torch.Tensor | None = None,
            plain: bool = False) -> torch.Tensor:
     """x (M, K), contiguous -> (M, N) in x's dtype. plain: x is not rounded (nor if it `stays`). Nothing is checked."""
-    (n, k), plain = weight.shape, plain or stays(x)
-    if plain and _by_torch(x):
+    plain = plain or stays(len(x), x.dtype)
+    if plain and len(x) > 1 and dispatch.choose(weight.problem(len(x), x.dtype, plain)).path == "expand":
         return through_dense(x, weight, bias)
+    return by_kernel(x, weight, bias, plain)
+
+
+def by_kernel(x: torch.Tensor, weight: IntegerWeight, bias: torch.Tensor | None = None,
+              plain: bool = False) -> torch.Tensor:
+    """`linear` by the compiled kernel. plain: x is not rounded."""
+    n, k = weight.shape
     y = x.new_empty(x.shape[0], n)
     pointers = (None if t is None else t.data_ptr() for t in (x, *weight[:2], bias, y))
     threads = threads_for(len(x), n, k)
@@ -167,21 +189,9 @@ def expand(weight: IntegerWeight, first: int, out: torch.Tensor) -> torch.Tensor
     return out
 
 
-def stays(x: torch.Tensor) -> bool:
-    """Whether x (M, K) is not rounded, asked or not. Only where `available`."""
-    return len(x) >= MANY and x.dtype == torch.bfloat16 and has_registers()
-
-
-def has_registers() -> bool:
-    """Whether the variant that runs has tile registers."""
-    return library.why("integers") == "amx"
-
-
-def _by_torch(x: torch.Tensor) -> bool:
-    """Whether torch's products are faster: many bfloat16 tokens on a CPU with units for it, but no tile registers."""
-    if len(x) < EXPAND or x.dtype != torch.bfloat16 or has_registers():
-        return False
-    return bool(getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))  # torch 2.9 has none
+def stays(tokens: int, dtype: torch.dtype) -> bool:
+    """Whether so many tokens of a dtype are not rounded, asked or not. Only where `available`."""
+    return tokens >= MANY and dtype == torch.bfloat16 and library.why("integers") == "amx"
 
 
 def compute(x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int,
