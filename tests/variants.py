@@ -10,6 +10,6 @@ def use(module, name, variant, monkeypatch):
     """Make `module` run this variant of the library `name`; skip where the CPU cannot."""
     cdll = dict(library.compiled(name)).get(variant)
     if cdll is None:
-        pytest.skip(f"this CPU does not run {variant}")
+        pytest.skip(f"this CPU does not run {variant}" + "; see test_cpu_neon.py" * (variant == "neon"))
     module._declare(cdll)
     monkeypatch.setattr(module, "_library", lambda: cdll)

@@ -1,4 +1,5 @@
-"""The NEON variant as it is shipped, cross-compiled and run by qemu, against float64; skipped where one is missing.
+"""The NEON variant as it is shipped, cross-compiled and, but for a token's step, run by qemu, against float64; skipped
+where one is missing.
 
     apt install g++-aarch64-linux-gnu qemu-user
 """
@@ -19,9 +20,11 @@ from oneshot_kernels.cpu.linear import TYPES
 
 CROSS, QEMU = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
 SYSTEM = Path(CROSS or "/usr/bin/x").parents[1] / "aarch64-linux-gnu"  # its C library
-pytestmark = pytest.mark.skipif(not CROSS, reason="no cross compiler: apt install g++-aarch64-linux-gnu")
+pytestmark = pytest.mark.skipif(not CROSS, reason="NEON is not even compiled here: no cross compiler (apt install "
+                                                  "g++-aarch64-linux-gnu)")
 needs_qemu = pytest.mark.skipif(not QEMU or not (SYSTEM / "lib" / "ld-linux-aarch64.so.1").exists(),
-                                reason="needs qemu-aarch64 and the C library of aarch64")
+                                reason="NEON is only compiled here, not run: needs qemu-aarch64 and the C library of "
+                                       "aarch64 (apt install qemu-user)")
 LANES = 4
 
 

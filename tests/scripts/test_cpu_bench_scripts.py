@@ -1,5 +1,6 @@
 """Benchmarks of CPU layers and whole models: rows, pages, what is refused, llama.cpp beside them."""
 
+import csv
 import functools
 import importlib.util
 import json
@@ -7,6 +8,7 @@ import json
 import common
 import cpu_decode
 import cpu_kernels
+import cpu_kernels_table
 import cpu_quality
 import cpu_table
 import families
@@ -186,6 +188,43 @@ def test_the_page_of_decoding_says_how_much_of_the_lean_loop_generate_reaches(tm
 def test_the_page_of_decoding_here_is_not_stale(tmp_path, capsys):
     assert cpu_table.main(["--check"]) == 0, "run python scripts/tables/cpu_table.py"
     assert cpu_table.main(["--out", str(tmp_path)]) == 2 and "cpu_decode.py" in capsys.readouterr().err
+
+
+def kernel_rows(tokens, dense, ours, *, kind="int8", shape=(4096, 4096), own=None, **more):
+    """The rows of a line: microseconds of the dense twin, of 2:4, of torch's own product; torch takes 10."""
+    us = {"torch": 10.0, **({"torch's": own} if own else {}), "dense": dense, "2:4": ours, "layer": ours, "read": 1.0}
+    first = {"rows": shape[0], "k": shape[1], "dtype": kind, "tokens": tokens, "threads": 1, "limit": 0.9,
+             "memory": 1.0, "machine": "idle", "variant": "avx2", "device": "cpu (A)", "torch": "2", "commit": "abc"}
+    return [{**dict.fromkeys(cpu_kernels.HEAD, ""), **first, "method": name, "us": value, **more}
+            for name, value in us.items()]
+
+
+def test_the_page_of_layers_judges_line_by_line(tmp_path):
+    rows = [*kernel_rows(1, 3.0, 1.5), *kernel_rows(1, 3.0, 2.5, shape=(2048, 2048)),
+            *kernel_rows(16, 3.0, 2.0, own=1.5), *kernel_rows(4, 3.0, 9.0, machine="busy"), *kernel_rows(1, 3.0, 9.0, memory="", device="cpu (B)"),
+            *kernel_rows(64, 3.0, 9.0, kind="float32", shape=(576, 576))]
+    with (tmp_path / "cpu_kernels.csv").open("w", newline="") as file:
+        out = csv.DictWriter(file, cpu_kernels.HEAD)
+        out.writeheader()
+        out.writerows(rows)
+    assert cpu_kernels_table.main(["--out", str(tmp_path), "--check"]) == 1
+    assert cpu_kernels_table.main(["--out", str(tmp_path)]) == 0
+    assert cpu_kernels_table.main(["--out", str(tmp_path), "--check"]) == 0
+    targets, lines, older = (tmp_path / "cpu_kernels.md").read_text().split("\n## ")[1:]
+    judged = [[cell.strip() for cell in line.split("|")[1:-1]] for line in targets.splitlines() if "| int8" in line]
+    assert ["2:4 / dense", "int8", "1", "1", "1.50", "1.60", "1.20", "1 of 2", "**missed**"] in judged
+    assert ["dense / limit", "int8", "1", "1", "0.85", "0.90", "0.90", "2 of 2", "met"] in judged
+    assert ["2:4 / dense", "int8", "4, 16", "1", "1.35", "1.50", "1.50", "1 of 1", "met"] in judged  # not the busy line
+    assert "not measured" in targets and "cpu (B)" not in targets + lines and "cpu (B)" in older
+    said = [line.split("|")[9].strip() for line in lines.splitlines() if "| cpu (A)" in line]
+    assert said == ["met", "missed: 2:4 / dense 1.20, not 1.50; 2:4 / torch 4.00, not 5.50",
+                    "missed: layer / best 0.75, not 1.00", "-", "met"]
+    (tmp_path / "none").mkdir()
+    assert cpu_kernels_table.main(["--out", str(tmp_path / "none")]) == 2
+
+
+def test_the_page_of_layers_here_is_not_stale():
+    assert cpu_kernels_table.main(["--check"]) == 0, "run python scripts/tables/cpu_kernels_table.py"
 
 
 def test_a_file_of_llama_cpp_says_whose_it_is(tmp_path, capsys):
