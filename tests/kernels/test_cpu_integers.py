@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import variants
-from oneshot_kernels import dispatch, explain, reference, sparsify
-from oneshot_kernels.cpu import integers, library, tune
+from oneshot_kernels import reference, sparsify
+from oneshot_kernels.cpu import integers, library
 from oneshot_kernels.cpu import linear as cpu_linear
 from oneshot_kernels.cpu.codes import emulate, round_groups, round_input, round_rows, value
 from oneshot_kernels.cpu.integers import IntegerLinear, linear, prepare
@@ -145,42 +145,6 @@ def test_many_tokens_go_through_torch_where_it_has_units_for_bfloat16(units, var
     linear(x, prepare(codes, scale, sparse=True), bias, plain=True)
     linear(x.float(), prepare(codes, scale, sparse=True), bias.float(), plain=True)
     assert bool(called) == asked and len(called) <= 1
-
-
-def test_explain_says_which_path_integers_take_and_why(monkeypatch):
-    assert integers.available()
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
-    monkeypatch.setattr(library, "why", lambda _: "avx512")
-    monkeypatch.setattr(library, "threads", lambda: 3)
-    layer = IntegerLinear.from_linear(nn.Linear(64, 20, dtype=torch.bfloat16))
-    assert explain(layer, 9) == ("20x64 int8 bfloat16 threads=3, 9 tokens on cpu: kernel (estimate, untuned; below 128 "
-                                 "tokens time is weight bytes), inputs as they are, avx512")
-    assert ": expand (estimate, untuned; many tokens" in explain(layer, 128)
-    layer.round_inputs = True
-    assert ": kernel (only path; it multiplies whole numbers), inputs rounded to int8" in explain(layer, 128)
-    dispatch.forget()
-    monkeypatch.setattr(library, "why", lambda _: "amx")
-    assert "inputs rounded" in explain(layer, 64) and "inputs as they are, amx" in explain(layer, 65)
-    other = IntegerLinear.from_linear(nn.Linear(64, 20), bits=4)
-    assert "20x64 int4 float32 threads=3, 500 tokens on cpu: kernel" in explain(other, 500)
-
-
-def test_tuning_measures_where_expanding_wins(capsys):
-    tune.main(["--shapes", "24x64", "--tokens", "2,70", "--dtype", "int8"])
-    out = capsys.readouterr().out
-    assert out.count("24x64 int8 2:4 bfloat16 threads=") == out.count("24x64 int8 bfloat16 threads=") == 2
-    codes, scale, x, _ = problem(24, 64, 70, torch.bfloat16, True)
-    weight = prepare(codes, scale, sparse=True)
-    assert dispatch.choose(weight.problem(50, x.dtype, True)).source.startswith("measured")
-    for us, path in ((1.0, "kernel"), (3.0, "expand")):
-        row = {"kernel": {"us": us, "config": None}, "expand": {"us": 2.0, "config": None}}
-        key, table = weight.problem(70, x.dtype, True).key, dispatch.table_path(torch.device("cpu"))
-        dispatch.save_table(table, {key: {70: row}}, {})
-        assert dispatch.choose(weight.problem(70, x.dtype, True)).path == path
-    assert torch.equal(linear(x, weight, None, plain=True), integers.through_dense(x, weight))
-    with pytest.raises(SystemExit):
-        tune.main(["--shapes", "24x64:swiglu", "--dtype", "int4"])
-    assert "int4 layers are not fused" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("bits", [8, 4])

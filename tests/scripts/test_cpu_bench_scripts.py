@@ -201,7 +201,8 @@ def kernel_rows(tokens, dense, ours, *, kind="int8", shape=(4096, 4096), own=Non
 
 def test_the_page_of_layers_judges_line_by_line(tmp_path):
     rows = [*kernel_rows(1, 3.0, 1.5), *kernel_rows(1, 3.0, 2.5, shape=(2048, 2048)),
-            *kernel_rows(16, 3.0, 2.0, own=1.5), *kernel_rows(4, 3.0, 9.0, machine="busy"), *kernel_rows(1, 3.0, 9.0, memory="", device="cpu (B)"),
+            *kernel_rows(16, 3.0, 2.0, own=1.5), *kernel_rows(4, 3.0, 9.0, machine="busy"),
+            *kernel_rows(1, 3.0, 9.0, memory="", device="cpu (B)"),
             *kernel_rows(64, 3.0, 9.0, kind="float32", shape=(576, 576))]
     with (tmp_path / "cpu_kernels.csv").open("w", newline="") as file:
         out = csv.DictWriter(file, cpu_kernels.HEAD)
