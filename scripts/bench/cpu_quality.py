@@ -1,6 +1,7 @@
 """Perplexity of what cpu_decode.py times: the forms that CPU kernels compute with, and llama.cpp's, on the same tokens.
 
     python scripts/bench/cpu_quality.py --shared ../shared --gguf q8/model.gguf,q4/model.gguf --pruned HEALED
+    python scripts/bench/cpu_quality.py --page             # only the page and the picture, from the rows
     python scripts/bench/cpu_quality.py --toy --out DIR    # a toy model and few tokens, for the tests
 
     transformers    the dense model as it is stored, bfloat16
@@ -29,6 +30,7 @@ from tqdm import tqdm
 
 from oneshot import measure, models
 from oneshot.data import windows
+from oneshot.models import gguf
 from oneshot.report.figures import drawing, size
 from oneshot.report.table import render
 from oneshot.runtime import environment
@@ -63,11 +65,23 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--out", type=Path, default=Path("results/bench"))
     p.add_argument("--toy", action="store_true", help="random weights, two short windows")
+    p.add_argument("--page", action="store_true", help="measure nothing: the page of the JSON in --out")
     return p.parse_args(argv)
 
 
 def work(args: argparse.Namespace) -> None:
     """Measure everything, write the rows and the page."""
+    rows = read(args.out / "cpu_quality.json") if args.page else measured(args)
+    if not rows:
+        raise ValueError(f"--page: {args.out} holds no cpu_quality.json yet; measure first")
+    write_text(page(rows), args.out / "cpu_quality.md")
+    if timed(rows):
+        drawing.save(picture(timed(rows)), args.out / "cpu_quality.svg")
+    print(f"written: {args.out / 'cpu_quality.md'}")
+
+
+def measured(args: argparse.Namespace) -> list[dict]:
+    """The rows, which are written into --out."""
     models.quiet()
     torch.set_num_threads(args.threads)
     dense, ids = loaded(args)
@@ -93,10 +107,7 @@ def work(args: argparse.Namespace) -> None:
     rows = [{"way": way, "ppl": math.exp(own[known].double().mean()), "bytes": nbytes[way],
              "tokens_per_second": rates.get(way), **common} for way, own in losses.items()]
     write_json({"rows": rows}, args.out / "cpu_quality.json")
-    write_text(page(rows), args.out / "cpu_quality.md")
-    if timed(rows):
-        drawing.save(picture(timed(rows)), args.out / "cpu_quality.svg")
-    print(f"written: {args.out / 'cpu_quality.md'}")
+    return rows
 
 
 def loaded(args: argparse.Namespace) -> tuple[torch.nn.Module, torch.Tensor]:
@@ -135,7 +146,7 @@ def page(rows: list[dict]) -> str:
     first = rows[0]
     told = (f"{first['model']}, {first['tokens']} tokens of WikiText-2 test, windows of {first['window']}. 2:4: "
             f"{first['pruned'] or 'none'}; cut: {first.get('cut') or 'none'}. excess: log perplexity above "
-            "transformers', nats. tokens/s: cpu_decode.md.")
+            f"transformers', nats. tokens/s: cpu_decode.md. {gguf.beside_integers([first['model']])}".rstrip())
     body = [[row["way"], f"{row['bytes'] / 1e6:.0f}", f"{row['ppl']:.3f}", f"{math.log(row['ppl'] / first['ppl']):.4f}",
              f"{row['tokens_per_second']:.1f}" if row["tokens_per_second"] else "-"] for row in rows]
     return "\n".join(["# Perplexity of what a CPU computes\n", written("cpu_quality.py", first["environment"]) + "\n",

@@ -26,6 +26,7 @@ from common import replace, rows_of, without
 
 from oneshot import models
 from oneshot.heal.options import count
+from oneshot.models import gguf
 from oneshot.pipeline import checks, run
 from oneshot.pipeline.fit import command, steps
 from oneshot.pipeline.fit.ledger import Round
@@ -209,7 +210,8 @@ def page(folder: Path) -> str:
         f"`python scripts/bench/fit.py`; commit {', '.join(commits)}; {', '.join(places)}.", "",
         "```", "    step by step" + about.partition("\n\nRows are")[0], "```", "",
         "excess: log ppl - log ppl of the dense model, nats, on held-out text. plain rounding: ppl of the dense model "
-        "rounded to nearest, its share of the bytes, and of the time of a token where that was the target.", "",
+        "rounded to nearest, its share of the bytes, and of the time of a token where that was the target. "
+        f"{gguf.beside_integers(r['model'] for r in rows)}".rstrip(), "",
         render(head, body, "markdown", text={"model", "way", "plain rounding"}), *refused(rows)])
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from oneshot import report
+from oneshot.models import gguf
 from oneshot.report.figures import drawing, size
 from oneshot.report.table import render
 from oneshot.runtime.command import Parser, exit_code
@@ -31,8 +32,8 @@ ROOT = Path(__file__).parents[2]
 WAYS = {way: own for group in
         yaml.safe_load((ROOT / "scripts/bench/integers_ways.yaml").read_text(encoding="utf-8")).values()
         for way, own in group.items()}
-MARKED = {"smollm2": "its dense weights come off a 4-bit grid already, which flatters its rows of int4, except where "
-                     "it was rotated, scaled or healed before; once rotated it has a head of its own, not counted here"}
+MARKED = {gguf.SMOLLM2: f"{gguf.on_grid()}, except where it was rotated, scaled or healed before; once rotated it has "
+                        "a head of its own, not counted here"}
 NEAREST = "2:4, then int4 to nearest"  # what `less` compares with
 SHOWN = (NEAREST, "2:4, then int4 by GPTQ", "2:4 and int4 in one pass", "2:4 by ALPS, then int4 by GPTQ",
          "2:4 by ALPS, healed, then int4 by GPTQ", "2:4 by ALPS, healed on text, then int4 by GPTQ",
@@ -94,7 +95,7 @@ def page(rows: Sequence[dict], fast: dict) -> str:
              "![excess against bits, with the front of what no other way beats](integers.svg)\n"]
     for name in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == name]
-        parts += [f"## {name}\n", *([f"{MARKED[name].capitalize()}.\n"] if name in MARKED else []),
+        parts += [f"## {name}\n", *([f"{name}: {MARKED[name]}.\n"] if name in MARKED else []),
                   *([f"{winner(own)}\n"] if winner(own) else [])]
         told = f"{own[0]['metric']}: dense {report.number(own[0]['dense_ppl'])} at {own[0]['window']} tokens."
         used = [row for model, form in fast for _, row in [fast[model, form]] if model == name]

@@ -119,13 +119,14 @@ def groups(records: Iterable[dict]) -> Groups:
     return found
 
 
-def readme_table(records: list[dict]) -> str:
-    """One table per model and text: methods down, patterns across."""
-    parts = ["Perplexity; the window stands behind the @. " + where(r for r in records if kinds(r) != {"task"})]
+def readme_table(records: list[dict], folder: str = "runs") -> str:
+    """One table per model and text: methods down, patterns across. folder: of the records, in results/."""
+    told = where([r for r in records if kinds(r) != {"task"}], folder)
+    parts = [f"Perplexity; the window stands behind the @. {told}"]
     for (model, calibration, column), rows in groups(records).items():
         if report.is_task(rows, column):
             continue
-        text = f"; measured on {column.text}" * bool(column.text)
+        text = f"; measured on {column.text or windows(rows, column)}"
         pivot = tables.pivot(rows, column.metric, "markdown")
         parts.append(f"**{model}**, calibrated on {calibration}{text}\n\n{pivot}")
     return "\n\n".join(parts) if records else "no runs yet"
@@ -169,7 +170,7 @@ def with_real(text: str, root: Path) -> str:
     records = read(folder)
     stored = all(r["settings"].get("compute") == "stored" for r in records)
     note = "\n\nComputed in the dtype of the weights (`--compute stored`)." if stored else ""
-    return replaced(text, "real", readme_table(records).replace("results/runs", "results/real").rstrip() + note)
+    return replaced(text, "real", readme_table(records, "real").rstrip() + note)
 
 
 def with_best(text: str, root: Path) -> str:
@@ -184,7 +185,7 @@ def with_smollm2(text: str, root: Path) -> str:
     if not folder.is_dir():
         return text
     records = read(folder)
-    how = where(records).replace("results/runs", "results/smollm2")
+    how = f"{where(records, 'smollm2')} {texts(records)}"
     return replaced(text, "smollm2", "\n\n".join([how, tables.table(records, "markdown"),
                                                    said.table(records, "markdown").rstrip()]))
 
@@ -250,8 +251,22 @@ def tables_csv(records: list[dict]) -> str:
     return out.getvalue()
 
 
-def where(records: Iterable[dict]) -> str:
-    """One line on how the numbers came about."""
+def windows(records: Iterable[dict], column: report.Column) -> str:
+    """How many windows (or documents) of its text a column was measured on: "64 windows"; "" where no record says."""
+    found = {(record.get("metric_info") or {}).get(column.metric, {}).get("windows") for record in records
+             if report.value(record, column) is not None} - {None}
+    return f"{' or '.join(map(str, sorted(found)))} windows" if found else ""
+
+
+def texts(records: list[dict]) -> str:
+    """On how many windows each text was measured, a sentence; "" where no record says."""
+    told = [f"{column.header}: {found}" for column in report.columns(records)
+            if column.metric.endswith("/ppl") and (found := windows(records, column))]
+    return f"{'; '.join(told)}." if told else ""
+
+
+def where(records: Iterable[dict], folder: str = "runs") -> str:
+    """One line on how the numbers came about. folder: of the records, in results/."""
     records = [r for r in records if r.get("status") == "finished"]
 
     def values(key):
@@ -259,7 +274,7 @@ def where(records: Iterable[dict]) -> str:
     seeds = ", ".join(sorted({str(r["settings"]["seed"]) for r in records if "seed" in r["settings"]}, key=int))
     several = " Where there are several seeds: mean ± standard deviation." * (seeds.count(",") > 0)
     return (f"Seed {seeds}, {values('device')}, torch {values('torch')}, "
-            f"transformers {values('transformers')}, commit {values('commit')}; one record a run in `results/runs`."
+            f"transformers {values('transformers')}, commit {values('commit')}; one record a run in `results/{folder}`."
             + several)
 
 

@@ -294,4 +294,8 @@ def test_cpu_quality(tmp_path, monkeypatch, capsys):
     truth = rows["transformers"]["ppl"]
     assert rows["dense int8"]["ppl"] == pytest.approx(truth, rel=1e-2) != rows["2:4 bf16"]["ppl"]
     assert all(rows[f"llama.cpp {tmp_path.name}/{gguf.FILE}"]["ppl"] == pytest.approx(truth, rel=1e-4) for _ in files)
-    assert all(f"| {way} " in (tmp_path / "cpu_quality.md").read_text() for way in rows)
+    text = (tmp_path / "cpu_quality.md").read_text()
+    assert all(f"| {way} " in text for way in rows)
+    assert cpu_quality.main(["--page", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "cpu_quality.md").read_text() == text
+    assert cpu_quality.main(["--page", "--out", str(tmp_path / "none")]) == 2

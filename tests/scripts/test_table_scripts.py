@@ -8,12 +8,14 @@ from pathlib import Path
 
 import best_table
 import figures
+import folder_tables
 import pytest
 import reporting
 import tables
 import test_accuracy
 
 from oneshot import report
+from oneshot.models import gguf
 from oneshot.report import section
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +28,7 @@ PROGRAMS = [file for file in SCRIPTS if "__main__" in file.read_text()]
 def test_tables_are_not_stale():
     assert tables.main(["--check"]) == 0, "run python scripts/tables/tables.py"
     assert best_table.main(["--check"]) == 0, "run python scripts/tables/best_table.py"
+    assert folder_tables.main(["--check"]) == 0, "run python scripts/tables/folder_tables.py"
 
 
 @pytest.mark.parametrize("program", [tables.PROGRAM, "scripts/tables.py"])
@@ -52,7 +55,42 @@ def test_the_readme_has_the_sweep_on_a_real_model_and_says_how_it_computed(tmp_p
         text = tables.with_real("before\n<!-- real: written by x -->\n<!-- real: end -->\nafter\n", tmp_path)
         assert text.startswith("before\n") and text.endswith("after\n") and "| wanda " in text
         assert "one record a run in `results/real`" in text and ("--compute stored" in text) == said
+        assert "Seed 0, 1, cpu" in text and "commit abc1234" in text
+        assert "calibrated on text; measured on 60 windows" in text
     assert tables.with_real("as it was", tmp_path / "none") == "as it was"
+
+
+def test_a_folders_table_says_how_it_came_about_and_shows_its_pictures(tmp_path):
+    folder = tmp_path / "damage"
+    for method in ("dense", "wanda", "rtn"):
+        r = reporting.record(method, ppl=20.0, model="smollm2", blocks=0)
+        r["settings"]["pattern"] = {"rtn": "int4", "dense": "dense"}.get(method, "2:4")
+        r["environment"] |= {"device": "cpu (a processor)", "torch": "2", "transformers": "5"}
+        report.write(r, folder / f"{r['run_id']}.json")
+    (folder / "a-damage-2of4.svg").touch()
+    (folder / "a-bytes.svg").touch()
+    assert folder_tables.main(["--results", str(tmp_path), "--check"]) == 1
+    assert folder_tables.main(["--results", str(tmp_path)]) == 0 == folder_tables.main(
+        ["--results", str(tmp_path), "--check"])
+    text = (folder / "table.md").read_text()
+    assert "Seed 0, cpu (a processor), torch 2, transformers 5, commit abc1234" in text
+    assert "builtin ppl @256: 60 windows." in text and f"smollm2: {gguf.on_grid()}." in text and "| wanda " in text
+    assert "](a-damage-2of4.svg)" in text and "[a-bytes](a-bytes.svg)" in text
+    for file in folder.glob("*rtn*.json"):
+        file.unlink()
+    assert gguf.on_grid() not in folder_tables.page(folder)  # nothing is rounded
+
+
+def test_weights_that_are_on_no_grid_are_not_said_to_be():
+    assert gguf.grid("GGUF Q4_1") == (gguf.on_grid(),) and gguf.grid("GGUF Q8_0") == (gguf.on_grid("Q8_0"),)
+    assert not [told for kind in ("F32", "F16", "BF16") for told in gguf.grid(f"GGUF {kind}") if "grid" in told]
+    assert gguf.beside_integers(["demo"]) == "" and gguf.on_grid() in gguf.beside_integers(["demo", "smollm2"])
+
+
+@pytest.mark.parametrize("page", ["damage/table.md", "bench/cpu_quality.md", "bench/integers.md", "fit/fit.md"])
+def test_rows_of_integers_of_smollm2_say_that_its_weights_are_on_a_grid(page):
+    text = (ROOT / "results" / page).read_text()
+    assert "int4" in text and "smollm2" in text and f"smollm2: {gguf.on_grid()}" in text
 
 
 @pytest.fixture
