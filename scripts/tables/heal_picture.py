@@ -7,7 +7,7 @@ from the model without healing to the healed one.
 import statistics
 from typing import TYPE_CHECKING
 
-from heal_rows import METRICS, dense_of, excess, settings_of, texts_of, trained_on_text, way_of, windows_of
+from heal_rows import METRICS, dense_of, excess, is_start, settings_of, texts_of, trained_on_text, way_of, windows_of
 
 from oneshot.report.figures import drawing, healing
 
@@ -66,14 +66,6 @@ def tokens_and_excess(record: dict, dense: dict) -> tuple[int, float]:
     """(tokens seen, excess in nats, mean of both texts) of a run."""
     seen = windows_of(record) * record["settings"]["seqlen"] + trained_on_text(record).get("tokens", 0)
     return seen, statistics.fmean(excess(record, dense, metric) for metric in METRICS)
-
-
-def is_start(plain: dict, healed: dict) -> bool:
-    """Whether a run made, without text, the model that another healed on text, or one by the same settings."""
-    if trained_on_text(plain) or not trained_on_text(healed) or windows_of(plain) != windows_of(healed):
-        return False
-    made, began = plain["settings"], settings_of(healed)
-    return all(made.get(key) == began.get(key) for key in ("method", "preset", "pattern", "shrink", "uneven"))
 
 
 def losses(ax: "Axes", records: list[dict], styles: dict[str, tuple[str, str]]) -> None:

@@ -94,6 +94,33 @@ def plain_of(record: dict, same: list[dict]) -> dict | None:
     return next((r for r in plain if windows_of(r) == windows_of(record)), plain[0] if plain else None)
 
 
+def is_start(plain: dict, healed: dict) -> bool:
+    """Whether a run made, without text, the model that another healed on text, or one by the same settings."""
+    if trained_on_text(plain) or not trained_on_text(healed) or windows_of(plain) != windows_of(healed):
+        return False
+    made, began = plain["settings"], settings_of(healed)
+    return all(made.get(key) == began.get(key) for key in ("method", "preset", "pattern", "shrink", "uneven"))
+
+
+def begun_with(record: dict, same: list[dict]) -> dict | None:
+    """The run that saved the model with which a way began, among all records of its model; None where it began with
+    the dense one, or where that run is not there."""
+    made = [r for r in same if "begun" in record and is_start(r, record) and seed_of(r) == seed_of(record)]
+    return made[0] if made else None
+
+
+def minutes_of(record: dict, same: list[dict]) -> float:
+    """Minutes of pruning and healing, with those of the run that made the model with which a way began."""
+    start = begun_with(record, same)
+    return record["seconds"]["prune"] / 60 + (minutes_of(start, same) if start else 0)
+
+
+def rate_of(record: dict) -> str:
+    """The learning rate on text, "0.002", or where it was lowered "0.002 to 0.0005"; "" where nothing was trained."""
+    rates = [attempt["lr"] for attempt in trained_on_text(record).get("attempts", [])]
+    return " to ".join(f"{rate:g}" for rate in dict.fromkeys((rates[0], rates[-1]))) if rates else ""
+
+
 def trained_on_text(record: dict) -> dict:
     """What a record says of healing on text; {} where there was none."""
     return next((info for info in record["heal"].values() if "attempts" in info), {})

@@ -3,6 +3,7 @@
 import json
 import lzma
 import math
+import re
 from argparse import Namespace
 
 import heal as bench
@@ -117,8 +118,8 @@ def test_shuffled_words_are_those_of_the_text(tmp_path):
 
 def made(method="sparsegpt", ppl=(40.0, 50.0), heal=None, **settings):
     """A record with what the table reads."""
-    info = {"attempts": [{"looks": [[5, 0.5]], "steps": 10}], "tokens": 5000, "steps": 10, "held_out_before": 1.25,
-            "held_out_after": 0.5, "tokens_per_second": 123.4}
+    info = {"attempts": [{"looks": [[5, 0.5]], "steps": 10, "lr": 0.002}], "tokens": 5000, "steps": 10,
+            "held_out_before": 1.25, "held_out_after": 0.5, "tokens_per_second": 123.4}
     return {"schema": report.SCHEMA, "run_id": "x", "status": "finished", "model": {"name": "demo"},
             "settings": {"method": method, "seqlen": 8, "pattern": "dense" if method == "dense" else "2:4",
                          **({} if method == "dense" else {"seed": 0}), **settings},
@@ -137,9 +138,10 @@ def test_the_share_is_of_the_excess_without_healing(tmp_path):
     for i, found in enumerate(records):
         (folder / f"{i}.json").write_text(json.dumps(found))
     assert heal_rows.share(records[2], records[1], records[0], "c4/ppl") == 1 - math.log(2) / math.log(4)
-    lines = heal_table.lines_of(tmp_path).splitlines()
+    lines = heal_table.lines_of(heal_rows.in_order(tmp_path)).splitlines()
     assert len(lines) == 5 and "dense" in lines[2] and lines[3].count("0.50") == 0
     assert "sparsegpt 2:4, full (next)" in lines[4] and lines[4].count(" 0.50 |") == 2 and "1.250 to 0.500" in lines[4]
+    assert "| 500 | 0.002 |" in re.sub(" +", " ", lines[4])  # tokens a step, learning rate
     cut = made("obs", (20.0, 40.0), pattern="dense", shrink=0.75)
     begun = made("keep", (15.0, 25.0), heal="full", pattern="dense") | {"begun": {"method": "obs", "shrink": 0.75}}
     assert heal_rows.of(cut) == heal_rows.of(begun) and heal_rows.way_of(begun) == "shrink 0.75"
@@ -165,7 +167,7 @@ def test_seeds_of_a_way_share_a_line_and_toys_have_a_table_of_their_own(tmp_path
                 heal_rows.OWN: healed} if kind is own else dict.fromkeys(heal_rows.METRICS, 2 * healed)}
         for i, found in enumerate(rows):
             (tmp_path / model / f"{i}.json").write_text(json.dumps(found))
-    demo, toys = heal_table.lines_of(tmp_path).split("\n\n")
+    demo, toys = heal_table.lines_of(heal_rows.in_order(tmp_path)).split("\n\n")
     assert [len(part.splitlines()) for part in (demo, toys)] == [5, 5] and "c4 ppl" in demo and "own ppl" in toys
     plain, healed = toys.splitlines()[3:]
     assert "| 0, 1  | sparsegpt 2:4 " in plain and "40.00 ± 0.00" in plain and "windows" not in toys
@@ -181,6 +183,48 @@ def test_widths_by_layer_stand_beside_even_ones(tmp_path):
     (tmp_path / "demo").mkdir()
     for i, found in enumerate(records):
         (tmp_path / "demo" / f"{i}.json").write_text(json.dumps(found))
-    lines = heal_table.lines_of(tmp_path).splitlines()
+    lines = heal_table.lines_of(heal_rows.in_order(tmp_path)).splitlines()
     assert [line.count(" 0.50 |") for line in lines[2:]] == [0, 0, 2, 2]
     assert "shrink 0.75 (widths by layer, 256 windows)" in lines[4] and "shrink 0.75, full (256 windows)" in lines[5]
+
+
+def test_a_way_that_begins_with_another_has_its_minutes_and_its_share_too(tmp_path):
+    cut = {"pattern": "dense", "shrink": 0.75}
+    uneven = {**cut, "uneven": True}
+    healed = made("keep", (10.0 * 2**0.5, 20.0 * 2**0.5), heal="full", pattern="dense")
+    healed |= {"begun": {"method": "obs", **uneven}, "seconds": {"prune": 60.0}}
+    healed["settings"]["heal"] = "full"
+    records = [made("dense", (10.0, 20.0)), made("obs", (40.0, 80.0), **cut), made("obs", (20.0, 40.0), **uneven),
+               healed]
+    assert heal_rows.begun_with(healed, records) is records[2] and heal_rows.begun_with(records[2], records) is None
+    assert heal_rows.minutes_of(healed, records) == 3.0 and heal_rows.minutes_of(records[2], records) == 2.0
+    (tmp_path / "demo").mkdir()
+    for i, found in enumerate(records):
+        (tmp_path / "demo" / f"{i}.json").write_text(json.dumps(found))
+    [line] = [line for line in heal_table.lines_of(heal_rows.in_order(tmp_path)).splitlines() if ", full (" in line]
+    assert line.count("0.75 (0.50)") == 2 and "| 1.0 | 3.0 |" in re.sub(" +", " ", line)
+    assert heal_table.shares([healed], records[:2], records[0], "c4/ppl") == "0.75"  # its start is not there
+
+
+def test_ways_stand_by_the_time_they_took(tmp_path):
+    """A way that is measured later needs nothing here."""
+    def taking(minutes, record):
+        return record | {"seconds": {"prune": 60.0 * minutes}}
+    full, lora, windows = (made(ppl=ppl, heal=heal) for ppl, heal in (((20.0, 40.0), "full"), ((30.0, 60.0), "lora"),
+                                                                      ((25.0, 50.0), None)))
+    looks = [[5, 0.75], [10, 0.5]]
+    for record, heal in ((full, "full"), (lora, "lora"), (windows, "block,distil")):
+        record["settings"]["heal"] = heal
+        for info in record["heal"].values():
+            info |= {"tokens_per_second": 5000 / (30 * 60), "attempts": [{"looks": looks, "steps": 10, "lr": 0.001}]}
+    folder = tmp_path / heal_picture.MODEL
+    folder.mkdir()
+    records = [made("dense", (10.0, 20.0)), taking(1, made()), taking(50, full), taking(60, lora), taking(40, windows),
+               made("obs", pattern="dense", shrink=0.75)]
+    assert heal_table.by_time(tmp_path) == ""
+    for i, found in enumerate(records):
+        (folder / f"{i}.json").write_text(json.dumps(found))
+    lines = [[cell.strip() for cell in line.split("|")[2:-1]] for line in heal_table.by_time(tmp_path).splitlines()[4:]]
+    assert [(line[0], line[1]) for line in lines] == [
+        ("nothing", "1.0"), ("calibration windows", "40.0"), ("text, all kept weights", "50.0"), ("text, LoRA", "60.0")]
+    assert lines[2][6:9] == ["0.750", "-", "-"] and lines[1][6:9] == ["", "", ""]  # looks after 15 and 30 minutes

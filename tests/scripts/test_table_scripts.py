@@ -9,6 +9,7 @@ from pathlib import Path
 import best_table
 import figures
 import folder_tables
+import heal_table
 import pytest
 import reporting
 import tables
@@ -28,6 +29,7 @@ PROGRAMS = [file for file in SCRIPTS if "__main__" in file.read_text()]
 def test_tables_are_not_stale():
     assert tables.main(["--check"]) == 0, "run python scripts/tables/tables.py"
     assert best_table.main(["--check"]) == 0, "run python scripts/tables/best_table.py"
+    assert heal_table.main(["--check"]) == 0, "run python scripts/tables/heal_table.py"
     assert folder_tables.main(["--check"]) == 0, "run python scripts/tables/folder_tables.py"
 
 
