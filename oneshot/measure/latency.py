@@ -8,6 +8,9 @@ its spread the quartiles. A speedup is the median of the rounds' own ratios, so 
 while slows both. Everything is computed in the dtype of computing (float32 on a CPU) by the model's own code, without
 a compiler: on a CPU a small model is bound by Python and by the number of operations, not by bytes. (`oneshot fit` and
 `oneshot latency` time models that decode by one compiled call, pipeline/forms.py.)
+
+Peak memory is that of the GPU while a prompt goes through. On a CPU it would be the whole process's, which holds both
+models and whatever came before, so there it is not in the row.
 """
 
 import contextlib
@@ -58,7 +61,7 @@ def measure(subject: Subject) -> Found:
 def compare(named: dict[str, nn.Module], device: str, rounds: int = ROUNDS) -> dict[str, dict]:
     """{name: its row}: for each kind {"median", "low", "high"} in ms and, where there is a model "dense", {"speedup"}.
 
-    A row also has parameters, bytes, multiply-adds of a token, peak memory and the share of attention and MLP.
+    A row also has parameters, bytes, multiply-adds of a token and the share of attention and MLP; on a GPU peak memory.
     """
     times: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in KINDS} for name in named}
     rows: dict[str, dict] = {name: {} for name in named}
@@ -72,7 +75,7 @@ def compare(named: dict[str, nn.Module], device: str, rounds: int = ROUNDS) -> d
                     ms = 1000 * one(model, kind, device)
                     if number:  # the first is to warm up
                         times[name][kind].append(ms)
-                    elif kind == "prefill":
+                    elif kind == "prefill" and torch.device(device).type != "cpu":
                         rows[name]["peak_memory_bytes"] = environment.peak_memory(device)
         for name, model in named.items():
             rows[name] |= size(model) | {"parts": parts(model, device)}

@@ -32,6 +32,7 @@ SHAPES = {  # Llama configs
            "num_key_value_heads": 8, "vocab_size": 32000},
 }
 SHARES = (0.75, 0.5)
+KINDS = {"prefill": "prefill", "decode1": "decode 1", "decode8": "decode 8"}  # as the table names them
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -94,20 +95,28 @@ def cuts(model: nn.Module, share: float) -> dict[str, Cut]:
 def page(rows: list[dict]) -> str:
     """The table."""
     e = rows[0]["environment"]
-    head = ["shape", "parameters", "asked", "what goes", "blocks left", "share", "prefill", "decode 1", "decode 8",
-            "decode 1, ms"]
-    body = [[r["shape"], f"{r['dense']['parameters'] / 1e6:.0f}M", f"{r['asked']:g}", r["what"],
-             f"{100 * r['share']:.1f} %", f"{r['model']['parameters'] / r['dense']['parameters']:.2f}",
-             *(f"{r['model'][kind]['speedup']:.2f}x" for kind in latency.KINDS),
-             f"{r['dense']['decode1']['median']:.1f} -> {r['model']['decode1']['median']:.1f}"] for r in rows]
+    head = ["shape", "parameters", "asked", "what goes", "blocks left", "share", "GFLOP a token",
+            *(f"{kind}, {part}" for kind in KINDS.values() for part in ("times", "ms"))]
+    body = [[r["shape"], f"{r['dense']['parameters'] / 1e6:.0f}M -> {r['model']['parameters'] / 1e6:.0f}M",
+             f"{r['asked']:g}", r["what"], f"{100 * r['share']:.1f} %",
+             f"{r['model']['parameters'] / r['dense']['parameters']:.2f}",
+             " -> ".join(f"{2 * r[name]['multiply_adds'] / 1e9:.2f}" for name in ("dense", "model")),
+             *(cell for kind in KINDS for cell in (f"{r['model'][kind]['speedup']:.2f}x", " -> ".join(
+                 milliseconds(r[name][kind]) for name in ("dense", "model"))))] for r in rows]
     return "\n".join([
         "# Speed of smaller models", "",
-        "Times of the dense model over times of the smaller one, median of rounds in which both take turns, weights at "
-        "random, float32, no compiler. Decoding 135M parameters is bound by Python and the number of operations, so "
-        "blocks pay more than neurons; with 1B bytes decide.", "",
+        "Times of the dense model over times of the smaller one, median of the ratios of the rounds in which both take "
+        "turns; in ms the medians and, in brackets, the quartiles of each. Weights at random, float32, no compiler. "
+        "share: of the whole model's parameters; GFLOP: of the linears and the output head. Decoding 135M parameters "
+        "is bound by Python and the number of operations, so blocks pay more than neurons; with 1B bytes decide.", "",
         f"`scripts/bench/shrink_speed.py` on {e['device']}, {e['threads']} thread, torch {e['torch']}, transformers "
         f"{e['transformers']}, commit {e['commit']}.", "",
         table.render(head, body, "markdown", text={"shape", "what goes"})])
+
+
+def milliseconds(times: dict) -> str:
+    """A median with its quartiles."""
+    return f"{times['median']:.1f} ({times['low']:.1f} to {times['high']:.1f})"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Two versions of this program at the same command, in turn: medians of time, by phase of the record, and memory.
 
     python scripts/bench/versions.py --before 462eb7c      # results/bench/versions.json and .md; a quarter of an hour
+    python scripts/bench/versions.py --page                # only the page, from the JSON
     python scripts/bench/versions.py --before HEAD --toy --out DIR    # for the tests
 
 Each version is a copy of its commit in --work, run by this Python. SparseGPT at 2:4 on SmolLM2, 32 windows of 512
@@ -34,6 +35,7 @@ from oneshot.runtime.files import write_json, write_text
 
 ROOT = Path(__file__).parents[2]
 PARTS = ("collect", "solve", "replay")
+LESS_MEMORY = 2.0  # asked: peak memory at least halved; of the time no figure was asked
 TOY = ["--model", "demo", "--nsamples", "4", "--seqlen", "64", "--evaluate", "builtin:prose", "--eval-seqlen", "64",
        "--eval-windows", "2"]
 
@@ -47,18 +49,32 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     p = Parser(prog="python scripts/bench/versions.py", description=__doc__, allow_abbrev=False,
                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--before", required=True, help="a commit")
+    p.add_argument("--before", help="a commit; needed unless --page")
     p.add_argument("--after", default="HEAD", help="a commit")
     p.add_argument("--rounds", type=int, default=3, help="the median is kept")
     p.add_argument("--shared", type=Path, default=Path("../shared"), help="folder of data/")
     p.add_argument("--work", type=Path, default=Path("build/versions"), help="the copies")
     p.add_argument("--out", type=Path, default=Path("results/bench"))
     p.add_argument("--toy", action="store_true", help="the demo model, a few tokens")
+    p.add_argument("--page", action="store_true", help="measure nothing: the page of the JSON in --out")
     return p.parse_args(argv)
 
 
 def work(args: argparse.Namespace) -> None:
-    """Measure both versions and write both files."""
+    """Measure both versions and write both files, or with --page the page alone."""
+    file = args.out / "versions.json"
+    if args.page and not file.is_file():
+        raise ValueError(f"--page: {args.out} holds no versions.json yet; measure first")
+    found = json.loads(file.read_text(encoding="utf-8")) if args.page else measured(args)
+    write_json(found, file)
+    write_text(page(found), args.out / "versions.md")
+    print(page(found), end="")
+
+
+def measured(args: argparse.Namespace) -> dict:
+    """{"commits", "runs", "flags", "environment"} of both versions. Raises ValueError naming the flag."""
+    if not args.before:
+        raise ValueError("--before: give the commit to compare with, or --page")
     data = args.shared.absolute() / "data"
     flags = TOY if args.toy else [
         "--model", "smollm2", "--calibration", str(data / "c4_sample.jsonl"), "--nsamples", "32", "--seqlen", "512",
@@ -68,11 +84,8 @@ def work(args: argparse.Namespace) -> None:
     runs: dict[str, list[dict]] = {name: [] for name in trees}
     for name in tqdm([*trees] * args.rounds, unit="run"):
         runs[name].append(once(trees[name], flags))
-    found = {"commits": {name: tree.name for name, tree in trees.items()}, "runs": runs, "flags": flags,
-             "environment": environment.environment("cpu")}
-    write_json(found, args.out / "versions.json")
-    write_text(page(found), args.out / "versions.md")
-    print(page(found), end="")
+    return {"commits": {name: tree.name for name, tree in trees.items()}, "runs": runs, "flags": flags,
+            "environment": environment.environment("cpu")}
 
 
 def copy_of(flag: str, commit: str, folder: Path) -> Path:
@@ -125,8 +138,13 @@ def page(found: dict) -> str:
     told = (f"Medians of {len(runs['before'])} runs in turn of `oneshot prune --method sparsegpt --pattern 2:4` at "
             f"commit {found['commits']['before']} and at {found['commits']['after']}.")
     about = written("versions.py", found["environment"])
+    less = statistics.median(r["peak_bytes"] for r in runs["before"]) / statistics.median(
+        r["peak_bytes"] for r in runs["after"])
+    kept = "met" if less >= LESS_MEMORY else "MISSED"
+    verdict = (f"- peak memory: {less:.2f} times less, asked {LESS_MEMORY:g}: {kept}\n"
+               "- time: no figure was asked; the table says what came of it\n")
     return "\n".join(["# Two versions of this program\n", f"{about}\n", f"{told}\n",
-                      table.render(["", "before", "after", "ratio"], body, "markdown", text={""})])
+                      table.render(["", "before", "after", "ratio"], body, "markdown", text={""}), verdict])
 
 
 if __name__ == "__main__":

@@ -179,6 +179,11 @@ def test_one_side_prunes_and_says_what_it_took(computes, tmp_path, monkeypatch):
         "rows": rows, "environment": environment.environment("cpu"), "nsamples": 4, "seqlen": 16, "eval_windows": 2,
         "dense_ppl": 9.5})
     assert "takes 3.00 times the processor time and 1.00 times the memory" in page and "dense 9.50" in page
+    assert "oneshot has 0.952 times its perplexity: met." in page
+    rows[1] |= {"cpu_seconds": measured["cpu_seconds"], "ppl": 19.0}
+    assert "MISSED: time, perplexity." in versus_llmcompressor.markdown({
+        "rows": rows, "environment": environment.environment("cpu"), "nsamples": 4, "seqlen": 16, "eval_windows": 2,
+        "dense_ppl": 9.5})
     assert page.count("takes") == 1  # beside what computes alike
     assert versus_llmcompressor.main(["--peer", str(tmp_path / "absent"), "--out", str(tmp_path)]) == 2
 
@@ -197,3 +202,7 @@ def test_two_versions_run_in_turn(tmp_path, capsys):
     assert before["process"] > before["prune"] and before["peak_bytes"] > 2**27
     table = plain((tmp_path / "out" / "versions.md").read_text())
     assert f"| ppl | {before['ppl']:.2f} | {before['ppl']:.2f} | 1.00 |" in table
+    assert table.count("asked 2: MISSED") == 1  # nobody halves the memory of the same commit
+    assert versions.main(["--page", "--out", str(tmp_path / "out")]) == 0
+    assert plain((tmp_path / "out" / "versions.md").read_text()) == table
+    assert versions.main(["--page", "--out", str(tmp_path)]) == versions.main(["--out", str(tmp_path)]) == 2

@@ -80,5 +80,6 @@ def test_speeds_are_of_cuts_that_leave_what_they_say(tmp_path, monkeypatch):
     assert shrink_speed.main(["--shapes", "tiny", "--rounds", "1", "--out", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "speed.json").read_text())["speeds"]
     assert len(rows) == 6 and all(r["share"] <= r["asked"] for r in rows)
-    assert "tiny" in (tmp_path / "speed.md").read_text()
+    text, first = (tmp_path / "speed.md").read_text(), rows[0]["dense"]["decode1"]
+    assert f"{first['median']:.1f} ({first['low']:.1f} to {first['high']:.1f}) -> " in text and "GFLOP a token" in text
     assert shrink_speed.main(["--shapes", "huge", "--out", str(tmp_path)]) == 2
