@@ -107,10 +107,13 @@ def page(rows: Sequence[dict], fast: dict) -> str:
 
 
 def lines(folder: Path) -> str:
-    """The README's table: what ways of as many bytes as NEAREST lose on each model; "" where nothing was measured."""
+    """The README's table: what ways of as many bytes as NEAREST lose on each model but the built-in one; "" where
+    nothing was measured."""
     if not (folder / "integers.json").is_file():
         return ""
-    rows = rows_of(folder)
+    rows = [row for row in rows_of(folder) if row["model"] != "demo"]
+    if not rows:
+        return ""
     names = list(dict.fromkeys(row["model"] for row in rows))
     groups = {name: grouped([row for row in rows if row["model"] == name]) for name in names}
     body = [[way, *(lost(groups[name].get(way, ())) for name in names)] for way in SHOWN

@@ -83,6 +83,11 @@ def test_a_folders_table_says_how_it_came_about_and_shows_its_pictures(tmp_path)
     assert gguf.on_grid() not in folder_tables.page(folder)  # nothing is rounded
 
 
+def test_the_built_in_models_figures_are_not_in_the_readme():
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("|")]
+    assert len(rows) > 50 and not [row for row in rows if re.search(r"\|\s+demo", row)]
+
+
 def test_weights_that_are_on_no_grid_are_not_said_to_be():
     assert gguf.grid("GGUF Q4_1") == (gguf.on_grid(),) and gguf.grid("GGUF Q8_0") == (gguf.on_grid("Q8_0"),)
     assert not [told for kind in ("F32", "F16", "BF16") for told in gguf.grid(f"GGUF {kind}") if "grid" in told]
