@@ -13,6 +13,7 @@ from torch import nn
 
 from .. import checkpoint, heal, measure, models
 from ..checkpoint import compressed, gguf, packed
+from ..heal import lora
 from ..heal.options import TENSORBOARD
 from ..heal.text import sharded
 from ..models.source import check_kind, check_parameters
@@ -101,6 +102,14 @@ def rounded_to(model: str) -> str | None:
         return None  # no such checkpoint
 
 
+def pruned_before(model: str) -> bool:
+    """Whether a checkpoint of oneshot's was pruned, by the patterns of its linears."""
+    try:
+        return any(entry["pattern"] != "dense" for entry in checkpoint.read_manifest(model)["tensors"].values())
+    except (ValueError, OSError, LookupError, TypeError, AttributeError):
+        return False  # no such checkpoint
+
+
 def check_text(cfg: RunConfig) -> None:
     """Reject what does not go with healing on text. Raises ValueError naming the flag."""
     if cfg.text_heals and sharded.asked() and ("lora" in cfg.text_heals or distributed.world() == 1):
@@ -121,10 +130,24 @@ def check_text(cfg: RunConfig) -> None:
     if cfg.text_heals and os.environ.get(TENSORBOARD) and importlib.util.find_spec("tensorboard") is None:
         raise ValueError(f"{TENSORBOARD}: is set, and tensorboard is not installed; pip install tensorboard, or unset "
                          "it")
-    if "lora" in cfg.heals and cfg.healing["lora"].adapter and importlib.util.find_spec("peft") is None:
-        raise ValueError("--lora.adapter: needs peft; pip install 'oneshot[heal]'")
+    if "lora" in cfg.heals and cfg.healing["lora"].adapter:
+        check_adapter(cfg, f"--lora.adapter {cfg.healing['lora'].adapter}")
     if cfg.heal_data is not None and not cfg.text_heals:
         raise ValueError(f"--heal-data {cfg.heal_data}: goes with --heal full or --heal lora")
+
+
+def check_adapter(cfg: RunConfig, said: str) -> None:
+    """Reject an adapter whose model would have zeros to keep, or not be what `--model` names. Raises ValueError.
+
+    said: the flag and its value, the start of the message.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError(f"{said}: needs peft; pip install 'oneshot[heal]'")
+    if cfg.pattern != "dense" or cfg.allocate != "uniform" or pruned_before(cfg.model):
+        raise ValueError(f"{said}: the model has zeros, {lora.FILLS}")
+    if cfg.shrinks or cfg.heals != ["lora"]:
+        raise ValueError(f"{said}: an adapter fits a model that is saved, and this command changes it first; save that "
+                         "one without --heal lora, then give its folder to `oneshot heal` --method lora")
 
 
 def check_devices(cfg: RunConfig) -> None:

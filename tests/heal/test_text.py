@@ -110,25 +110,6 @@ def test_what_is_merged_is_what_was_trained(name):
     torch.testing.assert_close(merged, trained, rtol=0, atol=0)
 
 
-def test_on_a_dense_model_the_change_can_be_saved_as_pefts_adapter(tmp_path):
-    peft = pytest.importorskip("peft")
-    model, base = families.tiny("llama").requires_grad_(False), families.tiny("llama")
-    cfg = lora.Config(r=4, lr=0.02, adapter=str(tmp_path / "adapter"))
-    lora.Heal(cfg).on_text(model, lesson(
-        tmp_path / "work", train=windows(40, ids=families_text(40)), held=windows(8, ids=families_text(8)),
-        heal_loss="next"))
-    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
-    ids = torch.randint(3, VOCAB, (2, T))
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
-        assert not torch.allclose(model(ids).logits, families.tiny("llama")(ids).logits, atol=1e-3)
-
-
-def test_an_adapter_of_a_model_with_zeros_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"^--lora\.adapter"):
-        healed("lora", tmp_path, cfg={"adapter": str(tmp_path / "adapter")})
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_text_that_does_harm_is_stopped_and_undone(way, tmp_path):
     """It teaches the next token on text that is nothing but one token; the held-out text is the dense model's kind."""

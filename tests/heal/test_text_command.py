@@ -62,12 +62,10 @@ def test_evaluation_text_among_the_training_text_is_a_warning(place, tmp_path, c
     ({"heal": "lora", "lora.targets": "nothing"}, "--lora.targets nothing"),
     ({"heal": "lora", "lora.targets": "q_proj,nothing"}, "--lora.targets nothing"),
     ({"heal_teacher": "nowhere"}, "--heal-teacher nowhere: "), ({"heal_cache": ""}, "--heal-cache : give a folder"),
-    ({"heal": "lora", "lora.adapter": "adapter"}, "--lora.adapter adapter"),
 ])
 def test_what_cannot_be_done_is_one_line(place, changed, said, tmp_path, capfd, monkeypatch):
-    """Before anything is pruned, but for what only the pruned model shows."""
-    if "lora.adapter" not in changed:
-        monkeypatch.setattr(loop, "prune_model", lambda *args, **kwargs: pytest.fail("pruned"))
+    """Before anything is pruned."""
+    monkeypatch.setattr(loop, "prune_model", lambda *args, **kwargs: pytest.fail("pruned"))
     whole = {key: value for key, value in changed.items() if value is not None}
     given = argv(place, tmp_path / "out", **whole)
     if changed.get("heal_data", "") is None:
