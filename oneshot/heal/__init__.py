@@ -4,8 +4,8 @@ A method is a module with
 
     Config       a frozen dataclass: its flags, each made by `runtime.flag.flag`
     Heal         the method at work in one run: a subclass of `heal.Heal` that overrides the stages it needs
-    check_model  (model, cfg, device), optional: raise ValueError naming the flag if the method cannot be used on this
-                 model or device
+    check_model  (model, cfg, run), optional: raise ValueError naming the flag if the method cannot be used on this
+                 model as it is before the run. run: a `heal.Run`
 
 The stages, in order; the last three return plain values for the record, with `warnings`, a list of str with one entry
 for every fallback taken:
@@ -29,6 +29,7 @@ parameters. `after_model` runs in rank 0 alone, with the batches of all.
 
 import importlib
 import pkgutil
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -42,6 +43,18 @@ from ..runtime.verb import make_callable
 make_callable(__name__, "oneshot.pipeline.api:heal")
 
 STAGES = ("before_block", "after_block", "after_model", "on_text")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a method checks a model for. device: where it is healed. options: the run's HealOptions.
+
+    left: the share of the blocks that is healed, of a model that is yet to be cut; 0 where no one knows yet.
+    """
+
+    device: str
+    options: Any
+    left: float = 1.0
 
 
 class Heal:

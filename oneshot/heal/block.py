@@ -31,6 +31,7 @@ from ..models import Block
 from ..runtime import distributed
 from ..runtime.flag import flag
 from . import Heal as Base
+from . import Run
 from .train import Trainable, check, distance, fit, mean
 
 UNITS = ("block", "parts")
@@ -49,7 +50,7 @@ class Config:
             raise ValueError(f"--block.unit {self.unit}: give {' or '.join(UNITS)}")
 
 
-def check_model(model: nn.Module, cfg: Config, device: str) -> None:
+def check_model(model: nn.Module, cfg: Config, run: Run) -> None:
     """Raise ValueError naming `--block.unit` if attention and MLP of a block cannot be told apart."""
     if cfg.unit == "parts":
         for block in models.walk(model):

@@ -21,7 +21,7 @@ from ..calibrate import Activations
 from ..runtime import environment
 from ..runtime.flag import flag
 from . import Heal as Base
-from . import sliced
+from . import Run, sliced
 from .train import Trainable, check, fit
 
 LOGITS = 2**24
@@ -38,14 +38,15 @@ class Config:
         check(self, "distil")
 
 
-def check_model(model: nn.Module, cfg: Config, device: str) -> None:
+def check_model(model: nn.Module, cfg: Config, run: Run) -> None:
     """Raise ValueError naming `--heal` if the device's memory is too small to train the whole model."""
     blocks = sum(p.numel() for p in models.blocks(model)[1].parameters() if p.is_floating_point())
     rest = sum(p.numel() for p in model.parameters()) - blocks
-    needed, there = TRAINED * blocks + 4 * rest, environment.total_memory(device)
+    needed, there = TRAINED * blocks + 4 * rest, environment.total_memory(run.device)
     if there is not None and needed > there:
         raise ValueError(f"--heal distil: trains the whole model, which takes at least {needed / 2**30:.0f} GiB, but "
-                         f"{device} has {there / 2**30:.0f}; use --heal block alone, or --effort 2 with --method best")
+                         f"{run.device} has {there / 2**30:.0f}; use --heal block alone, or --effort 2 with --method "
+                         "best")
 
 
 class Heal(Base):

@@ -13,7 +13,7 @@ must be dense. A few weights are exactly zero in any dense model of 16 bits; the
 
 import fnmatch
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from ..runtime import environment
 from ..runtime.flag import flag
 from ..runtime.proof import prove
 from . import Heal as Base
-from . import text
+from . import Run, text
+from .text import memory
 from .text.student import Lesson
 
 ALL = "all-linear"
@@ -55,14 +56,23 @@ class Config:
             raise ValueError("--lora.alpha, --lora.lr: must be above 0")
 
 
-def check_model(model: nn.Module, cfg: Config, device: str) -> None:
-    """Raise ValueError naming `--lora.targets` if nothing matches one of them, `--lora.adapter` if zeros would go."""
-    targets(model, cfg)
+def check_model(model: nn.Module, cfg: Config, run: Run) -> None:
+    """Raise ValueError naming `--lora.targets` if nothing matches one of them, `--lora.adapter` if zeros would go,
+    `--heal` if the memory is too small."""
+    memory.check(model, "lora", run, held(model, cfg, torch.device(run.device)))
     weights = list(models.all_weights(model)) if cfg.adapter else []
     total = sum(w.size for w in weights)
     zeros = total - sum(int(w.get().count_nonzero()) for w in weights)
     if zeros > PRUNED * total:
         raise ValueError(f"--lora.adapter {cfg.adapter}: {zeros / total:.0%} of the model's weights are zero, {FILLS}")
+
+
+def held(model: nn.Module, cfg: Config, device: torch.device) -> memory.Held:
+    """What training takes beside the model, which is as it is stored."""
+    weights = targets(model, cfg)
+    trained, sizes = cfg.r * sum(sum(w.shape) for w in weights), [w.size for w in weights]
+    found = memory.held(model, device, trained, 0 if cfg.adapter else sum(sizes), 4 * trained)
+    return replace(found, remade=sum(sizes), largest=max(sizes, default=0))
 
 
 def targets(model: nn.Module, cfg: Config) -> list[Weight]:
@@ -101,9 +111,12 @@ class Change(nn.Module):
 class Adapters:
     """The changes of a model's weights, at work: a `text.Trained`.
 
-    Within the context the modules use Ŵ; on leaving it the weights are Ŵ, rounded to their stored dtype. There are no
-    masks where the changes are to be an adapter (`cfg.adapter`).
+    Within the context the modules use Ŵ; on leaving it the weights are Ŵ, rounded to their stored dtype, which is
+    proved: `merge_error` is the largest difference as a share of Ŵ. There are no masks where the changes are to be an
+    adapter (`cfg.adapter`).
     """
+
+    merge_error = 0.0
 
     def __init__(self, weights: list[Weight], cfg: Config, seed: int = 0) -> None:
         gen = torch.Generator().manual_seed(seed)
@@ -127,6 +140,22 @@ class Adapters:
             parametrize.remove_parametrizations(weight.owner, "weight", leave_parametrized=False)
             prove(weight.owner.weight is weight.parameter, f"{weight.name}: merging replaced its parameter")
             prove(mask is None or not weight.parameter.data[~mask].any(), f"{weight.name}: a pruned weight came back")
+        self.prove_merged()
+
+    def prove_merged(self) -> None:
+        """Put Ŵ together once more from what was trained, and prove that the weights are it, rounded once.
+
+        Raises ProofError naming the linear. Below the normal numbers of the stored dtype, whose spacing is absolute,
+        the difference is a share of the least of these.
+        """
+        for weight, change, before in zip(self.weights, self.changes, self.rounded, strict=True):
+            for name in ("A", "B"):
+                getattr(change, name).copy_(self.final[f"{weight.name}.{name}"])
+            trained, kind = change(before.to(change.A)), torch.finfo(weight.stored)
+            difference = (weight.parameter.data.to(weight.stored).to(trained) - trained).abs()
+            error = float((difference / trained.abs().clamp(min=kind.smallest_normal)).max())
+            prove(error <= kind.eps / 2, f"{weight.name}: is not what was trained, but off by {error:.2g} of it")
+            self.merge_error = max(self.merge_error, error)
 
     def products(self) -> torch.dtype:
         """The dtype in which matrices are multiplied, as for `train.Trainable`."""
@@ -189,14 +218,15 @@ class Heal(Base):
 
     def on_text(self, model: nn.Module, lesson: Lesson) -> dict:
         """Train the changes on the lesson's text, then merge them."""
-        weights = targets(model, self.cfg)
+        weights, beside = targets(model, self.cfg), held(model, self.cfg, lesson.device)
         with models.resident(model, lesson.device, write_back=True, dtype=torch.float32), \
                 Adapters(weights, self.cfg, self.seed) as adapters:
-            found = text.heal(model, lesson, "lora", adapters, self.cfg.lr)
+            found = text.heal(model, lesson, "lora", adapters, self.cfg.lr, beside)
         if self.cfg.adapter:
             adapters.save(self.cfg.adapter, self.cfg, model)
         fused = sum(w.size for w in models.all_weights(model) if w.expert is not None)
         if fused:
             found["warnings"].append(f"{fused / sum(w.size for w in models.all_weights(model)):.1%} of the weights are "
                                      "experts in one tensor, which --heal lora leaves as they are; use --heal full")
-        return found | {"trained": sum(p.numel() for p in adapters.parameters.values())}
+        return found | {"trained": sum(p.numel() for p in adapters.parameters.values()),
+                        "merge_error": adapters.merge_error}

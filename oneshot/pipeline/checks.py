@@ -161,8 +161,10 @@ def check_devices(cfg: RunConfig) -> None:
 
 def check_heal(cfg: RunConfig, model: nn.Module) -> None:
     """Raise ValueError naming the flag when this model cannot be healed on this device by the chosen methods."""
+    known = cfg.shrink if cfg.by == "parameters" and cfg.shrink else 0.0
+    asked = heal.Run(cfg.device, cfg, known if cfg.shrinks else 1.0)
     for name, own in cfg.healing.items():
-        getattr(heal.module(name), "check_model", lambda *args: None)(model, own, cfg.device)
+        getattr(heal.module(name), "check_model", lambda *args: None)(model, own, asked)
 
 
 def check_model(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from ..calibrate.statistics import SAMPLE
 from ..measure.losses import GROUP_BYTES, SLICE
+from ..runtime import environment
 from .sizes import Layer, Shape
 
 KINDS = ("start", "product", "solve", "choice", "touched", "hashed", "read", "written")
@@ -24,7 +25,6 @@ SOLVERS = {  # float32 at the peak: (copies of the Gram matrix, of the weight, o
     "admm": (1, 9, 0), "alps": (27, 11, 0)}  # tests/pipeline/test_forecast.py counts them
 DEAREST = SOLVERS["alps"]  # for what is not in the table
 LOOP = 128  # columns of SparseGPT's mask block
-FREED = 2**28  # bytes that glibc keeps at most of tensors below 32 MB that are gone: 60 to 350 MB were seen
 LEAST = 2**26  # bytes: a smaller budget of Gram matrices gains nothing
 
 
@@ -76,7 +76,7 @@ def phases(shape: Shape, task: Task, program: float) -> dict[str, list[Part]]:
     """{phase: its parts}: what is in memory at the peak of each. program: bytes of the program itself."""
     wide, layer = task.computing(shape), max(shape.layers, key=lambda own: own.stored)
     blocks = layer.stored if task.offload else sum(own.stored for own in shape.layers)
-    freed = min(FREED, FREED // 4 + layer.weights * wide // 2)
+    freed = environment.freed_memory(layer.weights * wide)
     always = [Part("the program", program), Part("outside the blocks, stored", shape.rest * shape.itemsize),
               Part("freed, kept by the allocator", freed), Part("block, stored" if task.offload else "blocks, stored",
                                                                 blocks)]

@@ -144,6 +144,14 @@ def free_memory(device: str | torch.device) -> int | None:
     return None
 
 
+def freed_memory(block: int) -> int:
+    """Bytes that glibc keeps, at most, of tensors below 32 MB that are gone: 60 to 350 MB were seen.
+
+    block: bytes of a transformer block as it computes.
+    """
+    return min(2**28, 2**26 + block // 2)
+
+
 def reset_peak_memory(device: str) -> None:
     """Start a new measurement of peak memory, if the system supports it."""
     if torch.device(device).type == "cuda":

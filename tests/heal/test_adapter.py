@@ -12,11 +12,13 @@ from healing_on_text import T, argv, families_text, lesson, pruned, windows
 from tiny import place, plain_pages  # noqa: F401
 from transformers import AutoModelForCausalLM
 
-from oneshot.heal import lora
+from oneshot.heal import Run, lora
+from oneshot.heal.options import HealOptions
 from oneshot.pipeline import heal_command, shrink_command
 from oneshot.prune import loop
 
 pytestmark = pytest.mark.usefixtures("plain_pages")
+RUN = Run("cpu", HealOptions())
 SHORT = ["--tokens", "400", "--batch", "32", "--heal-seqlen", "16", "--no-dense", "--evaluate", "none",
          "--no-progress", "--device", "cpu"]
 
@@ -82,9 +84,9 @@ def test_from_python_too(tmp_path):
 def test_the_adapter_of_a_model_with_many_zeros_is_refused():
     cfg = lora.Config(adapter="adapter")
     with pytest.raises(ValueError, match=r"^--lora\.adapter adapter: 50% of the model's weights are zero"):
-        lora.check_model(pruned(), cfg, "cpu")
-    lora.check_model(pruned(), lora.Config(), "cpu")
-    lora.check_model(families.tiny("llama"), cfg, "cpu")
+        lora.check_model(pruned(), cfg, RUN)
+    lora.check_model(pruned(), lora.Config(), RUN)
+    lora.check_model(families.tiny("llama"), cfg, RUN)
 
 
 @pytest.mark.parametrize("changed, said", [

@@ -58,18 +58,23 @@ def test_every_loss_alone_helps_its_own_measure(tmp_path):
         assert said["held_out_after"] < said["held_out_before"], name
 
 
-def test_a_cache_is_the_teacher_within_its_top_k(tmp_path):
-    """With all tokens in it, up to float16."""
-    live = lesson(tmp_path / "live", heal_top_k=VOCAB)
-    cached = {part: teacher.cache(tmp_path / part, lambda: live.teacher, w, {"part": part}, k=VOCAB, temperature=1.0,
-                                  progress=False) for part, w in (("train", live.text.train), ("held", live.text.held))}
+@pytest.mark.parametrize("k, temperature", [(VOCAB, 1.0), (5, 1.0), (1, 2.0)])
+def test_a_cache_is_the_teacher_within_its_top_k(k, temperature, tmp_path):
+    """Up to float16: the loss in training, its gradient, and the held-out loss."""
+    live = lesson(tmp_path / "live", heal_top_k=k, heal_temperature=temperature)
+    cached = {part: teacher.cache(tmp_path / part, lambda: live.teacher, w, {"part": part}, k=k, progress=False,
+                                  temperature=temperature) for part, w in (("train", live.text.train),
+                                                                           ("held", live.text.held))}
     model, said = pruned(), []
+    weight = model.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
     for way in (live.teacher, cached):
         student = Student(model, {}, Lesson(live.text, way, tmp_path, live.options, live.device), torch.float32)
+        batch = {k: v[None] for k, v in live.text.train[3].items()}
+        loss = student(**batch)["loss"]
         with torch.no_grad():
-            batch = {k: v[None] for k, v in live.text.held[3].items()}
-            said.append(student(**batch)["loss"].item())
-    assert said[0] == pytest.approx(said[1], rel=2e-3)
+            held = student(**{k: v[None] for k, v in live.text.held[3].items()})["loss"]
+        said.append((loss.item(), held.item(), *torch.autograd.grad(loss, weight)[0].flatten().tolist()))
+    torch.testing.assert_close(*map(torch.tensor, said), rtol=5e-3, atol=1e-5)
 
 
 def test_a_cache_is_built_once_continues_and_is_not_another_models(tmp_path, monkeypatch):

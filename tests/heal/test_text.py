@@ -14,6 +14,7 @@ from oneshot.heal.options import HealOptions, count
 from oneshot.heal.text import memory, trainer
 from oneshot.heal.text.student import keeps_apart
 from oneshot.prune.patterns import parse
+from oneshot.runtime.proof import ProofError
 
 DROPOUT = {"lora": {"dropout": 0.1}}
 
@@ -110,6 +111,36 @@ def test_what_is_merged_is_what_was_trained(name):
     torch.testing.assert_close(merged, trained, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_what_is_merged_is_what_was_trained_but_for_rounding_and_the_record_says_by_how_much(name, dtype):
+    model = pruned(name, dtype=dtype)
+    weights = lora.targets(model, lora.Config())
+    with torch.no_grad(), models.resident(model, "cpu", write_back=True, dtype=torch.float32), \
+            lora.Adapters(weights, lora.Config(r=4)) as adapters:
+        for p in adapters.parameters.values():
+            p.normal_(std=0.1)
+        trained = [w.owner.weight.clone() for w in weights]
+    errors = [((w.parameter.float() - W).abs() / W.abs())[W.abs() > 1e-4].max() for w, W in zip(
+        weights, trained, strict=True)]
+    assert max(map(float, errors)) <= adapters.merge_error <= (torch.finfo(dtype).eps / 2) * (dtype.itemsize < 4)
+    assert (adapters.merge_error > 0) == (dtype.itemsize < 4)
+
+
+def test_a_weight_that_is_not_what_was_trained_is_proved_wrong(monkeypatch):
+    model, real = pruned(dtype=torch.bfloat16), lora.Adapters.round
+
+    def round_(self):
+        real(self)
+        self.weights[3].parameter.data.mul_(1 + 2**-6)
+    monkeypatch.setattr(lora.Adapters, "round", round_)
+    weights = lora.targets(model, lora.Config())
+    with pytest.raises(ProofError, match=rf"^{weights[3].name}: is not what was trained, but off by 0\.0"), \
+            models.resident(model, "cpu", write_back=True, dtype=torch.float32), \
+            lora.Adapters(weights, lora.Config(r=4)) as adapters:
+        torch.nn.init.normal_(adapters.changes[3].B, std=0.1)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_text_that_does_harm_is_stopped_and_undone(way, tmp_path):
     """It teaches the next token on text that is nothing but one token; the held-out text is the dense model's kind."""
@@ -137,24 +168,6 @@ def test_activations_computed_twice_change_nothing(tmp_path, monkeypatch):
     twice, _ = healed("full", tmp_path / "twice")
     for p, q in zip(once.parameters(), twice.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
-
-
-# ------------------------------------------------------------------------------------------------ memory, settings
-
-def test_memory_prefers_many_windows_then_checkpointing_then_refuses(tmp_path):
-    model, one = pruned(), T * memory.per_token(pruned(), False)
-    given = lesson(tmp_path, heal_batch=4 * T)
-    fixed = 4 * sum(p.numel() for p in model.parameters()) + memory.STATE * 1000 + given.teacher.bytes
-
-    def fit(windows_free, name="full"):
-        return memory.fit(model, 1000, given, name, int((fixed + windows_free * one) / memory.SPARE) + 1)
-    assert [(fit(k).windows, fit(k).parts, fit(k).checkpointing) for k in (4, 2, 1)] == [
-        (4, 1, False), (2, 2, False), (1, 4, False)]
-    assert fit(0.9).checkpointing
-    with pytest.raises(ValueError, match=r"^--heal full: .*--heal lora"):
-        fit(0)
-    with pytest.raises(ValueError, match=r"^--heal lora: .*smaller model"):
-        fit(0, "lora")
 
 
 @pytest.mark.parametrize("given, want", [("500k", 500_000), ("1.5M", 1_500_000), ("2B", 2 * 10**9), ("7", 7)])

@@ -32,6 +32,7 @@ def test_the_record_says_what_was_done_and_the_checkpoint_verifies(place, heal, 
     info = record["heal"][heal.rpartition(",")[2]]
     assert info["held_out_after"] <= info["held_out_before"] and info["text"]["sha256"] and info["seconds"] > 0
     assert info["attempts"][0]["looks"] and info["memory"] and info["products"] == "float32"
+    assert heal != "lora" or info["merge_error"] == 0
     assert record["sparsity"] == pytest.approx(0.5, abs=0.001)
     assert all(row["zeros"] >= row["target_zeros"] for row in record["layers"])
     assert not (tmp_path / "out" / ".oneshot" / "heal").exists()

@@ -1,9 +1,12 @@
 """`--heal full` and `lora` by command, ended in the middle: the same command continues, with what is whole."""
 
+import os
 import resource
 import shutil
+import signal
 from types import SimpleNamespace
 
+import processes
 import pytest
 import tiny
 import torch
@@ -13,6 +16,7 @@ from tiny import place, plain_pages  # noqa: F401
 from oneshot import checkpoint
 from oneshot.heal import text
 from oneshot.heal.text import trainer
+from oneshot.pipeline import heal_command
 from oneshot.report import page
 from oneshot.runtime import sealed
 
@@ -84,6 +88,64 @@ def test_damaged_work_files_are_not_used(place, broken, name, spoil, said, tmp_p
     assert all(torch.equal(found[name], value) for name, value in broken[1].items())
     warnings = checkpoint.read_manifest(tmp_path / "out")["record"]["warnings"]
     assert [said in w for w in warnings] == [True] if said else warnings == []
+
+
+def test_adams_averages_of_pruned_weights_are_exactly_zero_after_resuming_too(
+        place, broken, tmp_path, monkeypatch):  # noqa: F811
+    shutil.copytree(broken[0], tmp_path / "out")
+    found, real = [], trainer.TextTrainer.train
+
+    def sums(self):
+        """(of pruned weights, of kept ones)."""
+        trainable = self.masked.__self__
+        averages = [(self.optimizer.state[trainable.parameters[name]][key].abs(), mask)
+                    for name, mask in trainable.masks.items() for key in ("exp_avg", "exp_avg_sq")]
+        return [float(sum(t[where == kept].sum() for t, where in averages)) for kept in (False, True)]
+
+    def train(self, **kwargs):
+        real_step = self.training_step
+
+        def step(*args, **more):
+            found.append((self.state.global_step, *sums(self)))
+            return real_step(*args, **more)
+        self.training_step = step
+        done = real(self, **kwargs)
+        found.append((self.state.global_step, *sums(self)))
+        return done
+    monkeypatch.setattr(trainer.TextTrainer, "train", train)
+    assert tiny.main(*argv(place, tmp_path / "out", heal_tokens="320")) == 0
+    assert found[0][0] > 0 and found[-1][0] == 10
+    assert all(pruned == 0.0 < kept for _, pruned, kept in found)
+
+
+def run_or_die(folder, moment, *words):
+    """`oneshot heal`, ended by SIGKILL in the step after `moment` of them, if that is not None; says its first step."""
+    page._pictures, real, steps = lambda records: [], trainer.TextTrainer.training_step, []
+
+    def step(self, *args, **kwargs):
+        steps.append(self.state.global_step)
+        if self.state.global_step == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, *args, **kwargs)
+    trainer.TextTrainer.training_step = step
+    code = heal_command.main(list(words))
+    (folder / "first").write_text(str(min(steps)))
+    return code
+
+
+def test_oneshot_heal_killed_and_run_again_ends_with_the_same_bits(place, tmp_path):  # noqa: F811
+    assert tiny.main(*tiny.flags(place, "--no-dense", evaluate="none", save=tmp_path / "pruned")) == 0
+
+    def heal(name, moment):
+        words = [tmp_path / "pruned", "--data", place / "calibration.txt", "--tokens", 320, "--batch", 32,
+                 "--heal-seqlen", 16, "--no-dense", "--evaluate", "none", "--device", "cpu", "--save", tmp_path / name,
+                 "--results", tmp_path / "runs", "--no-progress"]
+        return processes.together(1, tmp_path / "said", run_or_die, tmp_path, moment, *map(str, words))
+    assert heal("whole", None) == [0], processes.said(tmp_path / "said")
+    assert heal("broken", 5) == [-signal.SIGKILL] and (tmp_path / "broken" / ".oneshot" / "heal").is_dir()
+    assert heal("broken", None) == [0] and int((tmp_path / "first").read_text()) > 0
+    whole, broken = (tiny.weights(tmp_path / name) for name in ("whole", "broken"))
+    assert whole.keys() == broken.keys() and all(torch.equal(whole[name], broken[name]) for name in whole)
 
 
 def limited(work, size):

@@ -15,9 +15,9 @@ from torch import nn
 
 from oneshot import checkpoint, models
 from oneshot.checkpoint import verify
-from oneshot.heal import full
+from oneshot.heal import Run, full
+from oneshot.heal.options import HealOptions
 from oneshot.heal.text import memory, sharded
-from oneshot.heal.text.student import Lesson
 from oneshot.heal.train import Trainable
 from oneshot.measure import Subject
 from oneshot.pipeline import checks, lesson
@@ -56,11 +56,31 @@ def test_two_processes_give_the_result_of_one_within_rounding(place, tmp_path):
     assert not (tmp_path / "2" / ".oneshot" / "heal").exists()
 
 
+def plain(*argv):
+    """The program in this process, without pictures."""
+    page._pictures = lambda records: []
+    return tiny.main(*argv)
+
+
+def test_lora_in_two_processes_gives_the_result_of_one_within_rounding(place, tmp_path):
+    own = ["--heal", "lora", "--lora.r", "2", "--heal-tokens", "200"]
+    for n in (1, 2):
+        codes = processes.together(n, tmp_path / f"said{n}", plain, *argv(place, tmp_path / str(n)), *own)
+        assert codes == [0] * n, processes.said(tmp_path / f"said{n}")
+    one, two = (tiny.weights(tmp_path / name) for name in "12")
+    assert any(not torch.equal(one[name], t) for name, t in tiny.weights(place.with_name("1")).items())
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
+        assert torch.equal(one[name] == 0, two[name] == 0)
+    told = [checkpoint.read_manifest(tmp_path / name)["record"]["heal"]["lora"] for name in "12"]
+    assert told[0]["steps"] == told[1]["steps"] > 5 and told[0]["merge_error"] == told[1]["merge_error"] == 0
+    assert told[0]["held_out_after"] == pytest.approx(told[1]["held_out_after"], rel=1e-3)
+
+
 def program(port, *argv):
     """The program in this process of several, sharded."""
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "MASTER_PORT": str(port)}
-    page._pictures = lambda records: []
-    return tiny.main(*argv)
+    return plain(*argv)
 
 
 def full_disk(port, *argv):
@@ -231,27 +251,27 @@ def test_three_processes_step_as_one(tmp_path):
 
 
 def test_models_that_cannot_be_sharded(monkeypatch):
-    single, shared = families.tiny("llama"), families.tiny("zamba2")
+    single, shared, run = families.tiny("llama"), families.tiny("zamba2"), Run("cpu", HealOptions())
     models.blocks(single)[1][0].mlp.experts = nn.ModuleList([nn.Linear(2, 2)])
     for model in (single, shared):
-        full.check_model(model, None, "cpu")
+        full.check_model(model, None, run)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    full.check_model(families.tiny("mixtral"), None, "cpu")
+    full.check_model(families.tiny("mixtral"), None, run)
     for model, why in ((single, "experts are linears"), (shared, "share weights")):
         with pytest.raises(ValueError, match=f"^ACCELERATE_USE_FSDP: is set, and --model cannot .*{why}"):
-            full.check_model(model, None, "cpu")
+            full.check_model(model, None, run)
 
 
 def test_what_a_process_takes_when_sharded(monkeypatch):
     model, _, _ = example("llama", torch.float32)
     cfg = flags.build({"method": "wanda", "pattern": "2:4", "heal": "full", "heal_data": "c4", "heal_seqlen": 16,
                        "heal_batch": 64})
-    lesson = Lesson(None, None, Path("nowhere"), cfg, torch.device("cpu"))
+    task = memory.Task("full", cfg, torch.device("cuda"), memory.Held(1000, 1000))
     trained, total = 1000, sum(p.numel() for p in model.parameters())
     block = sum(p.numel() for p in models.blocks(model)[1][0].parameters())
 
     def beside_activations():
-        fit = memory.fit(model, trained, lesson, "full", 2**50)
+        fit = memory.fit(model, task, 2**50)
         return fit.bytes - fit.windows * 16 * memory.per_token(model, fit.checkpointing)
     assert beside_activations() == 4 * total + 13 * trained
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -44,6 +44,7 @@ from ...runtime import distributed, sealed
 from ..train import FALL, WARM_UP
 from . import memory, sharded
 from .student import Lesson, Student, counted
+from .teacher import Live
 
 LOOKS = 10  # evaluations of the held-out loss, and checkpoints
 PATIENCE = 3  # looks in a row without gain after which training ends
@@ -72,13 +73,17 @@ class Attempt:
     ended: str | None = None
 
 
-def heal(model: nn.Module, lesson: Lesson, name: str, trained: "Trained", lr: float) -> dict:
+def heal(model: nn.Module, lesson: Lesson, name: str, trained: "Trained", lr: float, held: memory.Held) -> dict:
     """Train `model`, resident on the device in float32, and return plain values for the record.
 
     name: of the method. trained: the weights and how they are rounded, see `Trained`. lr: the first learning rate.
+    held: what takes memory beside the model.
     """
+    live = lesson.teacher.bytes if isinstance(lesson.teacher, Live) else 0
+    free = memory.least_free(lesson.device)  # the dense model lies there already
+    fit = memory.fit(model, memory.Task(name, lesson.options, lesson.device, held, live), free and free + live)
     with same_random():
-        return Course(model, lesson, name, trained, lr).run()
+        return Course(model, lesson, trained, lr, fit).run()
 
 
 @contextlib.contextmanager
@@ -120,9 +125,8 @@ class Trained(Protocol):
 class Course:
     """The attempts of one healing, see above."""
 
-    def __init__(self, model: nn.Module, lesson: Lesson, name: str, trained: Trained, lr: float) -> None:
-        self.model, self.lesson, self.trained = model, lesson, trained
-        self.fit = memory.fit(model, sum(p.numel() for p in trained.parameters.values()), lesson, name)
+    def __init__(self, model: nn.Module, lesson: Lesson, trained: Trained, lr: float, fit: memory.Fit) -> None:
+        self.model, self.lesson, self.trained, self.fit = model, lesson, trained, fit
         self.windows, self.start = lesson.windows, trained.snapshot()
         if self.fit.checkpointing:
             model.gradient_checkpointing_enable()

@@ -37,7 +37,12 @@ class Lesson:
     @property
     def windows(self) -> int:
         """How many windows a step has, in all processes together."""
-        return max(distributed.world(), self.options.heal_batch // self.options.heal_seqlen)
+        return windows_of(self.options)
+
+
+def windows_of(options: HealOptions) -> int:
+    """How many windows a step has, in all processes together."""
+    return max(distributed.world(), options.heal_batch // options.heal_seqlen)
 
 
 class Student(nn.Module):
