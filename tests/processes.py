@@ -51,8 +51,10 @@ def _begin(folder, name):
 
 
 def _child(rank, n, at, folder, function, args):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(at), OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+    if n > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=str(at))
     _begin(folder, rank)
     code = 1
     try:
@@ -103,7 +105,8 @@ def script(file: str | Path, *argv, folder: Path) -> subprocess.CompletedProcess
 def together(n: int, folder: Path, function, *args) -> list[int]:
     """The exit codes of n processes that call `function(*args)`, a function of a module; negative: killed by a signal.
 
-    FOLDER/RANK.err and RANK.out are what they printed. If one dies and others are left, these are waited for.
+    One alone is not of torchrun. FOLDER/RANK.err and RANK.out are what they printed. If one dies and others are left,
+    these are waited for.
     """
     folder.mkdir(exist_ok=True, parents=True)
     at = port()

@@ -134,7 +134,7 @@ def parts_of(model: nn.Module, task: Task) -> tuple[float, float, float]:
     if asked():  # a block is whole, with its gradients, where it is computed; so are all in bfloat16 until the backward
         return fixed // distributed.world() + 8 * largest + task.teacher, HALF * held.trained, 0
     on_cpu = left * held.stored + environment.freed_memory(4 * largest) if task.device.type == "cpu" else 0
-    fixed += task.teacher + on_cpu
+    fixed += task.teacher + on_cpu + 4 * left * held.trained * (distributed.world() > 1)  # gradients to be averaged
     making = MAKING * 4 * held.largest
     return fixed, making + left * (4 * held.remade + HALF * held.cast), making + 4 * held.remade / len(blocks)
 
