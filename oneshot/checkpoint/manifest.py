@@ -3,7 +3,8 @@
     schema          2; 1 has no `files` and `stored_tensors`, and no seal
     format          "dense" or "packed"; packed ones also have `packed` and `left_dense` (packed.py), those with a GGUF
                     file `gguf` (gguf/)
-    record          the run's record
+    record          the run's record; of a model healed by LoRA, heal.lora.merge_error: how far, at most, a merged
+                    weight is from the trained one, as a share of it (no more than rounding, by proof)
     tensors         {linear: its pattern, zeros, sha256 of its dense bytes, ...} of all prunable linears; `grid` if
                     it was rounded to one (rounded.py)
     files           {name: {"bytes", "sha256"}} of every other file that the run wrote

@@ -15,12 +15,12 @@ for every fallback taken:
     after_model   all blocks have been pruned: train the whole model in place
     on_text       everything before is done: train the whole model in place on text of the user's own (`--heal-data`)
 
-Law, tested for every method: a weight that is zero stays zero, bit for bit, and the method's own held-out loss never
-gets worse. Parameters are trained in float32 and rounded to the stored dtype at the end. But for `on_text`, the only
-data are the calibration windows. A tenth of them, but at most 4096 tokens, is held out: drawn once per run from its
-seed, in batches of their own, the same for every block and every method, so that no method is judged on windows that
-another has trained on (solvers and calibration statistics do use them). A run with a single window holds out nothing,
-keeps the last state and warns.
+Law, tested for every method: a weight that is zero stays zero, bit for bit (but for a dense model's few, with
+`--lora.adapter`), and the method's own held-out loss never gets worse. Parameters are trained in float32 and rounded to
+the stored dtype at the end. But for `on_text`, the only data are the calibration windows. A tenth of them, but at most
+4096 tokens, is held out: drawn once per run from its seed, in batches of their own, the same for every block and every
+method, so that no method is judged on windows that another has trained on (solvers and calibration statistics do use
+them). A run with a single window holds out nothing, keeps the last state and warns.
 
 With several processes (torchrun) the stages of a block run in all of them, each with its share of the batches: what is
 computed from these must be put together by `runtime.distributed`, as `train.fit` does. Afterwards all have rank 0's

@@ -18,13 +18,21 @@ from .text import memory, sharded
 from .text.student import Lesson
 from .train import Trainable
 
+RATES = (0.004, 0.002, 0.001, 0.0005)  # from which one is chosen where none is given
+
 
 @dataclass(frozen=True)
 class Config:
-    lr: float = flag(0.004, "learning rate as a share of each tensor's root mean square; lowered where it does harm")
+    lr: float | None = flag(None, "learning rate as a share of each tensor's root mean square; lowered where it does "
+                                  "harm (default: found on the first steps)")
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The learning rate that is given, or else those to choose among."""
+        return RATES if self.lr is None else (self.lr,)
 
     def __post_init__(self) -> None:
-        if not 0 < self.lr < 1:
+        if self.lr is not None and not 0 < self.lr < 1:
             raise ValueError(f"--full.lr {self.lr:g}: must lie between 0 and 1")
 
 
@@ -57,7 +65,7 @@ class Heal(Base):
         leave, beside = left_alone(model), held(model, lesson.device)
         if sharded.asked():
             with sharded.Sharded(model, lesson.device, stored, leave) as trainable:
-                return text.heal(trainable.model, lesson, "full", trainable, self.cfg.lr, beside)
+                return text.heal(trainable.model, lesson, "full", trainable, self.cfg.rates, beside)
         with models.resident(model, lesson.device, write_back=True, dtype=torch.float32), \
                 Trainable(block_list, stored, leave) as trainable:
-            return text.heal(model, lesson, "full", trainable, self.cfg.lr, beside)
+            return text.heal(model, lesson, "full", trainable, self.cfg.rates, beside)

@@ -33,6 +33,7 @@ from .text import memory
 from .text.student import Lesson
 
 ALL = "all-linear"
+RATES = (0.001, 0.0005, 0.00025)  # from which one is chosen where none is given
 PRUNED = 0.01  # share of zeros from which on a model is no dense one; SmolLM2-135M cut to three quarters has 0.00025
 FILLS = "which an adapter that is added later would fill; leave it out, the merged model has the change in it"
 
@@ -43,16 +44,22 @@ class Config:
     alpha: float = flag(32.0, "scale of the change, divided by r")
     dropout: float = flag(0.0, "share of a linear's inputs that the change leaves out in each step")
     targets: str = flag(ALL, "linears that are changed: all-linear, or ends of their names such as q_proj,v_proj")
-    lr: float = flag(0.001, "learning rate of Adam; lowered where it does harm")
+    lr: float | None = flag(None, "learning rate of Adam; lowered where it does harm (default: found on the first "
+                                  "steps)")
     adapter: str | None = flag(None, "folder to save the change in unmerged as well, for peft; only for a dense "
                                      "model", bears_on="output")
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The learning rate that is given, or else those to choose among."""
+        return RATES if self.lr is None else (self.lr,)
 
     def __post_init__(self) -> None:
         if self.r < 1:
             raise ValueError(f"--lora.r {self.r}: must be at least 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"--lora.dropout {self.dropout:g}: give a share from 0 to below 1")
-        if not (self.alpha > 0 and self.lr > 0):
+        if not (self.alpha > 0 and (self.lr is None or self.lr > 0)):
             raise ValueError("--lora.alpha, --lora.lr: must be above 0")
 
 
@@ -221,7 +228,7 @@ class Heal(Base):
         weights, beside = targets(model, self.cfg), held(model, self.cfg, lesson.device)
         with models.resident(model, lesson.device, write_back=True, dtype=torch.float32), \
                 Adapters(weights, self.cfg, self.seed) as adapters:
-            found = text.heal(model, lesson, "lora", adapters, self.cfg.lr, beside)
+            found = text.heal(model, lesson, "lora", adapters, self.cfg.rates, beside)
         if self.cfg.adapter:
             adapters.save(self.cfg.adapter, self.cfg, model)
         fused = sum(w.size for w in models.all_weights(model) if w.expert is not None)

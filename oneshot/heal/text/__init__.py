@@ -3,6 +3,7 @@
 Trainer does the batches, Adam, the schedule, gradient accumulation and checkpointing, checkpoints, resuming and
 torchrun. Ours are the loss, the zeros that stay zero, and the learning rate:
 
+    rate      where none is given, the first steps are done at a few (rates.py), and the best one begins
     look      the loss on held-out windows, LOOKS times in all
     attempt   training at one learning rate. Where a look is worse than before healing ("harm"), or the last PATIENCE
               looks gained nothing ("no gain"), the rate is too high, or the text does harm: the attempt ends, and
@@ -14,14 +15,14 @@ left as they were. A checkpoint is saved at every look. A run that was killed co
 the same bits (on the same device, with as many threads).
 
     WORK/text/                  the packed text (data/training.py)
-    WORK/attempts.json          the attempts (learning rate, first window, state they began with, looks), and the
-                                hashes of their states
+    WORK/attempts.json          the rates that were tried, the attempts (learning rate, first window, state they began
+                                with, looks), and the hashes of their states
     WORK/attempt-N.safetensors  the best state of an attempt, if it was the best so far
     WORK/attempt-N/             Trainer's checkpoints, each with the hashes of its files; a damaged one is not used. The
                                 last and the best stay until the next is whole (`Seals`)
 
-The files here: losses, student (the model as Trainer sees it), teacher (the dense model's predictions), memory (how a
-step is made to fit), sharded (FSDP2), trainer (transformers' Trainer).
+The files here: losses, rates, student (the model as Trainer sees it), teacher (the dense model's predictions), memory
+(how a step is made to fit), sharded (FSDP2), trainer (transformers' Trainer).
 """
 
 import contextlib
@@ -32,7 +33,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -42,8 +42,8 @@ from torch.utils.data import Subset
 
 from ...runtime import distributed, sealed
 from ..train import FALL, WARM_UP
-from . import memory, sharded
-from .student import Lesson, Student, counted
+from . import memory, rates, sharded
+from .student import Lesson, Student, Trained, counted
 from .teacher import Live
 
 LOOKS = 10  # evaluations of the held-out loss, and checkpoints
@@ -73,17 +73,18 @@ class Attempt:
     ended: str | None = None
 
 
-def heal(model: nn.Module, lesson: Lesson, name: str, trained: "Trained", lr: float, held: memory.Held) -> dict:
+def heal(model: nn.Module, lesson: Lesson, name: str, trained: Trained, given: tuple[float, ...],
+         held: memory.Held) -> dict:
     """Train `model`, resident on the device in float32, and return plain values for the record.
 
-    name: of the method. trained: the weights and how they are rounded, see `Trained`. lr: the first learning rate.
-    held: what takes memory beside the model.
+    name: of the method. trained: the weights and how they are rounded, see `Trained`. given: the first learning rate,
+    or several, from high to low, to choose among. held: what takes memory beside the model.
     """
     live = lesson.teacher.bytes if isinstance(lesson.teacher, Live) else 0
     free = memory.least_free(lesson.device)  # the dense model lies there already
     fit = memory.fit(model, memory.Task(name, lesson.options, lesson.device, held, live), free and free + live)
     with same_random():
-        return Course(model, lesson, trained, lr, fit).run()
+        return Course(model, lesson, trained, given, fit).run()
 
 
 @contextlib.contextmanager
@@ -98,49 +99,28 @@ def same_random() -> Iterator[None]:
             np.random.set_state(arrays)
 
 
-class Trained(Protocol):
-    """What a method trains; `train.Trainable` is one."""
-
-    parameters: dict[str, nn.Parameter]
-
-    def products(self) -> torch.dtype:
-        """The dtype in which matrices are multiplied."""
-
-    def groups(self, lr: float) -> list[dict]:
-        """Adam's parameter groups."""
-
-    def mask_gradients(self) -> None:
-        """Set the gradients of pruned weights to zero."""
-
-    def snapshot(self) -> dict[str, torch.Tensor]:
-        """A copy of the parameters."""
-
-    def restore(self, snapshot: dict[str, torch.Tensor]) -> None:
-        """Set the parameters to a snapshot."""
-
-    def round(self) -> None:
-        """Round the weights as they will be saved."""
-
-
 class Course:
     """The attempts of one healing, see above."""
 
-    def __init__(self, model: nn.Module, lesson: Lesson, trained: Trained, lr: float, fit: memory.Fit) -> None:
-        self.model, self.lesson, self.trained, self.fit = model, lesson, trained, fit
+    def __init__(self, model: nn.Module, lesson: Lesson, trained: Trained, given: tuple[float, ...],
+                 fit: memory.Fit) -> None:
+        self.model, self.lesson, self.trained, self.given, self.fit = model, lesson, trained, given, fit
         self.windows, self.start = lesson.windows, trained.snapshot()
         if self.fit.checkpointing:
             model.gradient_checkpointing_enable()
         self.file = lesson.work / ATTEMPTS
         kept = distributed.share(sealed.kept(self.file))
         self.before: float | None = kept.get("before")
-        self.attempts = [Attempt(**row) for row in kept.get("attempts", [])] or [Attempt(lr, 0)]
+        self.tried: list[list[float]] = kept.get("tried", [])  # [rate, held-out loss] each
+        self.attempts = [Attempt(**row) for row in kept.get("attempts", [])]
 
     def run(self) -> dict:
         """All attempts, then the best state, rounded; returns what `heal` does."""
-        began, seen = time.perf_counter(), 0
         if self.before is None:
             self.before = self.trainer(Attempt(0.0, 0)).evaluate()["eval_loss"]
             self.note()
+        self.attempts = self.attempts or [Attempt(rates.best(self), 0)]
+        began, seen = time.perf_counter(), 0
         while True:
             attempt = self.attempts[-1]
             if attempt.ended is None:
@@ -210,8 +190,8 @@ class Course:
         return {"tokens": tokens, "steps": sum(a.steps for a in self.attempts), "lr": last.lr,
                 "products": str(self.trained.products()).removeprefix("torch."), "held_out_before": self.before / share,
                 "held_out_after": loss / share, "tokens_per_second": speed, "memory": self.fit.said(), "text": about,
-                "attempts": attempts, "warnings": warnings} | (
-                    {"sharded": distributed.world()} if sharded.asked() else {})
+                "attempts": attempts, "tried": [[rate, value / share] for rate, value in self.tried],
+                "warnings": warnings} | ({"sharded": distributed.world()} if sharded.asked() else {})
 
     def best(self) -> tuple[float, str | None]:
         """(lowest held-out loss so far, the file of that state; None for the start)."""
@@ -232,32 +212,32 @@ class Course:
     def note(self) -> None:
         """Write attempts.json."""
         if not distributed.rank():
-            sealed.keep({"before": self.before, "attempts": [asdict(a) for a in self.attempts]}, self.file,
-                        [a.kept for a in self.attempts if a.kept])
+            sealed.keep({"before": self.before, "tried": self.tried, "attempts": [asdict(a) for a in self.attempts]},
+                        self.file, [a.kept for a in self.attempts if a.kept])
 
     def folder(self, number: int) -> Path:
         """Trainer's folder for an attempt."""
         return self.lesson.work / (f"attempt-{number}" + "-sharded" * sharded.asked())
 
-    def trainer(self, attempt: Attempt) -> "TextTrainer":  # noqa: F821 - see below
-        """Trainer for an attempt on what is left of the text."""
+    def trainer(self, attempt: Attempt, first: int = 0) -> "TextTrainer":  # noqa: F821 - see below
+        """Trainer for an attempt on what is left of the text; first: for so many steps alone, without looks."""
         from .trainer import Looks, Seals, Shards, TextTrainer, TrainingArguments, watching  # slow to import
 
         text, lesson = self.lesson.text, self.lesson
         steps = max(1, (len(text.train) - attempt.begins) // self.windows)
         look = max(1, steps // LOOKS)
         number = self.attempts.index(attempt) if attempt in self.attempts else len(self.attempts)
+        plan = {"max_steps": steps, "lr_scheduler_type": "cosine", "warmup_steps": max(1, round(WARM_UP * steps)),
+                "eval_strategy": "steps", "eval_steps": look, "save_strategy": "steps", "save_steps": look,
+                "load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
         arguments = TrainingArguments(
             output_dir=str(self.folder(number)), per_device_train_batch_size=self.fit.windows,
-            per_device_eval_batch_size=self.fit.windows, gradient_accumulation_steps=self.fit.parts, max_steps=steps,
-            train_sampling_strategy="sequential",
-            lr_scheduler_type="cosine", warmup_steps=max(1, round(WARM_UP * steps)), max_grad_norm=CLIP,
-            eval_strategy="steps", eval_steps=look, save_strategy="steps", save_steps=look,
-            load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
-            logging_steps=max(1, look // 5), report_to="none", disable_tqdm=True, seed=lesson.seed,
+            per_device_eval_batch_size=self.fit.windows, gradient_accumulation_steps=self.fit.parts,
+            train_sampling_strategy="sequential", max_grad_norm=CLIP, logging_steps=max(1, look // 5),
+            report_to="none", disable_tqdm=True, seed=lesson.seed,
             use_cpu=lesson.device.type == "cpu", remove_unused_columns=False, prediction_loss_only=True,
-            dataloader_pin_memory=False)
-        seen = watching(lesson.work, number, lesson.progress) if attempt.lr else []
+            dataloader_pin_memory=False, **rates.schedule(first) if first else plan)
+        seen = watching(lesson.work, number, lesson.progress) if attempt.lr and not first else []
         return TextTrainer(
             self.student(), arguments, train_dataset=Subset(text.train, range(attempt.begins, len(text.train))),
             eval_dataset=text.held, groups=self.trained.groups(attempt.lr), masked=self.trained.mask_gradients,

@@ -1,8 +1,8 @@
-"""Student: a model that is healed on text, as transformers' Trainer sees it, and what its lesson is."""
+"""Student: a model that is healed on text, as transformers' Trainer sees it, what is trained, what its lesson is."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -43,6 +43,30 @@ class Lesson:
 def windows_of(options: HealOptions) -> int:
     """How many windows a step has, in all processes together."""
     return max(distributed.world(), options.heal_batch // options.heal_seqlen)
+
+
+class Trained(Protocol):
+    """What a method trains; `train.Trainable` is one."""
+
+    parameters: dict[str, nn.Parameter]
+
+    def products(self) -> torch.dtype:
+        """The dtype in which matrices are multiplied."""
+
+    def groups(self, lr: float) -> list[dict]:
+        """Adam's parameter groups."""
+
+    def mask_gradients(self) -> None:
+        """Set the gradients of pruned weights to zero."""
+
+    def snapshot(self) -> dict[str, torch.Tensor]:
+        """A copy of the parameters."""
+
+    def restore(self, snapshot: dict[str, torch.Tensor]) -> None:
+        """Set the parameters to a snapshot."""
+
+    def round(self) -> None:
+        """Round the weights as they will be saved."""
 
 
 class Student(nn.Module):
