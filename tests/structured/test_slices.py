@@ -177,18 +177,14 @@ def test_saved_loaded_without_oneshot_generates_with_its_cache(tmp_path):
     wanted = {}
     for name in FAMILIES:
         model = tiny(name)
-        cut = cut_of(model)
+        kept = cut_of(model).kept
         dropped = () if name in REFUSES else (0,)
-        cut = Cut(dropped, cut.kept)
-        if not cut.kept and not dropped:
+        if not kept and not dropped:
             continue
-        try:
-            made, _ = cut_model(zeroed(model, cut), cut)
-        except ValueError:
-            assert name in ("llama4", "deepseek_v3", "qwen3_next"), name
-            continue
+        made, _ = cut_model(zeroed(model, Cut(dropped, kept)), Cut(dropped, kept))
         made.save_pretrained(tmp_path / name)
         wanted[str(tmp_path / name)] = made
+    assert {name for name in FAMILIES if str(tmp_path / name) not in wanted} == {"gemma3n"}, "nothing of it can go"
     done = alone(LOADS, *wanted, cwd=tmp_path)
     assert not done.returncode, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
