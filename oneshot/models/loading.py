@@ -98,8 +98,7 @@ def load(name: str | Path, *, dtype: str = "auto", revision: str | None = None, 
     if away:
         keep_on_disk(model, folder, said)
     settle(model, config, folder, said)
-    if local:
-        gguf.recall(model, path)
+    gguf.recall(model, path if local else source)
     return model.eval().requires_grad_(False), tokenizer
 
 

@@ -39,6 +39,7 @@ class Source:
 
     folder: where its files are, or None. quantised: their quantisation method, or None. entries: {tensor name: Entry}
     of the files. left: names of tensors that are not in the model. warnings: what a reader of the record should know.
+    stands_for: what was taken for a name that can mean one of several ("smollm2"), or None.
     """
 
     folder: Path | None = None
@@ -46,6 +47,7 @@ class Source:
     entries: dict[str, Entry] = field(default_factory=dict)
     left: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    stands_for: str | None = None
 
 
 _SOURCES: weakref.WeakKeyDictionary[nn.Module, Source] = weakref.WeakKeyDictionary()

@@ -65,9 +65,11 @@ def digest(cfg: RunConfig, weights: str) -> str:
 
 
 def describe(cfg: RunConfig, model: nn.Module, weights: str) -> dict:
-    """The record's `model`: name, family, numbers of parameters and blocks, dtype, fingerprint (`weights`)."""
-    blocks = models.blocks(model)[1]
-    return {"name": Path(cfg.model.rstrip("/")).name, "family": model.config.model_type,
+    """The record's `model`: name, family, numbers of parameters and blocks, dtype, fingerprint (`weights`); what the
+    name stands for, where it can mean one of several."""
+    blocks, taken = models.blocks(model)[1], models.source_of(model).stands_for
+    return {"name": Path(cfg.model.rstrip("/")).name, **({"stands_for": taken} if taken else {}),
+            "family": model.config.model_type,
             "parameters": sum(p.numel() for p in model.parameters()),
             "prunable": sum(weight.size for weight in models.all_weights(model)),
             "in_blocks": sum(p.numel() for p in blocks.parameters()),
