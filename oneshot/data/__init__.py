@@ -3,6 +3,7 @@
     sources      read text by its name: built in, from files, from data sets on the hub
     text         documents as they were read, and how they are to be read
     files        .txt .jsonl .json .parquet .csv, as they are or packed (zst: .zst files)
+    json_list    the elements of a JSON list, one at a time
     hub          data sets on the Hugging Face hub
     columns      which column of a data set holds the text
     windows      turn text into windows of tokens
@@ -11,6 +12,7 @@
     sample_self  sample text from the model itself
     perturb      add typos and the like to evaluation text
     choose       select what a run's settings ask for
+    pieces       the beginning of a training text, parted and tokenised on disk
     training     the text of `--heal-data`, mixed and packed into windows that lie on disk
 """
 

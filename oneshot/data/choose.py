@@ -13,7 +13,7 @@ from torch import nn
 from .. import models
 from ..models import Tokenizer
 from ..runtime.flag import Settings, flag
-from . import embedding, encode, files, windows
+from . import embedding, encode, files, training, windows
 from .perturb import KINDS
 from .sources import TextOptions
 from .windows import Tokens
@@ -121,6 +121,13 @@ def text_options(cfg: Settings, model: nn.Module, tokenizer: Tokenizer) -> TextO
     return TextOptions(column=cfg.column, config=cfg.data_config, split=cfg.split, revision=cfg.revision,
                        cache_dir=cfg.cache_dir, per_line=cfg.per_line, documents=cfg.documents,
                        bos="each" if cfg.bos == "auto" and needs_bos(model, tokenizer) else cfg.bos)
+
+
+def training_options(cfg: Settings, model: nn.Module, tokenizer: Tokenizer) -> TextOptions:
+    """The same for the texts to heal on: --split and --revision are those of the calibration set, if it is one."""
+    options = text_options(cfg, model, tokenizer)
+    texts = [name for spec in (cfg.heal_data, cfg.heal_held_out) if spec for _, name in training.mixture(spec)]
+    return options if cfg.calibration in texts else dataclasses.replace(options, split=None, revision=None)
 
 
 def needs_bos(model: nn.Module, tokenizer: Tokenizer) -> bool:

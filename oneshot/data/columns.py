@@ -20,23 +20,28 @@ INSTRUCTIONS = (("instruction", "output"), ("instruction", "response"), ("prompt
                 ("chosen", "rejected"))  # Alpaca, Dolly, TRL and others
 
 
-def pick(records: Iterable[Any], wanted: str | None) -> tuple[list[Document], bool]:
+def pick(records: Iterable[Any], wanted: str | None) -> tuple[Iterator[Document], bool]:
     """(documents, whether they are conversations) of records: strings themselves, of objects the chosen column.
 
-    Nulls are left out. Raises Unusable naming the record that does not fit.
+    Nulls are left out. The first record is read at once, the others as their documents are asked for. Raises Unusable
+    naming the record that does not fit.
     """
     numbered = ((number, record) for number, record in enumerate(records, 1) if record is not None)
     begun, kinds = looked_at(numbered, wanted)
     column = None if kinds is None else choose(kinds, wanted)
-    found, kind = [], CHAT if column is not None and kinds[column] == CHAT else TEXT
-    for number, record in itertools.chain(begun, numbered):
+    chat = column is not None and kinds[column] == CHAT
+    return picked(itertools.chain(begun, numbered), column, CHAT if chat else TEXT), chat
+
+
+def picked(numbered: Iterable[tuple[int, Any]], column: str | None, kind: str) -> Iterator[Document]:
+    """The documents of (number, record): the records themselves, or what they have in a column."""
+    for number, record in numbered:
         if column is not None:
             if not isinstance(record, dict) or column not in record:
                 raise Unusable(f"record {number} has no column {column!r}; correct it or change --column")
             record = record[column]
         if record is not None:
-            found.append(checked(record, number, kind))
-    return found, kind == CHAT
+            yield checked(record, number, kind)
 
 
 def looked_at(numbered: Iterator[tuple[int, Any]],

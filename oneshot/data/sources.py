@@ -17,9 +17,9 @@ from pathlib import Path
 from . import files, hub
 from .columns import has_text, listed
 from .hub import HUB_SETS
-from .text import AS_IT_COMES, Text, TextOptions, Unusable
+from .text import AS_IT_COMES, Stream, Text, TextOptions, Unusable
 
-__all__ = ["AS_IT_COMES", "HUB_SETS", "Text", "TextOptions", "Unusable", "read"]
+__all__ = ["AS_IT_COMES", "HUB_SETS", "Stream", "Text", "TextOptions", "Unusable", "read", "stream"]
 
 DEMO = Path(__file__).parent.parent / "demo"
 CALIBRATION_TEXT = {"builtin": ["calibration.txt"]}
@@ -32,11 +32,12 @@ EVALUATION_TEXT = {
 
 def read(spec: str, options: TextOptions, evaluate: bool) -> Text:
     """Read the text named `spec`, for evaluation or else for calibration. Raises Unusable."""
-    builtin, path = EVALUATION_TEXT if evaluate else CALIBRATION_TEXT, Path(os.path.expanduser(spec))
+    builtin = EVALUATION_TEXT if evaluate else CALIBRATION_TEXT
     if spec in builtin:
-        text = Text([files.decode(DEMO / name) for name in builtin[spec]], f"{spec} ({', '.join(builtin[spec])})")
-    elif files.is_known(path) or (os.path.exists(path) and spec not in HUB_SETS):
-        text = files.read(path, options)
+        documents = ["".join(files.blocks(DEMO / name)) for name in builtin[spec]]
+        text = Text(documents, f"{spec} ({', '.join(builtin[spec])})")
+    elif is_file(spec):
+        text = files.read(Path(os.path.expanduser(spec)), options)
     elif spec in HUB_SETS or is_hub(spec):
         text = hub.read(spec, options, evaluate)
     else:
@@ -46,6 +47,22 @@ def read(spec: str, options: TextOptions, evaluate: bool) -> Text:
     if not any(has_text(document) for document in text.documents):
         raise Unusable("holds no text; use another one")
     return text
+
+
+def stream(spec: str, options: TextOptions) -> Stream:
+    """The text named `spec` to train on, read as far as it is asked for. Raises Unusable, also while it is read."""
+    if spec not in CALIBRATION_TEXT and is_file(spec):
+        return files.stream(Path(os.path.expanduser(spec)), options)
+    if spec not in CALIBRATION_TEXT and is_hub(spec):
+        return hub.stream(spec, options)
+    text = read(spec, options, evaluate=False)
+    return Stream(iter(text.documents), text.source)
+
+
+def is_file(spec: str) -> bool:
+    """Whether a text is a file by its name, whether it is there or not, or lies there by any name."""
+    path = Path(os.path.expanduser(spec))
+    return files.is_known(path) or (os.path.exists(path) and spec not in HUB_SETS)
 
 
 def is_hub(spec: str) -> bool:

@@ -1,6 +1,6 @@
 """Text: documents as they were read, and how they are to be read."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 Conversation = list[dict]  # messages in order, {"role": ..., "content": ...}
@@ -50,6 +50,21 @@ class Text:
             if limit is not None and size >= limit:
                 break
         return self.glue.join(parts)[:limit]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A text that is read once, from its beginning, as far as somebody asks for the next document.
+
+    documents: in the order of the source; they raise Unusable. source: what is read, without how much of it.
+    parted: the documents are the consecutive parts of a single one.
+    """
+
+    documents: Iterator[Document]
+    source: str
+    warnings: tuple[str, ...] = ()
+    chat: bool = False
+    parted: bool = False
 
 
 class Unusable(ValueError):

@@ -1,6 +1,7 @@
 """Training text: what `--heal-data` names, mixed, tokenised and packed into windows that lie on disk.
 
-    source   a text as for `--calibration`, or WEIGHT*SOURCE; weights say how many tokens come from each
+    source   a text as for `--calibration`, or WEIGHT*SOURCE; weights say how many tokens come from each. It is read
+             from its beginning, as far as these need it (pieces.py)
     piece    a document, or a part of a longer one (of at most PIECE characters, fewer in a short text), which is then
              treated as a document
     window   `seqlen` consecutive tokens of the packed documents
@@ -14,8 +15,10 @@ source, the first pieces are held out.
     FOLDER/train.npy, held.npy               token ids, uint32
     FOLDER/train_starts.npy, held_starts.npy where documents begin, int64
     FOLDER/text.json                         what was read, and the hashes of these files, written last
+    FOLDER/pieces/                           the sources' pieces, until the others are written
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -23,8 +26,8 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +39,11 @@ from tqdm import tqdm
 from ..models import Tokenizer
 from ..runtime import sealed
 from ..runtime.files import array_on_disk
+from .columns import has_text
 from .encode import Encoder
-from .sources import TextOptions, Unusable, read
-from .text import Document
+from .pieces import PIECE, PIECES, Sampled, Source, gather
+from .sources import Stream, TextOptions, Unusable, stream
 
-PIECE = 20_000  # characters, at most
-PIECES = 40  # into so many a text of few documents is cut at least, so that some can be held out
-SHORT = 100  # characters that a piece has at least
 GRAM = 13  # tokens; text is taken to be the same where so many agree, as in arXiv 2005.14165, appendix C
 Sampler = Callable[[int], list[list[int]]]
 IGNORED = -100  # the label of a token that is not predicted: the first of a document
@@ -94,73 +95,13 @@ def mixture(text: str) -> list[tuple[float, str]]:
         match = re.fullmatch(r"(\d*\.?\d+)\*(.+)", entry)
         weight, source = (float(match[1]), match[2]) if match else (1.0, entry)
         source = os.path.expanduser(source)  # the shell does that only at the start of a word
-        if not weight > 0 or source in [name for _, name in found]:
+        if not 0 < weight < math.inf or source in [name for _, name in found]:
             raise ValueError(f"--heal-data {entry}: give each text once, with a weight above 0, such as "
                              "0.7*c4,0.3*a.txt")
         found.append((weight, source))
     if not found:
         raise ValueError("--heal-data: nothing given; name a text such as c4 or a file")
     return found
-
-
-@dataclass
-class Source:
-    """One text of a mixture: its pieces in random order, again and again, each as token ids.
-
-    size: characters of a piece, at most. holding: whether what is drawn now is held out, so that it never comes again.
-    taken, passes: tokens drawn and passes begun since it is not.
-    """
-
-    name: str
-    share: float
-    documents: Sequence[Document]
-    encoder: "Encoder | Sampled"
-    draw: random.Random
-    described: str
-    size: int = PIECE
-    holding: bool = True
-    taken: int = 0
-    passes: int = 1
-    _held: set[tuple[int, int]] = field(default_factory=set, repr=False)
-    _pieces: Iterator[list[int]] | None = field(default=None, repr=False)
-
-    def next(self) -> list[int]:
-        """The next piece. Raises Unusable where nothing is left to draw."""
-        for _ in range(2):
-            self._pieces = self._pieces or self._pass()
-            for ids in self._pieces:
-                if ids:
-                    return ids
-            self._pieces, self.passes = None, self.passes + 1
-            if self.holding:
-                break
-        raise Unusable("holds too little text to train on some of it and to hold some out; add text")
-
-    def _pass(self) -> Iterator[list[int]]:
-        """One pass over all pieces that are not held out."""
-        order = [(d, p) for d, document in enumerate(self.documents) for p in range(self._count(document))]
-        self.draw.shuffle(order)
-        eos = self.encoder.tokenizer.eos_token_id
-        for d, p in order:
-            if (d, p) in self._held:
-                continue
-            if self.holding:
-                self._held.add((d, p))
-            document, last = self.documents[d], p + 1 == self._count(self.documents[d])
-            part = document[p * self.size : (p + 1) * self.size] if isinstance(document, str) else document
-            ids = self.encoder.document(part)
-            yield [*ids, eos] if ids and last and eos is not None and not self.encoder.chat else ids
-
-    def _count(self, document: Document) -> int:
-        """How many pieces a document has."""
-        return max(1, -(-len(document) // self.size)) if isinstance(document, str) else int(document is not None)
-
-
-def piece_size(documents: Sequence[Document]) -> int:
-    """Characters of a piece: fewer than PIECE in a text of few and short documents."""
-    if len(documents) >= PIECES:
-        return PIECE
-    return min(PIECE, max(SHORT, sum(len(document or "") for document in documents) // PIECES))
 
 
 def prepare(spec: str, tokenizer: Tokenizer, folder: Path, *, tokens: int, held: int, seqlen: int, seed: int,
@@ -183,7 +124,7 @@ def prepare(spec: str, tokenizer: Tokenizer, folder: Path, *, tokens: int, held:
         folder.mkdir(parents=True, exist_ok=True)
         for old in (done, *(folder / f"{name}.npy" for name in sizes)):
             old.unlink(missing_ok=True)
-        need, free = 4 * sum(sizes.values()), shutil.disk_usage(folder).free
+        need, free = 2 * 4 * sum(sizes.values()), shutil.disk_usage(folder).free
         if need > free:
             raise ValueError(f"--heal-tokens {tokens}: takes {need / 2**30:.3g} GiB in {folder}, the disk has "
                              f"{free / 2**30:.3g} left; ask for fewer, or save elsewhere")
@@ -192,14 +133,20 @@ def prepare(spec: str, tokenizer: Tokenizer, folder: Path, *, tokens: int, held:
             return sample(math.ceil(share * sum(sizes.values()) / seqlen) + 1)
         sources = _open("--heal-data", spec, tokenizer, options, seed, drawn)
         others = _open("--heal-held-out", held_out, tokenizer, options, seed, drawn) if held_out else sources
-        for name, mixed in (("held", others), ("train", sources)):
-            for source in mixed:
-                source.holding, source.taken = name == "held", 0
-            _write(folder / name, mixed, sizes[name], "--heal-data" if mixed is sources else "--heal-held-out",
-                   tqdm(total=sizes[name], desc=f"{name} text", unit=" tokens", disable=not progress, leave=False))
-            if options.bos == "each":
-                _begin_windows(folder / f"{name}.npy", seqlen, tokenizer.bos_token_id)
-        about = {"asked": asked, **_described(sources, sizes["train"]), "sha256": sealed.digest(folder / "train.npy")}
+        texts = {"--heal-data": sources} | ({"--heal-held-out": others} if held_out else {})
+        with _beside(folder / "pieces") as place:
+            for flag, mixed in texts.items():
+                size = sum(sizes.values()) if len(texts) == 1 else sizes["train" if mixed is sources else "held"]
+                for number, source in enumerate(mixed):
+                    _gather(flag, source, place / f"{flag}-{number}", math.ceil(source.share * size), progress)
+            for name, mixed in (("held", others), ("train", sources)):
+                for source in mixed:
+                    source.holding, source.taken = name == "held", 0
+                _write(folder / name, mixed, sizes[name], "--heal-data" if mixed is sources else "--heal-held-out")
+                if options.bos == "each":
+                    _begin_windows(folder / f"{name}.npy", seqlen, tokenizer.bos_token_id)
+        about = {"asked": asked, **_described(sources, sizes["train"]), "sha256": sealed.digest(folder / "train.npy"),
+                 "warnings": [warning for flag, mixed in texts.items() for warning in _warnings(flag, mixed)]}
         sealed.keep(about, done, [f"{name}{part}.npy" for name in sizes for part in ("", "_starts")])
     windows = {name: Windows(np.load(folder / f"{name}.npy", mmap_mode="r"), np.load(folder / f"{name}_starts.npy"),
                              seqlen) for name in sizes}
@@ -207,10 +154,17 @@ def prepare(spec: str, tokenizer: Tokenizer, folder: Path, *, tokens: int, held:
 
 
 def check(spec: str, tokenizer: Tokenizer, options: TextOptions, held_out: str | None = None) -> None:
-    """Raise what `prepare` would, as far as that shows when the texts are opened."""
+    """Raise what `prepare` would, as far as that shows at the beginning of the texts."""
     for flag, text in (("--heal-data", spec), ("--heal-held-out", held_out)):
-        if text:
-            _open(flag, text, tokenizer, options, 0, lambda share: [])
+        for source in _open(flag, text, tokenizer, options, 0, lambda share: []) if text else []:
+            with _naming(flag, source):
+                characters, found = 0, isinstance(source.encoder, Sampled)
+                for document in source.text.documents:
+                    characters, found = characters + len(document or ""), found or has_text(document)
+                    if found and characters >= PIECES * PIECE:
+                        break
+                if not found:
+                    raise Unusable("holds no text; use another one")
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
@@ -220,23 +174,15 @@ def fingerprint(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(whole.encode()).hexdigest()[:12]
 
 
-def _files(*specs: str | None) -> list[list]:
+def files_of(*specs: str | None) -> list[Path]:
+    """The files among the texts, in order."""
+    names = [os.path.expanduser(name) for spec in specs if spec for _, name in mixture(spec)]
+    return [Path(name) for name in names if os.path.isfile(name)]
+
+
+def _files(spec: str, held_out: str | None) -> list[list]:
     """[path, size, time of change] of every file among the texts, to see that none was changed."""
-    names = [name for spec in specs if spec for _, name in mixture(spec)]
-    return [[name, Path(name).stat().st_size, Path(name).stat().st_mtime_ns] for name in names if Path(name).is_file()]
-
-
-class Sampled:
-    """Takes the place of an Encoder for documents that are token ids already."""
-
-    chat = True  # nothing is added
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-
-    def document(self, ids: list[int]) -> list[int]:
-        """The document itself."""
-        return ids
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files_of(spec, held_out)]
 
 
 def _open(flag: str, spec: str, tokenizer: Tokenizer, options: TextOptions, seed: int,
@@ -246,38 +192,60 @@ def _open(flag: str, spec: str, tokenizer: Tokenizer, options: TextOptions, seed
     whole = sum(weight for weight, _ in parts)
     for number, (weight, name) in enumerate(parts):
         if name == "self":
-            found.append(Source(name, weight / whole, sample(weight / whole), Sampled(tokenizer),
-                                random.Random(f"{seed}/self"), "sampled from the dense model"))
+            text = Stream(iter(sample(weight / whole)), "sampled from the dense model", chat=True)
+            found.append(Source(name, weight / whole, text, Sampled(tokenizer), random.Random(f"{seed}/self")))
             continue
         try:
-            text = read(name, options, evaluate=False)
+            text = stream(name, options)
             encoder = Encoder(tokenizer, "first" if options.bos == "each" else options.bos, text.chat)
         except Unusable as error:
             raise ValueError(f"{flag} {name}: {error}") from error.__cause__
         draw = random.Random(f"{seed}/{number}")  # not its name: a text may lie anywhere
-        size = piece_size(text.documents)
-        found.append(Source(name, weight / whole, text.documents, encoder, draw, text.source, size))
+        found.append(Source(name, weight / whole, text, encoder, draw))
     return found
 
 
-def _write(path: Path, sources: list[Source], size: int, flag: str, bar: tqdm) -> None:
+@contextlib.contextmanager
+def _naming(flag: str, source: Source) -> Iterator[None]:
+    """Turn an Unusable into a ValueError that starts with the flag and the source."""
+    try:
+        yield
+    except Unusable as error:
+        raise ValueError(f"{flag} {source.name}: {error}") from error.__cause__
+
+
+@contextlib.contextmanager
+def _beside(folder: Path) -> Iterator[Path]:
+    """A new folder, which is there within the context; what a killed process has left of it is removed."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _gather(flag: str, source: Source, file: Path, tokens: int, progress: bool) -> None:
+    """Read so much of a source that `tokens` can be drawn."""
+    bar = tqdm(total=tokens, desc=f"text of {flag}", unit=" tokens", disable=not progress, leave=False)
+    with _naming(flag, source):
+        source.pieces = gather(source.text, source.encoder, file, tokens, bar)
+
+
+def _write(path: Path, sources: list[Source], size: int, flag: str) -> None:
     """Fill PATH.npy with `size` tokens of the sources, and note in PATH_starts.npy where documents begin.
 
-    Raises OSError where the disk is full, before anything is read.
+    Raises OSError where the disk is full, before anything is written.
     """
     ids = array_on_disk(path.with_suffix(".npy"), np.uint32, (size,))
     starts, at = [], 0
-    with bar:
-        while at < size:
-            source = max(sources, key=lambda s: s.share * at - s.taken)
-            try:
-                piece = source.next()[: size - at]
-            except Unusable as error:
-                raise ValueError(f"{flag} {source.name}: {error}") from error.__cause__
-            starts.append(at)
-            ids[at : at + len(piece)] = piece
-            at, source.taken = at + len(piece), source.taken + len(piece)
-            bar.update(len(piece))
+    while at < size:
+        source = max(sources, key=lambda s: s.share * at - s.taken)
+        with _naming(flag, source):
+            piece = source.next()[: size - at]
+        starts.append(at)
+        ids[at : at + len(piece)] = piece
+        at, source.taken = at + len(piece), source.taken + len(piece)
     ids.flush()
     np.save(path.with_name(f"{path.name}_starts.npy"), np.asarray(starts, np.int64))
 
@@ -291,10 +259,15 @@ def _begin_windows(file: Path, seqlen: int, token: int) -> None:
 
 def _described(sources: list[Source], tokens: int) -> dict[str, Any]:
     """Plain values for the record."""
-    again = [f"--heal-data {s.name}: read {s.passes} times, it holds fewer tokens than were asked for; lower "
-             "--heal-tokens or add text" for s in sources if s.passes > 1]
-    return {"tokens": tokens, "sources": [{"source": s.described, "share": s.share, "tokens": s.taken,
-                                           "passes": s.passes} for s in sources], "warnings": again}
+    return {"tokens": tokens, "sources": [{"source": s.described(), "share": s.share, "tokens": s.taken,
+                                           "passes": s.passes} for s in sources]}
+
+
+def _warnings(flag: str, sources: list[Source]) -> list[str]:
+    """What a reader of the run's numbers should know of its texts, one line each."""
+    again = [f"{flag} {s.name}: read {s.passes} times, it holds fewer tokens than were asked for; lower --heal-tokens "
+             "or add text" for s in sources if s.passes > 1]
+    return [*(f"{flag} {warning}" for s in sources for warning in s.text.warnings), *again]
 
 
 def overlap(train: np.ndarray, other: np.ndarray, chunk: int = 2**22) -> float:

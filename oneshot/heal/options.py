@@ -1,5 +1,6 @@
 """Flags of healing on text of one's own, shared by `--heal full` and `--heal lora`."""
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,8 @@ class HealOptions:
 def count(text: str, flag: str = "--heal-tokens") -> int:
     """The number written as "500k", "20M" or "1B". Raises ValueError naming the flag."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMB]?)", str(text))
-    found = round(float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9}[match[2]]) if match else 0
+    found = float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9}[match[2]] if match else 0
+    found = round(found) if found < math.inf else 0
     if found < 1:
         raise ValueError(f"{flag} {text}: give a number such as 500k, 20M or 1B")
     return found

@@ -119,7 +119,7 @@ def make_lesson(subject: Subject, work: Path, dense: teacher.Teacher) -> Lesson:
     """The lesson of a run. dense: its teacher. Raises ValueError naming the flag of what cannot be used."""
     cfg, model, device = subject.cfg, subject.model, torch.device(subject.cfg.device)
     seqlen = choose.window(model, cfg.heal_seqlen, "--heal-seqlen")
-    options = choose.text_options(cfg, model, subject.tokenizer)
+    options = choose.training_options(cfg, model, subject.tokenizer)
     of = dense.fingerprint if cfg.heal_cache else None
 
     def live() -> teacher.Live:
@@ -161,7 +161,7 @@ def check(cfg: RunConfig, model: nn.Module, tokenizer: Tokenizer | None) -> teac
     if tokenizer is None:
         raise ValueError(f"tokenizer: needed to read --heal-data {cfg.heal_data}")
     choose.window(model, cfg.heal_seqlen, "--heal-seqlen")
-    training.check(cfg.heal_data, tokenizer, choose.text_options(cfg, model, tokenizer), cfg.heal_held_out)
+    training.check(cfg.heal_data, tokenizer, choose.training_options(cfg, model, tokenizer), cfg.heal_held_out)
     if cfg.heal_teacher in (None, GIVEN):
         return None
     dense = teacher.Teacher(lambda: named(cfg))
@@ -220,6 +220,5 @@ def overlap_warnings(subject: Subject, text: training.TrainingText) -> list[str]
 def mark(cfg: RunConfig, dense: teacher.Teacher | None) -> list[str]:
     """What identifies the training text and the model of `--heal-teacher` beside their names: the sha256 of every file
     that is named, and the fingerprint of the model's weights."""
-    names = [name for spec in (cfg.heal_data, cfg.heal_held_out) if spec for _, name in training.mixture(spec)]
-    found = [sealed.digest(Path(name)) for name in names if Path(name).is_file()]
+    found = [sealed.digest(file) for file in training.files_of(cfg.heal_data, cfg.heal_held_out)]
     return [*found, dense.fingerprint] if dense else found

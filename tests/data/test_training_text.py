@@ -11,11 +11,12 @@ import pytest
 import tiny
 import torch
 
-from oneshot.data import training
+from oneshot.data import choose, pieces, training
 from oneshot.data.sources import AS_IT_COMES, TextOptions
 from oneshot.data.training import IGNORED, Windows, mixture, overlap, prepare
 from oneshot.heal.options import HealOptions
 from oneshot.pipeline import lesson
+from oneshot.settings import RunConfig
 
 LINES = TextOptions(per_line=True)
 
@@ -70,7 +71,7 @@ def test_a_text_too_small_to_hold_some_out_is_refused_and_another_can_be_given(t
 
 def test_a_disk_that_is_too_small_is_named_before_anything_is_written(tmp_path):
     text = str(write(tmp_path / "a.txt", "a"))
-    with pytest.raises(ValueError, match=r"^--heal-tokens 1000000000000000000: takes 3\.73e\+09 GiB in .*the disk has"):
+    with pytest.raises(ValueError, match=r"^--heal-tokens 1000000000000000000: takes 7\.45e\+09 GiB in .*the disk has"):
         made(tmp_path / "out", text, tokens=10**18)
     assert not list((tmp_path / "out").iterdir())
 
@@ -98,6 +99,23 @@ def test_it_is_read_once_and_again_when_anything_changes(tmp_path):
     assert (tmp_path / "out" / "text.json").is_file() and len(other.train) == len(first.train)
 
 
+def test_a_file_below_the_home_is_a_file_as_well(tmp_path, monkeypatch):
+    """A shell leaves the ~ in 0.7*~/a.txt alone."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    first = made(tmp_path / "out", f"0.7*~/{write(tmp_path / 'a.txt', 'a').name}")
+    write(tmp_path / "a.txt", "e")
+    assert made(tmp_path / "out", "0.7*~/a.txt").about["sha256"] != first.about["sha256"]
+    assert training.files_of("0.7*~/a.txt,c4", "b.txt") == [tmp_path / "a.txt"] and not training.files_of("a" * 5000)
+
+
+def test_split_and_revision_of_the_calibration_set_are_not_those_of_others():
+    given = {"pattern": "2:4", "calibration": "owner/name", "split": "train[:9]", "revision": "v2"}
+    for heal, wanted in (("owner/name", ("train[:9]", "v2")), ("c4", (None, None))):
+        cfg = RunConfig(**given, heal="full", heal_data=heal)
+        options = choose.training_options(cfg, families.tiny("llama"), tiny.tokenizer())
+        assert (options.split, options.revision) == wanted
+
+
 def test_a_kill_while_it_is_written_leaves_no_text_that_counts(tmp_path, monkeypatch):
     a, real = write(tmp_path / "a.txt", "a"), training._write
 
@@ -113,7 +131,7 @@ def test_a_kill_while_it_is_written_leaves_no_text_that_counts(tmp_path, monkeyp
 
 
 def test_long_documents_are_parted_and_end_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "PIECE", 50)
+    monkeypatch.setattr(pieces, "PIECE", 50)
     (tmp_path / "a.txt").write_text("eta oin " * 300)
     text = made(tmp_path / "out", str(tmp_path / "a.txt"), options=AS_IT_COMES, tokens=400, held=50)
     eos = tiny.tokenizer().eos_token_id
@@ -186,7 +204,7 @@ def test_mixtures(text, want):
     assert mixture(text) == want
 
 
-@pytest.mark.parametrize("text", ["", " , ", "0*c4", "c4,c4"])
+@pytest.mark.parametrize("text", ["", " , ", "0*c4", "c4,c4", "9" * 400 + "*c4"])
 def test_mixtures_that_say_nothing(text):
     with pytest.raises(ValueError, match=r"^--heal-data"):
         mixture(text)

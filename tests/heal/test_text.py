@@ -175,9 +175,9 @@ def test_numbers_of_tokens(given, want):
     assert count(given) == want
 
 
-@pytest.mark.parametrize("flag, value", [("heal_tokens", "5x"), ("heal_tokens", "0"), ("heal_loss", "kl,l2"),
-                                         ("heal_temperature", 0.0), ("heal_temperature", 1e30),
-                                         ("heal_top_k", 0), ("heal_batch", 0),
+@pytest.mark.parametrize("flag, value", [("heal_tokens", "5x"), ("heal_tokens", "0"), ("heal_tokens", "9" * 400),
+                                         ("heal_loss", "kl,l2"), ("heal_temperature", 0.0),
+                                         ("heal_temperature", 1e30), ("heal_top_k", 0), ("heal_batch", 0),
                                          ("heal_seqlen", 1), ("heal_data", ""), ("heal_data", "a.txt,a.txt")])
 def test_useless_settings_are_refused(flag, value):
     with pytest.raises(ValueError, match=f"^--{flag.replace('_', '-')}"):
