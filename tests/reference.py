@@ -101,6 +101,29 @@ def wanda(W, X=None, pattern=0.5, *, G=None):
     return masked(W, keep), keep
 
 
+def taylor_score(W, gradients):
+    """|W_ij · E_b[g_ij]| (LLM-Pruner, arXiv 2305.11627): what the loss changes, to first order, without a weight.
+    gradients: of the loss of each batch, all of W's shape."""
+    mean = sum(g.double() for g in gradients) / len(gradients)
+    return (W.double() * mean).abs()
+
+
+def gradient_score(W, gradients):
+    """|W_ij| · sqrt(E_b[g_ij^2]) (GBLM-Pruner without activations, arXiv 2311.04902)."""
+    squares = sum(g.double() ** 2 for g in gradients) / len(gradients)
+    return W.double().abs() * squares.sqrt()
+
+
+def keep_columns(score, kept, count, size):
+    """keep mask (R, C): of every `count` units of `size` neighbouring columns, the `kept` of highest summed score."""
+    keep = torch.ones(score.shape, dtype=torch.bool)
+    for j in range(0, score.shape[1], count * size):
+        sums = torch.stack([score[:, j + u * size:j + (u + 1) * size].sum() for u in range(count)])
+        for u, stays in enumerate(remove_lowest(sums, count - kept).tolist()):
+            keep[:, j + u * size:j + (u + 1) * size] = stays
+    return keep
+
+
 def variant_keep(score, alpha):
     """keep mask (R, C) of Wanda's variant at one alpha (`return_given_alpha` in wanda's lib/prune.py).
 
