@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..runtime.hub import hub_away
+from ..runtime.hub import hub_away, offline
 from ..runtime.inputs import reason
 from . import columns
 from .columns import listed
@@ -66,7 +66,7 @@ def stream(spec: str, options: TextOptions) -> Stream:
     A part of a split ("train[:10%]"), which `datasets` cannot stream, is read as by `read`.
     """
     hub, split = chosen(spec, options, evaluate=False)
-    if hub_away() or not re.fullmatch(r"\w+(\.\w+)*", split):
+    if hub_away() or offline("HF_DATASETS_OFFLINE") or not re.fullmatch(r"\w+(\.\w+)*", split):
         text = read(spec, options, evaluate=False)
         return Stream(iter(text.documents), text.source, text.warnings, text.chat)
     hub = replace(hub, config=hub.all_files or hub.config, files=None)

@@ -6,9 +6,9 @@ import os
 from .inputs import reason
 
 
-def offline() -> bool:
-    """Whether the user has told the Hugging Face libraries to stay with their cache."""
-    return os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on")
+def offline(variable: str = "HF_HUB_OFFLINE") -> bool:
+    """Whether the user has told the Hugging Face libraries to stay with their cache; one by a variable of its own."""
+    return os.environ.get(variable, "0").lower() in ("1", "true", "yes", "on")
 
 
 def hub_away() -> str | None:

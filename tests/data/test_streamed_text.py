@@ -210,6 +210,7 @@ def hub(monkeypatch):
         return datasets.IterableDataset.from_generator(rows, features=Hub.features)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(hub_module, "hub_away", lambda: None)
+    monkeypatch.delenv("HF_DATASETS_OFFLINE", raising=False)
     Hub.asked, Hub.seen = [], []
     return Hub
 
@@ -258,10 +259,12 @@ def test_where_the_hub_is_away_the_cached_copy_is_taken_and_said(tmp_path, hub, 
         "--heal-data owner/name: the hub does not answer (nobody listens); used the cached copy, revision unchecked"]
 
 
-def test_a_part_of_a_split_is_not_streamed(tmp_path, hub):
-    """`datasets` cannot stream one."""
+@pytest.mark.parametrize("options, offline", [({"split": "train[:50%]"}, "0"), ({}, "1")])
+def test_what_datasets_cannot_stream_is_read_from_its_cache(tmp_path, hub, monkeypatch, options, offline):
+    """A part of a split; and anything where `datasets` has been told to ask nobody."""
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", offline)
     hub.rows = [{"text": text} for text in stories(200)]
-    made(tmp_path / "out", "owner/name", options=TextOptions(split="train[:50%]"))
+    made(tmp_path / "out", "owner/name", options=TextOptions(**options))
     assert [streams for *_, streams in hub.asked] == [False]
 
 
