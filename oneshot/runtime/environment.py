@@ -56,9 +56,11 @@ def device_name(device: str) -> str:
     """The name of the GPU, such as "NVIDIA H200", or of the CPU, such as "cpu (AMD EPYC ...)"."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    from oneshot_kernels.cpu import build
-
-    return f"cpu ({build.processor()})"
+    name = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"cpu ({name})"
 
 
 def resolve_device(device: str) -> str:
