@@ -4,6 +4,7 @@
     plan      which linear gets which pattern, and the job made from that
     compress  prune or round a model, and prove the result
     shrink    make the model smaller before it is pruned (shrink_command: `oneshot shrink`)
+    uneven    widths by layer for it
     lesson    what healing on text needs: the text, the dense model's predictions, a place for checkpoints
               (heal_command: `oneshot heal`)
     rounding  `--quantise`: round what is kept, after everything else

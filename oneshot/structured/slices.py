@@ -93,10 +93,11 @@ def can_differ(model: nn.Module, kind: str) -> bool:
     having = {block.number: (block, width) for block, width in consumers(model) if width.kind == kind}
     if len(having) < 2:
         return False
-    *_, last = first = list(having)[:2]
+    first, last = list(having)[:2]
     block, width = having[last]
     weight = next(w for w in block.weights if w.linear == width.consumer)
-    kept, dropped = weight.get().clone(), tuple(b.number for b in models.walk(model) if b.number not in first)
+    kept, dropped = weight.get().clone(), tuple(b.number for b in models.walk(model)
+                                                if b.number not in (first, last))
     changed = kept.clone()
     changed[:, -width.size:] = 0
     try:

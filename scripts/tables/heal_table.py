@@ -32,7 +32,6 @@ from heal_rows import (
     windows_of,
 )
 
-from oneshot.heal import full
 from oneshot.report import accuracy, figures, table
 from oneshot.report.figures import healing
 from oneshot.runtime.command import Parser, exit_code
@@ -188,9 +187,9 @@ def told(found: list[tuple[str, dict]]) -> str:
     own = " own: all of the other half of a toy's own text;" if any(OWN in r["metrics"] for _, r in found) else ""
     return (f"`scripts/bench/heal.py` on {described([record for _, record in found])}. 64 windows of each text, on "
             f"which nothing was trained;{own} several seeds: mean ± standard deviation. a step: tokens. lr: of "
-            f"training on text, set by hand for `full` (its default is {full.Config().lr:g}), and what it was lowered "
-            "to. share: of the excess log-perplexity of the same model without healing that is gone (of best: of "
-            "SparseGPT's; of widths by layer: of even widths'), with as many calibration windows where that was "
+            "training on text, set by hand for `full` (by default it is found on the first steps), and what it was "
+            "lowered to. share: of the excess log-perplexity of the same model without healing that is gone (of best: "
+            "of SparseGPT's; of widths by layer: of even widths'), with as many calibration windows where that was "
             "measured; in brackets: of the excess of the very model that the way began with. held-out loss, nats, on a "
             "part of the training mixture that was not trained on: KL to the dense model, with (next) the next token's "
             "cross-entropy, which also moves a model towards the texts it is healed on; the dense one was not. "

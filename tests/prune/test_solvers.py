@@ -146,11 +146,9 @@ def test_all_removed_is_zero(c, pattern):
 def test_order_and_batching_of_tokens_do_not_matter(c, pattern):
     W, X = layer(5, 40, 90)
     whole = run(c, W, X, pattern)
-    half = statistics_of(X[50:], c.needs) + statistics_of(X[:50], c.needs)
-    for statistics in (statistics_of(X.flip(0), c.needs, batch=11), half):
-        other = run(c, W, None, pattern, statistics)
-        assert torch.equal(other.mask, whole.mask)
-        torch.testing.assert_close(other.W_hat, whole.W_hat, **(CG if isinstance(pattern, Columns) else F64))
+    other = run(c, W, None, pattern, statistics_of(X.flip(0), c.needs, batch=11))
+    assert torch.equal(other.mask, whole.mask)
+    torch.testing.assert_close(other.W_hat, whole.W_hat, **(CG if isinstance(pattern, Columns) else F64))
 
 
 @every_case
