@@ -1,7 +1,7 @@
 """Uneven: widths by layer for `--uneven`, chosen among few cuts by the KL after the whole cut on held-out windows:
 
-    the best cut with the same widths in every layer; that one with its units spread by need (structured/spread.py); and
-    the spread that leaves all blocks, where the flags do not say which blocks go
+    the best cut with the same widths in every layer; that one with its units spread by need (structured/spread.py),
+    neurons alone or KV groups as well; and the same that leave all blocks, where the flags do not say which blocks go
 
 `--shrink-method flap` has widths of its own, which are taken as they are.
 """
@@ -40,7 +40,9 @@ def choose(cfg: RunConfig, model: nn.Module, given: tuple[torch.Tensor, torch.Te
     starts = [even] if cfg.says_what_goes else list(dict.fromkeys([even, Cut((), (), budget.own)]))
     increases, prices = noted("curves", lambda: spread.curves(model, ids, mask, cfg, starts[-1], budget))
     costs = spread.by_price(model, budget, increases, prices)
-    cuts = [even, *filter(None, (spread.spread(model, exact, start, costs, free) for start in starts))]
+    kinds = [{groups.NEURONS}, free] if groups.HEADS in free else [free]
+    spreads = (spread.spread(model, exact, start, costs, own) for start in starts for own in kinds)
+    cuts = [even, *filter(None, spreads)]
     known = {Cut.of(row): row["kl"] for row in tried if "kl" in row}
     rows = [c.plain() | {"kl": search.known_kl(model, given, job, c)} for c in dict.fromkeys(cuts) if c not in known]
     if rows:
