@@ -47,7 +47,7 @@ def shrink(cfg: RunConfig, model: nn.Module, calibration: Tokens, folder: Folder
     chosen = known("cut", lambda: choose(cfg, model, calibration, job, (before, known))) | {
         "experts": {key: origin.spans(kept) for key, kept in experts.items()}}
     found = Cut.of(chosen["cut"])
-    decided = time.perf_counter()
+    warned, decided = chosen.pop("warnings", []), time.perf_counter()
     blocks = len(models.blocks(model)[1])
     widths = {f"{b.name}.{w.consumer}": (cut.key_of(b, w), w) for b, w in cut.consumers(model, found)
               if found.left(b, w) < w.count}
@@ -64,7 +64,7 @@ def shrink(cfg: RunConfig, model: nn.Module, calibration: Tokens, folder: Folder
             {"name": key, "kind": groups.WHOLE, "of": of, "left": len(kept), "kept": origin.spans(kept)}
             for key, kept in experts.items() if mixture.block_of(key) in report.keep],
         "kept_blocks": report.keep, "seconds": {"choose": decided - began, "walk": time.perf_counter() - decided}}
-    result.warnings += report.notes
+    result.warnings += [*warned, *report.notes]
     result.layers, result.pruned = [], None
     return result
 
@@ -194,9 +194,10 @@ def choose(cfg: RunConfig, model: nn.Module, calibration: Tokens, job: Job, give
     else:
         found, tried = search.best(model, (*tokens, known), simple, budget.Mixtures(model, own, order), cfg.tries,
                                    cfg.progress)
+    warnings: list[str] = []
     if cfg.uneven:
-        found, tried = uneven.choose(cfg, model, (*tokens, known), simple, own, (found, tried))
-    return {"cut": found.plain(), "order": rows, "tried": tried}
+        found, tried, warnings = uneven.choose(cfg, model, (*tokens, known), simple, own, (found, tried))
+    return {"cut": found.plain(), "order": rows, "tried": tried, "warnings": warnings}
 
 
 def fewer_heads(cfg: RunConfig, model: nn.Module, fixed: set[str]) -> tuple[tuple[str, int], ...]:

@@ -3,7 +3,7 @@
     the best cut with the same widths in every layer; that one with its units spread by need (structured/spread.py),
     neurons alone or KV groups as well; and the same that leave all blocks, where the flags do not say which blocks go
 
-`--shrink-method flap` has widths of its own, which are taken as they are.
+`--shrink-method flap`, or a chain that begins with it, has widths of its own, which are taken as they are.
 """
 
 from dataclasses import replace
@@ -19,8 +19,8 @@ from ..structured.budget import Budget
 
 
 def choose(cfg: RunConfig, model: nn.Module, given: tuple[torch.Tensor, torch.Tensor | None, search.Known], job: Job,
-           budget: Budget, found: tuple[Cut, list[dict]]) -> tuple[Cut, list[dict]]:
-    """(the cut with the lowest KL, a row of the record for each that was tried).
+           budget: Budget, found: tuple[Cut, list[dict]]) -> tuple[Cut, list[dict], list[str]]:
+    """(the cut with the lowest KL, a row of the record for each that was tried, warnings).
 
     given: ids and mask of the windows (n, T) on which it is measured, and what is known already. found: the best cut
     with the same widths in every layer, and what was tried for it.
@@ -30,13 +30,18 @@ def choose(cfg: RunConfig, model: nn.Module, given: tuple[torch.Tensor, torch.Te
     (ids, mask, noted), (even, tried) = given, found
     if groups.NEURONS in budget.without or groups.NEURONS not in cut.kinds(model):
         raise ValueError("--uneven: this model has no neurons that could differ from layer to layer")
-    free = spread.kinds(model, budget)
-    if cfg.kv_groups or cfg.query_heads or not slices.can_differ(model, groups.HEADS):
+    free, warnings = spread.kinds(model, budget), []
+    if cfg.kv_groups or cfg.query_heads:
         free -= {groups.HEADS}
+    elif groups.HEADS in free and not slices.can_differ(model, groups.HEADS):
+        free -= {groups.HEADS}
+        warnings.append("--uneven: every layer has as many KV groups: this family's own code does not let them differ")
     exact = replace(budget, cost=lambda c: cut.parameters(model, c))
-    if cfg.shrink_method == "flap":
+    if cfg.shrink_method.partition("+")[0] == "flap":
         costs = noted("FLAP's scores", lambda: spread.standardised(model, ids, mask, cfg, budget))
-        return spread.spread(model, exact, even, costs, free) or even, tried
+        if own := spread.spread(model, exact, even, costs, free):
+            return own, tried, warnings
+        return even, tried, [*warnings, "--uneven: FLAP's own widths cannot be so small; every layer has the same"]
     starts = [even] if cfg.says_what_goes else list(dict.fromkeys([even, Cut((), (), budget.own)]))
     increases, prices = noted("curves", lambda: spread.curves(model, ids, mask, cfg, starts[-1], budget))
     costs = spread.by_price(model, budget, increases, prices)
@@ -48,4 +53,4 @@ def choose(cfg: RunConfig, model: nn.Module, given: tuple[torch.Tensor, torch.Te
     if rows:
         rows[-1]["prices"] = prices
     known |= {Cut.of(row): row["kl"] for row in rows}
-    return min(cuts, key=known.__getitem__), [*tried, *rows]
+    return min(cuts, key=known.__getitem__), [*tried, *rows], warnings

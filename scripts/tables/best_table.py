@@ -6,7 +6,6 @@
 A pure function of results/best/*.json. The README's table is made here as well; tables.py writes it.
 """
 
-import argparse
 import itertools
 import math
 import statistics
@@ -15,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import one_page
 from best_rows import (
     LAYERWISE,
     ROOT,
@@ -32,8 +32,6 @@ from best_rows import (
 
 from oneshot.report import table
 from oneshot.report.figures import drawing
-from oneshot.runtime.command import Parser, exit_code
-from oneshot.runtime.files import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,26 +53,16 @@ REFINED = (  # before, after, what was said of it
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 1 where --check finds best.md stale."""
-    p = Parser(prog="python scripts/tables/best_table.py", description=__doc__, allow_abbrev=False,
-               formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", type=Path, default=ROOT / "results" / "best", help="folder of the rows, and of both files")
-    p.add_argument("--check", action="store_true", help="write nothing, exit 1 if best.md would change")
+    return one_page.main(argv, __doc__, __file__, ROOT / "results" / "best" / "best.md",
+                         lambda out: page(measured(out)),
+                         lambda out: drawing.save(picture(shares(measured(out))), out / "best.svg"))
 
-    def work():
-        args = p.parse_args(argv)
-        file, rows = args.out / "best.md", shown(args.out)
-        if not rows:
-            raise ValueError(f"--out {args.out}: nothing measured yet; {MEASURED[1:-1]} does")
-        new = page(rows)
-        if args.check:
-            stale = not file.is_file() or file.read_text(encoding="utf-8") != new
-            print(f"stale: {file}" if stale else "up to date")
-            return int(stale)
-        write_text(new, file)
-        drawing.save(picture(shares(rows)), args.out / "best.svg")
-        print(f"written: {file}")
-        return 0
-    return exit_code(work)
+
+def measured(folder: Path) -> list[dict]:
+    """The rows that are shown. Raises ValueError where there are none."""
+    if not (rows := shown(folder)):
+        raise ValueError(f"--out {folder}: nothing measured yet; {MEASURED[1:-1]} does")
+    return rows
 
 
 # ------------------------------------------------------------------ the tables

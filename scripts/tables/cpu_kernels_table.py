@@ -8,7 +8,6 @@ times (they have no `memory`) stand apart as older ones and are not judged; neit
 or whose memory was slow.
 """
 
-import argparse
 import csv
 import statistics
 import sys
@@ -16,9 +15,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import one_page
+
 from oneshot.report.table import render
-from oneshot.runtime.command import Parser, exit_code
-from oneshot.runtime.files import write_text
 
 ROOT = Path(__file__).parents[2]
 NAME = "cpu_kernels"
@@ -63,20 +62,8 @@ TARGETS = (
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 1 where --check finds cpu_kernels.md stale."""
-    p = Parser(prog=f"python scripts/tables/{NAME}_table.py", description=__doc__, allow_abbrev=False,
-               formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", type=Path, default=ROOT / "results" / "bench", help="folder of the rows and of the page")
-    p.add_argument("--check", action="store_true", help="write nothing, exit 1 if the page would change")
-    args = p.parse_args(argv)
-
-    def work() -> int:
-        file, text = args.out / f"{NAME}.md", page(lines_of(args.out / f"{NAME}.csv"))
-        if args.check:
-            return int(not file.is_file() or file.read_text(encoding="utf-8") != text)
-        write_text(text, file)
-        print(f"written: {file}")
-        return 0
-    return exit_code(work)
+    return one_page.main(argv, __doc__, __file__, ROOT / "results" / "bench" / f"{NAME}.md",
+                         lambda out: page(lines_of(out / f"{NAME}.csv")))
 
 
 def lines_of(file: Path) -> list[dict]:

@@ -8,14 +8,13 @@
                where they part; "-" in rows from before they were compared like that
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
+import one_page
+
 from oneshot.report.table import render
-from oneshot.runtime.command import Parser, exit_code
-from oneshot.runtime.files import write_text
 
 ROOT = Path(__file__).parents[2]
 SHOWN = ("transformers", "dense bf16", "2:4 bf16", "dense int8", "2:4 int8", "2:4 int4", "2:4 int8, rounded",
@@ -26,20 +25,8 @@ ALONE = ", alone"
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 1 where --check finds cpu_decode.md stale."""
-    p = Parser(prog="python scripts/tables/cpu_table.py", description=__doc__, allow_abbrev=False,
-               formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", type=Path, default=ROOT / "results" / "bench", help="folder of the rows and of the page")
-    p.add_argument("--check", action="store_true", help="write nothing, exit 1 if cpu_decode.md would change")
-    args = p.parse_args(argv)
-
-    def work() -> int:
-        file, text = args.out / "cpu_decode.md", page(rows_of(args.out / "cpu_decode.json"))
-        if args.check:
-            return int(not file.is_file() or file.read_text(encoding="utf-8") != text)
-        write_text(text, file)
-        print(f"written: {file}")
-        return 0
-    return exit_code(work)
+    return one_page.main(argv, __doc__, __file__, ROOT / "results" / "bench" / "cpu_decode.md",
+                         lambda out: page(rows_of(out / "cpu_decode.json")))
 
 
 def rows_of(file: Path) -> list[dict]:

@@ -7,12 +7,12 @@
     share    of the excess of the pruned model without healing that a way removes
 """
 
-import argparse
 import statistics
 import sys
 from pathlib import Path
 
 import heal_picture
+import one_page
 from best_rows import described, spread
 from heal_rows import (
     METRICS,
@@ -34,8 +34,6 @@ from heal_rows import (
 
 from oneshot.report import accuracy, figures, table
 from oneshot.report.figures import healing
-from oneshot.runtime.command import Parser, exit_code
-from oneshot.runtime.files import write_text
 
 ROOT = Path(__file__).parents[2]
 ACC = "/acc"  # how the metrics of tasks end that are shown
@@ -44,21 +42,8 @@ LOOKS = (20, 40, 60)  # minutes of training on text
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 1 where --check finds heal.md stale."""
-    p = Parser(prog="python scripts/tables/heal_table.py", description=__doc__, allow_abbrev=False,
-               formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", type=Path, default=ROOT / "results" / "heal", help="folder of the records and both files")
-    p.add_argument("--check", action="store_true", help="write nothing, exit 1 if heal.md would change")
-    args = p.parse_args(argv)
-
-    def work() -> int:
-        file = args.out / "heal.md"
-        stale = not file.is_file() or file.read_text(encoding="utf-8") != page(args.out)
-        if stale and not args.check:
-            write_text(page(args.out), file)
-            figures.save(heal_picture.picture(in_order(args.out)), args.out / "heal.svg")
-        print(f"{'stale' if args.check else 'written'}: {file}" if stale else "up to date")
-        return int(stale and args.check)
-    return exit_code(work)
+    return one_page.main(argv, __doc__, __file__, ROOT / "results" / "heal" / "heal.md", page,
+                         lambda out: figures.save(heal_picture.picture(in_order(out)), out / "heal.svg"))
 
 
 def lines_of(found: list[tuple[str, dict]]) -> str:

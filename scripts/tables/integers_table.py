@@ -8,7 +8,6 @@
     tokens/s   of the form that the way's weights have, as scripts/bench/cpu_decode.py measured it
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -16,14 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import one_page
 import yaml
 
 from oneshot import report
 from oneshot.models import gguf
 from oneshot.report.figures import drawing, size
 from oneshot.report.table import render
-from oneshot.runtime.command import Parser, exit_code
-from oneshot.runtime.files import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,22 +44,9 @@ LEAST = 1e-4  # nats; what loses less, or gains, is drawn there
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 1 where --check finds integers.md stale."""
-    p = Parser(prog="python scripts/tables/integers_table.py", description=__doc__, allow_abbrev=False,
-               formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", type=Path, default=ROOT / "results" / "bench", help="folder of the rows and of both files")
-    p.add_argument("--check", action="store_true", help="write nothing, exit 1 if integers.md would change")
-    args = p.parse_args(argv)
-
-    def work() -> int:
-        rows, file = rows_of(args.out), args.out / "integers.md"
-        text = page(rows, speeds(args.out))
-        if args.check:
-            return int(not file.is_file() or file.read_text(encoding="utf-8") != text)
-        write_text(text, file)
-        drawing.save(picture(rows), args.out / "integers.svg")
-        print(f"written: {file}")
-        return 0
-    return exit_code(work)
+    return one_page.main(argv, __doc__, __file__, ROOT / "results" / "bench" / "integers.md",
+                         lambda out: page(rows_of(out), speeds(out)),
+                         lambda out: drawing.save(picture(rows_of(out)), out / "integers.svg"))
 
 
 def rows_of(folder: Path) -> list[dict]:

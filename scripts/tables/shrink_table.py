@@ -6,19 +6,17 @@
 A pure function of results/shrink/*.json.
 """
 
-import argparse
 import json
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import one_page
 import yaml
 from best_rows import described
 
 from oneshot.report import table
-from oneshot.runtime.command import Parser, exit_code
-from oneshot.runtime.files import write_text
 
 ROOT = Path(__file__).parents[2]
 WAYS = yaml.safe_load((ROOT / "scripts" / "bench" / "shrink_ways.yaml").read_text(encoding="utf-8"))
@@ -29,20 +27,8 @@ TARGETS = {"demo": 0.5, "craftgpt-5m": 0.5, "stories260k": 0.3, "smollm2": 0.3, 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 1 where --check finds shrink.md stale."""
-    p = Parser(prog="python scripts/tables/shrink_table.py", description=__doc__, allow_abbrev=False,
-               formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", type=Path, default=ROOT / "results" / "shrink", help="folder of the rows and of the table")
-    p.add_argument("--check", action="store_true", help="write nothing, exit 1 if shrink.md would change")
-    args = p.parse_args(argv)
-
-    def work() -> int:
-        text, file = page(rows_of(args.out)), args.out / "shrink.md"
-        if args.check:
-            return int(not file.is_file() or file.read_text(encoding="utf-8") != text)
-        write_text(text, file)
-        print(f"written: {file}")
-        return 0
-    return exit_code(work)
+    return one_page.main(argv, __doc__, __file__, ROOT / "results" / "shrink" / "shrink.md",
+                         lambda out: page(rows_of(out)))
 
 
 def rows_of(folder: Path) -> list[dict]:

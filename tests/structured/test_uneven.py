@@ -129,3 +129,14 @@ def test_drop_parts_and_uneven_on_the_command_line(tmp_path, monkeypatch):
         assert shrink_command.main(flags) == 0
         assert verify.main([str(tmp_path / str(number)), "--original", str(place / "model"), "--quiet"]) == 0
         assert len(verify.verify(tmp_path / str(number)).rows) > 5
+
+
+def test_kv_groups_that_cannot_differ_are_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "_pictures", lambda records: [])
+    monkeypatch.setattr(slices, "can_differ", lambda model, kind: False)
+    place = tiny.make(tmp_path / "place")
+    given = {"method": None, "pattern": None, "results": tmp_path, "to": 0.7, "tries": 1, "save": tmp_path / "out"}
+    assert shrink_command.main(tiny.flags(place, "--no-dense", "--uneven", **given)) == 0
+    [record] = tiny.records(tmp_path).values()
+    assert any("as many KV groups" in warning for warning in record["warnings"])
+    assert not any("o_proj" in name for name in record["shrunk"]["cut"]["own"])
