@@ -16,11 +16,11 @@ under its final name.
 import contextlib
 import functools
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -28,9 +28,8 @@ from ..models import OnDisk, Tokenizer, source_of
 from ..prune import patterns
 from ..runtime import sealed
 from ..runtime.files import remove, remove_parts, sync, umask, write_text
-from ..runtime.inputs import reason
 from . import compressed, contents, gguf, kept, owner, packed, rounded, shards
-from .lock import FolderLock
+from .lock import FolderLock, saving
 from .manifest import MANIFEST, WORK, manifest, old, read_manifest, read_sealed
 from .outcome import check_saved, copy_side_files
 from .owner import Own, clear, owner_of
@@ -47,7 +46,8 @@ class Folder:
 
     computed_with: plain values that the bits of a block depend on (threads, device, versions), saved with each block.
     plan: the run's plan if it was computed from data, saved with the first block. scales: of rounded linears. disk:
-    where the model's blocks are, if they are on disk; it is told where they go.
+    where the model's blocks are, if they are on disk; it is told where they go. earlier: the seconds that earlier
+    processes took for what this one takes over from them.
 
     Raises ValueError naming `--save` when the folder holds another run or anything else, or when another process
     writes into it.
@@ -60,7 +60,8 @@ class Folder:
         self.plan: Plan | None = None
         self.scales: dict = {}
         self.disk: OnDisk | None = None
-        self._search: dict = {}  # what a search has found so far
+        self.earlier = 0.0
+        self._found: dict[str, tuple[Any, float]] = {}  # what a search has found so far, and the seconds that took
         self._used: list[dict] = []  # what each kept block was computed with
         self._first: dict = {}  # what the kept plan was computed with
         self._seal, self._warnings = "", []  # of the last kept block; of those that were dropped
@@ -79,7 +80,7 @@ class Folder:
         self.ours, self.claimed = found == self.run_id, False
         self._own = owner.own_files(self.path)
         self._noted = owner.read_run(self.path) if self.ours else {}
-        self._search = dict(self._noted.get("search", {}))
+        self._found = dict(self._noted.get("found", {}))
         self.finished = self.ours and (self.path / MANIFEST).is_file() and not self.faults
         if not self.finished:
             owner.check_foreign(self.path, self._own)
@@ -122,16 +123,19 @@ class Folder:
 
     def found(self, key: str, look: Callable[[], Any]) -> Any:
         """What a search finds under a key, plain values: what the interrupted run noted, else `look()`, noted then."""
-        if key in self._search:
+        if key in self._found:
             self._first = self._noted.get("computed_with", {})
-            return self._search[key]
-        self._search[key] = look()
+            self.earlier += self._noted.get("found", {}).pop(key, (None, 0.0))[1]
+            return self._found[key][0]
+        began = time.perf_counter() + self.earlier  # which grows where a search within this one was noted
+        value = look()
+        self._found[key] = value, time.perf_counter() + self.earlier - began
         if self.claimed or not self._own.removable:  # a finished model stays until there is a block
             self._lock.check()
             with saving(self.path):
                 self.claim()
                 self._note()
-        return self._search[key]
+        return value
 
     def blocks(self) -> Iterator[tuple[kept.State, dict]]:
         """Yield (state dict, rows of the record) of the blocks finished so far, in order.
@@ -151,6 +155,7 @@ class Folder:
             if self.disk:
                 state = self.disk.local(number, state)
                 self.disk.moved(number, self._block(number))
+            self.earlier += sum(rows["block"]["seconds"].values())
             yield state, rows
             number += 1
 
@@ -206,7 +211,7 @@ class Folder:
         plan = {name: [str(p), p.group] for name, p in self.plan.items()} if self.plan else None
         sealed.write({"run_id": self.run_id, "files": sorted(self._own.removable), "nameless": self._own.nameless,
                       "computed_with": self._first or self.computed_with, "plan": plan,
-                      **({"search": self._search} if self._search else {})}, self.work / owner.RUN)
+                      **({"found": self._found} if self._found else {})}, self.work / owner.RUN)
 
     def save_block(self, number: int, state: kept.State, rows: dict) -> None:
         """Save a finished block, its state dict and its rows of the record; an interrupted run resumes after it."""
@@ -288,13 +293,3 @@ class Folder:
             if file.name != but and owner.WORK_FILES.fullmatch(file.name):
                 with contextlib.suppress(OSError):
                     remove(file)
-
-
-@contextlib.contextmanager
-def saving(path: str | Path) -> Iterator[None]:
-    """Within the context, a failure to write, in any library, becomes an OSError of one line that says what to do."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"--save {path}: cannot be written ({reason(error)}); fix that and repeat the same command, it "
-                      "resumes") from error

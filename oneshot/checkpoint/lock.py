@@ -1,8 +1,11 @@
-"""The lock of a `--save` folder: one process writes into it, from before anything is computed to its end."""
+"""The lock of a `--save` folder: one process writes into it, from before anything is computed to its end. What cannot
+be written there is said in one line."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from ..runtime.inputs import reason
 from ..runtime.lock import Lock, Taken
@@ -66,3 +69,13 @@ def locked(paths: Iterable[str | Path], held: dict[str, FolderLock]) -> Iterator
                 stack.callback(held.pop, path)
                 stack.callback(held[path].release)
         yield
+
+
+@contextlib.contextmanager
+def saving(path: str | Path) -> Iterator[None]:
+    """Within the context, a failure to write, in any library, becomes an OSError of one line that says what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"--save {path}: cannot be written ({reason(error)}); fix that and repeat the same command, it "
+                      "resumes") from error

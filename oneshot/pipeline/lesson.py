@@ -53,7 +53,10 @@ def heal_on_text(subject: Subject, result: Result, folder: checkpoint.Folder | N
             with products.float32(cfg.tf32), distributed.answered():
                 info = healer.on_text(model, lesson)
         result.warnings += [f"--heal {name}: {w}" for w in [*warnings, *info.pop("warnings")]]
-        result.heal[name] = info | {"seconds": time.perf_counter() - began}
+        earlier = info.pop("earlier")
+        result.heal[name] = info | {"seconds": time.perf_counter() - began + earlier}
+        if folder:
+            folder.earlier += earlier
     dense.free()
 
 

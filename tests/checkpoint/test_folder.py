@@ -266,3 +266,30 @@ def test_run_id_is_in_the_manifest(finished):
     calibration, evaluation = (t["sha256"] for t in (record["data"]["calibration"],
                                                      record["data"]["evaluation"]["evaluation"]))
     assert cfg.run_id(record["model"]["fingerprint"], calibration, evaluation) == record["run_id"]
+
+
+def test_seconds_of_earlier_processes_count_once(tmp_path, monkeypatch):
+    """A search within another, the outer one killed, then repeated: what was noted counts with its seconds."""
+    now = [0.0]
+    monkeypatch.setattr(writer.time, "perf_counter", lambda: now[0])
+
+    def look(seconds, value, folder=None, inner=None, end=True):
+        def done():
+            found = folder.found("inner", inner) if folder else None
+            now[0] += seconds
+            if not end:
+                raise KeyboardInterrupt
+            return [value, found]
+        return done
+    killed = writer.Folder(tmp_path / "out", "run")
+    with pytest.raises(KeyboardInterrupt):
+        killed.found("outer", look(50, 1, killed, look(7, 2), end=False))
+    killed.release()
+    assert killed.earlier == 0
+    second = writer.Folder(tmp_path / "out", "run")
+    assert second.found("outer", look(20, 1, second, look(7, 2))) == [1, [2, None]] and second.earlier == 7
+    assert second.found("inner", None) == [2, None] and second.earlier == 7
+    second.release()
+    third = writer.Folder(tmp_path / "out", "run")
+    assert third.found("outer", None) == [1, [2, None]] and third.earlier == 27
+    third.release()

@@ -59,7 +59,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(way, moment, tmp_path, 
                     raise Killed
             patch.setattr(trainer.TextTrainer, "_save_rng_state", dying)
         elif moment == "between":
-            patch.setattr(text.Course, "ended", lambda self, speed: (_ for _ in ()).throw(Killed))
+            patch.setattr(text.Course, "ended", lambda self: (_ for _ in ()).throw(Killed))
         else:
             real = trainer.TextTrainer.training_step
 
@@ -74,6 +74,10 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(way, moment, tmp_path, 
     for (name, p), q in zip(whole.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(p, q), name
     assert told["attempts"] == said["attempts"] and told["held_out_after"] == said["held_out_after"]
+    spent = said["tokens"] / said["tokens_per_second"], told["tokens"] / told["tokens_per_second"]
+    assert said["earlier"] == 0 and told["earlier"] > 0 and min(spent) > 0
+    if moment == "between":  # nothing was trained again
+        assert told["earlier"] > spent[1]
 
 
 def test_killed_in_a_later_attempt_it_ends_with_the_same_bits(tmp_path, monkeypatch):

@@ -45,6 +45,10 @@ def test_a_killed_run_continues_to_the_same_bits(place, heal, tmp_path, monkeypa
         patch.setattr(trainer.TextTrainer, "training_step", counting)
         assert tiny.main(*argv(place, tmp_path / "broken", heal=heal, heal_tokens="320")) == 0
     assert min(steps) > 0  # it did not begin anew
+    first, record = (checkpoint.read_manifest(tmp_path / name)["record"] for name in ("whole", "broken"))
+    spent, pruning = record["seconds"], sum(sum(block["seconds"].values()) for block in record["blocks"])
+    assert "earlier" not in first["seconds"] and spent["total"] > spent["prune"] > spent["earlier"]
+    assert 0 < spent["earlier"] - pruning < record["heal"][heal]["seconds"]  # of both processes, all steps
     whole, broken = (tiny.weights(tmp_path / name) for name in ("whole", "broken"))
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
 

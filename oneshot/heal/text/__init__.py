@@ -59,8 +59,9 @@ CLIP = 1.0  # norm of the gradient, at most
 class Attempt:
     """Training at one learning rate. begins: number of its first window. state: file it starts from, or None.
 
-    looks: [step, held-out loss] each. log: [step, loss in training] each. steps: done. kept: file of its best state,
-    if that was the best so far. ended: why it ended: "harm", "no gain" or "done"; None while it has not.
+    looks: [step, held-out loss] each. log: [step, loss in training] each. steps: done. seconds: they took, looks
+    included, in all processes that did them one after the other. kept: file of its best state, if that was the best so
+    far. ended: why it ended: "harm", "no gain" or "done"; None while it has not.
     """
 
     lr: float
@@ -69,6 +70,7 @@ class Attempt:
     looks: list[list[float]] = field(default_factory=list)
     log: list[list[float]] = field(default_factory=list)
     steps: int = 0
+    seconds: float = 0.0
     kept: str | None = None
     ended: str | None = None
 
@@ -112,19 +114,21 @@ class Course:
         kept = distributed.share(sealed.kept(self.file))
         self.before: float | None = kept.get("before")
         self.tried: list[list[float]] = kept.get("tried", [])  # [rate, held-out loss] each
+        self.trying: float = kept.get("trying", 0.0)  # seconds that the look before healing and the rates took
         self.attempts = [Attempt(**row) for row in kept.get("attempts", [])]
+        self.earlier = self.trying + sum(a.seconds for a in self.attempts)  # seconds of earlier processes
 
     def run(self) -> dict:
         """All attempts, then the best state, rounded; returns what `heal` does."""
         if self.before is None:
-            self.before = self.trainer(Attempt(0.0, 0)).evaluate()["eval_loss"]
+            with self.counting():
+                self.before = self.trainer(Attempt(0.0, 0)).evaluate()["eval_loss"]
             self.note()
         self.attempts = self.attempts or [Attempt(rates.best(self), 0)]
-        began, seen = time.perf_counter(), 0
         while True:
             attempt = self.attempts[-1]
             if attempt.ended is None:
-                seen += self.train(attempt)
+                self.train(attempt)
             left = (len(self.lesson.text.train) - attempt.begins) // self.windows - attempt.steps
             over = attempt.ended == "done" or (attempt.ended == "no gain" and attempt.kept is None)
             if over or len(self.attempts) > FALLS or left < LOOKS:
@@ -132,20 +136,31 @@ class Course:
             begins = attempt.begins + attempt.steps * self.windows
             self.attempts.append(Attempt(attempt.lr / FALL, begins, self.best()[1]))
             self.note()
-        return self.ended(seen / (time.perf_counter() - began) if seen else None)
+        return self.ended()
 
-    def train(self, attempt: Attempt) -> int:
-        """Do one attempt, from its last checkpoint if there is one; returns the tokens it was trained on here."""
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
+        """Add the seconds spent within the context to those before training."""
+        began = time.perf_counter()
+        yield
+        self.trying += time.perf_counter() - began
+
+    def train(self, attempt: Attempt) -> None:
+        """Do one attempt, from its last checkpoint if there is one."""
         self.set(attempt.state)
         number = self.attempts.index(attempt)
-        trainer, last = self.trainer(attempt), distributed.share(last_checkpoint(self.folder(number)))
+        last = distributed.share(last_checkpoint(self.folder(number)))
+        if last:
+            attempt.seconds = sealed.read(last / SEAL)[0].get("seconds", 0.0)
+            self.earlier += attempt.seconds
+        trainer, began = self.trainer(attempt), time.perf_counter() - attempt.seconds
         past = json.loads((last / "trainer_state.json").read_text())["log_history"] if last else []
-        seen, done = 0, int(last.name.rpartition("-")[2]) if last else 0
+        done = int(last.name.rpartition("-")[2]) if last else 0
         over = verdict([row["eval_loss"] for row in past if "eval_loss" in row], self.before)
         if over is None and done < trainer.args.max_steps:  # else Trainer would do one more step
             trainer.train(resume_from_checkpoint=str(last) if last else None)
             past = trainer.state.log_history
-            seen = (trainer.state.global_step - done) * self.windows * self.lesson.options.heal_seqlen
+        attempt.seconds = time.perf_counter() - began
         looks = [[row["step"], row["eval_loss"]] for row in past if "eval_loss" in row]
         attempt.looks, attempt.steps = looks, looks[-1][0]
         attempt.log = [[row["step"], row["loss"]] for row in past if "loss" in row]
@@ -160,9 +175,8 @@ class Course:
         if not distributed.rank():
             shutil.rmtree(self.folder(number))
         distributed.wait()
-        return seen
 
-    def ended(self, speed: float | None) -> dict:
+    def ended(self) -> dict:
         """Restore the best state, round it, and say what was done."""
         loss, state = self.best()
         self.set(state)
@@ -187,7 +201,8 @@ class Course:
         held = self.lesson.text.held
         share = float(sum(counted(held[i]["labels"]) for i in range(len(held)))) / len(held)
         attempts = [asdict(a) | {"looks": [[step, value / share] for step, value in a.looks]} for a in self.attempts]
-        return {"tokens": tokens, "steps": sum(a.steps for a in self.attempts), "lr": last.lr,
+        speed = tokens / sum(attempt.pop("seconds") for attempt in attempts)
+        return {"tokens": tokens, "steps": sum(a.steps for a in self.attempts), "lr": last.lr, "earlier": self.earlier,
                 "products": str(self.trained.products()).removeprefix("torch."), "held_out_before": self.before / share,
                 "held_out_after": loss / share, "tokens_per_second": speed, "memory": self.fit.said(), "text": about,
                 "attempts": attempts, "tried": [[rate, value / share] for rate, value in self.tried],
@@ -212,8 +227,9 @@ class Course:
     def note(self) -> None:
         """Write attempts.json."""
         if not distributed.rank():
-            sealed.keep({"before": self.before, "tried": self.tried, "attempts": [asdict(a) for a in self.attempts]},
-                        self.file, [a.kept for a in self.attempts if a.kept])
+            known = {"before": self.before, "tried": self.tried, "trying": self.trying,
+                     "attempts": [asdict(a) for a in self.attempts]}
+            sealed.keep(known, self.file, [a.kept for a in self.attempts if a.kept])
 
     def folder(self, number: int) -> Path:
         """Trainer's folder for an attempt."""
@@ -241,7 +257,7 @@ class Course:
         return TextTrainer(
             self.student(), arguments, train_dataset=Subset(text.train, range(attempt.begins, len(text.train))),
             eval_dataset=text.held, groups=self.trained.groups(attempt.lr), masked=self.trained.mask_gradients,
-            callbacks=[Looks(self.before), *[Shards()] * sharded.asked(), Seals(), *seen])
+            callbacks=[Looks(self.before), *[Shards()] * sharded.asked(), Seals(attempt.seconds), *seen])
 
 
 def verdict(losses: list[float], before: float) -> str | None:

@@ -23,7 +23,8 @@ def best(course: "Course") -> float:
     for rate in course.given[len(course.tried):] if steps >= LEAST and len(course.given) > 1 else ():
         if over(course.tried, course.before):
             break
-        course.tried.append([rate, loss_after(course, rate, steps)])
+        with course.counting():
+            course.tried.append([rate, loss_after(course, rate, steps)])
         course.note()
     return min(course.tried, key=lambda row: finite(row[1]))[0] if course.tried else course.given[0]
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,10 +100,15 @@ class Seals(TrainerCallback):
     """Adds to each checkpoint the hashes of its files, when all processes have written theirs.
 
     Only then removes the earlier ones, but for the best: Trainer would remove them before this one is whole.
+    seconds: of training, by earlier processes; each checkpoint says how many it took in all.
     """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The best checkpoint lies where the others do, also if the folder was moved or is called otherwise now."""
+        self.began = time.perf_counter()
         if state.best_model_checkpoint:
             state.best_model_checkpoint = str(Path(args.output_dir) / Path(state.best_model_checkpoint).name)
 
@@ -112,7 +118,8 @@ class Seals(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero:
             names = sorted(f.name for f in folder.iterdir() if f.is_file() and f.name != SEAL)
-            sealed.keep({"step": state.global_step}, folder / SEAL, names)
+            seconds = self.seconds + time.perf_counter() - self.began
+            sealed.keep({"step": state.global_step, "seconds": seconds}, folder / SEAL, names)
             keep = {folder.name, Path(state.best_model_checkpoint or folder).name}
             for other in folder.parent.glob("checkpoint-*"):
                 if other.name not in keep:
