@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import oneshot
+from oneshot.__main__ import main
 from oneshot.models import gguf
 from oneshot.pipeline import run
 
@@ -45,6 +46,11 @@ def test_the_dense_model_knows_english_and_its_template(saved):
     assert gguf_file != gguf.on_hub(gguf.SMOLLM2_HUB)
     assert ("Q4_1" if gguf_file else f"{gguf.SMOLLM2_HUB} on the hub, revision ") in dense["model"]["stands_for"]
     assert (dense["model"]["blocks"], dense["model"]["family"], dense["model"]["dtype"]) == (30, "llama", "bfloat16")
+
+
+def test_it_can_be_planned(there, capfd):
+    assert main(["plan", "--model", "smollm2", "--method", "sparsegpt", "--pattern", "2:4"]) == 0
+    assert capfd.readouterr().out.splitlines()[-1] == "oneshot prune --model smollm2 --method sparsegpt --pattern 2:4"
 
 
 def test_every_linear_is_pruned_and_what_is_saved_loads_anywhere(saved, capsys):

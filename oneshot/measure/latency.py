@@ -7,7 +7,9 @@ Dense and changed model take turns, round by round, after one round to warm up; 
 its spread the quartiles. A speedup is the median of the rounds' own ratios, so that what slows the machine down for a
 while slows both. Everything is computed in the dtype of computing (float32 on a CPU) by the model's own code, without
 a compiler: on a CPU a small model is bound by Python and by the number of operations, not by bytes. (`oneshot fit` and
-`oneshot latency` time models that decode by one compiled call, pipeline/forms.py.)
+`oneshot latency` time models that decode by one compiled call, pipeline/forms.py.) On a GPU launching kernels would bind
+it the same way, so a decoded token is the replay of a CUDA graph with a static cache; where one of the models cannot be
+captured, none is, and the row's `graph` is False.
 
 Peak memory is that of the GPU while a prompt goes through. On a CPU it would be the whole process's, which holds both
 models and whatever came before, so there it is not in the row.
@@ -29,6 +31,7 @@ from ..runtime.flag import Settings, flag
 from . import Found, Subject
 
 PROMPT, BATCH, STEPS, ROUNDS = 512, 8, 16, 7
+WARM = 3  # steps before a graph is captured
 KINDS = ("prefill", "decode1", f"decode{BATCH}")
 higher = tuple(f"{kind}_speedup" for kind in KINDS)
 
@@ -49,6 +52,9 @@ def measure(subject: Subject) -> Found:
     names = {"model": subject.model} | ({} if subject.cfg.row == "dense" else {"dense": subject.dense})
     rows = compare(names, subject.cfg.device)
     found = Found(parts={"latency": rows})
+    if rows["model"].get("graph") is False:
+        found.warnings.append("--latency: decoding was timed without CUDA graphs, which this model does not allow: "
+                              "launching kernels may take longer than they do")
     for kind in KINDS:
         for key, value in (("ms", rows["model"][kind]["median"]), ("speedup", rows["model"][kind].get("speedup"))):
             if value is not None:
@@ -61,24 +67,26 @@ def measure(subject: Subject) -> Found:
 def compare(named: dict[str, nn.Module], device: str, rounds: int = ROUNDS) -> dict[str, dict]:
     """{name: its row}: for each kind {"median", "low", "high"} in ms and, where there is a model "dense", {"speedup"}.
 
-    A row also has parameters, bytes, multiply-adds of a token and the share of attention and MLP; on a GPU peak memory.
+    A row also has parameters, bytes, multiply-adds of a token and the share of attention and MLP; on a GPU peak memory,
+    and whether tokens were decoded by graphs.
     """
     times: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in KINDS} for name in named}
     rows: dict[str, dict] = {name: {} for name in named}
     with contextlib.ExitStack() as stack:
         for model in named.values():
             stack.enter_context(models.resident(model, device))
+        graph = on_gpu(device) and all(captured(m, prompt(m, "decode1", device)) for m in named.values())
         for number in range(rounds + 1):
             for name, model in named.items():
                 for kind in KINDS:
                     environment.reset_peak_memory(device)
-                    ms = 1000 * one(model, kind, device)
+                    ms = 1000 * one(model, kind, device, graph)
                     if number:  # the first is to warm up
                         times[name][kind].append(ms)
                     elif kind == "prefill" and torch.device(device).type != "cpu":
                         rows[name]["peak_memory_bytes"] = environment.peak_memory(device)
         for name, model in named.items():
-            rows[name] |= size(model) | {"parts": parts(model, device)}
+            rows[name] |= size(model) | {"parts": parts(model, device)} | ({"graph": graph} if on_gpu(device) else {})
     for name, own in times.items():
         for kind, values in own.items():
             low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values * 3)
@@ -90,18 +98,67 @@ def compare(named: dict[str, nn.Module], device: str, rounds: int = ROUNDS) -> d
 
 
 def length(model: nn.Module, wanted: int) -> int:
-    """A number of tokens that leaves the model room for the STEPS after it."""
-    return max(2, min(wanted, (models.max_positions(model) or wanted + STEPS) - STEPS))
+    """A number of tokens that leaves the model room for those after it."""
+    room = WARM + STEPS
+    return max(2, min(wanted, (models.max_positions(model) or wanted + room) - room))
 
 
-def one(model: nn.Module, kind: str, device: str) -> float:
-    """Seconds of one prefill, or of one step of decoding: the median over STEPS steps."""
+def prompt(model: nn.Module, kind: str, device: str) -> torch.Tensor:
+    """Token ids, int64 (batch, T), that a kind begins with."""
     batch = 1 if kind == "prefill" else int(kind.removeprefix("decode"))
     T = length(model, PROMPT if kind == "prefill" else 64)
-    ids = (torch.arange(batch * T, device=device).view(batch, T) * 7919) % models.embedded(model)
+    return (torch.arange(batch * T, device=device).view(batch, T) * 7919) % models.embedded(model)
+
+
+def one(model: nn.Module, kind: str, device: str, graph: bool = True) -> float:
+    """Seconds of one prefill, or of one step of decoding: the median over STEPS steps.
+
+    graph: on a GPU a step is the replay of a CUDA graph, where the model can be captured.
+    """
+    ids = prompt(model, kind, device)
     if kind == "prefill":
         return timed(lambda: model(input_ids=ids, use_cache=True), device)
+    if graph and on_gpu(device) and (replay := captured(model, ids)):
+        return statistics.median(timed(replay, device) for _ in range(STEPS))
     return statistics.median(steps(model, model(input_ids=ids, use_cache=True), device))
+
+
+def captured(model: nn.Module, ids: torch.Tensor) -> Callable[[], object] | None:
+    """What decodes one more token for each sequence at each call, on a GPU; None where the model does not allow it.
+
+    ids: int64 (batch, T), the tokens before.
+    """
+    from transformers import StaticCache
+
+    try:
+        cache = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=ids.shape[1] + WARM + STEPS)
+        token = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+
+        def step() -> None:
+            out = model(input_ids=token, past_key_values=cache, use_cache=True)
+            token.copy_(out.logits[:, -1:].argmax(-1))
+        return graphed(step)
+    except Exception:  # another cache, experts that are counted on the CPU: a family's code can raise anything
+        return None
+
+
+def graphed(work: Callable[[], None]) -> Callable[[], None]:
+    """The replay of a CUDA graph of some work, which is done WARM times before."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM):
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+def on_gpu(device: str) -> bool:
+    """Whether a device has CUDA graphs."""
+    return torch.device(device).type == "cuda"
 
 
 def steps(model: nn.Module, out: Any, device: str) -> list[float]:
@@ -127,7 +184,7 @@ def timed(work: Callable[[], object], device: str) -> float:
 
 def synchronize(device: str) -> None:
     """Wait for the device."""
-    if torch.device(device).type == "cuda":
+    if on_gpu(device):
         torch.cuda.synchronize(device)
 
 

@@ -64,7 +64,7 @@ def load(name: str | Path, *, dtype: str = "auto", revision: str | None = None, 
     said = f"{flag} {name}".strip()
     if not isinstance(name, str | Path):
         raise ValueError(f"{said}: give a folder, a file or a name, not a {type(name).__name__}")
-    found = {"demo": lambda: DEMO, gguf.SMOLLM2: lambda: gguf.smollm2(said)}.get(str(name), lambda: name)()
+    found = place_of(name, said)
     path = Path(found).expanduser()
     away = how.pop("offload", "none") == "disk"
     if gguf.is_gguf(path):
@@ -100,6 +100,11 @@ def load(name: str | Path, *, dtype: str = "auto", revision: str | None = None, 
     settle(model, config, folder, said)
     gguf.recall(model, path if local else source)
     return model.eval().requires_grad_(False), tokenizer
+
+
+def place_of(name: str | Path, said: str) -> str | Path:
+    """The folder, file or name on the hub that a model's name stands for: "demo" and "smollm2" have other ones."""
+    return {"demo": lambda: DEMO, gguf.SMOLLM2: lambda: gguf.smollm2(said)}.get(str(name), lambda: name)()
 
 
 def absolute(name: str | Path) -> str:

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..runtime.inputs import reason
 from . import gguf, intake
-from .loading import DEMO, Tokenizer
+from .loading import Tokenizer, place_of
 
 
 def skeleton(name: str | Path, *, dtype: str = "auto", flag: str = "--model",
@@ -23,8 +23,9 @@ def skeleton(name: str | Path, *, dtype: str = "auto", flag: str = "--model",
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     said = f"{flag} {name}"
-    path = Path(DEMO if str(name) == "demo" else name).expanduser()
-    if gguf.is_gguf(path) or str(name) == gguf.SMOLLM2:
+    name = place_of(name, said)
+    path = Path(name).expanduser()
+    if gguf.is_gguf(path):
         raise ValueError(f"{said}: is a GGUF file; give a folder of safetensors, or a name on the hub")
     intake.check_path(path, said)
     local = path.is_dir()

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -179,10 +180,11 @@ class RunConfig(*STAGES):
         return f.metadata["bears_on"] != "output" and self.row in f.metadata["rows"] and not at_default
 
     def run_id(self, *fingerprints: str | None) -> str:
-        """A readable name with a hash of all settings and of the `fingerprints` of model and windows."""
+        """A readable name, of a file on any system, with a hash of all settings and of the `fingerprints` of model and
+        windows."""
         before = {f.name: f.metadata["was"] for f in fields(self) if f.metadata and f.metadata["was"]} | PARTS
         settings = {before.get(name, name): value for name, value in self.settings().items()}
         whole = json.dumps([settings, fingerprints], sort_keys=True, default=str)
-        model = Path(self.model.rstrip("/")).name or "model"
+        model = re.sub(r'[<>:"|?*\\]', "_", Path(self.model.rstrip("/")).name) or "model"
         parts = [model, self.method] + ([self.pattern.replace(":", "of")] if self.method != "dense" else [])
         return "-".join(parts) + "-" + hashlib.sha256(whole.encode()).hexdigest()[:8]

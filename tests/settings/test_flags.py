@@ -205,6 +205,8 @@ def test_run_id_changes_with_weights_data_and_solver_settings():
            cfg.run_id("w", "d", "evaluation"), variant.run_id("w", "d")}
     assert len(ids) == 6
     assert all(i.startswith("demo-wanda-0.5-") for i in ids)
+    named = one("--model", "some/a: b?", "--pattern", "2:4", "--method", "wanda").run_id("w")
+    assert named.startswith("a_ b_-wanda-2of4-")  # the record is a file on Windows too
 
 
 def test_run_id_of_the_dense_row_heeds_only_what_bears_on_it():
