@@ -7,9 +7,9 @@ Dense and changed model take turns, round by round, after one round to warm up; 
 its spread the quartiles. A speedup is the median of the rounds' own ratios, so that what slows the machine down for a
 while slows both. Everything is computed in the dtype of computing (float32 on a CPU) by the model's own code, without
 a compiler: on a CPU a small model is bound by Python and by the number of operations, not by bytes. (`oneshot fit` and
-`oneshot latency` time models that decode by one compiled call, pipeline/forms.py.) On a GPU launching kernels would bind
-it the same way, so a decoded token is the replay of a CUDA graph with a static cache; where one of the models cannot be
-captured, none is, and the row's `graph` is False.
+`oneshot latency` time models that decode by one compiled call, pipeline/forms.py.) On a GPU launching kernels would
+bind it the same way, so a decoded token is the replay of a CUDA graph with a static cache; where one of the models
+cannot be captured, none is, and the row's `graph` is False.
 
 Peak memory is that of the GPU while a prompt goes through. On a CPU it would be the whole process's, which holds both
 models and whatever came before, so there it is not in the row.
@@ -131,7 +131,8 @@ def captured(model: nn.Module, ids: torch.Tensor) -> Callable[[], object] | None
     from transformers import StaticCache
 
     try:
-        cache = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=ids.shape[1] + WARM + STEPS)
+        room = ids.shape[1] + WARM + STEPS
+        cache = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=room)
         token = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
 
         def step() -> None:
