@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import errno
+import functools
 import importlib.metadata
 import os
 import platform
@@ -32,6 +33,7 @@ def environment(device: str) -> dict:
     }
 
 
+@functools.cache
 def version(package: str) -> str | None:
     """The installed version of a package, or None."""
     try:

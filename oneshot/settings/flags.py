@@ -5,6 +5,7 @@ in front: `--sparsegpt.damping 0.1`.
 """
 
 import argparse
+import functools
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
@@ -39,6 +40,7 @@ work as they do there.
 """
 
 
+@functools.cache
 def parser() -> Parser:
     """The argument parser of `oneshot prune`: RunConfig's flags, those of every part, and Wanda's."""
     p = Parser(prog="oneshot prune", usage="oneshot prune [flags]", formatter_class=Formatter, epilog=EXAMPLES,
