@@ -20,8 +20,8 @@ def warnings(subject: Subject) -> list[str]:
     """What a reader of the run's numbers should know first: about the model, what stays dense, and the data."""
     cfg, model = subject.cfg, subject.model
     unreached = checks.unreached_warnings(model) if cfg.prunes else []
-    slow = models.computes_as_stored(model) and environment.emulates(cfg.device, model.dtype)
-    own = [f"--compute stored: this CPU has no instructions for {model.dtype}, float32 would be faster"] if slow else []
+    slow = models.computes_as_stored(model) and environment.slower(cfg.device, model.dtype)
+    own = [f"--compute stored: this CPU is slower in {model.dtype} than in float32; leave it out"] if slow else []
     return [*models.source_of(model).warnings, *own, *unreached,
             *(() if cfg.shrinks else keep_dense_warning(cfg, model)),
             *choose.warnings(cfg, model, subject.calibration, subject.texts)]
