@@ -98,7 +98,7 @@ def fast_bfloat16(device: str | torch.device) -> bool:
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     can = processor()
-    return bool(can.get("amx_bf16") or can.get("avx512_bf16") and "Intel" not in can.get("cpu_name", ""))
+    return bool(can.get("amx_bf16") or (can.get("avx512_bf16") and "Intel" not in can.get("cpu_name", "")))
 
 
 def slower(device: str | torch.device, dtype: torch.dtype) -> bool:
