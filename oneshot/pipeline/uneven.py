@@ -6,8 +6,6 @@
 `--shrink-method flap`, or a chain that begins with it, has widths of its own, which are taken as they are.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import nn
 
@@ -36,17 +34,16 @@ def choose(cfg: RunConfig, model: nn.Module, given: tuple[torch.Tensor, torch.Te
     elif groups.HEADS in free and not slices.can_differ(model, groups.HEADS):
         free -= {groups.HEADS}
         warnings.append("--uneven: every layer has as many KV groups: this family's own code does not let them differ")
-    exact = replace(budget, cost=lambda c: cut.parameters(model, c))
     if cfg.shrink_method.partition("+")[0] == "flap":
         costs = noted("FLAP's scores", lambda: spread.standardised(model, ids, mask, cfg, budget))
-        if own := spread.spread(model, exact, even, costs, free):
+        if own := spread.spread(model, budget, even, costs, free):
             return own, tried, warnings
         return even, tried, [*warnings, "--uneven: FLAP's own widths cannot be so small; every layer has the same"]
     starts = [even] if cfg.says_what_goes else list(dict.fromkeys([even, Cut((), (), budget.own)]))
     increases, prices = noted("curves", lambda: spread.curves(model, ids, mask, cfg, starts[-1], budget))
     costs = spread.by_price(model, budget, increases, prices)
     kinds = [{groups.NEURONS}, free] if groups.HEADS in free else [free]
-    spreads = (spread.spread(model, exact, start, costs, own) for start in starts for own in kinds)
+    spreads = (spread.spread(model, budget, start, costs, own) for start in starts for own in kinds)
     cuts = [even, *filter(None, spreads)]
     known = {Cut.of(row): row["kl"] for row in tried if "kl" in row}
     rows = [c.plain() | {"kl": search.known_kl(model, given, job, c)} for c in dict.fromkeys(cuts) if c not in known]

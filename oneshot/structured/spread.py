@@ -34,7 +34,7 @@ from ..prune.solvers import flap, obs
 from ..runtime import products
 from . import depth
 from .budget import Budget
-from .cut import Cut, unit_size
+from .cut import Cut, parameters, unit_size
 from .cut import kinds as every_kind
 
 LEAST = 4  # a layer keeps one in so many of its units
@@ -161,7 +161,8 @@ def layers(model: nn.Module, budget: Budget) -> dict[str, tuple[Width, int]]:
 
 def spread(model: nn.Module, budget: Budget, cut: Cut, costs: Mapping[str, list[float]],
            free: Collection[str]) -> Cut | None:
-    """The cut with its blocks, its units of other kinds, and those of the kinds `free` by layer; None where none fits.
+    """The cut with its blocks, its units of other kinds, and those of the kinds `free` by layer, which leaves at most
+    as many parameters as the budget's target says; None where none does.
 
     costs: {consumer: the cost of each chunk of its units that goes, in order}, comparable between layers. The cheapest
     chunk of all layers goes first; none counts as cheaper than the one before it, without which it cannot go. Where a
@@ -169,20 +170,23 @@ def spread(model: nn.Module, budget: Budget, cut: Cut, costs: Mapping[str, list[
     """
     free = set(free) - ({groups.HEADS} if groups.QUERIES in dict(cut.kept) else set())
     gone = {b.name for b in models.walk(model) if b.number in cut.dropped}
-    there = {name: width for name, (width, _) in layers(model, budget).items()
-             if width.kind in free and name in costs and not any(name.startswith(f"{block}.") for block in gone)}
-    left = {name: width.count for name, width in there.items()}
+    there = {name: own for name, own in layers(model, budget).items()
+             if own[0].kind in free and name in costs.keys() - dict(budget.own).keys()
+             and not any(name.startswith(f"{block}.") for block in gone)}
+    left = {name: width.count for name, (width, _) in there.items()}
     kept = tuple((kind, n) for kind, n in cut.kept if kind not in free)
     queue = [(costs[name][0], name, 0) for name in there if costs[name]]
     heapq.heapify(queue)
 
     def now() -> Cut:
         return Cut(cut.dropped, kept, tuple(sorted((left | dict(budget.own)).items())))
-    while not budget.fits(now()):
+    many = parameters(model, now())
+    while many > budget.target:
         if not queue:
             return None
         cost, name, place = heapq.heappop(queue)
-        left[name] -= step(there[name], budget)
+        width, size = there[name]
+        left[name], many = left[name] - step(width, budget), many - size
         if place + 1 < len(costs[name]):
             heapq.heappush(queue, (max(cost, costs[name][place + 1]), name, place + 1))
     return now()

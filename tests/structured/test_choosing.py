@@ -142,6 +142,23 @@ def test_spread_leaves_what_a_cut_says():
     assert not any("o_proj" in name for name, _ in found.own) and cut.parameters(model, found) <= own.target
 
 
+@pytest.mark.parametrize("name", ["llama", "llama-tied-bias", "gpt2", "gpt_neox", "qwen2"])
+def test_spread_takes_no_more_than_it_must(name):
+    """One chunk fewer, the last that went, leaves too many parameters; what is given stays as it is."""
+    model = families.tiny(name)
+    first, (width, _) = next(iter(spread.layers(model, budget.Budget(0.0, float)).items()))
+    for given in ((), ((first, width.count - 1),)):
+        start = Cut((), (), given)
+        own = budget.Budget(0.9 * cut.parameters(model, start), lambda c: cut.parameters(model, c), own=given)
+        there = spread.layers(model, own)
+        costs = {key: [1.0 + chunk for chunk in range((width.count - 1) // spread.step(width, own))]
+                 for key, (width, _) in there.items()}
+        found = dict(spread.spread(model, own, start, costs, {groups.NEURONS, groups.HEADS}).own)
+        left = cut.parameters(model, Cut((), (), tuple(found.items())))
+        sizes = [size for key, (width, size) in there.items() if found[key] < width.count and key not in dict(given)]
+        assert left <= own.target < left + max(sizes) and found | dict(given) == found
+
+
 def test_a_curve_has_one_increase_a_chunk():
     """Of 528 neurons 49 chunks of 8 may go; as a share of 1 / 49 in floats a chunk was 7. Of two KV groups one may."""
     config = AutoConfig.for_model("llama", **families.COMMON | {"intermediate_size": 528})
