@@ -14,7 +14,7 @@ from oneshot.checkpoint import verify
 from oneshot.models import groups, uneven
 from oneshot.pipeline import shrink_command
 from oneshot.report import page
-from oneshot.structured import Cut, cut_model, slices
+from oneshot.structured import Cut, cut_model, search, slices
 from oneshot.structured import cut as cuts
 
 SAMPLE = ("llama", "llama-tied-bias", "qwen2", "gemma3", "gpt_neox", "falcon", "mixtral", "qwen2_moe", "llama4")
@@ -140,3 +140,21 @@ def test_kv_groups_that_cannot_differ_are_said(tmp_path, monkeypatch):
     [record] = tiny.records(tmp_path).values()
     assert any("as many KV groups" in warning for warning in record["warnings"])
     assert not any("o_proj" in name for name in record["shrunk"]["cut"]["own"])
+
+
+@pytest.mark.parametrize("gain, taken", [(0.95, False), (0.85, True)])
+def test_kv_groups_by_layer_must_be_clearly_better(gain, taken, tmp_path, monkeypatch):
+    """Their KL a tenth lower than that of neurons alone, on windows of one text."""
+    place = tiny.make(tmp_path)
+    monkeypatch.setattr(page, "_pictures", lambda records: [])
+
+    def kl(model, ids, mask, job, cut):
+        assert all(count for _, count in cut.own)
+        return 1.0 if not cut.own else 0.8 * gain if any("o_proj" in name for name, _ in cut.own) else 0.8
+    monkeypatch.setattr(search, "measured", kl)
+    flags = ("--to", "0.7", "--tries", "1", "--uneven", "--no-dense", "--evaluate", "none", "--nsamples", "4",
+             "--seqlen", "16", "--calibration", str(place / "calibration.txt"), "--results", str(tmp_path / "runs"))
+    assert shrink_command.main(["--model", str(place / "model"), *flags, "--no-progress"]) == 0
+    [record] = tiny.records(tmp_path / "runs").values()
+    assert sorted(row["kl"] for row in record["shrunk"]["tried"] if "kl" in row) == sorted([0.8 * gain, 0.8, 1.0])
+    assert any("o_proj" in name for name in record["shrunk"]["cut"]["own"]) == taken
