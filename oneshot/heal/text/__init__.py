@@ -201,11 +201,12 @@ class Course:
         held = self.lesson.text.held
         share = float(sum(counted(held[i]["labels"]) for i in range(len(held)))) / len(held)
         attempts = [asdict(a) | {"looks": [[step, value / share] for step, value in a.looks]} for a in self.attempts]
-        speed = tokens / sum(attempt.pop("seconds") for attempt in attempts)
+        seconds = sum(attempt.pop("seconds") for attempt in attempts)  # 0 where an earlier version did them
         return {"tokens": tokens, "steps": sum(a.steps for a in self.attempts), "lr": last.lr, "earlier": self.earlier,
                 "products": str(self.trained.products()).removeprefix("torch."), "held_out_before": self.before / share,
-                "held_out_after": loss / share, "tokens_per_second": speed, "memory": self.fit.said(), "text": about,
-                "attempts": attempts, "tried": [[rate, value / share] for rate, value in self.tried],
+                "held_out_after": loss / share, "tokens_per_second": tokens / seconds if seconds else None,
+                "memory": self.fit.said(), "text": about, "attempts": attempts,
+                "tried": [[rate, value / share] for rate, value in self.tried],
                 "warnings": warnings} | ({"sharded": distributed.world()} if sharded.asked() else {})
 
     def best(self) -> tuple[float, str | None]:
