@@ -128,11 +128,8 @@ def captured(model: nn.Module, ids: torch.Tensor) -> Callable[[], object] | None
 
     ids: int64 (batch, T), the tokens before.
     """
-    from transformers import StaticCache
-
     try:
-        room = ids.shape[1] + WARM + STEPS
-        cache = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=room)
+        cache = models.static_cache(model, ids.shape[1] + WARM + STEPS)
         token = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
 
         def step() -> None:

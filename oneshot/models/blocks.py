@@ -44,6 +44,13 @@ def max_positions(model: nn.Module) -> int | None:
     return most
 
 
+def static_cache(model: nn.Module, length: int) -> Any:
+    """A KV cache of transformers with room for so many tokens, whose memory stays where it is, as CUDA graphs need."""
+    from transformers import StaticCache
+
+    return StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=length)
+
+
 def decoder(model: nn.Module) -> nn.Module:
     """The part of the model that holds the embeddings and the blocks, without the output head."""
     inner = model.get_decoder() if hasattr(model, "get_decoder") else None

@@ -106,3 +106,16 @@ class Command:
         for result, _ in solved:
             result.seconds = (time.perf_counter() - began) / len(runs)
         return dict(zip(runs, solved, strict=True))
+
+
+def seconds(found: dict[str, float], times: tuple[float, float, float], folder: checkpoint.Folder | None) -> dict:
+    """The record's `seconds`: those found of pruning and evaluating, of loading and data, and in all.
+
+    times: when the run began, when it had loaded the model, when it had its data. With `earlier`, the seconds of the
+    processes that this one has continued, where there were any: pruning and all of it count them.
+    """
+    began, loaded, prepared = times
+    found = found | {"load": loaded - began, "data": prepared - loaded, "total": time.perf_counter() - began}
+    if earlier := folder.earlier if folder else 0.0:
+        found |= {"prune": found["prune"] + earlier, "total": found["total"] + earlier, "earlier": earlier}
+    return found

@@ -20,7 +20,7 @@ from ..runtime.command import exit_code
 from ..runtime.files import remove_parts, writing
 from ..settings import RunConfig, flags
 from . import checks, idle, lesson, rounding
-from .command import Command, held, load
+from .command import Command, held, load, seconds
 from .compress import compress, sparsity
 from .identity import describe, identify, paths, warnings
 from .plan import Plan, make_plan, pruning_job
@@ -109,10 +109,7 @@ def made(cfg: RunConfig, command: Command, reuse: Callable[[Path], dict | None] 
     subject = Subject(model, tokenizer, cfg, texts, calibration, lambda: command.dense(cfg), teacher=teacher)
     record = work(subject, make_plan(cfg, model), command, folder)
     record |= {"run_id": run_id, "model": describe(cfg, model, weights)} | paths(cfg)
-    spent = {"load": loaded - began, "data": prepared - loaded, "total": time.perf_counter() - began}
-    if earlier := folder.earlier if folder else 0.0:  # of processes that this one continued
-        spent |= {"prune": record["seconds"]["prune"] + earlier, "total": spent["total"] + earlier, "earlier": earlier}
-    record["seconds"] |= spent
+    record["seconds"] = seconds(record["seconds"], (began, loaded, prepared), folder)
     if folder:
         origin = {"origin": origin_of(cfg, subject.dense, model, record)} if cfg.shrinks else {}
         record = folder.finish(model, tokenizer, report.storable(record), cfg.format, page.of_one, origin)

@@ -220,12 +220,13 @@ def test_folder_is_owned_from_its_first_block_on(tmp_path):
     assert not (tmp_path / "out").exists()
     folder = checkpoint.Folder(tmp_path / "out", "a")
     block = torch.nn.Linear(4, 4)
-    folder.save_block(0, block.state_dict(), {"layers": [], "warnings": []})
+    folder.save_block(0, block.state_dict(), {"layers": [], "block": {"seconds": {"solve": 2.0}}})
     folder.release()
     again = checkpoint.Folder(tmp_path / "out", "a")
     [(state, rows)] = again.blocks()
     again.release()
-    assert torch.equal(state["weight"], block.weight) and rows == {"layers": [], "warnings": []}
+    assert torch.equal(state["weight"], block.weight) and again.earlier == 2.0
+    assert rows == {"layers": [], "block": {"seconds": {"solve": 2.0}}}
     with pytest.raises(ValueError, match=r"holds another run \(a\)"):
         checkpoint.Folder(tmp_path / "out", "b")
 

@@ -237,7 +237,7 @@ def test_a_checkpoint_is_whole_only_with_what_all_processes_wrote(name, tmp_path
     for file in files:
         file.write_bytes(b"as written")
     state = SimpleNamespace(global_step=3, is_world_process_zero=True, best_model_checkpoint=None)
-    trainer.Seals().on_save(SimpleNamespace(output_dir=str(tmp_path)), state, None)
-    assert sealed.kept(tmp_path / "checkpoint-3" / text.SEAL)
+    trainer.Seals(7.0).on_save(SimpleNamespace(output_dir=str(tmp_path)), state, None)
+    assert sealed.kept(tmp_path / "checkpoint-3" / text.SEAL)["seconds"] > 7
     (tmp_path / "checkpoint-3" / name).write_bytes(b"changed")
     assert not sealed.kept(tmp_path / "checkpoint-3" / text.SEAL)

@@ -104,11 +104,10 @@ class Seals(TrainerCallback):
     """
 
     def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+        self.began = time.perf_counter() - seconds
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The best checkpoint lies where the others do, also if the folder was moved or is called otherwise now."""
-        self.began = time.perf_counter()
         if state.best_model_checkpoint:
             state.best_model_checkpoint = str(Path(args.output_dir) / Path(state.best_model_checkpoint).name)
 
@@ -118,8 +117,8 @@ class Seals(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero:
             names = sorted(f.name for f in folder.iterdir() if f.is_file() and f.name != SEAL)
-            seconds = self.seconds + time.perf_counter() - self.began
-            sealed.keep({"step": state.global_step, "seconds": seconds}, folder / SEAL, names)
+            said = {"step": state.global_step, "seconds": time.perf_counter() - self.began}
+            sealed.keep(said, folder / SEAL, names)
             keep = {folder.name, Path(state.best_model_checkpoint or folder).name}
             for other in folder.parent.glob("checkpoint-*"):
                 if other.name not in keep:
