@@ -4,8 +4,8 @@
     neurons alone or KV groups as well; and the same that leave all blocks, where the flags do not say which blocks go
 
 KV groups by layer are taken where every other cut's KL is more than a tenth higher: an attention copies words from far
-before, and a few windows of one text say little of how another needs that. SmolLM2, calibrated on C4, has a KL 5 % lower there and
-loses 0.1 nats more on WikiText-2 (results/LOG.md).
+before, and a few windows of one text say little of how another needs that. SmolLM2, calibrated on C4, has a KL 5 %
+lower there and loses 0.1 nats more on WikiText-2 (results/LOG.md).
 
 `--shrink-method flap`, or a chain that begins with it, has widths of its own, which are taken as they are.
 """
