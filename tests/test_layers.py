@@ -25,7 +25,7 @@ ONLY_IN = {  # library: the stages, or the one file, that know it
     "matplotlib": {"report.figures"},
     "jinja2": {"report.page"},
     "compressed_tensors": {"checkpoint.compressed"},
-    "oneshot_kernels": {"checkpoint", "pipeline", "prune.solvers.sparsegpt"},
+    "oneshot_kernels": {"checkpoint", "pipeline", "prune.solvers.sparsegpt", "runtime.environment"},
 }
 INSIDE_FUNCTIONS = {"lm_eval", "matplotlib", "datasets", "compressed_tensors"}  # optional or slow to import
 MANY = ["oneshot.data.training.prepare", "oneshot.data.windows.calibration",

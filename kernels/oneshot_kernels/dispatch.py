@@ -43,10 +43,11 @@ if TYPE_CHECKING:
     from .cpu.integers import IntegerLinear
     from .linear import Sparse24Linear
 
-TILES_UNTIL = {("avx512", torch.bfloat16): 16, ("avx512", torch.float16): 16, ("amx", torch.float16): 16,
-               ("amx", torch.bfloat16): math.inf}
+TILES_UNTIL = {("avx512", torch.float32): 128, ("amx", torch.float32): 128,
+               ("avx512", torch.bfloat16): 16, ("amx", torch.bfloat16): math.inf}
 """{(variant, dtype): tokens up to which tiles should pay on a CPU}, else 64. An estimate: with AVX-512 torch's own
-products are faster than without; what is expanded has to be written and read again, but for tile registers."""
+products are faster than without; what is expanded has to be written and read again, but for tile registers. bfloat16
+has no such limit with AVX-512 where torch's products have no units of their own (`library.bfloat16_units`)."""
 
 INTEGERS_UNTIL = 128
 """An estimate, the same for bfloat16 inputs of integer weights, where a CPU has units for torch's product alone."""
@@ -141,11 +142,14 @@ def _choose_on_cpu(problem: Problem, path: Path) -> Choice:
         return Choice("expand", None, "only path", "cast to another dtype since it was prepared; call prepare() again")
     if choice := _measured(problem, path, ["tiles", "expand"]):
         return choice
-    until = TILES_UNTIL.get((library.why("linear"), problem.dtype), 64)
+    variant = library.why("linear")
+    until = TILES_UNTIL.get((variant, problem.dtype), 64)
     if problem.tokens <= until:
         many = "any number of tokens: the kernel unfolds a weight once for many"
         return Choice("tiles", None, "estimate, untuned",
                       many if until == math.inf else f"up to {until} tokens time is weight bytes")
+    if variant == "avx512" and problem.dtype == torch.bfloat16 and not library.bfloat16_units():
+        return Choice("tiles", None, "estimate, untuned", "torch's product has no better units for these inputs")
     return Choice("expand", None, "estimate, untuned", "many tokens: expand once, dense product")
 
 
@@ -155,8 +159,8 @@ def _choose_for_integers(problem: Problem, path: Path) -> Choice:
         return Choice("kernel", None, "only path", "it multiplies whole numbers")
     if choice := _measured(problem, path, ["kernel", "expand"]):
         return choice
-    units, source = bool(getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16")), "estimate, untuned"
-    if problem.dtype != torch.bfloat16 or not units or library.why("integers") == "amx":
+    source, own = "estimate, untuned", library.why("integers") == "amx"  # tile registers of its own
+    if problem.dtype != torch.bfloat16 or own or not library.bfloat16_units():
         return Choice("kernel", None, source, "torch's product has no better units for these inputs")
     if problem.tokens < INTEGERS_UNTIL:
         return Choice("kernel", None, source, f"below {INTEGERS_UNTIL} tokens time is weight bytes")

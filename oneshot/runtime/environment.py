@@ -90,15 +90,12 @@ def processor() -> dict:
 
 
 def fast_bfloat16(device: str | torch.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices faster than float32 ones (a CPU: AMX, or AMD's AVX512-BF16).
-
-    CPUs without such instructions emulate them, several times slower than float32. Intel's AVX512-BF16 does as many
-    products a second as its float32 does, and torch's are 1.7 times as slow there (results/LOG.md).
-    """
+    """Whether the device multiplies bfloat16 matrices faster than float32 ones (a CPU: AMX, or AMD's AVX512-BF16)."""
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    can = processor()
-    return bool(can.get("amx_bf16") or (can.get("avx512_bf16") and "Intel" not in can.get("cpu_name", "")))
+    from oneshot_kernels.cpu import library  # where a CPU's products are known
+
+    return library.bfloat16_units()
 
 
 def slower(device: str | torch.device, dtype: torch.dtype) -> bool:

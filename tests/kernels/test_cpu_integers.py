@@ -134,9 +134,11 @@ def test_a_product_in_parts_is_the_whole_one(variant, part, sparse, bits, monkey
 
 
 @pytest.mark.parametrize("units, variant, tokens, asked", [
-    (True, "avx512", 128, True), (True, "avx512", 127, False), (True, "amx", 128, False), (False, "avx2", 128, False)])
+    ("AMD", "avx512", 128, True), ("AMD", "avx512", 127, False), ("Intel", "avx512", 128, False),
+    ("AMD", "amx", 128, False), ("", "avx2", 128, False)])
 def test_many_tokens_go_through_torch_where_it_has_units_for_bfloat16(units, variant, tokens, asked, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": units}, raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bool(units), "cpu_name": units},
+                        raising=False)
     assert integers.available()
     monkeypatch.setattr(library, "why", lambda _: variant)
     called, true = [], integers.through_dense

@@ -169,9 +169,9 @@ def test_memory_is_what_the_packed_weight_takes():
 def test_few_tokens_take_the_kernel_many_expand(untuned, monkeypatch):
     weight, _, bias = problem(24, 64, 1, torch.float32)
     layer = Sparse24Linear.from_packed(*pack(weight)[:2], bias)
-    assert [dispatch.choose(layer.problem(m)).path for m in (1, 64, 65)] == ["tiles", "tiles", "expand"]
+    assert [dispatch.choose(layer.problem(m)).path for m in (1, 64, 129)] == ["tiles", "tiles", "expand"]
     assert "24x64 float32 threads=" in explain(layer, 2) and library.why("linear") in explain(layer, 2)
-    x = torch.randn(70, 64)
+    x = torch.randn(130, 64)
     assert torch.equal(layer(x), F.linear(x, weight, bias))  # the library's own product, bit for bit
     torch.testing.assert_close(layer(x[:9]), F.linear(x[:9], weight, bias))
     key = layer.problem(1).key
@@ -193,9 +193,19 @@ def test_tile_registers_take_any_number_of_tokens(untuned, monkeypatch):
     monkeypatch.setattr(library, "why", lambda _: "amx")
     assert [dispatch.choose(layer.problem(m)).path for m in (1, 65, 5000)] == ["tiles"] * 3
     assert "any number of tokens" in explain(layer, 5000)
-    monkeypatch.setattr(library, "why", lambda _: "avx512")
-    dispatch.forget()
-    assert dispatch.choose(layer.problem(65)).path == "expand"
+
+
+@pytest.mark.parametrize("variant, can, many", [
+    ("avx512", {}, "tiles"), ("avx512", {"avx512_bf16": True, "cpu_name": "Intel(R) Xeon(R)"}, "tiles"),
+    ("avx512", {"avx512_bf16": True, "cpu_name": "AMD EPYC"}, "expand"), ("avx512", {"amx_bf16": True}, "expand"),
+    ("avx2", {}, "expand")])
+def test_many_tokens_expand_only_where_torchs_product_is_faster(untuned, monkeypatch, variant, can, many):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can, raising=False)
+    monkeypatch.setattr(library, "why", lambda _: variant)
+    weight, _, _ = problem(24, 64, 1, torch.bfloat16)
+    layer = Sparse24Linear.from_packed(*pack(weight)[:2])
+    assert [dispatch.choose(layer.problem(m)).path for m in (16, 65, 5000)] == ["tiles", many, many]
+    assert dispatch.choose(layer.float().problem(129)).path == "expand"
 
 
 @pytest.mark.parametrize("m", [3, 70])

@@ -104,6 +104,16 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
+def bfloat16_units() -> bool:
+    """Whether torch multiplies bfloat16 matrices faster than float32 ones here: AMX, or AMD's AVX512-BF16.
+
+    CPUs without such instructions emulate them. Intel's AVX512-BF16 does as many products a second as its float32 does,
+    and torch's are 1.7 times as slow there (results/LOG.md). False of a torch before 2.10, which does not say.
+    """
+    can = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(can.get("amx_bf16") or (can.get("avx512_bf16") and "Intel" not in can.get("cpu_name", "")))
+
+
 def huge_pages(tensor: torch.Tensor) -> torch.Tensor:
     """Ask Linux for pages of 2 MB under a tensor that is read as a whole, over and over; returns the tensor.
 

@@ -172,23 +172,35 @@ template <typename T, bool PAIRS> static void unpack(Weight w, T* out, int64_t N
     });
 }
 #if defined(__AVX512BW__)
-// The same for pairs of 16 bits, 32 columns of a tile at once.
-template <> void unpack<uint16_t, true>(Weight w, uint16_t* out, int64_t N, int64_t K, int64_t threads) {
+// The same, 32 columns of a tile at once. `chunk` spreads one; a row of it has 64 bytes in each of PARTS.
+template <int PARTS, typename Chunk> static void unpack_chunks(Weight w, uint8_t* out, int64_t N, int64_t K, int64_t threads, Chunk chunk) {
+    constexpr int64_t WIDE = 64 * PARTS, BYTES = WIDE / CHUNK;  // of a chunk's row; of a number
     parallel((N + L - 1) / L, threads, [&](int64_t tile) {
-        alignas(64) uint8_t pairs[1024], spare[L][64];
+        alignas(64) uint8_t columns[16 * WIDE], spare[L][WIDE];
         for (int64_t c = 0; c < w.chunks; c++) {
-            const int64_t at = tile * w.chunks + c, left = 2 * (K - c * CHUNK);
-            unfold(w.values + at * GROUPS * 4 * L, w.metadata + at * L, pairs);
-            uint8_t* row[L];
-            for (int lane = 0; lane < L; lane++) {
-                const bool whole = tile * L + lane < N && left >= 64;
-                row[lane] = whole ? reinterpret_cast<uint8_t*>(out + (tile * L + lane) * K + c * CHUNK) : spare[lane];
+            const int64_t at = tile * w.chunks + c, left = BYTES * (K - c * CHUNK);
+            chunk(w.values + at * (WIDE / 2) * L, w.metadata + at * L, columns);
+            for (int part = 0; part < PARTS; part++) {
+                uint8_t* row[L];
+                for (int lane = 0; lane < L; lane++) {
+                    const bool whole = tile * L + lane < N && left >= WIDE;
+                    row[lane] = 64 * part + (whole ? out + (tile * L + lane) * K * BYTES + c * WIDE : spare[lane]);
+                }
+                rows_of(columns + 1024 * part, row);
             }
-            rows_of(pairs, row);
-            for (int64_t lane = 0; left < 64 && lane < L && tile * L + lane < N; lane++)
-                std::memcpy(out + (tile * L + lane) * K + c * CHUNK, spare[lane], left);
+            for (int64_t lane = 0; left < WIDE && lane < L && tile * L + lane < N; lane++)
+                std::memcpy(out + (tile * L + lane) * K * BYTES + c * WIDE, spare[lane], left);
         }
     });
+}
+template <> void unpack<uint16_t, true>(Weight w, uint16_t* out, int64_t N, int64_t K, int64_t threads) {
+    unpack_chunks<1>(w, reinterpret_cast<uint8_t*>(out), N, K, threads, unfold<true>);
+}
+template <> void unpack<uint16_t, false>(Weight w, uint16_t* out, int64_t N, int64_t K, int64_t threads) {
+    unpack_chunks<1>(w, reinterpret_cast<uint8_t*>(out), N, K, threads, unfold<false>);
+}
+template <> void unpack<uint32_t, false>(Weight w, uint32_t* out, int64_t N, int64_t K, int64_t threads) {
+    unpack_chunks<2>(w, reinterpret_cast<uint8_t*>(out), N, K, threads, unfold_floats);
 }
 #endif
 // pairs: the order of the values, which need not be the one that `linear` reads for this type
