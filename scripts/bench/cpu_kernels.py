@@ -103,7 +103,7 @@ def work(args: argparse.Namespace) -> None:
 
 def others_of(file: Path, rows: list[list]) -> list[list[str]]:
     """The rows in a file that were measured elsewhere, or of what `rows` do not hold."""
-    same = [HEAD.index(name) for name in ("rows", "k", "dtype", "tokens", "threads", "device")]
+    same = [HEAD.index(name) for name in ("rows", "k", "dtype", "tokens", "threads", "device", "variant")]
     new = {tuple(str(row[i]) for i in same) for row in rows}
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
     kept = [[row.get(name, "") for name in HEAD] for row in csv.DictReader(text.splitlines())]

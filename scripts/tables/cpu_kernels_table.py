@@ -71,7 +71,7 @@ def lines_of(file: Path) -> list[dict]:
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
     found: dict[tuple, dict[str, dict]] = {}
     for row in csv.DictReader(text.splitlines()):
-        at = tuple(row[name] for name in ("device", "commit", "rows", "k", "dtype", "threads", "tokens"))
+        at = tuple(row[name] for name in ("device", "variant", "commit", "rows", "k", "dtype", "threads", "tokens"))
         found.setdefault(at, {})[row["method"]] = row
     if not found:
         raise ValueError(f"--out {file.parent}: holds no {file.name}; run scripts/bench/cpu_kernels.py")
@@ -86,7 +86,8 @@ def line_of(methods: dict[str, dict]) -> dict:
             "threads": int(first["threads"]), "state": first["machine"], "older": not first["memory"],
             "device": first["device"], "commit": first["commit"], "variant": first["variant"], "torch": first["torch"],
             "2:4 / dense": us["dense"] / us["2:4"], "dense / limit": float(methods["dense"]["limit"]),
-            "2:4 / torch": us["torch"] / us["2:4"], "layer / best": best / us["layer"]}
+            "2:4 / torch": us["torch"] / us["2:4"], "layer / best": best / us["layer"],
+            "2:4 / limit": float(methods["2:4"]["limit"])}
 
 
 # ------------------------------------------------------------------ the page
@@ -98,12 +99,12 @@ def page(lines: Sequence[dict]) -> str:
     parts = ["# 2:4 layers on a CPU\n", f"Written by `python scripts/tables/{NAME}_table.py` from `{NAME}.csv` of "
              f"`python scripts/bench/{NAME}.py`, which says how they are measured; medians.\n",
              "\n".join(f"- {name}: {told}" for name, told in TELLS.items()) + "\n"]
-    for device in dict.fromkeys(line["device"] for line in new):
-        own = [line for line in new if line["device"] == device]
-        told = "; ".join(dict.fromkeys(f"commit {line['commit']}, torch {line['torch']}, {line['variant']}"
-                                       for line in own))
-        parts += [f"## Targets: {device}\n", f"{told}. Of weights of {LARGE} rows and columns at least; layer / best: "
-                  "of all.\n", judged(own)]
+    for device, variant in dict.fromkeys((line["device"], line["variant"]) for line in new):
+        own = [line for line in new if (line["device"], line["variant"]) == (device, variant)]
+        told = "; ".join(dict.fromkeys(f"commit {line['commit']}, torch {line['torch']}" for line in own))
+        parts += [f"## Targets: {device}, {variant}\n", f"{told}. Of weights of {LARGE} rows and columns at least; layer "
+                  "/ best: of all. At most: the best of these lines, if 2:4 were read as fast as memory can be.\n",
+                  judged(own)]
     if new:
         parts += ["## Lines\n", table(new)]
     if old:
@@ -113,7 +114,8 @@ def page(lines: Sequence[dict]) -> str:
 
 
 def judged(lines: Sequence[dict]) -> str:
-    """A row for each target and number of threads: met where all lines of an idle machine meet it."""
+    """A row for each target and number of threads: met where all lines of an idle machine meet it. For one token, which
+    is bound by memory, also what the best of these lines would reach if 2:4 were read as fast as memory can be."""
     body = []
     for target in TARGETS:
         for threads in sorted({line["threads"] for line in lines}):
@@ -121,18 +123,22 @@ def judged(lines: Sequence[dict]) -> str:
                    and line["state"] == "idle"]
             values = [line[target.value] for line in own]
             met = sum(map(target.met, own))
+            bound = target.tokens == (1,) and target.value in ("2:4 / dense", "2:4 / torch")
+            most = [line[target.value] / line["2:4 / limit"] for line in own if line["2:4 / limit"]] if bound else []
             body.append([target.value, target.dtype, ", ".join(map(str, target.tokens)) or "all", str(threads),
                          f"{target.least:.2f}", *([f"{statistics.median(values):.2f}", f"{min(values):.2f}",
                                                   f"{met} of {len(own)}", "met" if met == len(own) else "**missed**"]
-                                                 if own else ["-", "-", "0 of 0", "not measured"])])
-    head = ["target", "dtype", "tokens", "threads", "at least", "median", "worst", "lines", "verdict"]
+                                                 if own else ["-", "-", "0 of 0", "not measured"]),
+                         f"{max(most):.2f}" if most else "-"])
+    head = ["target", "dtype", "tokens", "threads", "at least", "median", "worst", "lines", "verdict", "at most"]
     return render(head, body, "markdown", text={"target", "dtype", "verdict"})
 
 
 def table(lines: Iterable[dict]) -> str:
     """All lines, with what each misses."""
     body = [[f"{line['rows']}x{line['k']}", line["dtype"], str(line["threads"]), str(line["tokens"]),
-             *(f"{line[name]:.2f}" for name in TELLS), verdict(line), line["state"], line["device"], line["commit"]]
+             *(f"{line[name]:.2f}" for name in TELLS), verdict(line), line["state"], f"{line['device']}, {line['variant']}",
+             line["commit"]]
             for line in lines]
     head = ["weight", "dtype", "threads", "tokens", *TELLS, "targets", "machine was", "machine", "commit"]
     return render(head, body, "markdown", text={"weight", "dtype", "targets", "machine was", "machine", "commit"})

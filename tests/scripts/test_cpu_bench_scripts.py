@@ -203,7 +203,8 @@ def test_the_page_of_layers_judges_line_by_line(tmp_path):
     rows = [*kernel_rows(1, 3.0, 1.5), *kernel_rows(1, 3.0, 2.5, shape=(2048, 2048)),
             *kernel_rows(16, 3.0, 2.0, own=1.5), *kernel_rows(4, 3.0, 9.0, machine="busy"),
             *kernel_rows(1, 3.0, 9.0, memory="", device="cpu (B)"),
-            *kernel_rows(64, 3.0, 9.0, kind="float32", shape=(576, 576))]
+            *kernel_rows(64, 3.0, 9.0, kind="float32", shape=(576, 576)),
+            *kernel_rows(1, 3.0, 1.0, variant="amx")]
     with (tmp_path / "cpu_kernels.csv").open("w", newline="") as file:
         out = csv.DictWriter(file, cpu_kernels.HEAD)
         out.writeheader()
@@ -211,15 +212,16 @@ def test_the_page_of_layers_judges_line_by_line(tmp_path):
     assert cpu_kernels_table.main(["--out", str(tmp_path), "--check"]) == 1
     assert cpu_kernels_table.main(["--out", str(tmp_path)]) == 0
     assert cpu_kernels_table.main(["--out", str(tmp_path), "--check"]) == 0
-    targets, lines, older = (tmp_path / "cpu_kernels.md").read_text().split("\n## ")[1:]
+    targets, other, lines, older = (tmp_path / "cpu_kernels.md").read_text().split("\n## ")[1:]
+    assert targets.startswith("Targets: cpu (A), avx2\n") and other.startswith("Targets: cpu (A), amx\n")
     judged = [[cell.strip() for cell in line.split("|")[1:-1]] for line in targets.splitlines() if "| int8" in line]
-    assert ["2:4 / dense", "int8", "1", "1", "1.50", "1.60", "1.20", "1 of 2", "**missed**"] in judged
-    assert ["dense / limit", "int8", "1", "1", "0.85", "0.90", "0.90", "2 of 2", "met"] in judged
-    assert ["2:4 / dense", "int8", "4, 16", "1", "1.35", "1.50", "1.50", "1 of 1", "met"] in judged  # not the busy line
+    assert ["2:4 / dense", "int8", "1", "1", "1.50", "1.60", "1.20", "1 of 2", "**missed**", "2.22"] in judged
+    assert ["dense / limit", "int8", "1", "1", "0.85", "0.90", "0.90", "2 of 2", "met", "-"] in judged
+    assert ["2:4 / dense", "int8", "4, 16", "1", "1.35", "1.50", "1.50", "1 of 1", "met", "-"] in judged  # not the busy line
     assert "not measured" in targets and "cpu (B)" not in targets + lines and "cpu (B)" in older
     said = [line.split("|")[9].strip() for line in lines.splitlines() if "| cpu (A)" in line]
     assert said == ["met", "missed: 2:4 / dense 1.20, not 1.50; 2:4 / torch 4.00, not 5.50",
-                    "missed: layer / best 0.75, not 1.00", "-", "met"]
+                    "missed: layer / best 0.75, not 1.00", "-", "met", "met"]
     (tmp_path / "none").mkdir()
     assert cpu_kernels_table.main(["--out", str(tmp_path / "none")]) == 2
 
