@@ -102,8 +102,8 @@ def page(lines: Sequence[dict]) -> str:
     for device, variant in dict.fromkeys((line["device"], line["variant"]) for line in new):
         own = [line for line in new if (line["device"], line["variant"]) == (device, variant)]
         told = "; ".join(dict.fromkeys(f"commit {line['commit']}, torch {line['torch']}" for line in own))
-        parts += [f"## Targets: {device}, {variant}\n", f"{told}. Of weights of {LARGE} rows and columns at least; layer "
-                  "/ best: of all. At most: the best of these lines, if 2:4 were read as fast as memory can be.\n",
+        parts += [f"## Targets: {device}, {variant}\n", f"{told}. Of weights of {LARGE} rows and columns at least; "
+                  "layer / best: of all. At most: the best line, if 2:4 were read as fast as memory can be.\n",
                   judged(own)]
     if new:
         parts += ["## Lines\n", table(new)]
@@ -137,8 +137,8 @@ def judged(lines: Sequence[dict]) -> str:
 def table(lines: Iterable[dict]) -> str:
     """All lines, with what each misses."""
     body = [[f"{line['rows']}x{line['k']}", line["dtype"], str(line["threads"]), str(line["tokens"]),
-             *(f"{line[name]:.2f}" for name in TELLS), verdict(line), line["state"], f"{line['device']}, {line['variant']}",
-             line["commit"]]
+             *(f"{line[name]:.2f}" for name in TELLS), verdict(line), line["state"],
+             f"{line['device']}, {line['variant']}", line["commit"]]
             for line in lines]
     head = ["weight", "dtype", "threads", "tokens", *TELLS, "targets", "machine was", "machine", "commit"]
     return render(head, body, "markdown", text={"weight", "dtype", "targets", "machine was", "machine", "commit"})
