@@ -12,7 +12,7 @@
     scratch     expand, then cuBLAS, gpu/prefill.py        any GPU
 
 `python -m oneshot_kernels.gpu.tune` (on a CPU `.cpu.tune`) measures and writes `<cache>/<device>-triton<version>.json`;
-the cache folder is $ONESHOT_KERNELS_CACHE, else $XDG_CACHE_HOME/oneshot_kernels, else ~/.cache/oneshot_kernels.
+the folder is $ONESHOT_KERNELS_CACHE, else where compiled kernels are kept (cpu/build.py).
 """
 
 import functools
@@ -211,17 +211,18 @@ def explain(layer: "Sparse24Linear | IntegerLinear", tokens: int) -> str:
 
 def table_path(device: torch.device) -> Path:
     """The file with this device's measurements."""
-    return _table_path(device, os.environ.get("ONESHOT_KERNELS_CACHE"), os.environ.get("XDG_CACHE_HOME"))
+    return Path(os.environ.get("ONESHOT_KERNELS_CACHE") or build.cache_folder()) / _table_name(device)
 
 
 @functools.cache
-def _table_path(device: torch.device, own: str | None, xdg: str | None) -> Path:
-    folder = Path(own) if own else Path(xdg or Path.home() / ".cache") / "oneshot_kernels"
+def _table_name(device: torch.device) -> str:
+    """The table's name, which only devices with the same kernels share."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     if device.type == "cpu":  # several processors may share a home, and virtual ones a name
         name += f" {build.processor('model name', 'cpu family', 'model', 'CPU implementer', 'CPU part')}"
+        name += f" {library.why('linear')}" if cpu_linear.available() else ""
     version = triton.__version__ if triton else "none"
-    return folder / (re.sub(r"[^A-Za-z0-9]+", "-", name) + f"-triton{version}.json")
+    return re.sub(r"[^A-Za-z0-9]+", "-", name) + f"-triton{version}.json"
 
 
 @functools.lru_cache(maxsize=64)

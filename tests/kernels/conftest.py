@@ -32,8 +32,8 @@ def untuned(tmp_path, monkeypatch):
     from oneshot_kernels import dispatch
 
     monkeypatch.setenv("ONESHOT_KERNELS_CACHE", str(tmp_path))
-    dispatch._table_path.cache_clear()
+    dispatch._table_name.cache_clear()
     dispatch.forget()
     yield
-    dispatch._table_path.cache_clear()
+    dispatch._table_name.cache_clear()
     dispatch.forget()

@@ -182,9 +182,15 @@ def test_few_tokens_take_the_kernel_many_expand(untuned, monkeypatch):
         patch.setattr(library, "threads", lambda: 64)
         assert dispatch.choose(layer.problem(1)).path == "tiles"  # measured for another number of threads
     monkeypatch.setattr(build, "processor", lambda *words: "Other (R) 9000")
-    dispatch._table_path.cache_clear()
+    dispatch._table_name.cache_clear()
     assert dispatch.choose(layer.problem(1)).path == "tiles"  # and on another processor, which shares the home
-    assert dispatch.table_path(torch.device("cpu")).name.startswith("cpu-Other-R-9000-triton")
+    table = dispatch.table_path(torch.device("cpu"))
+    assert table.name.startswith(f"cpu-Other-R-9000-{library.why('linear')}-triton")
+    monkeypatch.setattr(library, "why", lambda _: "avx9")  # nor do those of one name that lack instructions
+    dispatch._table_name.cache_clear()
+    assert dispatch.table_path(torch.device("cpu")).name.startswith("cpu-Other-R-9000-avx9-triton")
+    monkeypatch.delenv("ONESHOT_KERNELS_CACHE")
+    assert dispatch.table_path(torch.device("cpu")).parent == build.cache_folder()
 
 
 def test_tile_registers_take_any_number_of_tokens(untuned, monkeypatch):

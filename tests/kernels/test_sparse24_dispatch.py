@@ -19,10 +19,10 @@ def pretend_hopper(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Pretend H200 (80 GB)")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
-    dispatch._table_path.cache_clear()
+    dispatch._table_name.cache_clear()
     dispatch.forget()
     yield
-    dispatch._table_path.cache_clear()
+    dispatch._table_name.cache_clear()
     dispatch.forget()
 
 
