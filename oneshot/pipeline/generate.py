@@ -83,7 +83,7 @@ def prepared(name: str, flag: str, args: argparse.Namespace) -> tuple[nn.Module,
 
     on_cpu = torch.device(args.device).type == "cpu"
     used = forms.usable(name, args.device) if on_cpu and args.dtype == "auto" else {}
-    slow = on_cpu and not environment.fast_bfloat16(args.device)  # the prompt would take several times as long
+    slow = environment.emulates_bfloat16(args.device)  # the prompt would take several times as long
     dtype = "float32" if slow and args.dtype == "auto" and not used else args.dtype
     model, tokenizer = models.load(name, flag=flag, dtype=dtype, trust_remote_code=args.trust_remote_code)
     model.to(args.device)
@@ -201,7 +201,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
     p.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1")
     p.add_argument("--dtype", default="auto", choices=DTYPES,
-                   help="auto: as stored; float32 on a CPU that is slow with 16 bits")
+                   help="auto: as stored; float32 on a CPU that emulates bfloat16")
     p.add_argument("--trust-remote-code", action="store_true", help="run code that the model's repository brings")
     p.add_argument("--round-inputs", action="store_true",
                    help="int8 and int4 layers on a CPU round their inputs to int8 too: faster, not as measured")

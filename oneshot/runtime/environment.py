@@ -98,6 +98,12 @@ def fast_bfloat16(device: str | torch.device) -> bool:
     return library.bfloat16_units()
 
 
+def emulates_bfloat16(device: str | torch.device) -> bool:
+    """Whether the device is a CPU without instructions for bfloat16 products, which then take several times as long."""
+    can = processor()
+    return torch.device(device).type == "cpu" and not (can.get("amx_bf16") or can.get("avx512_bf16"))
+
+
 def slower(device: str | torch.device, dtype: torch.dtype) -> bool:
     """Whether the device is a CPU that multiplies matrices of this dtype slower than float32 ones."""
     if torch.device(device).type != "cpu" or dtype.itemsize > 2:

@@ -47,9 +47,9 @@ def go(folder, *flags):
 
 @pytest.mark.parametrize("slow", [False, True])
 def test_the_kernels_compute_what_is_stored(saved, seen, monkeypatch, capsys, slow):
-    """slow: a CPU that multiplies bfloat16 slowly, where all else is float32."""
+    """slow: a CPU that emulates bfloat16, where all else is float32."""
     folder, form = saved
-    monkeypatch.setattr(environment, "fast_bfloat16", lambda device: not slow)
+    monkeypatch.setattr(environment, "processor", lambda: {"avx512_bf16": not slow})
     assert go(folder) == 0
     assert f"out ({form})" in capsys.readouterr().out
     [runs], held = seen, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -59,6 +59,16 @@ def test_the_kernels_compute_what_is_stored(saved, seen, monkeypatch, capsys, sl
     with torch.no_grad():
         want, found = held(ids).logits, runs(ids).logits.float()
     assert (found - want).norm() <= 0.02 * want.norm()
+
+
+@pytest.mark.parametrize("can, want", [({}, torch.float32), ({"amx_bf16": True}, torch.bfloat16),
+                                       ({"avx512_bf16": True, "cpu_name": "Intel(R) Xeon(R)"}, torch.bfloat16)])
+def test_bfloat16_is_kept_where_it_is_not_emulated(place, tmp_path, seen, monkeypatch, can, want):  # noqa: F811
+    """Also where its products are no faster than float32's: a token costs the bytes of the weights."""
+    monkeypatch.setattr(environment, "processor", lambda: can)
+    shutil.copytree(place / "model", tmp_path / "model")
+    AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    assert go(tmp_path / "model") == 0 and [model.dtype for model in seen] == [want]
 
 
 def test_another_dtype_and_other_models_run_as_they_are(saved, seen, place, capsys):  # noqa: F811
