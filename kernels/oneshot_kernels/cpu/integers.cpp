@@ -32,13 +32,15 @@ template <bool FOUR> static inline U weights(const uint8_t* v, int64_t step) {
 // 2:4: a vector of indices, then the values that they are of: one stream of memory, not two.
 template <bool FOUR> constexpr int HALF = VECTOR * (1 + (FOUR ? 2 : 4));  // bytes of half a block of columns in a tile
 
+template <bool FOUR> constexpr int BYTES = BLOCK / 4 * VECTOR / (FOUR ? 2 : 1);  // dense: of a block of columns in a tile
+
 // The integer sums of one block of columns, for M tokens and S tiles.
 template <bool FOUR, int M, int S> ALWAYS void sparse(const uint8_t* const (&v)[S], const uint8_t* x, int64_t columns, int64_t b,
                                                       I (&acc)[M][S], I (&over)[S]) {
     for (int half = 0; half < 2; half++) {
         const uint8_t* at[S];
         U word[S];
-        for (int s = 0; s < S; s++) { at[s] = v[s] + (2 * b + half) * HALF<FOUR>; word[s] = load<U>(at[s]); }
+        for (int s = 0; s < S; s++) { at[s] = v[s] + (2 * b + half) * HALF<FOUR>; word[s] = load<U>(at[s]); prefetch(at[s], HALF<FOUR>); }
 #pragma GCC unroll 4
         for (int step = 0; step < 4; step++) {
             U w[S], i[S];
@@ -59,6 +61,7 @@ template <bool FOUR, int M, int S> ALWAYS void sparse(const uint8_t* const (&v)[
 }
 template <bool FOUR, int M, int S> ALWAYS void dense(const uint8_t* const (&v)[S], const uint8_t* x, int64_t columns, int64_t b,
                                                      I (&acc)[M][S], I (&over)[S]) {
+    for (int s = 0; s < S; s++) prefetch(v[s] + b * BYTES<FOUR>, BYTES<FOUR>);
 #pragma GCC unroll 4
     for (int step = 0; step < BLOCK / 4; step++) {
         U w[S];
@@ -85,7 +88,7 @@ template <bool FOUR, int M, int S> ALWAYS void sparse(const uint8_t* const (&v)[
     for (int half = 0; half < 2; half++) {
         const uint8_t* at[S];
         U word[S];
-        for (int s = 0; s < S; s++) { at[s] = v[s] + (2 * b + half) * HALF<FOUR>; word[s] = load<U>(at[s]); }
+        for (int s = 0; s < S; s++) { at[s] = v[s] + (2 * b + half) * HALF<FOUR>; word[s] = load<U>(at[s]); prefetch(at[s], HALF<FOUR>); }
 #pragma GCC unroll 4
         for (int step = 0; step < 4; step++) {
             U w[S];
@@ -108,6 +111,7 @@ template <bool FOUR, int M, int S> ALWAYS void sparse(const uint8_t* const (&v)[
 }
 template <bool FOUR, int M, int S> ALWAYS void dense(const uint8_t* const (&v)[S], const float* x, int64_t columns, int64_t b,
                                                      F (&acc)[M][S]) {
+    for (int s = 0; s < S; s++) prefetch(v[s] + b * BYTES<FOUR>, BYTES<FOUR>);
 #pragma GCC unroll 4
     for (int step = 0; step < BLOCK / 4; step++) {
         U w[S];

@@ -65,6 +65,7 @@ template <typename D, int M, int S> ALWAYS void dense(Weight w, int64_t tile, in
         F acc[M][S] = {};
         const int64_t end = first + FLUSH < w.chunks ? first + FLUSH : w.chunks;
         for (int64_t c = first; c < end; c++) {
+            for (int s = 0; s < S; s++) prefetch(v[s] + c * (CHUNK / 2) * D::BYTES, CHUNK / 2 * D::BYTES);
 #pragma GCC unroll 4
             for (int g = 0; g < CHUNK / 2; g++) {
                 const float* at = x + c * CHUNK + 2 * g;
