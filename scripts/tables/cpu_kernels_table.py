@@ -115,7 +115,7 @@ def page(lines: Sequence[dict]) -> str:
 
 def judged(lines: Sequence[dict]) -> str:
     """A row for each target and number of threads: met where all lines of an idle machine meet it. For one token, which
-    is bound by memory, also what the best of these lines would reach if 2:4 were read as fast as memory can be."""
+    is bound by memory, also the best of these lines over torch if 2:4 were read as fast as memory can be."""
     body = []
     for target in TARGETS:
         for threads in sorted({line["threads"] for line in lines}):
@@ -123,7 +123,7 @@ def judged(lines: Sequence[dict]) -> str:
                    and line["state"] == "idle"]
             values = [line[target.value] for line in own]
             met = sum(map(target.met, own))
-            bound = target.tokens == (1,) and target.value in ("2:4 / dense", "2:4 / torch")
+            bound = target.value == "2:4 / torch"
             most = [line[target.value] / line["2:4 / limit"] for line in own if line["2:4 / limit"]] if bound else []
             body.append([target.value, target.dtype, ", ".join(map(str, target.tokens)) or "all", str(threads),
                          f"{target.least:.2f}", *([f"{statistics.median(values):.2f}", f"{min(values):.2f}",

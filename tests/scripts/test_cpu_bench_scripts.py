@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 
 import common
 import cpu_decode
@@ -18,6 +19,8 @@ import oneshot
 from oneshot import models
 from oneshot.checkpoint import gguf
 from oneshot.prune import patterns
+
+needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 
 
 def test_threads_that_sleep_are_not_timed(monkeypatch):
@@ -37,9 +40,8 @@ def test_a_bench_of_the_cpu_refuses_threads_that_sleep(script, tmp_path, monkeyp
     assert "OMP_WAIT_POLICY=passive" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+@needs_compiler
 def test_cpu_decode(tmp_path, monkeypatch, capsys):
-    if not cpu_kernels.linear.available():
-        pytest.skip("no C++ compiler")
     threads, ways = torch.get_num_threads(), "dense bf16;2:4 bf16;dense int8;2:4 int8;2:4 int4;cut int8"
     monkeypatch.setitem(cpu_decode.SHAPES["toy"], "vocab_size", families.tiny("llama").config.vocab_size)
     monkeypatch.setattr(cpu_decode, "READ", 1 << 20)
@@ -159,9 +161,8 @@ def test_cpu_decode_beside_llama_cpp(tmp_path, monkeypatch, capsys):
     assert cpu_decode.main([*given, "--gguf", "nowhere.gguf"]) == 2 and "--gguf nowhere.gguf" in capsys.readouterr().err
 
 
+@needs_compiler
 def test_cpu_quality(tmp_path, monkeypatch, capsys):
-    if not cpu_kernels.linear.available():
-        pytest.skip("no C++ compiler")
     tokenizer = oneshot.load("demo")[1]
     monkeypatch.setitem(families.FAMILIES["llama"][1], "vocab_size", len(tokenizer))
     monkeypatch.setitem(cpu_decode.SHAPES["toy"], "vocab_size", len(tokenizer))
