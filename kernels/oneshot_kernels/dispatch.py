@@ -3,9 +3,9 @@
     M, N, K   tokens, outputs (with SwiGLU gate and up together), inputs
 
     reference   row-major weights: unpack and F.linear     weights that were not prepared, CPUs without a compiler
-    tiles       cpu/linear.py, compiled C++                CPU, few tokens
+    tiles       cpu/linear.py, compiled C++                CPU, any number of tokens on most
     kernel      cpu/integers.py, compiled C++              CPU, int8 and int4 weights, dense ones too
-    expand      expand part by part, torch products        CPU, more tokens; integers: whose inputs stay as they are
+    expand      expand part by part, torch products        CPU, many tokens where torch has units of its own for them
     decode      mma.sp, gpu/decode.py                      1 to 64 tokens, NVIDIA compute capability 8.0 and up
     middle      expand and tl.dot, gpu/expand.py           any GPU
     sparselt    cuSPARSELt, gpu/prefill.py                 needs prefill_copy=True
@@ -17,7 +17,6 @@ the folder is $ONESHOT_KERNELS_CACHE, else where compiled kernels are kept (cpu/
 
 import functools
 import json
-import math
 import os
 import re
 import tempfile
@@ -43,11 +42,10 @@ if TYPE_CHECKING:
     from .cpu.integers import IntegerLinear
     from .linear import Sparse24Linear
 
-TILES_UNTIL = {("avx512", torch.float32): 128, ("amx", torch.float32): 128,
-               ("avx512", torch.bfloat16): 16, ("amx", torch.bfloat16): math.inf}
-"""{(variant, dtype): tokens up to which tiles should pay on a CPU}, else 64. An estimate: with AVX-512 torch's own
-products are faster than without; what is expanded has to be written and read again, but for tile registers. bfloat16
-has no such limit with AVX-512 where torch's products have no units of their own (`library.bfloat16_units`)."""
+TILES_UNTIL = {"avx512": 16, "neon": 64}
+"""{variant: tokens up to which tiles should pay}, estimates. NEON was not measured. AVX-512: of bfloat16 where torch's
+products have units of their own (`library.bfloat16_units`). Any number of tokens elsewhere: a 2:4 weight takes half of
+the multiplications (cpu/many.h), or has tile registers (cpu/amx_many.h)."""
 
 INTEGERS_UNTIL = 128
 """An estimate, the same for bfloat16 inputs of integer weights, where a CPU has units for torch's product alone."""
@@ -143,14 +141,11 @@ def _choose_on_cpu(problem: Problem, path: Path) -> Choice:
     if choice := _measured(problem, path, ["tiles", "expand"]):
         return choice
     variant = library.why("linear")
-    until = TILES_UNTIL.get((variant, problem.dtype), 64)
-    if problem.tokens <= until:
-        many = "any number of tokens: the kernel unfolds a weight once for many"
-        return Choice("tiles", None, "estimate, untuned",
-                      many if until == math.inf else f"up to {until} tokens time is weight bytes")
-    if variant == "avx512" and problem.dtype == torch.bfloat16 and not library.bfloat16_units():
-        return Choice("tiles", None, "estimate, untuned", "torch's product has no better units for these inputs")
-    return Choice("expand", None, "estimate, untuned", "many tokens: expand once, dense product")
+    if variant == "neon" or (variant == "avx512" and problem.dtype == torch.bfloat16 and library.bfloat16_units()):
+        if problem.tokens > TILES_UNTIL[variant]:
+            return Choice("expand", None, "estimate, untuned", "many tokens: expand once, dense product")
+        return Choice("tiles", None, "estimate, untuned", f"up to {TILES_UNTIL[variant]} tokens time is weight bytes")
+    return Choice("tiles", None, "estimate, untuned", "any number of tokens: half of a dense product's multiplications")
 
 
 def _choose_for_integers(problem: Problem, path: Path) -> Choice:

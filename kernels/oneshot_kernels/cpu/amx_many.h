@@ -22,25 +22,12 @@ ALWAYS void copy_chunk(const uint16_t* x, int64_t left, uint8_t* to) {
     std::memset(to + 2 * columns, 0, 2 * (CHUNK - columns));
 }
 
-// As bfloat16, in the lower halves. rounded_number: of what is no NaN; rounded: of any, NaN stays NaN.
-ALWAYS U rounded_number(F v) { return (U(v) + 0x7fff + (U(v) >> 16 & 1)) >> 16; }
-ALWAYS U rounded(F v) {
-    const U nan = U((U(v) & 0x7fffffff) > 0x7f800000u);
-    return (nan & (U(v) >> 16 | 0x40)) | (~nan & rounded_number(v));
-}
-
 // A tile's 16 rows of y for a token, those below N.
 ALWAYS void write_rows(F sum, int64_t tile, int64_t token, const Result& out) {
-    typedef uint16_t Halves __attribute__((vector_size(2 * ROWS)));
-    const Halves row = __builtin_convertvector(rounded(sum), Halves);
-    uint16_t* to = out.y + token * out.N + tile * ROWS;
-    if (out.N - tile * ROWS >= ROWS) std::memcpy(to, &row, sizeof(row));
-    else std::memcpy(to, &row, 2 * (out.N - tile * ROWS));
+    put_lanes(out.y, token * out.N + tile * ROWS, out.N - tile * ROWS, BFLOAT16, sum);
 }
 ALWAYS F bias_of(const Result& out, int64_t tile) {
-    F bias = {};
-    if (out.bias) for (int64_t r = 0; r < ROWS && tile * ROWS + r < out.N; r++) bias[r] = bf16_to_float(out.bias[tile * ROWS + r]);
-    return bias;
+    return out.bias ? get_lanes(out.bias, tile * ROWS, out.N - tile * ROWS, BFLOAT16) : F{};
 }
 
 // Sums of an item and a batch, register by register: 1 MB a thread, kept from call to call.

@@ -1,6 +1,6 @@
-// y = x Wᵀ + bias, best for a few tokens, with int8 weights (a scale for each row) or int4 (one for each row and 64 columns), 2:4
-// and dense. Either x stays float32, or it is rounded to int8 on the fly, with a scale for each token and 64 columns: then
-// sums are exact in int32 within those.
+// y = x Wᵀ + bias, with int8 weights (a scale for each row) or int4 (one for each row and 64 columns), 2:4 and dense, best for a
+// few tokens; many of a 2:4 weight: many.h. Either x stays float32, or it is rounded to int8 on the fly, with a scale for each
+// token and 64 columns: then sums are exact in int32 within those.
 //
 // Rows lie on SIMD lanes as in linear.cpp; a lane is 32 bits, which are four weights of its row. Dense: four columns.
 // 2:4: the four kept ones of eight columns, and pshufb picks their x by three bits each. int4: a byte holds code + 8 of one
@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <memory>
+#include "many.h"
 #include "parallel.h"
 #include "vectors.h"
 
@@ -151,14 +152,12 @@ template <bool FOUR> static inline F add_scaled(F sum, F of, float x, F weight) 
     return FOUR ? add_product(sum, of * x, weight) : add_product(sum, of, F{} + x);
 }
 
-// The results of one tile for one token.
+// The results of one tile for one token, rounded once, wherever it stands.
 template <bool FOUR> static inline void put_rows(Weight w, Output out, int64_t tile, int64_t token, F sum) {
-    const float* scale = static_cast<const float*>(w.scale);
-    float lanes[L];
-    std::memcpy(lanes, &sum, sizeof(lanes));
-    const int64_t row = tile * L, rows = out.N - row < L ? out.N - row : L;
-    for (int64_t r = 0; r < rows; r++)  // rounded once, wherever it stands
-        put(out.y, token * out.N + row + r, out.type, std::fma(lanes[r], FOUR ? 1 : scale[row + r], out.bias ? get(out.bias, row + r, out.type) : 0));
+    const int64_t row = tile * L, left = out.N - row;
+    const F bias = out.bias ? get_lanes(out.bias, row, left, out.type) : F{};
+    const F scale = FOUR ? F{} + 1 : get_lanes(w.scale, row, left, FLOAT32);
+    put_lanes(out.y, token * out.N + row, left, out.type, add_product(bias, sum, scale));
 }
 
 // S tiles, each `apart` tiles from the one before it.
@@ -201,6 +200,35 @@ template <bool FOUR, bool PLAIN> static void all(Weight w, Input in, Output out,
         else tiles<FOUR, PLAIN, 1>(w, whole * S + i - whole, 0, in, out, tokens);
     });
 }
+
+// A 2:4 weight for `many`, which leaves x as it is.
+template <bool FOUR> struct Unfolded {
+    Weight w;
+
+    int64_t blocks() const { return w.blocks; }
+    int count(int64_t) const { return BLOCK / 2; }
+    const float* scales(int64_t tile, int64_t block, float* buffer) const {
+        if (!FOUR) return nullptr;
+        const F own = load_half(static_cast<const uint16_t*>(w.scale) + (tile * w.blocks + block) * L);
+        std::memcpy(buffer, &own, sizeof(own));
+        return buffer;
+    }
+    void unfold(int64_t tile, int64_t block, int width, many::Kept& kept) const {
+        for (int half = 0; half < 2; half++) {
+            const uint8_t* at = w.values + ((tile * w.blocks + block) * 2 + half) * HALF<FOUR>;
+            const U word = load<U>(at);
+            for (int step = 0; step < 4; step++) {
+                const U four = weights<FOUR>(at + VECTOR, step);
+                for (int j = 0; j < 4; j++)  // kept weight j % 2 of group j / 2
+                    many::put(kept, 16 * half + 4 * step + j, weight(four, j), word >> (8 * j + 2 * step), 32 * half + 8 * step + 4 * (j / 2), width);
+            }
+        }
+    }
+};
+template <bool FOUR> struct Rows {  // of y, for `many`
+    Weight w; Output out;
+    void write(int64_t tile, int64_t token, F sum) const { put_rows<FOUR>(w, out, tile, token, sum); }
+};
 
 // One token's block: codes round(127 x / max|x|) plus `offset`. NaN or infinity anywhere makes the scale NaN, and so y.
 static void quantise(const float* x, uint8_t* codes, float* scale, int offset) {
@@ -246,6 +274,11 @@ extern "C" int linear_integers(const void* x, const uint8_t* values, const void*
 #else
     constexpr bool in_registers = false;
 #endif
+    const Output out{y, bias, N, Type(type)};
+    if (plain && sparse && tokens >= many::TOKENS) {
+        if (bits == 4) return !many::linear(Unfolded<true>{w}, x, tokens, N, K, Type(type), Rows<true>{w, out}, threads);
+        return !many::linear(Unfolded<false>{w}, x, tokens, N, K, Type(type), Rows<false>{w, out}, threads);
+    }
     std::unique_ptr<float, void (*)(void*)> wide(static_cast<float*>(std::aligned_alloc(64, (plain ? tokens : 1) * (columns + APART) * 4)), std::free);
     std::unique_ptr<uint8_t, void (*)(void*)> codes(plain ? nullptr : static_cast<uint8_t*>(std::aligned_alloc(64, padded * columns)), std::free);
     std::unique_ptr<float, void (*)(void*)> scales(plain ? nullptr : static_cast<float*>(std::malloc(tokens * blocks * 4)), std::free);
@@ -262,7 +295,6 @@ extern "C" int linear_integers(const void* x, const uint8_t* values, const void*
         }
     }
     const Input in{plain ? wide.get() : nullptr, codes.get(), scales.get(), blocks};
-    const Output out{y, bias, N, Type(type)};
 #if defined(__AMX_INT8__) && defined(__AMX_BF16__)
     if (in_registers) {
         const auto all = bits == 4 ? (sparse ? amx::linear<true, true> : amx::linear<true, false>) : (sparse ? amx::linear<false, true> : amx::linear<false, false>);

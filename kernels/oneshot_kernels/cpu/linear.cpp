@@ -1,4 +1,5 @@
-// y = x Wᵀ + bias, best for a few tokens (bfloat16 on tile registers: for any number), with rows of W on SIMD lanes: 2:4 and dense, values in float32, bfloat16, float16.
+// y = x Wᵀ + bias, 2:4 and dense, values in float32, bfloat16, float16. Here few tokens, with rows of W on SIMD lanes; many of a
+// 2:4 weight: many.h, bfloat16 on tile registers: amx_floats.h.
 //
 // A tile is L rows (layout.py says how they lie in memory; L depends on the variant). Each lane adds up its own row, so
 // there are no horizontal sums, and a thread reads every byte of the weight once, in order, four tiles at a time: one
@@ -8,6 +9,7 @@
 #include <cstdlib>
 #include <memory>
 #include "amx_floats.h"
+#include "many.h"
 #include "parallel.h"
 #include "unfold.h"
 #include "vectors.h"
@@ -87,20 +89,21 @@ template <typename D, int M, int S> ALWAYS void dense(Weight w, int64_t tile, in
     }
 }
 
-struct Output { void* y; const void* bias; int64_t N; Type type; };
+struct Output {
+    void* y; const void* bias; int64_t N; Type type;
+
+    void write(int64_t tile, int64_t token, F sum) const {  // the rows of a tile for a token
+        const int64_t row = tile * L;
+        put_lanes(y, token * N + row, N - row, type, sum + (bias ? get_lanes(bias, row, N - row, type) : F{}));
+    }
+};
 
 // S tiles, each `apart` tiles from the one before it.
 template <typename D, int M, int S> static void block(Weight w, int64_t tile, int64_t apart, const float* x, Output out, int64_t token) {
     F sum[M][S] = {};
     if (w.metadata) sparse<D, M, S>(w, tile, apart, x, sum);
     else dense<D, M, S>(w, tile, apart, x, sum);
-    for (int m = 0; m < M; m++) for (int s = 0; s < S; s++) {
-        float lanes[L];
-        std::memcpy(lanes, &sum[m][s], sizeof(lanes));
-        const int64_t row = (tile + s * apart) * L, rows = out.N - row < L ? out.N - row : L;
-        for (int64_t r = 0; r < rows; r++)
-            put(out.y, (token + m) * out.N + row + r, out.type, lanes[r] + (out.bias ? get(out.bias, row + r, out.type) : 0));
-    }
+    for (int m = 0; m < M; m++) for (int s = 0; s < S; s++) out.write(tile + s * apart, token + m, sum[m][s]);
 }
 
 // All tokens of S tiles: for few tokens all tiles at once (memory counts), else fewer tiles and more tokens (registers).
@@ -115,6 +118,31 @@ template <typename D, int S> static void tiles(Weight w, int64_t tile, int64_t a
     for (; tokens - t >= 2; t += 2) some<D, 2, S, 4>(w, tile, apart, x, out, t);
     for (; tokens - t >= 1; t += 1) some<D, 1, S, 4>(w, tile, apart, x, out, t);
 }
+
+// A 2:4 weight for `many`, whose blocks are those between two flushes.
+template <typename D> struct Unfolded {
+    Weight w;
+
+    int64_t blocks() const { return (w.chunks + FLUSH - 1) / FLUSH; }
+    int chunks(int64_t block) const { return w.chunks - block * FLUSH < FLUSH ? int(w.chunks - block * FLUSH) : FLUSH; }
+    int count(int64_t block) const { return chunks(block) * CHUNK / 2; }
+    const float* scales(int64_t, int64_t, float*) const { return nullptr; }
+    void unfold(int64_t tile, int64_t block, int width, many::Kept& kept) const {
+        for (int c = 0; c < chunks(block); c++) {
+            const int64_t at = tile * w.chunks + block * FLUSH + c;
+            U index = load<U>(w.metadata + at * L);
+            prefetch(w.values + at * GROUPS * D::BYTES, GROUPS * D::BYTES);
+            for (int g = 0; g < GROUPS; g++) {
+                F a, b;
+                D::two(w.values + (at * GROUPS + g) * D::BYTES, a, b);
+                const int i = c * GROUPS + g;
+                many::put(kept, 2 * i, a, index, 4 * i, width);
+                many::put(kept, 2 * i + 1, b, index >> 2, 4 * i, width);
+                index >>= 4;
+            }
+        }
+    }
+};
 
 // Tiles that are read at once lie far apart, so that each is part of a long stream: memory is fetched ahead along these.
 template <typename D> static void all(Weight w, const float* x, Output out, int64_t tokens, int64_t threads) {
@@ -132,6 +160,7 @@ extern "C" int lanes() { return L; }
 extern "C" int linear(const void* x, const uint8_t* values, const uint32_t* metadata, const void* bias, void* y,
                       int64_t tokens, int64_t N, int64_t K, int64_t type, int64_t threads) {
     const Type of = Type(type);
+    const Output out{y, bias, N, of};
     const int64_t chunks = (K + CHUNK - 1) / CHUNK, columns = chunks * CHUNK;
 #if defined(__AMX_BF16__)
     if (of == BFLOAT16 && tokens > 1) {  // one is faster on vectors
@@ -143,11 +172,14 @@ extern "C" int linear(const void* x, const uint8_t* values, const uint32_t* meta
         return 0;
     }
 #endif
+    const Weight w{values, metadata, chunks};
+    if (metadata && tokens >= many::TOKENS) {
+        const auto run = [&](auto D) { return !many::linear(Unfolded<decltype(D)>{w}, x, tokens, N, K, of, out, threads); };
+        return of == FLOAT32 ? run(Float32{}) : of == BFLOAT16 ? run(BFloat16{}) : run(Float16{});
+    }
     std::unique_ptr<float, void (*)(void*)> wide(static_cast<float*>(std::aligned_alloc(64, tokens * columns * 4)), std::free);
     if (!wide) return 1;
     for (int64_t t = 0; t < tokens; t++) widen(x, t, K, columns, of, wide.get() + t * columns);
-    const Weight w{values, metadata, chunks};
-    const Output out{y, bias, N, of};
     if (of == FLOAT32) all<Float32>(w, wide.get(), out, tokens, threads);
     else if (of == BFLOAT16) all<BFloat16>(w, wide.get(), out, tokens, threads);
     else all<Float16>(w, wide.get(), out, tokens, threads);

@@ -1,4 +1,4 @@
-"""Linear layers on a CPU, compiled, best for few tokens: 2:4 and dense weights in float32, bfloat16 and float16.
+"""Linear layers on a CPU, compiled: 2:4 weights and, best for few tokens, dense ones in float32, bfloat16 and float16.
 
     M, N, K   tokens, outputs, inputs
 

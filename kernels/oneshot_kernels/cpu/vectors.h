@@ -160,3 +160,33 @@ static inline void widen(const void* x, int64_t t, int64_t K, int64_t columns, T
     else for (int64_t k = 0; k < K; k++) out[k] = half_to_float(halves[k]);
     std::memset(out + K, 0, (columns - K) * 4);
 }
+
+// As bfloat16, in the lower halves. rounded_number: of what is no NaN; rounded: of any, NaN stays NaN.
+ALWAYS U rounded_number(F v) { return (U(v) + 0x7fff + (U(v) >> 16 & 1)) >> 16; }
+ALWAYS U rounded(F v) {
+    const U nan = U((U(v) & 0x7fffffff) > 0x7f800000u);
+    return (nan & (U(v) >> 16 | 0x40)) | (~nan & rounded_number(v));
+}
+
+// L numbers of an array from the i-th on, of which `left` are there; zeros in the place of the others.
+typedef uint16_t Halves __attribute__((vector_size(VECTOR / 2)));
+static inline F get_lanes(const void* p, int64_t i, int64_t left, Type type) {
+    F v = {};
+    if (left < L) {
+        for (int64_t l = 0; l < left; l++) v[l] = get(p, i + l, type);
+        return v;
+    }
+    const uint8_t* at = static_cast<const uint8_t*>(p) + i * bytes_of(type);
+    if (type == FLOAT32) return load<F>(at);
+    return type == BFLOAT16 ? F(__builtin_convertvector(load<Halves>(at), U) << 16) : load_half(at);
+}
+static inline void put_lanes(void* p, int64_t i, int64_t left, Type type, F v) {
+    if (left < L || type == FLOAT16) {
+        for (int64_t l = 0; l < left && l < L; l++) put(p, i + l, type, v[l]);
+    } else if (type == FLOAT32) {
+        std::memcpy(static_cast<float*>(p) + i, &v, sizeof(v));
+    } else {
+        const Halves halves = __builtin_convertvector(rounded(v), Halves);
+        std::memcpy(static_cast<uint16_t*>(p) + i, &halves, sizeof(halves));
+    }
+}
