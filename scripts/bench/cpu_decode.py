@@ -185,7 +185,7 @@ def random_model(name: str) -> nn.Module:
 def formed(model: nn.Module, form: str | None, kind: str, rounds: bool) -> nn.Module:
     """A model of the same weights in another form, which shares what stays as it is. kind: one of KINDS."""
     twin, sparse = shared(model), kind == "2:4"
-    if form == "bf16" and sparse:
+    if form in ("bf16", "f32") and sparse:
         sparsify(twin)
     elif form in ("int8", "int4"):
         for weight in models.all_weights(twin):

@@ -1,4 +1,5 @@
-"""Tokens per second on a CPU: cpu_decode.md, and the README's table, from the rows of scripts/bench/cpu_decode.py.
+"""Tokens per second on a CPU: cpu_decode.md, and the README's table, from the rows of scripts/bench/cpu_decode.py and
+cpu_prompt.py.
 
     python scripts/tables/cpu_table.py            # write results/bench/cpu_decode.md
     python scripts/tables/cpu_table.py --check    # exit 1 if it is stale
@@ -26,7 +27,7 @@ ALONE = ", alone"
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 1 where --check finds cpu_decode.md stale."""
     return one_page.main(argv, __doc__, __file__, ROOT / "results" / "bench" / "cpu_decode.md",
-                         lambda out: page(rows_of(out / "cpu_decode.json")))
+                         lambda out: page(rows_of(out / "cpu_decode.json")) + prompts(out / "cpu_prompt.json"))
 
 
 def rows_of(file: Path) -> list[dict]:
@@ -64,6 +65,25 @@ def page(rows: list[dict]) -> str:
                 "gap"]
         parts.append(render(head, body, "markdown", text={"way"}))
     return "\n".join(parts)
+
+
+def prompts(file: Path) -> str:
+    """One table for all models and numbers of threads; "" where nothing was measured."""
+    found = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
+    if not found:
+        return ""
+    groups = list(dict.fromkeys((row["model"], row["threads"]) for row in found))
+    rate = {(row["model"], row["threads"], row["way"]): row["tokens_per_second"] for row in found}
+    busy = " **Busy**: only ratios count." if any(row["load"] > BUSY for row in found) else ""
+    origins = dict.fromkeys(f"{origin(row)}, {row['tokens']} tokens, kernels: {row['variant']}" for row in found)
+    text = (f"\n## Prompts\n\n`python scripts/bench/cpu_prompt.py`; {'; '.join(origins)}.{busy}\n\n"
+            "Tokens per second of one forward pass over all tokens of a prompt, batch 1, all weights 2:4; in brackets, "
+            "times the faster one of transformers in bfloat16 and float32.\n\n")
+    best = {group: max(rate[(*group, way)] for way in ("transformers bf16", "transformers f32")) for group in groups}
+    body = [[way, *(f"{rate[(*group, way)]:.0f} ({rate[(*group, way)] / best[group]:.2f}x)" if (*group, way) in rate
+                    else "-" for group in groups)] for way in dict.fromkeys(row["way"] for row in found)]
+    head = ["way", *(f"{name}, {threads} thread{'s' * (threads > 1)}" for name, threads in groups)]
+    return text + render(head, body, "markdown", text={"way"})
 
 
 def over(rate: dict[str, float], way: str, twin: str) -> str:

@@ -7,6 +7,7 @@ import shutil
 import common
 import cpu_decode
 import cpu_kernels
+import cpu_prompt
 import cpu_quality
 import cpu_table
 import families
@@ -33,7 +34,7 @@ def test_threads_that_sleep_are_not_timed(monkeypatch):
     assert common.thread_counts("1,2", toy=False) == [1, 2]
 
 
-@pytest.mark.parametrize("script", [cpu_kernels, cpu_decode])
+@pytest.mark.parametrize("script", [cpu_kernels, cpu_decode, cpu_prompt])
 def test_a_bench_of_the_cpu_refuses_threads_that_sleep(script, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     assert script.main(["--threads", "1,2", "--out", str(tmp_path)]) == 2
@@ -96,6 +97,27 @@ def test_the_prompt_is_text_where_there_is_a_tokenizer():
     assert ids.shape == (1, cpu_decode.PROMPT)
     assert cpu_decode.TEXT.startswith(tokenizer.decode(ids[0], skip_special_tokens=True).strip())
     assert cpu_decode.prompt(model, None).shape == (1, cpu_decode.PROMPT)
+
+
+@needs_compiler
+def test_cpu_prompt(tmp_path, monkeypatch, capsys):
+    made = cpu_prompt.make("toy")
+    ids = torch.arange(7)[None]
+    truth, error = made["transformers f32"](ids).logits.double(), {}
+    assert list(made) == list(cpu_prompt.WAYS)
+    for way, model in made.items():
+        error[way] = float((model(ids).logits.double() - truth).norm() / truth.norm())
+    assert error["2:4 f32"] < 1e-5 and error["2:4 bf16"] < 2 * error["transformers bf16"] < 0.05
+    assert abs(error["2:4 int8"] - error["dense int8"]) < 0.01 and error["2:4 int4"] < 0.3
+    (tmp_path / "cpu_decode.json").write_text(json.dumps({"rows": [decode_row("transformers", 10.0)]}))
+    assert cpu_table.main(["--out", str(tmp_path)]) == 0 and "Prompts" not in (tmp_path / "cpu_decode.md").read_text()
+    assert cpu_prompt.main(["--toy", "--threads", "1", "--out", str(tmp_path)]) == 0, capsys.readouterr().err
+    rows = json.loads((tmp_path / "cpu_prompt.json").read_text())["rows"]
+    assert [row["way"] for row in rows] == list(cpu_prompt.WAYS)
+    assert all(row["tokens_per_second"] > 0 and row["tokens"] == 80 and row["threads"] == 1 for row in rows)
+    assert cpu_table.main(["--out", str(tmp_path)]) == 0
+    text = (tmp_path / "cpu_decode.md").read_text()
+    assert "## Prompts" in text and "toy, 1 thread" in text and "(1.00x)" in text
 
 
 def decode_row(way, rate, **more):
