@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 from common import others, thread_counts
-from cpu_decode import SHAPES, formed, random_model, read
-from oneshot_kernels.cpu import library
+from cpu_decode import SHAPES, formed, random_model, read, shared
+from oneshot_kernels.cpu import integers, library
 from torch import nn
 from tqdm import tqdm
 
@@ -34,8 +34,8 @@ from oneshot.runtime.files import write_json
 
 WAYS = {"transformers bf16": (None, "dense", False), "transformers f32": (None, "dense", False),
         "2:4 bf16": ("bf16", "2:4", False), "2:4 f32": ("f32", "2:4", False),
-        **{f"{kind} {form}": (form, kind, False) for form in ("int8", "int4") for kind in ("dense", "2:4")},
-        **{f"{kind} {form}, rounded": (form, kind, True) for form in ("int8", "int4") for kind in ("dense", "2:4")}}
+        **{f"{kind} {form}": (form, kind, False) for form in ("int8", "int4") for kind in ("dense", "2:4")}}
+ROUNDED = ", rounded"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -84,8 +84,18 @@ def make(name: str) -> dict[str, nn.Module]:
             W = weight.get()
             weight.set(W * NM(2, 4).keep(W.abs()))
     wide = copy.deepcopy(model).float()
-    return {way: formed(wide if "f32" in way else model, *of)
-            for way, of in tqdm(WAYS.items(), desc=f"{name}: models")}
+    made = {way: formed(wide if "f32" in way else model, *of) for way, of in tqdm(WAYS.items(), desc=f"{name}: models")}
+    return made | {way + ROUNDED: rounding(made[way]) for way in WAYS if "int" in way}
+
+
+def rounding(model: nn.Module) -> nn.Module:
+    """A model of the very integers whose layers round their inputs, with a head that does, too."""
+    twin = shared(model)
+    twin.lm_head = integers.IntegerLinear.from_linear(twin.lm_head)
+    for layer in twin.modules():
+        if isinstance(layer, integers.IntegerLinear):
+            layer.round_inputs = True
+    return twin
 
 
 def measured(name: str, made: dict[str, nn.Module], args: argparse.Namespace) -> list[dict]:
