@@ -1,8 +1,11 @@
-"""The variants of a compiled CPU library, one at a time."""
+"""The variants of a compiled CPU library, one at a time, and the mark of tests that need a compiler."""
+
+import shutil
 
 import pytest
 from oneshot_kernels.cpu import library
 
+needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 NAMES = ("amx", "avx512", "avx2", "neon")
 
 

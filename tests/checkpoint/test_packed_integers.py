@@ -11,6 +11,7 @@ from oneshot_kernels.cpu import integers
 from oneshot_kernels.cpu.codes import emulate
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from variants import needs_compiler
 
 from oneshot import checkpoint, models
 from oneshot.checkpoint import packed, rounded, verify
@@ -125,7 +126,7 @@ def test_saved_again_and_loaded_again(twins, tmp_path):
     assert torch.equal(one(ids(one)).logits, again(ids(again)).logits)
 
 
-@pytest.mark.skipif(not integers.available(), reason="no C++ compiler")
+@needs_compiler
 @pytest.mark.parametrize("rounds", [False, True])
 def test_the_compiled_layers_hold_the_same_codes(twins, rounds):
     """What differs is that no weight is rounded to the model's dtype, and with `rounds` the inputs to int8."""
@@ -143,7 +144,7 @@ def test_the_compiled_layers_hold_the_same_codes(twins, rounds):
     assert 0 < (a - b).norm() < (0.05 if rounds else 0.01) * a.norm()
 
 
-@pytest.mark.skipif(not integers.available(), reason="no C++ compiler")
+@needs_compiler
 @pytest.mark.parametrize("rounds", [False, True])
 def test_generate_computes_with_the_codes(twins, rounds, monkeypatch, capsys):
     seen = []

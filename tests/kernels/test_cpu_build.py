@@ -3,14 +3,12 @@
 import ctypes
 import os
 import platform
-import shutil
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from oneshot_kernels.cpu import build, library
-
-needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+from variants import needs_compiler
 
 
 @pytest.fixture(autouse=True)

@@ -1,15 +1,15 @@
 """The compiled column loop against the plain one: every variant this CPU runs, strange shapes, ties, threads, grids."""
 
 import ctypes
-import shutil
 
 import pytest
 import torch
 import variants
 from oneshot_kernels.cpu import column_loop, library
 from oneshot_kernels.cpu.column_loop import Grid, current, current_reference, reference, solve
+from variants import needs_compiler
 
-pytestmark = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+pytestmark = needs_compiler
 
 
 @pytest.fixture(params=variants.NAMES)

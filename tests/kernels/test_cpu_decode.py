@@ -1,7 +1,6 @@
 """`fast_decode`: transformers' generate with one compiled call a token, against float64 and against transformers."""
 
 import copy
-import shutil
 
 import pytest
 import torch
@@ -12,8 +11,9 @@ from oneshot_kernels.cpu import integers, step
 from oneshot_kernels.cpu.decode import fast_decode
 from torch import nn
 from transformers import DynamicCache
+from variants import needs_compiler
 
-pytestmark = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+pytestmark = needs_compiler
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

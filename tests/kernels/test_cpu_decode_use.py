@@ -3,7 +3,6 @@
 import copy
 import gc
 import pickle
-import shutil
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,8 +15,9 @@ from oneshot_kernels.cpu import library, step
 from oneshot_kernels.cpu.decode import fast_decode
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
+from variants import needs_compiler
 
-pytestmark = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+pytestmark = needs_compiler
 
 
 def several(model):

@@ -1,6 +1,5 @@
 """Which path int8 and int4 layers take on a CPU: what `explain` says, and what `tune` measures."""
 
-import shutil
 
 import pytest
 import torch
@@ -8,9 +7,9 @@ from oneshot_kernels import dispatch, explain, reference
 from oneshot_kernels.cpu import integers, library, tune
 from oneshot_kernels.cpu.integers import IntegerLinear
 from torch import nn
+from variants import needs_compiler
 
-pytestmark = [pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler"),
-              pytest.mark.usefixtures("untuned")]
+pytestmark = [needs_compiler, pytest.mark.usefixtures("untuned")]
 
 
 def test_explain_says_which_path_integers_take_and_why(monkeypatch):

@@ -1,6 +1,5 @@
 """The compiled int8 and int4 linears, dense and 2:4: every variant this CPU runs, against float64 on the very codes."""
 
-import shutil
 
 import pytest
 import torch
@@ -12,9 +11,9 @@ from oneshot_kernels.cpu import linear as cpu_linear
 from oneshot_kernels.cpu.codes import emulate, round_groups, round_input, round_rows, value
 from oneshot_kernels.cpu.integers import IntegerLinear, linear, prepare
 from torch import nn
+from variants import needs_compiler
 
-pytestmark = [pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler"),
-              pytest.mark.usefixtures("untuned")]
+pytestmark = [needs_compiler, pytest.mark.usefixtures("untuned")]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -1,7 +1,6 @@
 """The compiled linears: every variant this CPU runs against float64, strange shapes; what the module does with them."""
 
 import copy
-import shutil
 
 import pytest
 import torch
@@ -11,8 +10,9 @@ from oneshot_kernels import Sparse24Linear, dispatch, explain, ops, pack, refere
 from oneshot_kernels.cpu import build, layout, library, tune
 from oneshot_kernels.cpu import linear as cpu
 from torch import nn
+from variants import needs_compiler
 
-pytestmark = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+pytestmark = needs_compiler
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

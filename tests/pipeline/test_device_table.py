@@ -7,8 +7,9 @@ import pytest
 import tiny
 import torch
 from oneshot_kernels import decoder_of
-from oneshot_kernels.cpu import build, step
+from oneshot_kernels.cpu import build
 from transformers import AutoConfig, AutoModelForCausalLM
+from variants import needs_compiler
 
 from oneshot.measure import latency
 from oneshot.models import blocks, config_of
@@ -169,7 +170,7 @@ def test_forms_with_a_kernel_are_timed_and_others_gain_nothing(model, monkeypatc
     assert device_table.table(model, "cpu", rounds=1, progress=False)["parts"]["decode1"]["forms"] == {}
 
 
-@pytest.mark.skipif(not step.available(), reason="no C++ compiler")
+@needs_compiler
 def test_a_token_is_one_compiled_call_where_the_family_allows_it(model, monkeypatch):
     """For the small models as for the whole one; the model that was given decodes as before."""
     seen = []
@@ -196,7 +197,7 @@ def test_a_token_is_one_compiled_call_where_the_family_allows_it(model, monkeypa
     assert forms.decoding(model, "cpu") == (model, "transformers")
 
 
-@pytest.mark.skipif(not step.available(), reason="no C++ compiler")
+@needs_compiler
 def test_what_is_timed_computes_what_the_model_computes():
     own = high(2)
     made, how = forms.decoding(own, "cpu")

@@ -8,14 +8,14 @@ import torch
 from oneshot_kernels.cpu import integers
 from tiny import plain_pages  # noqa: F401
 from transformers import AutoModelForCausalLM
+from variants import needs_compiler
 
 from oneshot.measure import latency
 from oneshot.pipeline import device_table, forms
 from oneshot.pipeline.fit import candidates, command, ending
 from oneshot.pipeline.fit.plans import Costs, Plan
 
-pytestmark = [pytest.mark.usefixtures("plain_pages"),
-              pytest.mark.skipif(not integers.available(), reason="no C++ compiler")]
+pytestmark = [pytest.mark.usefixtures("plain_pages"), needs_compiler]
 
 
 @pytest.fixture(scope="module")

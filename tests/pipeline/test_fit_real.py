@@ -10,6 +10,7 @@ import torch
 from oneshot_kernels import decoder_of
 from tiny import plain_pages  # noqa: F401
 from transformers import AutoModelForCausalLM
+from variants import needs_compiler
 
 import oneshot
 from oneshot import checkpoint
@@ -204,7 +205,7 @@ def test_kernels_compute_what_the_stored_weights_say(form, place, tmp_path):
     assert kinds == {"IntegerLinear" if grid else "Sparse24Linear"}
 
 
-@pytest.mark.skipif(not forms.runnable("cpu"), reason="no C++ compiler")
+@needs_compiler
 def test_rounds_are_timed_as_they_decode(place, tmp_path, monkeypatch):
     """The result and the dense model, each by one compiled call; integers in the result alone."""
     assert tiny.main(*tiny.flags(place, "--no-dense", method="dense", quantise="int8:row", save=tmp_path / "out")) == 0

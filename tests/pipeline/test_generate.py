@@ -9,11 +9,12 @@ from oneshot_kernels import Sparse24Linear
 from oneshot_kernels.cpu import integers
 from tiny import place  # noqa: F401 - fixture
 from transformers import AutoModelForCausalLM
+from variants import needs_compiler
 
 from oneshot.pipeline import forms, generate
 from oneshot.runtime import environment
 
-pytestmark = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+pytestmark = needs_compiler
 KINDS = {"2:4": Sparse24Linear, "int8": integers.IntegerLinear, "2:4 int4": integers.IntegerLinear}
 
 

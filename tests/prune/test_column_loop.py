@@ -1,6 +1,5 @@
 """SparseGPT with the compiled column loop and with the one in torch: the same mask, the same values to rounding."""
 
-import shutil
 
 import pytest
 import reference as ref
@@ -8,13 +7,12 @@ import torch
 from oneshot_kernels.cpu import column_loop, library
 from problems import layer
 from solving import case, run
+from variants import needs_compiler
 
 from oneshot.pipeline import compress
 from oneshot.prune.patterns import NM, Unstructured
 from oneshot.prune.solvers import sparsegpt
 from oneshot.settings import flags
-
-needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 
 
 @pytest.fixture

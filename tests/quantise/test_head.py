@@ -9,6 +9,7 @@ from rounding import command, killed, the_record
 from safetensors.torch import load_file, save_file
 from tiny import place, plain_pages  # noqa: F401
 from transformers import AutoModelForCausalLM
+from variants import needs_compiler
 
 import oneshot
 from oneshot import models, report
@@ -186,7 +187,7 @@ def test_the_record_counts_its_bytes_and_names_it(saved):
     assert report.pattern_of(only) == "none+head:q4_0"
 
 
-@pytest.mark.skipif(not integers.available(), reason="no C++ compiler")
+@needs_compiler
 def test_it_runs_on_integers_with_the_stored_codes(saved):
     """A head with its own scales computes what the dense folder's does, to float32's rounding."""
     runs, dense = forms.load(saved[ROWS]), AutoModelForCausalLM.from_pretrained(saved[ROWS])
@@ -195,7 +196,7 @@ def test_it_runs_on_integers_with_the_stored_codes(saved):
     assert not isinstance(forms.load(saved["int8:row"]).lm_head, integers.IntegerLinear)
 
 
-@pytest.mark.skipif(not integers.available(), reason="no C++ compiler")
+@needs_compiler
 def test_an_embedding_stays_one_when_its_head_runs_on_integers():
     model = family("llama-tied-bias")
     head.round_head(model, mixed.parse("none,lm_head=int8:row"))

@@ -11,6 +11,7 @@ from oneshot_kernels.cpu import integers
 from rounding import command, killed, the_record
 from tiny import place, plain_pages  # noqa: F401
 from transformers import AutoModelForCausalLM
+from variants import needs_compiler
 
 import oneshot
 from oneshot import checkpoint, models, report
@@ -247,7 +248,7 @@ def test_a_config_that_says_something_else_is_refused(grid):
         checkpoint.packed.PackedConfig(["model.layers.0.self_attn.q_proj"], grid=grid, stored="float32")
 
 
-@pytest.mark.skipif(not integers.available(), reason="no C++ compiler")
+@needs_compiler
 def test_each_linear_gets_the_kernel_of_its_form(place, tmp_path):  # noqa: F811
     assert command(place, save=tmp_path / "out", results=tmp_path / "runs", quantiser="rtn",
                    quantise="int4:64,model.layers.0.*=int8:row,*.o_proj=none,*.up_proj=int3:16") == 0

@@ -19,6 +19,7 @@ import torch
 import versions
 import versus_llmcompressor
 from transformers import AutoModelForCausalLM
+from variants import needs_compiler
 
 from oneshot import calibrate, models
 from oneshot.pipeline import run
@@ -116,9 +117,8 @@ def test_products(tmp_path, capsys):
     assert all(float(row["times_plain"]) > 0 and float(row["ours_error"]) < 1e-5 for row in rows)
 
 
+@needs_compiler
 def test_column_loop(tmp_path, capsys):
-    if not column_loop.column_loop.available(torch.empty(0)):
-        pytest.skip("no C++ compiler")
     assert column_loop.main(["--toy", "--out", str(tmp_path)]) == 0, capsys.readouterr().err
     rows = [line.split(",") for line in (tmp_path / "column_loop.csv").read_text().splitlines()]
     assert rows[0] == column_loop.HEAD and [row[:2] for row in rows[1:]] == [["64x64", "2:4"], ["64x64", "0.5"]]

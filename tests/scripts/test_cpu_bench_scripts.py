@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import shutil
 
 import common
 import cpu_decode
@@ -15,13 +14,12 @@ import gguf_files
 import llama_server
 import pytest
 import torch
+from variants import needs_compiler
 
 import oneshot
 from oneshot import models
 from oneshot.checkpoint import gguf
 from oneshot.prune import patterns
-
-needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 
 
 def test_threads_that_sleep_are_not_timed(monkeypatch):

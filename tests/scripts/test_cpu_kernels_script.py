@@ -2,16 +2,16 @@
 
 import csv
 import functools
-import shutil
 
 import common
 import cpu_kernels
 import cpu_kernels_table
 import pytest
 import torch
+from variants import needs_compiler
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+@needs_compiler
 def test_cpu_kernels(tmp_path, capsys):
     threads = torch.get_num_threads()
     assert cpu_kernels.main(["--toy", "--threads", "1", "--out", str(tmp_path)]) == 0, capsys.readouterr().err
