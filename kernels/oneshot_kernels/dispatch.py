@@ -145,7 +145,7 @@ def _choose_on_cpu(problem: Problem, path: Path) -> Choice:
         if problem.tokens > TILES_UNTIL[variant]:
             return Choice("expand", None, "estimate, untuned", "many tokens: expand once, dense product")
         return Choice("tiles", None, "estimate, untuned", f"up to {TILES_UNTIL[variant]} tokens time is weight bytes")
-    return Choice("tiles", None, "estimate, untuned", "any number of tokens: half of a dense product's multiplications")
+    return Choice("tiles", None, "estimate, untuned", "any number of tokens: the kernel has its own way for many")
 
 
 def _choose_for_integers(problem: Problem, path: Path) -> Choice:

@@ -108,17 +108,25 @@ def test_a_product_in_parts_is_the_whole_one(variant, dtype, part, monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_nan_and_inf_pass_through(variant, dtype, bad):
-    weight, x, _ = problem(20, 64, 3, dtype)
+@pytest.mark.parametrize("m", [3, 50])
+def test_nan_and_inf_pass_through(variant, dtype, bad, m):
+    weight, x, _ = problem(20, 64, m, dtype)
     weight[4, torch.nonzero(weight[4])[0]] = bad
     x[x == 0] = 1
     y = cpu.linear(x, *tiles(weight), 20)
     assert not y[:, 4].isfinite().any() and y[:, :4].isfinite().all() and y[:, 5:].isfinite().all()
-    weight, x, _ = problem(20, 64, 3, dtype)
+    weight, x, _ = problem(20, 64, m, dtype)
     x[1, 10] = bad
     y = cpu.linear(x, *tiles(weight), 20)
-    assert not y[1, weight[:, 10] != 0].isfinite().any() and y[[0, 2]].isfinite().all()
+    assert not y[1, weight[:, 10] != 0].isfinite().any() and y[0].isfinite().all() and y[2:].isfinite().all()
     assert bool((weight[:, 10] != 0).any())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_weight_without_rows_gives_nothing(variant, dtype):
+    weight, x, _ = problem(20, 64, 70, dtype)
+    none = [part[:0] for part in tiles(weight)]  # no weight is packed like that, but the operator takes it
+    assert all(cpu.linear(x[:m], *none, 0).shape == (m, 0) for m in (1, 9, 70))
 
 
 def test_damaged_metadata_is_refused():

@@ -109,6 +109,7 @@ static int64_t most() {
 
 // x (tokens, K) of `type`, TOKENS at least. Returns whether there was memory.
 template <typename W, typename Out> static bool linear(const W& w, const void* x, int64_t tokens, int64_t N, int64_t K, Type type, const Out& out, int64_t threads) {
+    if (N == 0) return true;
     const int64_t vectors = (tokens + L - 1) / L, fit = most(), panels = (vectors + fit - 1) / fit, columns = w.blocks() * COLUMNS;
     const int64_t tiles = (N + L - 1) / L, parts = (tiles + TILES * threads - 1) / (TILES * threads) * threads, each = (tiles + parts - 1) / parts;
     const int64_t items = (tiles + each - 1) / each;
