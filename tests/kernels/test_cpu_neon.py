@@ -1,5 +1,4 @@
-"""The NEON variant as it is shipped, cross-compiled and, but for a token's step, run by qemu, against float64; skipped
-where one is missing.
+"""The NEON variant as it is shipped, cross-compiled and run by qemu, against float64; skipped where one is missing.
 
     apt install g++-aarch64-linux-gnu qemu-user
 """
@@ -50,8 +49,9 @@ def run(library, tmp_path_factory):
     def call(name, arrays, numbers, like):
         program, given, got = (folder / f"{name}{end}" for end in ("", ".in", ".out"))
         if not program.exists():
-            subprocess.run([CROSS, "-std=c++17", f"-D{name.upper()}", str(Path(__file__).with_name("neon_main.cpp")),
-                            str(library(name)), "-o", str(program)], check=True)
+            subprocess.run([CROSS, "-std=c++17", f"-I{build.HERE}", f"-D{name.upper()}",
+                            str(Path(__file__).with_name("neon_main.cpp")), str(library(name)), "-o", str(program)],
+                           check=True)
         blobs = [b"" if a is None else a.contiguous().view(torch.uint8).numpy().tobytes() for a in arrays]
         given.write_bytes(struct.pack(f"<{1 + len(blobs)}q", len(blobs), *map(len, blobs)) + b"".join(blobs)
                           + struct.pack("<8q", *numbers, *[0] * (8 - len(numbers))))
@@ -102,3 +102,25 @@ def test_column_loop(run, nm):
     column_loop.reference(want, U.double(), mask.clone(), nm)
     got = run("column_loop", (W, U, mask), (b, R, *(nm or (0, 0))), W)
     assert reference.relative_error(got, want) < 1e-5
+
+
+@needs_qemu
+@pytest.mark.parametrize("dtype", list(TYPES))
+def test_the_tokens_of_a_model(run, dtype):
+    """Three tokens, through two blocks of dense rows."""
+    g, eps, scaling = torch.Generator().manual_seed(0), 1e-5, 0.3
+
+    def random(*shape):
+        return (torch.randn(shape, generator=g) / shape[-1] ** 0.5).to(dtype)
+    shapes = {"q": (80, 37), "k": (40, 37), "v": (40, 37), "o": (37, 80), "gate": (45, 37), "up": (45, 37),
+              "down": (37, 45), "before": (37,), "after": (37,), "q_norm": (20,), "k_norm": (20,)}
+    blocks = [{name: random(*shape) for name, shape in shapes.items()} for _ in range(2)]
+    norm, head, x = random(37), random(51, 37), random(3, 37)
+    angles = torch.randn(2, 3, 20, generator=g)
+    logits = torch.full((3, 51), torch.nan, dtype=dtype)
+    arrays = (*(t for block in blocks for t in block.values()), norm, head, *angles, x, logits)
+    said, past = run("step", arrays, (37, 4, 2, 20, 45, TYPES[dtype], 3, 51), logits), [None, None]
+    for t in range(3):
+        want = reference.llama_token(x[t], blocks, past, tuple(angles[:, t]), heads=4, eps=eps, scaling=scaling)
+        want = reference.rms_norm(want, norm.double(), eps) @ head.double().T
+        assert reference.relative_error(said[t], want) < 8 * torch.finfo(dtype).eps

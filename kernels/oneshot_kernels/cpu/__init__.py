@@ -8,7 +8,7 @@
               amx_many.h both for many tokens
     column_loop  SparseGPT's loop over the columns     linear     2:4 and dense layers
     integers  the same with int8 or int4 weights and int8 inputs       codes      their codes and scales
-    step      one token of a Llama-like model in one call      decode  transformers' generate by it
+    step      one token of a Llama-like model in one call, described by step.h      decode  transformers' generate by it
     cache     room for keys and values in transformers' cache
     layout    tiles: how their weights lie             bandwidth  the read limit        tune  measure, for dispatch
 """
