@@ -2,7 +2,7 @@
 
     build     compile a source into the cache          library   load the variant for this CPU, after a self-test
     parallel.h  torch's own threads                    vectors.h  one vector of rows, on three processors
-    unfold.h  2:4 to dense, 32 columns of 16 rows      expand_integers.h  integers to dense
+    unfold.h  2:4 to dense, 32 columns of 16 rows      expand_integers.h  integers for many tokens
     many.h    2:4 for many tokens, which lie on SIMD lanes
     amx.h     tile registers of newer Xeons; amx_floats.h and amx_integers.h compute linear and integers on them,
               amx_many.h both for many tokens

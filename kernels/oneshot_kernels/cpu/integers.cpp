@@ -201,35 +201,6 @@ template <bool FOUR, bool PLAIN> static void all(Weight w, Input in, Output out,
     });
 }
 
-// A 2:4 weight for `many`, which leaves x as it is.
-template <bool FOUR> struct Unfolded {
-    Weight w;
-
-    int64_t blocks() const { return w.blocks; }
-    int count(int64_t) const { return BLOCK / 2; }
-    const float* scales(int64_t tile, int64_t block, float* buffer) const {
-        if (!FOUR) return nullptr;
-        const F own = load_half(static_cast<const uint16_t*>(w.scale) + (tile * w.blocks + block) * L);
-        std::memcpy(buffer, &own, sizeof(own));
-        return buffer;
-    }
-    void unfold(int64_t tile, int64_t block, int width, many::Kept& kept) const {
-        for (int half = 0; half < 2; half++) {
-            const uint8_t* at = w.values + ((tile * w.blocks + block) * 2 + half) * HALF<FOUR>;
-            const U word = load<U>(at);
-            for (int step = 0; step < 4; step++) {
-                const U four = weights<FOUR>(at + VECTOR, step);
-                for (int j = 0; j < 4; j++)  // kept weight j % 2 of group j / 2
-                    many::put(kept, 16 * half + 4 * step + j, weight(four, j), word >> (8 * j + 2 * step), 32 * half + 8 * step + 4 * (j / 2), width);
-            }
-        }
-    }
-};
-template <bool FOUR> struct Rows {  // of y, for `many`
-    Weight w; Output out;
-    void write(int64_t tile, int64_t token, F sum) const { put_rows<FOUR>(w, out, tile, token, sum); }
-};
-
 // One token's block: codes round(127 x / max|x|) plus `offset`. NaN or infinity anywhere makes the scale NaN, and so y.
 static void quantise(const float* x, uint8_t* codes, float* scale, int offset) {
     constexpr int PARTS = BLOCK / L;
