@@ -24,7 +24,6 @@ are these two): null where all are the same. A rounding of inputs is not undone.
 """
 
 import argparse
-import copy
 import json
 import statistics
 import sys
@@ -35,25 +34,20 @@ from typing import NamedTuple
 
 import torch
 from common import Memory, last_level, others, thread_counts
+from cpu_forms import bytes_of, formed, pruned, unpacked
 from llama_server import Server, named, ways_of
-from oneshot_kernels import fast_decode, sparsify
-from oneshot_kernels.cpu import decode, integers, library
+from oneshot_kernels import fast_decode
+from oneshot_kernels.cpu import decode, library
 from torch import nn
 from tqdm import tqdm
 
 from oneshot import models
 from oneshot.models import Tokenizer
 from oneshot.pipeline.generate import timed
-from oneshot.prune.patterns import NM
 from oneshot.runtime import environment
 from oneshot.runtime.command import Parser, exit_code
 from oneshot.runtime.files import write_json
 
-SHAPES = {  # random weights of these shapes, Llama's architecture
-    "llama-1.1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
-                   "num_key_value_heads": 4, "vocab_size": 32000},
-    "toy": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "num_key_value_heads": 2, "vocab_size": 211}}
 KINDS = ("dense", "2:4", "cut")
 WAYS = {"transformers": (None, "dense", False), "transformers, compiled": (None, "dense", False),
         **{f"{kind} {form}": (form, kind, False) for form in ("bf16", "int8", "int4") for kind in KINDS},
@@ -139,11 +133,7 @@ def read(file: Path) -> list[dict]:
 
 def make(name: str, args: argparse.Namespace) -> Subject:
     """A model's ways, all but the cut ones of the same 2:4 weights; what they can share they share."""
-    model, tokenizer = (random_model(name), None) if name in SHAPES else models.load(name, dtype="bfloat16")
-    with torch.no_grad():
-        for weight in models.all_weights(model):
-            W = weight.get()
-            weight.set(W * NM(2, 4).keep(W.abs()))
+    model, tokenizer = pruned(name)
     ids, made, told, first = prompt(model, tokenizer), {}, {}, name == args.models[0]
     cut = models.load(args.cut, dtype="bfloat16")[0] if args.cut and first else None
     ways = [way for way in args.ways if way != "transformers" and (cut or WAYS[way][1] != "cut")]
@@ -167,55 +157,6 @@ def prompt(model: nn.Module, tokenizer: Tokenizer | None) -> torch.Tensor:
         return tokenizer(TEXT, return_tensors="pt")["input_ids"][:, :PROMPT]
     size = model.get_input_embeddings().num_embeddings
     return torch.randint(size, (1, PROMPT), generator=torch.Generator().manual_seed(0))
-
-
-def random_model(name: str) -> nn.Module:
-    """A Llama of this shape with random weights in bfloat16."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        return LlamaForCausalLM(LlamaConfig(**SHAPES[name], pad_token_id=0)).eval().requires_grad_(False)
-    finally:
-        torch.set_default_dtype(before)
-
-
-def formed(model: nn.Module, form: str | None, kind: str, rounds: bool) -> nn.Module:
-    """A model of the same weights in another form, which shares what stays as it is. kind: one of KINDS."""
-    twin, sparse = shared(model), kind == "2:4"
-    if form in ("bf16", "f32") and sparse:
-        sparsify(twin)
-    elif form in ("int8", "int4"):
-        for weight in models.all_weights(twin):
-            twin.set_submodule(weight.name.removesuffix(".weight"), integers.IntegerLinear.from_linear(
-                weight.owner, bits=int(form[-1]), sparse=sparse, round_inputs=rounds))
-    if rounds:
-        twin.lm_head = integers.IntegerLinear.from_linear(twin.lm_head, round_inputs=True)
-    return twin
-
-
-def shared(model: nn.Module) -> nn.Module:
-    """A copy of a model with the very tensors."""
-    return copy.deepcopy(model, {id(t): t for t in models.tensors_of(model)})
-
-
-def unpacked(made: nn.Module, source: nn.Module) -> nn.Module:
-    """The dense model `source` with the weights that a form of it holds, its integers dequantised."""
-    twin = shared(source)
-    for name, layer in made.named_modules():
-        if isinstance(layer, integers.IntegerLinear):
-            own = twin.get_submodule(name)
-            own.weight = nn.Parameter(layer.dense(own.weight.dtype), requires_grad=False)
-    return twin
-
-
-def bytes_of(model: nn.Module) -> int:
-    """What is read for a token: all tensors but an embedding that is no output head, of which one row is."""
-    every = {t.data_ptr(): t.nbytes for t in models.tensors_of(model)}
-    embedding, head = model.get_input_embeddings().weight, getattr(model.lm_head, "weight", None)
-    return sum(every.values()) - (embedding.nbytes if head is None or head.data_ptr() != embedding.data_ptr() else 0)
 
 
 # ------------------------------------------------------------------ measuring

@@ -21,20 +21,20 @@ from pathlib import Path
 
 import torch
 from common import others, thread_counts
-from cpu_decode import SHAPES, formed, random_model, read, shared
-from oneshot_kernels.cpu import integers, library
+from cpu_decode import read
+from cpu_forms import formed, pruned, rounding
+from oneshot_kernels.cpu import library
 from torch import nn
 from tqdm import tqdm
 
 from oneshot import models
-from oneshot.prune.patterns import NM
 from oneshot.runtime import environment
 from oneshot.runtime.command import Parser, exit_code
 from oneshot.runtime.files import write_json
 
-WAYS = {"transformers bf16": (None, "dense", False), "transformers f32": (None, "dense", False),
-        "2:4 bf16": ("bf16", "2:4", False), "2:4 f32": ("f32", "2:4", False),
-        **{f"{kind} {form}": (form, kind, False) for form in ("int8", "int4") for kind in ("dense", "2:4")}}
+WAYS = {"transformers bf16": (None, "dense"), "transformers f32": (None, "dense"), "2:4 bf16": ("bf16", "2:4"),
+        "2:4 f32": ("f32", "2:4"),
+        **{f"{kind} {form}": (form, kind) for form in ("int8", "int4") for kind in ("dense", "2:4")}}
 ROUNDED = ", rounded"
 
 
@@ -78,24 +78,11 @@ def work(args: argparse.Namespace) -> None:
 
 def make(name: str) -> dict[str, nn.Module]:
     """{way: a model}, all of the same 2:4 weights; what they can share they share."""
-    model = random_model(name) if name in SHAPES else models.load(name, dtype="bfloat16")[0]
-    with torch.no_grad():
-        for weight in models.all_weights(model):
-            W = weight.get()
-            weight.set(W * NM(2, 4).keep(W.abs()))
+    model, _ = pruned(name)
     wide = copy.deepcopy(model).float()
-    made = {way: formed(wide if "f32" in way else model, *of) for way, of in tqdm(WAYS.items(), desc=f"{name}: models")}
+    made = {way: formed(wide if "f32" in way else model, *of, rounds=False)
+            for way, of in tqdm(WAYS.items(), desc=f"{name}: models")}
     return made | {way + ROUNDED: rounding(made[way]) for way in WAYS if "int" in way}
-
-
-def rounding(model: nn.Module) -> nn.Module:
-    """A model of the very integers whose layers round their inputs, with a head that does, too."""
-    twin = shared(model)
-    twin.lm_head = integers.IntegerLinear.from_linear(twin.lm_head)
-    for layer in twin.modules():
-        if isinstance(layer, integers.IntegerLinear):
-            layer.round_inputs = True
-    return twin
 
 
 def measured(name: str, made: dict[str, nn.Module], args: argparse.Namespace) -> list[dict]:

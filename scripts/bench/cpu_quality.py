@@ -23,7 +23,8 @@ from unittest import mock
 
 import torch
 from common import written
-from cpu_decode import KINDS, SHAPES, WAYS, bytes_of, formed, random_model, read
+from cpu_decode import KINDS, WAYS, read
+from cpu_forms import SHAPES, bytes_of, formed, random_model
 from llama_server import Server, named, ways_of
 from oneshot_kernels.cpu import integers
 from tqdm import tqdm

@@ -30,9 +30,14 @@ def main(argv: list[str] | None = None) -> int:
                          lambda out: page(rows_of(out / "cpu_decode.json")) + prompts(out / "cpu_prompt.json"))
 
 
+def stored(file: Path) -> list[dict]:
+    """The rows of a file; none where there is no file."""
+    return json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
+
+
 def rows_of(file: Path) -> list[dict]:
     """All rows. Raises ValueError where there are none."""
-    found = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
+    found = stored(file)
     if not found:
         raise ValueError(f"--out {file.parent}: holds no {file.name}; run scripts/bench/cpu_decode.py")
     return found
@@ -69,7 +74,7 @@ def page(rows: list[dict]) -> str:
 
 def prompts(file: Path) -> str:
     """One table for all models and numbers of threads; "" where nothing was measured."""
-    found = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
+    found = stored(file)
     if not found:
         return ""
     groups = list(dict.fromkeys((row["model"], row["threads"]) for row in found))
@@ -113,7 +118,7 @@ def agreeing(row: dict) -> tuple[str, str]:
 
 def rows(file: Path) -> list[dict]:
     """The rows with the fewest threads of each model; none where nothing was measured."""
-    found = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
+    found = stored(file)
     least = {row["model"]: min(r["threads"] for r in found if r["model"] == row["model"]) for row in found}
     return [row for row in found if row["threads"] == least[row["model"]]]
 

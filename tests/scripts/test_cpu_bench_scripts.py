@@ -5,6 +5,7 @@ import json
 
 import common
 import cpu_decode
+import cpu_forms
 import cpu_kernels
 import cpu_prompt
 import cpu_quality
@@ -42,7 +43,7 @@ def test_a_bench_of_the_cpu_refuses_threads_that_sleep(script, tmp_path, monkeyp
 @needs_compiler
 def test_cpu_decode(tmp_path, monkeypatch, capsys):
     threads, ways = torch.get_num_threads(), "dense bf16;2:4 bf16;dense int8;2:4 int8;2:4 int4;cut int8"
-    monkeypatch.setitem(cpu_decode.SHAPES["toy"], "vocab_size", families.tiny("llama").config.vocab_size)
+    monkeypatch.setitem(cpu_forms.SHAPES["toy"], "vocab_size", families.tiny("llama").config.vocab_size)
     monkeypatch.setattr(cpu_decode, "READ", 1 << 20)
     for part in (families.tiny("llama"), oneshot.load("demo")[1]):
         part.save_pretrained(tmp_path / "cut")
@@ -65,12 +66,12 @@ def test_cpu_decode(tmp_path, monkeypatch, capsys):
 
 
 def test_a_form_is_compared_with_its_own_weights_stored_dense():
-    model = cpu_decode.random_model("toy")
+    model = cpu_forms.random_model("toy")
     with torch.no_grad():
         for weight in models.all_weights(model):
             weight.set(weight.get() * patterns.NM(2, 4).keep(weight.get().abs()))
-    made = cpu_decode.formed(model, "int4", "2:4", rounds=True)
-    dense, [name, *_] = cpu_decode.unpacked(made, model), [w.name.removesuffix(".weight") for w in
+    made = cpu_forms.formed(model, "int4", "2:4", rounds=True)
+    dense, [name, *_] = cpu_forms.unpacked(made, model), [w.name.removesuffix(".weight") for w in
                                                            models.all_weights(model)]
     assert {type(m) for m in dense.modules()} == {type(m) for m in model.modules()}
     before, after = model.get_submodule(name).weight, dense.get_submodule(name).weight
@@ -78,7 +79,7 @@ def test_a_form_is_compared_with_its_own_weights_stored_dense():
     assert torch.equal(after, want) and not torch.equal(after, before)
     assert not torch.equal(dense.lm_head.weight, model.lm_head.weight)
     assert dense.model.norm.weight is model.model.norm.weight  # what is not rounded is not copied
-    assert torch.equal(cpu_decode.unpacked(cpu_decode.formed(model, "bf16", "2:4", False), model).lm_head.weight,
+    assert torch.equal(cpu_forms.unpacked(cpu_forms.formed(model, "bf16", "2:4", False), model).lm_head.weight,
                        model.lm_head.weight)
 
 
@@ -98,7 +99,7 @@ def test_the_prompt_is_text_where_there_is_a_tokenizer():
 
 
 @needs_compiler
-def test_cpu_prompt(tmp_path, monkeypatch, capsys):
+def test_cpu_prompt(tmp_path, capsys):
     made = cpu_prompt.make("toy")
     ids = torch.arange(7)[None]
     truth, error = made["transformers f32"](ids).logits.double(), {}
@@ -166,7 +167,7 @@ def test_cpu_decode_beside_llama_cpp(tmp_path, monkeypatch, capsys):
     weights."""
     pytest.importorskip("xllamacpp")
     file = gguf_files.write(tmp_path / "tiny.gguf")
-    monkeypatch.setitem(cpu_decode.SHAPES["toy"], "vocab_size", families.tiny("llama").config.vocab_size)
+    monkeypatch.setitem(cpu_forms.SHAPES["toy"], "vocab_size", families.tiny("llama").config.vocab_size)
     monkeypatch.setattr(cpu_decode, "READ", 1 << 20)
     for part in (families.tiny("llama"), oneshot.load("demo")[1]):
         part.save_pretrained(tmp_path / "cut")
@@ -186,7 +187,7 @@ def test_cpu_decode_beside_llama_cpp(tmp_path, monkeypatch, capsys):
 def test_cpu_quality(tmp_path, monkeypatch, capsys):
     tokenizer = oneshot.load("demo")[1]
     monkeypatch.setitem(families.FAMILIES["llama"][1], "vocab_size", len(tokenizer))
-    monkeypatch.setitem(cpu_decode.SHAPES["toy"], "vocab_size", len(tokenizer))
+    monkeypatch.setitem(cpu_forms.SHAPES["toy"], "vocab_size", len(tokenizer))
     model, pruned, files = families.tiny("llama"), families.tiny("llama"), []
     with torch.no_grad():
         for weight in models.all_weights(pruned):

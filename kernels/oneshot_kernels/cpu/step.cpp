@@ -44,13 +44,7 @@ static inline F exponential(F x) {
 
 struct As32 { static constexpr int BYTES = 4; static F get(const uint8_t* p) { return load<F>(p); } };
 struct As16 { static constexpr int BYTES = 2; static F get(const uint8_t* p) { return load_half(p); } };
-struct AsB16 {
-    static constexpr int BYTES = 2;
-    static F get(const uint8_t* p) {
-        typedef uint16_t H __attribute__((vector_size(2 * L)));
-        return F(__builtin_convertvector(load<H>(p), U) << 16);
-    }
-};
+struct AsB16 { static constexpr int BYTES = 2; static F get(const uint8_t* p) { return load_bf16(p); } };
 
 // y = W x + bias for a weight (N, K) row by row: R rows at once, each `apart` rows from the one before it, so that each is a
 // stream of its own through a part of the memory.

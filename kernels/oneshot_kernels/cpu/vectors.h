@@ -168,8 +168,11 @@ ALWAYS U rounded(F v) {
     return (nan & (U(v) >> 16 | 0x40)) | (~nan & rounded_number(v));
 }
 
-// L numbers of an array from the i-th on, of which `left` are there; zeros in the place of the others.
+// L consecutive bfloat16 numbers
 typedef uint16_t Halves __attribute__((vector_size(VECTOR / 2)));
+static inline F load_bf16(const void* p) { return F(__builtin_convertvector(load<Halves>(p), U) << 16); }
+
+// L numbers of an array from the i-th on, of which `left` are there; zeros in the place of the others.
 static inline F get_lanes(const void* p, int64_t i, int64_t left, Type type) {
     F v = {};
     if (left < L) {
@@ -178,7 +181,7 @@ static inline F get_lanes(const void* p, int64_t i, int64_t left, Type type) {
     }
     const uint8_t* at = static_cast<const uint8_t*>(p) + i * bytes_of(type);
     if (type == FLOAT32) return load<F>(at);
-    return type == BFLOAT16 ? F(__builtin_convertvector(load<Halves>(at), U) << 16) : load_half(at);
+    return type == BFLOAT16 ? load_bf16(at) : load_half(at);
 }
 static inline void put_lanes(void* p, int64_t i, int64_t left, Type type, F v) {
     if (left < L || type == FLOAT16) {
