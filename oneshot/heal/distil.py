@@ -3,10 +3,10 @@
     loss    KL(dense ‖ pruned), nats, mean over the tokens that are not padding
 
 The dense model is represented by its hidden states after the last block. Final norm and output head are never pruned,
-so the pruned model's own head turns these into the dense logits. Memory on the device: the whole model in float32, its
-gradients, Adam's two averages and the mask (17 bytes per weight), and one batch's activations; in CPU memory two
-snapshots in the stored dtype (4 bytes per weight). If a batch has more than LOGITS logits, each step uses a random
-subset of the positions.
+so the pruned model's own head turns these into the dense logits. Memory on the device: the whole model in float32,
+Adam's two averages and the mask (13 bytes per weight), and one batch's activations; in CPU memory two snapshots in the
+stored dtype (4 bytes per weight). If a batch has more than LOGITS logits, each step uses a random subset of the
+positions.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from . import Run, sliced
 from .train import Trainable, check, fit
 
 LOGITS = 2**24
-TRAINED = 17  # bytes per weight on the device, see above
+TRAINED = 13  # bytes per weight on the device, see above
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ Processes that work together (torchrun) take one batch each in a step, whose gra
 the same time, on more data. Losses on held-out windows are means over those of all, so all decide alike.
 """
 
+import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -101,11 +103,14 @@ class Trainable:
         return [{"params": [p], "lr": lr * (sizes[name] or usual) * (1 if p.ndim > 1 else VECTORS)}
                 for name, p in self.parameters.items()]
 
-    def mask_gradients(self) -> None:
-        """Set the gradients of pruned weights to zero, so that Adam's averages and the weights stay exactly zero."""
-        for name, mask in self.masks.items():
-            if self.parameters[name].grad is not None:  # an expert without tokens has none
-                self.parameters[name].grad.mul_(mask)
+    def mask_gradients(self, names: Iterable[str] | None = None) -> None:
+        """Set the gradients of pruned weights to zero, so that Adam's averages and the weights stay exactly zero.
+
+        names: of which parameters (default: all).
+        """
+        for name in self.masks if names is None else names:
+            if name in self.masks and self.parameters[name].grad is not None:  # an expert without tokens has none
+                self.parameters[name].grad.mul_(self.masks[name])
 
     def snapshot(self) -> dict[str, torch.Tensor]:
         """A copy of the parameters as they will be saved, in CPU memory because it is rarely needed."""
@@ -199,9 +204,9 @@ class Fitting:
 
         Leaves the parameters at their best state. Returns (steps done, last learning rate, that state's held-out loss).
         """
-        optimizer, best, worse = self.optimizer(lr), before, 0
+        optimizers, best, worse = self.optimizers(lr), before, 0
         for done in range(1, self.steps + 1):
-            self.step(optimizer, done - 1)
+            self.step(optimizers, done - 1)
             if before is None or done not in self.looks:
                 continue
             now = self.held_out_loss()
@@ -210,7 +215,7 @@ class Fitting:
             elif not now <= before and done < self.steps:  # a NaN is no gain
                 lr, worse = lr / FALL, 0
                 self.trainable.restore(state)
-                optimizer = self.optimizer(lr)
+                optimizers = self.optimizers(lr)
             else:
                 worse += 1
                 if worse == 2:
@@ -219,21 +224,36 @@ class Fitting:
             self.trainable.restore(state)
         return done, lr, best
 
-    def optimizer(self, lr: float) -> torch.optim.Optimizer:
-        """A new Adam; fused, as that makes no copies of all weights."""
-        groups = [group | {"highest": group["lr"]} for group in self.trainable.groups(lr)]
-        return torch.optim.Adam(groups, betas=BETAS, fused=True)
+    def optimizers(self, lr: float) -> dict[str, torch.optim.Optimizer]:
+        """{parameter: a new Adam}; fused, as that makes no copies of the weights."""
+        groups = zip(self.trainable.parameters, self.trainable.groups(lr), strict=True)
+        return {name: torch.optim.Adam([own | {"highest": own["lr"]}], betas=BETAS, fused=True) for name, own in groups}
 
-    def step(self, optimizer: torch.optim.Optimizer, number: int) -> None:
-        """One update on the next batch, at the rate of this step, counted from 0."""
-        for group in optimizer.param_groups:
+    def step(self, optimizers: dict[str, torch.optim.Optimizer], number: int) -> None:
+        """One update on the next batch, at the rate of this step, counted from 0.
+
+        A process that is alone updates each parameter as soon as its gradient is there and lets go of it, so that they
+        are never in memory all at once; several take the mean of theirs first.
+        """
+        for optimizer in optimizers.values():
+            group = optimizer.param_groups[0]
             group["lr"] = group["highest"] * self.rate_at(number)
         self.queue = self.queue or [self.train[i] for i in torch.randperm(len(self.train), generator=self.gen).tolist()]
-        optimizer.zero_grad(set_to_none=True)
-        self.loss(self.queue.pop()).backward()
-        distributed.mean_gradients(self.trainable.parameters.values())
-        self.trainable.mask_gradients()
-        optimizer.step()
+
+        def update(name: str, parameter: nn.Parameter) -> None:
+            self.trainable.mask_gradients([name])
+            optimizers[name].step()
+            parameter.grad = None
+
+        own, hooks = self.trainable.parameters, contextlib.ExitStack()
+        for name, p in own.items() if distributed.ranks() == 1 else ():
+            hooks.callback(p.register_post_accumulate_grad_hook(functools.partial(update, name)).remove)
+        with hooks:
+            self.loss(self.queue.pop()).backward()
+        distributed.mean_gradients(own.values())
+        for name, p in own.items():
+            if p.grad is not None:
+                update(name, p)
         if self.progress:
             self.progress()
 

@@ -18,7 +18,7 @@ models and whatever came before, so there it is not in the row.
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,8 @@ from . import Found, Subject
 PROMPT, BATCH, STEPS, ROUNDS = 512, 8, 16, 7
 WARM = 3  # steps before a graph is captured
 KINDS = ("prefill", "decode1", f"decode{BATCH}")
+NO_GRAPHS = ("decoding was timed without CUDA graphs, which this model does not allow: launching kernels may take "
+             "longer than they do")
 higher = tuple(f"{kind}_speedup" for kind in KINDS)
 
 
@@ -53,8 +55,7 @@ def measure(subject: Subject) -> Found:
     rows = compare(names, subject.cfg.device)
     found = Found(parts={"latency": rows})
     if rows["model"].get("graph") is False:
-        found.warnings.append("--latency: decoding was timed without CUDA graphs, which this model does not allow: "
-                              "launching kernels may take longer than they do")
+        found.warnings.append(f"--latency: {NO_GRAPHS}")
     for kind in KINDS:
         for key, value in (("ms", rows["model"][kind]["median"]), ("speedup", rows["model"][kind].get("speedup"))):
             if value is not None:
@@ -75,7 +76,7 @@ def compare(named: dict[str, nn.Module], device: str, rounds: int = ROUNDS) -> d
     with contextlib.ExitStack() as stack:
         for model in named.values():
             stack.enter_context(models.resident(model, device))
-        graph = on_gpu(device) and all(captured(m, prompt(m, "decode1", device)) for m in named.values())
+        graph = graphs(named.values(), device)
         for number in range(rounds + 1):
             for name, model in named.items():
                 for kind in KINDS:
@@ -110,15 +111,20 @@ def prompt(model: nn.Module, kind: str, device: str) -> torch.Tensor:
     return (torch.arange(batch * T, device=device).view(batch, T) * 7919) % models.embedded(model)
 
 
-def one(model: nn.Module, kind: str, device: str, graph: bool = True) -> float:
+def graphs(every: Iterable[nn.Module], device: str) -> bool:
+    """Whether all of these models decode by CUDA graphs on a device: those that are compared are timed alike."""
+    return on_gpu(device) and all(captured(model, prompt(model, "decode1", device)) for model in every)
+
+
+def one(model: nn.Module, kind: str, device: str, graph: bool) -> float:
     """Seconds of one prefill, or of one step of decoding: the median over STEPS steps.
 
-    graph: on a GPU a step is the replay of a CUDA graph, where the model can be captured.
+    graph: whether a step is the replay of a CUDA graph, as `graphs` said.
     """
     ids = prompt(model, kind, device)
     if kind == "prefill":
         return timed(lambda: model(input_ids=ids, use_cache=True), device)
-    if graph and on_gpu(device) and (replay := captured(model, ids)):
+    if graph and (replay := captured(model, ids)):
         return statistics.median(timed(replay, device) for _ in range(STEPS))
     return statistics.median(steps(model, model(input_ids=ids, use_cache=True), device))
 

@@ -91,11 +91,12 @@ def measured(model: nn.Module, device: str, rounds: int, progress: bool) -> dict
     few = height(model)
     ready = {name: forms.decoding(made, device) for name, made in shapes(model, L, few, device)}
     variants, found_forms = {name: made for name, (made, _) in ready.items()}, forms.runnable(device)
-    times = {name: {kind: [] for kind in latency.KINDS} for name in variants}
+    times, graph = {name: {kind: [] for kind in latency.KINDS} for name in variants}, latency.graphs(
+        variants.values(), device)
     for number in tqdm(range(rounds + 1), desc="latency", unit="round", disable=not progress, leave=False):
         for name, made in variants.items():
             for kind in latency.KINDS:
-                ms = 1000 * latency.one(made, kind, device)
+                ms = 1000 * latency.one(made, kind, device, graph)
                 if number:  # the first is to warm up
                     times[name][kind].append(ms)
     ms = {name: {kind: sorted(values)[len(values) // 2] for kind, values in own.items()} for name, own in times.items()}
@@ -111,6 +112,7 @@ def measured(model: nn.Module, device: str, rounds: int, progress: bool) -> dict
              "date": e["date"], "dtype": str(model.dtype).removeprefix("torch."), "family": model.config.model_type,
              "busy": round(environment.others(), 1), "decoding": ready["whole"][1], "blocks": L,
              "units": {unit: of(model, unit) for unit in parts["decode1"]["saved"]}, "parts": parts}
+    found |= {"graph": graph} if latency.on_gpu(device) else {}
     both = {unit: round(BOTH * found["units"][unit]) for unit in found["units"] if unit in TOGETHER}
     found["checks"] = {"whole model": check(found, ms["whole"], L, {}),
                        **({"both kinds": check(found, ms["both"], few, both)} if "both" in ms else {})}
@@ -198,10 +200,12 @@ def check(table: dict, ms: dict[str, float], blocks: int, units: dict[str, int])
 
 
 def warnings(table: dict) -> list[str]:
-    """One line for each check in which parts do not add up, and one where the machine had other work as well."""
+    """One line for each check in which parts do not add up, where no CUDA graphs could be timed, and where the machine
+    had other work as well."""
     found = [f"{name}, {kind}: the parts add up to {row['foretold']:.2f} ms, {row['off']:+.0%} of the measured "
              f"{row['measured']:.2f} ms" for name, rows in table["checks"].items() for kind, row in rows.items()
              if abs(row["off"]) > ADDITIVE]
+    found += [latency.NO_GRAPHS] if table.get("graph") is False else []
     return found + ([f"measured while other processes took {table['busy']} cores: it is measured again next time"]
                     if was_busy(table) else [])
 

@@ -100,7 +100,6 @@ def round_model(cfg: RunConfig, model: nn.Module, plan: Plan, calibration: Token
         job = walk.rounding(plan, cfg, quantise.module(cfg.quantiser), cfg.rounding[cfg.quantiser], cfg.grids,
                             cfg.scale_columns)
         ids, mask = (calibration.ids, calibration.mask) if calibration else (None, None)
-        result.pruned = None
         on_block = (lambda number, *rest: folder.save_block(folder.next_block, *rest)) if folder else None
         join(result, loop.prune_model(model, ids, mask, job, finished=finished, on_block=on_block), job.label)
         if cfg.scale_columns and not any(block["rounding"]["scaling"] for block in result.blocks):

@@ -65,7 +65,7 @@ def shrink(cfg: RunConfig, model: nn.Module, calibration: Tokens, folder: Folder
             for key, kept in experts.items() if mixture.block_of(key) in report.keep],
         "kept_blocks": report.keep, "seconds": {"choose": decided - began, "walk": time.perf_counter() - decided}}
     result.warnings += [*warned, *report.notes]
-    result.layers, result.pruned = [], None
+    result.layers = []
     return result
 
 
@@ -277,6 +277,7 @@ def order_of(cfg: RunConfig, model: nn.Module, calibration: Tokens, count: int, 
 
 def heal_model(cfg: RunConfig, model: nn.Module, healers: tuple[heal.Heal, ...], result: Result) -> None:
     """Let the healing methods train the whole model; what they report goes into the result."""
+    result.pruned = None  # as large as the dense model's, and the model is about to change
     for name, healer in zip(cfg.window_heals, healers, strict=True):
         began = time.perf_counter()
         with products.float32(cfg.tf32):

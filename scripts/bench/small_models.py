@@ -7,7 +7,8 @@
     demo-wikitext2   the demo model calibrated on C4 text and measured on WikiText-2 test
     demo             the same on its built-in texts
     smollm2          SmolLM2-135M, calibrated on 64 windows of 512 tokens of C4, measured on WikiText-2 test
-    smollm2-131k     the same with 256 windows, 131k tokens, about half of what the papers calibrate with
+    smollm2-65k      the same with 128 windows, 65k tokens
+    smollm2-131k     with 256 windows, 131k tokens, about half of what the papers calibrate with
     smollm2-bf16     that computed in bfloat16, as it is stored
 """
 
@@ -84,6 +85,7 @@ def flags_of(shared: Path) -> dict[str, list[str]]:
                            "--evaluate", str(data / "wikitext2_test.txt")],
         "demo": DEMO,
         "smollm2": [*smollm2, "64"],
+        "smollm2-65k": [*smollm2, "128"],
         "smollm2-131k": [*smollm2, "256"],
         "smollm2-bf16": [*smollm2, "256", "--compute", "stored"],
     }

@@ -240,7 +240,7 @@ def left_of(spent: float, n: int, of: int) -> str:
 
 def named(cfg: RunConfig) -> str:
     """A run as its lines name it."""
-    return f"{Path(cfg.model).name} {cfg.method}" + f" {cfg.pattern} seed {cfg.seed}" * (cfg.method != "dense")
+    return f"{Path(cfg.model).name} {cfg.preset or cfg.method}" + f" {cfg.pattern} seed {cfg.seed}" * (cfg.method != "dense")
 
 
 def listing(configs: Sequence[RunConfig]) -> int:

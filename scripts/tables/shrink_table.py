@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 WAYS = yaml.safe_load((ROOT / "scripts" / "bench" / "shrink_ways.yaml").read_text(encoding="utf-8"))
 BASELINES = ("flap", "flap, as published", "wanda-sp", "shortgpt")
 OURS = ("oneshot", "oneshot, widths by layer", "widths by layer, no mixtures")
-TARGETS = {"demo": 0.5, "craftgpt-5m": 0.5, "stories260k": 0.3, "smollm2": 0.3, "smollm2-bf16": 0.3}
+ASKED = {"demo": 0.5, "craftgpt-5m": 0.5}  # how much less excess; of all others 0.3
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,10 +69,11 @@ def section(name: str, rows: Sequence[dict]) -> list[str]:
     for share in shares:
         for way in OURS:
             gains = less(rows, best, way, share)
-            if gains and name in TARGETS:
-                met = "met" if statistics.fmean(gains) >= TARGETS[name] else "missed"
+            if gains:
+                asked = ASKED.get(name, 0.3)
+                met = "met" if statistics.fmean(gains) >= asked else "missed"
                 lines.append(f"- {share:g}, {way}: {100 * statistics.fmean(gains):.0f} % less than the best of these, "
-                             f"asked for {100 * TARGETS[name]:.0f} %: {met} (seeds: "
+                             f"asked for {100 * asked:.0f} %: {met} (seeds: "
                              f"{', '.join(f'{100 * g:.0f} %' for g in gains)})")
     return [*lines, ""]
 

@@ -9,7 +9,7 @@ from healing import heal_pruned
 
 from oneshot import models
 from oneshot.heal import block as by_block
-from oneshot.heal.train import Trainable, fit
+from oneshot.heal.train import BETAS, Fitting, Trainable, fit
 from oneshot.runtime import environment
 
 
@@ -110,6 +110,46 @@ def test_fit_finds_the_least_squares_solution():
         want = torch.linalg.lstsq(flat[:, keep[r]], flat @ W[r].double()).solution
         torch.testing.assert_close(layer.weight[r, keep[r]].double(), want, rtol=0.1, atol=0.05)
     assert not layer.weight[~keep].any()
+
+
+def test_gradients_are_used_as_they_come_and_nothing_else_differs():
+    """The updates of one Adam over all parameters after the backward pass, bit for bit, one gradient at a time."""
+    keep = torch.rand(6, 16, 16, generator=torch.Generator().manual_seed(0)) > 0.5
+    X = torch.randn(8, 32, 16, generator=torch.Generator().manual_seed(1))
+
+    def layers():
+        made = torch.nn.Sequential(*(torch.nn.Linear(16, 16) for _ in keep))
+        for n, (layer, mask) in enumerate(zip(made, keep, strict=True)):
+            layer.weight.data = mask * torch.eye(16).roll(n, 0).add(0.1)
+            layer.bias.data.fill_(0.1)
+        return made
+
+    def loss(i):
+        return (trained(X[i]) - X[i].flip(-1)).square().mean()
+    trained, together = layers(), []
+    stored = {name: torch.float32 for name, _ in trained.named_parameters()}
+    with Trainable(trained, stored) as trainable:
+        for p in trained.parameters():  # before training's own hooks
+            p.register_post_accumulate_grad_hook(
+                lambda p: together.append(sum(q.grad is not None for q in trained.parameters())))
+        fit(trainable, loss, 8 * [False], steps=12, lr=0.05, seed=0)
+    assert len(together) == 12 * 12 and max(together) == 1
+    fused, trained = trained, layers()
+    with Trainable(trained, stored) as trainable:
+        fitting = Fitting(trainable, loss, 8 * [False], 12, 0, None)
+        plain = torch.optim.Adam(trainable.groups(0.05), betas=BETAS, fused=True)
+        rates = [group["lr"] for group in plain.param_groups]
+        order = torch.Generator().manual_seed(0)
+        batches = [i for _ in range(2) for i in reversed(torch.randperm(8, generator=order).tolist())]
+        for step, batch in enumerate(batches[:12]):
+            for group, rate in zip(plain.param_groups, rates, strict=True):
+                group["lr"] = rate * fitting.rate_at(step)
+            plain.zero_grad()
+            loss(batch).backward()
+            trainable.mask_gradients()
+            plain.step()
+    for p, q in zip(fused.parameters(), trained.parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 def test_seed_decides_and_nothing_else():

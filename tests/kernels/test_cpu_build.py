@@ -100,7 +100,8 @@ def test_a_compiler_too_old_for_a_variant_of_one_library_leaves_the_next_best(mo
 def test_tile_registers_compile_on_a_machine_without_them():
     if build.features() & build.VARIANTS["amx"].bit:
         pytest.skip("this CPU has them: other tests compile and run them")
-    assert all(build.build(name, build.VARIANTS["amx"].flags).is_file() for name in build.VARIANTS["amx"].only)
+    amx = build.VARIANTS["amx"]
+    assert all(build.build(name, (*amx.flags, "-O0")).is_file() for name in amx.only)  # not to be run: half the time
 
 
 def test_without_a_compiler_there_is_one_warning_for_all_libraries(monkeypatch):

@@ -19,7 +19,7 @@ from oneshot.runtime import environment
 real = latency.one
 
 
-def additive(model, kind, device, twist=0.0):
+def additive(model, kind, device, graph=False, twist=0.0):
     """Seconds of a model by its shapes: 5 ms and, for each block, 1 ms a KV group and 1/16 ms a neuron."""
     config, L = config_of(model), len(blocks(model)[1])
     k, w = config.num_key_value_heads, config.intermediate_size / 16
@@ -45,6 +45,17 @@ def high(blocks_in_all):
     config = AutoConfig.for_model("mistral", **families.COMMON | {"num_hidden_layers": blocks_in_all,
                                                                   "sliding_window": None})
     return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_on_a_gpu_all_variants_are_timed_by_graphs_or_none_with_a_warning(model, allowed, monkeypatch):
+    seen, asked = set(), []
+    monkeypatch.setattr(latency, "on_gpu", lambda device: True)
+    monkeypatch.setattr(latency, "captured", lambda made, ids: asked.append(made) or allowed or len(asked) < 3)
+    monkeypatch.setattr(latency, "one", lambda made, kind, device, graph: seen.add(graph) or additive(made, kind, ""))
+    found = device_table.table(model, "cpu", rounds=1, progress=False)
+    assert seen == {allowed} and found["graph"] is allowed
+    assert device_table.warnings(found) == ([] if allowed else [latency.NO_GRAPHS])
 
 
 def test_parts_that_add_up_are_foretold_exactly(model):
@@ -154,7 +165,7 @@ def test_out_that_cannot_be_written_is_one_line(model, tmp_path, capsys):
 
 def test_forms_with_a_kernel_are_timed_and_others_gain_nothing(model, monkeypatch):
     """A block in a form takes half a ms less; what a form gains scales with what is left of a block."""
-    def timed(made, kind, device):
+    def timed(made, kind, device, graph):
         stored = sum(type(m).__name__ in ("IntegerLinear", "Sparse24Linear") for m in made.modules())
         return additive(made, kind, device) - stored / 7 / 2000
     monkeypatch.setattr(latency, "one", timed)
@@ -175,9 +186,9 @@ def test_a_token_is_one_compiled_call_where_the_family_allows_it(model, monkeypa
     """For the small models as for the whole one; the model that was given decodes as before."""
     seen = []
 
-    def one(made, kind, device):
+    def one(made, kind, device, graph):
         before = getattr(decoder_of(made), "tokens", 0)
-        real(made, kind, device)
+        real(made, kind, device, graph)
         seen.append((kind, getattr(decoder_of(made), "tokens", 0) - before))
         return additive(made, kind, device)
     monkeypatch.setattr(latency, "one", one)

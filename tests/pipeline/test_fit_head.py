@@ -26,7 +26,7 @@ def place(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def timed(monkeypatch, tmp_path):
     """Times as they are made up: a block 1 ms, a head 10 ms; half of it with integers, nothing less of a block."""
-    def one(model, kind, device):
+    def one(model, kind, device, graph):
         head = 0.005 if isinstance(model.lm_head, integers.IntegerLinear) else 0.01
         return 0.001 + 0.001 * len(model.model.layers) + head
     monkeypatch.setattr(latency, "one", one)

@@ -211,9 +211,9 @@ def test_rounds_are_timed_as_they_decode(place, tmp_path, monkeypatch):
     assert tiny.main(*tiny.flags(place, "--no-dense", method="dense", quantise="int8:row", save=tmp_path / "out")) == 0
     seen, real = [], latency.one
 
-    def one(model, kind, device):
+    def one(model, kind, device, graph):
         before = decoder_of(model).tokens
-        seconds = real(model, kind, device)
+        seconds = real(model, kind, device, graph)
         layers = sum(type(m).__name__ == "IntegerLinear" for m in model.modules())
         seen.append((decoder_of(model).tokens - before, layers))
         return seconds
@@ -229,7 +229,7 @@ def test_latency_is_measured_in_the_dtype_of_the_command(dtype, want, place, tmp
     monkeypatch.setattr(forms, "runnable", lambda device: [])
     monkeypatch.setenv("ONESHOT_CACHE", str(tmp_path / "cache"))
     seen = []
-    monkeypatch.setattr(latency, "one", lambda model, kind, device: seen.append(model.dtype) or (
+    monkeypatch.setattr(latency, "one", lambda model, kind, device, graph: seen.append(model.dtype) or (
         0.001 + 0.01 * model.config.num_hidden_layers * model.config.intermediate_size))
     asked = words(place, tmp_path / "out", "--target", "latency=0.9", "--step", "100%", "--allow", "shrink",
                   "--dtype", dtype, "--device", "cpu")
@@ -241,7 +241,7 @@ def test_latency_is_measured_in_the_dtype_of_the_command(dtype, want, place, tmp
 def test_the_table_of_another_device_foretells_and_a_device_without_one_is_refused(place, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("ONESHOT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(forms, "runnable", lambda device: [])
-    monkeypatch.setattr(latency, "one", lambda model, kind, device: 0.001 + 0.01 * len(model.model.layers))
+    monkeypatch.setattr(latency, "one", lambda model, kind, device, graph: 0.001 + 0.01 * len(model.model.layers))
     table = tmp_path / "there.json"
     assert latency_command.main([str(place / "model"), "--rounds", "1", "--no-progress", "--out", str(table)]) == 0
     monkeypatch.setattr(steps, "time_share", lambda *args: 1 / 0)  # nothing is measured here

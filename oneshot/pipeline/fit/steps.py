@@ -229,9 +229,10 @@ def time_share(cfg: RunConfig, folder: str) -> float:
     named = {"model": loaded(cfg, folder), "dense": load(cfg, cfg.model)[0].to(cfg.device)}
     named = {name: forms.decoding(model, cfg.device)[0] for name, model in named.items()}
     times: dict[str, list[float]] = {name: [] for name in named}
+    graph = latency.graphs(named.values(), cfg.device)
     for number in range(latency.ROUNDS + 1):
         for name, model in named.items():
-            seconds = latency.one(model, "decode1", cfg.device)
+            seconds = latency.one(model, "decode1", cfg.device, graph)
             times[name] += [seconds] if number else []  # the first is to warm up
     return statistics.median(a / b for a, b in zip(times["model"], times["dense"], strict=True))
 
