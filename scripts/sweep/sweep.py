@@ -240,7 +240,8 @@ def left_of(spent: float, n: int, of: int) -> str:
 
 def named(cfg: RunConfig) -> str:
     """A run as its lines name it."""
-    return f"{Path(cfg.model).name} {cfg.preset or cfg.method}" + f" {cfg.pattern} seed {cfg.seed}" * (cfg.method != "dense")
+    what = "" if cfg.method == "dense" else f" {cfg.pattern} seed {cfg.seed}"
+    return f"{Path(cfg.model).name} {cfg.preset or cfg.method}{what}"
 
 
 def listing(configs: Sequence[RunConfig]) -> int:
