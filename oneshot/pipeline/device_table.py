@@ -91,8 +91,8 @@ def measured(model: nn.Module, device: str, rounds: int, progress: bool) -> dict
     few = height(model)
     ready = {name: forms.decoding(made, device) for name, made in shapes(model, L, few, device)}
     variants, found_forms = {name: made for name, (made, _) in ready.items()}, forms.runnable(device)
-    times, graph = {name: {kind: [] for kind in latency.KINDS} for name in variants}, latency.graphs(
-        variants.values(), device)
+    times = {name: {kind: [] for kind in latency.KINDS} for name in variants}
+    graph = latency.graphs(variants.values(), device)
     for number in tqdm(range(rounds + 1), desc="latency", unit="round", disable=not progress, leave=False):
         for name, made in variants.items():
             for kind in latency.KINDS:
