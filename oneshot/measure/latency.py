@@ -112,8 +112,8 @@ def prompt(model: nn.Module, kind: str, device: str) -> torch.Tensor:
 
 
 def graphs(every: Iterable[nn.Module], device: str) -> bool:
-    """Whether all of these models decode by CUDA graphs on a device: those that are compared are timed alike."""
-    return on_gpu(device) and all(captured(model, prompt(model, "decode1", device)) for model in every)
+    """Whether all of these models decode by CUDA graphs on a device, one sequence and many: all are timed alike."""
+    return on_gpu(device) and all(captured(model, prompt(model, kind, device)) for model in every for kind in KINDS[1:])
 
 
 def one(model: nn.Module, kind: str, device: str, graph: bool) -> float:
